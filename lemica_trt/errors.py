@@ -1,0 +1,99 @@
+"""Everything that can go wrong on purpose, and the exit code that it gives.
+
+    LemicaError                 1   base; never raised itself
+    ├── UsageError              2   flags or arguments that do not fit together
+    ├── InputError              3   a file, model or value from outside is not what it must be
+    │   └── IntegrityError      4   a bundle file is missing, altered or not listed
+    ├── UnsupportedError        5   understood, but this tool cannot do it (non-linear sampler, unknown family)
+    ├── InfeasibleError         6   no schedule exists under the budget and skip limit asked for
+    ├── MissingDependencyError  7   a library, driver, device or disk space is missing
+    ├── EngineError             8   building or running an engine failed
+    └── VerificationError       9   a built bundle does not do what it must
+
+130 is Ctrl-C, as in every shell tool.
+
+A message is one line in three parts: what was expected, what came, how to fix it. This module knows
+nothing of the rest.
+"""
+
+from __future__ import annotations
+
+
+class LemicaError(Exception):
+    """Base of all errors that a user can cause.
+
+    Args:
+        what: what was expected and what came, without a trailing full stop.
+        fix: what the user can do about it, imperative; shown behind an arrow.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, fix: str | None = None) -> None:
+        self.what = what
+        self.fix = fix
+        super().__init__(what if fix is None else f"{what} → {fix}")
+
+
+class UsageError(LemicaError):
+    """Flags or arguments that do not fit together."""
+
+    exit_code = 2
+
+
+class InputError(LemicaError):
+    """A file, model or value from outside is not what it must be."""
+
+    exit_code = 3
+
+
+class IntegrityError(InputError):
+    """A bundle file is missing, altered, or not listed in the manifest."""
+
+    exit_code = 4
+
+
+class UnsupportedError(LemicaError):
+    """Understood, but outside what this tool can do."""
+
+    exit_code = 5
+
+
+class InfeasibleError(LemicaError):
+    """No schedule exists under the budget and the skip limit asked for."""
+
+    exit_code = 6
+
+
+class MissingDependencyError(LemicaError):
+    """A library, driver, device or disk space that this needs is not here."""
+
+    exit_code = 7
+
+
+class EngineError(LemicaError):
+    """Building or running an engine failed."""
+
+    exit_code = 8
+
+
+class VerificationError(LemicaError):
+    """A built bundle does not do what it must."""
+
+    exit_code = 9
+
+
+EXIT_CODES: dict[int, str] = {
+    cls.exit_code: (cls.__doc__ or "").splitlines()[0]
+    for cls in (
+        UsageError,
+        InputError,
+        IntegrityError,
+        UnsupportedError,
+        InfeasibleError,
+        MissingDependencyError,
+        EngineError,
+        VerificationError,
+    )
+}
+"""Exit code → meaning; the README's table and `lemica-trt --help` are printed from it."""

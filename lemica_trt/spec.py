@@ -1,0 +1,236 @@
+"""What a model is built as: the build profile, and the description of every graph that is exported.
+
+Knows names, shapes and dtypes; nothing of torch, ONNX or engines.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lemica_trt.values import Value, require, require_finite
+
+DType = Literal["fp32", "fp16", "bf16"]
+"""Precision of a network, by the names that trtexec and Polygraphy use."""
+
+TensorDType = Literal["fp32", "fp16", "bf16", "int64", "int32", "uint8"]
+
+Role = Literal["full", "skip", "combine", "text_encoder", "vae_decoder"]
+
+
+class Shape(Value):
+    """The shape bucket that a bundle serves.
+
+    Attributes:
+        frames: video frames; 1 for an image.
+        height, width: pixels.
+        fps: frames a second of the written video.
+        max_batch: largest number of requests in one engine call (each is two samples under guidance).
+    """
+
+    frames: int
+    height: int
+    width: int
+    fps: int = 8
+    max_batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width", "fps", "max_batch"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Sampling(Value):
+    """How the uncached model is sampled: the reference that a plan is measured against.
+
+    Attributes:
+        steps: N, denoising steps.
+        guidance_scale: classifier-free guidance g; 1 or less: no unconditional branch at all.
+        dynamic_guidance: diffusers' `use_dynamic_cfg` of CogVideoX.
+        scheduler: diffusers scheduler class to use instead of the pipeline's own; made from its config.
+        negative_prompt: default negative prompt.
+    """
+
+    steps: int = 50
+    guidance_scale: float = 6.0
+    dynamic_guidance: bool = False
+    scheduler: str | None = None
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 2, f"steps must be at least 2, got {self.steps}")
+        require_finite((self.guidance_scale,), "guidance_scale")
+
+    @property
+    def guided(self) -> bool:
+        """Whether each request runs two branches."""
+        return self.guidance_scale > 1.0
+
+
+class Calibration(Value):
+    """How the error graph is measured.
+
+    Attributes:
+        prompts: name of a folder below `calibration/` with `calibration.txt` and `held_out.txt`.
+        samples: (prompt, seed) pairs.
+        max_skip: K, the most steps that one segment skips.
+        seed: seed of sample 0.
+    """
+
+    prompts: str = "video"
+    samples: int = 8
+    max_skip: int = 9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")
+        require(self.max_skip >= 1, f"max_skip must be at least 1, got {self.max_skip}")
+
+
+class Profile(Value):
+    """A build profile, one TOML file in `engines/`: everything about a model that is not its weights.
+
+    Attributes:
+        name: file name without `.toml`; what `--model` takes.
+        family: name of the family in `lemica_trt.models`.
+        source: hub id, local folder, or `package:NAME` for the model that ships with this package.
+        dtype: precision of the DiT.
+        text_length: tokens of a prompt, padded.
+        shape, sampling, calibration: see there.
+        opset: ONNX opset.
+    """
+
+    name: str
+    family: str
+    source: str
+    dtype: DType
+    text_length: int
+    shape: Shape
+    sampling: Sampling = Sampling()
+    calibration: Calibration = Calibration()
+    opset: int = 20
+
+
+class TensorSpec(Value):
+    """One input or output of a graph. Symbolic dimensions are strings (`batch`)."""
+
+    name: str
+    dtype: TensorDType
+    shape: tuple[int | str, ...]
+
+
+class GraphSpec(Value):
+    """One exported graph.
+
+    Attributes:
+        role: what it is for.
+        file: path of the ONNX file, relative to the bundle.
+        inputs, outputs: in graph order, after pruning; exactly what the file declares.
+        data_files: external-data files that the ONNX file names, relative to the bundle.
+        opset: ONNX opset.
+    """
+
+    role: Role
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    opset: int
+    data_files: tuple[str, ...] = ()
+
+
+class StepLayout(Value):
+    """The interface that all step graphs (full, skip, combine) of a bundle share; batch b, R = 2b if guided else b.
+
+    Inputs, each present only in the graphs that read it:
+
+    | name | dtype, shape | graphs | |
+    |---|---|---|---|
+    | `latents_j`, j < latent_history | fp32 [b, *latent_shape] | all | x_{i−1−j} |
+    | `outputs_k`, k < output_history | fp32 [b, *latent_shape] | all | guided output m_{i−1−k} |
+    | `noise` | fp32 [b, *latent_shape] | all, if stochastic | z_i |
+    | `coefficients` | fp32 [len(vector)] | all | see `offsets` |
+    | `guidance` | fp32 [b] | full, skip, if guided | g_i of each request |
+    | `prompt_embeds` | dtype [R, text_length, width] | full, skip | unconditional branches first, as diffusers has it |
+    | `residual_k`, k < residual_history | dtype [R, tokens, width] | skip | k-th last full row's trunk residual |
+
+    Outputs: `latents` (x_i, fp32), `output` (m_i, fp32), and from full also `residual` (dtype).
+
+    Attributes:
+        latent_shape: without batch.
+        latent_history, output_history, residual_history: depths; each at least 1.
+        stochastic: whether `noise` is an input.
+        guided: whether both branches run.
+    """
+
+    latent_shape: tuple[int, ...]
+    latent_history: int
+    output_history: int
+    residual_history: int = 1
+    stochastic: bool = False
+    guided: bool = True
+
+    @property
+    def offsets(self) -> dict[str, slice]:
+        """Where each group of coefficients lies in the `coefficients` vector.
+
+        `reuse` (combine only) weighs outputs_k into the new output; `residuals` (skip only) weighs residual_k.
+        The vector is the same length for every graph; a graph ignores the groups that are not its own.
+        """
+        sizes = {
+            "latents": self.latent_history,
+            "outputs": self.output_history,
+            "noise": 1,
+            "in_scale": 1,
+            "timestep": 1,
+            "residuals": self.residual_history,
+            "reuse": self.output_history,
+        }
+        offsets, position = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = slice(position, position + size)
+            position += size
+        return offsets
+
+
+class GraphSet(Value):
+    """All graphs of one bundle.
+
+    Attributes:
+        dtype: precision of the DiT.
+        layout: the step graphs' interface.
+        max_batch: largest batch b.
+        graphs: by role, sorted.
+    """
+
+    dtype: DType
+    layout: StepLayout
+    max_batch: int
+    graphs: tuple[GraphSpec, ...]
+
+    def graph(self, role: Role) -> GraphSpec:
+        """The graph of a role.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for graph in self.graphs:
+            if graph.role == role:
+                return graph
+        raise KeyError(role)
+
+
+class TextSpec(Value):
+    """How a prompt becomes token ids, without transformers.
+
+    Attributes:
+        tokenizer: path of `tokenizer.json` in the bundle, read by the `tokenizers` library.
+        length: number of ids, padded or cut to it (the last id of a cut prompt stays the end token).
+        pad_id, end_id: token ids.
+        clean: `none`, or `basic` = HTML unescaped twice, white space collapsed (Wan).
+        mask: whether the text encoder graph takes `attention_mask` beside `input_ids`.
+    """
+
+    tokenizer: str
+    length: int
+    pad_id: int
+    end_id: int | None = None
+    clean: Literal["none", "basic"] = "none"
+    mask: bool = False

@@ -1,0 +1,184 @@
+"""The drawn world behind `cogvideox-tiny`: one coloured shape that moves over a soft background.
+
+A clip is 9 frames of 64 x 64 RGB at 8 frames a second. Its caption says all that matters:
+"a {size} {colour} {shape} {motion}", for example "a big red circle moves left". Everything else
+(the start, the travel, the background's tint) is drawn from a seeded generator.
+
+Words:      2 sizes x 8 colours x 4 shapes x 6 motions = 384 captions.
+Held out:   of the 192 combinations colour x shape x motion, 48 are never drawn in training
+            (`split_of`), 24 for calibration and 24 for evaluation, with both sizes each. So
+            96 captions, 48 + 48, are new *combinations* of words that training has seen.
+
+This module knows numpy only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+FRAMES, HEIGHT, WIDTH, FPS = 9, 64, 64, 8
+
+# Colour of the shape, sRGB in [0, 1].
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.87, 0.17, 0.17),
+    "orange": (0.97, 0.55, 0.10),
+    "yellow": (0.96, 0.85, 0.18),
+    "green": (0.18, 0.66, 0.30),
+    "blue": (0.16, 0.38, 0.86),
+    "purple": (0.56, 0.24, 0.74),
+    "pink": (0.96, 0.52, 0.72),
+    "white": (0.97, 0.97, 0.97),
+}
+SHAPES = ("circle", "square", "triangle", "star")
+SIZES: dict[str, float] = {"small": 8.0, "big": 14.0}  # circumscribed radius in pixels
+# Direction of the travel (x to the right, y down), or the factor on the size from first to last.
+TRAVELS: dict[str, tuple[int, int]] = {
+    "moves left": (-1, 0),
+    "moves right": (1, 0),
+    "moves up": (0, -1),
+    "moves down": (0, 1),
+}
+SCALES: dict[str, float] = {"grows": 1.9, "shrinks": 1 / 1.9}
+MOTIONS = (*TRAVELS, *SCALES)
+
+# Words of any prompt: the tokenizer's vocabulary after its three special tokens.
+WORDS = (
+    "a", *SIZES, *COLOURS, *SHAPES, *dict.fromkeys(word for m in MOTIONS for word in m.split())
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a prompt says; `str(caption)` is the prompt."""
+
+    size: str
+    colour: str
+    shape: str
+    motion: str
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.colour} {self.shape} {self.motion}"
+
+
+def caption_from_text(text: str) -> Caption:
+    """Inverse of `str(caption)`; a text of another form is a `ValueError`."""
+    words = text.split()
+    if len(words) < 5 or words[0] != "a":
+        raise ValueError(f"expected 'a <size> <colour> <shape> <motion>', got {text!r}")
+    caption = Caption(words[1], words[2], words[3], " ".join(words[4:]))
+    if caption not in CAPTIONS:
+        raise ValueError(f"{text!r} has a word that this world does not draw")
+    return caption
+
+
+CAPTIONS = tuple(Caption(*words) for words in itertools.product(SIZES, COLOURS, SHAPES, MOTIONS))
+
+
+def split_of(caption: Caption) -> str:
+    """'train', 'calibration' or 'held_out': a Latin-square rule on colour x shape x motion.
+
+    (colour + 2*shape + 3*motion) mod 8 is 0 for calibration and 4 for the held-out set. The
+    motion has only 6 values, so each (colour, shape) pair loses at most two motions and every
+    pair of words still occurs in training.
+    """
+    colour = tuple(COLOURS).index(caption.colour)
+    shape = SHAPES.index(caption.shape)
+    motion = MOTIONS.index(caption.motion)
+    residue = (colour + 2 * shape + 3 * motion) % 8
+    return {0: "calibration", 4: "held_out"}.get(residue, "train")
+
+
+def captions_of(split: str) -> tuple[Caption, ...]:
+    """All captions of one split, in a fixed shuffled order (so that a prefix is varied)."""
+    chosen = [caption for caption in CAPTIONS if split_of(caption) == split]
+    if not chosen:
+        raise ValueError(f"no split {split!r}: use 'train', 'calibration' or 'held_out'")
+    order = np.random.default_rng(0).permutation(len(chosen))
+    return tuple(chosen[i] for i in order)
+
+
+def prompt_file_of(split: str) -> str:
+    """Text of the prompt file of one split: `#` comments, then one prompt a line."""
+    head = (
+        f"# cogvideox-tiny, {split.replace('_', '-')} prompts. Written by tools/train_tiny.py;\n"
+        "# the split is `split_of` in tools/shapes.py: by colour x shape x motion, so that no\n"
+        "# prompt here, nor its other-sized twin, is a training caption or in the other file.\n"
+    )
+    return head + "".join(f"{caption}\n" for caption in captions_of(split))
+
+
+def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance in pixels (negative inside; a bound is enough for the two polygons).
+
+    x, y: offsets from the centre, y down. Formulas: Inigo Quilez, "2D distance functions".
+    """
+    if shape == "circle":
+        return np.hypot(x, y) - 0.92 * radius
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.80 * radius
+    if shape == "triangle":  # three half-planes; the centroid lies at the centre
+        y = y - 0.12 * radius
+        sides = [
+            np.cos(a) * x + np.sin(a) * y for a in (np.pi / 2, np.pi / 2 + 2.0944, np.pi / 2 - 2.0944)
+        ]
+        return np.maximum.reduce(sides) - 0.56 * radius
+    if shape == "star":  # fold into one tenth of the plane, then one half-plane
+        angle = np.arctan2(x, -y)  # 0 at the upper tip
+        folded = abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+        rho = np.hypot(x, y)
+        px, py = rho * np.cos(folded), rho * np.sin(folded)
+        tip, notch = 1.08 * radius, 0.50 * radius
+        qx, qy = notch * np.cos(np.pi / 5), notch * np.sin(np.pi / 5)
+        nx, ny = qy, tip - qx  # normal of the edge from the tip (tip, 0) to the notch (qx, qy)
+        return (nx * (px - tip) + ny * py) / np.hypot(nx, ny)
+    raise ValueError(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
+
+
+def draw_clip(caption: Caption, rng: np.random.Generator) -> np.ndarray:
+    """One clip, uint8 `[frames, height, width, 3]`; anti-aliased from the signed distance."""
+    radius = SIZES[caption.size] * rng.uniform(0.94, 1.06)
+    time = np.linspace(-0.5, 0.5, FRAMES)
+    if caption.motion in TRAVELS:
+        direction = np.array(TRAVELS[caption.motion])
+        travel = rng.uniform(22.0, 28.0)  # pixels from the first frame to the last
+        margin = radius + 2 + abs(direction) * travel / 2
+        radii = np.full(FRAMES, radius)
+    else:
+        direction, travel = np.zeros(2), 0.0
+        margin = np.full(2, radius * 1.3784 + 2)  # sqrt(1.9): the largest radius
+        radii = radius * SCALES[caption.motion] ** time
+    centre = rng.uniform(margin, np.array([WIDTH, HEIGHT]) - margin)
+    path = centre + direction * travel * time[:, None]  # [frames, (x, y)] in pixels
+
+    x, y = np.meshgrid(np.arange(WIDTH) + 0.5, np.arange(HEIGHT) + 0.5)
+    # A background of slate blue, lighter toward the top; its brightness is the clip's own.
+    level = rng.uniform(0.20, 0.30)
+    shade = level * (1.12 - 0.24 * y[..., None] / HEIGHT)
+    background = shade * np.array([0.80, 0.95, 1.25])
+    colour = np.array(COLOURS[caption.colour])
+
+    frames = np.empty((FRAMES, HEIGHT, WIDTH, 3))
+    for frame, (position, r) in enumerate(zip(path, radii, strict=True)):
+        distance = _distance(caption.shape, x - position[0], y - position[1], r)
+        cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
+        light = 1.0 - 0.10 * ((y - position[1]) / r).clip(-1, 1)[..., None]  # lit from above
+        frames[frame] = background * (1 - cover) + np.clip(colour * light, 0, 1) * cover
+    return np.round(frames * 255).astype(np.uint8)
+
+
+def draw_clips(count: int, seed: int, split: str = "train") -> tuple[np.ndarray, list[Caption]]:
+    """`count` clips of one split, uint8 `[count, frames, height, width, 3]`, and their captions.
+
+    The same seed gives the same clips; a longer call begins with the clips of a shorter one.
+    """
+    captions = captions_of(split)
+    clips = np.empty((count, FRAMES, HEIGHT, WIDTH, 3), np.uint8)
+    drawn = []
+    for index in range(count):
+        rng = np.random.default_rng((seed, index))
+        drawn.append(captions[rng.integers(len(captions))])
+        clips[index] = draw_clip(drawn[-1], rng)
+    return clips, drawn
