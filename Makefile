@@ -1,0 +1,43 @@
+# Everything that a newcomer types. `make demo` does the main job, `make test` runs the tests.
+#
+#   PYTHON  the interpreter that makes the environment (3.10 … 3.13)
+#   TORCH   the PyTorch requirement; name a CUDA build here on a GPU machine
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BUDGET ?= 15
+SAMPLES ?= 2
+
+bin := $(VENV)/bin
+out := out
+
+.PHONY: demo test lint types pythons clean
+
+demo: $(VENV)/.installed
+	$(bin)/lemica-trt build --model cogvideox-tiny --budget $(BUDGET) --samples $(SAMPLES) --output $(out)/cogvideox-tiny
+	$(bin)/lemica-trt run $(out)/cogvideox-tiny "a big red circle moves left" --seed 7 --output $(out)/clip.mp4
+
+test: $(VENV)/.installed lint types pythons
+	$(bin)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(bin)/mypy
+
+# The rooms that run in production know nothing of PyTorch and run on every Python that Triton's containers have.
+pythons: $(VENV)/.installed
+	tools/test_pythons.sh
+
+# PyTorch first and by itself: which build it is depends on the machine, the rest does not.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(out)

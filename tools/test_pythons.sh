@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Run the `null` tests (pure values, host loop; no torch) on every Python from 3.10 on that this machine has.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+cache=${CACHE:-.cache}
+
+python_at() { # the interpreter of version $1: on PATH, or kept by pyenv
+  local candidate
+  for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
+    if "$candidate" -c '' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+for version in 3.10 3.12 3.13; do
+  if ! python=$(python_at "$version"); then
+    echo "Python $version: not on this machine, null tests not run on it"
+    continue
+  fi
+  venv=$cache/venv-$version
+  # 3.10 stands for the oldest Triton containers, whose Python backend wants numpy 1
+  numpy=$([ "$version" = 3.10 ] && echo 'numpy<2' || echo numpy)
+  if [ ! -e "$venv/.installed" ] || [ pyproject.toml -nt "$venv/.installed" ]; then
+    "$python" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable . "$numpy" onnxruntime pytest hypothesis
+    touch "$venv/.installed"
+  fi
+  echo "Python $version, numpy $("$venv/bin/python" -c 'import numpy; print(numpy.__version__)'):"
+  "$venv/bin/python" -m pytest -q -m null -p no:cacheprovider
+done
