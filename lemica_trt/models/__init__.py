@@ -1,1 +1,27 @@
+"""A diffusion transformer as this tool sees it: trunk, head, text encoder, VAE decoder, and the reference itself.
 
+    family, cogvideox, wan   what one architecture is, declaratively: one small file each
+    split                    any diffusers transformer → whole run with trunk residual, and run without trunk
+    load                     profile → `Model`
+    model                    what every stage asks of a model
+    steps                    the step graphs as torch modules: the very modules that are exported
+    denoise                  a `StepPlan` run with them: the oracle of the deployed runtime
+
+Knows nothing of plans' origin, error graphs, ONNX or engines.
+"""
+
+from lemica_trt.models.denoise import denoise
+from lemica_trt.models.family import DTYPES, Family
+from lemica_trt.models.load import FAMILIES, family_from_name, family_from_pipeline, load_model
+from lemica_trt.models.model import Model
+
+__all__ = [
+    "DTYPES",
+    "FAMILIES",
+    "Family",
+    "Model",
+    "denoise",
+    "family_from_name",
+    "family_from_pipeline",
+    "load_model",
+]

@@ -1,0 +1,150 @@
+"""Profile → model: find the files, name the family, load with diffusers; one clear line when something is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import msgspec
+import safetensors
+import transformers
+
+from lemica_trt.errors import InputError, MissingDependencyError, UnsupportedError
+from lemica_trt.models.cogvideox import CogVideoX
+from lemica_trt.models.family import DTYPES, Family
+from lemica_trt.models.model import Model
+from lemica_trt.models.wan import Wan
+from lemica_trt.spec import DType, Profile
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (CogVideoX(), Wan())}
+"""All families, by name."""
+
+ZOO = Path(__file__).parents[1] / "zoo"
+"""Models that ship with the package."""
+
+BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, safetensors.SafetensorError)
+"""What diffusers, transformers and the hub's client raise for files that are missing, cut off or of another model."""
+
+
+def family_from_name(name: str) -> Family:
+    """The family that a profile names.
+
+    Raises:
+        UnsupportedError: there is no such family.
+    """
+    if name not in FAMILIES:
+        raise UnsupportedError(f"family must be one of {', '.join(sorted(FAMILIES))}, got {name!r}")
+    return FAMILIES[name]
+
+
+def family_from_pipeline(folder: Path) -> Family:
+    """The family of a pipeline folder, by the class in its `model_index.json`.
+
+    Raises:
+        InputError: no readable `model_index.json`.
+        UnsupportedError: no family has this pipeline class.
+    """
+    try:
+        kind = json.loads((folder / "model_index.json").read_bytes())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{folder}: expected a diffusers pipeline folder, got no readable model_index.json") from None
+    for family in FAMILIES.values():
+        if family.pipeline_class == kind:
+            return family
+    known = ", ".join(sorted(family.pipeline_class for family in FAMILIES.values()))
+    raise UnsupportedError(f"{folder}: the pipeline must be one of {known}, got {kind}")
+
+
+def load_model(
+    profile: Profile, *, source: str | None = None, dtype: DType | None = None, device: str = "cpu"
+) -> Model:
+    """Load a model for a profile.
+
+    The DiT and the text encoder are in the profile's dtype, but for what their classes keep in fp32; the VAE is in
+    what users of the family run it in (`Family.vae_dtype`).
+
+    Args:
+        profile: the build profile.
+        source: hub id, folder or `package:NAME` instead of the profile's.
+        dtype: precision of the DiT instead of the profile's.
+        device: torch device.
+
+    Raises:
+        InputError: the source is not there, is incomplete, or is of another family.
+        UnsupportedError: unknown family, or a variant that this tool cannot build.
+        MissingDependencyError: a library that the pipeline needs is not installed.
+    """
+    profile = msgspec.structs.replace(profile, dtype=dtype or profile.dtype, source=source or profile.source)
+    family = family_from_name(profile.family)
+    with _quiet():
+        folder = _folder_from_source(profile.source)
+        found = family_from_pipeline(folder)
+        if found is not family:
+            raise InputError(f"{profile.source}: expected a {family.pipeline_class}, got a {found.pipeline_class}")
+        dtypes = {"default": DTYPES[profile.dtype], "vae": DTYPES[family.vae_dtype or profile.dtype]}
+        try:
+            pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder, torch_dtype=dtypes)
+        except ImportError as error:
+            raise MissingDependencyError(f"{profile.source}: {_line(error)}") from None
+        except BROKEN as error:
+            raise InputError(f"{profile.source}: expected a complete pipeline, got: {_line(error)}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    if profile.sampling.scheduler is not None:
+        pipeline.scheduler = _scheduler_class(profile.sampling.scheduler).from_config(pipeline.scheduler.config)
+    return Model(profile, family, pipeline, folder)
+
+
+def _folder_from_source(source: str) -> Path:
+    """Local folder of a source; downloads from the hub into its cache where the source is a hub id."""
+    scheme, _, name = source.partition(":")
+    folder = ZOO / name if scheme == "package" else Path(source)
+    if folder.is_dir():
+        return folder
+    if scheme == "package" or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(f"{source}: expected a folder, a hub id or package:NAME, got none that exists")
+    try:
+        return Path(diffusers.DiffusionPipeline.download(source))
+    except BROKEN as error:
+        raise InputError(
+            f"{source}: expected a folder or a model on the hub, got: {_line(error)}",
+            fix="check the name and the network, or give the folder of a downloaded pipeline",
+        ) from None
+
+
+def _scheduler_class(name: str) -> Any:
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise InputError(f"sampling.scheduler must be a diffusers scheduler class, got {name!r}")
+    return kind
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error from outside."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither progress bars nor advice on stderr while loading; the caller reports what matters."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for library, level, bar in zip(libraries, levels, bars):
+            library.set_verbosity(level)
+            if bar:
+                library.enable_progress_bar()

@@ -1,0 +1,236 @@
+"""A loaded model: everything that calibration, lowering, export and verification ask of one."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemica_trt.errors import InputError
+from lemica_trt.models.family import DTYPES, Family, TextEncoder, VideoDecoder
+from lemica_trt.models.split import SplitTransformer, split_transformer
+from lemica_trt.spec import Profile, TextSpec
+
+WEIGHT_FILES = (".json", ".safetensors", ".model", ".txt")
+"""Endings of the files of a pipeline folder that decide what it computes."""
+
+
+class Model:
+    """A diffusers pipeline at one shape, dtype and sampling; made by `load_model`.
+
+    Attributes:
+        profile: what it was loaded for; `dtype` is what the DiT has.
+        family: its architecture.
+        pipeline: the diffusers pipeline, on one device, in evaluation mode, without progress bars.
+        folder: where its files lie.
+        latent_shape: shape of the latents of one sample, without batch.
+    """
+
+    def __init__(self, profile: Profile, family: Family, pipeline: Any, folder: Path) -> None:
+        family.check(pipeline, profile)
+        self.profile = profile
+        self.family = family
+        self.pipeline = pipeline
+        self.folder = folder
+        self.latent_shape = family.latent_shape(pipeline, profile.shape)
+        family.prepare(pipeline, profile, self.latent_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the DiT and of the prompt embeddings."""
+        return DTYPES[self.profile.dtype]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline is."""
+        device: torch.device = self.pipeline.device
+        return device
+
+    @property
+    def guided(self) -> bool:
+        """Whether each request runs two branches: R = 2b, unconditional ones first."""
+        return self.profile.sampling.guided
+
+    @cached_property
+    def split(self) -> SplitTransformer:
+        """The transformer with and without its trunk."""
+        return split_transformer(self.pipeline.transformer, self.family.block_lists, self.family.epilogue)
+
+    @cached_property
+    def constants(self) -> dict[str, Tensor]:
+        """Tensors that every call of the transformer is given."""
+        return self.family.constants(self.pipeline, self.profile.shape, self.latent_shape)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder graph as a module."""
+        return TextEncoder(self.pipeline.text_encoder, mask=self.family.text_mask, dtype=self.dtype)
+
+    @cached_property
+    def vae_decoder(self) -> VideoDecoder:
+        """The VAE decoder graph as a module."""
+        return VideoDecoder(self.family, self.pipeline.vae, self.profile.shape)
+
+    @cached_property
+    def revision(self) -> str:
+        """SHA-256 (hex) over name and content of `model_index.json` and each component's weight and config files."""
+        digest = hashlib.sha256()
+        for name in pipeline_files(self.folder):
+            part = hashlib.sha256()
+            with (self.folder / name).open("rb") as file:
+                while block := file.read(1 << 20):
+                    part.update(block)
+            digest.update(f"{part.hexdigest()}  {name}\n".encode())
+        return digest.hexdigest()
+
+    def transformer_inputs(self, hidden_states: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> dict[str, Any]:
+        """Keyword arguments of `split.full` and `split.skip`; see `Family.transformer_inputs`."""
+        return self.family.transformer_inputs(hidden_states, timestep, prompt_embeds, self.constants)
+
+    def scheduler(self) -> Any:
+        """A fresh diffusers scheduler, its N timesteps set as the pipeline sets them."""
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        self.family.set_timesteps(scheduler, self.profile.sampling.steps)
+        return scheduler
+
+    def noise(self, seed: int) -> Tensor:
+        """The initial noise of a seed: fp32 latent_shape on the CPU, as diffusers draws it for one fp32 sample."""
+        return next(self.noises(seed))
+
+    def noises(self, seed: int) -> Iterator[Tensor]:
+        """All noise of a seed, without end: first the initial noise, then z for each row that draws any, in order.
+
+        One CPU generator, so that they are the numbers that a diffusers pipeline with this generator draws.
+        """
+        generator = torch.Generator("cpu").manual_seed(seed)
+        while True:
+            yield torch.randn((1, *self.latent_shape), generator=generator)[0]
+
+    def text_spec(self, tokenizer: str) -> TextSpec:
+        """How the runtime tokenises.
+
+        Args:
+            tokenizer: path of `tokenizer.json` (see `tokenizer_json`) in the bundle.
+        """
+        tokens = self.pipeline.tokenizer
+        return TextSpec(
+            tokenizer=tokenizer,
+            length=self.profile.text_length,
+            pad_id=tokens.pad_token_id,
+            end_id=tokens.eos_token_id,
+            clean=self.family.clean,
+            mask=self.family.text_mask,
+        )
+
+    def tokenizer_json(self) -> bytes:
+        """The tokenizer as a `tokenizer.json` of the `tokenizers` library, without padding and truncation."""
+        backend = type(self.pipeline.tokenizer.backend_tokenizer).from_str(
+            self.pipeline.tokenizer.backend_tokenizer.to_str()
+        )
+        backend.no_padding()
+        backend.no_truncation()
+        text: str = backend.to_str(pretty=False)
+        return text.encode()
+
+    def tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Inputs of the text encoder.
+
+        Returns:
+            `input_ids` int64 [len(prompts), text_length], and `attention_mask` alike where the family has a mask.
+        """
+        if self.family.clean == "basic":
+            prompts = [clean_basic(prompt) for prompt in prompts]
+        tokens = self.pipeline.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.profile.text_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        names = ("input_ids", "attention_mask") if self.family.text_mask else ("input_ids",)
+        return {name: tokens[name].to(self.device) for name in names}
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str], negative: str | Sequence[str] | None = None) -> Tensor:
+        """Prompt embeddings for the DiT.
+
+        Args:
+            prompts: b of them.
+            negative: negative prompt, one for all or b of them; None: the profile's.
+
+        Returns:
+            DiT dtype [R, text_length, width]; under guidance R = 2b, the negative prompts' first; else R = b.
+        """
+        rows = [*self._negatives(negative, len(prompts)), *prompts] if self.guided else list(prompts)
+        embeds: Tensor = self.text_encoder(self.tokens(rows))["prompt_embeds"]
+        return embeds
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents fp32 [b, *latent_shape] → frames uint8 [b, frames, height, width, 3]."""
+        frames: Tensor = self.vae_decoder({"latents": latents.to(self.device)})["frames"]
+        return frames
+
+    @torch.no_grad()
+    def reference(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        *,
+        negative: str | Sequence[str] | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Run the uncached diffusers pipeline itself, as any user would.
+
+        Args:
+            prompts: b of them.
+            noise: fp32 [b, *latent_shape], standard normal: not scaled by the scheduler's initial sigma.
+            negative: as in `embed`.
+            guidance_scale: None: the profile's.
+            generator: what a stochastic scheduler draws from.
+
+        Returns:
+            Final latents, fp32 [b, *latent_shape], on the CPU.
+        """
+        shape, sampling = self.profile.shape, self.profile.sampling
+        scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
+        if (scale > 1.0) != self.guided:
+            raise InputError(f"guidance_scale must {'' if self.guided else 'not '}exceed 1 for this build, got {scale}")
+        latents = self.pipeline(
+            prompt=list(prompts),
+            negative_prompt=self._negatives(negative, len(prompts)) if self.guided else None,
+            num_frames=shape.frames,
+            height=shape.height,
+            width=shape.width,
+            num_inference_steps=sampling.steps,
+            guidance_scale=scale,
+            max_sequence_length=self.profile.text_length,
+            generator=generator,
+            output_type="latent",
+            return_dict=False,
+            **self.family.call_arguments(self.profile, noise.to(self.device)),
+        )[0]
+        return latents.float().cpu()  # type: ignore[no-any-return]
+
+    def _negatives(self, negative: str | Sequence[str] | None, count: int) -> list[str]:
+        negative = self.profile.sampling.negative_prompt if negative is None else negative
+        return [negative] * count if isinstance(negative, str) else list(negative)
+
+
+def clean_basic(prompt: str) -> str:
+    """diffusers' Wan `prompt_clean` without the optional ftfy: HTML unescaped twice, white space collapsed."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
+def pipeline_files(folder: Path) -> list[str]:
+    """Relative names of the files that decide what a pipeline folder computes, sorted."""
+    found = [path for path in folder.glob("*/*") if path.suffix in WEIGHT_FILES]
+    return sorted(path.relative_to(folder).as_posix() for path in [folder / "model_index.json", *found])

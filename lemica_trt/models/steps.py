@@ -1,0 +1,100 @@
+"""The step graphs as torch modules: what is exported, and what the exported graphs are compared with.
+
+All take one dict of tensors and return one; names, dtypes and shapes are those of `lemica_trt.spec.StepLayout`.
+Everything around the DiT – the combination, guidance, the mix of residuals – is fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lemica_trt.models.model import Model
+from lemica_trt.spec import StepLayout
+
+
+class CombineStep(nn.Module):
+    """x_i = Σ latents[j]·x_{i−1−j} + Σ outputs[k]·m_{i−1−k} + noise·z_i, and m_i = Σ reuse[k]·m_{i−1−k}."""
+
+    def __init__(self, layout: StepLayout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def combine(self, inputs: dict[str, Tensor]) -> Tensor:
+        """x_i, fp32 [b, *latent_shape]."""
+        layout = self.layout
+        latents = self._mix(inputs, "latents", layout.latent_history)
+        latents = latents + self._mix(inputs, "outputs", layout.output_history)
+        if layout.stochastic:
+            latents = latents + self._coefficients(inputs, "noise")[0] * inputs["noise"]
+        return latents
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Combine only; `latents` and `output`."""
+        output = self._mix(inputs, "outputs", self.layout.output_history, weights="reuse")
+        return {"latents": self.combine(inputs), "output": output}
+
+    def _coefficients(self, inputs: dict[str, Tensor], group: str) -> Tensor:
+        return inputs["coefficients"][self.layout.offsets[group]]
+
+    def _mix(self, inputs: dict[str, Tensor], name: str, count: int, *, weights: str | None = None) -> Tensor:
+        """Σ_k weights[k]·inputs[name_k] in fp32."""
+        factors = self._coefficients(inputs, weights or name)
+        total = factors[0] * inputs[f"{name}_0"].float()
+        for k in range(1, count):
+            total = total + factors[k] * inputs[f"{name}_{k}"].float()
+        return total
+
+
+class FullStep(CombineStep):
+    """Combine, then the whole DiT under guidance; `latents`, `output`, `residual`."""
+
+    def __init__(self, model: Model, layout: StepLayout) -> None:
+        super().__init__(layout)
+        self.dit: nn.Module = self._dit(model)
+        self._family = model.family
+        self._dtype = model.dtype
+        self._constants = list(model.constants)
+        for name, constant in model.constants.items():
+            self.register_buffer(name, constant, persistent=False)
+
+    def _dit(self, model: Model) -> nn.Module:
+        return model.split.full
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The full graph."""
+        latents = self.combine(inputs)
+        output, residual = self.dit(**self._dit_inputs(latents, inputs))
+        return {"latents": latents, "output": self._guide(output, inputs), "residual": residual}
+
+    def _dit_inputs(self, latents: Tensor, inputs: dict[str, Tensor]) -> dict[str, object]:
+        sample = (self._coefficients(inputs, "in_scale")[0] * latents).to(self._dtype)
+        if self.layout.guided:
+            sample = torch.cat([sample, sample])
+        timestep = self._coefficients(inputs, "timestep").expand(sample.shape[0])
+        constants = {name: self.get_buffer(name) for name in self._constants}
+        return self._family.transformer_inputs(sample, timestep, inputs["prompt_embeds"], constants)
+
+    def _guide(self, output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """m = u + g·(c − u), fp32 [b, *latent_shape]."""
+        output = output.float()
+        if not self.layout.guided:
+            return output
+        guidance = inputs["guidance"]
+        unconditional, conditional = output.reshape(2, guidance.shape[0], *self.layout.latent_shape).unbind(0)
+        scale = guidance.view(-1, *[1] * len(self.layout.latent_shape))
+        return unconditional + scale * (conditional - unconditional)
+
+
+class SkipStep(FullStep):
+    """Combine, then the DiT with Σ residuals[k]·residual_k in place of its trunk; `latents`, `output`."""
+
+    def _dit(self, model: Model) -> nn.Module:
+        return model.split.skip
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The skip graph."""
+        latents = self.combine(inputs)
+        residual = self._mix(inputs, "residual", self.layout.residual_history, weights="residuals").to(self._dtype)
+        output = self.dit(residual, **self._dit_inputs(latents, inputs))
+        return {"latents": latents, "output": self._guide(output, inputs)}

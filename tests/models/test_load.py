@@ -1,0 +1,130 @@
+"""Finding, naming and loading models, and the one line that a user gets when that fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import diffusers
+import msgspec
+import pytest
+import tiny
+import torch
+
+from lemica_trt.errors import InputError, UnsupportedError
+from lemica_trt.models import FAMILIES, family_from_name, family_from_pipeline, load_model
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture
+def folder(model_of, tmp_path):
+    """A copy of the sincos pipeline that a test may break."""
+    return shutil.copytree(model_of("sincos").folder, tmp_path / "pipeline")
+
+
+def _profile(folder, **changes):
+    return tiny.tiny_profile(folder, "cogvideox", frames=9, **changes)
+
+
+def test_families_are_named_once() -> None:
+    assert all(name == family.name for name, family in FAMILIES.items())
+    assert len({family.pipeline_class for family in FAMILIES.values()}) == len(FAMILIES)
+    with pytest.raises(UnsupportedError, match="one of cogvideox, wan, got 'flux'"):
+        family_from_name("flux")
+
+
+def test_family_from_pipeline(model_of, tmp_path) -> None:
+    assert family_from_pipeline(model_of("sincos").folder).name == "cogvideox"
+    assert family_from_pipeline(model_of("wan").folder).name == "wan"
+    with pytest.raises(InputError, match="no readable model_index"):
+        family_from_pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(UnsupportedError, match="got FluxPipeline"):
+        family_from_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "package:nothing", "nothing"])
+def test_no_such_source(source) -> None:
+    with pytest.raises(InputError, match="none that exists"):
+        load_model(_profile(source))
+
+
+@pytest.mark.parametrize(
+    "part", ["transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "vae/config.json"]
+)
+@pytest.mark.parametrize("harm", ["remove", "cut"])
+def test_incomplete_folders_give_one_line(folder, part, harm) -> None:
+    path = folder / part
+    if harm == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="expected a complete pipeline") as caught:
+        load_model(_profile(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_another_family_is_refused(model_of) -> None:
+    with pytest.raises(InputError, match="expected a WanPipeline, got a CogVideoXPipeline"):
+        load_model(msgspec.structs.replace(model_of("sincos").profile, family="wan"))
+
+
+def test_source_and_dtype_override_the_profile(folder) -> None:
+    model = load_model(_profile("nowhere"), source=str(folder), dtype="fp16")
+    assert model.profile.source == str(folder)
+    assert model.profile.dtype == "fp16"
+    assert model.pipeline.transformer.dtype == torch.float16
+    assert model.pipeline.vae.dtype == torch.float16
+    kept = {name.split(".")[-2] for name, p in model.pipeline.text_encoder.named_parameters() if p.dtype.itemsize == 4}
+    assert kept == {"wo"}
+
+
+def test_wan_keeps_its_vae_and_its_modules_in_fp32(model_of) -> None:
+    model = load_model(model_of("wan").profile, dtype="bf16")
+    assert model.pipeline.vae.dtype == torch.float32
+    assert model.pipeline.transformer.scale_shift_table.dtype == torch.float32
+    assert model.pipeline.transformer.proj_out.weight.dtype == torch.bfloat16
+
+
+def test_revision_follows_content_not_place(folder, model_of) -> None:
+    original = model_of("sincos")
+    profile = _profile(folder)
+    assert load_model(profile).revision == original.revision
+    (folder / "README.md").write_text("notes do not count")
+    assert load_model(profile).revision == original.revision
+    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({**config, "beta_end": 0.013}))
+    assert load_model(profile).revision != original.revision
+
+
+def test_scheduler_by_name(folder) -> None:
+    model = load_model(_profile(folder, scheduler="CogVideoXDPMScheduler"))
+    assert isinstance(model.scheduler(), diffusers.CogVideoXDPMScheduler)
+    assert model.scheduler() is not model.scheduler()
+    assert model.scheduler().config.prediction_type == "v_prediction"
+    for name in ("NoSuchScheduler", "CogVideoXPipeline"):
+        with pytest.raises(InputError, match="must be a diffusers scheduler class"):
+            load_model(_profile(folder, scheduler=name))
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "message"),
+    [
+        ("sincos", {"frames": 13}, "multiple of 8 plus 1 for this model, got 13 → use 9 or 17"),
+        ("sincos", {"height": 40}, "height must be a multiple of 16 for this model, got 40 → use 32"),
+        ("wan", {"frames": 8}, "multiple of 4 plus 1 for this model, got 8 → use 5 or 9"),
+        ("wan", {"width": 8}, "width must be a multiple of 16 for this model, got 8 → use 16"),
+    ],
+)
+def test_shapes_that_a_model_cannot_make(model_of, variant, changes, message) -> None:
+    profile = model_of(variant).profile
+    with pytest.raises(InputError, match=message):
+        load_model(msgspec.structs.replace(profile, shape=msgspec.structs.replace(profile.shape, **changes)))
+
+
+def test_wan_has_no_dynamic_guidance(model_of) -> None:
+    profile = model_of("wan").profile
+    sampling = msgspec.structs.replace(profile.sampling, dynamic_guidance=True)
+    with pytest.raises(UnsupportedError, match="no dynamic guidance"):
+        load_model(msgspec.structs.replace(profile, sampling=sampling))
