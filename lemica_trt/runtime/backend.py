@@ -1,0 +1,172 @@
+"""The thin interface to an engine library.
+
+    Backend     makes buffers, moves arrays in and out of them, loads engines
+    Buffer      memory on the device, of one shape and dtype, for as long as it is referred to
+    Engine      a loaded graph; may be shared by threads
+    Call        an engine with all its inputs and outputs bound to buffers, made once and run many times
+
+The loop binds every row of a plan once for each batch size (`Engine.bind`), and a request runs the calls in order.
+A library that must prepare a call – TensorRT: set addresses, capture a CUDA graph – does so in `bind` or at the first
+`run`, and replays from then on: addresses and shapes of a call never change. Which calls follow each other is fixed
+too, so that a whole plan may be captured behind the same interface.
+
+Order: `upload`, `Call.run` and `download` take effect in the order in which one thread calls them. `Call.run` and
+`upload` may return before that; `synchronize` and `download` wait.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lemica_trt.builders import EngineKey
+from lemica_trt.errors import EngineError, UnsupportedError
+from lemica_trt.spec import GraphSpec, TensorDType
+
+Array = npt.NDArray[Any]
+
+NUMPY_DTYPES: dict[TensorDType, type[np.generic]] = {
+    "fp32": np.float32,
+    "fp16": np.float16,
+    "bf16": np.uint16,
+    "int64": np.int64,
+    "int32": np.int32,
+    "uint8": np.uint8,
+}
+"""How a tensor lies in a numpy array; numpy has no bfloat16: its bits, as uint16 (see `encode`, `decode`)."""
+
+
+class Buffer(Protocol):
+    """Memory on the device."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> TensorDType: ...
+
+
+class Call(Protocol):
+    """An engine bound to buffers."""
+
+    def run(self) -> None:
+        """Enqueue it.
+
+        Raises:
+            EngineError: it failed.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """A loaded graph."""
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> Call:
+        """Bind all inputs and outputs, by name; see `check_binding` for what is required.
+
+        Raises:
+            EngineError: the buffers do not fit the graph.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """An engine library on one device. Used by one thread at a time; engines may be shared."""
+
+    def empty(self, shape: tuple[int, ...], dtype: TensorDType) -> Buffer:
+        """A buffer with undefined content.
+
+        Raises:
+            EngineError: out of memory.
+        """
+        ...
+
+    def upload(self, array: Array, buffer: Buffer) -> None:
+        """Copy an array of the buffer's shape and `NUMPY_DTYPES` dtype into it; the array may change afterwards."""
+        ...
+
+    def download(self, buffer: Buffer) -> Array:
+        """A copy of a buffer, once everything before has run."""
+        ...
+
+    def load(self, graph: GraphSpec, path: Path) -> Engine:
+        """Load an engine from a file whose digest was checked.
+
+        Raises:
+            EngineError: it does not load, or is not the graph described.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until everything before has run.
+
+        Raises:
+            EngineError: something of it failed.
+        """
+        ...
+
+
+_BACKENDS = {"onnxruntime": "lemica_trt.runtime.onnxruntime"}
+
+
+def open_backend(key: EngineKey, *, threads: int | None = None) -> Backend:
+    """The backend that runs engines of this key.
+
+    Args:
+        key: from the manifest.
+        threads: CPU threads within an operator in place of the number in the key.
+
+    Raises:
+        UnsupportedError: this version of lemica-trt does not know the backend.
+        MissingDependencyError: the backend's package or device is not here.
+    """
+    if key.backend not in _BACKENDS:
+        raise UnsupportedError(
+            f"engines for {key.backend!r} cannot be run, only {', '.join(sorted(_BACKENDS))}",
+            fix="pip install --upgrade lemica-trt, or rebuild the bundle with --backend",
+        )
+    backend: Backend = importlib.import_module(_BACKENDS[key.backend]).open_backend(key, threads=threads)
+    return backend
+
+
+def check_binding(graph: GraphSpec, buffers: Mapping[str, Buffer]) -> None:
+    """Raise EngineError unless there is one buffer for each tensor of the graph, of its dtype and shape, and no
+    output's buffer is also bound to anything else. Symbolic dimensions of one name must be equal."""
+    tensors = (*graph.inputs, *graph.outputs)
+    names = {tensor.name for tensor in tensors}
+    if names != set(buffers):
+        raise EngineError(f"{graph.role}: expected buffers for {sorted(names)}, got {sorted(buffers)}")
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        buffer = buffers[tensor.name]
+        fits = buffer.dtype == tensor.dtype and len(buffer.shape) == len(tensor.shape)
+        for declared, size in zip(tensor.shape, buffer.shape):
+            expected = sizes.setdefault(declared, size) if isinstance(declared, str) else declared
+            fits = fits and size == expected
+        if not fits:
+            raise EngineError(
+                f"{graph.role}: {tensor.name} must be {tensor.dtype} {list(tensor.shape)}, "
+                f"got {buffer.dtype} {list(buffer.shape)}"
+            )
+    for output in graph.outputs:
+        if sum(buffer is buffers[output.name] for buffer in buffers.values()) > 1:
+            raise EngineError(f"{graph.role}: the buffer of output {output.name} is bound twice")
+
+
+def encode(array: Array, dtype: TensorDType) -> Array:
+    """Numbers → the array that `Backend.upload` takes. bf16: rounded to nearest even."""
+    if dtype != "bf16":
+        return np.ascontiguousarray(array, NUMPY_DTYPES[dtype])
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16)
+
+
+def decode(array: Array, dtype: TensorDType) -> Array:
+    """Inverse of `encode`; bf16 becomes float32."""
+    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else array

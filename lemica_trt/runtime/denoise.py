@@ -1,0 +1,274 @@
+"""The denoising loop: the rows of a step plan, on engines.
+
+Earlier latents, outputs and residuals live in rings of buffers; a row reads the slots before its own and writes its
+own, so that nothing is ever moved: only which buffer is bound to which name rotates. All of that is known before the
+first request. It is prepared once for each plan and batch size (`_Program`): buffers, coefficients on the device, one
+bound `Call` a row. A request uploads noise, prompt embeddings and guidance, runs the calls, downloads the result.
+
+Positions before the first row – x_{−2}, m_{−1}, a residual of a full row that has not been – are bound to buffers of
+zeros, so that a request never sees what an earlier one left.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from lemica_trt.bundle import check_plan
+from lemica_trt.errors import InputError, UsageError
+from lemica_trt.plan import Graph, StepPlan, coefficient_vector
+from lemica_trt.runtime.backend import NUMPY_DTYPES, Array, Backend, Buffer, Call, Engine, decode, encode
+from lemica_trt.spec import GraphSet, Role, TensorDType, TensorSpec
+
+PROGRAMS = 16
+"""How many (plan, batch) pairs stay prepared; the one used longest ago goes first."""
+
+
+class Cancelled(Exception):
+    """Raise it in a row callback to end a request between two rows; it passes through to the caller."""
+
+
+@dataclass(frozen=True)
+class RowDone:
+    """A row has run.
+
+    Attributes:
+        index, rows: rows 0 … index of `rows` are done.
+        step: the denoising step that the row stands for.
+        graph: what ran.
+        seconds: wall-clock time of the row, waiting for the device included.
+    """
+
+    index: int
+    rows: int
+    step: int
+    graph: Graph
+    seconds: float
+
+
+OnRow = Callable[[RowDone], None]
+"""Called after each row; what it raises ends the request and passes through."""
+
+DrawNoise = Callable[[], Array]
+"""Fresh standard normal noise, float32 [b, *latent_shape]; called once for each row that takes noise, in order."""
+
+
+class _Ring:
+    """Slots for a history; positions before `first` are zeros."""
+
+    def __init__(self, slots: tuple[Buffer, ...], zeros: Buffer, first: int) -> None:
+        self._slots = slots
+        self._zeros = zeros
+        self._first = first
+
+    def __getitem__(self, position: int) -> Buffer:
+        return self._zeros if position < self._first else self._slots[position % len(self._slots)]
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """Everything that requests of one batch size share."""
+
+    latents: _Ring
+    outputs: _Ring
+    residuals: _Ring | None
+    zeros: Buffer
+    noise: Buffer | None
+    prompt_embeds: Buffer
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A plan bound to buffers of one batch size."""
+
+    buffers: _Buffers
+    calls: tuple[Call, ...]
+    guidance: dict[tuple[float, float], Buffer]
+    result: Buffer
+
+
+class Denoiser:
+    """Runs plans on the step engines of one bundle.
+
+    Engines may be shared with other denoisers; a denoiser holds buffers and therefore runs one request at a time: a
+    second thread waits. For parallel requests use one denoiser (and backend) a thread, or batch.
+
+    Args:
+        backend: where the engines were loaded.
+        graphs: the bundle's graphs; `layout` is the contract.
+        engines: by role, at least full and combine.
+    """
+
+    def __init__(self, backend: Backend, graphs: GraphSet, engines: Mapping[Role, Engine]) -> None:
+        self._backend = backend
+        self._graphs = graphs
+        self._engines = engines
+        self._lock = threading.Lock()
+        self._buffers: dict[int, _Buffers] = {}
+        self._programs: OrderedDict[tuple[StepPlan, int], _Program] = OrderedDict()
+
+    def run(
+        self,
+        plan: StepPlan,
+        prompt_embeds: Array,
+        noise: Array,
+        guidance: Array | None = None,
+        *,
+        draw: DrawNoise | None = None,
+        on_row: OnRow | None = None,
+    ) -> Array:
+        """Denoise one batch.
+
+        Args:
+            plan: any plan that fits the graphs.
+            prompt_embeds: numbers, [R, text_length, width]; R = 2b under guidance, unconditional branches first.
+            noise: float32 [b, *latent_shape], the initial noise x_{−1}.
+            guidance: the guidance scale of each request, [b]; None exactly where the layout is not guided.
+            draw: fresh noise; needed exactly by stochastic plans.
+            on_row: progress, timing and cancellation. With it the loop waits for the device after every row.
+
+        Returns:
+            float32 [b, *latent_shape], the latents of the last row.
+
+        Raises:
+            InputError: an array has another shape, or numbers that are not finite; or the plan does not fit.
+            UsageError: `guidance` or `draw` missing or superfluous.
+            EngineError: an engine failed.
+        """
+        layout = self._graphs.layout
+        batch = len(noise)
+        if not 1 <= batch <= self._graphs.max_batch:
+            raise InputError(f"the batch must be 1 … {self._graphs.max_batch}, got {batch}")
+        if (guidance is not None) != layout.guided:
+            raise UsageError(f"guidance must be {'given' if layout.guided else 'absent'}: see the bundle's layout")
+        if plan.stochastic and draw is None:
+            raise UsageError(f"plan {plan.name} draws noise at its steps, but got no source of it")
+        with self._lock:
+            program = self._program(plan, batch)
+            buffers = program.buffers
+            self._upload("noise", noise, buffers.latents[-1])
+            self._upload("prompt_embeds", prompt_embeds, buffers.prompt_embeds)
+            if guidance is not None:
+                for (offset, factor), buffer in program.guidance.items():
+                    self._upload("guidance", offset + factor * np.asarray(guidance, np.float64), buffer)
+            for index, (row, call) in enumerate(zip(plan.rows, program.calls)):
+                start = perf_counter()
+                if row.noise != 0.0 and buffers.noise is not None and draw is not None:
+                    self._upload("noise", draw(), buffers.noise)
+                call.run()
+                if on_row is not None:
+                    self._backend.synchronize()
+                    on_row(RowDone(index, len(plan.rows), row.step, row.graph, perf_counter() - start))
+            return self._backend.download(program.result)
+
+    def _upload(self, name: str, array: Array, buffer: Buffer) -> None:
+        if array.shape != buffer.shape:
+            raise InputError(f"{name} must have shape {list(buffer.shape)}, got {list(array.shape)}")
+        with np.errstate(over="ignore"):
+            data = encode(array, buffer.dtype)
+        if not np.isfinite(decode(data, buffer.dtype)).all():
+            raise InputError(
+                f"{name} must be finite in {buffer.dtype}", fix="check the input, or build with bf16 or fp32"
+            )
+        self._backend.upload(data, buffer)
+
+    def _program(self, plan: StepPlan, batch: int) -> _Program:
+        key = (plan, batch)
+        if key not in self._programs:
+            self._programs[key] = self._prepare(plan, batch)
+            if len(self._programs) > PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+    def _prepare(self, plan: StepPlan, batch: int) -> _Program:
+        """Allocate what is missing, upload the coefficients, bind every row."""
+        check_plan(plan, self._graphs)
+        layout = self._graphs.layout
+        buffers = self._allocate(batch)
+        guidance: dict[tuple[float, float], Buffer] = {}
+        calls = []
+        full = 0  # full rows before this one
+        for i, row in enumerate(plan.rows):
+            role: Role = "combine" if row.graph == "none" else row.graph
+            graph = self._graphs.graph(role)
+            tensors = {
+                "prompt_embeds": buffers.prompt_embeds,
+                "coefficients": self._constant(coefficient_vector(row, layout)),
+            }
+            tensors.update({f"latents_{j}": buffers.latents[i - 1 - j] for j in range(layout.latent_history)})
+            tensors.update({f"outputs_{k}": buffers.outputs[i - 1 - k] for k in range(layout.output_history)})
+            tensors.update({"latents": buffers.latents[i], "output": buffers.outputs[i]})
+            if buffers.noise is not None:
+                tensors["noise"] = buffers.zeros if row.noise == 0.0 else buffers.noise
+            if layout.guided and row.graph != "none":
+                if row.guidance not in guidance:
+                    guidance[row.guidance] = self._backend.empty((batch,), "fp32")
+                tensors["guidance"] = guidance[row.guidance]
+            if buffers.residuals is not None:
+                tensors["residual"] = buffers.residuals[full]
+                tensors.update(
+                    {f"residual_{k}": buffers.residuals[full - 1 - k] for k in range(layout.residual_history)}
+                )
+            names = [tensor.name for tensor in (*graph.inputs, *graph.outputs)]
+            unknown = sorted(set(names) - set(tensors))
+            if unknown:
+                raise InputError(f"the {role} graph has tensors that the step layout does not: {', '.join(unknown)}")
+            calls.append(self._engines[role].bind({name: tensors[name] for name in names}))
+            full += row.graph == "full"
+        return _Program(buffers, tuple(calls), guidance, buffers.latents[len(plan.rows) - 1])
+
+    def _allocate(self, batch: int) -> _Buffers:
+        if batch not in self._buffers:
+            layout, full = self._graphs.layout, self._graphs.graph("full")
+            samples = 2 * batch if layout.guided else batch
+            shape = (batch, *layout.latent_shape)
+            zeros = self._zeros(shape, "fp32")
+            residuals = None
+            residual = next((tensor for tensor in full.outputs if tensor.name == "residual"), None)
+            if residual is not None:
+                rest, depth = (samples, *_static(residual)), layout.residual_history
+                # A full row reads no residual, so that it may overwrite the oldest; skip rows with fewer full rows
+                # behind them than the history is deep read zeros.
+                before = self._zeros(rest, residual.dtype) if depth > 1 else zeros
+                residuals = _Ring(self._slots(depth, rest, residual.dtype), before, 0)
+            embeds = next(tensor for tensor in full.inputs if tensor.name == "prompt_embeds")
+            self._buffers[batch] = _Buffers(
+                latents=_Ring(self._slots(layout.latent_history + 1, shape, "fp32"), zeros, -1),
+                outputs=_Ring(self._slots(layout.output_history + 1, shape, "fp32"), zeros, 0),
+                residuals=residuals,
+                zeros=zeros,
+                noise=self._backend.empty(shape, "fp32") if layout.stochastic else None,
+                prompt_embeds=self._backend.empty((samples, *_static(embeds)), embeds.dtype),
+            )
+        return self._buffers[batch]
+
+    def _slots(self, count: int, shape: tuple[int, ...], dtype: TensorDType) -> tuple[Buffer, ...]:
+        return tuple(self._backend.empty(shape, dtype) for _ in range(count))
+
+    def _zeros(self, shape: tuple[int, ...], dtype: TensorDType) -> Buffer:
+        buffer = self._backend.empty(shape, dtype)
+        self._backend.upload(np.zeros(shape, NUMPY_DTYPES[dtype]), buffer)
+        return buffer
+
+    def _constant(self, array: Array) -> Buffer:
+        buffer = self._backend.empty(array.shape, "fp32")
+        self._backend.upload(array, buffer)
+        return buffer
+
+
+def _static(tensor: TensorSpec) -> tuple[int, ...]:
+    """The shape of a tensor without batch.
+
+    Raises:
+        InputError: there are other symbolic dimensions.
+    """
+    rest = tuple(size for size in tensor.shape[1:] if isinstance(size, int))
+    if len(rest) != len(tensor.shape) - 1:
+        raise InputError(f"{tensor.name} must have a fixed shape but for the batch, got {list(tensor.shape)}")
+    return rest

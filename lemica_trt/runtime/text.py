@@ -1,0 +1,64 @@
+"""Prompt → token ids, by the `tokenizers` library alone.
+
+Equal to what transformers' fast tokenizers give with `padding="max_length", truncation=True`, on the right side.
+"""
+
+from __future__ import annotations
+
+import html
+
+import numpy as np
+import numpy.typing as npt
+
+from lemica_trt.errors import InputError
+from lemica_trt.spec import TextSpec
+
+Ids = npt.NDArray[np.int64]
+
+
+class PromptTokenizer:
+    """Turns prompts into ids. May be shared by threads.
+
+    Args:
+        spec: length, padding, cleaning.
+        tokenizer: content of `tokenizer.json`.
+
+    Raises:
+        InputError: the content is not a tokenizer.
+    """
+
+    def __init__(self, spec: TextSpec, tokenizer: bytes) -> None:
+        from tokenizers import Tokenizer
+
+        self.spec = spec
+        try:
+            self._tokenizer = Tokenizer.from_str(tokenizer.decode())
+        except Exception as error:  # tokenizers raises Exception itself
+            raise InputError(f"{spec.tokenizer}: expected a tokenizer.json, got: {error}") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(spec.length)  # leaves room for the end token that the tokenizer adds
+
+    def ids(self, prompt: str) -> tuple[Ids, Ids]:
+        """Ids and mask (1: a token, 0: padding), int64 [length] each.
+
+        Raises:
+            InputError: the prompt is not text.
+        """
+        if not isinstance(prompt, str):
+            raise InputError(f"a prompt must be a string, got {type(prompt).__name__}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"a prompt must be Unicode text, got: {error.reason}") from None
+        text = basic_clean(prompt) if self.spec.clean == "basic" else prompt
+        found = self._tokenizer.encode(text).ids
+        if self.spec.end_id is not None and len(found) == self.spec.length:
+            found[-1] = self.spec.end_id
+        ids = np.full(self.spec.length, self.spec.pad_id, np.int64)
+        ids[: len(found)] = found
+        return ids, (np.arange(self.spec.length) < len(found)).astype(np.int64)
+
+
+def basic_clean(text: str) -> str:
+    """HTML unescaped twice, runs of white space made one space: `prompt_clean` of diffusers' Wan, less ftfy."""
+    return " ".join(html.unescape(html.unescape(text)).split())
