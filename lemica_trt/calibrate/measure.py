@@ -1,0 +1,217 @@
+"""The error graph of a model under a sampler: all samples, all segments, resumable.
+
+A unit of work is one start of one sample. Units are run in waves of neighbouring starts, so that small models get
+large batches. Errors depend in their last digits on which runs share a call of the DiT (matrix products round
+differently in another batch); who shares one with whom follows from `batch` alone, never from what was finished
+before. So an interrupted measurement that goes on gives the very bytes of one that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from lemica_trt.calibrate.journal import Journal, Measurement, Unit
+from lemica_trt.calibrate.prompts import prompts_digest
+from lemica_trt.calibrate.replay import Stepper
+from lemica_trt.errors import InputError, UsageError, VerificationError
+from lemica_trt.graph import Edge, ErrorGraph
+from lemica_trt.models.model import Model
+from lemica_trt.sampler import SamplerTable
+
+BATCH_ELEMENTS = 2**16
+"""Latent elements in one DiT call by default. The DiT of a video model is busy with one latent, the tiny one wants
+about 20; measured on it, time per latent is flat from 8 to 32 on a CPU."""
+
+
+class Progress(Protocol):
+    """Called at the beginning and after each wave; `seconds_left` is None until something was measured."""
+
+    def __call__(self, done: int, total: int, seconds_left: float | None) -> None: ...
+
+
+class Cost(NamedTuple):
+    """What a measurement costs, counted in evaluations for one latent (both branches of the guidance together).
+
+    Attributes:
+        units: (sample, start) pairs.
+        full: evaluations of the whole DiT.
+        skip: evaluations without its trunk: a few percent of a full one each.
+        samplings: uncached samplings that do the same number of full evaluations.
+    """
+
+    units: int
+    full: int
+    skip: int
+    samplings: float
+
+
+def cost(num_steps: int, max_skip: int, samples: int) -> Cost:
+    """Cost of a measurement from its beginning, exact.
+
+    Each sample runs once uncached: N full steps. Each start i ≤ N − 2 runs step i again for its residual – keeping
+    all residuals would need tens of gigabytes for a large model – then skips up to its last stop J = min(i + K + 1, N),
+    and every stop j runs the N − j steps behind it in full:
+
+        full = S·(N + Σ_i (1 + Σ_{j=i+2}^{J} (N − j))),    skip = S·Σ_i (J − i − 1)
+    """
+    starts = range(num_steps - 1)
+    full = samples * (num_steps + sum(_start_cost(num_steps, max_skip, i) for i in starts))
+    skip = samples * sum(min(max_skip, num_steps - i - 1) for i in starts)
+    return Cost(units=samples * len(starts), full=full, skip=skip, samplings=full / num_steps)
+
+
+def measure(
+    model: Model,
+    table: SamplerTable,
+    prompts: Sequence[str],
+    *,
+    samples: int,
+    seed: int,
+    max_skip: int,
+    journal: Path,
+    progress: Progress | None = None,
+    batch: int | None = None,
+) -> ErrorGraph:
+    """Measure the error graph by LeMiCa's eq. 4 (see `replay`).
+
+    Args:
+        model: on its device, in the dtype that is deployed; its profile gives guidance scale and negative prompt.
+        table: the model's sampler.
+        prompts: sample s uses prompt s mod len(prompts), and seed + s for all its noise.
+        samples: (prompt, seed) pairs.
+        seed: of sample 0.
+        max_skip: K; more than N − 1 means N − 1.
+        journal: file that keeps finished units. Called again with it, the measurement goes on, also with more
+            samples; with fewer, only those are used.
+        progress: told what is done.
+        batch: the most latents in one call of the DiT, bounded by memory; None: `BATCH_ELEMENTS`' worth.
+
+    Returns:
+        The graph, its edges sorted. It depends on the arguments alone (on one machine, byte for byte).
+
+    Raises:
+        UsageError: samples, max_skip or batch below 1.
+        InputError: no prompts, or the journal is of another measurement.
+        VerificationError: NaN or infinity, in the uncached run or in an error; names sample and edge.
+    """
+    for name, number in (("samples", samples), ("max_skip", max_skip), ("batch", 1 if batch is None else batch)):
+        if number < 1:
+            raise UsageError(f"{name}: expected at least 1, got {number}")
+    if not prompts:
+        raise InputError("prompts: expected at least one, got none")
+    measurement = _measurement(model, table, prompts, seed, max_skip)
+    book = Journal(journal, measurement)
+    batch = batch or min(max(BATCH_ELEMENTS // math.prod(model.latent_shape), 1), 64)
+    width = max(batch // measurement.max_skip, 1)
+    waves = [measurement.starts[a : a + width] for a in range(0, len(measurement.starts), width)]
+    todo = {s: [wave for wave in waves if any((s, i) not in book.errors for i in wave)] for s in range(samples)}
+    clock = _Clock(measurement, samples, todo, progress)
+    clock.tell(book)
+    stepper = Stepper(model, table, batch)
+    for s, missing in todo.items():
+        if missing:
+            sample = stepper.sample(f"sample {s}", prompts[s % len(prompts)], seed + s)
+            with torch.inference_mode():
+                uncached = sample.uncached()
+                clock.spent += measurement.num_steps
+                for wave in missing:
+                    book.add(_units(measurement, s, sample.errors(uncached, wave, measurement.max_skip)))
+                    clock.spent += clock.cost(wave)
+                    clock.tell(book)
+    return _graph(measurement, book, samples)
+
+
+class _Clock:
+    """Tells progress; the time left by what was spent in this process, in full evaluations."""
+
+    def __init__(
+        self, measurement: Measurement, samples: int, todo: dict[int, list[range]], progress: Progress | None
+    ) -> None:
+        self.spent = 0
+        self._measurement = measurement
+        self._keys = [(s, i) for s in range(samples) for i in measurement.starts]
+        self._all = sum(measurement.num_steps + sum(map(self.cost, missing)) for missing in todo.values() if missing)
+        self._progress = progress
+        self._began = time.monotonic()
+
+    def cost(self, wave: range) -> int:
+        """Full evaluations of a wave."""
+        return sum(_start_cost(self._measurement.num_steps, self._measurement.max_skip, i) for i in wave)
+
+    def tell(self, book: Journal) -> None:
+        """Call `progress`."""
+        if self._progress is not None:
+            rate = (time.monotonic() - self._began) / self.spent if self.spent else None
+            left = None if rate is None else rate * (self._all - self.spent)
+            self._progress(sum(key in book.errors for key in self._keys), len(self._keys), left)
+
+
+def _start_cost(num_steps: int, max_skip: int, start: int) -> int:
+    """Full evaluations of all segments of a start; see `cost`."""
+    return 1 + sum(num_steps - j for j in range(start + 2, min(start + max_skip + 1, num_steps) + 1))
+
+
+def _measurement(model: Model, table: SamplerTable, prompts: Sequence[str], seed: int, max_skip: int) -> Measurement:
+    profile = model.profile
+    return Measurement(
+        model=profile.name,
+        revision=model.revision,
+        dtype=profile.dtype,
+        scheduler=table.scheduler,
+        sampler_digest=table.digest,
+        num_steps=table.num_steps,
+        max_skip=min(max_skip, table.num_steps - 1),
+        guidance_scale=profile.sampling.guidance_scale,
+        negative_prompt=profile.sampling.negative_prompt,
+        text_length=profile.text_length,
+        latent_shape=model.latent_shape,
+        seed=seed,
+        prompts_digest=prompts_digest(prompts),
+        versions={"diffusers": version("diffusers"), "torch": str(torch.__version__)},
+    )
+
+
+def _units(measurement: Measurement, sample: int, errors: dict[int, list[float]]) -> list[Unit]:
+    """Errors of a wave as units.
+
+    Raises:
+        VerificationError: NaN or infinity; names sample and edge.
+    """
+    for start, values in errors.items():
+        for stop, value in zip(measurement.stops(start), values):
+            if not math.isfinite(value):
+                raise VerificationError(
+                    f"sample {sample}, edge ({start}, {stop}): expected a finite error, got {value}",
+                    fix="calibrate in another dtype (fp32 or bf16), or with a smaller max_skip",
+                )
+    return [Unit(sample=sample, start=start, errors=tuple(values)) for start, values in errors.items()]
+
+
+def _graph(measurement: Measurement, book: Journal, samples: int) -> ErrorGraph:
+    edges = [
+        Edge(start=i, stop=j, errors=tuple(book.errors[s, i][k] for s in range(samples)))
+        for i in measurement.starts
+        for k, j in enumerate(measurement.stops(i))
+    ]
+    return ErrorGraph(
+        model=measurement.model,
+        revision=measurement.revision,
+        scheduler=measurement.scheduler,
+        sampler_digest=measurement.sampler_digest,
+        num_steps=measurement.num_steps,
+        max_skip=measurement.max_skip,
+        guidance_scale=measurement.guidance_scale,
+        latent_shape=measurement.latent_shape,
+        samples=samples,
+        seed=measurement.seed,
+        prompts_digest=measurement.prompts_digest,
+        edges=tuple(edges),
+        versions=measurement.versions,
+    )

@@ -1,0 +1,218 @@
+"""One sample: the uncached run, and every cached segment replayed on its saved states.
+
+LeMiCa (NeurIPS 2025, arXiv 2511.00090, eq. 4): the error of edge (i, j) is the mean over the elements of
+|x0_cached − x0_uncached|, where the cached run is the uncached one up to step i, skips with the trunk residual of
+step i at each t, i < t < j – both branches of the guidance alike – and runs in full from j on.
+
+The segments of one start share their beginning: the chain of skipped steps behind i is run once, at every stop j a
+run branches off it, and all runs of a wave of starts walk through the full steps side by side. A run is nothing but
+its history, so that branching costs nothing. Steps are taken with the sampler's *table* (see `lemica_trt.sampler`),
+from explicit histories; no scheduler has any state here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from lemica_trt.errors import VerificationError
+from lemica_trt.models.model import Model
+from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
+from lemica_trt.plan import coefficient_vector, plan_from_schedule
+from lemica_trt.sampler import SamplerTable
+from lemica_trt.schedule import Schedule
+from lemica_trt.spec import StepLayout
+
+T = TypeVar("T")
+
+
+class Run(NamedTuple):
+    """The history of one run, newest first, zeros where there is none yet: fp32 latent_shape each."""
+
+    latents: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+class Uncached(NamedTuple):
+    """The uncached run of a sample.
+
+    Attributes:
+        runs: the history before each step 0 … N.
+        final: x_N, fp32 latent_shape.
+    """
+
+    runs: tuple[Run, ...]
+    final: Tensor
+
+
+class Stepper:
+    """Takes steps of a sampler with the step modules of a model, many runs at once.
+
+    Args:
+        model: on its device.
+        table: the sampler.
+        batch: the most latents in one call of the DiT (each is two samples under guidance).
+    """
+
+    def __init__(self, model: Model, table: SamplerTable, batch: int) -> None:
+        self.model = model
+        self.table = table
+        self.batch = batch
+        self.layout = StepLayout(
+            latent_shape=model.latent_shape,
+            latent_history=max(table.latent_history, 1),
+            output_history=max(table.output_history, 1),
+            stochastic=table.stochastic,
+            guided=model.guided,
+        )
+        self.full = FullStep(model, self.layout)
+        self.skip = SkipStep(model, self.layout)
+        self.combine = CombineStep(self.layout)
+        rows = plan_from_schedule(
+            Schedule(num_steps=table.num_steps, full_steps=(0,)),
+            table,
+            name="replay",
+            guidance_scale=model.profile.sampling.guidance_scale,
+            method="none",
+        ).rows
+        # One vector serves every graph: a full step ignores the residual's coefficient.
+        self.coefficients = [torch.from_numpy(coefficient_vector(row, self.layout)).to(model.device) for row in rows]
+
+    def sample(self, name: str, prompt: str, seed: int) -> Sample:
+        """Fix what all runs of one sample share: prompt, initial noise, and the fresh noise of each step."""
+        noises = (noise.to(self.model.device) for noise in self.model.noises(seed))
+        start = next(noises)
+        fresh = {i: next(noises) for i, row in enumerate(self.table.rows) if row.noise != 0.0}
+        return Sample(self, name, self.model.embed([prompt]), start, fresh)
+
+
+class Sample:
+    """One prompt and seed; see `Stepper.sample`.
+
+    Args:
+        stepper: takes the steps.
+        name: for messages.
+        embeds: DiT dtype [R, text_length, width] of one prompt, the unconditional branch first.
+        noise: x_{−1}, fp32 latent_shape.
+        fresh: step → z, fp32 latent_shape; the same for every run, as eq. 4 needs it.
+    """
+
+    def __init__(self, stepper: Stepper, name: str, embeds: Tensor, noise: Tensor, fresh: dict[int, Tensor]) -> None:
+        self._stepper = stepper
+        self._name = name
+        self._embeds = embeds
+        self._fresh = fresh
+        layout = stepper.layout
+        blank = torch.zeros_like(noise)
+        self._begin = Run((noise, *[blank] * (layout.latent_history - 1)), (blank,) * layout.output_history)
+
+    def uncached(self) -> Uncached:
+        """Run all steps in full, one latent a call.
+
+        Raises:
+            VerificationError: latents are not finite; says at which step.
+        """
+        run, runs = self._begin, [self._begin]
+        for t in range(self._stepper.table.num_steps):
+            run, _ = self.full(t, [run])[0]
+            if not run.latents[0].isfinite().all():
+                raise VerificationError(
+                    f"{self._name}, the uncached run: expected finite latents, got NaN or infinity at step {t}",
+                    fix="build with another dtype (--dtype fp32 or bf16), or check the model's weights",
+                )
+            runs.append(run)
+        return Uncached(tuple(runs), self.combine(self._stepper.table.num_steps, [run])[0])
+
+    def errors(self, uncached: Uncached, starts: Sequence[int], max_skip: int) -> dict[int, list[float]]:
+        """Eq. 4 for all segments that begin at these starts.
+
+        Args:
+            uncached: of this sample.
+            starts: rising.
+            max_skip: K.
+
+        Returns:
+            Start i → errors of the stops i + 2 … min(i + K + 1, N). Not checked for NaN.
+        """
+        end = self._stepper.table.num_steps
+        chains: dict[int, Run] = {}  # start → the run that has only skipped since
+        residuals: dict[int, Tensor] = {}
+        branches: dict[tuple[int, int], Run] = {}  # (start, stop) → the run that is full again
+        for t in range(starts[0], end + 1):
+            for i, run in list(chains.items()):
+                if t >= i + 2:
+                    branches[i, t] = run
+                if t == min(i + max_skip + 1, end):
+                    del chains[i], residuals[i]
+            if t == end:
+                break
+            branches = dict(zip(branches, (run for run, _ in self.full(t, list(branches.values())))))
+            chains = dict(zip(chains, self.skip(t, list(chains.values()), list(residuals.values()))))
+            if t in starts:
+                chains[t], residuals[t] = self.full(t, [uncached.runs[t]])[0]
+        finals = self.combine(end, list(branches.values()))
+        errors: dict[int, list[float]] = {i: [] for i in starts}
+        for (i, _), final in sorted(zip(branches, finals), key=lambda item: item[0]):
+            errors[i].append((final - uncached.final).abs().mean(dtype=torch.float64).item())
+        return errors
+
+    def full(self, t: int, runs: Sequence[Run]) -> list[tuple[Run, Tensor]]:
+        """Step t in full: the runs one step on, and each one's trunk residual, DiT dtype [R, tokens, width]."""
+        stepped: list[tuple[Run, Tensor]] = []
+        for part in self._parts(runs):
+            result = self._stepper.full(self._inputs(t, part))
+            residuals = result["residual"].unflatten(0, (-1, len(part))).unbind(1)
+            stepped += zip(_stepped(part, result), residuals)
+        return stepped
+
+    def skip(self, t: int, runs: Sequence[Run], residuals: Sequence[Tensor]) -> list[Run]:
+        """Step t with each run's residual in place of the trunk: the runs one step on."""
+        stepped: list[Run] = []
+        for part, mine in zip(self._parts(runs), self._parts(residuals)):
+            inputs = self._inputs(t, part)
+            inputs["residual_0"] = torch.stack(list(mine), 1).flatten(0, 1)
+            stepped += _stepped(part, self._stepper.skip(inputs))
+        return stepped
+
+    def combine(self, t: int, runs: Sequence[Run]) -> list[Tensor]:
+        """Only the latents of step t: fp32 latent_shape each."""
+        return [
+            latents
+            for part in self._parts(runs)
+            for latents in self._stepper.combine(self._inputs(t, part))["latents"].unbind(0)
+        ]
+
+    def _parts(self, items: Sequence[T]) -> list[Sequence[T]]:
+        """Cut into as few parts as `batch` allows, as even as can be."""
+        count = -(-len(items) // self._stepper.batch)
+        return [items[len(items) * k // count : len(items) * (k + 1) // count] for k in range(count)]
+
+    def _inputs(self, t: int, runs: Sequence[Run]) -> dict[str, Tensor]:
+        """Inputs of a step module, all but residuals; see `lemica_trt.spec.StepLayout`."""
+        stepper, count = self._stepper, len(runs)
+        offset, factor = stepper.table.rows[t].guidance
+        scale = offset + factor * stepper.model.profile.sampling.guidance_scale
+        inputs = {
+            "coefficients": stepper.coefficients[t],
+            "guidance": torch.full((count,), scale, device=stepper.model.device),
+            "prompt_embeds": self._embeds.repeat_interleave(count, 0),
+        }
+        if stepper.layout.stochastic:
+            noise = self._fresh.get(t, self._begin.outputs[0])
+            inputs["noise"] = noise.expand(count, *noise.shape)
+        for j in range(stepper.layout.latent_history):
+            inputs[f"latents_{j}"] = torch.stack([run.latents[j] for run in runs])
+        for k in range(stepper.layout.output_history):
+            inputs[f"outputs_{k}"] = torch.stack([run.outputs[k] for run in runs])
+        return inputs
+
+
+def _stepped(runs: Sequence[Run], result: dict[str, Tensor]) -> list[Run]:
+    """Put a step's results in front of each run's history, and let the oldest go."""
+    return [
+        Run((latents, *run.latents[:-1]), (output, *run.outputs[:-1]))
+        for run, latents, output in zip(runs, result["latents"].unbind(0), result["output"].unbind(0))
+    ]
