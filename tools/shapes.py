@@ -157,15 +157,19 @@ def draw_clip(caption: Caption, rng: np.random.Generator) -> np.ndarray:
     # A background of slate blue, lighter toward the top; its brightness is the clip's own.
     level = rng.uniform(0.20, 0.30)
     shade = level * (1.12 - 0.24 * y[..., None] / HEIGHT)
-    background = shade * np.array([0.80, 0.95, 1.25])
+    background = np.broadcast_to(shade, (HEIGHT, WIDTH, 1)) * np.array([0.80, 0.95, 1.25])
     colour = np.array(COLOURS[caption.colour])
 
-    frames = np.empty((FRAMES, HEIGHT, WIDTH, 3))
+    frames = np.repeat(background[None], FRAMES, axis=0)
     for frame, (position, r) in enumerate(zip(path, radii, strict=True)):
-        distance = _distance(caption.shape, x - position[0], y - position[1], r)
-        cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
-        light = 1.0 - 0.10 * ((y - position[1]) / r).clip(-1, 1)[..., None]  # lit from above
-        frames[frame] = background * (1 - cover) + np.clip(colour * light, 0, 1) * cover
+        reach = 1.08 * r + 1.5  # only pixels within it can differ from the background
+        (left, top), (right, bottom) = np.floor(position - reach), np.ceil(position + reach)
+        box = np.s_[max(int(top), 0) : int(bottom), max(int(left), 0) : int(right)]
+        dx, dy = x[box] - position[0], y[box] - position[1]
+        cover = np.clip(0.5 - _distance(caption.shape, dx, dy, r), 0.0, 1.0)[..., None]
+        light = 1.0 - 0.10 * (dy / r).clip(-1, 1)[..., None]  # lit from above
+        ink = np.clip(colour * light, 0, 1)
+        frames[frame][box] = frames[frame][box] * (1 - cover) + ink * cover
     return np.round(frames * 255).astype(np.uint8)
 
 
