@@ -50,7 +50,7 @@ REPORTS = "reports"
 _REBUILD = "copy the bundle again, or rebuild it"
 
 
-class FileEntry(Value):
+class FileEntry(Value, frozen=True):
     """A listed file: SHA-256 (hex) and size in bytes."""
 
     sha256: str
@@ -61,7 +61,7 @@ class FileEntry(Value):
         require(self.size >= 0, f"size must be at least 0, got {self.size}")
 
 
-class Manifest(Value):
+class Manifest(Value, frozen=True):
     """All about a bundle that is not in its files.
 
     Attributes:
@@ -207,7 +207,8 @@ class Bundle:
             entry, path = self._locate(relative)
             _require_equal(relative, entry, FileEntry(sha256=sha256_of(path), size=path.stat().st_size))
         for relative in sorted(_files_below(self.path)):
-            if relative not in self.manifest.files:
+            known = relative in self.manifest.files or relative == MANIFEST
+            if not known and PurePosixPath(relative).parts[0] != REPORTS:
                 raise IntegrityError(f"{relative}: not listed in the manifest", fix="remove it, or rebuild the bundle")
         for name in self.plans:
             self.plan(name)
@@ -387,7 +388,7 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
     bundle.check()
     with _replacing(bundle.path) as (folder, staged):
         entries = dict(bundle.manifest.files)
-        reports = (f"{REPORTS}/{path}" for path in _files_below(folder / REPORTS))
+        reports = [path for path in _files_below(folder) if PurePosixPath(path).parts[0] == REPORTS]
         for path in (*(path for path in bundle.manifest.files if path not in changed), *reports):
             _link(folder / path, staged / path)
         for path, data in changed.items():
@@ -562,11 +563,10 @@ def _require_space(folder: Path, contents: Iterable[Path | bytes]) -> None:
 
 
 def _files_below(folder: Path) -> Iterator[str]:
-    """Relative paths of all files of a bundle (links too) but the manifest and the reports."""
+    """Relative paths of all files, and of all links."""
     for path in folder.rglob("*"):
-        relative = path.relative_to(folder)
-        if (path.is_symlink() or not path.is_dir()) and relative.parts[0] != REPORTS and str(relative) != MANIFEST:
-            yield relative.as_posix()
+        if path.is_symlink() or not path.is_dir():
+            yield path.relative_to(folder).as_posix()
 
 
 def _require_equal(relative: str, listed: FileEntry, found: FileEntry) -> None:

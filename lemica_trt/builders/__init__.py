@@ -25,7 +25,7 @@ Option = str | int | bool
 """Value of one builder option."""
 
 
-class EngineKey(Value):
+class EngineKey(Value, frozen=True):
     """Everything that changes an engine: equal keys, equal engines; the key's digest may name a cache entry.
 
     Attributes:
@@ -45,7 +45,7 @@ class EngineKey(Value):
     options: dict[str, Option] = {}
 
 
-class EngineEntry(Value):
+class EngineEntry(Value, frozen=True):
     """One set of engines of a bundle.
 
     Attributes:

@@ -15,17 +15,17 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, SupportsIndex, overload
+from typing import TYPE_CHECKING, SupportsIndex, cast, overload
 
 import numpy as np
 
 from lemica_trt.errors import EngineError, InputError, UsageError
 from lemica_trt.plan import StepPlan
-from lemica_trt.runtime.backend import Array, Backend, Engine, decode, encode, open_backend
+from lemica_trt.runtime.backend import Array, Buffer, Engine, decode, encode, open_backend
 from lemica_trt.runtime.denoise import Denoiser, OnRow, RowDone
 from lemica_trt.runtime.random import Generator
 from lemica_trt.runtime.text import PromptTokenizer
-from lemica_trt.spec import GraphSpec, Role, TensorSpec
+from lemica_trt.spec import Role
 
 if TYPE_CHECKING:
     from lemica_trt.bundle import Bundle
@@ -82,18 +82,15 @@ class Pipeline:
         self._plans: dict[str, StepPlan] = {}
         self._tokenizer = PromptTokenizer(manifest.text, bundle.read_bytes(manifest.text.tokenizer))
         self._backend = open_backend(entry.key, threads=threads)
-        engines: dict[Role, Engine] = {}
-        singles: dict[Role, _Single] = {}
+        self._lock = threading.Lock()
+        self._engines: dict[Role, Engine] = {}
         for graph in manifest.graphs.graphs:
             if graph.role in entry.files:
                 file = entry.files[graph.role]
                 for data_file in graph.data_files if file == graph.file else ():  # the engine is the ONNX file
                     bundle.file(data_file)
-                engines[graph.role] = self._backend.load(graph, bundle.file(file))
-                if graph.role in ("text_encoder", "vae_decoder"):
-                    singles[graph.role] = _Single(self._backend, engines[graph.role], graph)
-        self._singles = singles
-        self._denoiser = Denoiser(self._backend, manifest.graphs, engines)
+                self._engines[graph.role] = self._backend.load(graph, bundle.file(file))
+        self._denoiser = Denoiser(self._backend, manifest.graphs, self._engines)
 
     @property
     def fps(self) -> int:
@@ -180,7 +177,10 @@ class Pipeline:
             InputError: the prompt is not text.
         """
         ids, mask = self._tokenizer.ids(prompt)
-        return self._single("text_encoder").run({"input_ids": ids, "attention_mask": mask})
+        inputs = {"input_ids": ids[None], "attention_mask": mask[None]}
+        if not self.bundle.manifest.text.mask:
+            del inputs["attention_mask"]
+        return cast(Array, self.run_graph("text_encoder", inputs)["prompt_embeds"][0])
 
     def latents(
         self,
@@ -219,7 +219,48 @@ class Pipeline:
         Raises:
             UsageError: the bundle has no VAE decoder.
         """
-        return self._single("vae_decoder").run({"latents": latents})
+        return cast(Array, self.run_graph("vae_decoder", {"latents": latents[None]})["frames"][0])
+
+    def run_graph(self, role: Role, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one graph once, with inputs of any batch up to `max_batch`.
+
+        Args:
+            role: of the graph.
+            inputs: numbers, by the names and of the shapes that the graph declares.
+
+        Returns:
+            The outputs by name, in their own dtype; bf16 as float32.
+
+        Raises:
+            UsageError: the bundle has no such engine.
+            InputError: inputs are missing, superfluous or of another shape.
+            EngineError: it failed.
+        """
+        if role not in self._engines:
+            raise UsageError(f"the bundle has no {role} engine", fix="rebuild it with one")
+        graph = self.bundle.manifest.graphs.graph(role)
+        names = [tensor.name for tensor in graph.inputs]
+        if sorted(names) != sorted(inputs):
+            raise InputError(f"the {role} graph takes {', '.join(names)}, got {', '.join(inputs)}")
+        sizes: dict[int | str, int] = {}
+        for tensor in graph.inputs:
+            shape = inputs[tensor.name].shape
+            sizes.update({name: size for name, size in zip(tensor.shape, shape) if isinstance(name, str)})
+            if shape != tuple(sizes.get(size, size) for size in tensor.shape):
+                raise InputError(f"{tensor.name} must have shape {list(tensor.shape)}, got {list(shape)}")
+        with self._lock:
+            buffers: dict[str, Buffer] = {}
+            for tensor in graph.inputs:
+                buffers[tensor.name] = self._backend.empty(inputs[tensor.name].shape, tensor.dtype)
+                self._backend.upload(encode(inputs[tensor.name], tensor.dtype), buffers[tensor.name])
+            for tensor in graph.outputs:
+                shape = tuple(size if isinstance(size, int) else sizes[size] for size in tensor.shape)
+                buffers[tensor.name] = self._backend.empty(shape, tensor.dtype)
+            self._engines[role].bind(buffers).run()
+            return {
+                tensor.name: decode(self._backend.download(buffers[tensor.name]), tensor.dtype)
+                for tensor in graph.outputs
+            }
 
     def _run_batch(self, requests: Sequence[Request], plan: StepPlan, on_step: OnRow | None) -> list[Result]:
         """Requests without None, at most max_batch."""
@@ -266,9 +307,10 @@ class Pipeline:
         def draw() -> Array:
             return np.stack([self._noise(generator) for generator in generators])
 
-        latents = self._denoiser.run(
-            plan, prompt_embeds, noise, guidance, draw=draw if generators else None, on_row=on_step
-        )
+        with self._lock:
+            latents = self._denoiser.run(
+                plan, prompt_embeds, noise, guidance, draw=draw if generators else None, on_row=on_step
+            )
         if not np.isfinite(latents).all():
             raise EngineError(
                 f"plan {plan.name}: the latents are not finite", fix="rebuild with --dtype bf16 or fp32; fp16 overflows"
@@ -302,40 +344,8 @@ class Pipeline:
         self._tokenizer.ids(negative)
         return dataclasses.replace(request, guidance_scale=float(scale), negative_prompt=negative)
 
-    def _single(self, role: Role) -> _Single:
-        if role not in self._singles:
-            raise UsageError(f"the bundle has no {role} engine", fix="rebuild it with one")
-        return self._singles[role]
-
 
 _UNGUIDED = "the bundle was built without guidance: it takes no guidance_scale and no negative_prompt"
-
-
-class _Single:
-    """A graph with one output that runs for one request at a time, its batch dimension 1."""
-
-    def __init__(self, backend: Backend, engine: Engine, graph: GraphSpec) -> None:
-        self._backend = backend
-        self._lock = threading.Lock()
-        self._inputs = {tensor.name: backend.empty(_at_batch_one(tensor), tensor.dtype) for tensor in graph.inputs}
-        (output,) = graph.outputs
-        self._output = backend.empty(_at_batch_one(output), output.dtype)
-        self._call = engine.bind({**self._inputs, output.name: self._output})
-
-    def run(self, arrays: Mapping[str, Array]) -> Array:
-        """Arrays without batch in, by name (superfluous ones are left out); the output without batch."""
-        with self._lock:
-            for name, buffer in self._inputs.items():
-                array = arrays[name][None]
-                if array.shape != buffer.shape:
-                    raise InputError(f"{name} must have shape {list(buffer.shape[1:])}, got {list(array.shape[1:])}")
-                self._backend.upload(encode(array, buffer.dtype), buffer)
-            self._call.run()
-            return np.asarray(decode(self._backend.download(self._output), self._output.dtype)[0])
-
-
-def _at_batch_one(tensor: TensorSpec) -> tuple[int, ...]:
-    return tuple(1 if isinstance(size, str) else size for size in tensor.shape)
 
 
 def _offset(on_step: OnRow, chunk: int, chunks: int) -> OnRow:

@@ -43,12 +43,13 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int) -> No
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _WRITERS[target.suffix.lower()](np.ascontiguousarray(frames), temporary, fps)
-        temporary.replace(target)
+        try:
+            _WRITERS[target.suffix.lower()](np.ascontiguousarray(frames), temporary, fps)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path}: expected a file that can be written, got: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_suffix(path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,123 @@
+"""What all builders share, and the one for ONNX Runtime."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from lemica_trt import builders
+from lemica_trt.builders import EngineEntry, EngineKey, graphs_digest, options_from, sha256_of
+from lemica_trt.errors import EngineError, InputError, MissingDependencyError, UnsupportedError, UsageError
+from lemica_trt.spec import GraphSet, GraphSpec, StepLayout, TensorSpec
+
+
+def graphs_of(folder: Path) -> GraphSet:
+    """Graphs that add 1, all in one file."""
+    tensor = TensorSpec(name="x", dtype="fp32", shape=("batch", 2))
+    roles = ("combine", "full")
+    graphs = tuple(
+        GraphSpec(
+            role=role,  # type: ignore[arg-type]
+            file="onnx/add.onnx",
+            inputs=(tensor,),
+            outputs=(msgspec.structs.replace(tensor, name="y"),),
+            opset=20,
+            data_files=("onnx/weights.data",),
+        )
+        for role in roles
+    )
+    (folder / "onnx").mkdir(parents=True)
+    (folder / "onnx/add.onnx").write_bytes(b"graph")
+    (folder / "onnx/weights.data").write_bytes(b"weights")
+    layout = StepLayout(latent_shape=(2,), latent_history=1, output_history=1)
+    return GraphSet(dtype="fp32", layout=layout, max_batch=1, graphs=graphs)
+
+
+@pytest.mark.null
+def test_unknown_backend(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown backend 'trt' → use one of: onnxruntime"):
+        builders.build("trt", graphs_of(tmp_path), tmp_path, tmp_path)
+
+
+@pytest.mark.null
+def test_options() -> None:
+    defaults = {"provider": "cpu", "threads": 0}
+    assert options_from({"threads": 2}, defaults, backend="b") == {"provider": "cpu", "threads": 2}
+    with pytest.raises(UsageError, match="b has no option 'thread' → use one of: provider, threads"):
+        options_from({"thread": 2}, defaults, backend="b")
+    for wrong in ("2", True):
+        with pytest.raises(UsageError, match="b option threads must be int"):
+            options_from({"threads": wrong}, defaults, backend="b")
+
+
+@pytest.mark.null
+def test_the_digest_covers_description_and_content(tmp_path: Path) -> None:
+    graphs = graphs_of(tmp_path)
+    digest = graphs_digest(graphs, tmp_path)
+    assert digest == graphs_digest(graphs, tmp_path)
+    assert digest != graphs_digest(msgspec.structs.replace(graphs, max_batch=2), tmp_path)
+    for name in ("onnx/add.onnx", "onnx/weights.data"):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(before + b"!")
+        assert graphs_digest(graphs, tmp_path) != digest
+        (tmp_path / name).write_bytes(before)
+    assert graphs_digest(graphs, tmp_path) == digest
+    with pytest.raises(InputError, match="expected a readable file"):
+        sha256_of(tmp_path / "absent")
+
+
+@pytest.mark.null
+def test_keys_differ_where_engines_do() -> None:
+    key = EngineKey(backend="b", version="1", target="cpu", dtype="fp32", graphs_digest="0", options={"threads": 1})
+    changes = {
+        "backend": "c",
+        "version": "2",
+        "target": "cuda",
+        "dtype": "fp16",
+        "graphs_digest": "1",
+        "options": {"threads": 2},
+    }
+    assert set(changes) == set(key.__struct_fields__)
+    digests = {msgspec.structs.replace(key, **{name: value}).digest for name, value in changes.items()}
+    assert len(digests | {key.digest}) == len(changes) + 1
+    with pytest.raises(ValueError, match="roles full and combine"):
+        EngineEntry(key=key, files={"full": "a"})
+
+
+@pytest.mark.null
+def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'lemica-trt\[onnxruntime\]'"):
+        builders.build("onnxruntime", graphs_of(tmp_path), tmp_path, tmp_path)
+
+
+@pytest.mark.cpu
+def test_onnxruntime(tmp_path: Path) -> None:
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    graphs = graphs_of(tmp_path)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2]) for name in "xy")
+    body = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "g", [x], [y])
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save_model(model, str(tmp_path / "onnx/add.onnx"))
+    entry = builders.build("onnxruntime", graphs, tmp_path, tmp_path / "out", {"optimization": "basic"})
+    assert entry.files == {"combine": "onnx/add.onnx", "full": "onnx/add.onnx"}
+    assert entry.key == EngineKey(
+        backend="onnxruntime",
+        version=onnxruntime.__version__,
+        target="cpu",
+        dtype="fp32",
+        graphs_digest=graphs_digest(graphs, tmp_path),
+        options={"provider": "cpu", "optimization": "basic", "threads": 0},
+    )
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UnsupportedError, match="bf16 graphs → build with dtype fp16 or fp32"):
+        builders.build("onnxruntime", msgspec.structs.replace(graphs, dtype="bf16"), tmp_path, tmp_path)
+    (tmp_path / "onnx/add.onnx").write_bytes(b"broken")
+    with pytest.raises(EngineError, match=r"cannot load onnx/add\.onnx"):
+        builders.build("onnxruntime", graphs, tmp_path, tmp_path)

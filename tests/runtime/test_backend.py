@@ -1,0 +1,74 @@
+"""What all backends share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import toy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lemica_trt.builders import EngineKey
+from lemica_trt.errors import EngineError, UnsupportedError
+from lemica_trt.runtime.backend import check_binding, decode, encode, open_backend
+
+pytestmark = pytest.mark.null
+
+
+@given(st.lists(st.floats(width=32), min_size=1))
+def test_bf16_is_the_nearest(numbers: list[float]) -> None:
+    array = np.array(numbers, np.float32)
+    bits = encode(array, "bf16")
+    assert bits.dtype == np.uint16
+    found = decode(bits, "bf16")
+    np.testing.assert_array_equal(encode(found, "bf16")[~np.isnan(found)], bits[~np.isnan(found)])
+    finite = np.isfinite(array) & np.isfinite(found)
+    for step in (-1, 1):  # no neighbour is nearer
+        other = decode((bits[finite].astype(np.int32) + step).astype(np.uint16), "bf16").astype(np.float64)
+        ok = np.abs(found[finite] - array[finite].astype(np.float64)) <= np.abs(other - array[finite])
+        assert ok[np.isfinite(other)].all()
+    assert np.isnan(found[np.isnan(array)]).all()
+
+
+@pytest.mark.cpu
+def test_bf16_is_that_of_torch() -> None:
+    import torch
+
+    array = np.random.default_rng(0).standard_normal(10000).astype(np.float32)
+    expected = torch.from_numpy(array).bfloat16().view(torch.uint16).numpy()
+    np.testing.assert_array_equal(encode(array, "bf16"), expected)
+
+
+def test_unknown_backend() -> None:
+    key = EngineKey(backend="new", version="1", target="x", dtype="fp16", graphs_digest="0" * 64)
+    with pytest.raises(UnsupportedError, match="engines for 'new' cannot be run, only onnxruntime"):
+        open_backend(key)
+
+
+def test_bindings_are_checked() -> None:
+    graphs = toy.graphs_of(toy.layout_of())
+    graph = graphs.graph("combine")
+    backend = toy.NullBackend(graphs)
+
+    def buffers() -> dict[str, Any]:
+        return {
+            tensor.name: backend.empty(tuple(2 if isinstance(n, str) else n for n in tensor.shape), tensor.dtype)
+            for tensor in (*graph.inputs, *graph.outputs)
+        }
+
+    check_binding(graph, buffers())
+    good = buffers()
+    check_binding(graph, {**good, "latents_0": good["outputs_0"]})  # two inputs may share
+    bad = [
+        ("expected buffers for", {name: buffer for name, buffer in buffers().items() if name != "output"}),
+        ("latents must be fp32", {**buffers(), "latents": backend.empty((2, *toy.LATENT_SHAPE), "fp16")}),
+        ("must be fp32", {**buffers(), "latents": backend.empty((3, *toy.LATENT_SHAPE), "fp32")}),
+        ("coefficients must be", {**buffers(), "coefficients": backend.empty((1,), "fp32")}),
+        ("output latents is bound twice", {**good, "latents": good["latents_0"]}),
+        ("output latents is bound twice", {**good, "latents": good["output"]}),
+    ]
+    for message, binding in bad:
+        with pytest.raises(EngineError, match=message):
+            check_binding(graph, binding)

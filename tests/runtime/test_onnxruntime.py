@@ -1,0 +1,106 @@
+"""The loop on ONNX Runtime, with toy graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pytest
+import toy
+from test_loop import inputs_of, noises
+
+from lemica_trt import builders
+from lemica_trt.builders import EngineEntry
+from lemica_trt.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError
+from lemica_trt.plan import PlanRow
+from lemica_trt.runtime.backend import open_backend
+from lemica_trt.runtime.denoise import Denoiser, RowDone
+from lemica_trt.spec import GraphSet
+
+pytestmark = pytest.mark.cpu
+
+
+def denoiser_of(graphs: GraphSet, folder: Path, **options: Any) -> tuple[Denoiser, EngineEntry]:
+    toy.write_onnx(graphs, folder)
+    entry = builders.build("onnxruntime", graphs, folder, folder, {"threads": 1, **options})
+    backend = open_backend(entry.key)
+    engines = {graph.role: backend.load(graph, folder / graph.file) for graph in graphs.graphs}
+    return Denoiser(backend, graphs, engines), entry
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("optimization", ["disabled", "all"])
+def test_the_loop_is_the_plan(tmp_path: Path, guided: bool, optimization: str) -> None:
+    """All that a plan can hold: histories of 3, folded rows, reuse, fresh noise, guidance of each request."""
+    layout = toy.layout_of(3, 3, 3, stochastic=True, guided=guided)
+    denoiser, _ = denoiser_of(toy.graphs_of(layout, data_file=True), tmp_path, optimization=optimization)
+    plan = toy.plan_of(
+        PlanRow(graph="full", step=0, latents=(1.0,), timestep=0.9, in_scale=0.5),
+        PlanRow(graph="full", step=1, latents=(0.9, 0.1), outputs=(-0.2,), timestep=0.7, guidance=(1.0, 0.5)),
+        PlanRow(graph="skip", step=2, latents=(1.0,), outputs=(-0.3, 0.1), timestep=0.6, residuals=(1.5, -0.5)),
+        PlanRow(graph="none", step=4, latents=(1.0, 0.0, 0.1), outputs=(-0.1,), noise=0.3, reuse=(1.5, -0.5)),
+        PlanRow(graph="full", step=7, latents=(), outputs=(0.5, 0.2, 0.1), timestep=0.3),
+        PlanRow(
+            graph="skip", step=8, latents=(1.0,), outputs=(-0.1,), timestep=0.2, residuals=(0.5, 0.3, 0.2), noise=1
+        ),
+        PlanRow(graph="none", step=9, latents=(1.0, 0.2), outputs=(-0.1, 0.1, -0.2)),
+    )
+    for batch in (1, 3, 2):
+        inputs = inputs_of(layout, batch, seed=batch)
+        expected = toy.interpret(plan, layout, **inputs, draw=noises(batch))
+        found = denoiser.run(plan, **inputs, draw=noises(batch))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_every_call_repeats_to_the_bit(tmp_path: Path) -> None:
+    layout = toy.layout_of(2, 2, 2)
+    denoiser, _ = denoiser_of(toy.graphs_of(layout), tmp_path)
+    plan = toy.euler_plan("fsfsrfss")
+    inputs = inputs_of(layout, 3)
+    first = denoiser.run(plan, **inputs)
+    denoiser.run(toy.euler_plan("frfr", name="other"), **inputs_of(layout, 3, seed=8))
+    np.testing.assert_array_equal(denoiser.run(plan, **inputs), first)
+
+
+def test_the_host_adds_little(tmp_path: Path) -> None:
+    """Python between two rows costs microseconds; the toy graphs themselves are most of a row."""
+    layout = toy.layout_of()
+    denoiser, _ = denoiser_of(toy.graphs_of(layout), tmp_path)
+    plan = toy.euler_plan("fsss" * 12 + "fs")
+    inputs = inputs_of(layout, 1)
+    denoiser.run(plan, **inputs)
+    best = float("inf")
+    for _ in range(5):
+        start = perf_counter()
+        denoiser.run(plan, **inputs)
+        best = min(best, (perf_counter() - start) / len(plan.rows))
+    assert best < 2e-3  # about 0.1 ms alone on one core
+    rows: list[RowDone] = []
+    denoiser.run(plan, **inputs, on_row=rows.append)
+    assert len(rows) == 51
+
+
+def test_engine_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = toy.graphs_of(toy.layout_of())
+    _, entry = denoiser_of(graphs, tmp_path)
+    backend = open_backend(entry.key, threads=2)
+    with pytest.raises(EngineError, match=r"onnx/skip\.onnx is not the graph described"):
+        backend.load(graphs.graph("skip"), tmp_path / "onnx/full.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"not a model")
+    with pytest.raises(EngineError, match=r"ONNX Runtime cannot load onnx/full\.onnx"):
+        backend.load(graphs.graph("full"), tmp_path / "broken.onnx")
+    with pytest.raises(UnsupportedError, match="bf16"):
+        backend.empty((1,), "bf16")
+    with pytest.raises(EngineError, match="expected fp32"):
+        backend.upload(np.zeros(3), backend.empty((3,), "fp32"))
+    with pytest.raises(EngineError, match="cannot allocate"):
+        backend.empty((1 << 60,), "fp32")
+    if "CUDAExecutionProvider" not in __import__("onnxruntime").get_available_providers():
+        with pytest.raises(MissingDependencyError, match="CUDAExecutionProvider → pip uninstall onnxruntime && pip"):
+            builders.build("onnxruntime", graphs, tmp_path, tmp_path, {"provider": "cuda"})
+    with pytest.raises(UsageError, match="no provider 'tpu' → use one of: cpu, cuda"):
+        builders.build("onnxruntime", graphs, tmp_path, tmp_path, {"provider": "tpu"})
+    with pytest.raises(UsageError, match="threads must be 0 or more"):
+        builders.build("onnxruntime", graphs, tmp_path, tmp_path, {"threads": -1})

@@ -1,0 +1,97 @@
+"""Prompts → ids: transformers' numbers, without transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lemica_trt.errors import InputError
+from lemica_trt.runtime.text import PromptTokenizer, basic_clean
+from lemica_trt.spec import TextSpec
+
+pytestmark = pytest.mark.cpu
+
+PROMPTS = [
+    "",
+    "a big red circle",
+    "a  big\tred\n circle ",
+    "A Big RED circle, moves-left!",
+    "unknown wörds, 汉字 and 🙂",
+    "red " * 40,
+    "a small blue star moves up",
+    "</s> a </s>",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json() -> bytes:
+    """A word-level tokenizer that ends each prompt like T5's: with `</s>`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "</s>", "<unk>", *["a", "big", "small", "red", "blue", "circle", "star", "moves", "left", "up"]]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return str(tokenizer.to_str()).encode()
+
+
+@pytest.mark.parametrize("length", [1, 3, 8, 64])
+def test_ids_are_those_of_transformers(tokenizer_json: bytes, length: int, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json)
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    ours = PromptTokenizer(TextSpec(tokenizer="tokenizer.json", length=length, pad_id=0, end_id=1), tokenizer_json)
+    for prompt in PROMPTS:
+        expected = theirs(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+        ids, mask = ours.ids(prompt)
+        assert ids.dtype == mask.dtype == np.int64
+        assert ids.tolist() == expected["input_ids"][0].tolist(), prompt
+        assert mask.tolist() == expected["attention_mask"][0].tolist(), prompt
+        assert 1 in ids.tolist()
+
+
+def test_the_shipped_tokenizer(tmp_path: Path) -> None:
+    """`cogvideox-tiny`'s own tokenizer, as its pipeline loads it."""
+    folder = Path(__file__).parents[2] / "lemica_trt" / "zoo" / "cogvideox-tiny" / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip("the model is not here")
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    spec = TextSpec(tokenizer="t", length=16, pad_id=theirs.pad_token_id, end_id=theirs.eos_token_id)
+    ours = PromptTokenizer(spec, (folder / "tokenizer.json").read_bytes())
+    for prompt in PROMPTS:
+        expected = theirs(prompt, padding="max_length", max_length=16, truncation=True, add_special_tokens=True)
+        assert ours.ids(prompt)[0].tolist() == expected["input_ids"], prompt
+
+
+def test_end_token_of_a_cut_prompt_without_a_post_processor() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "red": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ours = PromptTokenizer(TextSpec(tokenizer="t", length=3, pad_id=0, end_id=1), str(tokenizer.to_str()).encode())
+    assert ours.ids("red red red red")[0].tolist() == [3, 3, 1]
+
+
+def test_basic_clean() -> None:
+    assert basic_clean("  a&amp;amp;b\n\n c&lt;d&#39; ") == "a&b c<d'"
+
+
+@pytest.mark.parametrize("prompt", [None, 3, b"a", ["a"], "a\ud800"])
+def test_prompts_that_are_no_text(tokenizer_json: bytes, prompt: object) -> None:
+    ours = PromptTokenizer(TextSpec(tokenizer="t", length=3, pad_id=0), tokenizer_json)
+    with pytest.raises(InputError, match="a prompt must be"):
+        ours.ids(prompt)  # type: ignore[arg-type]
+
+
+def test_a_broken_tokenizer() -> None:
+    for data in (b"{}", b"\xff", b""):
+        with pytest.raises(InputError, match=r"expected a tokenizer\.json"):
+            PromptTokenizer(TextSpec(tokenizer="t", length=3, pad_id=0), data)

@@ -1,0 +1,568 @@
+"""The bundle: strict manifest, digests, and writing that is killed anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from lemica_trt.builders import EngineEntry, EngineKey
+from lemica_trt.bundle import (
+    Bundle,
+    FileEntry,
+    add_plan,
+    check_plan,
+    plan_path,
+    portable_source,
+    require_relative,
+    write_bundle,
+)
+from lemica_trt.errors import InputError, IntegrityError, LemicaError, MissingDependencyError, UsageError
+from lemica_trt.plan import PlanRow, StepPlan
+from lemica_trt.spec import GraphSet, GraphSpec, Profile, Shape, StepLayout, TextSpec
+
+pytestmark = pytest.mark.null
+
+PROFILE = Profile(
+    name="toy",
+    family="toy",
+    source="package:toy",
+    dtype="fp32",
+    text_length=4,
+    shape=Shape(frames=1, height=8, width=8),
+)
+LAYOUT = StepLayout(latent_shape=(4, 4), latent_history=1, output_history=1)
+ROLES = ("combine", "full", "skip")
+
+
+def plan_of(name: str = "default", skip: bool = True, guidance_scale: float = 3.0) -> StepPlan:
+    middle = PlanRow(graph="skip", step=1, latents=(1.0,), outputs=(-0.5,), timestep=0.5, residuals=(1.0,))
+    return StepPlan(
+        name=name,
+        num_steps=2,
+        guidance_scale=guidance_scale,
+        rows=(
+            PlanRow(graph="full", step=0, latents=(1.0,), timestep=1.0),
+            *((middle,) if skip else ()),
+            PlanRow(graph="none", step=2, latents=(1.0,), outputs=(-0.5,)),
+        ),
+        scheduler="Toy",
+        sampler_digest="0" * 64,
+        method="given",
+    )
+
+
+def graphs_of(*roles: str) -> GraphSet:
+    graphs = (GraphSpec(role=role, file=f"onnx/{role}.onnx", inputs=(), outputs=(), opset=20) for role in roles)  # type: ignore[arg-type]
+    return GraphSet(dtype="fp32", layout=LAYOUT, max_batch=2, graphs=tuple(graphs))
+
+
+def entry_of(backend: str = "onnxruntime") -> EngineEntry:
+    key = EngineKey(backend=backend, version="1", target="cpu", dtype="fp32", graphs_digest="0" * 64)
+    return EngineEntry(key=key, files={role: f"onnx/{role}.onnx" for role in ROLES})  # type: ignore[misc]
+
+
+def write(target: Path, content: str = "1", count: int = 0, **changes: Any) -> Bundle:
+    """A bundle whose every file says `content`."""
+    files: dict[str, Path | bytes] = {f"onnx/{role}.onnx": content.encode() * 1000 for role in ROLES}
+    files["tokenizer/tokenizer.json"] = b"{}" + content.encode()
+    files.update({f"more/{number:03}": content.encode() * 5000 for number in range(count)})
+    arguments: dict[str, Any] = {
+        "profile": PROFILE,
+        "graphs": graphs_of(*ROLES),
+        "plans": [plan_of("slow"), plan_of()],
+        "default_plan": "default",
+        "text": TextSpec(tokenizer="tokenizer/tokenizer.json", length=4, pad_id=0),
+        "engines": [entry_of()],
+        "files": files,
+        "reports": {"report.html": content.encode()},
+        "versions": {"content": content},
+    }
+    return write_bundle(target, **{**arguments, **changes})
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    written = write(tmp_path / "new" / "b")
+    bundle = Bundle.open(str(tmp_path / "new" / "b"))
+    assert bundle.manifest == written.manifest
+    assert bundle.plans == ("default", "slow")
+    assert bundle.plan() == plan_of()
+    assert bundle.plan("slow") == plan_of("slow")
+    assert bundle.read_bytes("onnx/full.onnx") == b"1" * 1000
+    assert bundle.file("onnx/full.onnx") == tmp_path / "new" / "b" / "onnx" / "full.onnx"
+    assert bundle.engine() == bundle.engine("onnxruntime") == entry_of()
+    bundle.check()
+    assert names_in(tmp_path / "new") == ["b"]
+    assert (bundle.path / "reports" / "report.html").read_bytes() == b"1"
+    assert (bundle.path / "manifest.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_same_input_same_bytes(tmp_path: Path) -> None:
+    """Whatever the order, the folder, the time and the environment."""
+    write(tmp_path / "a")
+    source = tmp_path / "source"
+    source.write_bytes(b"1" * 1000)
+    files = {f"onnx/{role}.onnx": source for role in reversed(ROLES)}
+    write(
+        tmp_path / "other" / "b",
+        files={"tokenizer/tokenizer.json": b"{}1", **files},
+        plans=[plan_of(), plan_of("slow")],
+    )
+    assert tree(tmp_path / "a") == tree(tmp_path / "other" / "b")
+    assert str(tmp_path).encode() not in (tmp_path / "a" / "manifest.json").read_bytes()
+
+
+def test_moved(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "link").symlink_to("b")
+    Bundle.open(tmp_path / "b").check()
+    Bundle.open(tmp_path / "link").check()
+    write(tmp_path / "link", "2")
+    assert (tmp_path / "link").is_symlink()
+    assert Bundle.open(tmp_path / "b").manifest.versions == {"content": "2"}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write(tmp_path / "b")
+
+
+def damage_missing(folder: Path) -> None:
+    (folder / "onnx/full.onnx").unlink()
+
+
+def damage_short(folder: Path) -> None:
+    (folder / "onnx/full.onnx").write_bytes(b"1" * 999)
+
+
+def damage_bit(folder: Path) -> None:
+    (folder / "onnx/full.onnx").write_bytes(b"1" * 999 + b"0")
+
+
+def damage_link_out(folder: Path) -> None:
+    shutil.move(folder / "onnx/full.onnx", folder.parent / "outside")
+    (folder / "onnx/full.onnx").symlink_to(folder.parent / "outside")
+
+
+def damage_folder_link_out(folder: Path) -> None:
+    shutil.move(folder / "onnx", folder.parent / "outside")
+    (folder / "onnx").symlink_to(folder.parent / "outside")
+
+
+def damage_folder(folder: Path) -> None:
+    (folder / "onnx/full.onnx").unlink()
+    (folder / "onnx/full.onnx").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_missing, "onnx/full.onnx: expected a file of 1000 bytes, it is missing →"),
+        (damage_short, "onnx/full.onnx: expected 1000 bytes, got 999 →"),
+        (damage_bit, "onnx/full.onnx: expected SHA-256 .*…, got .*…: altered → copy the bundle again, or rebuild it"),
+        (damage_link_out, "onnx/full.onnx: expected a file in the bundle, got a link out of it →"),
+        (damage_folder_link_out, "onnx/full.onnx: expected a file in the bundle, got a link out of it →"),
+        (damage_folder, "onnx/full.onnx: expected a file of 1000 bytes, it is missing →"),
+    ],
+)
+def test_damage_is_found_before_use(bundle: Bundle, damage: Callable[[Path], None], message: str) -> None:
+    damage(bundle.path)
+    bundle = Bundle.open(bundle.path)  # lazily: the manifest is whole
+    bundle.plan()
+    for use in (bundle.file, bundle.read_bytes):
+        with pytest.raises(IntegrityError, match=message) as caught:
+            use("onnx/full.onnx")
+        assert caught.value.exit_code == 4
+    with pytest.raises(IntegrityError):
+        bundle.check()
+
+
+def test_unlisted_files(bundle: Bundle) -> None:
+    (bundle.path / "onnx" / "extra.onnx").write_bytes(b"")
+    (bundle.path / "reports" / "later.json").write_bytes(b"")
+    for name in ("onnx/extra.onnx", "../b/onnx/full.onnx", "/etc/hostname", "onnx", "manifest.json", ""):
+        for use in (bundle.file, bundle.read_bytes):
+            with pytest.raises(IntegrityError, match="not listed in the manifest"):
+                use(name)
+    with pytest.raises(IntegrityError, match=r"^onnx/extra\.onnx: not listed in the manifest"):
+        bundle.check()
+    (bundle.path / "onnx" / "extra.onnx").unlink()
+    bundle.check()
+    (bundle.path / "onnx" / "dangling").symlink_to("nowhere")
+    with pytest.raises(IntegrityError, match="dangling: not listed"):
+        bundle.check()
+
+
+def test_an_altered_plan(bundle: Bundle) -> None:
+    path = bundle.path / plan_path("slow")
+    path.write_bytes(path.read_bytes().replace(b"0.5", b"0.7"))
+    with pytest.raises(IntegrityError, match=r"plans/slow\.json: expected SHA-256"):
+        bundle.plan("slow")
+    with pytest.raises(UsageError, match="no plan 'fast' → use one of: default, slow"):
+        bundle.plan("fast")
+
+
+def edited(bundle: Bundle, edit: Callable[[Any], None]) -> Path:
+    data = json.loads((bundle.path / "manifest.json").read_text())
+    edit(data)
+    (bundle.path / "manifest.json").write_text(json.dumps(data))
+    return bundle.path
+
+
+def rename_file(name: str) -> Callable[[Any], None]:
+    return lambda data: data["files"].update({name: data["files"].pop("onnx/skip.onnx")})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda data: data.update(format_version=2),
+            "expected bundle format 1 or older, got 2 → pip install --upgrade",
+        ),
+        (lambda data: data.update(format_version=2, new="field"), "expected bundle format 1 or older, got 2"),
+        (lambda data: data.update(format_version="1"), r"Expected `int`, got `str` - at `\$.format_version`"),
+        (lambda data: data.pop("format_version"), "missing required field `format_version`"),
+        (lambda data: data.update(new="field"), "unknown field `new`"),
+        (lambda data: data["files"].pop("onnx/skip.onnx"), "files must list onnx/skip.onnx"),
+        (lambda data: data["files"].pop("tokenizer/tokenizer.json"), "files must list tokenizer/tokenizer.json"),
+        (lambda data: data["files"].pop("plans/slow.json"), "files must list plans/slow.json"),
+        (rename_file("../skip.onnx"), "expected a relative path inside the bundle, got '../skip.onnx'"),
+        (rename_file("/skip.onnx"), "expected a relative path inside the bundle, got '/skip.onnx'"),
+        (rename_file("C:\\skip.onnx"), "expected a relative path inside the bundle"),
+        (rename_file("reports/skip.onnx"), "reports/skip.onnx must not be listed"),
+        (lambda data: data["files"]["onnx/full.onnx"].update(sha256="A" * 64), "sha256 must be 64 hex digits"),
+        (lambda data: data["files"]["onnx/full.onnx"].update(size=-1), "size must be at least 0"),
+        (lambda data: data.update(default_plan="fast"), "default_plan must be one of plans, got 'fast'"),
+        (lambda data: data.update(plans=["slow", "default"]), "plans must be sorted names"),
+        (lambda data: data.update(engines=[]), "engines must not be empty"),
+        (lambda data: data["profile"].update(source="/home/me/model"), "source must not be an absolute path"),
+    ],
+)
+def test_bad_manifests(bundle: Bundle, edit: Callable[[Any], None], message: str) -> None:
+    with pytest.raises(IntegrityError, match=message) as caught:
+        Bundle.open(edited(bundle, edit))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff\xfe", b"null"])
+def test_manifests_that_are_none(bundle: Bundle, data: bytes) -> None:
+    (bundle.path / "manifest.json").write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"manifest\.json: expected a valid"):
+        Bundle.open(bundle.path)
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent", Path(__file__)):
+        with pytest.raises(IntegrityError, match=r"expected a bundle with a manifest\.json, got: No|got: Not"):
+            Bundle.open(path)
+
+
+def test_plans_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="needs the graphs combine, full, skip, the bundle has combine, full →"):
+        check_plan(plan_of(), graphs_of("combine", "full"))
+    check_plan(plan_of(skip=False), graphs_of("combine", "full"))
+    deep = msgspec.structs.replace(
+        plan_of(), rows=(*plan_of().rows[:2], PlanRow(graph="none", step=2, latents=(1.0, 0.5)))
+    )
+    with pytest.raises(InputError, match="plan default: step 2: 2 latents coefficients, the graphs take 1 → rebuild"):
+        write(tmp_path / "b", plans=[deep])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("source", "portable"),
+    [
+        ("THUDM/CogVideoX-2b", "THUDM/CogVideoX-2b"),
+        ("package:cogvideox-tiny", "package:cogvideox-tiny"),
+        ("models/mine", "models/mine"),
+        ("/home/me/models/mine", "mine"),
+        ("/home/me/models/mine/", "mine"),
+        ("~/mine", "mine"),
+        ("../../me/mine", "mine"),
+        ("file:///home/me/mine", "mine"),
+        ("C:\\Users\\me\\mine", "mine"),
+        ("\\\\server\\share\\mine", "mine"),
+    ],
+)
+def test_sources_without_machine_paths(source: str, portable: str, tmp_path: Path) -> None:
+    assert portable_source(source) == portable
+    assert portable_source(portable) == portable
+    bundle = write(tmp_path / "b", profile=msgspec.structs.replace(PROFILE, source=source))
+    assert bundle.manifest.profile.source == portable
+
+
+def test_relative_paths() -> None:
+    for path in ("a", "a/b.c", "a/.b", "…/ü"):
+        require_relative(path)
+    for path in ("", "/a", "a/", "a//b", "a/../b", "..", ".", "./a", "a\\b", "C:a", "a\x00"):
+        with pytest.raises(ValueError, match="expected a relative path"):
+            require_relative(path)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "b"
+    cases: list[tuple[type[LemicaError], str, dict[str, Any]]] = [
+        (InputError, "default_plan must be one of plans", {"default_plan": "fast"}),
+        (InputError, "cannot make a bundle: files must list tokenizer/", {"files": {}}),
+        (InputError, "got '../evil'", {"files": {"../evil": b""}}),
+        (InputError, "got '../evil'", {"reports": {"../evil": b""}}),
+        (InputError, "expected a readable file for the bundle", {"files": {"onnx/full.onnx": tmp_path / "absent"}}),
+        (InputError, "must not be listed", {"files": {"manifest.json": b""}}),
+    ]
+    for kind, message, changes in cases:
+        with pytest.raises(kind, match=message):
+            write(target, **changes)
+        assert not list(tmp_path.iterdir()), "nothing is left"
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(MissingDependencyError, match=r"0\.0 GB are free → free disk space"):
+        write(target)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "mine")  # empty: fine
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    for name in ("home", "file"):
+        with pytest.raises(UsageError, match="expected a bundle to replace, an empty folder or nothing"):
+            write(tmp_path / name)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+
+
+def test_replaced_only_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    write(tmp_path / "b", "1")
+    before = tree(tmp_path / "b")
+    with pytest.raises(InputError):
+        write(tmp_path / "b", "2", default_plan="fast")
+    assert tree(tmp_path / "b") == before
+    write(tmp_path / "b", "2", count=3)
+    assert Bundle.open(tmp_path / "b").manifest.versions == {"content": "2"}
+    assert names_in(tmp_path) == ["b"]
+
+
+def test_add_plan(bundle: Bundle) -> None:
+    before = tree(bundle.path)
+    more = add_plan(bundle, plan_of("fast"), plan_of("slow", guidance_scale=1.5))
+    assert more.plans == ("default", "fast", "slow")
+    assert more.plan("slow").guidance_scale == 1.5
+    assert more.manifest.default_plan == "default"
+    more.check()
+    after = tree(more.path)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed == {"manifest.json", "plans/fast.json", "plans/slow.json"}
+    assert add_plan(more, default="fast").manifest.default_plan == "fast"
+    with pytest.raises(InputError, match="default_plan must be one of plans"):
+        add_plan(more, default="none")
+    assert names_in(bundle.path.parent) == ["b"]
+
+
+def test_plans_join_whole_bundles_only(bundle: Bundle) -> None:
+    damage_bit(bundle.path)
+    with pytest.raises(IntegrityError, match="altered"):
+        add_plan(bundle, plan_of("fast"))
+
+
+def test_no_links_no_matter(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("not here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    add_plan(bundle, plan_of("fast")).check()
+
+
+# ---------------------------------------------------------------- killed writers
+
+WORKER = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_bundle as t
+
+target, action = Path(sys.argv[1]), sys.argv[2]
+
+
+def die_before(limit):  # the limit-th call that changes or syncs something
+    count = 0
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        return call
+
+    for name in ("fsync", "rename", "mkdir", "link", "rmdir", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+print("ready", flush=True)
+if action == "loop":  # write 2, 3, 4 … until killed
+    number = 2
+    while True:
+        t.write(target, str(number % 10), count=5)
+        number += 1
+for line in sys.stdin:  # one writer a line, killed there; answers with its exit status
+    pid = os.fork()
+    if pid == 0:
+        die_before(int(line))
+        if action == "write":
+            t.write(target, "2", count=2)
+        else:
+            t.add_plan(t.Bundle.open(target), t.plan_of("slow", guidance_scale=1.5), t.plan_of("fast"))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def worker(target: Path, action: str) -> subprocess.Popen[str]:
+    script = WORKER.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", script, str(target), action]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def hidden(folder: Path) -> list[str]:
+    return [name for name in names_in(folder) if name.startswith(".")]
+
+
+def content_of(target: Path) -> str:
+    """Which bundle lies there, whole; every file says the same."""
+    bundle = Bundle.open(target)
+    bundle.check()
+    content = bundle.manifest.versions["content"]
+    assert bundle.read_bytes("onnx/full.onnx") == content.encode() * 1000
+    return content
+
+
+def runs_killed_everywhere(target: Path, action: str) -> Iterator[None]:
+    """Kills a writer before its 1st, 2nd, … system call, from a fresh copy of the bundle; until one finishes."""
+    original = target.parent / "original"
+    target.rename(original)
+    status, limit = -signal.SIGKILL, 0
+    with worker(target, action) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while status == -signal.SIGKILL:
+            limit += 1
+            for leftover in target.parent.iterdir():
+                if leftover != original:
+                    shutil.rmtree(leftover)
+            shutil.copytree(original, target)
+            process.stdin.write(f"{limit}\n")
+            process.stdin.flush()
+            status = int(process.stdout.readline())
+            yield
+    assert status == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_killed_before_any_system_call(tmp_path: Path) -> None:
+    write(tmp_path / "b", "1", count=2)
+    seen = []
+    for _ in runs_killed_everywhere(tmp_path / "b", "write"):
+        seen.append(content_of(tmp_path / "b"))
+        write(tmp_path / "b", "3")  # the next run finishes, and cleans up
+        assert content_of(tmp_path / "b") == "3"
+        assert hidden(tmp_path) == []
+    assert seen == sorted(seen), "old, then new"
+    assert set(seen) == {"1", "2"}
+    assert len(seen) > 20
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_killed_while_a_plan_joins(tmp_path: Path) -> None:
+    write(tmp_path / "b", "1")
+    seen = []
+    for _ in runs_killed_everywhere(tmp_path / "b", "add"):
+        bundle = Bundle.open(tmp_path / "b")
+        bundle.check()
+        seen.append("fast" in bundle.plans)
+        assert (bundle.plan("slow").guidance_scale == 1.5) == seen[-1]
+    assert seen == sorted(seen)
+    assert set(seen) == {False, True}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    write(target, "1")
+    rng = random.Random(0)
+    for _ in range(6):
+        process = worker(target, "loop")
+        time.sleep(rng.uniform(0.0, 0.15))
+        process.kill()
+        process.communicate()
+        content_of(target)
+    write(target, "9")
+    assert content_of(target) == "9"
+    assert hidden(tmp_path) == []
+
+
+def test_half_a_swap_is_undone(tmp_path: Path) -> None:
+    """The one moment in which the name is free: between two renames."""
+    write(tmp_path / "b", "1")
+    (tmp_path / "b").rename(tmp_path / ".b.old")
+    assert content_of(tmp_path / "b") == "1"
+    assert hidden(tmp_path) == []
+
+
+def test_leftovers_of_the_living_stay(tmp_path: Path) -> None:
+    living, dead = tmp_path / f".b.tmp-{os.getppid()}-00000000", tmp_path / ".b.tmp-4194999-00000000"
+    other = tmp_path / ".b.tmp-notes"
+    for folder in (living, dead, other):
+        folder.mkdir()
+    write(tmp_path / "b")
+    assert sorted(hidden(tmp_path)) == sorted([living.name, other.name])
+
+
+def test_readers_during_a_swap(tmp_path: Path) -> None:
+    """Opening while another process writes gives one bundle or the other."""
+    target = tmp_path / "b"
+    write(target, "1", count=5)
+    process = worker(target, "loop")
+    end = time.monotonic() + 1.5
+    opened = set()
+    while time.monotonic() < end:
+        opened.add(Bundle.open(target).manifest.versions["content"])
+    assert process.poll() is None, "the writer goes on"
+    process.kill()
+    process.communicate()
+    assert len(opened) > 1
+
+
+def test_entries_are_what_they_say() -> None:
+    assert FileEntry(sha256="0" * 64, size=0).size == 0
