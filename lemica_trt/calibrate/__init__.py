@@ -8,7 +8,7 @@
 Knows nothing of schedules' search, plans on disk, export or engines.
 """
 
-from lemica_trt.calibrate.measure import Cost, cost, measure
+from lemica_trt.calibrate.measure import Cost, cost, measure, measurement_digest
 from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
 
-__all__ = ["Cost", "cost", "measure", "prompts_digest", "read_prompts"]
+__all__ = ["Cost", "cost", "measure", "measurement_digest", "prompts_digest", "read_prompts"]

@@ -19,7 +19,7 @@ from lemica_trt.values import Value, require, require_finite, value_from_json
 FORMAT_VERSION = 1
 
 
-class Measurement(Value):
+class Measurement(Value, frozen=True):
     """Everything that decides the errors but the number of samples; fields as in `ErrorGraph` and `Profile`."""
 
     model: str
@@ -48,7 +48,7 @@ class Measurement(Value):
         return range(self.num_steps - 1)
 
 
-class Unit(Value):
+class Unit(Value, frozen=True):
     """One start of one sample: errors[k] is that of the segment (start, start + 2 + k)."""
 
     sample: int

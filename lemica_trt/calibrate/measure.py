@@ -94,7 +94,8 @@ def measure(
         batch: the most latents in one call of the DiT, bounded by memory; None: `BATCH_ELEMENTS`' worth.
 
     Returns:
-        The graph, its edges sorted. It depends on the arguments alone (on one machine, byte for byte).
+        The graph, its edges sorted. On one machine it depends on the arguments alone, byte for byte; where a journal
+        is gone on with under another `batch`, in the last digits on both.
 
     Raises:
         UsageError: samples, max_skip or batch below 1.
@@ -126,6 +127,11 @@ def measure(
                     clock.spent += clock.cost(wave)
                     clock.tell(book)
     return _graph(measurement, book, samples)
+
+
+def measurement_digest(model: Model, table: SamplerTable, prompts: Sequence[str], *, seed: int, max_skip: int) -> str:
+    """SHA-256 (hex) of everything that a journal is bound to; who names journals by it never meets another's."""
+    return _measurement(model, table, prompts, seed, max_skip).digest
 
 
 class _Clock:
@@ -168,7 +174,7 @@ def _measurement(model: Model, table: SamplerTable, prompts: Sequence[str], seed
         sampler_digest=table.digest,
         num_steps=table.num_steps,
         max_skip=min(max_skip, table.num_steps - 1),
-        guidance_scale=profile.sampling.guidance_scale,
+        guidance_scale=float(profile.sampling.guidance_scale),
         negative_prompt=profile.sampling.negative_prompt,
         text_length=profile.text_length,
         latent_shape=model.latent_shape,

@@ -115,16 +115,22 @@ class Sample:
         Raises:
             VerificationError: latents are not finite; says at which step.
         """
+        end = self._stepper.table.num_steps
         run, runs = self._begin, [self._begin]
-        for t in range(self._stepper.table.num_steps):
+        for t in range(end):
             run, _ = self.full(t, [run])[0]
-            if not run.latents[0].isfinite().all():
-                raise VerificationError(
-                    f"{self._name}, the uncached run: expected finite latents, got NaN or infinity at step {t}",
-                    fix="build with another dtype (--dtype fp32 or bf16), or check the model's weights",
-                )
+            self._check(run.latents[0], t)
             runs.append(run)
-        return Uncached(tuple(runs), self.combine(self._stepper.table.num_steps, [run])[0])
+        final = self.combine(end, [run])[0]
+        self._check(final, end)
+        return Uncached(tuple(runs), final)
+
+    def _check(self, latents: Tensor, t: int) -> None:
+        if not latents.isfinite().all():
+            raise VerificationError(
+                f"{self._name}, the uncached run: expected finite latents, got NaN or infinity at step {t}",
+                fix="build with another dtype (--dtype fp32 or bf16), or check the model's weights",
+            )
 
     def errors(self, uncached: Uncached, starts: Sequence[int], max_skip: int) -> dict[int, list[float]]:
         """Eq. 4 for all segments that begin at these starts.
