@@ -1,0 +1,60 @@
+"""Synthetic data that looks like the real thing."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from lemica_trt.graph import Edge, ErrorGraph
+from lemica_trt.plan import StepPlan, plan_from_schedule
+from lemica_trt.sampler import SamplerRow, SamplerTable
+from lemica_trt.schedule import Schedule
+
+
+def error_graph(num_steps: int = 50, max_skip: int = 9) -> ErrorGraph:
+    """Monotone in length and U-shaped in position, early segments the worst: what real models show."""
+    edges = []
+    for i in range(num_steps):
+        for j in range(i + 2, min(num_steps, i + max_skip + 1) + 1):
+            place = i / num_steps
+            error = (0.0008 + 0.006 * np.exp(-12 * place) + 0.012 * max(0.0, place - 0.8)) * (j - i - 1) ** 1.3
+            edges.append(Edge(start=i, stop=j, errors=(float(error),)))
+    return ErrorGraph(
+        model="cogvideox-tiny",
+        revision="0" * 8,
+        scheduler="CogVideoXDDIMScheduler",
+        sampler_digest="1" * 8,
+        num_steps=num_steps,
+        max_skip=max_skip,
+        guidance_scale=6.0,
+        latent_shape=(5, 12, 8, 8),
+        samples=1,
+        seed=0,
+        prompts_digest="2" * 8,
+        edges=tuple(edges),
+    )
+
+
+def table(num_steps: int = 50) -> SamplerTable:
+    rows = [SamplerRow(latents=(1.0,), timestep=999.0)]
+    for i in range(1, num_steps):
+        rows.append(SamplerRow(latents=(0.98,), outputs=(-0.02,), timestep=999.0 - 19.98 * i))
+    rows.append(SamplerRow(latents=(0.98,), outputs=(-0.02,)))
+    return SamplerTable(scheduler="CogVideoXDDIMScheduler", rows=tuple(rows))
+
+
+def plan(full_steps: tuple[int, ...], num_steps: int = 50, name: str = "default", method: str = "lemica") -> StepPlan:
+    schedule = Schedule(num_steps=num_steps, full_steps=full_steps)
+    return plan_from_schedule(schedule, table(num_steps), name=name, guidance_scale=6.0, method=method)
+
+
+def clip(frames: int = 9, height: int = 64, width: int = 64, noise: float = 0.0) -> npt.NDArray[np.uint8]:
+    """A disc that crosses a gradient, uint8 [F, H, W, 3]."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.empty((frames, height, width, 3))
+    for f in range(frames):
+        pixels[f] = np.stack([60 + 100 * x / width, 90 + 80 * y / height, np.full(x.shape, 170.0)], axis=-1)
+        centre = width * (0.2 + 0.6 * f / max(1, frames - 1))
+        pixels[f][(x - centre) ** 2 + (y - height / 2) ** 2 < (min(height, width) / 5) ** 2] = (222, 74, 60)
+    pixels += noise * np.random.default_rng(0).standard_normal(pixels.shape)
+    return np.clip(pixels.round(), 0, 255).astype(np.uint8)
