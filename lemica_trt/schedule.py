@@ -30,7 +30,7 @@ Weight = Literal["mean", "max", "geometric"]
 """How the errors of an edge's samples become one number: `mean` is the paper's."""
 
 
-class Schedule(Value):
+class Schedule(Value, frozen=True):
     """Full steps of an N-step run.
 
     Attributes:
@@ -325,7 +325,7 @@ def given(steps: Sequence[int], num_steps: int) -> Schedule:
     return Schedule(num_steps=num_steps, full_steps=tuple(steps))
 
 
-class PublishedSchedule(Value):
+class PublishedSchedule(Value, frozen=True):
     """One list as its authors published it, right or wrong: `full_steps` is not checked here."""
 
     model: str
@@ -334,7 +334,7 @@ class PublishedSchedule(Value):
     full_steps: tuple[int, ...]
 
 
-class PublishedSchedules(Value):
+class PublishedSchedules(Value, frozen=True):
     """`calibration/published_schedules.json`: what others published, and where."""
 
     source: str
