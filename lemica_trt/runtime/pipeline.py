@@ -245,8 +245,9 @@ class Pipeline:
         sizes: dict[int | str, int] = {}
         for tensor in graph.inputs:
             shape = inputs[tensor.name].shape
-            sizes.update({name: size for name, size in zip(tensor.shape, shape) if isinstance(name, str)})
-            if shape != tuple(sizes.get(size, size) for size in tensor.shape):
+            for name, size in zip(tensor.shape, shape):
+                sizes.setdefault(name, size if isinstance(name, str) else name)
+            if shape != tuple(sizes.get(name) for name in tensor.shape):
                 raise InputError(f"{tensor.name} must have shape {list(tensor.shape)}, got {list(shape)}")
         with self._lock:
             buffers: dict[str, Buffer] = {}

@@ -14,9 +14,8 @@ from lemica_trt.builders import EngineKey
 from lemica_trt.errors import EngineError, UnsupportedError
 from lemica_trt.runtime.backend import check_binding, decode, encode, open_backend
 
-pytestmark = pytest.mark.null
 
-
+@pytest.mark.null
 @given(st.lists(st.floats(width=32), min_size=1))
 def test_bf16_is_the_nearest(numbers: list[float]) -> None:
     array = np.array(numbers, np.float32)
@@ -41,12 +40,14 @@ def test_bf16_is_that_of_torch() -> None:
     np.testing.assert_array_equal(encode(array, "bf16"), expected)
 
 
+@pytest.mark.null
 def test_unknown_backend() -> None:
     key = EngineKey(backend="new", version="1", target="x", dtype="fp16", graphs_digest="0" * 64)
     with pytest.raises(UnsupportedError, match="engines for 'new' cannot be run, only onnxruntime"):
         open_backend(key)
 
 
+@pytest.mark.null
 def test_bindings_are_checked() -> None:
     graphs = toy.graphs_of(toy.layout_of())
     graph = graphs.graph("combine")
