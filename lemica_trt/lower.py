@@ -134,9 +134,14 @@ def _rows(scheduler: Any, dynamic_guidance: bool) -> tuple[tuple[SamplerRow, ...
         noise = basis[2 * n + MAX_DRAWS * i : 2 * n + MAX_DRAWS * (i + 1)]
         updates[i + 1] = stepper.step(i, m, x, noise)
         if not np.isfinite(updates[i + 1]).all():
+            fixes = ["choose another solver type"]
+            if _config(scheduler).get("final_sigmas_type") == "zero":
+                fixes.insert(0, 'set final_sigmas_type="sigma_min"')
+            if _config(scheduler).get("rescale_betas_zero_snr"):
+                fixes.insert(0, 'set prediction_type="v_prediction" (if that is what the model predicts)')
             raise UnsupportedError(
                 f"{type(scheduler).__name__} is not finite at step {i} (timestep {stepper.timesteps[i]:g})",
-                fix='set final_sigmas_type="sigma_min", or choose another solver type',
+                fix=", or ".join(fixes),
             )
         if updates[i + 1, -1]:
             raise _refusal(scheduler, f"is not linear: it adds a constant at step {i}")

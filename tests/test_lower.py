@@ -422,6 +422,11 @@ def test_what_is_not_a_linear_sampler_is_refused(update: Any, message: str) -> N
             {**SD, **TO_SIGMA_MIN, "algorithm_type": "sde-dpmsolver", "solver_order": 3},
             "DPMSolverMultistepScheduler cannot be stepped.*UnboundLocalError",
         ),
+        (
+            "DDIMScheduler",
+            {**SD, **NO_CLIP, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+            'DDIMScheduler is not finite at step 0.*prediction_type="v_prediction"',
+        ),
         ("VQDiffusionScheduler", {"num_vec_classes": 8}, "VQDiffusionScheduler cannot be stepped"),
     ],
 )
