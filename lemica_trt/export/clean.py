@@ -1,0 +1,58 @@
+"""An exported ONNX model → the same computation under our names, with nothing of the machine that exported it.
+
+The exporter writes a stack trace with source paths to every node, and the traced program to the graph; symbolic
+dimensions get its own names. Two exports of one model are the same bytes only without all that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+PRODUCER = "lemica-trt"
+
+
+def clean_model(model: Any, symbols: Mapping[str, str]) -> None:
+    """Clean an `onnx_ir.Model` in place: metadata, doc strings, producer, unused inputs, names of dimensions.
+
+    Args:
+        model: as `torch.onnx.export` gives it.
+        symbols: the exporter's name of a dimension → ours.
+    """
+    model.producer_name, model.producer_version = PRODUCER, None
+    model.domain = model.model_version = model.doc_string = None
+    model.graph.name = "graph"
+    for part in (model, *model.functions.values(), *_graphs(model)):
+        _strip(part)
+    for graph in _graphs(model):
+        for value in (*graph.inputs, *graph.initializers.values()):
+            _strip_value(value, symbols)
+        for node in graph:
+            _strip(node)
+            for value in node.outputs:
+                _strip_value(value, symbols)
+    for value in list(model.graph.inputs):
+        if not value.uses() and not value.is_graph_output():
+            model.graph.inputs.remove(value)
+
+
+def _graphs(model: Any) -> Iterator[Any]:
+    yield model.graph
+    yield from model.graph.subgraphs()
+
+
+def _strip(part: Any) -> None:
+    part.metadata_props.clear()
+    part.doc_string = None
+
+
+def _strip_value(value: Any, symbols: Mapping[str, str]) -> None:
+    _strip(value)
+    if value.const_value is not None:
+        _strip(value.const_value)
+    if value.shape is None:
+        return
+    for axis, dim in enumerate(value.shape):
+        if not isinstance(dim, int) and dim.value is not None:
+            value.shape[axis] = re.sub(r"\w+", lambda name: symbols.get(name[0], name[0]), dim.value)

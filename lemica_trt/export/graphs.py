@@ -1,0 +1,271 @@
+"""The graphs of a bundle: what each is called with, its export, and the check of what the exporter made of it.
+
+torch → `torch.export` → `torch.onnx.export(dynamo=True)`. The text encoder takes one prompt and the VAE decoder one
+request: both run once where the steps run N times, and a video decoded alone is large enough. The step graphs of a
+build for one request a call have static shapes too (best for engines); otherwise their batch is a symbol, and an
+exporter that specialises it silently is found out here.
+
+Precision: the DiT and the text encoder have the profile's dtype, but for the modules that their classes keep in
+fp32 (in T5 the `wo` of each block: what lets it run in fp16 at all, here as in every fp16 pipeline); the VAE has
+what users of the family run it in. Combination, guidance and the mix of residuals are fp32. ONNX Runtime's CPU
+provider runs fp32 and fp16 graphs; bf16 ones it cannot load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import onnx_ir
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lemica_trt.errors import UnsupportedError
+from lemica_trt.export.clean import clean_model
+from lemica_trt.models import Model
+from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
+from lemica_trt.spec import GraphSet, GraphSpec, Role, StepLayout, TensorDType, TensorSpec
+from lemica_trt.values import require, write_bytes
+
+ROLES: tuple[Role, ...] = ("combine", "full", "skip", "text_encoder", "vae_decoder")
+
+OUTPUTS: dict[Role, tuple[str, ...]] = {
+    "combine": ("latents", "output"),
+    "full": ("latents", "output", "residual"),
+    "skip": ("latents", "output"),
+    "text_encoder": ("prompt_embeds",),
+    "vae_decoder": ("frames",),
+}
+"""Output names of each graph, in order."""
+
+INLINE_BYTES = 64 << 20
+"""Weights beyond this go to an external-data file beside the graph."""
+
+TORCH_DTYPES: dict[TensorDType, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+}
+
+ONNX_DTYPES: dict[Any, TensorDType] = {
+    onnx_ir.DataType.FLOAT: "fp32",
+    onnx_ir.DataType.FLOAT16: "fp16",
+    onnx_ir.DataType.BFLOAT16: "bf16",
+    onnx_ir.DataType.INT64: "int64",
+    onnx_ir.DataType.INT32: "int32",
+    onnx_ir.DataType.UINT8: "uint8",
+}
+
+
+def export_graphs(model: Model, layout: StepLayout, folder: Path, *, roles: Sequence[Role] = ROLES) -> GraphSet:
+    """Export a model's graphs to `onnx/<role>.onnx` (and `.onnx.data` where they are large) below a folder.
+
+    dtype, opset and largest batch are those of the model's profile. The same model gives the same bytes.
+
+    Args:
+        model: what to export.
+        layout: interface of the step graphs.
+        folder: the bundle's root, or a temporary folder that will become it.
+        roles: which graphs.
+
+    Raises:
+        ValueError: the layout is not one of this model.
+        UnsupportedError: the exporter cannot export the model, or not without fixing a dimension that must be free.
+    """
+    require(layout.latent_shape == model.latent_shape, f"layout for {layout.latent_shape}, not {model.latent_shape}")
+    require(layout.guided == model.guided, f"layout.guided is {layout.guided}, the profile's guidance {model.guided}")
+    widths = _hidden_shapes(model, layout)
+    return GraphSet(
+        dtype=model.profile.dtype,
+        layout=layout,
+        max_batch=model.profile.shape.max_batch,
+        graphs=tuple(_export_graph(role, model, layout, widths, folder) for role in sorted(roles)),
+    )
+
+
+def input_specs(role: Role, model: Model, layout: StepLayout, hidden: dict[str, TensorSpec]) -> list[TensorSpec]:
+    """What a graph's module is called with, in order; `batch` is b."""
+
+    def latents(name: str) -> TensorSpec:
+        return TensorSpec(name=name, dtype="fp32", shape=("batch", *layout.latent_shape))
+
+    if role == "text_encoder":
+        names = ("input_ids", "attention_mask") if model.family.text_mask else ("input_ids",)
+        return [TensorSpec(name=name, dtype="int64", shape=(1, model.profile.text_length)) for name in names]
+    if role == "vae_decoder":
+        return [TensorSpec(name="latents", dtype="fp32", shape=(1, *layout.latent_shape))]
+    specs = [latents(f"latents_{j}") for j in range(layout.latent_history)]
+    specs += [latents(f"outputs_{k}") for k in range(layout.output_history)]
+    if layout.stochastic:
+        specs.append(latents("noise"))
+    size = max(part.stop for part in layout.offsets.values())
+    specs.append(TensorSpec(name="coefficients", dtype="fp32", shape=(size,)))
+    if role == "combine":
+        return specs
+    if layout.guided:
+        specs.append(TensorSpec(name="guidance", dtype="fp32", shape=("batch",)))
+    specs.append(hidden["prompt_embeds"])
+    if role == "skip":
+        residual = hidden["residual"]
+        specs += [msgspec.structs.replace(residual, name=f"residual_{k}") for k in range(layout.residual_history)]
+    return specs
+
+
+def _module(role: Role, model: Model, layout: StepLayout) -> nn.Module:
+    if role == "text_encoder":
+        return model.text_encoder
+    if role == "vae_decoder":
+        return model.vae_decoder
+    if role == "combine":
+        return CombineStep(layout)
+    return (FullStep if role == "full" else SkipStep)(model, layout)
+
+
+def _hidden_shapes(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
+    """`prompt_embeds` and `residual` as the model's own modules make them; shapes only, nothing is computed."""
+    rows = "2*batch" if layout.guided else "batch"
+    dtype = model.profile.dtype
+    full = FullStep(model, layout)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        ids = _examples(input_specs("text_encoder", model, layout, {}), 1)
+        _, *embeds = model.text_encoder(ids)["prompt_embeds"].shape
+        hidden = {"prompt_embeds": TensorSpec(name="prompt_embeds", dtype=dtype, shape=(rows, *embeds))}
+        inputs = _examples(input_specs("full", model, layout, hidden), 1)
+        _, *residual = full(inputs)["residual"].shape
+    return {**hidden, "residual": TensorSpec(name="residual", dtype=dtype, shape=(rows, *residual))}
+
+
+def _examples(specs: Sequence[TensorSpec], batch: int) -> dict[str, Tensor]:
+    """Zeros of the given shapes at a batch."""
+    sizes = {"batch": batch, "2*batch": 2 * batch}
+    return {
+        spec.name: torch.zeros(
+            [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape], dtype=TORCH_DTYPES[spec.dtype]
+        )
+        for spec in specs
+    }
+
+
+def _export_graph(
+    role: Role, model: Model, layout: StepLayout, hidden: dict[str, TensorSpec], folder: Path
+) -> GraphSpec:
+    profile = model.profile
+    specs = input_specs(role, model, layout, hidden)
+    dynamic = profile.shape.max_batch > 1 and any("batch" in spec.shape for spec in specs)
+    inputs = {name: x.to(model.device) for name, x in _examples(specs, 2 if dynamic else 1).items()}
+    # An example of 2 with a maximum of 2 leaves equal dimensions apart (torch 2.13).
+    batch = torch.export.Dim("batch", min=1, max=max(profile.shape.max_batch, 3))
+    dims = {"batch": batch, "2*batch": 2 * batch}
+    shapes = {spec.name: {0: dims[spec.shape[0]]} if isinstance(spec.shape[0], str) else {} for spec in specs}
+    where = f"{profile.source}: {role}"
+    with torch.no_grad(), _quiet():
+        try:
+            module = _module(role, model, layout).eval()
+            program = torch.export.export(
+                module, (inputs,), dynamic_shapes=(shapes,) if dynamic else None, strict=False
+            )
+            exported = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=profile.opset,
+                input_names=list(inputs),
+                output_names=list(OUTPUTS[role]),
+                verbose=False,
+            )
+        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
+            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UnsupportedError(f"{where}: expected a graph that torch can export, got: {line}") from error
+    assert exported is not None
+    graph = exported.model
+    clean_model(graph, _symbols(graph))
+    file = f"onnx/{role}.onnx"
+    data_files = _write(graph, folder / file)
+    found = GraphSpec(
+        role=role,
+        file=file,
+        inputs=tuple(_tensor_spec(value) for value in graph.graph.inputs),
+        outputs=tuple(_tensor_spec(value) for value in graph.graph.outputs),
+        opset=graph.opset_imports[""],
+        data_files=tuple(f"onnx/{name}" for name in data_files),
+    )
+    _check(where, found, specs if dynamic else [_spec_of(name, x) for name, x in inputs.items()], dynamic)
+    if found.opset != profile.opset:
+        raise UnsupportedError(f"{where}: expected opset {profile.opset}, the exporter made {found.opset}")
+    onnx.checker.check_model(str(folder / file))
+    return found
+
+
+def _symbols(graph: Any) -> dict[str, str]:
+    """The exporter's name of the free dimension → ours."""
+    for value in graph.graph.inputs:
+        dim = value.shape[0] if len(value.shape) else 0
+        if not isinstance(dim, int) and dim.value.isidentifier():
+            return {dim.value: "batch"}
+    return {}
+
+
+def _spec_of(name: str, x: Tensor) -> TensorSpec:
+    names = {dtype: key for key, dtype in TORCH_DTYPES.items()}
+    return TensorSpec(name=name, dtype=names[x.dtype], shape=tuple(x.shape))
+
+
+def _tensor_spec(value: Any) -> TensorSpec:
+    shape = tuple(dim if isinstance(dim, int) else dim.value.replace(" ", "") for dim in value.shape)
+    return TensorSpec(name=value.name, dtype=ONNX_DTYPES[value.dtype], shape=shape)
+
+
+def _check(where: str, graph: GraphSpec, expected: Sequence[TensorSpec], dynamic: bool) -> None:
+    """Compare what the exporter declared with what was asked for: names, dtypes, and which dimensions are free."""
+    wanted = {spec.name: spec for spec in expected}
+    for spec in graph.inputs:
+        if spec != wanted.get(spec.name):
+            raise UnsupportedError(f"{where}: expected input {wanted.get(spec.name)}, the exporter made {spec}")
+    for spec in graph.outputs:
+        first, *others = spec.shape
+        if isinstance(first, str) is not dynamic or any(isinstance(dim, str) for dim in others):
+            raise UnsupportedError(
+                f"{where}: expected only the batch to be free in output {spec.name}, got {spec.shape}"
+            )
+    if tuple(spec.name for spec in graph.outputs) != OUTPUTS[graph.role]:
+        raise UnsupportedError(f"{where}: expected outputs {OUTPUTS[graph.role]}, got {graph.outputs}")
+
+
+def _write(graph: Any, path: Path) -> list[str]:
+    """Write a model; the names of its external-data files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
+    if weights <= INLINE_BYTES:
+        write_bytes(onnx_ir.to_proto(graph).SerializeToString(deterministic=True), path)
+        return []
+    data = f"{path.name}.data"
+    onnx_ir.save(graph, path, external_data=data)
+    return [data]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' notes on libraries that are not installed and on folding they leave undone."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        # T5's bucket of distance 0 is log(0), thrown away behind a `where`; folding it computes it in numpy.
+        with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+            warnings.filterwarnings("ignore", category=FutureWarning, message=r".*treespec, LeafSpec")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
