@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ PROMPTS = ["a cat", "a dog", "two boats"]
 @pytest.fixture(scope="module")
 def model() -> ToyModel:
     return ToyModel()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices here are tiny; other threads only disturb."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def measured(model: ToyModel, journal: Path, **changes: Any) -> ErrorGraph:
