@@ -16,7 +16,7 @@ from lemica_trt.values import Value, require, require_finite
 FORMAT_VERSION = 1
 
 
-class Edge(Value):
+class Edge(Value, frozen=True):
     """Errors of one cached segment.
 
     Attributes:
@@ -47,7 +47,7 @@ class Edge(Value):
         return sum(self.errors) / len(self.errors)
 
 
-class ErrorGraph(Value):
+class ErrorGraph(Value, frozen=True):
     """All measured edges, and exactly what they were measured on.
 
     Attributes:

@@ -32,7 +32,7 @@ FORMAT_VERSION = 1
 Graph = Literal["full", "skip", "none"]
 
 
-class PlanRow(Value):
+class PlanRow(Value, frozen=True):
     """One row; `latents`, `outputs`, `noise`, `timestep`, `in_scale`, `guidance` as in `SamplerRow`.
 
     Attributes:
@@ -62,7 +62,7 @@ class PlanRow(Value):
         require(self.graph == "none" or self.timestep is not None, f"step {self.step}: {self.graph} needs a timestep")
 
 
-class StepPlan(Value):
+class StepPlan(Value, frozen=True):
     """A plan for one request: rows, and what they were made from.
 
     Attributes:

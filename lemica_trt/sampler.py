@@ -17,7 +17,7 @@ from __future__ import annotations
 from lemica_trt.values import Value, require, require_finite
 
 
-class SamplerRow(Value):
+class SamplerRow(Value, frozen=True):
     """One step: coefficients of the combination, and what the model is called with.
 
     Attributes:
@@ -44,7 +44,7 @@ class SamplerRow(Value):
             require_finite((self.timestep,), "timestep")
 
 
-class SamplerTable(Value):
+class SamplerTable(Value, frozen=True):
     """All steps of one sampler at one number of steps.
 
     Attributes:

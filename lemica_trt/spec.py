@@ -17,7 +17,7 @@ TensorDType = Literal["fp32", "fp16", "bf16", "int64", "int32", "uint8"]
 Role = Literal["full", "skip", "combine", "text_encoder", "vae_decoder"]
 
 
-class Shape(Value):
+class Shape(Value, frozen=True):
     """The shape bucket that a bundle serves.
 
     Attributes:
@@ -38,7 +38,7 @@ class Shape(Value):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-class Sampling(Value):
+class Sampling(Value, frozen=True):
     """How the uncached model is sampled: the reference that a plan is measured against.
 
     Attributes:
@@ -65,7 +65,7 @@ class Sampling(Value):
         return self.guidance_scale > 1.0
 
 
-class Calibration(Value):
+class Calibration(Value, frozen=True):
     """How the error graph is measured.
 
     Attributes:
@@ -85,7 +85,7 @@ class Calibration(Value):
         require(self.max_skip >= 1, f"max_skip must be at least 1, got {self.max_skip}")
 
 
-class Profile(Value):
+class Profile(Value, frozen=True):
     """A build profile, one TOML file in `engines/`: everything about a model that is not its weights.
 
     Attributes:
@@ -109,7 +109,7 @@ class Profile(Value):
     opset: int = 20
 
 
-class TensorSpec(Value):
+class TensorSpec(Value, frozen=True):
     """One input or output of a graph. Symbolic dimensions are strings (`batch`)."""
 
     name: str
@@ -117,7 +117,7 @@ class TensorSpec(Value):
     shape: tuple[int | str, ...]
 
 
-class GraphSpec(Value):
+class GraphSpec(Value, frozen=True):
     """One exported graph.
 
     Attributes:
@@ -136,7 +136,7 @@ class GraphSpec(Value):
     data_files: tuple[str, ...] = ()
 
 
-class StepLayout(Value):
+class StepLayout(Value, frozen=True):
     """The interface that all step graphs (full, skip, combine) of a bundle share; batch b, R = 2b if guided else b.
 
     Inputs, each present only in the graphs that read it:
@@ -190,7 +190,7 @@ class StepLayout(Value):
         return offsets
 
 
-class GraphSet(Value):
+class GraphSet(Value, frozen=True):
     """All graphs of one bundle.
 
     Attributes:
@@ -217,7 +217,7 @@ class GraphSet(Value):
         raise KeyError(role)
 
 
-class TextSpec(Value):
+class TextSpec(Value, frozen=True):
     """How a prompt becomes token ids, without transformers.
 
     Attributes:
