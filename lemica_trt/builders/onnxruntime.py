@@ -107,6 +107,8 @@ def open_session(graph: GraphSpec, path: Path, options: Mapping[str, Option]) ->
     settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[str(level)])
     settings.intra_op_num_threads = int(threads)
     settings.inter_op_num_threads = 1
+    # Each graph's session has threads of its own; by default they spin between two calls, against the graph that runs.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = 3
     try:
         session = ort.InferenceSession(str(path), settings, providers=[wanted])
