@@ -11,6 +11,7 @@ Knows values only; `calibrate` measures, `schedule` searches.
 
 from __future__ import annotations
 
+from lemica_trt.spec import DType
 from lemica_trt.values import Value, require, require_finite
 
 FORMAT_VERSION = 1
@@ -57,7 +58,9 @@ class ErrorGraph(Value, frozen=True):
         sampler_digest: digest of the `SamplerTable`; a plan on another table is refused.
         num_steps: N.
         max_skip: K, the most steps that one segment skips (j − i − 1 ≤ K).
+        dtype: precision of the DiT.
         guidance_scale: g of the runs.
+        negative_prompt, text_length: of the runs, see `spec`.
         latent_shape: frames, channels, height, width (or the family's order), without batch.
         samples: number of (prompt, seed) pairs.
         seed: seed of sample 0; sample s has seed + s.
@@ -74,7 +77,10 @@ class ErrorGraph(Value, frozen=True):
     sampler_digest: str
     num_steps: int
     max_skip: int
+    dtype: DType
     guidance_scale: float
+    negative_prompt: str
+    text_length: int
     latent_shape: tuple[int, ...]
     samples: int
     seed: int
@@ -89,6 +95,7 @@ class ErrorGraph(Value, frozen=True):
         require(
             self.format_version == FORMAT_VERSION, f"format_version must be {FORMAT_VERSION}, got {self.format_version}"
         )
+        require_finite((self.guidance_scale,), "guidance_scale")
         require(self.num_steps >= 2, f"num_steps must be at least 2, got {self.num_steps}")
         require(1 <= self.max_skip < self.num_steps, f"max_skip must be 1 … {self.num_steps - 1}, got {self.max_skip}")
         keys = [(edge.start, edge.stop) for edge in self.edges]

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from lemica_trt.errors import InputError
+from lemica_trt.spec import DType
 from lemica_trt.values import Value, require, require_finite, value_from_json
 
 FORMAT_VERSION = 1
@@ -24,7 +25,7 @@ class Measurement(Value, frozen=True):
 
     model: str
     revision: str
-    dtype: str
+    dtype: DType
     scheduler: str
     sampler_digest: str
     num_steps: int

@@ -94,10 +94,14 @@ class Model:
         """Keyword arguments of `split.full` and `split.skip`; see `Family.transformer_inputs`."""
         return self.family.transformer_inputs(hidden_states, timestep, prompt_embeds, self.constants)
 
-    def scheduler(self) -> Any:
-        """A fresh diffusers scheduler, its N timesteps set as the pipeline sets them."""
+    def scheduler(self, steps: int | None = None) -> Any:
+        """A fresh diffusers scheduler, its timesteps set as the pipeline sets them.
+
+        Args:
+            steps: number of steps; None: the profile's N.
+        """
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
-        self.family.set_timesteps(scheduler, self.profile.sampling.steps)
+        self.family.set_timesteps(scheduler, self.profile.sampling.steps if steps is None else steps)
         return scheduler
 
     def noise(self, seed: int) -> Tensor:
