@@ -219,7 +219,7 @@ class Bundle:
         Args:
             plan: the plan of requests that name none; None: the bundle's default.
             backend: which engines; None: the first set.
-            threads: CPU threads within an operator, 0 for one a core; None: as built. CPU backends only.
+            threads: CPU threads within an operator, 0: one for each CPU; None: as built. For ONNX Runtime.
 
         Raises:
             UsageError, IntegrityError: as `plan`, `engine` and `file`.

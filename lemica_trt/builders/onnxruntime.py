@@ -6,13 +6,14 @@ Options:
 |---|---|---|
 | `provider` | `cpu` | `cpu` or `cuda` (needs onnxruntime-gpu) |
 | `optimization` | `all` | `disabled`, `basic`, `extended` or `all` graph optimisations, done at each load |
-| `threads` | 0 | threads within an operator; 0: one a core |
+| `threads` | 0 | threads within an operator; 0: one for each CPU that the process may use |
 
 No optimised model is written: it would hold for one ONNX Runtime version and CPU only, and loading is fast.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def open_session(graph: GraphSpec, path: Path, options: Mapping[str, Option]) ->
         )
     settings = ort.SessionOptions()
     settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[str(level)])
-    settings.intra_op_num_threads = int(threads)
+    settings.intra_op_num_threads = int(threads) or _available_cpus()  # its own 0 also pins threads to cores
     settings.inter_op_num_threads = 1
     # Each graph's session has threads of its own; by default they spin between two calls, against the graph that runs.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -124,6 +125,11 @@ def open_session(graph: GraphSpec, path: Path, options: Mapping[str, Option]) ->
     if declared != described:
         raise EngineError(f"{graph.file} is not the graph described: expected {described}, got {declared}")
     return session
+
+
+def _available_cpus() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def first_line(error: BaseException) -> str:
