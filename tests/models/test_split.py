@@ -25,7 +25,9 @@ def test_full_is_the_transformer_and_skip_with_its_own_residual_is_full(model: M
     output, residual = model.split.full(**inputs)
     assert torch.equal(output, uncut)
     assert residual.abs().mean() > 1e-3
-    assert (model.split.skip(residual, **inputs) - uncut).abs().max() <= 5e-7
+    # h_in + (h_out − h_in) is rounded twice, and the epilogue's norm magnifies that; packed latents give 6.0e-7.
+    packed = getattr(model.pipeline.transformer.config, "patch_size_t", None) is not None
+    assert (model.split.skip(residual, **inputs) - uncut).abs().max() <= (1e-6 if packed else 5e-7)
     assert (model.split.skip(0 * residual, **inputs) - uncut).abs().max() > 1e-3
     assert torch.equal(model.pipeline.transformer(**inputs, return_dict=False)[0], uncut), "the cut left a hook behind"
 
