@@ -438,7 +438,7 @@ for line in sys.stdin:  # one writer a line, killed there; answers with its exit
     if pid == 0:
         die_before(int(line))
         if action == "write":
-            t.write(target, "2", count=2)
+            t.write(target, "2")
         else:
             t.add_plan(t.Bundle.open(target), t.plan_of("slow", guidance_scale=1.5), t.plan_of("fast"))
         os._exit(0)
@@ -491,7 +491,7 @@ def runs_killed_everywhere(target: Path, action: str) -> Iterator[None]:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_killed_before_any_system_call(tmp_path: Path) -> None:
-    write(tmp_path / "b", "1", count=2)
+    write(tmp_path / "b", "1")
     seen = []
     for _ in runs_killed_everywhere(tmp_path / "b", "write"):
         seen.append(content_of(tmp_path / "b"))
@@ -521,7 +521,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     target = tmp_path / "b"
     write(target, "1")
     rng = random.Random(0)
-    for _ in range(6):
+    for _ in range(4):
         process = worker(target, "loop")
         time.sleep(rng.uniform(0.0, 0.15))
         process.kill()

@@ -75,7 +75,7 @@ def cases(draw: st.DrawFn) -> tuple[StepLayout, StepPlan, int]:
     return layout, toy.plan_of(*rows), draw(depth)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases())
 def test_the_loop_is_the_plan(case: tuple[StepLayout, StepPlan, int]) -> None:
     layout, plan, batch = case
