@@ -34,7 +34,7 @@ class Edge(Value, frozen=True):
 
     def __post_init__(self) -> None:
         require(
-            0 <= self.start and self.start + 2 <= self.stop,
+            self.stop >= self.start + 2 >= 2,
             f"edge ({self.start}, {self.stop}) must span at least 2 steps",
         )
         require(len(self.errors) > 0, f"edge ({self.start}, {self.stop}) has no errors")

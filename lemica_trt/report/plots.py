@@ -196,7 +196,7 @@ def _strips(axes: Axes, plans: Sequence[StepPlan]) -> None:
         rest = np.setdiff1d(np.arange(plan.num_steps), full)
         axes.barh(np.full(len(rest), row), 0.86, 0.72, left=rest - 0.43, color=PALE)
         axes.barh(np.full(len(full), row), 0.86, 0.72, left=full - 0.43, color=ACCENT if row == 0 else INK)
-    axes.set_yticks(range(len(plans)), [f"{plan.name}  {plan.budget}" for plan in plans])
+    axes.set_yticks(range(len(plans)), [plan.name for plan in plans])
     axes.set_ylim(len(plans) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)

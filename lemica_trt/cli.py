@@ -1,0 +1,409 @@
+"""The command line: parse, call `pipeline`, print, exit code.
+
+Flags carry the names that users know from trtexec, Polygraphy, optimum-cli and diffusers. Results go to standard
+output, progress and notes to standard error, so that `--json` can be piped. Decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from lemica_trt import __version__
+from lemica_trt.errors import EXIT_CODES, LemicaError, UsageError
+
+if TYPE_CHECKING:
+    from lemica_trt.progress import Reporter
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_EPILOG = "Exit codes: 0 done; " + "; ".join(
+    f"{code} {text[0].lower()}{text[1:-1]}" for code, text in EXIT_CODES.items()
+)
+
+
+class Integers(click.ParamType[tuple[int, ...]]):
+    """A comma-separated list of integers."""
+
+    name = "int,int,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"expected integers separated by commas, got {value!r}", param, ctx)
+
+
+class _Group(click.Group):
+    """Turns every error that a user can cause into one line on standard error and its exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        debug = "--debug" in sys.argv
+        try:
+            result = super().main(*args, **{**kwargs, "standalone_mode": False})
+            sys.exit(result if isinstance(result, int) else 0)
+        except click.ClickException as error:
+            if isinstance(error, click.exceptions.NoArgsIsHelpError):
+                click.echo(error.format_message(), err=True)
+                sys.exit(2)
+            where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "lemica-trt"
+            click.echo(f"lemica-trt: {error.format_message()} → see '{where} --help'", err=True)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            click.echo("lemica-trt: interrupted; finished work is kept, the same command goes on from there", err=True)
+            sys.exit(130)
+        except LemicaError as error:
+            if debug:
+                raise
+            click.echo(f"lemica-trt: {error}", err=True)
+            sys.exit(error.exit_code)
+        except OSError as error:
+            if debug:
+                raise
+            what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+            click.echo(f"lemica-trt: {what} → check the path, its permissions and the free disk space", err=True)
+            sys.exit(7)
+
+
+@click.group(
+    cls=_Group, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, prog_name="lemica-trt")
+def main() -> None:
+    """A deployment compiler for diffusion transformers.
+
+    One command makes a bundle:  lemica-trt build --model cogvideox-tiny --budget 15
+    """
+
+
+def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several click options as one decorator, shown in the order given."""
+
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+_common = _options(
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress on standard error."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+
+_model = _options(
+    click.option("--model", metavar="NAME|FILE.toml", help="Build profile (see `lemica-trt doctor`)."),
+    click.option("--weights", metavar="DIR|HUB_ID", help="diffusers folder or hub id instead of the profile's own."),
+    click.option("--denoising-steps", type=int, metavar="N", help="Sampling steps of the uncached model."),
+    click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1 or less: one branch only."),
+    click.option("--scheduler", metavar="CLASS", help="diffusers scheduler class instead of the pipeline's own."),
+    click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Precision of the DiT."),
+    click.option("--frames", type=int, help="Video frames."),
+    click.option("--height", type=int, help="Pixels."),
+    click.option("--width", type=int, help="Pixels."),
+    click.option("--max-batch", type=int, help="Largest number of requests in one engine call."),
+    click.option("--opset", type=int, help="ONNX opset."),
+)
+
+_calibration = _options(
+    click.option("--samples", type=int, help="Calibration samples: (prompt, seed) pairs."),
+    click.option("--max-skip", type=int, metavar="K", help="Most steps that one segment skips."),
+    click.option("--seed", type=int, help="Seed of the first calibration sample."),
+    click.option(
+        "--prompts",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Calibration prompts, one a line, instead of the profile's.",
+    ),
+)
+
+_planning = _options(
+    click.option("--budget", "budgets", type=Integers(), default="15", show_default=True, metavar="B[,B…]",
+                 help="Full steps; several make several plans, the first is the default."),
+    click.option("--method", type=click.Choice(["lemica", "least-sum", "uniform"]), default="lemica", show_default=True,
+                 help="How the full steps are chosen."),
+    click.option("--schedule", type=Integers(), metavar="STEP,STEP,…",
+                 help="Full steps as given (or published); nothing is calibrated."),
+)  # fmt: skip
+
+_output = click.option("--output", "-o", type=click.Path(path_type=Path), help="What to write.")
+
+
+@main.command()
+@_model
+@_calibration
+@_planning
+@_options(
+    click.option("--error-graph", type=click.Path(dir_okay=False, path_type=Path),
+                 help="Use this error graph instead of calibrating."),
+    click.option("--backend", "backends", multiple=True, default=("onnxruntime",), show_default=True,
+                 help="Engines to build; repeat for several, the first is preferred."),
+    click.option("--verify-samples", type=click.IntRange(0), default=8, show_default=True,
+                 help="Held-out clips that the plans are judged by; 0: no verification."),
+    click.option("--output", "-o", type=click.Path(path_type=Path), help="Bundle folder  [default: engines/MODEL]"),
+    click.option("--dry-run", is_flag=True, help="Print what would be done, with time, disk and memory; do nothing."),
+)  # fmt: skip
+@_common
+def build(
+    model: str | None,
+    weights: str | None,
+    budgets: tuple[int, ...],
+    method: Any,
+    schedule: tuple[int, ...] | None,
+    error_graph: Path | None,
+    prompts: Path | None,
+    backends: tuple[str, ...],
+    verify_samples: int,
+    output: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **overrides: Any,
+) -> None:
+    """Calibrate, plan, export, build engines, and verify: one command from a model to a bundle.
+
+    Finished stages are kept beside the bundle (OUTPUT.work): after an interruption, or with other flags, the same
+    command does only what is missing.
+    """
+    from lemica_trt import pipeline
+    from lemica_trt.report import summary
+
+    profile = _profile(model, weights, overrides)
+    output = output or Path("engines") / profile.name
+    request = pipeline.Request(
+        budgets=budgets,
+        method=method,
+        schedule=schedule,
+        error_graph=None if error_graph is None else str(error_graph),
+        prompts=None if prompts is None else str(prompts),
+        backends=backends,
+        verify_samples=verify_samples,
+    )
+    if dry_run:
+        steps = pipeline.dry_run(profile, output, request)
+        _print(steps, as_json, summary.dry_run_table)
+        return
+    bundle, report = pipeline.build(profile, output, request, _reporter(quiet or as_json))
+    _print(
+        {"bundle": str(output), "plans": bundle.plans, "verify": report},
+        as_json,
+        lambda _: summary.build_table(bundle, report, output),
+    )
+
+
+def _profile(model: str | None, weights: str | None, overrides: dict[str, Any]) -> Any:
+    """The profile of --model or --weights with every given flag applied."""
+    import msgspec
+
+    from lemica_trt.resources import load_profile
+
+    replace = msgspec.structs.replace
+    if model is None:
+        raise UsageError("expected --model, got none", fix="name a profile, for example --model cogvideox-tiny")
+    profile = load_profile(model)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    names = {"denoising_steps": "steps"}
+    given = {names.get(name, name): value for name, value in given.items()}
+    try:
+        parts = {
+            part: replace(
+                getattr(profile, part),
+                **{k: v for k, v in given.items() if k in getattr(profile, part).__struct_fields__},
+            )
+            for part in ("shape", "sampling", "calibration")
+        }
+        top = {name: value for name, value in given.items() if name in ("dtype", "opset")}
+        if weights is not None:
+            top["source"] = weights
+        return replace(profile, **parts, **top)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _reporter(quiet: bool) -> Reporter:
+    from lemica_trt.progress import reporter
+
+    return reporter(quiet=quiet)
+
+
+def _print(result: Any, as_json: bool, table: Callable[[Any], Any]) -> None:
+    """The result on standard output: JSON for machines, a table for people."""
+    if as_json:
+        import msgspec
+
+        click.echo(json.dumps(json.loads(msgspec.json.encode(result)), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(table(result))
+
+
+@main.command()
+@_model
+@_calibration
+@_options(click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Work folder."))
+@_common
+def calibrate(
+    model: str | None, weights: str | None, prompts: Path | None, output: Path, as_json: bool, quiet: bool, debug: bool,
+    **overrides: Any,
+) -> None:  # fmt: skip
+    """Measure the error graph: OUTPUT/error_graph.json, beside the sampler and the profile that it belongs to.
+
+    Killed at any point, the same command goes on from the last finished unit.
+    """
+    from lemica_trt import pipeline
+    from lemica_trt.report import summary
+
+    graph = pipeline.calibrate_stage(
+        _profile(model, weights, overrides), pipeline.Work(output), prompts, _reporter(quiet or as_json)
+    )
+    _print({"error_graph": str(pipeline.Work(output).error_graph), "samples": graph.samples, "edges": len(graph.edges)},
+           as_json, lambda _: summary.error_graph_table(graph))  # fmt: skip
+
+
+@main.command()
+@click.argument("target", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_planning
+@_options(
+    click.option("--default", "default", metavar="NAME", help="Plan of requests that name none."),
+)
+@_common
+def plan(
+    target: Path, budgets: tuple[int, ...], method: Any, schedule: tuple[int, ...] | None, default: str | None,
+    as_json: bool, quiet: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Make plans for TARGET, a work folder or a finished bundle, from its error graph: no PyTorch, one second."""
+    from lemica_trt import pipeline
+    from lemica_trt.report import summary
+
+    plans = pipeline.plan_stage(
+        target,
+        budgets=budgets,
+        method=method,
+        schedule=schedule,
+        default=default,
+        reporter=_reporter(True),
+    )
+    _print(plans, as_json, summary.plans_table)
+
+
+@main.command()
+@click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_common
+def export(work: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Export the graphs for the plans in WORK to ONNX: WORK/export."""
+    from lemica_trt import pipeline
+    from lemica_trt.report import summary
+
+    exported = pipeline.export_stage(pipeline.Work(work), _reporter(quiet or as_json))
+    _print(exported.graphs, as_json, summary.graphs_table)
+
+
+@main.command()
+@click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_options(
+    click.option("--backend", "backends", multiple=True, default=("onnxruntime",), show_default=True,
+                 help="Engines to build; repeat for several, the first is preferred."),
+    click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Bundle folder."),
+)  # fmt: skip
+@_common
+def engine(work: Path, backends: tuple[str, ...], output: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Build engines from the graphs in WORK, and write the bundle."""
+    from lemica_trt import pipeline
+    from lemica_trt.report import summary
+
+    bundle = pipeline.engine_stage(pipeline.Work(work), output, backends, _reporter(quiet or as_json))
+    _print(bundle.manifest, as_json, lambda _: summary.build_table(bundle, None, output))
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_options(
+    click.option("--weights", metavar="DIR|HUB_ID", help="Where the model is, if the bundle does not know."),
+    click.option("--verify-samples", "--samples", type=click.IntRange(1), default=8, show_default=True,
+                 help="Held-out clips."),
+)  # fmt: skip
+@_common
+def verify(bundle: Path, weights: str | None, verify_samples: int, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Check BUNDLE: digests, engines and plans against PyTorch and diffusers, held-out quality, time."""
+    from lemica_trt import pipeline
+    from lemica_trt.bundle import Bundle
+    from lemica_trt.report import summary
+
+    opened = Bundle.open(bundle)
+    report = pipeline.verify_stage(opened, weights, verify_samples, _reporter(quiet or as_json))
+    _print(report, as_json, lambda _: summary.build_table(opened, report, bundle))
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("prompt")
+@_options(
+    click.option("--plan", metavar="NAME", default="default", show_default=True, help="One of the bundle's plans."),
+    click.option("--seed", type=int, default=0, show_default=True,
+                 help="The noise that diffusers draws with this seed on a CPU generator."),
+    click.option("--guidance-scale", type=float, help="Classifier-free guidance  [default: the plan's]"),
+    click.option("--negative-prompt", help="What to steer away from  [default: the profile's]"),
+    click.option("--backend", metavar="NAME", help="Which engines  [default: the preferred ones]"),
+    click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), required=True,
+                 help=".mp4, .gif, .png (frames side by side) or .npy"),
+)  # fmt: skip
+@_common
+def run(
+    bundle: Path, prompt: str, plan: str, seed: int, guidance_scale: float | None, negative_prompt: str | None,
+    backend: str | None, output: Path, as_json: bool, quiet: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Generate a clip from BUNDLE and PROMPT. Takes no PyTorch."""
+    from time import perf_counter
+
+    from lemica_trt.bundle import Bundle
+    from lemica_trt.progress import duration
+    from lemica_trt.runtime.video import check_suffix, write_video
+
+    check_suffix(output)
+    report = _reporter(quiet or as_json)
+    start = perf_counter()
+    pipe = Bundle.open(bundle).pipeline(plan=None if plan == "default" else plan, backend=backend)
+    report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
+    result = pipe(
+        prompt,
+        seed=seed,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        on_step=lambda row: report.advance(row.index + 1, row.rows),
+    )
+    write_video(result.frames, output, fps=pipe.fps)
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())
+    found = {"output": str(output), "plan": pipe.default_plan, "seed": seed, "seconds": result.seconds}
+    _print(found, as_json, lambda _: f"{output}  ({parts})")
+
+
+@main.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@_options(click.option("--plan", metavar="NAME", help="Show one plan of a bundle row by row."))
+@_common
+def inspect(path: Path, plan: str | None, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Show a bundle, a plan, or an error graph. Takes no PyTorch."""
+    from lemica_trt.report import summary
+
+    value, table = summary.inspect(path, plan)
+    _print(value, as_json, table)
+
+
+@main.command()
+@_common
+def doctor(as_json: bool, quiet: bool, debug: bool) -> None:
+    """Show what is here: Python, libraries, backends, devices, model profiles."""
+    from lemica_trt import diagnosis
+    from lemica_trt.report import summary
+
+    _print(diagnosis.examine(), as_json, summary.doctor_table)

@@ -1,0 +1,82 @@
+"""What a model costs on this machine, before anything is run: for `build --dry-run`.
+
+Floating-point operations of a step are counted on fake tensors, and divided by the speed of a matrix product that is
+measured here. Estimates: within a factor of about two for models that are busy with matrix products.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lemica_trt.models import Model
+
+PROCESS_MEMORY = 700_000_000
+"""Bytes of a process that has imported PyTorch and diffusers; measured on Linux."""
+
+
+class Estimate(NamedTuple):
+    """Seconds and bytes.
+
+    Attributes:
+        full_step, skipped_step: one request, both branches of the guidance.
+        weights: all components, as they are stored.
+        run_memory: peak while the model runs.
+        export_memory: peak of the export; 1.15 times the weights was measured for CogVideoX-2B.
+    """
+
+    full_step: float
+    skipped_step: float
+    weights: int
+    run_memory: int
+    export_memory: int
+
+
+def estimate(model: Model) -> Estimate:
+    """Count a full and a skipped step, measure the machine."""
+    parts = [part for part in model.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    full, skipped = _operations(model)
+    speed = _speed(model.dtype)
+    return Estimate(
+        full_step=full / speed,
+        skipped_step=skipped / speed,
+        weights=weights,
+        run_memory=PROCESS_MEMORY + round(1.5 * weights),
+        export_memory=PROCESS_MEMORY + round(1.15 * weights),
+    )
+
+
+def _operations(model: Model) -> tuple[int, int]:
+    """Floating-point operations of a full and of a skipped step."""
+    rows = 2 if model.guided else 1
+    counts = []
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        sample = torch.zeros(rows, *model.latent_shape, dtype=model.dtype)
+        width = model.pipeline.text_encoder.config.d_model
+        embeds = torch.zeros(rows, model.profile.text_length, width, dtype=model.dtype)
+        inputs = model.transformer_inputs(sample, torch.zeros(rows), embeds)
+        with FlopCounterMode(display=False) as counter:
+            _, residual = model.split.full(**inputs)
+        counts.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            model.split.skip(residual, **inputs)
+        counts.append(counter.get_total_flops())
+    return counts[0], counts[1]
+
+
+def _speed(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a square matrix product, best of three."""
+    size = 768
+    matrix = torch.ones(size, size, dtype=dtype)
+    matrix @ matrix
+    best = float("inf")
+    for _ in range(3):
+        start = perf_counter()
+        matrix @ matrix
+        best = min(best, perf_counter() - start)
+    return 2 * size**3 / best

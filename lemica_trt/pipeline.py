@@ -1,0 +1,683 @@
+"""The ordered list of stages, and the only place that joins them.
+
+    model → sampler → calibrate → plan → export → engine → bundle → verify
+
+Each stage leaves its result in the work folder, named by what it was made from, and is not run again while that is
+the same:
+
+    WORK/
+      profile.json                 what is being built, flags applied
+      sampler.json                 SamplerTable
+      journal-<digest>.jsonl       what calibration has measured so far
+      error_graph.json             ErrorGraph
+      plans/<name>.json            StepPlans
+      export/export.json           what the graphs were made from, and the GraphSet
+      export/onnx/…, tokenizer/…   the graphs
+      reports/verify.json          the last verification
+
+The command line's stage commands call the functions one by one; `build` calls all. Torch is imported by the stages
+that need it, inside the functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from lemica_trt import __version__
+from lemica_trt.builders import EngineEntry, Option
+from lemica_trt.builders import build as build_engine
+from lemica_trt.bundle import MANIFEST, Bundle, add_plan, write_bundle
+from lemica_trt.errors import InputError, MissingDependencyError, UsageError
+from lemica_trt.graph import ErrorGraph
+from lemica_trt.plan import StepPlan, plan_from_schedule
+from lemica_trt.progress import Quiet, Reporter, size
+from lemica_trt.resources import calibration_path
+from lemica_trt.sampler import SamplerTable
+from lemica_trt.schedule import Schedule, given, least_sum, solve, uniform
+from lemica_trt.spec import GraphSet, Profile, StepLayout, TextSpec
+from lemica_trt.values import Value, json_bytes, read_value, write_value
+
+if TYPE_CHECKING:
+    from lemica_trt.models import Model
+    from lemica_trt.verify import VerifyReport
+
+Method = Literal["lemica", "least-sum", "uniform"]
+
+UNCACHED = "uncached"
+"""Name of the plan that runs every step in full; every bundle has it: it is what the others are measured against."""
+
+SAMPLER_FILE = "calibration/sampler.json"
+ERROR_GRAPH_FILE = "calibration/error_graph.json"
+"""Where a bundle keeps what its plans were made from, so that `plan BUNDLE` can make others without PyTorch."""
+
+TOKENIZER_FILE = "tokenizer/tokenizer.json"
+
+VERSIONS_OF = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "numpy")
+"""Libraries that decide what is measured and exported."""
+
+
+class Exported(Value, frozen=True):
+    """`export/export.json`: the graphs, and everything that they were made from.
+
+    Attributes:
+        key: digest of model revision, profile, layout and library versions.
+        revision: of the model.
+        graphs: what was exported.
+        text: how a prompt becomes ids.
+    """
+
+    key: str
+    revision: str
+    graphs: GraphSet
+    text: TextSpec
+
+
+class Work:
+    """The work folder of one build; at most one process uses it at a time.
+
+    Attributes:
+        root: the folder; made when first used.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def profile(self) -> Path:
+        return self.root / "profile.json"
+
+    @property
+    def sampler(self) -> Path:
+        return self.root / "sampler.json"
+
+    @property
+    def error_graph(self) -> Path:
+        return self.root / "error_graph.json"
+
+    @property
+    def plans(self) -> Path:
+        return self.root / "plans"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def reports(self) -> Path:
+        return self.root / "reports"
+
+    def journal(self, digest: str) -> Path:
+        """Where calibration keeps what it has measured for one kind of measurement."""
+        return self.root / f"journal-{digest[:16]}.jsonl"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder.
+
+        Raises:
+            UsageError: another process holds it.
+        """
+        import fcntl
+
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(
+                    f"{self.root}: expected a free work folder, another lemica-trt is using it",
+                    fix="wait for it, or choose another --output",
+                ) from None
+            yield
+
+
+def work_folder(output: Path) -> Path:
+    """The work folder that belongs to a bundle: beside it."""
+    return output.parent / f"{output.name}.work"
+
+
+# ---------------------------------------------------------------- stages
+
+
+def open_model(profile: Profile, reporter: Reporter) -> Model:
+    """Load the model of a profile.
+
+    Raises:
+        MissingDependencyError: the build extra is not installed.
+        InputError, UnsupportedError: as `models.load_model`.
+    """
+    reporter.stage("model", f"{profile.name} from {profile.source}, {profile.dtype}")
+    try:
+        from lemica_trt.models import load_model
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"building needs PyTorch and diffusers, got: {error}", fix="pip install 'lemica-trt[build]'"
+        ) from None
+    model = load_model(profile)
+    parameters = sum(p.numel() for p in model.pipeline.transformer.parameters())
+    shape = "×".join(str(n) for n in model.latent_shape)
+    reporter.note(f"DiT with {parameters / 1e6:.1f} M parameters, latents {shape}, revision {model.revision[:12]}")
+    return model
+
+
+def lower_sampler(model: Model, reporter: Reporter) -> SamplerTable:
+    """The model's sampler as a table."""
+    from lemica_trt.lower import sampler_table
+
+    table = sampler_table(model.scheduler(), dynamic_guidance=model.profile.sampling.dynamic_guidance)
+    kind = "stochastic" if table.stochastic else "deterministic"
+    reporter.stage(
+        "sampler",
+        f"{table.scheduler}, {table.num_steps} steps, {kind}; reads {table.latent_history} latents and "
+        f"{table.output_history} outputs back",
+    )
+    return table
+
+
+def calibration_prompts(profile: Profile, file: Path | None, *, split: str = "calibration") -> tuple[str, ...]:
+    """The prompts of a profile, or of a file.
+
+    Raises:
+        InputError: no such file, or no prompt in it.
+    """
+    from lemica_trt.calibrate import read_prompts
+
+    return tuple(read_prompts(file or calibration_path(profile.calibration.prompts) / f"{split}.txt"))
+
+
+def calibrate(model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter) -> ErrorGraph:
+    """Measure the error graph, going on from what the work folder already has."""
+    from lemica_trt.calibrate import cost, measure, measurement_digest
+
+    settings = model.profile.calibration
+    wanted = cost(table.num_steps, settings.max_skip, settings.samples)
+    reporter.stage(
+        "calibrate",
+        f"{settings.samples} samples, up to {settings.max_skip} steps skipped: {wanted.samplings:.0f} samplings' work",
+    )
+    graph = measure(
+        model,
+        table,
+        prompts,
+        samples=settings.samples,
+        seed=settings.seed,
+        max_skip=settings.max_skip,
+        journal=work.journal(measurement_digest(model, table, prompts, seed=settings.seed, max_skip=settings.max_skip)),
+        progress=reporter.advance,
+    )
+    write_value(graph, work.error_graph)
+    return graph
+
+
+def require_graph_fits(graph: ErrorGraph, model: Model, table: SamplerTable, *, where: str) -> None:
+    """Raise InputError unless an error graph was measured on this model, sampler and guidance."""
+    for name, expected, got in (
+        ("model revision", model.revision, graph.revision),
+        ("sampler", table.digest, graph.sampler_digest),
+        ("guidance scale", model.profile.sampling.guidance_scale, graph.guidance_scale),
+        ("latent shape", tuple(model.latent_shape), graph.latent_shape),
+    ):
+        if expected != got:
+            raise InputError(
+                f"{where}: expected an error graph of {name} {_short(expected)}, got {_short(got)}",
+                fix="calibrate this model (leave --error-graph out)",
+            )
+
+
+def make_plans(
+    table: SamplerTable,
+    *,
+    guidance_scale: float,
+    budgets: Sequence[int],
+    method: Method = "lemica",
+    graph: ErrorGraph | None = None,
+    schedule: Sequence[int] | None = None,
+) -> list[StepPlan]:
+    """Plans `bB` for each budget, in the order given; or one for a given schedule.
+
+    Raises:
+        UsageError: the method needs an error graph and there is none.
+        InfeasibleError, InputError: as `schedule`.
+    """
+
+    def plan(chosen: Schedule, how: str) -> StepPlan:
+        return plan_from_schedule(
+            chosen,
+            table,
+            name=f"b{chosen.budget}",
+            guidance_scale=guidance_scale,
+            method=how,
+            error_graph_digest=graph.digest if graph is not None and how in ("lemica", "least-sum") else None,
+        )
+
+    if schedule is not None:
+        return [plan(given(schedule, table.num_steps), "given")]
+    if method == "uniform":
+        return [plan(uniform(table.num_steps, budget), method) for budget in budgets]
+    if graph is None:
+        raise UsageError(f"method {method} needs an error graph", fix="calibrate first, or use --method uniform")
+    if method == "least-sum":
+        return [plan(least_sum(graph, budget), method) for budget in budgets]
+    schedules = solve(graph, budgets)
+    return [plan(schedules[budget], method) for budget in budgets]
+
+
+def uncached_plan(table: SamplerTable, *, guidance_scale: float, name: str = UNCACHED) -> StepPlan:
+    """The plan that runs every step in full."""
+    every = Schedule(num_steps=table.num_steps, full_steps=tuple(range(table.num_steps)))
+    return plan_from_schedule(every, table, name=name, guidance_scale=guidance_scale, method="none")
+
+
+def layout_from_plans(model: Model, plans: Sequence[StepPlan]) -> StepLayout:
+    """The smallest step layout that runs all of these plans."""
+    return StepLayout(
+        latent_shape=tuple(model.latent_shape),
+        latent_history=max(plan.latent_history for plan in plans),
+        output_history=max(plan.output_history for plan in plans),
+        residual_history=max(1, *(plan.residual_history for plan in plans)),
+        stochastic=any(plan.stochastic for plan in plans),
+        guided=model.profile.sampling.guided,
+    )
+
+
+def export(model: Model, layout: StepLayout, work: Work, reporter: Reporter) -> Exported:
+    """Export all graphs, unless the work folder has them from the same input."""
+    profile = model.profile
+    made_from = {
+        "revision": model.revision,
+        "profile": msgspec.structs.replace(profile, name="", source="", calibration=type(profile.calibration)()),
+        "layout": layout,
+        "versions": library_versions(),
+    }
+    key = hashlib.sha256(json_bytes(made_from)).hexdigest()
+    record = work.export / "export.json"
+    if record.is_file():
+        exported = read_value(Exported, record)
+        if exported.key == key:
+            reporter.stage("export", "unchanged")
+            return exported
+    from lemica_trt.export import export_graphs
+
+    reporter.stage("export", f"ONNX opset {profile.opset}, {profile.dtype}")
+    staged = work.root / "export.tmp"
+    shutil.rmtree(staged, ignore_errors=True)
+    graphs = export_graphs(model, layout, staged)
+    tokenizer = staged / TOKENIZER_FILE
+    tokenizer.parent.mkdir(parents=True)
+    tokenizer.write_bytes(model.tokenizer_json())
+    exported = Exported(key=key, revision=model.revision, graphs=graphs, text=model.text_spec(TOKENIZER_FILE))
+    write_value(exported, staged / "export.json")
+    # Only a folder that is whole has the final name: a kill before the rename leaves `export.tmp`.
+    shutil.rmtree(work.export, ignore_errors=True)
+    staged.rename(work.export)
+    for graph in graphs.graphs:
+        total = sum((work.export / name).stat().st_size for name in {graph.file, *graph.data_files})
+        reporter.note(f"{graph.role}: {size(total)}")
+    return exported
+
+
+def engines(
+    exported: Exported, work: Work, backends: Sequence[str], options: dict[str, Option], reporter: Reporter
+) -> list[EngineEntry]:
+    """Build engines of the exported graphs with each backend."""
+    reporter.stage("engine", ", ".join(backends))
+    return [build_engine(backend, exported.graphs, work.export, work.root, options) for backend in backends]
+
+
+def assemble(
+    profile: Profile,
+    revision: str,
+    table: SamplerTable,
+    graph: ErrorGraph | None,
+    plans: Sequence[StepPlan],
+    exported: Exported,
+    entries: Sequence[EngineEntry],
+    work: Work,
+    output: Path,
+    reporter: Reporter,
+) -> Bundle:
+    """Write the bundle."""
+    reporter.stage("bundle", str(output))
+    files: dict[str, Path | bytes] = {TOKENIZER_FILE: work.export / TOKENIZER_FILE, SAMPLER_FILE: json_bytes(table)}
+    if graph is not None:
+        files[ERROR_GRAPH_FILE] = json_bytes(graph)
+    for spec in exported.graphs.graphs:
+        files.update({name: work.export / name for name in (spec.file, *spec.data_files)})
+    bundle = write_bundle(
+        output,
+        profile=profile,
+        graphs=exported.graphs,
+        plans=plans,
+        default_plan=plans[0].name,
+        text=exported.text,
+        engines=entries,
+        files=files,
+        revision=revision,
+        versions=library_versions(),
+    )
+    reporter.note(size(sum(entry.size for entry in bundle.manifest.files.values())))
+    return bundle
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of lemica-trt and of the libraries that decide what is measured and exported; absent ones left out."""
+    versions = {"lemica-trt": __version__}
+    for name in VERSIONS_OF:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+class Request(Value, frozen=True):
+    """What `build` is asked for beyond the profile.
+
+    Attributes:
+        budgets: full steps of each plan; the first plan is the default.
+        method: how the full steps are chosen.
+        schedule: full steps as given; then budgets and method are not used and nothing is calibrated.
+        error_graph: path of an error graph to use instead of calibrating.
+        prompts: path of calibration prompts instead of the profile's.
+        backends: engines to build, in order of preference.
+        options: builder options.
+        verify_samples: held-out clips of the verification; 0: none at all.
+    """
+
+    budgets: tuple[int, ...] = (15,)
+    method: Method = "lemica"
+    schedule: tuple[int, ...] | None = None
+    error_graph: str | None = None
+    prompts: str | None = None
+    backends: tuple[str, ...] = ("onnxruntime",)
+    options: dict[str, Option] = {}
+    verify_samples: int = 8
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether an error graph has to be measured."""
+        return self.schedule is None and self.method != "uniform" and self.error_graph is None
+
+
+def build(profile: Profile, output: Path, request: Request, reporter: Reporter) -> tuple[Bundle, VerifyReport | None]:
+    """All stages. What an earlier run finished from the same input is not done again.
+
+    Args:
+        profile: what to build, flags applied.
+        output: the bundle's folder; the work folder lies beside it, see `work_folder`.
+        request: see there.
+
+    Raises:
+        LemicaError: whatever a stage raises; finished stages stay in the work folder.
+    """
+    work = Work(work_folder(output))
+    with work.locked():
+        write_value(profile, work.profile)
+        model = open_model(profile, reporter)
+        table = lower_sampler(model, reporter)
+        write_value(table, work.sampler)
+        graph = None
+        if request.error_graph is not None:
+            graph = read_value(ErrorGraph, request.error_graph)
+            require_graph_fits(graph, model, table, where=request.error_graph)
+            reporter.stage("calibrate", f"{request.error_graph}: {graph.samples} samples, method {graph.method}")
+        elif request.calibrates:
+            prompts = calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
+            graph = calibrate(model, table, prompts, work, reporter)
+        plans = make_plans(
+            table,
+            guidance_scale=profile.sampling.guidance_scale,
+            budgets=request.budgets,
+            method=request.method,
+            graph=graph,
+            schedule=request.schedule,
+        )
+        for plan in plans:
+            reporter.stage("plan", f"{plan.name}: full steps {' '.join(map(str, plan.full_steps))}")
+        plans.append(uncached_plan(table, guidance_scale=profile.sampling.guidance_scale))
+        exported = export(model, layout_from_plans(model, plans), work, reporter)
+        entries = engines(exported, work, request.backends, request.options, reporter)
+        bundle = assemble(profile, model.revision, table, graph, plans, exported, entries, work, output, reporter)
+        if request.verify_samples == 0:
+            return bundle, None
+        return bundle, verify_bundle(bundle, model, request.verify_samples, reporter)
+
+
+def verify_bundle(bundle: Bundle, model: Model, samples: int, reporter: Reporter) -> VerifyReport:
+    """Verify, store the report and its pictures in the bundle, and fail if something is not as it must be.
+
+    Raises:
+        VerificationError: after the report was stored.
+    """
+    from lemica_trt.report.folder import write_reports
+    from lemica_trt.verify import held_out, require_verified, verify
+
+    requests = held_out(calibration_prompts(model.profile, None, split="held_out"), samples)
+    report = verify(bundle, model, requests, reporter=reporter)
+    write_reports(bundle, report, requests, error_graph=ERROR_GRAPH_FILE)
+    require_verified(report)
+    return report
+
+
+def replan(
+    bundle: Bundle,
+    *,
+    budgets: Sequence[int],
+    method: Method,
+    schedule: Sequence[int] | None,
+    default: str | None,
+    reporter: Reporter,
+) -> Bundle:
+    """Add plans to a bundle from the sampler and the error graph that it carries; no PyTorch, no calibration.
+
+    Raises:
+        UsageError, InfeasibleError, InputError: as `make_plans` and `bundle.add_plan`.
+    """
+    table = read_value(SamplerTable, bundle.file(SAMPLER_FILE))
+    graph = None
+    if ERROR_GRAPH_FILE in bundle.manifest.files:
+        graph = read_value(ErrorGraph, bundle.file(ERROR_GRAPH_FILE))
+    plans = make_plans(
+        table,
+        guidance_scale=bundle.manifest.profile.sampling.guidance_scale,
+        budgets=budgets,
+        method=method,
+        graph=graph,
+        schedule=schedule,
+    )
+    for plan in plans:
+        reporter.stage("plan", f"{plan.name}: full steps {' '.join(map(str, plan.full_steps))}")
+    return add_plan(bundle, *plans, default=default)
+
+
+def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:
+    """The profile that a bundle was built as, pointing at weights that are here.
+
+    Raises:
+        UsageError: the bundle was built from a local folder, and that is not named.
+    """
+    profile = bundle.manifest.profile
+    if weights is not None:
+        return msgspec.structs.replace(profile, source=weights)
+    if ":" in profile.source or "/" in profile.source or Path(profile.source).is_dir():
+        return profile
+    raise UsageError(
+        f"the bundle was built from a local folder {profile.source!r}, which it does not carry",
+        fix="name it: --weights DIR",
+    )
+
+
+def _short(value: object) -> str:
+    """Digests by their first 12 digits, everything else as it is."""
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+# ---------------------------------------------------------------- stages alone, on the files of the one before
+
+
+def calibrate_stage(profile: Profile, work: Work, prompts: Path | None, reporter: Reporter) -> ErrorGraph:
+    """Profile → `profile.json`, `sampler.json`, `error_graph.json` in the work folder."""
+    with work.locked():
+        write_value(profile, work.profile)
+        model = open_model(profile, reporter)
+        table = lower_sampler(model, reporter)
+        write_value(table, work.sampler)
+        return calibrate(model, table, calibration_prompts(profile, prompts), work, reporter)
+
+
+def plan_stage(
+    target: Path,
+    *,
+    budgets: Sequence[int],
+    method: Method,
+    schedule: Sequence[int] | None,
+    default: str | None,
+    reporter: Reporter,
+) -> list[StepPlan]:
+    """Plans of a bundle (added to it) or of a work folder (written to `plans/`).
+
+    Raises:
+        UsageError: `default` for a work folder: only a bundle has one.
+        InputError: the folder is neither.
+    """
+    if (target / MANIFEST).is_file():
+        bundle = replan(
+            Bundle.open(target), budgets=budgets, method=method, schedule=schedule, default=default, reporter=reporter
+        )
+        return [bundle.plan(name) for name in bundle.plans]
+    if default is not None:
+        raise UsageError("--default is for bundles", fix="in a work folder the first budget's plan becomes the default")
+    work = Work(target)
+    with work.locked():
+        profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
+        plans = make_plans(
+            table,
+            guidance_scale=profile.sampling.guidance_scale,
+            budgets=budgets,
+            method=method,
+            graph=read_value(ErrorGraph, work.error_graph) if work.error_graph.is_file() else None,
+            schedule=schedule,
+        )
+        shutil.rmtree(work.plans, ignore_errors=True)
+        for index, plan in enumerate(plans):
+            write_value(plan, work.plans / f"{index}-{plan.name}.json")
+        return plans
+
+
+def export_stage(work: Work, reporter: Reporter) -> Exported:
+    """The plans of a work folder → graphs in it."""
+    with work.locked():
+        model = open_model(read_value(Profile, work.profile), reporter)
+        return export(model, layout_from_plans(model, _plans_of(work)), work, reporter)
+
+
+def engine_stage(work: Work, output: Path, backends: Sequence[str], reporter: Reporter) -> Bundle:
+    """The graphs and plans of a work folder → a bundle; no PyTorch.
+
+    Raises:
+        InputError: an earlier stage has not run.
+    """
+    with work.locked():
+        profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
+        plans = _plans_of(work)
+        exported = read_value(Exported, work.export / "export.json")
+        graph = read_value(ErrorGraph, work.error_graph) if work.error_graph.is_file() else None
+        entries = engines(exported, work, backends, {}, reporter)
+        return assemble(profile, exported.revision, table, graph, plans, exported, entries, work, output, reporter)
+
+
+def verify_stage(bundle: Bundle, weights: str | None, samples: int, reporter: Reporter) -> VerifyReport:
+    """Verify a bundle against the model that it was built from."""
+    model = open_model(profile_of_bundle(bundle, weights), reporter)
+    if model.revision != bundle.manifest.revision:
+        raise InputError(
+            f"expected the weights that the bundle was built from ({_short(bundle.manifest.revision)}), "
+            f"got {_short(model.revision)} in {model.profile.source}",
+            fix="name the right folder with --weights, or rebuild the bundle",
+        )
+    return verify_bundle(bundle, model, samples, reporter)
+
+
+def _plans_of(work: Work) -> list[StepPlan]:
+    """The plans in a work folder, in the order in which they were asked for, and the uncached one."""
+    profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
+    files = sorted(work.plans.glob("*.json"), key=lambda path: int(path.name.split("-", 1)[0]))
+    if not files:
+        raise InputError(f"{work.plans}: expected plans, got none", fix=f"lemica-trt plan {work.root} --budget 15")
+    plans = [read_value(StepPlan, path) for path in files]
+    return [*plans, uncached_plan(table, guidance_scale=profile.sampling.guidance_scale)]
+
+
+# ---------------------------------------------------------------- what a build would do
+
+
+class Stage(Value, frozen=True):
+    """One stage of a build that has not run yet; estimates, None where there is none.
+
+    Attributes:
+        name: of the stage.
+        what: what it would do.
+        seconds: wall-clock time on this machine.
+        disk, memory: bytes; memory is the peak of the process.
+    """
+
+    name: str
+    what: str
+    seconds: float | None = None
+    disk: int | None = None
+    memory: int | None = None
+
+
+def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
+    """What `build` would do. Loads the model, so that a hub id is downloaded, but computes next to nothing."""
+    from lemica_trt.calibrate import cost
+    from lemica_trt.estimate import estimate
+
+    model = open_model(profile, Quiet())
+    table = lower_sampler(model, Quiet())
+    expected = estimate(model)
+    settings = profile.calibration
+    stages = []
+    if request.calibrates:
+        calls = cost(table.num_steps, settings.max_skip, settings.samples)
+        stages.append(
+            Stage(
+                name="calibrate",
+                what=f"{settings.samples} samples: {calls.full} full steps, {calls.skip} skipped ones, "
+                f"{calls.samplings:.0f} samplings' work, at most; finished units are not done again",
+                seconds=calls.full * expected.full_step + calls.skip * expected.skipped_step,
+                disk=calls.units * 200,
+                memory=expected.run_memory,
+            )
+        )
+    plans = "given schedule" if request.schedule is not None else f"{request.method}, budgets {request.budgets}"
+    stages.append(Stage(name="plan", what=plans, seconds=0.1, disk=20_000))
+    stages.append(
+        Stage(
+            name="export",
+            what=f"full, skip, combine, text encoder, VAE decoder to ONNX, opset {profile.opset}, {profile.dtype}",
+            disk=expected.weights,
+            memory=expected.export_memory,
+        )
+    )
+    stages.append(Stage(name="engine", what=", ".join(request.backends), memory=expected.run_memory))
+    stages.append(Stage(name="bundle", what=str(output), disk=expected.weights))
+    if request.verify_samples:
+        budgets = request.budgets if request.schedule is None else (len(request.schedule),)
+        full = request.verify_samples * (table.num_steps + 3 * sum(budgets)) + 8 * (table.num_steps + sum(budgets))
+        stages.append(
+            Stage(
+                name="verify",
+                what=f"{request.verify_samples} held-out clips, about {full} full steps",
+                seconds=full * expected.full_step,
+                memory=2 * expected.run_memory,
+            )
+        )
+    return stages

@@ -1,0 +1,210 @@
+"""Tables that the command line prints: rich on a terminal, plain in a pipe. Values in, renderables out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lemica_trt.bundle import MANIFEST, REPORTS, Bundle
+from lemica_trt.errors import InputError
+from lemica_trt.graph import ErrorGraph
+from lemica_trt.plan import StepPlan
+from lemica_trt.progress import duration, size
+from lemica_trt.report.timeline import plan_table, timeline_text
+from lemica_trt.spec import GraphSet
+from lemica_trt.values import read_value
+
+if TYPE_CHECKING:
+    from lemica_trt.diagnosis import Finding
+    from lemica_trt.pipeline import Stage
+    from lemica_trt.verify import Quality, VerifyReport
+
+WAYS = {"plan": "", "uniform": "uniform", "fewer-steps": "fewer steps"}
+"""How a way of sampling is called in a table; the plan itself by its name."""
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """An empty table in the house's style; a column whose name begins with `>` is flushed right."""
+    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for column in columns:
+        made.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
+    return made
+
+
+def build_table(bundle: Bundle, report: VerifyReport | None, output: Path) -> RenderableType:
+    """What a build made: plans, speed and quality beside the baselines, agreement, and where things lie."""
+    manifest = bundle.manifest
+    shape, sampling = manifest.profile.shape, manifest.profile.sampling
+    title = (
+        f"{manifest.profile.name}: {shape.frames} frames {shape.height}×{shape.width}, {sampling.steps} steps, "
+        f"{manifest.graphs.dtype}"
+    )
+    parts: list[RenderableType] = []
+    if report is None:
+        parts.append(plans_table([bundle.plan(name) for name in bundle.plans], title=title))
+    else:
+        parts.append(quality_table(report, title=title))
+        parts.append(agreement_text(report))
+    parts.append(Text(f"bundle   {output}"))
+    for name, what in (("contact_sheet.png", "uncached beside plan"), ("schedules.png", "plans on the error graph")):
+        if (bundle.path / REPORTS / name).is_file():
+            parts.append(Text(f"picture  {output / REPORTS / name}  ({what})"))
+    parts.append(Text(f'try      lemica-trt run {output} "a prompt" --output clip.mp4'))
+    return Group(*parts)
+
+
+def quality_table(report: VerifyReport, *, title: str | None = None) -> Table:
+    """Each plan's time and held-out quality, its baselines below it."""
+    made = table("plan", ">full steps", ">time", ">speed-up", ">PSNR dB", ">5th pct.", ">SSIM", title=title)
+    perceptual = any(row.lpips is not None for row in report.quality)
+    if perceptual:
+        made.add_column("LPIPS", justify="right")
+    for timing in report.timing:
+        rows = [row for row in report.quality if row.plan == timing.plan]
+        speed = "" if timing.speedup is None else f"{timing.speedup:.2f}×"
+        head = [timing.plan, str(timing.budget), duration(timing.total), speed]
+        plan = next((row for row in rows if row.way == "plan"), None)
+        made.add_row(*head, *_scores(plan, perceptual), style="bold" if plan else "")
+        for row in rows:
+            if row.way != "plan":
+                made.add_row(f"  {WAYS[row.way]}", str(row.budget), "", "", *_scores(row, perceptual), style="dim")
+    return made
+
+
+def _scores(row: Quality | None, perceptual: bool) -> list[str]:
+    if row is None:
+        return ["reference", "", ""]
+    scores = [f"{row.psnr:.1f}", f"{row.psnr_p5:.1f}", f"{row.ssim:.4f}"]
+    return [*scores, "" if row.lpips is None else f"{row.lpips:.3f}"] if perceptual else scores
+
+
+def agreement_text(report: VerifyReport) -> RenderableType:
+    """How far runtime, PyTorch and diffusers agree, and what the loop costs beyond its steps; one line each."""
+    lines = [f"quality  {report.samples} held-out clips against the uncached run; {report.backend}, {report.machine}"]
+    worst = max(report.graphs, key=lambda check: check.difference / max(check.scale, 1e-9), default=None)
+    if worst is not None:
+        lines.append(
+            f"graphs   differ from PyTorch by at most {worst.difference:.1e} of {worst.scale:.3g} ({worst.role})"
+        )
+    runs = ", ".join(f"{run.plan} − {run.against} {run.difference:.1e}" for run in report.agreement)
+    lines.append(f"latents  largest differences after all steps: {runs}")
+    costs = ", ".join(f"{timing.plan} {timing.overhead:+.1%}" for timing in report.timing)
+    lines.append(f"loop     time beyond the steps' own: {costs}")
+    return Text("\n".join(lines))
+
+
+def plans_table(plans: Sequence[StepPlan], *, title: str | None = None) -> Table:
+    """Plans as timelines."""
+    made = table("plan", ">full steps", "method", "timeline", title=title)
+    for plan in sorted(plans, key=lambda plan: -plan.budget):
+        made.add_row(
+            plan.name, f"{plan.budget}/{plan.num_steps}", plan.method, timeline_text(plan, width=plan.num_steps)
+        )
+    return made
+
+
+def graphs_table(graphs: GraphSet) -> Table:
+    """Exported graphs with their interfaces."""
+    made = table("graph", "file", "inputs", "outputs")
+    for graph in graphs.graphs:
+        sides = [
+            "\n".join(f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]" for spec in side)
+            for side in (graph.inputs, graph.outputs)
+        ]
+        made.add_row(graph.role, graph.file, *sides)
+    return made
+
+
+def error_graph_table(graph: ErrorGraph) -> Table:
+    """The error graph by segment start: errors (×1000) at a few lengths."""
+    skips = [skip for skip in (1, 2, 3, 5, 8, 13, 21) if skip <= graph.max_skip]
+    made = table(
+        ">start",
+        *(f">skip {skip}" for skip in skips),
+        title=f"{graph.model}: mean |Δx0| × 1000 of {graph.samples} samples, by full step and steps skipped behind it",
+    )
+    edges = {(edge.start, edge.stop): edge.error for edge in graph.edges}
+    for start in range(0, graph.num_steps - 1, max(1, graph.num_steps // 16)):
+        errors = [edges.get((start, start + skip + 1)) for skip in skips]
+        made.add_row(str(start), *("" if error is None else f"{error * 1000:.2f}" for error in errors))
+    return made
+
+
+def dry_run_table(stages: Sequence[Stage]) -> RenderableType:
+    """What a build would do."""
+    made = table("stage", "what", ">time", ">disk", ">memory")
+    for stage in stages:
+        made.add_row(
+            stage.name,
+            stage.what,
+            "–" if stage.seconds is None else f"~{duration(stage.seconds)}",
+            "–" if stage.disk is None else f"~{size(stage.disk)}",
+            "–" if stage.memory is None else f"~{size(stage.memory)}",
+        )
+    return made
+
+
+def doctor_table(findings: Sequence[Finding]) -> Table:
+    """What is on this machine."""
+    made = table("", "what", "found")
+    for finding in findings:
+        mark = {True: "✓", False: "✗", None: "·"}[finding.ok]
+        made.add_row(mark, finding.what, finding.found)
+    return made
+
+
+def inspect(path: Path, plan: str | None) -> tuple[Any, Callable[[Any], RenderableType]]:
+    """The value behind a path – bundle, plan or error graph – and how to show it.
+
+    Raises:
+        InputError: it is none of these.
+        UsageError: the bundle has no such plan.
+    """
+    if path.is_dir():
+        if not (path / MANIFEST).is_file():
+            raise InputError(f"{path}: expected a bundle, a plan or an error graph, got a folder without {MANIFEST}")
+        bundle = Bundle.open(path)
+        if plan is not None:
+            chosen = bundle.plan(None if plan == "default" else plan)
+            return chosen, lambda _: plan_table(chosen)
+        return bundle.manifest, lambda _: _bundle_table(bundle)
+    try:
+        graph = read_value(ErrorGraph, path)
+    except InputError:
+        try:
+            chosen = read_value(StepPlan, path)
+        except InputError as error:
+            raise InputError(
+                f"{path}: expected a bundle, a plan or an error graph; read as a plan: {error.what}"
+            ) from None
+        return chosen, lambda _: plan_table(chosen)
+    return graph, lambda _: error_graph_table(graph)
+
+
+def _bundle_table(bundle: Bundle) -> RenderableType:
+    manifest = bundle.manifest
+    shape, sampling = manifest.profile.shape, manifest.profile.sampling
+    facts = table("", "")
+    facts.show_header = False
+    total = sum(entry.size for entry in manifest.files.values())
+    for name, text in (
+        ("model", f"{manifest.profile.name} ({manifest.profile.family}) from {manifest.profile.source}"),
+        ("revision", (manifest.revision or "–")[:16]),
+        (
+            "makes",
+            f"{shape.frames} frames {shape.height}×{shape.width} at {shape.fps} fps, up to {shape.max_batch} at once",
+        ),
+        ("sampling", f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}, {manifest.graphs.dtype}"),
+        ("engines", ", ".join(f"{e.key.backend} {e.key.version} {e.key.target}" for e in manifest.engines)),
+        ("default plan", manifest.default_plan),
+        ("size", f"{size(total)} in {len(manifest.files)} files"),
+        ("built with", ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))),
+    ):
+        facts.add_row(name, text)
+    return Group(facts, plans_table([bundle.plan(name) for name in bundle.plans]))

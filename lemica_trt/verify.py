@@ -1,0 +1,439 @@
+"""Does a bundle do what it must, and how good are its plans?
+
+    graphs      each graph on its engine against the torch module that it was exported from
+    agreement   whole runs: the uncached plan against the diffusers pipeline itself, each plan against the same plan
+                in PyTorch, from the same noise
+    quality     each plan on held-out prompts against the uncached run: PSNR, SSIM, LPIPS where its weights are –
+                beside the two ways of spending the same budget that need no calibration: full steps at equal
+                distances, and simply fewer sampling steps
+    timing      a full step, a skipped step, each whole plan, and what a plan costs beyond its steps
+
+Everything goes through the deployed runtime. Knows nothing of how the bundle was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lemica_trt.bundle import Bundle
+from lemica_trt.errors import VerificationError
+from lemica_trt.lower import sampler_table
+from lemica_trt.models import denoise
+from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
+from lemica_trt.plan import StepPlan, plan_from_schedule
+from lemica_trt.progress import Reporter
+from lemica_trt.quality import lpips, psnr, ssim
+from lemica_trt.runtime.denoise import RowDone
+from lemica_trt.runtime.pipeline import Pipeline
+from lemica_trt.runtime.random import Generator
+from lemica_trt.schedule import Schedule, uniform
+from lemica_trt.spec import GraphSpec
+from lemica_trt.values import Value
+
+if TYPE_CHECKING:
+    from lemica_trt.models import Model
+
+Array = npt.NDArray[Any]
+
+HELD_OUT_SEED = 1_000_000
+"""Seed of the first held-out sample; calibration seeds start at 0."""
+
+GRAPH_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-1}
+"""Largest difference between an engine and its torch module, as a part of the largest number in the result."""
+
+ONE_LEVEL = 1.0
+"""Frames are rounded to 8 bits: what lies on the edge between two levels may fall to either side."""
+
+RUN_TOLERANCE = 1e-4
+"""Largest absolute difference of final latents in fp32. A whole run amplifies rounding, so that half precision runs
+are held to the quality of their frames instead: `HALF_PSNR`."""
+
+HALF_PSNR = 30.0
+"""Half precision: lowest PSNR (dB) of frames decoded from a whole run against the same run in PyTorch."""
+
+
+class GraphCheck(Value, frozen=True):
+    """One graph against its torch module on random input.
+
+    Attributes:
+        role: of the graph.
+        difference: largest absolute difference over all outputs.
+        scale: largest absolute number in the torch result.
+    """
+
+    role: str
+    difference: float
+    scale: float
+
+
+class Agreement(Value, frozen=True):
+    """One whole run against another.
+
+    Attributes:
+        plan: its name.
+        against: `diffusers` or `torch`.
+        difference: largest absolute difference of the final latents.
+        psnr: of the decoded frames, dB.
+    """
+
+    plan: str
+    against: str
+    difference: float
+    psnr: float
+
+
+class Quality(Value, frozen=True):
+    """Held-out quality of one way of sampling against the uncached run.
+
+    Attributes:
+        plan: the bundle's plan, or the plan whose budget a baseline has.
+        way: `plan`, `uniform` or `fewer-steps`.
+        budget: full steps.
+        psnr, ssim: mean over clips (dB; 1 is best).
+        psnr_p5, ssim_p5: 5th percentile over clips.
+        lpips: mean over clips; None where the lpips package or its weights are not here.
+        each_psnr: one a clip, so that two ways can be compared clip by clip.
+    """
+
+    plan: str
+    way: str
+    budget: int
+    psnr: float
+    psnr_p5: float
+    ssim: float
+    ssim_p5: float
+    lpips: float | None
+    each_psnr: tuple[float, ...]
+
+
+class Timing(Value, frozen=True):
+    """Wall-clock time of one plan, one request, seconds.
+
+    Attributes:
+        plan: its name.
+        budget: full steps.
+        full_step, skipped_step: median of a row that runs the full or the skip graph; None where there is none.
+        total: the whole denoising loop, best of the runs.
+        overhead: total / (full steps + skipped steps at their median) − 1.
+        speedup: total of the uncached plan / total; None where the bundle has no uncached plan.
+    """
+
+    plan: str
+    budget: int
+    full_step: float
+    skipped_step: float | None
+    total: float
+    overhead: float
+    speedup: float | None
+
+
+class VerifyReport(Value, frozen=True):
+    """Everything that was verified, `reports/verify.json`.
+
+    Attributes:
+        samples: held-out clips behind `quality`.
+        machine: what it ran on.
+        backend: backend and version.
+        graphs, agreement, quality, timing: see there.
+    """
+
+    samples: int
+    machine: str
+    backend: str
+    dtype: str
+    graphs: tuple[GraphCheck, ...]
+    agreement: tuple[Agreement, ...]
+    quality: tuple[Quality, ...]
+    timing: tuple[Timing, ...]
+
+    def failures(self) -> list[str]:
+        """What is not as it must be; empty when all is well. A number that is not finite fails every comparison."""
+        found = []
+        for graph in self.graphs:
+            limit = max(GRAPH_TOLERANCE[self.dtype] * max(graph.scale, 1.0), ONE_LEVEL * (graph.role == "vae_decoder"))
+            if not graph.difference <= limit:
+                found.append(f"graph {graph.role} differs from PyTorch by {graph.difference:.1e}, allowed {limit:.1e}")
+        for run in self.agreement:
+            if self.dtype == "fp32" and not run.difference <= RUN_TOLERANCE:
+                found.append(
+                    f"plan {run.plan} differs from {run.against} by {run.difference:.1e}, allowed {RUN_TOLERANCE:.0e}"
+                )
+            if not run.psnr >= HALF_PSNR:
+                found.append(
+                    f"frames of plan {run.plan} have {run.psnr:.1f} dB against {run.against}, {HALF_PSNR} needed"
+                )
+        return found
+
+
+def held_out(prompts: Sequence[str], samples: int) -> list[tuple[str, int]]:
+    """(prompt, seed) of the held-out clips: sample s takes prompt s, repeating, and seed `HELD_OUT_SEED` + s."""
+    return [(prompts[s % len(prompts)], HELD_OUT_SEED + s) for s in range(samples)]
+
+
+def verify(
+    bundle: Bundle,
+    model: Model,
+    requests: Sequence[tuple[str, int]],
+    *,
+    reporter: Reporter,
+    backend: str | None = None,
+) -> VerifyReport:
+    """Verify a bundle against the model that it was built from.
+
+    Args:
+        bundle: what to verify; every file is checked first.
+        model: the same model in PyTorch.
+        requests: (prompt, seed) of the held-out clips, see `held_out`.
+        backend: which engines; None: the preferred ones.
+
+    Raises:
+        IntegrityError: a file is altered or missing.
+        VerificationError: a result is not finite.
+    """
+    bundle.check()
+    pipe = bundle.pipeline(backend=backend)
+    key = bundle.engine(backend).key
+    reporter.stage("verify", f"{len(requests)} held-out clips, {key.backend} {key.version} on {key.target}")
+    with torch.inference_mode():
+        graphs = _check_graphs(bundle, pipe, model)
+        agreement = _check_runs(bundle, pipe, model, requests[0])
+    quality = _measure_quality(bundle, pipe, model, requests, reporter)
+    return VerifyReport(
+        samples=len(requests),
+        machine=machine(),
+        backend=f"{key.backend} {key.version} {key.target}",
+        dtype=bundle.manifest.profile.dtype,
+        graphs=tuple(graphs),
+        agreement=tuple(agreement),
+        quality=tuple(quality),
+        timing=tuple(measure_timing(pipe, [bundle.plan(name) for name in bundle.plans])),
+    )
+
+
+def require_verified(report: VerifyReport) -> None:
+    """Raise VerificationError, naming everything that failed, unless all is well."""
+    failures = report.failures()
+    if failures:
+        raise VerificationError(
+            "; ".join(failures), fix="do not deploy this bundle; report it with reports/verify.json"
+        )
+
+
+# ---------------------------------------------------------------- against PyTorch
+
+
+def _check_graphs(bundle: Bundle, pipe: Pipeline, model: Model) -> list[GraphCheck]:
+    """Every graph on random input of batch 1, drawn from one seed."""
+    layout = bundle.manifest.graphs.layout
+    modules = {
+        "full": FullStep(model, layout),
+        "skip": SkipStep(model, layout),
+        "combine": CombineStep(layout),
+        "text_encoder": model.text_encoder,
+        "vae_decoder": model.vae_decoder,
+    }
+    random = np.random.default_rng(0)
+    checks = []
+    for graph in bundle.manifest.graphs.graphs:
+        inputs = {spec.name: _random_input(spec.name, _shape(spec.shape), random, model) for spec in graph.inputs}
+        expected = modules[graph.role](_tensors(inputs, graph))
+        got = pipe.run_graph(graph.role, inputs)
+        difference = scale = 0.0
+        for spec in graph.outputs:
+            reference = expected[spec.name].float().numpy()
+            difference = max(difference, _largest(np.float32(got[spec.name]) - reference))
+            scale = max(scale, _largest(reference))
+        checks.append(GraphCheck(role=graph.role, difference=difference, scale=scale))
+    return checks
+
+
+def _shape(shape: tuple[int | str, ...]) -> tuple[int, ...]:
+    """A spec's shape at batch 1; a symbolic size that is not the batch itself is `2*batch`."""
+    return tuple(size if isinstance(size, int) else 1 if size == "batch" else 2 for size in shape)
+
+
+def _random_input(name: str, shape: tuple[int, ...], random: np.random.Generator, model: Model) -> Array:
+    if name == "input_ids":
+        return np.tile(model.tokens(["a prompt"])["input_ids"].numpy(), (shape[0], 1))
+    if name == "attention_mask":
+        return np.tile(model.tokens(["a prompt"])["attention_mask"].numpy(), (shape[0], 1))
+    if name == "coefficients":  # timesteps are large numbers, all others about one
+        return random.uniform(0.5, 1.0, shape).astype(np.float32)
+    return random.standard_normal(shape).astype(np.float32)
+
+
+def _tensors(inputs: dict[str, Array], graph: GraphSpec) -> dict[str, torch.Tensor]:
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    return {spec.name: tensors[spec.name].to(half.get(spec.dtype, tensors[spec.name].dtype)) for spec in graph.inputs}
+
+
+def _check_runs(bundle: Bundle, pipe: Pipeline, model: Model, request: tuple[str, int]) -> list[Agreement]:
+    """The uncached plan against diffusers, and every plan against PyTorch, on one request."""
+    prompt, seed = request
+    noise = Generator(seed).randn((1, *model.latent_shape))
+    embeds = model.embed([prompt])
+    checks = []
+    for name in bundle.plans:
+        plan = bundle.plan(name)
+        got = pipe.latents(_embeds(pipe, prompt), noise, plan=plan, seeds=[seed] if plan.stochastic else None)
+        references = {}
+        if not plan.stochastic:
+            if plan.budget == plan.num_steps:
+                references["diffusers"] = model.reference([prompt], torch.from_numpy(noise))
+            references["torch"] = denoise(model, plan, embeds, torch.from_numpy(noise)).cpu()
+        for against, reference in references.items():
+            expected = reference.numpy()
+            if not np.isfinite(expected).all():
+                raise VerificationError(
+                    f"the model itself gives numbers that are not finite in {model.profile.dtype}",
+                    fix="build with another --dtype",
+                )
+            checks.append(
+                Agreement(
+                    plan=name,
+                    against=against,
+                    difference=_largest(got - expected),
+                    psnr=psnr(pipe.decode(got[0]), pipe.decode(expected[0])),
+                )
+            )
+    return checks
+
+
+def _largest(array: Array) -> float:
+    """Largest absolute value; NaN if any is."""
+    return float(np.abs(array).max())
+
+
+# ---------------------------------------------------------------- quality
+
+
+def _embeds(pipe: Pipeline, prompt: str) -> Array:
+    """[R, text_length, width] of one prompt, the unconditional branch first."""
+    manifest = pipe.bundle.manifest
+    branches = [manifest.profile.sampling.negative_prompt, prompt] if manifest.graphs.layout.guided else [prompt]
+    return np.stack([pipe.encode(text) for text in branches])
+
+
+def _measure_quality(
+    bundle: Bundle, pipe: Pipeline, model: Model, requests: Sequence[tuple[str, int]], reporter: Reporter
+) -> list[Quality]:
+    plans = [bundle.plan(name) for name in bundle.plans]
+    ways = [way for plan in plans if plan.budget < plan.num_steps for way in _ways(plan, model)]
+    uncached = next((plan for plan in plans if plan.budget == plan.num_steps), None)
+    if uncached is None or not ways:
+        return []
+    scores: list[list[tuple[float, float, float | None]]] = [[] for _ in ways]
+    for done, (prompt, seed) in enumerate(requests):
+        noise = Generator(seed).randn((1, *bundle.manifest.graphs.layout.latent_shape))
+        embeds = _embeds(pipe, prompt)
+
+        def frames(plan: StepPlan, embeds: Array = embeds, noise: Array = noise, seed: int = seed) -> Array:
+            return pipe.decode(pipe.latents(embeds, noise, plan=plan, seeds=[seed] if plan.stochastic else None)[0])
+
+        reference = frames(uncached)
+        for (_, _, plan), found in zip(ways, scores):
+            clip = frames(plan)
+            found.append((psnr(clip, reference), ssim(clip, reference), lpips(clip, reference)))
+        reporter.advance(done + 1, len(requests))
+    return [_quality(name, way, plan.budget, found) for (name, way, plan), found in zip(ways, scores)]
+
+
+def _quality(name: str, way: str, budget: int, scores: list[tuple[float, float, float | None]]) -> Quality:
+    psnrs, ssims, perceptual = zip(*scores)
+    measured = [value for value in perceptual if value is not None]
+    return Quality(
+        plan=name,
+        way=way,
+        budget=budget,
+        psnr=float(np.mean(psnrs)),
+        psnr_p5=float(np.percentile(psnrs, 5)),
+        ssim=float(np.mean(ssims)),
+        ssim_p5=float(np.percentile(ssims, 5)),
+        lpips=float(np.mean(measured)) if measured else None,
+        each_psnr=psnrs,
+    )
+
+
+def _ways(plan: StepPlan, model: Model) -> list[tuple[str, str, StepPlan]]:
+    """(plan name, way, plan) for the plan itself and its baselines at the same budget."""
+    table = sampler_table(model.scheduler(), dynamic_guidance=model.profile.sampling.dynamic_guidance)
+    few = sampler_table(model.scheduler(plan.budget), dynamic_guidance=model.profile.sampling.dynamic_guidance)
+    every = Schedule(num_steps=few.num_steps, full_steps=tuple(range(few.num_steps)))
+    ways = [(plan.name, "plan", plan)]
+    for way, schedule, rows in (
+        ("uniform", uniform(plan.num_steps, plan.budget), table),
+        ("fewer-steps", every, few),
+    ):
+        other = plan_from_schedule(
+            schedule, rows, name=f"{plan.name}-{way}", guidance_scale=plan.guidance_scale, method=way
+        )
+        ways.append((plan.name, way, other))
+    return ways
+
+
+# ---------------------------------------------------------------- timing
+
+
+def measure_timing(pipe: Pipeline, plans: Sequence[StepPlan], *, repeats: int = 3) -> list[Timing]:
+    """Time whole plans and their rows, one request, after one warm-up of each.
+
+    Row times come from runs that wait for the device after every row, totals from runs that do not; the best of
+    `repeats` totals counts, as the least disturbed one.
+    """
+    manifest = pipe.bundle.manifest
+    noise = Generator(0).randn((1, *manifest.graphs.layout.latent_shape))
+    embeds = _embeds(pipe, "")
+    timings = []
+    for plan in sorted(plans, key=lambda plan: -plan.budget):
+        rows: dict[str, list[float]] = {"full": [], "skip": [], "none": []}
+        seeds = [0] if plan.stochastic else None
+
+        def note(row: RowDone, rows: dict[str, list[float]] = rows) -> None:
+            rows[row.graph].append(row.seconds)
+
+        pipe.latents(embeds, noise, plan=plan, seeds=seeds)
+        totals = []
+        for _ in range(repeats):
+            pipe.latents(embeds, noise, plan=plan, seeds=seeds, on_step=note)
+            start = perf_counter()
+            pipe.latents(embeds, noise, plan=plan, seeds=seeds)
+            totals.append(perf_counter() - start)
+        full = median(rows["full"])
+        skipped = median(rows["skip"]) if rows["skip"] else None
+        expected = plan.budget * full + (len(rows["skip"]) // repeats) * (skipped or 0.0)
+        timings.append((plan, full, skipped, min(totals), expected))
+    uncached = next((total for plan, _, _, total, _ in timings if plan.budget == plan.num_steps), None)
+    return [
+        Timing(
+            plan=plan.name,
+            budget=plan.budget,
+            full_step=full,
+            skipped_step=skipped,
+            total=total,
+            overhead=total / expected - 1,
+            speedup=None if uncached is None else uncached / total,
+        )
+        for plan, full, skipped, total, expected in timings
+    ]
+
+
+def machine() -> str:
+    """Processor and cores, for a report."""
+    import os
+    import platform
+
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores"

@@ -1,0 +1,22 @@
+"""Where PyTorch is missing, files and folders that hold only `cpu` tests are not even imported."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+BUILD_LIBRARIES = ("torch", "diffusers", "onnx")
+
+
+def _needs_torch(file: Path) -> bool:
+    text = file.read_text(encoding="utf-8")
+    return "pytest.mark.cpu" in text and "pytest.mark.null" not in text
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """True: leave it out; None: as pytest likes."""
+    if all(find_spec(name) for name in BUILD_LIBRARIES):
+        return None
+    files = sorted(collection_path.rglob("test_*.py")) if collection_path.is_dir() else [collection_path]
+    tests = [file for file in files if file.name.startswith("test_") and file.suffix == ".py"]
+    return True if tests and all(map(_needs_torch, tests)) else None

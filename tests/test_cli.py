@@ -1,0 +1,226 @@
+"""The command line as a user types it: a bundle from one command, from the stages one by one, and every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lemica_trt.bundle import Bundle
+from lemica_trt.errors import EXIT_CODES
+from lemica_trt.plan import StepPlan
+from lemica_trt.values import read_value
+
+pytestmark = pytest.mark.cpu
+
+SMALL = ("--model", "cogvideox-tiny", "--denoising-steps", "8", "--samples", "1", "--max-skip", "3")
+
+
+def lemica(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "lemica_trt", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "160"},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A small bundle, and what the command printed."""
+    output = tmp_path_factory.mktemp("built") / "bundle"
+    done = lemica("build", *SMALL, "--budget", "4,5", "--verify-samples", "2", "--output", output)
+    assert done.returncode == 0, done.stderr
+    return output, done
+
+
+def test_build_makes_a_verified_bundle(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    output, done = built
+    bundle = Bundle.open(output)
+    bundle.check()
+    assert bundle.plans == ("b4", "b5", "uncached")
+    assert bundle.plan().name == "b4"
+    assert [len(bundle.plan(name).full_steps) for name in bundle.plans] == [4, 5, 8]
+    report = json.loads((output / "reports" / "verify.json").read_text())
+    differences = {(run["plan"], run["against"]): run["difference"] for run in report["agreement"]}
+    assert set(differences) == {("b4", "torch"), ("b5", "torch"), ("uncached", "diffusers"), ("uncached", "torch")}
+    assert max(differences.values()) <= 1e-4
+    assert {(row["plan"], row["way"]) for row in report["quality"]} == {
+        (plan, way) for plan in ("b4", "b5") for way in ("plan", "uniform", "fewer-steps")
+    }
+    assert (output / "reports" / "contact_sheet.png").stat().st_size > 1000
+    assert "b4" in done.stdout and "PSNR" in done.stdout
+    assert str(output) in done.stdout.replace("\n", "")
+
+
+def test_build_again_does_nothing_again(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    output, _ = built
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and "reports" not in path.parts}
+    done = lemica("build", *SMALL, "--budget", "4,5", "--verify-samples", "0", "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"export +unchanged", done.stderr)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_stages_one_by_one_make_the_same_bundle(
+    built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    work, output = tmp_path / "work", tmp_path / "bundle"
+    for arguments in (
+        ("calibrate", *SMALL, "--output", work),
+        ("plan", work, "--budget", "4,5"),
+        ("export", work),
+        ("engine", work, "--output", output),
+        ("verify", output, "--verify-samples", "1"),
+    ):
+        done = lemica(*arguments)
+        assert done.returncode == 0, (arguments, done.stderr)
+    mine, other = Bundle.open(output).manifest, Bundle.open(built[0]).manifest
+    assert mine.files == other.files
+
+
+def test_plan_adds_to_a_bundle_without_torch(
+    built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    copy = tmp_path / "moved"
+    shutil.copytree(built[0], copy)
+    done = lemica("plan", copy, "--budget", "6", "--default", "b6", "--json")
+    assert done.returncode == 0, done.stderr
+    assert Bundle.open(copy).plan().full_steps[0] == 0
+    assert Bundle.open(copy).plan().budget == 6
+    assert {plan["name"] for plan in json.loads(done.stdout)} == {"b4", "b5", "b6", "uncached"}
+
+
+def test_run_writes_a_clip(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    done = lemica(
+        "run", built[0], "a big red circle moves left", "--plan", "default", "--seed", 7, "-o", clip, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["plan"] == "b4"
+    import av
+
+    with av.open(str(clip)) as container:
+        frames = list(container.decode(video=0))
+    assert (len(frames), frames[0].height, frames[0].width) == (9, 64, 64)
+
+
+def test_inspect_shows_bundle_plan_and_graph(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    output, _ = built
+    for arguments, words in (
+        ((output,), ("cogvideox-tiny", "b4", "uncached", "onnxruntime")),
+        ((output, "--plan", "b4"), ("full", "skip")),
+        ((output / "plans" / "b5.json",), ("full", "skip")),
+        ((output / "calibration" / "error_graph.json",), ("skip 1", "cogvideox-tiny")),
+    ):
+        done = lemica("inspect", *arguments)
+        assert done.returncode == 0, done.stderr
+        for word in words:
+            assert word in done.stdout, (arguments, word)
+    plan = json.loads(lemica("inspect", output, "--plan", "b4", "--json").stdout)
+    assert (
+        tuple(row["step"] for row in plan["rows"] if row["graph"] == "full")
+        == read_value(StepPlan, output / "plans" / "b4.json").full_steps
+    )
+
+
+def test_dry_run_does_nothing(tmp_path: Path) -> None:
+    done = lemica("build", *SMALL, "--output", tmp_path / "bundle", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    stages = {stage["name"]: stage for stage in json.loads(done.stdout)}
+    assert list(stages) == ["calibrate", "plan", "export", "engine", "bundle", "verify"]
+    assert stages["calibrate"]["seconds"] > 0 and stages["export"]["disk"] > 1_000_000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_lists_profiles() -> None:
+    done = lemica("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "model cogvideox-tiny" in {finding["what"] for finding in json.loads(done.stdout)}
+
+
+MISTAKES = (
+    (("build",), 2, "--model"),
+    (("build", "--model", "nonesuch"), 2, "cogvideox-tiny"),
+    (("build", "--model", "cogvideox-tiny", "--budget", "fifteen"), 2, "integers"),
+    (("build", "--model", "cogvideox-tiny", "--denoising-steps", "1"), 2, "steps"),
+    (("build", "--model", "cogvideox-tiny", "--weights", "nowhere"), 3, "nowhere"),
+    (("build", "--model", "cogvideox-tiny", "--frames", "8"), 3, "frames"),
+    (("build", "--model", "cogvideox-tiny", "--height", "60"), 3, "height"),
+    (("build", "--model", "cogvideox-tiny", "--scheduler", "NoScheduler"), 3, "NoScheduler"),
+    (("build", "--model", "cogvideox-tiny", "--schedule", "0,7,3"), 3, "schedule[2]"),
+    (("build", "--model", "cogvideox-tiny", "--budget", "99", "--method", "uniform"), 6, "99"),
+    (("build", "--model", "cogvideox-tiny", "--backend", "abacus", "--method", "uniform"), 2, "abacus"),
+    (("build", "--model", "cogvideox-tiny", "--error-graph", "none.json"), 3, "none.json"),
+    (("run", "nowhere", "a prompt", "-o", "x.mp4"), 2, "nowhere"),
+    (("frobnicate",), 2, "frobnicate"),
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, tuple) else None
+)
+def test_mistakes_get_one_line_and_their_exit_code(
+    arguments: tuple[str, ...], code: int, word: str, tmp_path: Path
+) -> None:
+    done = lemica(
+        *arguments, "--quiet" if arguments[0] == "build" else "--help" if not arguments else "-q", cwd=tmp_path
+    )
+    assert done.returncode == code, done.stderr
+    assert code in EXIT_CODES
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("lemica-trt: ") and word in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_altered_bundle_is_not_loaded(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    copy = tmp_path / "altered"
+    shutil.copytree(built[0], copy)
+    (copy / "onnx" / "full.onnx").write_bytes(b"x" * 100)
+    done = lemica("run", copy, "a prompt", "-o", tmp_path / "x.mp4", "--quiet")
+    assert done.returncode == 4 and "onnx/full.onnx" in done.stderr
+    assert not (tmp_path / "x.mp4").exists()
+
+
+def test_verify_finds_a_graph_that_computes_something_else(
+    built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """A bundle whose digests are all right, but whose skip graph adds twice the residual."""
+    import hashlib
+
+    import onnx
+
+    copy = tmp_path / "wrong"
+    shutil.copytree(built[0], copy)
+    file = copy / "onnx" / "skip.onnx"
+    model = onnx.load(file)
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name == "residual_0":
+                node.input[index] = "doubled"
+    model.graph.node.insert(0, onnx.helper.make_node("Add", ["residual_0", "residual_0"], ["doubled"]))
+    data = model.SerializeToString()
+    file.write_bytes(data)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["onnx/skip.onnx"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    done = lemica("verify", copy, "--verify-samples", "1", "--quiet")
+    assert done.returncode == 9, done.stderr
+    assert "graph skip differs from PyTorch" in done.stderr and "plan b4 differs from torch" in done.stderr
+    report = json.loads((copy / "reports" / "verify.json").read_text())
+    wrong = {graph["role"] for graph in report["graphs"] if graph["difference"] > 1e-3 * graph["scale"]}
+    assert wrong == {"skip"}
+
+
+def test_bad_output_suffix_is_refused_before_any_work(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    done = lemica("run", built[0], "a prompt", "-o", "clip.avi", "--quiet")
+    assert done.returncode == 2 and ".mp4" in done.stderr
