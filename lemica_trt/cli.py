@@ -128,10 +128,10 @@ _calibration = _options(
 _planning = _options(
     click.option("--budget", "budgets", type=Integers(), default="15", show_default=True, metavar="B[,B…]",
                  help="Full steps; several make several plans, the first is the default."),
-    click.option("--method", type=click.Choice(["lemica", "least-sum", "uniform"]), default="lemica", show_default=True,
-                 help="How the full steps are chosen."),
+    click.option("--method", type=click.Choice(["lemica", "least-sum", "uniform", "published"]), default="lemica",
+                 show_default=True, help="How the full steps are chosen."),
     click.option("--schedule", type=Integers(), metavar="STEP,STEP,…",
-                 help="Full steps as given (or published); nothing is calibrated."),
+                 help="Full steps as given; nothing is calibrated."),
 )  # fmt: skip
 
 _output = click.option("--output", "-o", type=click.Path(path_type=Path), help="What to write.")

@@ -41,7 +41,7 @@ from lemica_trt.plan import StepPlan, plan_from_schedule
 from lemica_trt.progress import Quiet, Reporter, size
 from lemica_trt.resources import calibration_path
 from lemica_trt.sampler import SamplerTable
-from lemica_trt.schedule import Schedule, given, least_sum, solve, uniform
+from lemica_trt.schedule import Schedule, given, least_sum, published, solve, uniform
 from lemica_trt.spec import GraphSet, Profile, StepLayout, TextSpec
 from lemica_trt.values import Value, json_bytes, read_value, write_value
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from lemica_trt.models import Model
     from lemica_trt.verify import VerifyReport
 
-Method = Literal["lemica", "least-sum", "uniform"]
+Method = Literal["lemica", "least-sum", "uniform", "published"]
 
 UNCACHED = "uncached"
 """Name of the plan that runs every step in full; every bundle has it: it is what the others are measured against."""
@@ -235,13 +235,19 @@ def require_graph_fits(graph: ErrorGraph, model: Model, table: SamplerTable, *, 
 def make_plans(
     table: SamplerTable,
     *,
-    guidance_scale: float,
+    profile: Profile,
     budgets: Sequence[int],
     method: Method = "lemica",
     graph: ErrorGraph | None = None,
     schedule: Sequence[int] | None = None,
 ) -> list[StepPlan]:
     """Plans `bB` for each budget, in the order given; or one for a given schedule.
+
+    Args:
+        table: the sampler.
+        profile: gives the default guidance scale, and the model's name for published schedules.
+        budgets, method, schedule: see `Request`.
+        graph: for the methods that search one.
 
     Raises:
         UsageError: the method needs an error graph and there is none.
@@ -253,7 +259,7 @@ def make_plans(
             chosen,
             table,
             name=f"b{chosen.budget}",
-            guidance_scale=guidance_scale,
+            guidance_scale=profile.sampling.guidance_scale,
             method=how,
             error_graph_digest=graph.digest if graph is not None and how in ("lemica", "least-sum") else None,
         )
@@ -262,6 +268,8 @@ def make_plans(
         return [plan(given(schedule, table.num_steps), "given")]
     if method == "uniform":
         return [plan(uniform(table.num_steps, budget), method) for budget in budgets]
+    if method == "published":
+        return [plan(published(profile.name, budget), method) for budget in budgets]
     if graph is None:
         raise UsageError(f"method {method} needs an error graph", fix="calibrate first, or use --method uniform")
     if method == "least-sum":
@@ -402,7 +410,7 @@ class Request(Value, frozen=True):
     @property
     def calibrates(self) -> bool:
         """Whether an error graph has to be measured."""
-        return self.schedule is None and self.method != "uniform" and self.error_graph is None
+        return self.schedule is None and self.method in ("lemica", "least-sum") and self.error_graph is None
 
 
 def build(profile: Profile, output: Path, request: Request, reporter: Reporter) -> tuple[Bundle, VerifyReport | None]:
@@ -432,7 +440,7 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
             graph = calibrate(model, table, prompts, work, reporter)
         plans = make_plans(
             table,
-            guidance_scale=profile.sampling.guidance_scale,
+            profile=profile,
             budgets=request.budgets,
             method=request.method,
             graph=graph,
@@ -485,7 +493,7 @@ def replan(
         graph = read_value(ErrorGraph, bundle.file(ERROR_GRAPH_FILE))
     plans = make_plans(
         table,
-        guidance_scale=bundle.manifest.profile.sampling.guidance_scale,
+        profile=bundle.manifest.profile,
         budgets=budgets,
         method=method,
         graph=graph,
@@ -559,7 +567,7 @@ def plan_stage(
         profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
         plans = make_plans(
             table,
-            guidance_scale=profile.sampling.guidance_scale,
+            profile=profile,
             budgets=budgets,
             method=method,
             graph=read_value(ErrorGraph, work.error_graph) if work.error_graph.is_file() else None,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
+from command import SMALL, lemica
 
 BUILD_LIBRARIES = ("torch", "diffusers", "onnx")
 
@@ -20,3 +24,12 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     files = sorted(collection_path.rglob("test_*.py")) if collection_path.is_dir() else [collection_path]
     tests = [file for file in files if file.name.startswith("test_") and file.suffix == ".py"]
     return True if tests and all(map(_needs_torch, tests)) else None
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A small bundle of the bundled model, and what the command printed. Copy it before changing it."""
+    output = tmp_path_factory.mktemp("built") / "bundle"
+    done = lemica("build", *SMALL, "--budget", "4,5", "--verify-samples", "2", "--output", output)
+    assert done.returncode == 0, done.stderr
+    return output, done

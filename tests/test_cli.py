@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command import SMALL, lemica
 
 from lemica_trt.bundle import Bundle
 from lemica_trt.errors import EXIT_CODES
@@ -18,29 +17,6 @@ from lemica_trt.plan import StepPlan
 from lemica_trt.values import read_value
 
 pytestmark = pytest.mark.cpu
-
-SMALL = ("--model", "cogvideox-tiny", "--denoising-steps", "8", "--samples", "1", "--max-skip", "3")
-
-
-def lemica(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "lemica_trt", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "160"},
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A small bundle, and what the command printed."""
-    output = tmp_path_factory.mktemp("built") / "bundle"
-    done = lemica("build", *SMALL, "--budget", "4,5", "--verify-samples", "2", "--output", output)
-    assert done.returncode == 0, done.stderr
-    return output, done
 
 
 def test_build_makes_a_verified_bundle(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -148,7 +124,7 @@ def test_doctor_lists_profiles() -> None:
     assert "model cogvideox-tiny" in {finding["what"] for finding in json.loads(done.stdout)}
 
 
-MISTAKES = (
+MISTAKES: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("build",), 2, "--model"),
     (("build", "--model", "nonesuch"), 2, "cogvideox-tiny"),
     (("build", "--model", "cogvideox-tiny", "--budget", "fifteen"), 2, "integers"),
@@ -161,6 +137,7 @@ MISTAKES = (
     (("build", "--model", "cogvideox-tiny", "--budget", "99", "--method", "uniform"), 6, "99"),
     (("build", "--model", "cogvideox-tiny", "--backend", "abacus", "--method", "uniform"), 2, "abacus"),
     (("build", "--model", "cogvideox-tiny", "--error-graph", "none.json"), 3, "none.json"),
+    (("build", "--model", "cogvideox-tiny", "--method", "published"), 3, "cogvideox-tiny"),
     (("run", "nowhere", "a prompt", "-o", "x.mp4"), 2, "nowhere"),
     (("frobnicate",), 2, "frobnicate"),
 )

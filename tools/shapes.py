@@ -121,10 +121,7 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
         return np.maximum(abs(x), abs(y)) - 0.80 * radius
     if shape == "triangle":  # three half-planes; the centroid lies at the centre
         y = y - 0.12 * radius
-        sides = [
-            np.cos(a) * x + np.sin(a) * y
-            for a in (np.pi / 2, np.pi / 2 + 2.0944, np.pi / 2 - 2.0944)
-        ]
+        sides = [np.cos(a) * x + np.sin(a) * y for a in (np.pi / 2, np.pi / 2 + 2.0944, np.pi / 2 - 2.0944)]
         return np.maximum.reduce(sides) - 0.56 * radius
     if shape == "star":  # fold into one tenth of the plane, then one half-plane
         angle = np.arctan2(x, -y)  # 0 at the upper tip

@@ -20,13 +20,11 @@ from lemica_trt.models.cogvideox import CogVideoX
 from lemica_trt.models.family import DTYPES, Family
 from lemica_trt.models.model import Model
 from lemica_trt.models.wan import Wan
+from lemica_trt.resources import zoo_path
 from lemica_trt.spec import DType, Profile
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (CogVideoX(), Wan())}
 """All families, by name."""
-
-ZOO = Path(__file__).parents[1] / "zoo"
-"""Models that ship with the package."""
 
 BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, safetensors.SafetensorError)
 """What diffusers, transformers and the hub's client raise for files that are missing, cut off or of another model."""
@@ -104,7 +102,7 @@ def load_model(
 def _folder_from_source(source: str) -> Path:
     """Local folder of a source; downloads from the hub into its cache where the source is a hub id."""
     scheme, _, name = source.partition(":")
-    folder = ZOO / name if scheme == "package" else Path(source)
+    folder = zoo_path(name) if scheme == "package" else Path(source)
     if folder.is_dir():
         return folder
     if scheme == "package" or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):

@@ -28,9 +28,7 @@ def _prompts() -> list[str]:
     lines = [
         line.strip()
         for name in ("calibration", "held_out")
-        for line in (ROOT / "calibration" / "cogvideox-tiny" / f"{name}.txt")
-        .read_text()
-        .split("\n")
+        for line in (ROOT / "calibration" / "cogvideox-tiny" / f"{name}.txt").read_text().split("\n")
     ]
     return [line for line in lines if line and not line.startswith("#")]
 

@@ -1,0 +1,23 @@
+"""The command line in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SMALL = ("--model", "cogvideox-tiny", "--denoising-steps", "8", "--samples", "1", "--max-skip", "3")
+"""Flags of the smallest build of the bundled model that has something to plan."""
+
+
+def lemica(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `lemica-trt`."""
+    return subprocess.run(
+        [sys.executable, "-m", "lemica_trt", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "160"},
+        check=False,
+    )
