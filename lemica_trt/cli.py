@@ -134,8 +134,6 @@ _planning = _options(
                  help="Full steps as given; nothing is calibrated."),
 )  # fmt: skip
 
-_output = click.option("--output", "-o", type=click.Path(path_type=Path), help="What to write.")
-
 
 @main.command()
 @_model

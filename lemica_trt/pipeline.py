@@ -34,6 +34,7 @@ import msgspec
 from lemica_trt import __version__
 from lemica_trt.builders import EngineEntry, Option
 from lemica_trt.builders import build as build_engine
+from lemica_trt.builders import check as check_engine
 from lemica_trt.bundle import MANIFEST, Bundle, add_plan, write_bundle
 from lemica_trt.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.graph import ErrorGraph
@@ -41,7 +42,7 @@ from lemica_trt.plan import StepPlan, plan_from_schedule
 from lemica_trt.progress import Quiet, Reporter, size
 from lemica_trt.resources import calibration_path
 from lemica_trt.sampler import SamplerTable
-from lemica_trt.schedule import Schedule, given, least_sum, published, solve, uniform
+from lemica_trt.schedule import Schedule, given, least_sum, published, require_feasible, solve, uniform
 from lemica_trt.spec import GraphSet, Profile, StepLayout, TextSpec
 from lemica_trt.values import Value, json_bytes, read_value, write_value
 
@@ -424,12 +425,16 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
     Raises:
         LemicaError: whatever a stage raises; finished stages stay in the work folder.
     """
+    for backend in request.backends:
+        check_engine(backend, profile.dtype, request.options)
     work = Work(work_folder(output))
     with work.locked():
         write_value(profile, work.profile)
         model = open_model(profile, reporter)
         table = lower_sampler(model, reporter)
         write_value(table, work.sampler)
+        if request.calibrates:
+            require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
         graph = None
         if request.error_graph is not None:
             graph = read_value(ErrorGraph, request.error_graph)

@@ -222,6 +222,22 @@ def path_costs(edges: Edges, num_steps: int) -> int:
     return costs[0]
 
 
+def require_feasible(num_steps: int, max_skip: int, budgets: Sequence[int]) -> None:
+    """Ask before hours of calibration whether a complete error graph could have a path for each budget.
+
+    Raises:
+        InfeasibleError: a budget lies outside ⌈N/(K + 1)⌉ … N.
+    """
+    least = -(-num_steps // (max_skip + 1))
+    for budget in budgets:
+        if not least <= budget <= num_steps:
+            raise InfeasibleError(
+                f"budget: expected {least} … {num_steps} full steps where at most {max_skip} in a row are skipped, "
+                f"got {budget}",
+                fix=f"ask for {least} … {num_steps}, or raise --max-skip",
+            )
+
+
 def _feasible_budgets(edges: Edges, graph: ErrorGraph, budgets: Sequence[int] | None) -> Sequence[int]:
     """The budgets asked for, or all feasible ones.
 

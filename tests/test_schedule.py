@@ -24,6 +24,7 @@ from lemica_trt.schedule import (
     minimax_paths,
     path_costs,
     published,
+    require_feasible,
     solve,
     uniform,
 )
@@ -328,3 +329,15 @@ def test_schedule_refuses(steps: tuple[int, ...], says: str) -> None:
 def test_schedule_survives_json(graph: ErrorGraph) -> None:
     for schedule in solve(graph).values():
         assert value_from_json(Schedule, json_bytes(schedule), where="x") == schedule
+
+
+@pytest.mark.parametrize(("num_steps", "max_skip"), [(2, 1), (7, 2), (8, 7), (50, 9), (13, 3)])
+def test_what_is_feasible_is_known_before_calibration(num_steps: int, max_skip: int) -> None:
+    complete = graph_of({span: (1.0,) for span in spans(num_steps, max_skip)}, num_steps, max_skip)
+    feasible = set(solve(complete))
+    for budget in range(num_steps + 2):
+        if budget in feasible:
+            require_feasible(num_steps, max_skip, [budget])
+        else:
+            with pytest.raises(InfeasibleError, match=f"got {budget}"):
+                require_feasible(num_steps, max_skip, [budget])

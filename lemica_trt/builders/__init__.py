@@ -63,6 +63,10 @@ class EngineEntry(Value, frozen=True):
 class Builder(Protocol):
     """What a module in this folder offers."""
 
+    def check(self, dtype: DType, options: Mapping[str, Option]) -> None:
+        """Raise what `build` would raise for a reason that is known before any graph is there."""
+        ...
+
     def build(self, graphs: GraphSet, root: Path, out: Path, options: Mapping[str, Option]) -> EngineEntry:
         """Build engines for all graphs; see `build`."""
         ...
@@ -90,10 +94,22 @@ def build(
         UnsupportedError: the backend cannot run this dtype.
         EngineError: building failed.
     """
+    return _builder(backend).build(graphs, root, out, options or {})
+
+
+def check(backend: str, dtype: DType, options: Mapping[str, Option] | None = None) -> None:
+    """Ask a backend before hours of work whether it could build at all.
+
+    Raises:
+        UsageError, MissingDependencyError, UnsupportedError: as `build`.
+    """
+    _builder(backend).check(dtype, options or {})
+
+
+def _builder(backend: str) -> Builder:
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}", fix=f"use one of: {', '.join(sorted(BACKENDS))}")
-    builder = cast(Builder, importlib.import_module(BACKENDS[backend]))
-    return builder.build(graphs, root, out, options or {})
+    return cast(Builder, importlib.import_module(BACKENDS[backend]))
 
 
 def options_from(given: Mapping[str, Option], defaults: Mapping[str, Option], *, backend: str) -> dict[str, Option]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from lemica_trt.builders import EngineEntry, EngineKey, Option, graphs_digest, options_from
 from lemica_trt.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError
-from lemica_trt.spec import GraphSet, GraphSpec
+from lemica_trt.spec import DType, GraphSet, GraphSpec
 
 DEFAULTS: dict[str, Option] = {"provider": "cpu", "optimization": "all", "threads": 0}
 
@@ -45,10 +45,9 @@ _ORT_DTYPES = {
 
 def build(graphs: GraphSet, root: Path, out: Path, options: Mapping[str, Option]) -> EngineEntry:
     """Load every graph once, so that one that does not load is found now; writes nothing. See `builders.build`."""
+    check(graphs.dtype, options)
     ort = import_onnxruntime()
     chosen = options_from(options, DEFAULTS, backend="onnxruntime")
-    if graphs.dtype == "bf16":
-        raise UnsupportedError("ONNX Runtime does not run bf16 graphs", fix="build with dtype fp16 or fp32")
     for graph in graphs.graphs:
         open_session(graph, root / graph.file, chosen)
     key = EngineKey(
@@ -60,6 +59,14 @@ def build(graphs: GraphSet, root: Path, out: Path, options: Mapping[str, Option]
         options=chosen,
     )
     return EngineEntry(key=key, files={graph.role: graph.file for graph in graphs.graphs})
+
+
+def check(dtype: DType, options: Mapping[str, Option]) -> None:
+    """What can be refused before any graph is there. See `builders.check`."""
+    options_from(options, DEFAULTS, backend="onnxruntime")
+    if dtype == "bf16":
+        raise UnsupportedError("ONNX Runtime does not run bf16 graphs", fix="build with --dtype fp16 or fp32")
+    import_onnxruntime()
 
 
 def import_onnxruntime() -> Any:

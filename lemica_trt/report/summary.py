@@ -51,12 +51,17 @@ def build_table(bundle: Bundle, report: VerifyReport | None, output: Path) -> Re
     else:
         parts.append(quality_table(report, title=title))
         parts.append(agreement_text(report))
-    parts.append(Text(f"bundle   {output}"))
+    parts.append(_line(f"bundle   {output}"))
     for name, what in (("contact_sheet.png", "uncached beside plan"), ("schedules.png", "plans on the error graph")):
         if (bundle.path / REPORTS / name).is_file():
-            parts.append(Text(f"picture  {output / REPORTS / name}  ({what})"))
-    parts.append(Text(f'try      lemica-trt run {output} "a prompt" --output clip.mp4'))
+            parts.append(_line(f"picture  {output / REPORTS / name}  ({what})"))
+    parts.append(_line(f'try      lemica-trt run {output} "a prompt" --output clip.mp4'))
     return Group(*parts)
+
+
+def _line(text: str) -> Text:
+    """A line that is not wrapped: a path in it can be copied."""
+    return Text(text, no_wrap=True, overflow="ignore")
 
 
 def quality_table(report: VerifyReport, *, title: str | None = None) -> Table:
@@ -92,11 +97,13 @@ def agreement_text(report: VerifyReport) -> RenderableType:
         lines.append(
             f"graphs   differ from PyTorch by at most {worst.difference:.1e} of {worst.scale:.3g} ({worst.role})"
         )
-    runs = ", ".join(f"{run.plan} − {run.against} {run.difference:.1e}" for run in report.agreement)
-    lines.append(f"latents  largest differences after all steps: {runs}")
+    for against in ("diffusers", "torch"):
+        runs = [f"{run.plan} {run.difference:.1e}" for run in report.agreement if run.against == against]
+        if runs:
+            lines.append(f"latents  largest difference from {against} after all steps: {', '.join(runs)}")
     costs = ", ".join(f"{timing.plan} {timing.overhead:+.1%}" for timing in report.timing)
     lines.append(f"loop     time beyond the steps' own: {costs}")
-    return Text("\n".join(lines))
+    return Group(*map(_line, lines))
 
 
 def plans_table(plans: Sequence[StepPlan], *, title: str | None = None) -> Table:
