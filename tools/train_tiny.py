@@ -248,9 +248,7 @@ class Trainer:
     ) -> None:
         self.modules, self.file, self.steps, self.decay, self.ema = modules, file, steps, decay, ema
         named = [(n, p) for m in modules.values() for n, p in m.named_parameters()]
-        is_matrix = {
-            n: p.ndim >= 2 and not n.startswith(("shared", "encoder.embed")) for n, p in named
-        }
+        is_matrix = {n: p.ndim >= 2 and not n.startswith(("shared", "encoder.embed")) for n, p in named}
         self.optimizers = [
             Muon([p for n, p in named if is_matrix[n]], lr=muon_lr),
             torch.optim.AdamW(
@@ -294,9 +292,7 @@ class Trainer:
         self.step += 1
         keep = min(self.ema, self.step / (self.step + 10))
         for key, module in self.modules.items():
-            torch._foreach_lerp_(
-                self.average[key], [p.detach() for p in module.parameters()], 1 - keep
-            )
+            torch._foreach_lerp_(self.average[key], [p.detach() for p in module.parameters()], 1 - keep)
 
     def seed(self, seed: int) -> None:
         """Randomness of the coming step: by seed, step and process, so a resumed run is the same."""
@@ -360,9 +356,7 @@ def train_vae(work: Path, steps: int, seed: int) -> None:
     """
     torch.manual_seed(seed)
     vae = build_vae().train()
-    trainer = Trainer(
-        {"vae": vae}, work / "vae.pt", steps, muon_lr=6e-3, adam_lr=3e-3, decay=0.5, ema=0.98
-    )
+    trainer = Trainer({"vae": vae}, work / "vae.pt", steps, muon_lr=6e-3, adam_lr=3e-3, decay=0.5, ema=0.98)
     mean = 0.0
     while trainer.step < steps:
         tick = time.time()
@@ -486,9 +480,7 @@ def export(work: Path, folder: Path) -> None:
     vae.register_to_config(scaling_factor=scaling_factor(work))
     pipeline = CogVideoXPipeline(
         tokenizer=tokenizer,
-        text_encoder=load_average(
-            build_text_encoder(len(tokenizer)), work / "transformer.pt", "text_encoder"
-        ),
+        text_encoder=load_average(build_text_encoder(len(tokenizer)), work / "transformer.pt", "text_encoder"),
         vae=vae,
         transformer=load_average(build_transformer(), work / "transformer.pt", "transformer"),
         scheduler=build_scheduler(),
@@ -543,9 +535,7 @@ def sheet(folder: Path, out: Path, seed: int, count: int, split: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("vae", "latents", "transformer", "export", "sheet"))
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tiny", help="checkpoints")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="the diffusers folder")
