@@ -3,6 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cache=${CACHE:-.cache}
+versions="3.10 3.12 3.13"
+tested=""
 
 python_at() { # the interpreter of version $1: on PATH, or kept by pyenv
   local candidate
@@ -15,7 +17,7 @@ python_at() { # the interpreter of version $1: on PATH, or kept by pyenv
   return 1
 }
 
-for version in 3.10 3.12 3.13; do
+for version in $versions; do
   if ! python=$(python_at "$version"); then
     echo "Python $version: not on this machine, null tests not run on it"
     continue
@@ -30,4 +32,6 @@ for version in 3.10 3.12 3.13; do
   fi
   echo "Python $version, numpy $("$venv/bin/python" -c 'import numpy; print(numpy.__version__)'):"
   "$venv/bin/python" -m pytest -q -m null -p no:cacheprovider
+  tested="$tested $version"
 done
+echo "null tests ran on Python:${tested:- none of $versions}"

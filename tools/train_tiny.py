@@ -11,7 +11,7 @@ resumes from its last checkpoint, also with a larger `--steps`:
 
     torchrun --nproc-per-node 2 tools/train_tiny.py vae --steps 1120
     torchrun --nproc-per-node 2 tools/train_tiny.py latents --clips 4000
-    torchrun --nproc-per-node 2 tools/train_tiny.py transformer --steps 1700
+    torchrun --nproc-per-node 2 tools/train_tiny.py transformer --steps 3800
     python tools/train_tiny.py export
     python tools/train_tiny.py sheet --out sheet.png
 
