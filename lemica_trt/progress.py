@@ -24,6 +24,9 @@ class Reporter(Protocol):
     def note(self, text: str) -> None:
         """Something worth a line."""
 
+    def close(self) -> None:
+        """The end, however it came: leave the terminal as it was. May be called twice."""
+
 
 class Quiet:
     """Says nothing."""
@@ -33,6 +36,8 @@ class Quiet:
     def advance(self, done: int, total: int, seconds_left: float | None = None) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Lines:
@@ -57,6 +62,8 @@ class Lines:
 
     def note(self, text: str) -> None:
         self._print(f"{'':<10} {text}")
+
+    def close(self) -> None: ...
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -94,10 +101,10 @@ class Bars(Lines):
             self.close()
 
     def close(self) -> None:
-        """Take the bar away; a stage that raised leaves none behind."""
+        """Take the bar away and show the cursor that it hid; also behind a stage that raised."""
         if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+            bar, self._bar = self._bar, None
+            bar.stop()
 
 
 def reporter(*, quiet: bool = False) -> Reporter:
