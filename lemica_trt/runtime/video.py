@@ -53,19 +53,31 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int) -> No
 
 
 def check_suffix(path: str | os.PathLike[str]) -> None:
-    """Raise UsageError unless `write_video` knows the suffix; for asking before the work is done."""
+    """Refuse what `write_video` would refuse for its suffix; for asking before the work is done.
+
+    Raises:
+        UsageError: unknown suffix.
+        MissingDependencyError: `.mp4` without PyAV.
+    """
     suffix = Path(path).suffix.lower()
     if suffix not in _WRITERS:
         raise UsageError(
             f"cannot write {suffix or 'a file without a suffix'!r}", fix=f"use one of: {', '.join(_WRITERS)}"
         )
+    if suffix == ".mp4":
+        _import_av()
 
 
-def _write_mp4(frames: Frames, path: Path, fps: int) -> None:
+def _import_av() -> Any:
     try:
         import av
     except ImportError as error:
         raise MissingDependencyError(f".mp4 needs PyAV, got: {error}", fix="pip install 'lemica-trt[video]'") from None
+    return av
+
+
+def _write_mp4(frames: Frames, path: Path, fps: int) -> None:
+    av = _import_av()
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream: Any = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(CRF)})

@@ -72,7 +72,11 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="expected a file that can be written"):
         write_video(frames, tmp_path / "file" / "clip.png", fps=8)
+    check_suffix("clip.mp4")
     monkeypatch.setitem(sys.modules, "av", None)
+    check_suffix("clip.gif")
+    with pytest.raises(MissingDependencyError, match=r"pip install 'lemica-trt\[video\]'"):
+        check_suffix("clip.mp4")
     with pytest.raises(MissingDependencyError, match=r"pip install 'lemica-trt\[video\]'"):
         write_video(frames, tmp_path / "clip.mp4", fps=8)
     assert [other.name for other in tmp_path.iterdir()] == ["file"]
