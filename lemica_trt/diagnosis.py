@@ -52,8 +52,12 @@ def examine() -> list[Finding]:
     if importlib.util.find_spec("onnxruntime") is not None:
         from lemica_trt.builders.onnxruntime import import_onnxruntime
 
-        providers = import_onnxruntime().get_available_providers()
-        findings.append(Finding(what="onnxruntime providers", found=", ".join(providers)))
+        try:
+            providers = import_onnxruntime().get_available_providers()
+        except Exception as error:  # a broken installation raises anything; saying so is what this is for
+            findings.append(Finding(what="onnxruntime providers", found=str(error), ok=False))
+        else:
+            findings.append(Finding(what="onnxruntime providers", found=", ".join(providers)))
     findings.append(Finding(what="NVIDIA driver", found=_driver(), ok=None))
     findings.append(Finding(what="backends", found=", ".join(sorted(BACKENDS))))
     for name in profile_names():
