@@ -1,24 +1,30 @@
 """lemica-trt: a deployment compiler for diffusion transformers.
 
 Source: a diffusion pipeline (a DiT, its sampler, a few prompts). Target: a bundle – engines, and a static step
-plan that says when to call them. The rooms, in the order in which data passes through them:
+plan that says when to call them. The rooms, each below those that it imports:
 
     errors      the exception tree and the exit codes
     values      base of all values: frozen, strict JSON
     spec        Profile, StepLayout, GraphSet: what is built, by name, shape and dtype
-    models/     one small file a family: where the DiT's trunk begins and ends           torch, diffusers
+    text        what is done to a prompt before it is tokenised
+    resources   what ships with the package: profiles, prompts, published schedules, the bundled model
     sampler     SamplerTable: a sampler as a table of coefficients
-    lower       diffusers scheduler → SamplerTable                                       torch, diffusers
     graph       ErrorGraph: what caching each segment costs
-    calibrate/  model, prompts → ErrorGraph, by replaying segments                       torch
     schedule    ErrorGraph, B → Schedule, by lexicographic minimax path search
     plan        Schedule, SamplerTable → StepPlan
+    models/     one small file a family: where the DiT's trunk begins and ends           torch, diffusers
+    lower       diffusers scheduler → SamplerTable                                       torch, diffusers
+    calibrate/  model, prompts → ErrorGraph, by replaying segments                       torch
     export/     model, StepLayout → GraphSet, ONNX files                                 torch, onnx
     builders/   ONNX → engine, one file a vendor                                         vendor SDKs
     bundle      the folder that is deployed: manifest, digests, atomic writing
     runtime/    runs a StepPlan on engines, numpy in and out                             one vendor SDK a file
+    progress    what a running stage tells: a bar, lines, or nothing
+    quality     how alike two clips are: PSNR, SSIM, LPIPS
     verify      does the bundle do what it must? how good is the plan?                   torch where it compares
+    diagnosis   what is on this machine
     report/     tables, contact sheets and plots that a person looks at
+    estimate    what calibrating a model would cost                                      torch
     pipeline    the ordered list of stages; the only place that joins them
     cli         parse, call `pipeline`, print, exit code
 

@@ -17,6 +17,7 @@ Knows values only: nothing of torch, engines, or how a plan is found.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -193,6 +194,24 @@ def plan_from_schedule(
         sampler_digest=table.digest,
         method=method,
         error_graph_digest=error_graph_digest,
+    )
+
+
+def layout_from_plans(plans: Sequence[StepPlan], *, latent_shape: tuple[int, ...], guided: bool) -> StepLayout:
+    """The smallest step layout that can run these plans; every history at least 1 deep.
+
+    Args:
+        plans: at least one.
+        latent_shape: shape of the latents of one sample, without batch.
+        guided: whether each request runs two branches.
+    """
+    return StepLayout(
+        latent_shape=latent_shape,
+        latent_history=max(1, *(plan.latent_history for plan in plans)),
+        output_history=max(1, *(plan.output_history for plan in plans)),
+        residual_history=max(1, *(plan.residual_history for plan in plans)),
+        stochastic=any(plan.stochastic for plan in plans),
+        guided=guided,
     )
 
 

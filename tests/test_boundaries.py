@@ -1,14 +1,17 @@
-"""What importing each room pulls in, measured in a fresh interpreter, and how long it takes."""
+"""What importing each room pulls in, in a fresh interpreter, how long it takes, and which way imports point."""
 
 from __future__ import annotations
 
-import importlib.util
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import lemica_trt
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +43,8 @@ LIGHT = [
     "lemica_trt.errors",
     "lemica_trt.values",
     "lemica_trt.spec",
+    "lemica_trt.text",
+    "lemica_trt.resources",
     "lemica_trt.sampler",
     "lemica_trt.graph",
     "lemica_trt.schedule",
@@ -55,10 +60,22 @@ LIGHT = [
     "lemica_trt.runtime.random",
     "lemica_trt.runtime.text",
     "lemica_trt.runtime.video",
+    "lemica_trt.progress",
+    "lemica_trt.quality",
+    "lemica_trt.diagnosis",
+    "lemica_trt.report",
+    "lemica_trt.report.timeline",
+    "lemica_trt.report.summary",
     "lemica_trt.pipeline",
     "lemica_trt.cli",
 ]
-"""Rooms that import no heavy library. All but `cli`, `pipeline` also run without click and rich."""
+"""Rooms that import no heavy library."""
+
+UPSIDE_DOWN = {
+    ("bundle", "runtime"),  # `Bundle.pipeline` opens what it holds: the one line that everybody types
+    ("report", "pipeline"),  # the type of what `summary.dry_run_table` draws
+}
+"""Room → room listed below it: imports within a function or for types only, so that loading never goes in circles."""
 
 SCRIPT = """
 import json, sys, time
@@ -82,14 +99,53 @@ def imported(module: str) -> tuple[float, set[str], set[str]]:
 @pytest.mark.null
 @pytest.mark.parametrize("module", LIGHT)
 def test_imports(module: str) -> None:
-    if not (ROOT / (module.replace(".", "/") + ".py")).is_file() and not (ROOT / module.replace(".", "/")).is_dir():
-        pytest.skip("not built yet")
-    if module in ("lemica_trt.cli", "lemica_trt.pipeline") and importlib.util.find_spec("click") is None:
-        pytest.skip("click is not here")
     _, top, own = imported(module)
     assert not top & HEAVY
     for room in ("lemica_trt.models", "lemica_trt.lower", "lemica_trt.calibrate", "lemica_trt.export"):
         assert room not in own
+
+
+def rooms_on_the_map() -> list[str]:
+    """The names in the map of `lemica_trt/__init__.py`, from the top."""
+    return re.findall(r"^    ([a-z_]+)/? {2,}\S", lemica_trt.__doc__ or "", re.MULTILINE)
+
+
+def room_imports() -> set[tuple[str, str, bool]]:
+    """(room, room that it imports, whether that happens on loading), of every import in the package."""
+    found = set()
+    package = ROOT / "lemica_trt"
+    for path in package.rglob("*.py"):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path.name}:{node.lineno}: name the package"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for top, _, rest in (name.partition(".") for name in names):
+                target = rest.partition(".")[0]
+                if top == "lemica_trt" and target not in (room, "__version__"):
+                    found.add((room, target, node in tree.body))
+    return found
+
+
+@pytest.mark.null
+def test_every_room_is_on_the_map() -> None:
+    rooms = {path.name.removesuffix(".py") for path in (ROOT / "lemica_trt").iterdir() if path.suffix == ".py"}
+    rooms |= {path.parent.name for path in (ROOT / "lemica_trt").glob("*/__init__.py")}
+    listed = rooms_on_the_map()
+    assert sorted(listed) == sorted(rooms - {"__init__", "__main__"})
+
+
+@pytest.mark.null
+def test_imports_point_upwards_on_the_map() -> None:
+    place = {room: i for i, room in enumerate(rooms_on_the_map())}
+    place["__main__"] = len(place)  # `python -m lemica_trt`
+    down = {(room, target, loading) for room, target, loading in room_imports() if place[target] > place[room]}
+    assert {(room, target) for room, target, _ in down} == UPSIDE_DOWN
+    assert not any(loading for _, _, loading in down)
 
 
 @pytest.mark.null

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lemica_trt import errors, values
 from lemica_trt.errors import InputError
 from lemica_trt.graph import Edge, ErrorGraph
-from lemica_trt.plan import PlanRow, StepPlan, coefficient_vector, plan_from_schedule
+from lemica_trt.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans, plan_from_schedule
 from lemica_trt.sampler import SamplerRow, SamplerTable
 from lemica_trt.schedule import Schedule
 from lemica_trt.spec import Calibration, Sampling, Shape, StepLayout
@@ -382,6 +382,27 @@ def changed_row(index: int, **changes: Any) -> tuple[PlanRow, ...]:
 def test_plan_refuses(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         StepPlan(**plan_fields(**changes))
+
+
+def test_layout_from_plans_is_the_smallest_that_takes_all() -> None:
+    rows = (
+        PlanRow(graph="full", step=0, latents=(1.0,), timestep=9.0),
+        PlanRow(graph="full", step=1, latents=(1.0, 0.5), timestep=8.0),
+        PlanRow(graph="skip", step=2, latents=(1.0,), timestep=7.0, residuals=(0.5, 0.5), noise=0.1),
+        PlanRow(graph="none", step=3, latents=(1.0,), reuse=(1.0, 0.0, 2.0)),
+        PlanRow(graph="none", step=4, latents=(1.0,), outputs=(1.0, 1.0)),
+    )
+    deep = StepPlan(**plan_fields(rows=rows, num_steps=4))
+    flat = StepPlan(**plan_fields(rows=(rows[0], PlanRow(graph="none", step=4, latents=(1.0,))), num_steps=4))
+    assert layout_from_plans([flat], latent_shape=(4,), guided=False) == StepLayout(
+        latent_shape=(4,), latent_history=1, output_history=1, residual_history=1, stochastic=False, guided=False
+    )
+    layout = layout_from_plans([flat, deep], latent_shape=(4,), guided=True)
+    assert layout == StepLayout(
+        latent_shape=(4,), latent_history=2, output_history=3, residual_history=2, stochastic=True, guided=True
+    )
+    for row in (*flat.rows, *deep.rows):
+        coefficient_vector(row, layout)
 
 
 def test_coefficient_vector() -> None:

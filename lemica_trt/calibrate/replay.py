@@ -21,10 +21,9 @@ from torch import Tensor
 from lemica_trt.errors import VerificationError
 from lemica_trt.models.model import Model
 from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
-from lemica_trt.plan import coefficient_vector, plan_from_schedule
+from lemica_trt.plan import coefficient_vector, layout_from_plans, plan_from_schedule
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule
-from lemica_trt.spec import StepLayout
 
 T = TypeVar("T")
 
@@ -61,25 +60,21 @@ class Stepper:
         self.model = model
         self.table = table
         self.batch = batch
-        self.layout = StepLayout(
-            latent_shape=model.latent_shape,
-            latent_history=max(table.latent_history, 1),
-            output_history=max(table.output_history, 1),
-            stochastic=table.stochastic,
-            guided=model.guided,
-        )
-        self.full = FullStep(model, self.layout)
-        self.skip = SkipStep(model, self.layout)
-        self.combine = CombineStep(self.layout)
-        rows = plan_from_schedule(
+        plan = plan_from_schedule(
             Schedule(num_steps=table.num_steps, full_steps=(0,)),
             table,
             name="replay",
             guidance_scale=model.profile.sampling.guidance_scale,
             method="none",
-        ).rows
+        )
+        self.layout = layout_from_plans([plan], latent_shape=model.latent_shape, guided=model.guided)
+        self.full = FullStep(model, self.layout)
+        self.skip = SkipStep(model, self.layout)
+        self.combine = CombineStep(self.layout)
         # One vector serves every graph: a full step ignores the residual's coefficient.
-        self.coefficients = [torch.from_numpy(coefficient_vector(row, self.layout)).to(model.device) for row in rows]
+        self.coefficients = [
+            torch.from_numpy(coefficient_vector(row, self.layout)).to(model.device) for row in plan.rows
+        ]
 
     def sample(self, name: str, prompt: str, seed: int) -> Sample:
         """Fix what all runs of one sample share: prompt, initial noise, and the fresh noise of each step."""

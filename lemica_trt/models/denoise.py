@@ -9,20 +9,7 @@ from torch import Tensor
 
 from lemica_trt.models.model import Model
 from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
-from lemica_trt.plan import PlanRow, StepPlan, coefficient_vector
-from lemica_trt.spec import StepLayout
-
-
-def layout_from_plan(model: Model, plan: StepPlan) -> StepLayout:
-    """The smallest step layout that can run a plan."""
-    return StepLayout(
-        latent_shape=model.latent_shape,
-        latent_history=max(plan.latent_history, 1),
-        output_history=max(plan.output_history, 1),
-        residual_history=max(plan.residual_history, 1),
-        stochastic=plan.stochastic,
-        guided=model.guided,
-    )
+from lemica_trt.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans
 
 
 @torch.no_grad()
@@ -51,7 +38,7 @@ def denoise(
     Raises:
         ValueError: the plan draws noise and `fresh_noise` is missing.
     """
-    layout = layout_from_plan(model, plan)
+    layout = layout_from_plans([plan], latent_shape=model.latent_shape, guided=model.guided)
     if layout.stochastic and fresh_noise is None:
         raise ValueError(f"{plan.scheduler} draws noise at each step: pass fresh_noise")
     steps = {"full": FullStep(model, layout), "skip": SkipStep(model, layout), "none": CombineStep(layout)}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import html
-import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +15,7 @@ from lemica_trt.errors import InputError
 from lemica_trt.models.family import DTYPES, Family, TextEncoder, VideoDecoder
 from lemica_trt.models.split import SplitTransformer, split_transformer
 from lemica_trt.spec import Profile, TextSpec
+from lemica_trt.text import basic_clean
 
 WEIGHT_FILES = (".json", ".safetensors", ".model", ".txt")
 """Endings of the files of a pipeline folder that decide what it computes."""
@@ -150,7 +149,7 @@ class Model:
             `input_ids` int64 [len(prompts), text_length], and `attention_mask` alike where the family has a mask.
         """
         if self.family.clean == "basic":
-            prompts = [clean_basic(prompt) for prompt in prompts]
+            prompts = [basic_clean(prompt) for prompt in prompts]
         tokens = self.pipeline.tokenizer(
             list(prompts),
             padding="max_length",
@@ -227,11 +226,6 @@ class Model:
     def _negatives(self, negative: str | Sequence[str] | None, count: int) -> list[str]:
         negative = self.profile.sampling.negative_prompt if negative is None else negative
         return [negative] * count if isinstance(negative, str) else list(negative)
-
-
-def clean_basic(prompt: str) -> str:
-    """diffusers' Wan `prompt_clean` without the optional ftfy: HTML unescaped twice, white space collapsed."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
 
 
 def pipeline_files(folder: Path) -> list[str]:

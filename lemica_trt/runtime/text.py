@@ -5,13 +5,12 @@ Equal to what transformers' fast tokenizers give with `padding="max_length", tru
 
 from __future__ import annotations
 
-import html
-
 import numpy as np
 import numpy.typing as npt
 
 from lemica_trt.errors import InputError
 from lemica_trt.spec import TextSpec
+from lemica_trt.text import basic_clean
 
 Ids = npt.NDArray[np.int64]
 
@@ -57,8 +56,3 @@ class PromptTokenizer:
         ids = np.full(self.spec.length, self.spec.pad_id, np.int64)
         ids[: len(found)] = found
         return ids, (np.arange(self.spec.length) < len(found)).astype(np.int64)
-
-
-def basic_clean(text: str) -> str:
-    """HTML unescaped twice, runs of white space made one space: `prompt_clean` of diffusers' Wan, less ftfy."""
-    return " ".join(html.unescape(html.unescape(text)).split())

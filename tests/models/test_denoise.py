@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from lemica_trt.models import Model, denoise, load_model
-from lemica_trt.models.denoise import layout_from_plan
 from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
-from lemica_trt.plan import PlanRow, StepPlan, coefficient_vector, plan_from_schedule
+from lemica_trt.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans, plan_from_schedule
 from lemica_trt.sampler import SamplerRow, SamplerTable
 from lemica_trt.schedule import Schedule
 from lemica_trt.spec import StepLayout
@@ -146,7 +145,7 @@ def test_fresh_noise_is_asked_for_where_it_is_drawn(model_of) -> None:
     plan = plan_of(model, (0, 1, 2, 3))
     rows = [msgspec.structs.replace(row, noise=0.1 if row.step in (1, 4) else 0.0) for row in plan.rows]
     stochastic = msgspec.structs.replace(plan, rows=tuple(rows))
-    assert layout_from_plan(model, stochastic).stochastic
+    assert layout_from_plans([plan, stochastic], latent_shape=model.latent_shape, guided=model.guided).stochastic
     embeds, noise = model.embed(["a"]), model.noise(0)[None]
     with pytest.raises(ValueError, match="pass fresh_noise"):
         denoise(model, stochastic, embeds, noise)

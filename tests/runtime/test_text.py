@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from lemica_trt.errors import InputError
-from lemica_trt.runtime.text import PromptTokenizer, basic_clean
+from lemica_trt.runtime.text import PromptTokenizer
 from lemica_trt.spec import TextSpec
+from lemica_trt.text import basic_clean
 
 pytestmark = pytest.mark.cpu
 
