@@ -418,11 +418,7 @@ def _replacing(target: Path) -> Iterator[tuple[Path, Path]]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _restore(folder)
     _remove_leftovers(folder)
-    if folder.exists() and not (folder / MANIFEST).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(
-            f"{target}: expected a bundle to replace, an empty folder or nothing, got something else",
-            fix="give another output folder",
-        )
+    require_replaceable(folder)
     staged = _temporary(folder)
     staged.mkdir()
     try:
@@ -435,6 +431,21 @@ def _replacing(target: Path) -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(staged, ignore_errors=True)
         raise
     _remove_leftovers(folder)
+
+
+def require_replaceable(target: Path) -> None:
+    """Ask before the work is done whether a bundle can be written there.
+
+    Raises:
+        UsageError: `target` is something else than a bundle, an empty folder, or nothing.
+    """
+    if target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir())):
+        return
+    if target.exists():
+        raise UsageError(
+            f"{target}: expected a bundle to replace, an empty folder or nothing, got something else",
+            fix="give another output folder",
+        )
 
 
 def _swap(staged: Path, folder: Path) -> None:

@@ -20,6 +20,9 @@ from lemica_trt.errors import EXIT_CODES, LemicaError, UsageError
 if TYPE_CHECKING:
     from lemica_trt.progress import Reporter
 
+PIPE_WIDTH = 160
+"""Columns of a table where there is no terminal to ask."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _EPILOG = "Exit codes: 0 done; " + "; ".join(
@@ -27,7 +30,7 @@ _EPILOG = "Exit codes: 0 done; " + "; ".join(
 )
 
 
-class Integers(click.ParamType[tuple[int, ...]]):
+class Integers(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in new releases only
     """A comma-separated list of integers."""
 
     name = "int,int,…"
@@ -114,6 +117,17 @@ _model = _options(
     click.option("--opset", type=int, help="ONNX opset."),
 )
 
+_device = click.option(
+    "--device", help="torch device that calibrates and verifies  [default: a GPU where there is one]"
+)
+_engine = _options(
+    click.option("--backend", "backends", multiple=True, default=("onnxruntime",), show_default=True,
+                 help="Engines to build; repeat for several, the first is preferred."),
+    click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+                 help="Execution provider of ONNX Runtime."),
+)  # fmt: skip
+_bundle = click.argument("bundle", type=click.Path(path_type=Path))
+
 _calibration = _options(
     click.option("--samples", type=int, help="Calibration samples: (prompt, seed) pairs."),
     click.option("--max-skip", type=int, metavar="K", help="Most steps that one segment skips."),
@@ -139,14 +153,14 @@ _planning = _options(
 @_model
 @_calibration
 @_planning
+@_engine
+@_device
 @_options(
     click.option("--error-graph", type=click.Path(dir_okay=False, path_type=Path),
                  help="Use this error graph instead of calibrating."),
-    click.option("--backend", "backends", multiple=True, default=("onnxruntime",), show_default=True,
-                 help="Engines to build; repeat for several, the first is preferred."),
     click.option("--verify-samples", type=click.IntRange(0), default=8, show_default=True,
                  help="Held-out clips that the plans are judged by; 0: no verification."),
-    click.option("--output", "-o", type=click.Path(path_type=Path), help="Bundle folder  [default: engines/MODEL]"),
+    click.option("--output", "-o", type=click.Path(path_type=Path), help="Bundle folder  [default: out/MODEL]"),
     click.option("--dry-run", is_flag=True, help="Print what would be done, with time, disk and memory; do nothing."),
 )  # fmt: skip
 @_common
@@ -159,6 +173,8 @@ def build(
     error_graph: Path | None,
     prompts: Path | None,
     backends: tuple[str, ...],
+    provider: str,
+    device: str | None,
     verify_samples: int,
     output: Path | None,
     dry_run: bool,
@@ -176,14 +192,16 @@ def build(
     from lemica_trt.report import summary
 
     profile = _profile(model, weights, overrides)
-    output = output or Path("engines") / profile.name
+    output = output or Path("out") / profile.name
     request = pipeline.Request(
         budgets=budgets,
         method=method,
         schedule=schedule,
         error_graph=None if error_graph is None else str(error_graph),
         prompts=None if prompts is None else str(prompts),
+        device=device,
         backends=backends,
+        options={"provider": provider},
         verify_samples=verify_samples,
     )
     if dry_run:
@@ -199,9 +217,10 @@ def build(
 
 
 def _profile(model: str | None, weights: str | None, overrides: dict[str, Any]) -> Any:
-    """The profile of --model or --weights with every given flag applied."""
+    """The profile of --model with every given flag applied."""
     import msgspec
 
+    from lemica_trt.pipeline import absolute_source
     from lemica_trt.resources import load_profile
 
     replace = msgspec.structs.replace
@@ -220,8 +239,7 @@ def _profile(model: str | None, weights: str | None, overrides: dict[str, Any]) 
             for part in ("shape", "sampling", "calibration")
         }
         top = {name: value for name, value in given.items() if name in ("dtype", "opset")}
-        if weights is not None:
-            top["source"] = weights
+        top["source"] = absolute_source(profile.source if weights is None else weights)
         return replace(profile, **parts, **top)
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -230,7 +248,9 @@ def _profile(model: str | None, weights: str | None, overrides: dict[str, Any]) 
 def _reporter(quiet: bool) -> Reporter:
     from lemica_trt.progress import reporter
 
-    return reporter(quiet=quiet)
+    made = reporter(quiet=quiet)
+    click.get_current_context().call_on_close(made.close)
+    return made
 
 
 def _print(result: Any, as_json: bool, table: Callable[[Any], Any]) -> None:
@@ -242,17 +262,21 @@ def _print(result: Any, as_json: bool, table: Callable[[Any], Any]) -> None:
     else:
         from rich.console import Console
 
-        Console().print(table(result))
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=PIPE_WIDTH)
+        console.print(table(result), markup=False)
 
 
 @main.command()
 @_model
 @_calibration
+@_device
 @_options(click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Work folder."))
 @_common
 def calibrate(
-    model: str | None, weights: str | None, prompts: Path | None, output: Path, as_json: bool, quiet: bool, debug: bool,
-    **overrides: Any,
+    model: str | None, weights: str | None, prompts: Path | None, device: str | None, output: Path,
+    as_json: bool, quiet: bool, debug: bool, **overrides: Any,
 ) -> None:  # fmt: skip
     """Measure the error graph: OUTPUT/error_graph.json, beside the sampler and the profile that it belongs to.
 
@@ -261,15 +285,14 @@ def calibrate(
     from lemica_trt import pipeline
     from lemica_trt.report import summary
 
-    graph = pipeline.calibrate_stage(
-        _profile(model, weights, overrides), pipeline.Work(output), prompts, _reporter(quiet or as_json)
-    )
+    profile, work = _profile(model, weights, overrides), pipeline.Work(output)
+    graph = pipeline.calibrate_stage(profile, work, prompts, device, _reporter(quiet or as_json))
     _print({"error_graph": str(pipeline.Work(output).error_graph), "samples": graph.samples, "edges": len(graph.edges)},
            as_json, lambda _: summary.error_graph_table(graph))  # fmt: skip
 
 
 @main.command()
-@click.argument("target", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
 @_planning
 @_options(
     click.option("--default", "default", metavar="NAME", help="Plan of requests that name none."),
@@ -308,42 +331,45 @@ def export(work: Path, as_json: bool, quiet: bool, debug: bool) -> None:
 
 @main.command()
 @click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@_options(
-    click.option("--backend", "backends", multiple=True, default=("onnxruntime",), show_default=True,
-                 help="Engines to build; repeat for several, the first is preferred."),
-    click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Bundle folder."),
-)  # fmt: skip
+@_engine
+@_options(click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Bundle folder."))
 @_common
-def engine(work: Path, backends: tuple[str, ...], output: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+def engine(
+    work: Path, backends: tuple[str, ...], provider: str, output: Path, as_json: bool, quiet: bool, debug: bool
+) -> None:
     """Build engines from the graphs in WORK, and write the bundle."""
     from lemica_trt import pipeline
     from lemica_trt.report import summary
 
-    bundle = pipeline.engine_stage(pipeline.Work(work), output, backends, _reporter(quiet or as_json))
+    options: dict[str, Any] = {"provider": provider}
+    bundle = pipeline.engine_stage(pipeline.Work(work), output, backends, options, _reporter(quiet or as_json))
     _print(bundle.manifest, as_json, lambda _: summary.build_table(bundle, None, output))
 
 
 @main.command()
-@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_bundle
 @_options(
     click.option("--weights", metavar="DIR|HUB_ID", help="Where the model is, if the bundle does not know."),
     click.option("--verify-samples", "--samples", type=click.IntRange(1), default=8, show_default=True,
                  help="Held-out clips."),
 )  # fmt: skip
+@_device
 @_common
-def verify(bundle: Path, weights: str | None, verify_samples: int, as_json: bool, quiet: bool, debug: bool) -> None:
+def verify(
+    bundle: Path, weights: str | None, verify_samples: int, device: str | None, as_json: bool, quiet: bool, debug: bool
+) -> None:
     """Check BUNDLE: digests, engines and plans against PyTorch and diffusers, held-out quality, time."""
     from lemica_trt import pipeline
     from lemica_trt.bundle import Bundle
     from lemica_trt.report import summary
 
     opened = Bundle.open(bundle)
-    report = pipeline.verify_stage(opened, weights, verify_samples, _reporter(quiet or as_json))
+    report = pipeline.verify_stage(opened, weights, verify_samples, device, _reporter(quiet or as_json))
     _print(report, as_json, lambda _: summary.build_table(opened, report, bundle))
 
 
 @main.command()
-@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_bundle
 @click.argument("prompt")
 @_options(
     click.option("--plan", metavar="NAME", default="default", show_default=True, help="One of the bundle's plans."),
@@ -386,7 +412,7 @@ def run(
 
 
 @main.command()
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @_options(click.option("--plan", metavar="NAME", help="Show one plan of a bundle row by row."))
 @_common
 def inspect(path: Path, plan: str | None, as_json: bool, quiet: bool, debug: bool) -> None:

@@ -10,10 +10,9 @@ the same:
       sampler.json                 SamplerTable
       journal-<digest>.jsonl       what calibration has measured so far
       error_graph.json             ErrorGraph
-      plans/<name>.json            StepPlans
+      plans/<index>-<name>.json    StepPlans, in the order asked for
       export/export.json           what the graphs were made from, and the GraphSet
       export/onnx/…, tokenizer/…   the graphs
-      reports/verify.json          the last verification
 
 The command line's stage commands call the functions one by one; `build` calls all. Torch is imported by the stages
 that need it, inside the functions.
@@ -35,16 +34,16 @@ from lemica_trt import __version__
 from lemica_trt.builders import EngineEntry, Option
 from lemica_trt.builders import build as build_engine
 from lemica_trt.builders import check as check_engine
-from lemica_trt.bundle import MANIFEST, Bundle, add_plan, write_bundle
+from lemica_trt.bundle import MANIFEST, REPORTS, Bundle, add_plan, require_replaceable, write_bundle
 from lemica_trt.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.graph import ErrorGraph
-from lemica_trt.plan import StepPlan, plan_from_schedule
+from lemica_trt.plan import StepPlan, layout_from_plans, plan_from_schedule
 from lemica_trt.progress import Quiet, Reporter, size
 from lemica_trt.resources import calibration_path
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule, given, least_sum, published, require_feasible, solve, uniform
-from lemica_trt.spec import GraphSet, Profile, StepLayout, TextSpec
-from lemica_trt.values import Value, json_bytes, read_value, write_value
+from lemica_trt.spec import GraphSet, Profile, Shape, StepLayout, TextSpec
+from lemica_trt.values import Value, json_bytes, read_value, write_bytes, write_value
 
 if TYPE_CHECKING:
     from lemica_trt.models import Model
@@ -61,7 +60,7 @@ ERROR_GRAPH_FILE = "calibration/error_graph.json"
 
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 
-VERSIONS_OF = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "numpy")
+VERSIONS_OF = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 """Libraries that decide what is measured and exported."""
 
 
@@ -69,14 +68,19 @@ class Exported(Value, frozen=True):
     """`export/export.json`: the graphs, and everything that they were made from.
 
     Attributes:
-        key: digest of model revision, profile, layout and library versions.
+        key: see `export_key`.
+        source, shape: of the profile.
         revision: of the model.
         graphs: what was exported.
         text: how a prompt becomes ids.
+        versions: of the libraries that exported.
     """
 
     key: str
+    source: str
     revision: str
+    shape: Shape
+    versions: dict[str, str]
     graphs: GraphSet
     text: TextSpec
 
@@ -112,8 +116,8 @@ class Work:
         return self.root / "export"
 
     @property
-    def reports(self) -> Path:
-        return self.root / "reports"
+    def export_record(self) -> Path:
+        return self.export / "export.json"
 
     def journal(self, digest: str) -> Path:
         """Where calibration keeps what it has measured for one kind of measurement."""
@@ -148,21 +152,24 @@ def work_folder(output: Path) -> Path:
 # ---------------------------------------------------------------- stages
 
 
-def open_model(profile: Profile, reporter: Reporter) -> Model:
+def open_model(profile: Profile, reporter: Reporter, *, device: str | None = None) -> Model:
     """Load the model of a profile.
 
+    Args:
+        device: torch device; None: a GPU where there is one.
+
     Raises:
-        MissingDependencyError: the build extra is not installed.
+        MissingDependencyError: the build extra is not installed, or there is no such device.
         InputError, UnsupportedError: as `models.load_model`.
     """
     reporter.stage("model", f"{profile.name} from {profile.source}, {profile.dtype}")
     try:
-        from lemica_trt.models import load_model
+        from lemica_trt.models import load_model, usable_device
     except ImportError as error:
         raise MissingDependencyError(
             f"building needs PyTorch and diffusers, got: {error}", fix="pip install 'lemica-trt[build]'"
         ) from None
-    model = load_model(profile)
+    model = load_model(profile, device=usable_device(device))
     parameters = sum(p.numel() for p in model.pipeline.transformer.parameters())
     shape = "×".join(str(n) for n in model.latent_shape)
     reporter.note(f"DiT with {parameters / 1e6:.1f} M parameters, latents {shape}, revision {model.revision[:12]}")
@@ -224,6 +231,8 @@ def require_graph_fits(graph: ErrorGraph, model: Model, table: SamplerTable, *, 
         ("model revision", model.revision, graph.revision),
         ("sampler", table.digest, graph.sampler_digest),
         ("guidance scale", model.profile.sampling.guidance_scale, graph.guidance_scale),
+        ("negative prompt", model.profile.sampling.negative_prompt, graph.negative_prompt),
+        ("text length", model.profile.text_length, graph.text_length),
         ("latent shape", tuple(model.latent_shape), graph.latent_shape),
     ):
         if expected != got:
@@ -252,10 +261,20 @@ def make_plans(
 
     Raises:
         UsageError: the method needs an error graph and there is none.
+        InputError: the graph or a published schedule is of another sampler.
         InfeasibleError, InputError: as `schedule`.
     """
+    if graph is not None and graph.sampler_digest != table.digest:
+        raise InputError(
+            "expected an error graph of this sampler, got one that was measured with another", fix="calibrate first"
+        )
 
     def plan(chosen: Schedule, how: str) -> StepPlan:
+        if chosen.num_steps != table.num_steps:
+            raise InputError(
+                f"expected a schedule for {table.num_steps} steps, got one for {chosen.num_steps}",
+                fix=f"--denoising-steps {chosen.num_steps}",
+            )
         return plan_from_schedule(
             chosen,
             table,
@@ -285,34 +304,16 @@ def uncached_plan(table: SamplerTable, *, guidance_scale: float, name: str = UNC
     return plan_from_schedule(every, table, name=name, guidance_scale=guidance_scale, method="none")
 
 
-def layout_from_plans(model: Model, plans: Sequence[StepPlan]) -> StepLayout:
-    """The smallest step layout that runs all of these plans."""
-    return StepLayout(
-        latent_shape=tuple(model.latent_shape),
-        latent_history=max(plan.latent_history for plan in plans),
-        output_history=max(plan.output_history for plan in plans),
-        residual_history=max(1, *(plan.residual_history for plan in plans)),
-        stochastic=any(plan.stochastic for plan in plans),
-        guided=model.profile.sampling.guided,
-    )
-
-
 def export(model: Model, layout: StepLayout, work: Work, reporter: Reporter) -> Exported:
     """Export all graphs, unless the work folder has them from the same input."""
     profile = model.profile
-    made_from = {
-        "revision": model.revision,
-        "profile": msgspec.structs.replace(profile, name="", source="", calibration=type(profile.calibration)()),
-        "layout": layout,
-        "versions": library_versions(),
-    }
-    key = hashlib.sha256(json_bytes(made_from)).hexdigest()
-    record = work.export / "export.json"
-    if record.is_file():
-        exported = read_value(Exported, record)
-        if exported.key == key:
-            reporter.stage("export", "unchanged")
-            return exported
+    key = export_key(profile, model.revision, layout)
+    exported = _exported(work)
+    if exported is not None and exported.key == key:
+        reporter.stage("export", "unchanged")
+        exported = msgspec.structs.replace(exported, source=profile.source, shape=profile.shape)
+        write_value(exported, work.export_record)
+        return exported
     from lemica_trt.export import export_graphs
 
     reporter.stage("export", f"ONNX opset {profile.opset}, {profile.dtype}")
@@ -322,15 +323,52 @@ def export(model: Model, layout: StepLayout, work: Work, reporter: Reporter) -> 
     tokenizer = staged / TOKENIZER_FILE
     tokenizer.parent.mkdir(parents=True)
     tokenizer.write_bytes(model.tokenizer_json())
-    exported = Exported(key=key, revision=model.revision, graphs=graphs, text=model.text_spec(TOKENIZER_FILE))
-    write_value(exported, staged / "export.json")
-    # Only a folder that is whole has the final name: a kill before the rename leaves `export.tmp`.
+    exported = Exported(
+        key=key,
+        source=profile.source,
+        revision=model.revision,
+        shape=profile.shape,
+        versions=library_versions(),
+        graphs=graphs,
+        text=model.text_spec(TOKENIZER_FILE),
+    )
+    write_value(exported, staged / work.export_record.name)
+    # Only a folder that is whole has a record: a kill before the rename leaves `export.tmp`, or an `export` without.
+    work.export_record.unlink(missing_ok=True)
     shutil.rmtree(work.export, ignore_errors=True)
     staged.rename(work.export)
     for graph in graphs.graphs:
         total = sum((work.export / name).stat().st_size for name in {graph.file, *graph.data_files})
         reporter.note(f"{graph.role}: {size(total)}")
     return exported
+
+
+def export_key(profile: Profile, revision: str, layout: StepLayout) -> str:
+    """Digest of everything that changes the graphs: model, shapes, precision, layout, libraries, and our own code."""
+    package = Path(__file__).parent
+    sources = sorted(path for room in ("models", "export") for path in (package / room).glob("*.py"))
+    made_from = {
+        "revision": revision,
+        "family": profile.family,
+        "dtype": profile.dtype,
+        "text_length": profile.text_length,
+        "opset": profile.opset,
+        "shape": msgspec.structs.replace(profile.shape, fps=1),
+        "layout": layout,
+        "versions": library_versions(),
+        "sources": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources],
+    }
+    return hashlib.sha256(json_bytes(made_from)).hexdigest()
+
+
+def _exported(work: Work) -> Exported | None:
+    """What the work folder's export folder holds; None where it holds nothing whole."""
+    try:
+        exported = read_value(Exported, work.export_record)
+    except InputError:
+        return None
+    names = [TOKENIZER_FILE, *(name for graph in exported.graphs.graphs for name in (graph.file, *graph.data_files))]
+    return exported if all((work.export / name).is_file() for name in names) else None
 
 
 def engines(
@@ -343,7 +381,6 @@ def engines(
 
 def assemble(
     profile: Profile,
-    revision: str,
     table: SamplerTable,
     graph: ErrorGraph | None,
     plans: Sequence[StepPlan],
@@ -360,6 +397,9 @@ def assemble(
         files[ERROR_GRAPH_FILE] = json_bytes(graph)
     for spec in exported.graphs.graphs:
         files.update({name: work.export / name for name in (spec.file, *spec.data_files)})
+    for entry in entries:  # ONNX Runtime's engines are the ONNX files; other builders write their own
+        files.update({name: work.root / name for name in entry.files.values() if name not in files})
+    before = _manifest_and_reports(output)
     bundle = write_bundle(
         output,
         profile=profile,
@@ -369,11 +409,23 @@ def assemble(
         text=exported.text,
         engines=entries,
         files=files,
-        revision=revision,
-        versions=library_versions(),
+        revision=exported.revision,
+        versions=exported.versions,
     )
+    manifest, reports = _manifest_and_reports(output)
+    if before[0] == manifest and not reports:  # the same bundle: what was verified of it still holds
+        for name, content in before[1].items():
+            write_bytes(content, output / REPORTS / name)
     reporter.note(size(sum(entry.size for entry in bundle.manifest.files.values())))
     return bundle
+
+
+def _manifest_and_reports(output: Path) -> tuple[bytes | None, dict[str, bytes]]:
+    """What lies at `output`: the manifest, and the reports by name."""
+    if not (output / MANIFEST).is_file():
+        return None, {}
+    files = (output / REPORTS).glob("*") if (output / REPORTS).is_dir() else ()
+    return (output / MANIFEST).read_bytes(), {path.name: path.read_bytes() for path in files if path.is_file()}
 
 
 def library_versions() -> dict[str, str]:
@@ -394,6 +446,7 @@ class Request(Value, frozen=True):
         schedule: full steps as given; then budgets and method are not used and nothing is calibrated.
         error_graph: path of an error graph to use instead of calibrating.
         prompts: path of calibration prompts instead of the profile's.
+        device: torch device that calibrates and verifies; None: a GPU where there is one.
         backends: engines to build, in order of preference.
         options: builder options.
         verify_samples: held-out clips of the verification; 0: none at all.
@@ -404,6 +457,7 @@ class Request(Value, frozen=True):
     schedule: tuple[int, ...] | None = None
     error_graph: str | None = None
     prompts: str | None = None
+    device: str | None = None
     backends: tuple[str, ...] = ("onnxruntime",)
     options: dict[str, Option] = {}
     verify_samples: int = 8
@@ -412,6 +466,25 @@ class Request(Value, frozen=True):
     def calibrates(self) -> bool:
         """Whether an error graph has to be measured."""
         return self.schedule is None and self.method in ("lemica", "least-sum") and self.error_graph is None
+
+
+def check_request(profile: Profile, output: Path, request: Request) -> None:
+    """Refuse before any work what could only fail behind it.
+
+    Raises:
+        UsageError: unknown backend or option; `output` is something else than a bundle.
+        UnsupportedError, MissingDependencyError: as `builders.check`.
+        InputError: a prompt file or error graph cannot be read.
+    """
+    require_replaceable(output)
+    for backend in request.backends:
+        check_engine(backend, profile.dtype, request.options)
+    if request.calibrates:
+        calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
+    if request.error_graph is not None:
+        read_value(ErrorGraph, request.error_graph)
+    if request.verify_samples:
+        calibration_prompts(profile, None, split="held_out")
 
 
 def build(profile: Profile, output: Path, request: Request, reporter: Reporter) -> tuple[Bundle, VerifyReport | None]:
@@ -425,22 +498,17 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
     Raises:
         LemicaError: whatever a stage raises; finished stages stay in the work folder.
     """
-    for backend in request.backends:
-        check_engine(backend, profile.dtype, request.options)
+    check_request(profile, output, request)
     work = Work(work_folder(output))
     with work.locked():
-        write_value(profile, work.profile)
-        model = open_model(profile, reporter)
-        table = lower_sampler(model, reporter)
-        write_value(table, work.sampler)
-        if request.calibrates:
-            require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
+        model, table = _begin(profile, work, request.device, reporter)
         graph = None
         if request.error_graph is not None:
             graph = read_value(ErrorGraph, request.error_graph)
             require_graph_fits(graph, model, table, where=request.error_graph)
             reporter.stage("calibrate", f"{request.error_graph}: {graph.samples} samples, method {graph.method}")
         elif request.calibrates:
+            require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
             prompts = calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
             graph = calibrate(model, table, prompts, work, reporter)
         plans = make_plans(
@@ -451,15 +519,27 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
             graph=graph,
             schedule=request.schedule,
         )
-        for plan in plans:
-            reporter.stage("plan", f"{plan.name}: full steps {' '.join(map(str, plan.full_steps))}")
-        plans.append(uncached_plan(table, guidance_scale=profile.sampling.guidance_scale))
-        exported = export(model, layout_from_plans(model, plans), work, reporter)
+        _write_plans(plans, work, reporter)
+        plans = _plans_of(work)
+        layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided)
+        exported = export(model, layout, work, reporter)
         entries = engines(exported, work, request.backends, request.options, reporter)
-        bundle = assemble(profile, model.revision, table, graph, plans, exported, entries, work, output, reporter)
+        bundle = assemble(profile, table, graph, plans, exported, entries, work, output, reporter)
         if request.verify_samples == 0:
             return bundle, None
         return bundle, verify_bundle(bundle, model, request.verify_samples, reporter)
+
+
+def _begin(profile: Profile, work: Work, device: str | None, reporter: Reporter) -> tuple[Model, SamplerTable]:
+    """Load the model and lower its sampler; what the work folder has of another profile is taken away, journals not."""
+    if not work.profile.is_file() or work.profile.read_bytes() != json_bytes(profile):
+        work.error_graph.unlink(missing_ok=True)
+        shutil.rmtree(work.plans, ignore_errors=True)
+        write_value(profile, work.profile)
+    model = open_model(profile, reporter, device=device)
+    table = lower_sampler(model, reporter)
+    write_value(table, work.sampler)
+    return model, table
 
 
 def verify_bundle(bundle: Bundle, model: Model, samples: int, reporter: Reporter) -> VerifyReport:
@@ -469,11 +549,15 @@ def verify_bundle(bundle: Bundle, model: Model, samples: int, reporter: Reporter
         VerificationError: after the report was stored.
     """
     from lemica_trt.report.folder import write_reports
-    from lemica_trt.verify import held_out, require_verified, verify
+    from lemica_trt.verify import held_out, require_verified, stored_report, verify
 
     requests = held_out(calibration_prompts(model.profile, None, split="held_out"), samples)
-    report = verify(bundle, model, requests, reporter=reporter)
-    write_reports(bundle, report, requests, error_graph=ERROR_GRAPH_FILE)
+    report = stored_report(bundle)
+    if report is not None and report.is_of(bundle, samples) and not report.failures():
+        reporter.stage("verify", "unchanged")
+        return report
+    report, clips = verify(bundle, model, requests, reporter=reporter)
+    write_reports(bundle, report, clips, error_graph=ERROR_GRAPH_FILE)
     require_verified(report)
     return report
 
@@ -517,13 +601,18 @@ def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:
     """
     profile = bundle.manifest.profile
     if weights is not None:
-        return msgspec.structs.replace(profile, source=weights)
-    if ":" in profile.source or "/" in profile.source or Path(profile.source).is_dir():
+        return msgspec.structs.replace(profile, source=absolute_source(weights))
+    if ":" in profile.source or "/" in profile.source:  # package:NAME or a hub id; of folders only the name is kept
         return profile
     raise UsageError(
         f"the bundle was built from a local folder {profile.source!r}, which it does not carry",
         fix="name it: --weights DIR",
     )
+
+
+def absolute_source(source: str) -> str:
+    """A source that means the same from every working directory: folders become absolute."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
 def _short(value: object) -> str:
@@ -535,14 +624,14 @@ def _short(value: object) -> str:
 # ---------------------------------------------------------------- stages alone, on the files of the one before
 
 
-def calibrate_stage(profile: Profile, work: Work, prompts: Path | None, reporter: Reporter) -> ErrorGraph:
+def calibrate_stage(
+    profile: Profile, work: Work, prompts: Path | None, device: str | None, reporter: Reporter
+) -> ErrorGraph:
     """Profile → `profile.json`, `sampler.json`, `error_graph.json` in the work folder."""
+    texts = calibration_prompts(profile, prompts)
     with work.locked():
-        write_value(profile, work.profile)
-        model = open_model(profile, reporter)
-        table = lower_sampler(model, reporter)
-        write_value(table, work.sampler)
-        return calibrate(model, table, calibration_prompts(profile, prompts), work, reporter)
+        model, table = _begin(profile, work, device, reporter)
+        return calibrate(model, table, texts, work, reporter)
 
 
 def plan_stage(
@@ -560,55 +649,70 @@ def plan_stage(
         UsageError: `default` for a work folder: only a bundle has one.
         InputError: the folder is neither.
     """
-    if (target / MANIFEST).is_file():
+    work = Work(target)
+    if not work.profile.is_file():
         bundle = replan(
             Bundle.open(target), budgets=budgets, method=method, schedule=schedule, default=default, reporter=reporter
         )
         return [bundle.plan(name) for name in bundle.plans]
     if default is not None:
         raise UsageError("--default is for bundles", fix="in a work folder the first budget's plan becomes the default")
-    work = Work(target)
     with work.locked():
-        profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
         plans = make_plans(
-            table,
-            profile=profile,
+            read_value(SamplerTable, work.sampler),
+            profile=read_value(Profile, work.profile),
             budgets=budgets,
             method=method,
             graph=read_value(ErrorGraph, work.error_graph) if work.error_graph.is_file() else None,
             schedule=schedule,
         )
-        shutil.rmtree(work.plans, ignore_errors=True)
-        for index, plan in enumerate(plans):
-            write_value(plan, work.plans / f"{index}-{plan.name}.json")
+        _write_plans(plans, work, reporter)
         return plans
 
 
 def export_stage(work: Work, reporter: Reporter) -> Exported:
     """The plans of a work folder → graphs in it."""
     with work.locked():
+        plans = _plans_of(work)
         model = open_model(read_value(Profile, work.profile), reporter)
-        return export(model, layout_from_plans(model, _plans_of(work)), work, reporter)
+        layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided)
+        return export(model, layout, work, reporter)
 
 
-def engine_stage(work: Work, output: Path, backends: Sequence[str], reporter: Reporter) -> Bundle:
+def engine_stage(
+    work: Work, output: Path, backends: Sequence[str], options: dict[str, Option], reporter: Reporter
+) -> Bundle:
     """The graphs and plans of a work folder → a bundle; no PyTorch.
 
     Raises:
-        InputError: an earlier stage has not run.
+        InputError: an earlier stage has not run, or has run for another profile.
     """
+    require_replaceable(output)
     with work.locked():
         profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
         plans = _plans_of(work)
-        exported = read_value(Exported, work.export / "export.json")
+        exported = _exported(work)
+        # The key needs the libraries that exported, which need not be here: compare what the graphs show instead.
+        if exported is None or (exported.graphs.dtype, exported.shape, exported.source) != (
+            profile.dtype,
+            profile.shape,
+            profile.source,
+        ):
+            found = "none" if exported is None else "others"
+            raise InputError(
+                f"{work.export}: expected the graphs of {work.profile.name}, got {found}",
+                fix=f"lemica-trt export {work.root}",
+            )
         graph = read_value(ErrorGraph, work.error_graph) if work.error_graph.is_file() else None
-        entries = engines(exported, work, backends, {}, reporter)
-        return assemble(profile, exported.revision, table, graph, plans, exported, entries, work, output, reporter)
+        entries = engines(exported, work, backends, options, reporter)
+        return assemble(profile, table, graph, plans, exported, entries, work, output, reporter)
 
 
-def verify_stage(bundle: Bundle, weights: str | None, samples: int, reporter: Reporter) -> VerifyReport:
+def verify_stage(
+    bundle: Bundle, weights: str | None, samples: int, device: str | None, reporter: Reporter
+) -> VerifyReport:
     """Verify a bundle against the model that it was built from."""
-    model = open_model(profile_of_bundle(bundle, weights), reporter)
+    model = open_model(profile_of_bundle(bundle, weights), reporter, device=device)
     if model.revision != bundle.manifest.revision:
         raise InputError(
             f"expected the weights that the bundle was built from ({_short(bundle.manifest.revision)}), "
@@ -618,13 +722,28 @@ def verify_stage(bundle: Bundle, weights: str | None, samples: int, reporter: Re
     return verify_bundle(bundle, model, samples, reporter)
 
 
+def _write_plans(plans: Sequence[StepPlan], work: Work, reporter: Reporter) -> None:
+    """Plans → the work folder, in place of those that are there."""
+    shutil.rmtree(work.plans, ignore_errors=True)
+    for index, plan in enumerate(plans):
+        reporter.stage("plan", f"{plan.name}: full steps {' '.join(map(str, plan.full_steps))}")
+        write_value(plan, work.plans / f"{index}-{plan.name}.json")
+
+
 def _plans_of(work: Work) -> list[StepPlan]:
-    """The plans in a work folder, in the order in which they were asked for, and the uncached one."""
+    """The plans in a work folder, in the order in which they were asked for, and the uncached one.
+
+    Raises:
+        InputError: there are none, or they are of another sampler.
+    """
     profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
     files = sorted(work.plans.glob("*.json"), key=lambda path: int(path.name.split("-", 1)[0]))
-    if not files:
-        raise InputError(f"{work.plans}: expected plans, got none", fix=f"lemica-trt plan {work.root} --budget 15")
     plans = [read_value(StepPlan, path) for path in files]
+    if not plans or any(plan.sampler_digest != table.digest for plan in plans):
+        raise InputError(
+            f"{work.plans}: expected plans for {work.sampler.name}, got {'others' if plans else 'none'}",
+            fix=f"lemica-trt plan {work.root} --budget 15",
+        )
     return [*plans, uncached_plan(table, guidance_scale=profile.sampling.guidance_scale)]
 
 
@@ -653,8 +772,11 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
     from lemica_trt.calibrate import cost
     from lemica_trt.estimate import estimate
 
-    model = open_model(profile, Quiet())
+    check_request(profile, output, request)
+    model = open_model(profile, Quiet(), device="cpu")
     table = lower_sampler(model, Quiet())
+    if request.calibrates:
+        require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
     expected = estimate(model)
     settings = profile.calibration
     stages = []

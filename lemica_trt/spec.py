@@ -83,6 +83,7 @@ class Calibration(Value, frozen=True):
     def __post_init__(self) -> None:
         require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")
         require(self.max_skip >= 1, f"max_skip must be at least 1, got {self.max_skip}")
+        require(0 <= self.seed < 1 << 62, f"seed must be 0 … 2^62 - 1, got {self.seed}")
 
 
 class Profile(Value, frozen=True):
@@ -95,7 +96,7 @@ class Profile(Value, frozen=True):
         dtype: precision of the DiT.
         text_length: tokens of a prompt, padded.
         shape, sampling, calibration: see there.
-        opset: ONNX opset.
+        opset: ONNX opset, 18 … 23 (20 is what the tests run; TensorRT decides what it takes).
     """
 
     name: str
@@ -107,6 +108,10 @@ class Profile(Value, frozen=True):
     sampling: Sampling = Sampling()
     calibration: Calibration = Calibration()
     opset: int = 20
+
+    def __post_init__(self) -> None:
+        require(self.text_length >= 1, f"text_length must be at least 1, got {self.text_length}")
+        require(18 <= self.opset <= 23, f"opset must be 18 … 23, got {self.opset}")
 
 
 class TensorSpec(Value, frozen=True):

@@ -13,17 +13,17 @@ Everything goes through the deployed runtime. Knows nothing of how the bundle wa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lemica_trt.bundle import Bundle
-from lemica_trt.errors import VerificationError
+from lemica_trt.bundle import REPORTS, Bundle
+from lemica_trt.errors import InputError, UnsupportedError, VerificationError
 from lemica_trt.lower import sampler_table
 from lemica_trt.models import denoise
 from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
@@ -33,14 +33,20 @@ from lemica_trt.quality import lpips, psnr, ssim
 from lemica_trt.runtime.denoise import RowDone
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.runtime.random import Generator
-from lemica_trt.schedule import Schedule, uniform
+from lemica_trt.schedule import uniform
 from lemica_trt.spec import GraphSpec
-from lemica_trt.values import Value
+from lemica_trt.values import Value, read_value
 
 if TYPE_CHECKING:
     from lemica_trt.models import Model
 
 Array = npt.NDArray[Any]
+
+REPORT_FILE = "verify.json"
+"""Below the bundle's `reports/`."""
+
+CLIPS = 4
+"""Clips that are kept to be looked at."""
 
 HELD_OUT_SEED = 1_000_000
 """Seed of the first held-out sample; calibration seeds start at 0."""
@@ -120,8 +126,9 @@ class Timing(Value, frozen=True):
         plan: its name.
         budget: full steps.
         full_step, skipped_step: median of a row that runs the full or the skip graph; None where there is none.
-        total: the whole denoising loop, best of the runs.
+        total: the whole denoising loop, median of the runs.
         overhead: total / (full steps + skipped steps at their median) − 1.
+        ratio: total / (budget · full_step): 1 would be skipping at no cost at all.
         speedup: total of the uncached plan / total; None where the bundle has no uncached plan.
     """
 
@@ -131,19 +138,36 @@ class Timing(Value, frozen=True):
     skipped_step: float | None
     total: float
     overhead: float
+    ratio: float
     speedup: float | None
+
+
+class Clip(NamedTuple):
+    """A held-out clip to look at: uint8 [F, H, W, 3] each.
+
+    Attributes:
+        prompt: of both.
+        uncached: by the uncached plan.
+        plan: by the bundle's default plan.
+    """
+
+    prompt: str
+    uncached: Array
+    plan: Array
 
 
 class VerifyReport(Value, frozen=True):
     """Everything that was verified, `reports/verify.json`.
 
     Attributes:
+        manifest_digest: SHA-256 of the bundle's manifest: of what all this was said.
         samples: held-out clips behind `quality`.
         machine: what it ran on.
         backend: backend and version.
         graphs, agreement, quality, timing: see there.
     """
 
+    manifest_digest: str
     samples: int
     machine: str
     backend: str
@@ -153,9 +177,17 @@ class VerifyReport(Value, frozen=True):
     quality: tuple[Quality, ...]
     timing: tuple[Timing, ...]
 
+    def is_of(self, bundle: Bundle, samples: int) -> bool:
+        """Whether this is what `verify` would find out again: same bundle, samples, machine."""
+        return (self.manifest_digest, self.samples, self.machine) == (bundle.manifest.digest, samples, machine())
+
     def failures(self) -> list[str]:
         """What is not as it must be; empty when all is well. A number that is not finite fails every comparison."""
         found = []
+        compared = {run.plan for run in self.agreement}
+        found += [
+            f"plan {timing.plan} was compared with nothing" for timing in self.timing if timing.plan not in compared
+        ]
         for graph in self.graphs:
             limit = max(GRAPH_TOLERANCE[self.dtype] * max(graph.scale, 1.0), ONE_LEVEL * (graph.role == "vae_decoder"))
             if not graph.difference <= limit:
@@ -177,6 +209,14 @@ def held_out(prompts: Sequence[str], samples: int) -> list[tuple[str, int]]:
     return [(prompts[s % len(prompts)], HELD_OUT_SEED + s) for s in range(samples)]
 
 
+def stored_report(bundle: Bundle) -> VerifyReport | None:
+    """The report in a bundle's `reports/`, if there is one that this version can read."""
+    try:
+        return read_value(VerifyReport, bundle.path / REPORTS / REPORT_FILE)
+    except InputError:
+        return None
+
+
 def verify(
     bundle: Bundle,
     model: Model,
@@ -184,7 +224,7 @@ def verify(
     *,
     reporter: Reporter,
     backend: str | None = None,
-) -> VerifyReport:
+) -> tuple[VerifyReport, list[Clip]]:
     """Verify a bundle against the model that it was built from.
 
     Args:
@@ -193,9 +233,12 @@ def verify(
         requests: (prompt, seed) of the held-out clips, see `held_out`.
         backend: which engines; None: the preferred ones.
 
+    Returns:
+        The report, and the first `CLIPS` clips to look at.
+
     Raises:
         IntegrityError: a file is altered or missing.
-        VerificationError: a result is not finite.
+        VerificationError: a result of the model itself is not finite.
     """
     bundle.check()
     pipe = bundle.pipeline(backend=backend)
@@ -204,8 +247,9 @@ def verify(
     with torch.inference_mode():
         graphs = _check_graphs(bundle, pipe, model)
         agreement = _check_runs(bundle, pipe, model, requests[0])
-    quality = _measure_quality(bundle, pipe, model, requests, reporter)
-    return VerifyReport(
+    quality, clips = _measure_quality(bundle, pipe, model, requests, reporter)
+    report = VerifyReport(
+        manifest_digest=bundle.manifest.digest,
         samples=len(requests),
         machine=machine(),
         backend=f"{key.backend} {key.version} {key.target}",
@@ -215,6 +259,7 @@ def verify(
         quality=tuple(quality),
         timing=tuple(measure_timing(pipe, [bundle.plan(name) for name in bundle.plans])),
     )
+    return report, clips
 
 
 def require_verified(report: VerifyReport) -> None:
@@ -243,11 +288,11 @@ def _check_graphs(bundle: Bundle, pipe: Pipeline, model: Model) -> list[GraphChe
     checks = []
     for graph in bundle.manifest.graphs.graphs:
         inputs = {spec.name: _random_input(spec.name, _shape(spec.shape), random, model) for spec in graph.inputs}
-        expected = modules[graph.role](_tensors(inputs, graph))
+        expected = modules[graph.role](_tensors(inputs, graph, model.device))
         got = pipe.run_graph(graph.role, inputs)
         difference = scale = 0.0
         for spec in graph.outputs:
-            reference = expected[spec.name].float().numpy()
+            reference = expected[spec.name].float().cpu().numpy()
             difference = max(difference, _largest(np.float32(got[spec.name]) - reference))
             scale = max(scale, _largest(reference))
         checks.append(GraphCheck(role=graph.role, difference=difference, scale=scale))
@@ -261,17 +306,17 @@ def _shape(shape: tuple[int | str, ...]) -> tuple[int, ...]:
 
 def _random_input(name: str, shape: tuple[int, ...], random: np.random.Generator, model: Model) -> Array:
     if name == "input_ids":
-        return np.tile(model.tokens(["a prompt"])["input_ids"].numpy(), (shape[0], 1))
+        return np.tile(model.tokens(["a prompt"])["input_ids"].cpu().numpy(), (shape[0], 1))
     if name == "attention_mask":
-        return np.tile(model.tokens(["a prompt"])["attention_mask"].numpy(), (shape[0], 1))
+        return np.tile(model.tokens(["a prompt"])["attention_mask"].cpu().numpy(), (shape[0], 1))
     if name == "coefficients":  # timesteps are large numbers, all others about one
         return random.uniform(0.5, 1.0, shape).astype(np.float32)
     return random.standard_normal(shape).astype(np.float32)
 
 
-def _tensors(inputs: dict[str, Array], graph: GraphSpec) -> dict[str, torch.Tensor]:
+def _tensors(inputs: dict[str, Array], graph: GraphSpec, device: torch.device) -> dict[str, torch.Tensor]:
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
     return {spec.name: tensors[spec.name].to(half.get(spec.dtype, tensors[spec.name].dtype)) for spec in graph.inputs}
 
 
@@ -284,11 +329,17 @@ def _check_runs(bundle: Bundle, pipe: Pipeline, model: Model, request: tuple[str
     for name in bundle.plans:
         plan = bundle.plan(name)
         got = pipe.latents(_embeds(pipe, prompt), noise, plan=plan, seeds=[seed] if plan.stochastic else None)
-        references = {}
-        if not plan.stochastic:
-            if plan.budget == plan.num_steps:
-                references["diffusers"] = model.reference([prompt], torch.from_numpy(noise))
-            references["torch"] = denoise(model, plan, embeds, torch.from_numpy(noise)).cpu()
+        fresh = model.noises(seed)
+        next(fresh)  # the initial noise
+        start = torch.from_numpy(noise)
+
+        def draw(_: int, fresh: Iterator[torch.Tensor] = fresh) -> torch.Tensor:
+            return next(fresh)[None]
+
+        references = {"torch": denoise(model, plan, embeds, start, fresh_noise=draw).cpu()}
+        # A stochastic scheduler may draw more than it uses: the pipeline's noise is then not the plan's.
+        if plan.budget == plan.num_steps and not plan.stochastic:
+            references["diffusers"] = model.reference([prompt], start)
         for against, reference in references.items():
             expected = reference.numpy()
             if not np.isfinite(expected).all():
@@ -324,12 +375,14 @@ def _embeds(pipe: Pipeline, prompt: str) -> Array:
 
 def _measure_quality(
     bundle: Bundle, pipe: Pipeline, model: Model, requests: Sequence[tuple[str, int]], reporter: Reporter
-) -> list[Quality]:
+) -> tuple[list[Quality], list[Clip]]:
     plans = [bundle.plan(name) for name in bundle.plans]
     ways = [way for plan in plans if plan.budget < plan.num_steps for way in _ways(plan, model)]
     uncached = next((plan for plan in plans if plan.budget == plan.num_steps), None)
     if uncached is None or not ways:
-        return []
+        return [], []
+    default = bundle.plan()
+    clips: list[Clip] = []
     scores: list[list[tuple[float, float, float | None]]] = [[] for _ in ways]
     for done, (prompt, seed) in enumerate(requests):
         noise = Generator(seed).randn((1, *bundle.manifest.graphs.layout.latent_shape))
@@ -341,9 +394,11 @@ def _measure_quality(
         reference = frames(uncached)
         for (_, _, plan), found in zip(ways, scores):
             clip = frames(plan)
+            if plan.name == default.name and len(clips) < CLIPS:
+                clips.append(Clip(prompt, reference, clip))
             found.append((psnr(clip, reference), ssim(clip, reference), lpips(clip, reference)))
         reporter.advance(done + 1, len(requests))
-    return [_quality(name, way, plan.budget, found) for (name, way, plan), found in zip(ways, scores)]
+    return [_quality(name, way, plan.budget, found) for (name, way, plan), found in zip(ways, scores)], clips
 
 
 def _quality(name: str, way: str, budget: int, scores: list[tuple[float, float, float | None]]) -> Quality:
@@ -364,16 +419,23 @@ def _quality(name: str, way: str, budget: int, scores: list[tuple[float, float, 
 
 def _ways(plan: StepPlan, model: Model) -> list[tuple[str, str, StepPlan]]:
     """(plan name, way, plan) for the plan itself and its baselines at the same budget."""
-    table = sampler_table(model.scheduler(), dynamic_guidance=model.profile.sampling.dynamic_guidance)
-    few = sampler_table(model.scheduler(plan.budget), dynamic_guidance=model.profile.sampling.dynamic_guidance)
-    every = Schedule(num_steps=few.num_steps, full_steps=tuple(range(few.num_steps)))
+    dynamic = model.profile.sampling.dynamic_guidance
+    tables = {"uniform": sampler_table(model.scheduler(), dynamic_guidance=dynamic)}
+    try:
+        few = sampler_table(model.scheduler(plan.budget), dynamic_guidance=dynamic)
+    except UnsupportedError:  # few steps are beyond some samplers
+        few = None
+    # Heun and PNDM call the model more than once a step: their B steps are no baseline of B calls.
+    if few is not None and few.num_steps == plan.budget:
+        tables["fewer-steps"] = few
     ways = [(plan.name, "plan", plan)]
-    for way, schedule, rows in (
-        ("uniform", uniform(plan.num_steps, plan.budget), table),
-        ("fewer-steps", every, few),
-    ):
+    for way, table in tables.items():
         other = plan_from_schedule(
-            schedule, rows, name=f"{plan.name}-{way}", guidance_scale=plan.guidance_scale, method=way
+            uniform(table.num_steps, plan.budget),
+            table,
+            name=f"{plan.name}-{way}",
+            guidance_scale=plan.guidance_scale,
+            method=way,
         )
         ways.append((plan.name, way, other))
     return ways
@@ -382,11 +444,10 @@ def _ways(plan: StepPlan, model: Model) -> list[tuple[str, str, StepPlan]]:
 # ---------------------------------------------------------------- timing
 
 
-def measure_timing(pipe: Pipeline, plans: Sequence[StepPlan], *, repeats: int = 3) -> list[Timing]:
+def measure_timing(pipe: Pipeline, plans: Sequence[StepPlan], *, repeats: int = 5) -> list[Timing]:
     """Time whole plans and their rows, one request, after one warm-up of each.
 
-    Row times come from runs that wait for the device after every row, totals from runs that do not; the best of
-    `repeats` totals counts, as the least disturbed one.
+    Row times come from runs that wait for the device after every row, totals from runs that do not; medians of both.
     """
     manifest = pipe.bundle.manifest
     noise = Generator(0).randn((1, *manifest.graphs.layout.latent_shape))
@@ -409,7 +470,7 @@ def measure_timing(pipe: Pipeline, plans: Sequence[StepPlan], *, repeats: int = 
         full = median(rows["full"])
         skipped = median(rows["skip"]) if rows["skip"] else None
         expected = plan.budget * full + (len(rows["skip"]) // repeats) * (skipped or 0.0)
-        timings.append((plan, full, skipped, min(totals), expected))
+        timings.append((plan, full, skipped, median(totals), expected))
     uncached = next((total for plan, _, _, total, _ in timings if plan.budget == plan.num_steps), None)
     return [
         Timing(
@@ -419,6 +480,7 @@ def measure_timing(pipe: Pipeline, plans: Sequence[StepPlan], *, repeats: int = 
             skipped_step=skipped,
             total=total,
             overhead=total / expected - 1,
+            ratio=total / (plan.budget * full),
             speedup=None if uncached is None else uncached / total,
         )
         for plan, full, skipped, total, expected in timings

@@ -40,11 +40,14 @@ def test_build_makes_a_verified_bundle(built: tuple[Path, subprocess.CompletedPr
 
 def test_build_again_does_nothing_again(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     output, _ = built
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and "reports" not in path.parts}
-    done = lemica("build", *SMALL, "--budget", "4,5", "--verify-samples", "0", "--output", output)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    (journal,) = output.with_name("bundle.work").glob("journal-*.jsonl")
+    finished = journal.read_bytes()
+    done = lemica("build", *SMALL, "--budget", "4,5", "--verify-samples", "2", "--output", output)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"export +unchanged", done.stderr)
-    assert before == {path: path.read_bytes() for path in before}
+    assert re.search(r"export +unchanged", done.stderr) and re.search(r"verify +unchanged", done.stderr)
+    assert journal.read_bytes() == finished
+    assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
 def test_stages_one_by_one_make_the_same_bundle(
@@ -60,8 +63,22 @@ def test_stages_one_by_one_make_the_same_bundle(
     ):
         done = lemica(*arguments)
         assert done.returncode == 0, (arguments, done.stderr)
-    mine, other = Bundle.open(output).manifest, Bundle.open(built[0]).manifest
-    assert mine.files == other.files
+    assert Bundle.open(output).manifest == Bundle.open(built[0]).manifest
+
+
+def test_stages_refuse_what_another_profile_left(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    for steps in (6, 8):
+        small = ("--model", "cogvideox-tiny", "--samples", "1", "--max-skip", "1", "--denoising-steps", steps)
+        assert lemica("calibrate", *small, "--output", work).returncode == 0
+        if steps == 6:
+            assert lemica("plan", work, "--budget", "4").returncode == 0
+    done = lemica("export", work, "--quiet")
+    assert done.returncode == 3 and "lemica-trt plan" in done.stderr
+    assert lemica("plan", work, "--budget", "5").returncode == 0
+    done = lemica("engine", work, "--output", tmp_path / "bundle", "--quiet")
+    assert done.returncode == 3 and "lemica-trt export" in done.stderr
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_plan_adds_to_a_bundle_without_torch(
@@ -140,7 +157,11 @@ MISTAKES: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("build", "--model", "cogvideox-tiny", "--budget", "3"), 6, "5 … 50"),
     (("build", "--model", "cogvideox-tiny", "--error-graph", "none.json"), 3, "none.json"),
     (("build", "--model", "cogvideox-tiny", "--method", "published"), 3, "cogvideox-tiny"),
-    (("run", "nowhere", "a prompt", "-o", "x.mp4"), 2, "nowhere"),
+    (("run", "nowhere", "a prompt", "-o", "x.mp4"), 4, "nowhere"),
+    (("build", "--model", "cogvideox-tiny", "--opset", "7"), 2, "opset"),
+    (("build", "--model", "cogvideox-tiny", "--output", "/etc"), 2, "/etc"),
+    (("build", "--model", "cogvideox-tiny", "--device", "abacus"), 7, "abacus"),
+    (("build", "--model", "wan2.1-t2v-1.3b", "--weights", "nowhere", "--dtype", "fp16"), 3, "nowhere"),
     (("frobnicate",), 2, "frobnicate"),
 )
 

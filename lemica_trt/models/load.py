@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import msgspec
 import safetensors
+import torch
 import transformers
 
 from lemica_trt.errors import InputError, MissingDependencyError, UnsupportedError
@@ -57,6 +58,23 @@ def family_from_pipeline(folder: Path) -> Family:
             return family
     known = ", ".join(sorted(family.pipeline_class for family in FAMILIES.values()))
     raise UnsupportedError(f"{folder}: the pipeline must be one of {known}, got {kind}")
+
+
+def usable_device(name: str | None) -> str:
+    """The torch device of that name; None: the first GPU, or the CPU where there is none.
+
+    Raises:
+        MissingDependencyError: torch has no such device here.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise MissingDependencyError(
+            f"expected a torch device, got {name!r}: {_line(error)}", fix="--device cpu"
+        ) from None
+    return name
 
 
 def load_model(

@@ -13,38 +13,29 @@ from lemica_trt.report.plots import plot_schedules
 from lemica_trt.values import value_from_json, write_value
 
 if TYPE_CHECKING:
-    from lemica_trt.verify import VerifyReport
-
-CLIPS = 4
-"""Prompts on the contact sheet."""
+    from lemica_trt.verify import Clip, VerifyReport
 
 
-def write_reports(
-    bundle: Bundle, report: VerifyReport, requests: Sequence[tuple[str, int]], *, error_graph: str
-) -> None:
+def write_reports(bundle: Bundle, report: VerifyReport, clips: Sequence[Clip], *, error_graph: str) -> None:
     """Write `verify.json`, `contact_sheet.png` (uncached beside the default plan) and `schedules.png`.
 
     Args:
-        bundle: where to; it must have an uncached plan for the contact sheet.
+        bundle: where to.
         report: what was verified.
-        requests: (prompt, seed) of held-out clips; the first few are shown.
+        clips: what the sheet shows.
         error_graph: path of the error graph in the bundle; plotted where the manifest lists it.
     """
     folder = bundle.path / REPORTS
-    folder.mkdir(exist_ok=True)
     write_value(report, folder / "verify.json")
     plans = [bundle.plan(name) for name in bundle.plans]
-    uncached = next((plan for plan in plans if plan.budget == plan.num_steps), None)
     default = bundle.plan()
-    if uncached is not None and default.budget < default.num_steps:
-        pipe = bundle.pipeline()
+    if clips:
         rows = []
-        for prompt, seed in requests[:CLIPS]:
-            reference = pipe(prompt, seed=seed, plan=uncached.name).frames
-            clip = pipe(prompt, seed=seed, plan=default.name).frames
-            rows.append((f"{prompt}  –  uncached, {uncached.num_steps} full steps", reference))
-            rows.append((f"plan {default.name}, {default.budget} full steps: {psnr(clip, reference):.1f} dB", clip))
+        for prompt, uncached, clip in clips:
+            rows.append((f"{prompt}  –  uncached, {default.num_steps} full steps", uncached))
+            rows.append((f"plan {default.name}, {default.budget} full steps: {psnr(clip, uncached):.1f} dB", clip))
         contact_sheet(rows, folder / "contact_sheet.png")
     if error_graph in bundle.manifest.files:
         graph = value_from_json(ErrorGraph, bundle.read_bytes(error_graph), where=error_graph)
-        plot_schedules(graph, [plan for plan in plans if plan.budget < plan.num_steps], folder / "schedules.png")
+        cached = [plan for plan in plans if plan.budget < plan.num_steps and plan.num_steps == graph.num_steps]
+        plot_schedules(graph, sorted(cached, key=lambda plan: plan.name != default.name), folder / "schedules.png")

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lemica_trt.bundle import MANIFEST, REPORTS, Bundle
+from lemica_trt.bundle import REPORTS, Bundle
 from lemica_trt.errors import InputError
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.plan import StepPlan
@@ -66,19 +66,33 @@ def _line(text: str) -> Text:
 
 def quality_table(report: VerifyReport, *, title: str | None = None) -> Table:
     """Each plan's time and held-out quality, its baselines below it."""
-    made = table("plan", ">full steps", ">time", ">speed-up", ">PSNR dB", ">5th pct.", ">SSIM", title=title)
+    made = table(
+        "plan",
+        ">full steps",
+        ">time",
+        ">speed-up",
+        ">full step",
+        ">skipped",
+        ">PSNR dB",
+        ">5th pct.",
+        ">SSIM",
+        title=title,
+    )
     perceptual = any(row.lpips is not None for row in report.quality)
     if perceptual:
         made.add_column("LPIPS", justify="right")
     for timing in report.timing:
         rows = [row for row in report.quality if row.plan == timing.plan]
         speed = "" if timing.speedup is None else f"{timing.speedup:.2f}×"
-        head = [timing.plan, str(timing.budget), duration(timing.total), speed]
+        skipped = "" if timing.skipped_step is None else duration(timing.skipped_step)
+        head = [timing.plan, str(timing.budget), duration(timing.total), speed, duration(timing.full_step), skipped]
         plan = next((row for row in rows if row.way == "plan"), None)
         made.add_row(*head, *_scores(plan, perceptual), style="bold" if plan else "")
         for row in rows:
             if row.way != "plan":
-                made.add_row(f"  {WAYS[row.way]}", str(row.budget), "", "", *_scores(row, perceptual), style="dim")
+                made.add_row(
+                    f"  {WAYS[row.way]}", str(row.budget), "", "", "", "", *_scores(row, perceptual), style="dim"
+                )
     return made
 
 
@@ -101,8 +115,8 @@ def agreement_text(report: VerifyReport) -> RenderableType:
         runs = [f"{run.plan} {run.difference:.1e}" for run in report.agreement if run.against == against]
         if runs:
             lines.append(f"latents  largest difference from {against} after all steps: {', '.join(runs)}")
-    costs = ", ".join(f"{timing.plan} {timing.overhead:+.1%}" for timing in report.timing)
-    lines.append(f"loop     time beyond the steps' own: {costs}")
+    costs = ", ".join(f"{timing.plan} {timing.overhead:+.1%} ({timing.ratio:.3f})" for timing in report.timing)
+    lines.append(f"loop     time beyond the steps' own (and over full steps alone): {costs}")
     return Group(*map(_line, lines))
 
 
@@ -173,9 +187,7 @@ def inspect(path: Path, plan: str | None) -> tuple[Any, Callable[[Any], Renderab
         InputError: it is none of these.
         UsageError: the bundle has no such plan.
     """
-    if path.is_dir():
-        if not (path / MANIFEST).is_file():
-            raise InputError(f"{path}: expected a bundle, a plan or an error graph, got a folder without {MANIFEST}")
+    if not path.is_file():
         bundle = Bundle.open(path)
         if plan is not None:
             chosen = bundle.plan(None if plan == "default" else plan)
