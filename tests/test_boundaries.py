@@ -1,4 +1,4 @@
-"""What importing each room pulls in, in a fresh interpreter, how long it takes, and which way imports point."""
+"""What importing each room pulls in, how long it takes, and which way imports point."""
 
 from __future__ import annotations
 
