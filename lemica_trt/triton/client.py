@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import queue
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ def generate(
         Frames, uint8 [F, H, W, 3], or the bytes of the MP4 file.
 
     Raises:
-        MissingDependencyError: tritonclient is not installed, or there is no server at `url`.
+        MissingDependencyError: tritonclient is not installed, or no server is at `url`.
         InputError: the server says that the request is not what it must be; the message says what is allowed.
         EngineError: the server failed, is full, or the time-out passed.
     """
@@ -60,6 +61,14 @@ def generate(
     name = "video" if mp4 else "frames"
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     client = grpc.InferenceServerClient(url)
+    try:
+        if not client.is_server_live():
+            raise failure("not live")
+    except failure as error:
+        client.close()
+        raise MissingDependencyError(
+            f"expected a Triton server at {url}, got: {error.message()}", fix="start it, or give --url HOST:GRPC_PORT"
+        ) from None
     try:
         client.start_stream(callback=lambda result, error: answers.put((result, error)))
         client.async_stream_infer(
@@ -87,13 +96,9 @@ def generate(
 
 
 def _error(error: Any, url: str) -> Exception:
-    """tritonclient's exception as one of ours; in streams the status is only part of the message."""
+    """tritonclient's exception as one of ours."""
     status, message = str(error.status() or ""), " ".join(str(error.message()).split())
-    if "failed to connect" in message.lower() or "StatusCode.UNAVAILABLE" in status and "connect" in message.lower():
-        return MissingDependencyError(
-            f"expected a Triton server at {url}, got: {message[:120]}", fix="start it, or give --url HOST:GRPC_PORT"
-        )
-    # A stream's errors carry no status, so that what the request did wrong is known by how it is said.
-    if "INVALID_ARGUMENT" in status or " must be " in message or "unknown parameter" in message:
+    # A stream's errors carry no status: what is wrong with a request is known by how the models say it.
+    if "INVALID_ARGUMENT" in status or re.match(r"unknown parameter|\w+(, the number of full steps,)? must be ", message):
         return InputError(message)
     return EngineError(f"the server at {url}: {message}")

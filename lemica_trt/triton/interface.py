@@ -72,7 +72,7 @@ def interfaces(manifest: Manifest) -> dict[str, Interface]:
     progress = (Port("step", "INT32", (1,)), Port("num_steps", "INT32", (1,)))
     found = {
         "denoiser": Interface(taken, (latents,)),
-        "denoiser_stream": Interface(taken, (*progress, latents)),
+        "denoiser_stream": Interface(taken, (*progress, latents, Port("ended", "STRING", (1,)))),
     }
     if {"text_encoder", "vae_decoder"} <= {graph.role for graph in graphs.graphs}:
         decoded = next(tensor for tensor in graphs.graph("vae_decoder").outputs if tensor.name == "frames")

@@ -20,15 +20,17 @@ import importlib
 import json
 import math
 import os
+import queue
 import re
 import secrets
 import tempfile
+import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -54,6 +56,8 @@ PROMPT_BYTES = 8192
 
 BUCKETS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0]
 """Upper bounds of the latency histogram, seconds."""
+
+T = TypeVar("T")
 
 STEP_ROLES: tuple[Role, ...] = ("full", "skip", "combine")
 
@@ -168,24 +172,29 @@ class Job:
     Attributes:
         embeds: [1 or 2, text_length, width]; with guidance the negative prompt's first.
         plan, seed, guidance_scale: what was asked for, or the default.
-        stopped: why it ended before its result, as it is answered.
+        sender: where its answers go.
+        watch: whether it is still wanted.
+        stopped: why it ended before its result; it has been answered so.
     """
 
     embeds: Array
     plan: StepPlan
     seed: int
     guidance_scale: float
+    sender: Any = None
+    watch: Watch | None = None
     stopped: Ended | None = None
-    handle: Any = field(default=None, repr=False)
 
 
 def read_parameters(request: Any, allowed: Collection[str]) -> dict[str, Any]:
-    """A request's parameters.
+    """A request's parameters; a calling model's come as JSON in `settings`, because models pass no floats on.
 
     Raises:
         InputError: one of them is unknown.
     """
     found: dict[str, Any] = json.loads(request.parameters() or "{}")
+    if "caller" in found and "settings" in found:
+        found.update(json.loads(found.pop("settings")))
     for name in found:
         if name not in allowed and not name.startswith("triton_"):
             raise InputError(f"unknown parameter {name!r}: expected {', '.join(sorted(allowed))}")
@@ -234,7 +243,7 @@ def guidance_from(parameters: Mapping[str, Any], default: float, *, guided: bool
     scale = parameters["guidance_scale"]
     if not guided:
         raise InputError("this bundle was built without guidance: it takes no guidance_scale and no negative_prompt")
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if not number or not GUIDANCE[0] <= scale <= GUIDANCE[1]:
         raise InputError(f"guidance_scale must be a number from {GUIDANCE[0]:g} to {GUIDANCE[1]:g}; got {scale!r}")
     return float(scale)
@@ -281,6 +290,9 @@ class Watch:
     Args:
         request: with its `timeout` in microseconds, 0 for none, counted from now.
         alive: the caller's `caller` parameter, see `calling`; None: the client called.
+
+    Attributes:
+        called: another model called.
     """
 
     def __init__(self, request: Any, alive: str | None) -> None:
@@ -290,7 +302,12 @@ class Watch:
         self._start = time.monotonic()
         if alive is not None and not re.fullmatch("[0-9a-f]{32}", str(alive)):
             raise InputError("caller is set by the pipeline models only")
+        self.called = alive is not None
+        # The caller's file says which process works for it.
         self._alive = None if alive is None else _calls() / str(alive)
+        if self._alive is not None:
+            with suppress(FileNotFoundError), self._alive.open("r+") as file:
+                file.write(str(os.getpid()))
 
     def ended(self, where: str) -> Ended | None:
         """Why the request is over; None while it is not."""
@@ -302,19 +319,62 @@ class Watch:
 
 
 @contextmanager
-def calling() -> Iterator[str]:
-    """A name that is alive while the block runs, for the `caller` parameter of a model that is called.
+def calling() -> Iterator[Path]:
+    """A file that is there while the block runs; its name is the `caller` parameter for a model that is called.
 
-    Triton 2.51 does not pass a cancellation on to the models that a model calls; an empty file that goes away does.
+    Triton 2.51 passes on to the models that a model calls neither a cancellation nor, in the middle of a stream, their
+    death. A file does both: the called model writes its process id into it, and stops when it has gone.
     """
     folder = _calls()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    name = secrets.token_hex(16)
-    (folder / name).touch()
+    file = folder / secrets.token_hex(16)
+    file.touch()
     try:
-        yield name
+        yield file
     finally:
-        (folder / name).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+
+
+def answers(responses: Iterator[T], check: Callable[[], None], every: float = 0.05) -> Iterator[T]:
+    """The items of an iterator that may wait long or for ever; meanwhile `check` is called, and may raise."""
+    found: queue.Queue[tuple[bool, Any]] = queue.Queue()
+
+    def take() -> None:
+        try:
+            for item in responses:
+                found.put((True, item))
+            found.put((False, None))
+        except Exception as error:  # it is raised where the items are wanted
+            found.put((False, error))
+
+    threading.Thread(target=take, daemon=True).start()
+    while True:
+        try:
+            more, item = found.get(timeout=every)
+        except queue.Empty:
+            check()
+            continue
+        if more:
+            check()
+            yield item
+        elif item is None:
+            return
+        else:
+            raise item
+
+
+def require_alive(request: Any, caller: Path) -> None:
+    """Raise Ended if the request was cancelled, or the process that works for it has died."""
+    if request.is_cancelled():
+        raise Ended("CANCELLED", "cancelled")
+    process = caller.read_text()
+    if process:
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            state = "X"
+        if state in ("Z", "X"):
+            raise Ended("UNAVAILABLE", "the process of denoiser_stream has died; load the model again")
 
 
 def _calls() -> Path:
@@ -531,7 +591,17 @@ def passed_on(pb_utils: Any, error: Any) -> Exception:
     return Ended("INTERNAL", error.message())
 
 
-def send_error(pb_utils: Any, sender: Any, error: Exception) -> None:
-    """Answer with an error; the last answer of a request."""
-    response = pb_utils.InferenceResponse(error=triton_error(pb_utils, error))
+def send_error(pb_utils: Any, sender: Any, error: Exception, *, to_model: bool = False) -> None:
+    """Answer with an error; the last answer of a request.
+
+    Args:
+        to_model: another model called. Triton 2.51 loses an error on the way to it that comes after other answers;
+            the output `ended`, JSON [code, message], arrives.
+    """
+    if to_model:
+        code = error.code if isinstance(error, Ended) else "INTERNAL"
+        ended = json.dumps([code, " ".join(str(error).split())]).encode()
+        response = pb_utils.InferenceResponse([pb_utils.Tensor("ended", np.array([[ended]], np.object_))])
+    else:
+        response = pb_utils.InferenceResponse(error=triton_error(pb_utils, error))
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

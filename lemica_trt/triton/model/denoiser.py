@@ -54,7 +54,7 @@ class TritonPythonModel:
         embeds = np.stack([serving.tensor_from(pb_utils, request, name, shape, kind) for name in names])
         guidance = serving.guidance_from(parameters, plan.guidance_scale, guided=self.guided)
         watch = serving.Watch(request, parameters.get("caller"))
-        return serving.Job(embeds, plan, serving.seed_from(parameters), guidance, handle=(sender, watch))
+        return serving.Job(embeds, plan, serving.seed_from(parameters), guidance, sender, watch)
 
     def run(self, jobs):
         """Denoise jobs of one plan; one that ends early is answered at once, the last one stops the loop."""
@@ -69,7 +69,7 @@ class TritonPythonModel:
                 self.metrics.row(plan.name, row.graph, len(running))
             if self.streams and row.graph == "full":
                 for job in running:
-                    job.handle[0].send(self.response(plan, row.step + 1))
+                    job.sender.send(self.response(plan, row.step + 1))
 
         start = time.perf_counter()
         self.stop_ended(jobs, "before the first step")
@@ -82,23 +82,22 @@ class TritonPythonModel:
             for job in jobs:
                 if job.stopped is None:
                     self.metrics.request(plan.name, "error")
-                    serving.send_error(pb_utils, job.handle[0], error)
+                    serving.send_error(pb_utils, job.sender, error, to_model=job.watch.called)
             return
         for job, result in zip(jobs, latents):
             if job.stopped is None:
                 self.metrics.request(plan.name, "ok", time.perf_counter() - start)
                 final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-                job.handle[0].send(self.response(plan, plan.num_steps, result), flags=final)
+                job.sender.send(self.response(plan, plan.num_steps, result), flags=final)
 
     def stop_ended(self, jobs, where):
         """Answer jobs that were cancelled or are out of time."""
         for job in jobs:
             if job.stopped is None:
-                sender, watch = job.handle
-                job.stopped = watch.ended(where)
+                job.stopped = job.watch.ended(where)
                 if job.stopped is not None:
                     self.metrics.request(job.plan.name, job.stopped.code.lower())
-                    serving.send_error(pb_utils, sender, job.stopped)
+                    serving.send_error(pb_utils, job.sender, job.stopped, to_model=job.watch.called)
 
     def response(self, plan, step, latents=None):
         """Progress, or with latents the result."""

@@ -7,6 +7,7 @@ PyTorch), and PyAV for MP4. All parameters are explained in config.pbtxt.
 
 import base64
 import importlib.util
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -73,28 +74,30 @@ class TritonPythonModel:
         """Latents [1, *latent_shape]; passes progress on, and cancellation and the time that is left."""
         limit = request.timeout()
         left = max(1, limit - int((time.monotonic() - start) * 1e6)) if limit else 0
+        outputs = ["step", "num_steps", "latents", "ended"]
         with serving.calling() as caller:
-            settings = {"parameters": {**parameters, "caller": caller}, "timeout": left}
-            for found in self.call("denoiser_stream", inputs, ["step", "num_steps", "latents"], stream=True, **settings):
+            settings = {"settings": json.dumps(parameters), "caller": caller.name}
+            calls = self.call("denoiser_stream", inputs, outputs, stream=True, parameters=settings, timeout=left)
+            for found in serving.answers(calls, lambda: serving.require_alive(request, caller)):
+                if "ended" in found:
+                    raise serving.Ended(*json.loads(found["ended"][0, 0]))
                 self.progress = [pb_utils.Tensor(name, found[name]) for name in ("step", "num_steps")]
                 if "latents" in found:
                     return found["latents"]
-                if request.is_cancelled():
-                    raise serving.Ended("CANCELLED", f"cancelled after step {found['step'][0, 0] - 1}")
                 if self.streams:
                     sender.send(pb_utils.InferenceResponse(output_tensors=self.progress))
         raise LemicaError("denoiser_stream ended without a result")
 
-    def call(self, model, inputs, outputs, *, stream=False, **settings):
+    def call(self, model, inputs, outputs, *, stream=False, **options):
         """The responses of another model of this server, each as arrays by name."""
         tensors = [pb_utils.Tensor(name, array) for name, array in inputs.items()]
         request = pb_utils.InferenceRequest(
-            model_name=model, inputs=tensors, requested_output_names=outputs, **settings
+            model_name=model, inputs=tensors, requested_output_names=outputs, **options
         )
         for response in request.exec(decoupled=True) if stream else [request.exec()]:
             if response.has_error():
                 raise serving.passed_on(pb_utils, response.error())
-            found = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+            found = {tensor.name(): np.array(tensor.as_numpy()) for tensor in response.output_tensors()}
             if found:  # the stream's empty last response carries nothing
                 yield found
 
