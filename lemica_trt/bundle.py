@@ -417,7 +417,7 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
 def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
     """A second folder with the same bundle, without `reports/`; as atomic as `write_bundle`.
 
-    Files are linked, not copied, where the file system can: a bundle's files are replaced, never changed.
+    Files are linked, not copied, where the file system can; plans, which somebody may edit, are copied.
 
     Raises:
         IntegrityError, InputError: the bundle is not whole.
@@ -425,8 +425,9 @@ def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
     """
     bundle.check()
     with _replacing(Path(target)) as (folder, staged):
+        edited = {MANIFEST, *(plan_path(name) for name in bundle.plans)}
         for path in (*sorted(bundle.manifest.files), MANIFEST):
-            _link(bundle.path / path, staged / path)
+            (_store if path in edited else _link)(bundle.path / path, staged / path)
     return Bundle.open(folder)
 
 

@@ -135,7 +135,8 @@ def _wrong_in(
     wanted |= {"batching"} if model.startswith("denoiser") else set()
     wanted |= {"stream"} if model in STREAMS else set()
     if not wanted <= set(parameters):
-        yield f"parameters: expected {', '.join(sorted(wanted))}; missing: {', '.join(sorted(wanted - set(parameters)))}"
+        missing = ", ".join(sorted(wanted - set(parameters)))
+        yield f"parameters: expected {', '.join(sorted(wanted))}; missing: {missing}"
         return
     if ("stream" in parameters) != (model in STREAMS):
         yield "parameter stream: belongs to the streaming models"

@@ -78,9 +78,9 @@ def generate(
             timeout=None if timeout is None else max(1, round(timeout * 1e6)),
         )
         while True:
-            result, error = answers.get()
-            if error is not None:
-                raise error
+            result, failed = answers.get()
+            if failed is not None:
+                raise failed
             done, steps = (int(result.as_numpy(key)[0, 0]) for key in ("step", "num_steps"))
             found = result.as_numpy(name)
             if on_step is not None:
@@ -99,6 +99,8 @@ def _error(error: Any, url: str) -> Exception:
     """tritonclient's exception as one of ours."""
     status, message = str(error.status() or ""), " ".join(str(error.message()).split())
     # A stream's errors carry no status: what is wrong with a request is known by how the models say it.
-    if "INVALID_ARGUMENT" in status or re.match(r"unknown parameter|\w+(, the number of full steps,)? must be ", message):
+    if "INVALID_ARGUMENT" in status or re.match(
+        r"unknown parameter|\w+(, the number of full steps,)? must be ", message
+    ):
         return InputError(message)
     return EngineError(f"the server at {url}: {message}")

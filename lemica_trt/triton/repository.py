@@ -138,8 +138,8 @@ def config_text(model: str, interface: Interface, bundle: Bundle, engine: Engine
         f"instance_group [ {{ count: {count} kind: KIND_{'GPU' if on_gpu else 'CPU'} }} ]"
     )
     blocks.append(
-        "# More than max_queue_size waiting, or waiting longer than the time-out: UNAVAILABLE. A request's own `timeout`\n"
-        "# (microseconds) takes the place of the default here, and also stops the denoising loop between two steps.\n"
+        "# More than max_queue_size waiting, or waiting longer than the time-out: UNAVAILABLE. A request's own\n"
+        "# `timeout` (microseconds) takes the default's place, and also stops the denoising loop between two steps.\n"
         "dynamic_batching {\n"
         f"  max_queue_delay_microseconds: {2000 if model.startswith('denoiser') else 0}\n"
         "  default_queue_policy {\n"
@@ -176,9 +176,7 @@ _ABOUT = {
 }
 
 
-def _parameters(
-    model: str, bundle: Bundle, engine: EngineEntry, settings: Settings
-) -> Iterable[tuple[str, str, str]]:
+def _parameters(model: str, bundle: Bundle, engine: EngineEntry, settings: Settings) -> Iterable[tuple[str, str, str]]:
     """Name, value, explanation."""
     yield "bundle", f"../{BUNDLE}", "The bundle, relative to this folder."
     yield "graphs", engine.key.graphs_digest, "Digest of the graphs that this was written for; others do not load."
@@ -245,8 +243,9 @@ only, so load `denoiser` where you call it: name the others with `--load-model` 
 |---|---|
 {about}
 
-Parameters of a request: `plan`, `steps` (full steps, of the plans below), `seed`, `guidance_scale`, and to the pipelines
-`negative_prompt` and `output` (`frames`, `mp4`, `mp4-base64`). `timeout` (microseconds) ends it between two steps.
+Parameters of a request: `plan`, `steps` (full steps, of the plans below), `seed`, `guidance_scale`, and to the
+pipelines `negative_prompt` and `output` (`frames`, `mp4`, `mp4-base64`). `timeout` (microseconds) ends it between two
+steps.
 
 | plan | full steps |
 |---|---|
@@ -258,6 +257,6 @@ curl -d '{{"prompt": "a prompt", "seed": 7, "output": "mp4-base64"}}' localhost:
 ```
 
 New plans: `lemica-trt plan denoiser/bundle --budget 12`, then load `denoiser` and `denoiser_stream` again
-(`POST /v2/repository/models/denoiser_stream/load`). Requests under way finish on the old plans; a plan that is broken is
-refused and the old ones keep serving.
+(`POST /v2/repository/models/denoiser_stream/load`). Requests under way finish on the old plans; a plan that is
+broken is refused and the old ones keep serving.
 """

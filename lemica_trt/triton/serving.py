@@ -208,6 +208,8 @@ def choose_plan(parameters: Mapping[str, Any], plans: Mapping[str, StepPlan], de
         InputError: there is none.
     """
     name, steps = parameters.get("plan"), parameters.get("steps")
+    if name == "default" and name not in plans:
+        name = default
     if name is not None and name not in plans:
         raise InputError(f"plan must be one of {', '.join(plans)}; got {name!r}")
     if steps is None:

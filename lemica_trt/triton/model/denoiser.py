@@ -30,7 +30,9 @@ class TritonPythonModel:
         self.guided = pipeline.bundle.manifest.graphs.layout.guided
         self.metrics = serving.Metrics(pb_utils, args["model_name"], pipeline.bundle.plans)
         self.metrics.loaded(pipeline, parameters["backend"], serving.STEP_ROLES, self.batches.size)
-        pb_utils.Logger.log_info(f"{args['model_name']}: batches up to {self.batches.size} give the bits of single runs")
+        pb_utils.Logger.log_info(
+            f"{args['model_name']}: batches up to {self.batches.size} give the bits of single runs"
+        )
 
     def execute(self, requests):
         """Answer each request as soon as its batch is done; nothing is returned."""

@@ -91,9 +91,7 @@ class TritonPythonModel:
     def call(self, model, inputs, outputs, *, stream=False, **options):
         """The responses of another model of this server, each as arrays by name."""
         tensors = [pb_utils.Tensor(name, array) for name, array in inputs.items()]
-        request = pb_utils.InferenceRequest(
-            model_name=model, inputs=tensors, requested_output_names=outputs, **options
-        )
+        request = pb_utils.InferenceRequest(model_name=model, inputs=tensors, requested_output_names=outputs, **options)
         for response in request.exec(decoupled=True) if stream else [request.exec()]:
             if response.has_error():
                 raise serving.passed_on(pb_utils, response.error())
