@@ -286,6 +286,11 @@ def tensor_from(pb_utils: Any, request: Any, name: str, shape: Sequence[int], ki
 # ---------------------------------------------------------------- the end of a request before its result
 
 
+def is_called(request: Any) -> bool:
+    """Whether another model sent the request."""
+    return "caller" in json.loads(request.parameters() or "{}")
+
+
 class Watch:
     """Says between steps whether a request is still wanted.
 
@@ -575,34 +580,46 @@ class Metrics:
 # ---------------------------------------------------------------- answers
 
 
-def triton_error(pb_utils: Any, error: Exception) -> Any:
-    """An exception as Triton's error, one line."""
+def code_of(error: Exception) -> str:
+    """The name of the TritonError code that answers an exception."""
     if isinstance(error, Ended):
-        return pb_utils.TritonError(error.what, getattr(pb_utils.TritonError, error.code))
-    wrong = isinstance(error, (InputError, UsageError))
-    code = pb_utils.TritonError.INVALID_ARG if wrong else pb_utils.TritonError.INTERNAL
-    line = str(error) if isinstance(error, LemicaError) else f"{type(error).__name__}: {error}"
-    return pb_utils.TritonError(" ".join(line.split()), code)
+        return error.code
+    return "INVALID_ARG" if isinstance(error, (InputError, UsageError)) else "INTERNAL"
 
 
-def passed_on(pb_utils: Any, error: Any) -> Exception:
-    """The error of a model that was called, to be answered as it is."""
-    for code in ("INVALID_ARG", "UNAVAILABLE", "CANCELLED", "NOT_FOUND", "UNSUPPORTED"):
+def line_of(error: Exception) -> str:
+    """An exception in one line."""
+    return " ".join((str(error) if isinstance(error, LemicaError) else f"{type(error).__name__}: {error}").split())
+
+
+def triton_error(pb_utils: Any, error: Exception) -> Any:
+    """An exception as Triton's error."""
+    return pb_utils.TritonError(line_of(error), getattr(pb_utils.TritonError, code_of(error)))
+
+
+def passed_on(pb_utils: Any, error: Any) -> Ended:
+    """The error of a model that was called, to be answered as it is.
+
+    On the way from a streaming model Triton 2.51 makes every code INTERNAL: its queue is known by what it says.
+    """
+    message = error.message()
+    if "maximum queue size" in message or "timeout expired" in message:
+        return Ended("UNAVAILABLE", message)
+    for code in ("INVALID_ARG", "UNAVAILABLE", "CANCELLED"):
         if error.code() == getattr(pb_utils.TritonError, code):
-            return Ended(code, error.message())
-    return Ended("INTERNAL", error.message())
+            return Ended(code, message)
+    return Ended("INTERNAL", message)
 
 
 def send_error(pb_utils: Any, sender: Any, error: Exception, *, to_model: bool = False) -> None:
     """Answer with an error; the last answer of a request.
 
     Args:
-        to_model: another model called. Triton 2.51 loses an error on the way to it that comes after other answers;
-            the output `ended`, JSON [code, message], arrives.
+        to_model: another model called. On the way to it Triton 2.51 loses the code of an error, and the whole error
+            if it comes after other answers; the output `ended`, JSON [code, message], arrives.
     """
     if to_model:
-        code = error.code if isinstance(error, Ended) else "INTERNAL"
-        ended = json.dumps([code, " ".join(str(error).split())]).encode()
+        ended = json.dumps([code_of(error), line_of(error)]).encode()
         response = pb_utils.InferenceResponse([pb_utils.Tensor("ended", np.array([[ended]], np.object_))])
     else:
         response = pb_utils.InferenceResponse(error=triton_error(pb_utils, error))

@@ -41,8 +41,8 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 jobs.append(self.job(request, sender))
-            except LemicaError as error:
-                serving.send_error(pb_utils, sender, error)
+            except Exception as error:  # whatever it was, the request gets an answer
+                serving.send_error(pb_utils, sender, error, to_model=serving.is_called(request))
         for group in self.batches.groups(jobs):
             self.run(group)
         self.metrics.resident()
@@ -63,7 +63,7 @@ class TritonPythonModel:
         plan = jobs[0].plan
 
         def on_row(row):
-            self.stop_ended(jobs, f"after step {row.step} of {plan.num_steps}")
+            self.stop_ended(jobs, f"after step {min(row.step + 1, plan.num_steps)} of {plan.num_steps}")
             running = [job for job in jobs if job.stopped is None]
             if not running:
                 raise Cancelled
