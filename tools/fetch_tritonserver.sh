@@ -40,18 +40,24 @@ fi
 python=$(python_with_library)
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 libraries=$("$python" -c 'import sysconfig as s; print(s.get_config_var("LIBDIR"))')
-rm -rf "$cache/pkg" "$cache/modelenv"
+rm -rf "$cache/pkg" "$cache/modelenv" "$cache/numpy2"
 "$python" -m venv "$cache/modelenv"
 pip=("$cache/modelenv/bin/python" -m pip --quiet --disable-pip-version-check)
 "${pip[@]}" install --no-deps --target "$cache/pkg" "$wheel"
 server=$cache/pkg/pytriton/tritonserver
 cp "$server/python_backend_stubs/$version/triton_python_backend_stub" "$server/backends/python/"
 "${pip[@]}" install "numpy<2" msgspec tokenizers onnxruntime av click rich pillow
-echo "$root" >"$("$cache/modelenv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lemica_trt.pth"
+echo "$root" >"$cache/modelenv/lib/python$version/site-packages/lemica_trt.pth"
+# The same interpreter with numpy 2, for the test that models refuse it.
+"$python" -m venv --without-pip "$cache/numpy2"
+packages=lib/python$version/site-packages
+"${pip[@]}" install --no-deps --target "$cache/numpy2/$packages" "numpy>=2"
+echo "$cache/modelenv/$packages" >"$cache/numpy2/$packages/modelenv.pth"
+echo "$root" >"$cache/numpy2/$packages/lemica_trt.pth"
 cat >"$cache/tritonserver" <<LAUNCHER
 #!/usr/bin/env bash
 # Written by tools/fetch_tritonserver.sh: tritonserver with its backends, its cache and the models' interpreter.
-export PATH="$cache/modelenv/bin:\$PATH" LD_LIBRARY_PATH="$libraries\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
+export PATH="\${MODELENV:-$cache/modelenv}/bin:\$PATH" LD_LIBRARY_PATH="$libraries\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
 export TRITON_SERVER_VERSION=2.51.0 OMP_NUM_THREADS="\${OMP_NUM_THREADS:-1}"
 exec "$server/bin/tritonserver" --backend-directory="$server/backends" --cache-directory="$server/caches" "\$@"
 LAUNCHER

@@ -120,7 +120,7 @@ def config_text(model: str, interface: Interface, bundle: Bundle, engine: Engine
     batch = manifest.graphs.max_batch if model.startswith("denoiser") else 8 if model in CACHED else 1
     count = settings.instances if model.startswith("denoiser") else 1
     if joins:  # a process for each request under way, so that enough meet in the denoiser to fill its batches
-        count = min(8, 2 * manifest.graphs.max_batch * settings.instances)
+        count = min(8, manifest.graphs.max_batch * settings.instances + 2)
     blocks = [
         f"# {_ABOUT[model]}\n"
         f"# Written by lemica-trt {__version__} for {manifest.profile.name}, tritonserver {SERVER} or newer,\n"

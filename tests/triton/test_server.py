@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from triton_server import CASES, ROOT, STEPS, Server
+from triton_server import CACHE, CASES, ROOT, STEPS, Server, ServerEnded, serving
 
 from lemica_trt.bundle import Bundle
 from lemica_trt.errors import EngineError, InputError, MissingDependencyError
@@ -377,6 +377,17 @@ def test_the_client_command(server: Server, tmp_path: Path, reference: dict[str,
         done = client(prompt, *arguments, "--output", str(tmp_path / "clip.npy"))
         assert done.returncode == code, done.stderr
         assert message.lower() in done.stderr.splitlines()[-1].lower()
+
+
+def test_a_numpy_that_the_server_cannot_read_is_refused(tritonserver: Path, tiny: Path, tmp_path: Path) -> None:
+    """The server of 24.10 reads zeros out of numpy 2 arrays: the model says so, where it would answer with zeros."""
+    write_repository(Bundle.open(tiny), tmp_path / "repository")
+    environment = {"MODELENV": str(CACHE / "numpy2")}
+    with (
+        pytest.raises(ServerEnded, match=r"this server cannot read arrays of numpy 2\.[^→]*→ pip install 'numpy<2'"),
+        serving(tritonserver, tmp_path / "repository", tmp_path / "log", models="pipeline", environment=environment),
+    ):
+        pass
 
 
 def test_a_killed_process_says_so_and_comes_back(server: Server, reference: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -49,6 +50,10 @@ for text in ("", "blue", "a big red circle moves left", "a small blue square mov
     found["embeds_" + text] = pipe.encode(text)
 np.savez(sys.argv[3], **found)
 """
+
+
+class ServerEnded(Exception):
+    """The server did not become ready."""
 
 
 @dataclass
@@ -111,8 +116,14 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def serving(launcher: Path, repository: Path, log: Path) -> Iterator[Server]:
-    """Run a server; it is gone afterwards, and so is what it left in /dev/shm."""
+def serving(
+    launcher: Path, repository: Path, log: Path, *, models: str = "*", environment: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """Run a server; it is gone afterwards, and so is what it left in /dev/shm.
+
+    Raises:
+        ServerEnded: it ended by itself; the message is the end of its log.
+    """
     http, grpc, metrics = free_ports(3)
     before = set(SHM.glob("triton_python_backend_shm_region_*"))
     command = [
@@ -122,13 +133,19 @@ def serving(launcher: Path, repository: Path, log: Path) -> Iterator[Server]:
         *(f"--{kind}-address=127.0.0.1" for kind in ("http", "grpc", "metrics")),
         *(f"--{kind}-port={port}" for kind, port in (("http", http), ("grpc", grpc), ("metrics", metrics))),
         "--allow-gpu-metrics=false",
-        "--exit-timeout-secs=10",
+        "--exit-timeout-secs=25",
         "--model-control-mode=explicit",
-        "--load-model=*",
+        f"--load-model={models}",
         "--cache-config=local,size=16777216",
     ]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
     server = Server(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", metrics, repository, log, process.pid)
     try:
         deadline = time.monotonic() + 120
@@ -136,13 +153,14 @@ def serving(launcher: Path, repository: Path, log: Path) -> Iterator[Server]:
             with contextlib.suppress(OSError):
                 server.get("v2/health/ready")
                 break
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ServerEnded(log.read_text()[-6000:])
             time.sleep(0.2)
         yield server
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(30)
+            process.wait(40)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
