@@ -133,7 +133,7 @@ def serving(
         *(f"--{kind}-address=127.0.0.1" for kind in ("http", "grpc", "metrics")),
         *(f"--{kind}-port={port}" for kind, port in (("http", http), ("grpc", grpc), ("metrics", metrics))),
         "--allow-gpu-metrics=false",
-        "--exit-timeout-secs=25",
+        "--exit-timeout-secs=12",
         "--model-control-mode=explicit",
         f"--load-model={models}",
         "--cache-config=local,size=16777216",
