@@ -31,10 +31,11 @@ def tritonserver() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """cogvideox-tiny with few steps: plans b4, b6 and uncached."""
+    """cogvideox-tiny with few steps: plans b4, b6 and uncached; and a repository beside it."""
     output = tmp_path_factory.mktemp("tiny") / "bundle"
     command = ["build", "--model", "cogvideox-tiny", "--denoising-steps", str(STEPS), "--method", "uniform"]
     command += ["--budget", "4,6", "--verify-samples", "0", "--quiet", "--output", str(output)]
+    command += ["--triton", str(output.parent / "repository")]
     done = subprocess.run([sys.executable, "-m", "lemica_trt", *command], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return output

@@ -84,6 +84,10 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     return True
 
 
+def test_build_writes_a_repository_too(tiny: Path) -> None:
+    assert check_repository(tiny.parent / "repository") == ()
+
+
 def test_everything_is_ready(server: Server) -> None:
     for model in MODELS:
         server.get(f"v2/models/{model}/ready")
