@@ -6,7 +6,7 @@
 #
 # The server (2.51.0, as in the container 24.10) comes from the wheel nvidia-pytriton, with its python backend and local
 # response cache. FOLDER/modelenv is the interpreter of the emitted models: this checkout's lemica_trt without PyTorch,
-# and numpy 1, because this server's python backend reads zeros out of numpy 2 arrays.
+# and numpy 1, because this server's python backend reads wrong numbers out of numpy 2 arrays.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cache=${1:-$root/.cache/triton}
@@ -34,7 +34,9 @@ PYTHON
 
 exec 9>"$cache/.lock"
 flock 9
-if [ "$(cat "$cache/.complete" 2>/dev/null)" = "$wheel $root" ]; then
+# What is there holds for this script, these dependencies and this checkout's place.
+made_from="$root $(cat "$root/tools/fetch_tritonserver.sh" "$root/pyproject.toml" | sha256sum)"
+if [ "$(cat "$cache/.complete" 2>/dev/null)" = "$made_from" ]; then
   exit 0
 fi
 python=$(python_with_library)
@@ -46,7 +48,9 @@ pip=("$cache/modelenv/bin/python" -m pip --quiet --disable-pip-version-check)
 "${pip[@]}" install --no-deps --target "$cache/pkg" "$wheel"
 server=$cache/pkg/pytriton/tritonserver
 cp "$server/python_backend_stubs/$version/triton_python_backend_stub" "$server/backends/python/"
-"${pip[@]}" install "numpy<2" msgspec tokenizers onnxruntime av click rich pillow
+# The dependencies, not a copy of the package: the checkout itself is on the path.
+"${pip[@]}" install "numpy<2" "$root[onnxruntime,video]"
+"${pip[@]}" uninstall --yes lemica-trt
 echo "$root" >"$cache/modelenv/lib/python$version/site-packages/lemica_trt.pth"
 # The same interpreter with numpy 2, for the test that models refuse it.
 "$python" -m venv --without-pip "$cache/numpy2"
@@ -62,4 +66,4 @@ export TRITON_SERVER_VERSION=2.51.0 OMP_NUM_THREADS="\${OMP_NUM_THREADS:-1}"
 exec "$server/bin/tritonserver" --backend-directory="$server/backends" --cache-directory="$server/caches" "\$@"
 LAUNCHER
 chmod +x "$cache/tritonserver"
-echo "$wheel $root" >"$cache/.complete"
+echo "$made_from" >"$cache/.complete"

@@ -3,7 +3,7 @@
 A model that loads answers rightly, or it does not load. `start` refuses
 
 - a server older than `SERVER`, or a python backend without what the models use;
-- a numpy that this server cannot read (numpy 2 in the backend of 24.10 gives zeros without a word);
+- a numpy that this server cannot read (out of numpy 2, the backend of 24.10 reads wrong numbers without a word);
 - another lemica-trt than the one that wrote the repository, other graphs than it was written for;
 - a bundle with a file missing, altered or not listed;
 - engines of another TensorRT than the one here.

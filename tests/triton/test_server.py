@@ -384,7 +384,7 @@ def test_the_client_command(server: Server, tmp_path: Path, reference: dict[str,
 
 
 def test_a_numpy_that_the_server_cannot_read_is_refused(tritonserver: Path, tiny: Path, tmp_path: Path) -> None:
-    """The server of 24.10 reads zeros out of numpy 2 arrays: the model says so, where it would answer with zeros."""
+    """The server of 24.10 reads wrong numbers out of numpy 2 arrays: the model says so, and does not load."""
     write_repository(Bundle.open(tiny), tmp_path / "repository")
     environment = {"MODELENV": str(CACHE / "numpy2")}
     with (
