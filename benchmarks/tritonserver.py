@@ -1,6 +1,6 @@
 """What Triton adds to the in-process pipeline: latency p50 and p95, and throughput with concurrent clients.
 
-    python benchmarks/triton.py BUNDLE [--requests 40] [--seconds 10] [--output FILE.json]
+    python benchmarks/tritonserver.py BUNDLE [--requests 40] [--seconds 10] [--output FILE.json]
 
 Needs tritonclient[grpc,http]; fetches the server with tools/fetch_tritonserver.sh. The in-process pipeline runs in the
 interpreter of the server's models, half of it before the server starts and half after it has ended. On a machine that
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "triton"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "tritonserver"))
 
 from triton_server import CACHE, ROOT, Server, serving
 

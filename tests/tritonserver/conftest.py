@@ -1,4 +1,7 @@
-"""A real tritonserver on loopback, with cogvideox-tiny on ONNX Runtime; fetched once into `.cache/triton`."""
+"""A real tritonserver on loopback, with cogvideox-tiny on ONNX Runtime; fetched once into `.cache/triton`.
+
+The folder is not called `triton`: pytest puts `tests/` on the path, and torch would take it for the compiler.
+"""
 
 from __future__ import annotations
 
