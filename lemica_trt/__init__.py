@@ -25,6 +25,7 @@ plan that says when to call them. The rooms, each below those that it imports:
     diagnosis   what is on this machine
     report/     tables, contact sheets and plots that a person looks at
     estimate    what calibrating a model would cost                                      torch
+    triton/     Bundle → model repository of Triton Inference Server; what runs in it; a client     tritonclient
     pipeline    the ordered list of stages; the only place that joins them
     cli         parse, call `pipeline`, print, exit code
 

@@ -26,7 +26,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, BinaryIO
@@ -36,7 +36,7 @@ import msgspec
 from lemica_trt.builders import EngineEntry, sha256_of
 from lemica_trt.errors import InputError, IntegrityError, MissingDependencyError, UsageError
 from lemica_trt.plan import StepPlan, coefficient_vector
-from lemica_trt.spec import GraphSet, Profile, TextSpec
+from lemica_trt.spec import GraphSet, Profile, Role, TextSpec
 from lemica_trt.values import Value, json_bytes, require, value_from_json
 
 if TYPE_CHECKING:
@@ -213,7 +213,14 @@ class Bundle:
         for name in self.plans:
             self.plan(name)
 
-    def pipeline(self, plan: str | None = None, *, backend: str | None = None, threads: int | None = None) -> Pipeline:
+    def pipeline(
+        self,
+        plan: str | None = None,
+        *,
+        backend: str | None = None,
+        threads: int | None = None,
+        roles: Collection[Role] | None = None,
+    ) -> Pipeline:
         """Load the engines: a callable from prompts to frames.
 
         Args:
@@ -228,7 +235,7 @@ class Bundle:
         """
         from lemica_trt.runtime.pipeline import Pipeline
 
-        return Pipeline(self, plan=plan, backend=backend, threads=threads)
+        return Pipeline(self, plan=plan, backend=backend, threads=threads, roles=roles)
 
     def _locate(self, relative: str) -> tuple[FileEntry, Path]:
         entry = self.manifest.files.get(relative)
@@ -404,6 +411,23 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
         except ValueError as error:
             raise InputError(f"{bundle.path.name}: cannot add plans: {error}") from None
         _store(json_bytes(manifest), staged / MANIFEST)
+    return Bundle.open(folder)
+
+
+def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
+    """A second folder with the same bundle, without `reports/`; as atomic as `write_bundle`.
+
+    Files are linked, not copied, where the file system can; plans, which somebody may edit, are copied.
+
+    Raises:
+        IntegrityError, InputError: the bundle is not whole.
+        UsageError: `target` is something else than a bundle or an empty folder.
+    """
+    bundle.check()
+    with _replacing(Path(target)) as (folder, staged):
+        edited = {MANIFEST, *(plan_path(name) for name in bundle.plans)}
+        for path in (*sorted(bundle.manifest.files), MANIFEST):
+            (_store if path in edited else _link)(bundle.path / path, staged / path)
     return Bundle.open(folder)
 
 

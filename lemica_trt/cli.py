@@ -161,6 +161,8 @@ _planning = _options(
     click.option("--verify-samples", type=click.IntRange(0), default=8, show_default=True,
                  help="Held-out clips that the plans are judged by; 0: no verification."),
     click.option("--output", "-o", type=click.Path(path_type=Path), help="Bundle folder  [default: out/MODEL]"),
+    click.option("--triton", "repository", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+                 help="Also write a Triton model repository from the bundle."),
     click.option("--dry-run", is_flag=True, help="Print what would be done, with time, disk and memory; do nothing."),
 )  # fmt: skip
 @_common
@@ -177,6 +179,7 @@ def build(
     device: str | None,
     verify_samples: int,
     output: Path | None,
+    repository: Path | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -209,6 +212,10 @@ def build(
         _print(steps, as_json, summary.dry_run_table)
         return
     bundle, report = pipeline.build(profile, output, request, _reporter(quiet or as_json))
+    if repository is not None:
+        from lemica_trt.triton.repository import write_repository
+
+        write_repository(bundle, repository)
     _print(
         {"bundle": str(output), "plans": bundle.plans, "verify": report},
         as_json,
@@ -431,3 +438,84 @@ def doctor(as_json: bool, quiet: bool, debug: bool) -> None:
     from lemica_trt.report import summary
 
     _print(diagnosis.examine(), as_json, summary.doctor_table)
+
+
+@main.command()
+@click.argument("bundle", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_options(
+    click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path),
+                 help="Model repository to write; one that lemica-trt wrote is written again."),
+    click.option("--check", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
+                 help="Check a model repository instead: configs, digests, shapes between the models."),
+    click.option("--instances", type=click.IntRange(1), default=1, show_default=True,
+                 help="Processes of each denoiser, on each GPU; each holds the engines."),
+    click.option("--queue", type=click.IntRange(1), default=64, show_default=True,
+                 help="Requests that may wait at each model."),
+    click.option("--timeout", type=click.IntRange(1), default=600, show_default=True,
+                 help="Seconds that a request may wait there."),
+    click.option("--threads", type=click.IntRange(0), default=0, show_default=True,
+                 help="CPU threads of an engine; 0: as the bundle was built."),
+    click.option("--batching", type=click.Choice(["exact", "off"]), default="exact", show_default=True,
+                 help="Whether requests share batches; exact: where that changes no bit of them."),
+)  # fmt: skip
+@_common
+def triton(
+    bundle: Path | None, output: Path | None, check: Path | None, instances: int, queue: int, timeout: int,
+    threads: int, batching: str, as_json: bool, quiet: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Write a model repository of Triton Inference Server from BUNDLE, or --check one. Takes no PyTorch."""
+    if check is not None:
+        if bundle is not None or output is not None:
+            raise UsageError("expected BUNDLE --output DIR or --check DIR, got both")
+        from lemica_trt.triton.check import require_sound
+
+        notes = require_sound(check)
+        lines = [f"{check}: sound", *(f"{note.path}: {note.message}" for note in notes)]
+        _print({"repository": str(check), "notes": notes}, as_json, lambda _: "\n".join(lines))
+        return
+    if bundle is None or output is None:
+        raise UsageError("expected BUNDLE and --output, or --check DIR", fix="lemica-trt triton BUNDLE --output DIR")
+    from lemica_trt.bundle import Bundle
+    from lemica_trt.triton.repository import Settings, write_repository
+
+    settings = Settings(instances=instances, queue=queue, timeout=timeout, threads=threads, batching=batching)
+    models = write_repository(Bundle.open(bundle), output, settings)
+    _print({"repository": str(output), "models": models}, as_json, lambda _: f"{output}: {', '.join(models)}")
+
+
+@main.command()
+@click.argument("prompt")
+@_options(
+    click.option("--url", default="localhost:8001", show_default=True, help="gRPC endpoint of the server."),
+    click.option("--plan", metavar="NAME", help="One of the bundle's plans  [default: the bundle's]"),
+    click.option("--steps", type=int, metavar="B", help="Or: the plan with so many full steps."),
+    click.option("--seed", type=int, default=0, show_default=True, help="The noise that it starts from."),
+    click.option("--guidance-scale", type=float, help="Classifier-free guidance  [default: the plan's]"),
+    click.option("--negative-prompt", help="What to steer away from  [default: the profile's]"),
+    click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
+                 help="When to give up  [default: the server's limit]"),
+    click.option("--fps", type=click.IntRange(1), default=8, show_default=True, help="Frames a second of a .gif."),
+    click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), required=True,
+                 help=".mp4 (made by the server), .gif, .png (frames side by side) or .npy"),
+)  # fmt: skip
+@_common
+def client(
+    prompt: str, url: str, timeout: float | None, fps: int, output: Path, as_json: bool, quiet: bool, debug: bool,
+    **parameters: Any,
+) -> None:  # fmt: skip
+    """Generate a clip from PROMPT on a Triton server, with progress. Ctrl-C cancels it there too."""
+    from lemica_trt.runtime.video import check_suffix, write_video
+    from lemica_trt.triton.client import generate
+    from lemica_trt.values import write_bytes
+
+    check_suffix(output)
+    report = _reporter(quiet or as_json)
+    report.stage("generate", url)
+    given = {name: value for name, value in parameters.items() if value is not None}
+    mp4 = output.suffix.lower() == ".mp4"
+    clip = generate(url, prompt, parameters=given, mp4=mp4, timeout=timeout, on_step=report.advance)
+    if isinstance(clip, bytes):
+        write_bytes(clip, output)
+    else:
+        write_video(clip, output, fps=fps)
+    _print({"output": str(output), "seed": given["seed"]}, as_json, lambda _: str(output))

@@ -66,6 +66,11 @@ LIGHT = [
     "lemica_trt.report",
     "lemica_trt.report.timeline",
     "lemica_trt.report.summary",
+    "lemica_trt.triton.interface",
+    "lemica_trt.triton.repository",
+    "lemica_trt.triton.serving",
+    "lemica_trt.triton.check",
+    "lemica_trt.triton.client",
     "lemica_trt.pipeline",
     "lemica_trt.cli",
 ]
@@ -168,6 +173,6 @@ def test_running_a_bundle_needs_no_torch() -> None:
     script = (
         "import sys\n"
         "for name in ('torch', 'diffusers', 'transformers', 'onnx', 'safetensors'): sys.modules[name] = None\n"
-        "import lemica_trt.runtime.pipeline, lemica_trt.runtime.video, lemica_trt.bundle\n"
+        "import lemica_trt.runtime.pipeline, lemica_trt.runtime.video, lemica_trt.bundle, lemica_trt.triton.serving\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, SupportsIndex, cast, overload
@@ -73,7 +73,13 @@ class Pipeline:
     """
 
     def __init__(
-        self, bundle: Bundle, *, plan: str | None = None, backend: str | None = None, threads: int | None = None
+        self,
+        bundle: Bundle,
+        *,
+        plan: str | None = None,
+        backend: str | None = None,
+        threads: int | None = None,
+        roles: Collection[Role] | None = None,
     ) -> None:
         manifest = bundle.manifest
         entry = bundle.engine(backend)
@@ -85,7 +91,7 @@ class Pipeline:
         self._lock = threading.Lock()
         self._engines: dict[Role, Engine] = {}
         for graph in manifest.graphs.graphs:
-            if graph.role in entry.files:
+            if graph.role in entry.files and (roles is None or graph.role in roles):
                 file = entry.files[graph.role]
                 for data_file in graph.data_files if file == graph.file else ():  # the engine is the ONNX file
                     bundle.file(data_file)

@@ -1,0 +1,106 @@
+"""A prompt to a server, a clip back, progress on the way: an example to copy.
+
+    clip = generate("localhost:8001", "a big red circle moves left", parameters={"seed": 7, "plan": "b15"})
+
+Needs tritonclient (`pip install 'lemica-trt[client]'`) and nothing of this package but the errors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import queue
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lemica_trt.errors import EngineError, InputError, MissingDependencyError
+
+MODEL = "pipeline_stream"
+
+
+def generate(
+    url: str,
+    prompt: str,
+    *,
+    parameters: Mapping[str, str | int | float] | None = None,
+    mp4: bool = False,
+    timeout: float | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> npt.NDArray[np.uint8] | bytes:
+    """Generate one clip.
+
+    Args:
+        url: host:port of the server's gRPC endpoint.
+        prompt: any text.
+        parameters: `plan`, `steps`, `seed`, `guidance_scale`, `negative_prompt`; what is left out is the bundle's.
+        mp4: the clip as the bytes of an MP4 file.
+        timeout: seconds until the server gives up; None: the server's own limit.
+        on_step: called with (steps done, steps) after each full step. What it raises cancels the request on the server
+            and passes through, as Ctrl-C does.
+
+    Returns:
+        Frames, uint8 [F, H, W, 3], or the bytes of the MP4 file.
+
+    Raises:
+        MissingDependencyError: tritonclient is not installed, or no server is at `url`.
+        InputError: the server says that the request is not what it must be; the message says what is allowed.
+        EngineError: the server failed, is full, or the time-out passed.
+    """
+    try:
+        grpc = importlib.import_module("tritonclient.grpc")
+        failure = importlib.import_module("tritonclient.utils").InferenceServerException
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the client needs tritonclient, got: {error}", fix="pip install 'lemica-trt[client]'"
+        ) from None
+    text = grpc.InferInput("prompt", [1, 1], "BYTES")
+    text.set_data_from_numpy(np.array([[prompt.encode()]], np.object_))
+    name = "video" if mp4 else "frames"
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    client = grpc.InferenceServerClient(url)
+    try:
+        if not client.is_server_live():
+            raise failure("not live")
+    except failure as error:
+        client.close()
+        raise MissingDependencyError(
+            f"expected a Triton server at {url}, got: {error.message()}", fix="start it, or give --url HOST:GRPC_PORT"
+        ) from None
+    try:
+        client.start_stream(callback=lambda result, error: answers.put((result, error)))
+        client.async_stream_infer(
+            MODEL,
+            inputs=[text],
+            parameters={**(parameters or {}), "output": "mp4" if mp4 else "frames"},
+            timeout=None if timeout is None else max(1, round(timeout * 1e6)),
+        )
+        while True:
+            result, failed = answers.get()
+            if failed is not None:
+                raise failed
+            done, steps = (int(result.as_numpy(key)[0, 0]) for key in ("step", "num_steps"))
+            found = result.as_numpy(name)
+            if on_step is not None:
+                on_step(done, steps)
+            if found is not None:
+                value: npt.NDArray[np.uint8] | bytes = found[0, 0] if mp4 else found[0]
+                return value
+    except failure as error:
+        raise _error(error, url) from None
+    finally:
+        client.stop_stream(cancel_requests=True)
+        client.close()
+
+
+def _error(error: Any, url: str) -> Exception:
+    """tritonclient's exception as one of ours."""
+    status, message = str(error.status() or ""), " ".join(str(error.message()).split())
+    # A stream's errors carry no status: what is wrong with a request is known by how the models say it.
+    if "INVALID_ARGUMENT" in status or re.match(
+        r"unknown parameter|\w+(, the number of full steps,)? must be ", message
+    ):
+        return InputError(message)
+    return EngineError(f"the server at {url}: {message}")

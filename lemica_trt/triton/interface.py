@@ -1,0 +1,85 @@
+"""The models of a repository, and the tensors that go in and out of them; one request is one sample.
+
+    prompt ─ pipeline ──────────────────────────────────────────────────── frames or MP4
+               │ text_encoder        denoiser_stream            vae_decoder
+               │ prompt → embeds     embeds → step…, latents    latents → frames
+               │ (response cache)    (batches, metrics)
+
+Pure: from a bundle's manifest to names, dtypes and dimensions; `repository` writes them, `check` compares with them,
+`serving` reads requests by them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lemica_trt.bundle import Manifest
+from lemica_trt.spec import GraphSet, Role
+
+MODELS: dict[str, str] = {
+    "text_encoder": "text_encoder.py",
+    "denoiser": "denoiser.py",
+    "denoiser_stream": "denoiser.py",
+    "vae_decoder": "vae_decoder.py",
+    "pipeline": "pipeline.py",
+    "pipeline_stream": "pipeline.py",
+}
+"""Model → its file in `lemica_trt/triton/model/`."""
+
+STREAMS = ("denoiser_stream", "pipeline_stream")
+"""Models that answer more than once (decoupled)."""
+
+CACHED = ("text_encoder",)
+"""Models whose answers Triton's response cache keeps."""
+
+_DTYPES = {"fp32": "FP32", "fp16": "FP16", "bf16": "FP32", "uint8": "UINT8"}
+"""bf16 has no numpy dtype: it travels as FP32, as the runtime hands it out."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output: Triton's dtype without `TYPE_`, dimensions without batch."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Inputs and outputs of a model."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+def embeds_of(graphs: GraphSet) -> Port:
+    """Prompt embeddings: as the text encoder gives them; as the DiT takes them where there is none."""
+    role: Role = "full"
+    tensors = graphs.graph(role).inputs
+    if any(graph.role == "text_encoder" for graph in graphs.graphs):
+        tensors = graphs.graph("text_encoder").outputs
+    tensor = next(tensor for tensor in tensors if tensor.name == "prompt_embeds")
+    return Port("prompt_embeds", _DTYPES[tensor.dtype], tuple(int(size) for size in tensor.shape[1:]))
+
+
+def interfaces(manifest: Manifest) -> dict[str, Interface]:
+    """The models that a bundle can serve: all six, or `denoiser` and `denoiser_stream` without text encoder or VAE."""
+    graphs = manifest.graphs
+    embeds = embeds_of(graphs)
+    latents = Port("latents", "FP32", graphs.layout.latent_shape)
+    taken = (embeds, Port("negative_prompt_embeds", embeds.dtype, embeds.dims)) if graphs.layout.guided else (embeds,)
+    progress = (Port("step", "INT32", (1,)), Port("num_steps", "INT32", (1,)))
+    found = {
+        "denoiser": Interface(taken, (latents,)),
+        "denoiser_stream": Interface(taken, (*progress, latents, Port("ended", "STRING", (1,)))),
+    }
+    if {"text_encoder", "vae_decoder"} <= {graph.role for graph in graphs.graphs}:
+        decoded = next(tensor for tensor in graphs.graph("vae_decoder").outputs if tensor.name == "frames")
+        frames = Port("frames", _DTYPES[decoded.dtype], tuple(int(size) for size in decoded.shape[1:]))
+        prompt, video = Port("prompt", "STRING", (1,)), Port("video", "STRING", (1,))
+        found["text_encoder"] = Interface((prompt,), (embeds,))
+        found["vae_decoder"] = Interface((latents,), (frames,))
+        found["pipeline"] = Interface((prompt,), (frames, video))
+        found["pipeline_stream"] = Interface((prompt,), (*progress, frames, video))
+    return {name: found[name] for name in MODELS if name in found}

@@ -1,0 +1,109 @@
+"""Prompt → frames or an MP4 file: calls text_encoder, denoiser_stream and vae_decoder. Serves `pipeline` and
+`pipeline_stream`, which also answers with progress after each full step.
+
+Written by `lemica-trt triton`; needs tritonserver 2.51 or newer, and in its python interpreter lemica-trt (without
+PyTorch), and PyAV for MP4. All parameters are explained in config.pbtxt.
+"""
+
+import base64
+import importlib.util
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from lemica_trt.errors import InputError, LemicaError
+from lemica_trt.runtime.video import write_video
+from lemica_trt.triton import serving
+
+PASSED_ON = ("plan", "steps", "seed", "guidance_scale")
+OUTPUTS = ("frames", "mp4", "mp4-base64") if importlib.util.find_spec("av") else ("frames",)
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        """Check everything; the other models hold the engines."""
+        try:
+            bundle, parameters = serving.open_bundle(pb_utils, args)
+        except LemicaError as error:
+            raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
+        self.streams = "stream" in parameters
+        self.guided = bundle.manifest.graphs.layout.guided
+        self.negative_prompt = bundle.manifest.profile.sampling.negative_prompt
+        self.fps = bundle.manifest.profile.shape.fps
+
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self.answer(request, sender)
+            except Exception as error:  # whatever it was, the request gets an answer
+                serving.send_error(pb_utils, sender, error)
+
+    def answer(self, request, sender):
+        start = time.monotonic()
+        parameters = serving.read_parameters(request, (*PASSED_ON, "negative_prompt", "output"))
+        output = parameters.get("output", "frames")
+        if output not in OUTPUTS:
+            raise InputError(f"output must be one of {', '.join(OUTPUTS)}; got {output!r}")
+        prompt = serving.tensor_from(pb_utils, request, "prompt", (1,), np.object_)[0]
+        inputs = {"prompt_embeds": self.encode(serving.text_from("prompt", prompt))}
+        if self.guided:
+            negative = parameters.get("negative_prompt", self.negative_prompt)
+            inputs["negative_prompt_embeds"] = self.encode(serving.text_from("negative_prompt", negative))
+        elif "negative_prompt" in parameters:
+            raise InputError("this bundle was built without guidance: it takes no negative_prompt")
+        passed_on = {name: parameters[name] for name in PASSED_ON if name in parameters}
+        latents = self.denoise(request, sender, inputs, passed_on, start)
+        frames = next(self.call("vae_decoder", {"latents": latents}, ["frames"]))["frames"]
+        result = pb_utils.Tensor("frames", frames) if output == "frames" else self.video(frames[0], output)
+        tensors = [*self.progress, result] if self.streams else [result]
+        sender.send(
+            pb_utils.InferenceResponse(output_tensors=tensors), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        )
+
+    def encode(self, prompt):
+        """[1, text_length, width], from the response cache where the prompt has been seen."""
+        inputs = {"prompt": np.array([[prompt.encode()]], np.object_)}
+        return next(self.call("text_encoder", inputs, ["prompt_embeds"]))["prompt_embeds"]
+
+    def denoise(self, request, sender, inputs, parameters, start):
+        """Latents [1, *latent_shape]; passes progress on, and cancellation and the time that is left."""
+        limit = request.timeout()
+        left = max(1, limit - int((time.monotonic() - start) * 1e6)) if limit else 0
+        outputs = ["step", "num_steps", "latents", "ended"]
+        with serving.calling() as caller:
+            settings = {"settings": json.dumps(parameters), "caller": caller.name}
+            calls = self.call("denoiser_stream", inputs, outputs, stream=True, parameters=settings, timeout=left)
+            for found in serving.answers(calls, lambda: serving.require_alive(request, caller)):
+                if "ended" in found:
+                    raise serving.Ended(*json.loads(found["ended"][0, 0]))
+                self.progress = [pb_utils.Tensor(name, found[name]) for name in ("step", "num_steps")]
+                if "latents" in found:
+                    return found["latents"]
+                if self.streams:
+                    sender.send(pb_utils.InferenceResponse(output_tensors=self.progress))
+        raise LemicaError("denoiser_stream ended without a result")
+
+    def call(self, model, inputs, outputs, *, stream=False, **options):
+        """The responses of another model of this server, each as arrays by name."""
+        tensors = [pb_utils.Tensor(name, array) for name, array in inputs.items()]
+        request = pb_utils.InferenceRequest(model_name=model, inputs=tensors, requested_output_names=outputs, **options)
+        for response in request.exec(decoupled=True) if stream else [request.exec()]:
+            if response.has_error():
+                raise serving.passed_on(pb_utils, response.error())
+            found = {tensor.name(): np.array(tensor.as_numpy()) for tensor in response.output_tensors()}
+            if found:  # the stream's empty last response carries nothing
+                yield found
+
+    def video(self, frames, output):
+        """The MP4 file as bytes, or those in base64 for JSON."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "clip.mp4"
+            write_video(frames, path, fps=self.fps)
+            data = path.read_bytes()
+        data = base64.b64encode(data) if output == "mp4-base64" else data
+        return pb_utils.Tensor("video", np.array([[data]], np.object_))

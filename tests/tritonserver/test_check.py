@@ -1,0 +1,104 @@
+"""The lint finds what it is for: every way to break a repository, and nothing in one that is whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_repository import make_bundle
+
+from lemica_trt.errors import UsageError, VerificationError
+from lemica_trt.triton.check import check_repository, require_sound
+from lemica_trt.triton.repository import write_repository
+
+pytestmark = pytest.mark.cpu
+
+pytest.importorskip("tritonclient.grpc", reason="the lint needs tritonclient's protobuf")
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    write_repository(make_bundle(tmp_path / "bundle"), tmp_path / "repository")
+    return tmp_path / "repository"
+
+
+def test_a_whole_repository(repository: Path) -> None:
+    assert check_repository(repository) == ()
+
+
+BROKEN = [
+    ("denoiser", "max_batch_size: 3", "", "max_batch_size: expected to be written"),
+    ("denoiser", "max_batch_size: 3", "max_batch_size: 4", "max_batch_size: expected 1 … 3, got 4"),
+    ("denoiser", 'name: "denoiser"', 'name: "denoser"', "name: expected 'denoiser'"),
+    ("denoiser", 'backend: "python"', 'backend: "pyhton"', "backend: expected 'python'"),
+    ("denoiser", "dynamic_batching {", "dynamic_batchin {", 'no field named "dynamic_batchin"'),
+    ("denoiser_stream", "decoupled: true", "decoupled: false", "expected decoupled True, got False"),
+    ("pipeline", "version_policy", "response_cache { enable: true }\nversion_policy", "not part of the cache's key"),
+    ("vae_decoder", "dims: [ 2, 3, 4, 4 ] }\n", "dims: [ 2, 3, 4, 5 ] }\n", "expected FP32 [2, 3, 4, 4], got FP32"),
+    ("text_encoder", "TYPE_FP32", "TYPE_FP16", "expected FP32 [5, 12], got FP16 [5, 12]"),
+    ("denoiser", '"../denoiser/bundle"', '"../bundle"', "parameter bundle: expected ../denoiser/bundle"),
+    ("denoiser", '"' + "0" * 64 + '"', '"' + "1" * 64 + '"', "parameter graphs: expected the digest"),
+    ("denoiser", '"onnxruntime"', '"tensorrt"', "the bundle has no engines for 'tensorrt'"),
+    ("denoiser", '"exact"', '"fast"', "batching: expected exact or off, got 'fast'"),
+    ("denoiser", 'key: "threads"', 'key: "thread"', "missing: threads"),
+]
+
+
+@pytest.mark.parametrize(("model", "old", "new", "message"), BROKEN, ids=[message for *_, message in BROKEN])
+def test_broken_configs(repository: Path, model: str, old: str, new: str, message: str) -> None:
+    path = repository / model / "config.pbtxt"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    findings = check_repository(repository)
+    assert {finding.path for finding in findings} == {f"{model}/config.pbtxt"}
+    assert any(message in finding.message for finding in findings), findings
+    assert all("\n" not in finding.message for finding in findings)
+    with pytest.raises(VerificationError, match=f"{model}/config.pbtxt"):
+        require_sound(repository)
+
+
+def test_broken_files(repository: Path, tmp_path: Path) -> None:
+    cpu = repository / "denoiser/configs/cpu.pbtxt"
+    cpu.write_text(cpu.read_text().replace("KIND_CPU", "KIND_GPU"))
+    (repository / "pipeline/1/model.py").unlink()
+    (repository / "vae_decoder/config.pbtxt").unlink()
+    messages = {finding.path: finding.message for finding in check_repository(repository)}
+    assert messages == {
+        "denoiser/configs/cpu.pbtxt": "expected KIND_CPU, got KIND_GPU",
+        "pipeline/1/model.py": "expected a model, it is missing",
+        "vae_decoder/config.pbtxt": "expected a config, it is missing",
+    }
+    plan = repository / "denoiser/bundle/plans/slow.json"
+    plan.write_bytes(plan.read_bytes()[:-1])
+    (finding,) = check_repository(repository)
+    assert "plans/slow.json" in finding.message
+    with pytest.raises(UsageError, match="expected a model repository"):
+        check_repository(tmp_path)
+
+
+def test_notes_fail_nothing(repository: Path) -> None:
+    path = repository / "pipeline/1/model.py"
+    path.write_text(path.read_text() + "# mine\n")
+    (repository / "mine").mkdir()
+    (repository / "mine/config.pbtxt").write_text('name: "mine"')
+    assert [finding.path for finding in require_sound(repository)] == ["mine/config.pbtxt", "pipeline/1/model.py"]
+
+
+def test_on_the_command_line(repository: Path, tmp_path: Path) -> None:
+    def triton(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lemica_trt", "triton", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+
+    done = triton(tmp_path / "bundle", "--output", tmp_path / "second")
+    assert done.returncode == 0, done.stderr
+    assert "pipeline_stream" in done.stdout
+    assert triton("--check", tmp_path / "second").returncode == 0
+    (tmp_path / "second/pipeline/config.pbtxt").write_text("name: pipeline")
+    done = triton("--check", tmp_path / "second")
+    assert done.returncode == VerificationError.exit_code
+    assert len(done.stderr.splitlines()) == 1
+    for wrong in (["--check", repository, "--output", "x"], [tmp_path / "bundle"], []):
+        assert triton(*wrong).returncode == UsageError.exit_code

@@ -1,0 +1,134 @@
+"""What is written: folders, configs, one copy of the weights; and writing over what is there."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+
+import toy
+
+from lemica_trt import __version__
+from lemica_trt.builders import EngineEntry, EngineKey
+from lemica_trt.bundle import Bundle, write_bundle
+from lemica_trt.errors import IntegrityError, UsageError
+from lemica_trt.spec import Profile, Role, Shape, TextSpec
+from lemica_trt.triton.interface import MODELS, interfaces
+from lemica_trt.triton.repository import BUNDLE, Settings, model_file, write_repository
+
+pytestmark = pytest.mark.null
+
+
+def make_bundle(folder: Path, *targets: tuple[str, str], guided: bool = True, parts: bool = True) -> Bundle:
+    """A bundle of files that say nothing, with engines for (backend, target)."""
+    graphs = toy.graphs_of(toy.layout_of(guided=guided), data_file=True)
+    roles: tuple[Role, ...] = ("combine", "full", "skip", *(("text_encoder", "vae_decoder") if parts else ()))
+    graphs = type(graphs)(
+        dtype=graphs.dtype,
+        layout=graphs.layout,
+        max_batch=graphs.max_batch,
+        graphs=tuple(graph for graph in graphs.graphs if graph.role in roles),
+    )
+    files = {name: name.encode() * 1000 for graph in graphs.graphs for name in (graph.file, *graph.data_files)}
+    entries = [
+        EngineEntry(
+            key=EngineKey(backend=backend, version="1.2", target=target, dtype="fp32", graphs_digest="0" * 64),
+            files={graph.role: graph.file for graph in graphs.graphs},
+        )
+        for backend, target in targets or (("onnxruntime", "cpu"),)
+    ]
+    return write_bundle(
+        folder,
+        profile=Profile(
+            name="toy", family="toy", source="package:toy", dtype="fp32", text_length=5,
+            shape=Shape(frames=2, height=4, width=4, max_batch=3),
+        ),
+        graphs=graphs,
+        plans=[toy.euler_plan("fsrfsr"), toy.euler_plan("ffffff", name="slow")],
+        default_plan="default",
+        text=TextSpec(tokenizer="tokenizer.json", length=5, pad_id=0),
+        engines=entries,
+        files={**files, "tokenizer.json": b"{}"},
+    )  # fmt: skip
+
+
+def test_a_repository(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    models = write_repository(bundle, tmp_path / "repository")
+    assert models == tuple(MODELS)
+    folder = tmp_path / "repository"
+    for model in models:
+        assert (folder / model / "1" / "model.py").read_bytes() == model_file(model)
+        config = (folder / model / "config.pbtxt").read_text()
+        assert config == (folder / model / "configs" / "cpu.pbtxt").read_text()
+        assert f'name: "{model}"' in config
+        assert re.search(r"^max_batch_size: \d", config, re.MULTILINE)
+        assert str(tmp_path) not in config
+        for explained in re.finditer(r"^parameters", config, re.MULTILINE):
+            assert config[: explained.start()].splitlines()[-1].startswith("# ")
+    copy = Bundle.open(folder / BUNDLE)
+    copy.check()
+    assert copy.manifest == bundle.manifest
+    weights = bundle.path / "onnx/full.data"
+    assert (folder / BUNDLE / "onnx/full.data").samefile(weights), "linked, not copied"
+    assert not (folder / BUNDLE / "plans/slow.json").samefile(bundle.path / "plans/slow.json"), "may be edited"
+    assert len(list(folder.rglob("full.data"))) == 1
+    readme = (folder / "README.md").read_text()
+    assert f"lemica-trt=={__version__}" in readme
+    assert "| `default` (default) | 2 of 6 |" in readme
+
+
+def test_the_same_bundle_gives_the_same_bytes(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    found = []
+    for name in ("a", "b", "a"):
+        write_repository(bundle, tmp_path / name)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        found.append({path.relative_to(tmp_path / name): path.read_bytes() for path in files})
+    assert found[0] == found[1] == found[2]
+
+
+def test_gpu_and_cpu_configs(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "both", ("tensorrt", "sm_90"), ("onnxruntime", "cpu"))
+    write_repository(bundle, tmp_path / "repository", Settings(instances=2, threads=3, batching="off"))
+    config = (tmp_path / "repository/denoiser/config.pbtxt").read_text()
+    assert "count: 2 kind: KIND_GPU" in config
+    assert '"backend" value { string_value: "tensorrt" }' in config
+    assert '"batching" value { string_value: "off" }' in config
+    assert "KIND_CPU" in (tmp_path / "repository/pipeline/config.pbtxt").read_text()
+    cpu = (tmp_path / "repository/denoiser/configs/cpu.pbtxt").read_text()
+    assert "KIND_CPU" in cpu
+    assert '"backend" value { string_value: "onnxruntime" }' in cpu
+    bundle = make_bundle(tmp_path / "gpu", ("tensorrt", "sm_90"))
+    write_repository(bundle, tmp_path / "repository")
+    assert not (tmp_path / "repository/denoiser/configs/cpu.pbtxt").exists()
+    assert "need a GPU" in (tmp_path / "repository/README.md").read_text()
+
+
+def test_interfaces_follow_the_bundle(tmp_path: Path) -> None:
+    found = interfaces(make_bundle(tmp_path / "guided").manifest)
+    assert [port.name for port in found["denoiser"].inputs] == ["prompt_embeds", "negative_prompt_embeds"]
+    assert found["vae_decoder"].inputs == found["denoiser"].outputs
+    assert found["text_encoder"].outputs == found["denoiser"].inputs[:1]
+    found = interfaces(make_bundle(tmp_path / "unguided", guided=False, parts=False).manifest)
+    assert list(found) == ["denoiser", "denoiser_stream"]
+    assert [port.name for port in found["denoiser"].inputs] == ["prompt_embeds"]
+
+
+def test_what_is_not_written(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="expected a model repository of lemica-trt, an empty folder or nothing"):
+        write_repository(bundle, tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+    for bad in ({"instances": 0}, {"queue": 0}, {"timeout": 0}, {"threads": -1}, {"batching": "fast"}):
+        with pytest.raises(UsageError, match=f"{next(iter(bad))} must be"):
+            Settings(**bad)  # type: ignore[arg-type]
+    (bundle.path / "onnx/skip.onnx").write_bytes(b"altered")
+    with pytest.raises(IntegrityError, match=r"onnx/skip\.onnx"):
+        write_repository(bundle, tmp_path / "repository")

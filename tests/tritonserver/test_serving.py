@@ -1,0 +1,225 @@
+"""What the emitted models share, without a server: what is refused at load, what a request may ask for, batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+
+import toy
+from test_repository import make_bundle
+
+from lemica_trt.errors import IntegrityError, LemicaError, UnsupportedError, UsageError
+from lemica_trt.runtime.denoise import Denoiser
+from lemica_trt.triton import serving
+from lemica_trt.triton.repository import write_repository
+
+pytestmark = pytest.mark.null
+
+
+class Tensor:
+    """`pb_utils.Tensor` as the server of 24.10 behaves; with `zeros` as it does under numpy 2."""
+
+    zeros = False
+
+    def __init__(self, name: str, array: Any) -> None:
+        self.array = array
+
+    def to_dlpack(self) -> Any:
+        return self.array * 0 if self.zeros else self.array
+
+    @classmethod
+    def from_dlpack(cls, name: str, array: Any) -> Tensor:
+        return cls(name, array)
+
+    def as_numpy(self) -> Any:
+        return self.array
+
+
+class Zeros(Tensor):
+    zeros = True
+
+
+def pb_utils(tensor: type[Tensor] = Tensor, **missing: Any) -> Any:
+    request = SimpleNamespace(is_cancelled=None, timeout=None, get_response_sender=None)
+    metrics = SimpleNamespace(HISTOGRAM=2)
+    parts = {"InferenceRequest": request, "TritonError": SimpleNamespace(CANCELLED=6), "MetricFamily": metrics}
+    return SimpleNamespace(**{**parts, "Tensor": tensor, **missing})
+
+
+def test_servers_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_SERVER_VERSION", raising=False)
+    serving.check_server(pb_utils())
+    with pytest.raises(UnsupportedError, match=r"cannot read arrays of numpy .* → pip install 'numpy<2'"):
+        serving.check_server(pb_utils(Zeros))
+    with pytest.raises(UnsupportedError, match="python backend with HISTOGRAM"):
+        serving.check_server(pb_utils(MetricFamily=SimpleNamespace()))
+    monkeypatch.setenv("TRITON_SERVER_VERSION", "2.50.0")
+    with pytest.raises(UnsupportedError, match=r"expected tritonserver 2\.51 or newer, got 2\.50\.0"):
+        serving.check_server(pb_utils())
+    monkeypatch.setenv("TRITON_SERVER_VERSION", "3.0.0")
+    serving.check_server(pb_utils())
+
+
+def load_args(repository: Path, **parameters: str) -> dict[str, str]:
+    """`args` of initialize for the denoiser of a repository."""
+    text = (repository / "denoiser/config.pbtxt").read_text()
+    lines = [line.split('"') for line in text.splitlines() if line.startswith("parameters")]
+    found = {**{words[1]: words[3] for words in lines}, **parameters}
+    config = {"parameters": {name: {"string_value": value} for name, value in found.items()}}
+    return {
+        "model_name": "denoiser",
+        "model_config": json.dumps(config),
+        "model_repository": str(repository / "denoiser"),
+        "model_instance_kind": "CPU",
+    }
+
+
+def test_bundles_that_are_refused(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    repository = tmp_path / "repository"
+    write_repository(bundle, repository)
+    found, _ = serving.open_bundle(pb_utils(), load_args(repository))
+    assert found.manifest == bundle.manifest
+    with pytest.raises(UnsupportedError, match=r"written by lemica-trt 0\.0\.1"):
+        serving.open_bundle(pb_utils(), load_args(repository, lemica_trt="0.0.1"))
+    with pytest.raises(UnsupportedError, match="expected the graphs that denoiser was written for, got others"):
+        serving.open_bundle(pb_utils(), load_args(repository, graphs="1" * 64))
+    with pytest.raises(IntegrityError, match="expected a bundle"):
+        serving.open_bundle(pb_utils(), load_args(repository, bundle="../nowhere"))
+    plan = repository / "denoiser/bundle/plans/slow.json"
+    plan.write_bytes(plan.read_bytes() + b" ")
+    with pytest.raises(IntegrityError, match=r"plans/slow\.json"):
+        serving.open_bundle(pb_utils(), load_args(repository))
+
+
+def test_engines_of_another_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_repository(make_bundle(tmp_path / "bundle", ("tensorrt", "sm_90")), tmp_path / "repository")
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="9.9"))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"built with tensorrt 1\.2, here is 9\.9"):
+        serving.start(pb_utils(), load_args(tmp_path / "repository"), serving.STEP_ROLES)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
+    with pytest.raises(LemicaError, match=r"the engines need tensorrt 1\.2"):
+        serving.start(pb_utils(), load_args(tmp_path / "repository"), serving.STEP_ROLES)
+
+
+def test_plans_and_steps() -> None:
+    plans = {"fast": toy.euler_plan("fsss", name="fast"), "slow": toy.euler_plan("ffff", name="slow")}
+    for asked, name in (
+        ({}, "slow"),
+        ({"plan": "default"}, "slow"),
+        ({"plan": "fast"}, "fast"),
+        ({"steps": 1}, "fast"),
+    ):
+        assert serving.choose_plan(asked, plans, "slow") is plans[name]
+    assert serving.choose_plan({"plan": "fast", "steps": 1}, plans, "slow") is plans["fast"]
+    for bad in (
+        {"plan": "no"},
+        {"plan": 3},
+        {"steps": 2},
+        {"steps": True},
+        {"steps": "1"},
+        {"plan": "slow", "steps": 1},
+    ):
+        with pytest.raises(LemicaError, match="must be one of"):
+            serving.choose_plan(bad, plans, "slow")
+
+
+def test_guidance() -> None:
+    assert serving.guidance_from({}, 4.0, guided=True) == 4.0
+    assert serving.guidance_from({"guidance_scale": 3}, 4.0, guided=True) == 3.0
+    for bad in (float("nan"), float("inf"), 100.5, True, "3", None):
+        with pytest.raises(LemicaError, match="guidance_scale must be a number from 0 to 100"):
+            serving.guidance_from({"guidance_scale": bad}, 4.0, guided=True)
+    with pytest.raises(LemicaError, match="built without guidance"):
+        serving.guidance_from({"guidance_scale": 3}, 4.0, guided=False)
+
+
+class Pipe:
+    """A pipeline over the numpy DiT; with `drift`, results depend on how many share the batch."""
+
+    def __init__(self, bundle: Any, drift: float) -> None:
+        self.bundle, self.drift = bundle, drift
+        self.sizes: list[int] = []
+        backend = toy.NullBackend(bundle.manifest.graphs)
+        self.denoiser = Denoiser(backend, bundle.manifest.graphs, backend.engines())
+
+    def latents(self, embeds: Any, noise: Any, *, guidance_scale: Any, plan: Any, seeds: Any, on_step: Any) -> Any:
+        self.sizes.append(len(noise))
+        found = self.denoiser.run(plan, embeds, noise, guidance_scale, on_row=on_step)
+        return found if len(noise) < 3 else found + np.float32(self.drift)
+
+
+def test_batches_only_where_they_change_no_bit(tmp_path: Path) -> None:
+    """The numpy DiT's batches are exact by construction but for what `drift` adds to batches of three."""
+    bundle = make_bundle(tmp_path / "bundle")
+    for drift, size in ((0.0, 3), (1e-6, 2)):
+        pipe = Pipe(bundle, drift)
+        batches = serving.Batches(pipe, "exact")  # type: ignore[arg-type]
+        if batches.size == 1:
+            pytest.skip("this numpy's matmul gives other bits in a batch")
+        assert batches.size == size
+        batches.warm_up()
+        jobs = [batches._probe(batches.plans[name], seed) for seed, name in enumerate(["slow", "default"] * 4)]
+        groups = batches.groups(jobs)
+        assert [len(group) for group in groups] == ([3, 3, 1, 1] if size == 3 else [2, 2, 2, 2])
+        assert sorted(job.seed for group in groups for job in group) == list(range(8))
+        assert all(len({job.plan.name for job in group}) == 1 for group in groups)
+    pipe = Pipe(bundle, 0.0)
+    assert serving.Batches(pipe, "off").size == 1  # type: ignore[arg-type]
+    assert pipe.sizes == []
+    with pytest.raises(UsageError, match="batching must be exact or off"):
+        serving.Batches(pipe, "fast")  # type: ignore[arg-type]
+
+
+def test_a_caller_that_goes_away_and_a_worker_that_dies() -> None:
+    request = SimpleNamespace(is_cancelled=lambda: False, timeout=lambda: 0)
+    with serving.calling() as file:
+        watch = serving.Watch(request, file.name)
+        assert watch.called
+        assert file.read_text() == str(os.getpid())
+        assert watch.ended("now") is None
+        serving.require_alive(request, file)
+        worker = subprocess.Popen([sys.executable, "-c", "pass"])
+        worker.wait()
+        file.write_text(str(worker.pid))
+        with pytest.raises(serving.Ended, match="has died"):
+            serving.require_alive(request, file)
+    ended = watch.ended("after step 3")
+    assert ended is not None
+    assert (ended.code, ended.what) == ("CANCELLED", "cancelled after step 3")
+    for name in ("../x", "", "F" * 32):
+        with pytest.raises(LemicaError, match="pipeline models only"):
+            serving.Watch(request, name)
+    watch = serving.Watch(SimpleNamespace(is_cancelled=lambda: False, timeout=lambda: 1000), None)
+    time.sleep(0.002)
+    ended = watch.ended("after step 1")
+    assert ended is not None and ended.code == "UNAVAILABLE"
+
+
+def test_answers_that_never_come_are_given_up() -> None:
+    def forever() -> Any:
+        yield 1
+        time.sleep(5)
+
+    def check() -> None:
+        if time.monotonic() - start > 0.2:
+            raise serving.Ended("CANCELLED", "enough")
+
+    start = time.monotonic()
+    found = serving.answers(forever(), check, every=0.01)
+    assert next(found) == 1
+    with pytest.raises(serving.Ended, match="enough"):
+        next(found)
+    assert time.monotonic() - start < 2
+    assert list(serving.answers(iter([1, 2]), lambda: None)) == [1, 2]

@@ -1,0 +1,168 @@
+"""A real tritonserver on loopback, with cogvideox-tiny on ONNX Runtime; fetched once into `.cache/triton`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / ".cache" / "triton"
+SHM = Path("/dev/shm")
+
+STEPS = 12
+NEGATIVE = "blue"
+CASES: tuple[dict[str, Any], ...] = tuple(
+    {"prompt": prompt, "seed": seed, "plan": plan, "guidance_scale": scale, "negative_prompt": negative}
+    for seed, (prompt, plan, scale, negative) in enumerate(
+        [
+            ("a big red circle moves left", "b4", 4.0, ""),
+            ("a small blue square moves up", "b4", 2.5, ""),
+            ("a big red circle moves left", "b6", 4.0, NEGATIVE),
+            ("a green triangle", "b4", 7.0, NEGATIVE),
+            ("a small blue square moves up", "uncached", 4.0, ""),
+            ("", "b6", 1.5, ""),
+        ],
+        start=3,
+    )
+)
+
+REFERENCE = """
+import json, sys
+import numpy as np
+from lemica_trt.bundle import Bundle
+pipe = Bundle.open(sys.argv[1]).pipeline()
+found = {}
+for i, case in enumerate(json.loads(sys.argv[2])):
+    result = pipe(case.pop("prompt"), **case)
+    found[f"frames_{i}"], found[f"latents_{i}"] = result.frames, result.latents
+for text in ("", "blue", "a big red circle moves left", "a small blue square moves up"):
+    found["embeds_" + text] = pipe.encode(text)
+np.savez(sys.argv[3], **found)
+"""
+
+
+class ServerEnded(Exception):
+    """The server did not become ready."""
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    http: str
+    grpc: str
+    metrics_port: int
+    repository: Path
+    log: Path
+    pid: int
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"http://{self.http}/{path}", timeout=30) as answer:
+            return bytes(answer.read())
+
+    def post(self, path: str, content: Any = None) -> tuple[int, bytes]:
+        """Status and body."""
+        data = json.dumps(content or {}).encode()
+        try:
+            with urllib.request.urlopen(f"http://{self.http}/{path}", data, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
+
+    def load(self, model: str) -> tuple[int, bytes]:
+        return self.post(f"v2/repository/models/{model}/load")
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric over all label sets that have these labels."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in lines
+            if line.startswith(f"{name}{{") and all(label in line for label in wanted)
+        )
+
+    def stub(self, model: str) -> int:
+        """Process id of a model's first instance."""
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = path.read_bytes().split(b"\0")
+                if f"{self.repository}/{model}/1/model.py".encode() in words and b"stub" in words[0]:
+                    return int(path.parent.name)
+        raise AssertionError(f"{model} has no process")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@contextlib.contextmanager
+def serving(
+    launcher: Path, repository: Path, log: Path, *, models: str = "*", environment: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """Run a server; it is gone afterwards, and so is what it left in /dev/shm.
+
+    Raises:
+        ServerEnded: it ended by itself; the message is the end of its log.
+    """
+    http, grpc, metrics = free_ports(3)
+    before = set(SHM.glob("triton_python_backend_shm_region_*"))
+    command = [
+        str(launcher),
+        f"--model-repository={repository}",
+        "--model-config-name=cpu",
+        *(f"--{kind}-address=127.0.0.1" for kind in ("http", "grpc", "metrics")),
+        *(f"--{kind}-port={port}" for kind, port in (("http", http), ("grpc", grpc), ("metrics", metrics))),
+        "--allow-gpu-metrics=false",
+        "--exit-timeout-secs=12",
+        "--model-control-mode=explicit",
+        f"--load-model={models}",
+        "--cache-config=local,size=16777216",
+    ]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
+    server = Server(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", metrics, repository, log, process.pid)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError):
+                server.get("v2/health/ready")
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ServerEnded(log.read_text()[-6000:])
+            time.sleep(0.2)
+        yield server
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for path in set(SHM.glob("triton_python_backend_shm_region_*")) - before:
+            path.unlink(missing_ok=True)  # stubs that were killed leave theirs
