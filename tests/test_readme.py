@@ -36,7 +36,7 @@ COMMANDS = sorted(
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in ("out/tiny", "work"):
+    for folder in ("out/tiny", "out/repository", "work"):
         (tmp_path / folder).mkdir(parents=True)
     _, name, *arguments = shlex.split(line)
     command = main.commands[name]
@@ -63,7 +63,8 @@ def test_make_targets_exist() -> None:
 
 
 def test_exit_codes() -> None:
-    table = {int(code): text for code, text in re.findall(r"^\| (\d+) \| (.+?) \|$", README, re.MULTILINE)}
+    section = README.split("## Exit codes")[1].split("\n## ")[0]
+    table = {int(code): text for code, text in re.findall(r"^\| (\d+) \| (.+?) \|$", section, re.MULTILINE)}
     assert set(table) == {0, 130, *EXIT_CODES}
     for code, text in EXIT_CODES.items():
         assert table[code].lower() == text.rstrip(".").lower()
@@ -75,6 +76,10 @@ def test_profiles() -> None:
         if name != "cogvideox-tiny":
             assert listed[name] == load_profile(name).source
     assert "| `cogvideox-tiny` | ships with the package |" in README
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "@@" not in README
 
 
 def test_pictures_exist() -> None:

@@ -116,7 +116,7 @@ def test_onnxruntime(tmp_path: Path) -> None:
         options={"provider": "cpu", "optimization": "basic", "threads": 0},
     )
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UnsupportedError, match="bf16 graphs → build with dtype fp16 or fp32"):
+    with pytest.raises(UnsupportedError, match="bf16 graphs → build with --dtype fp16 or fp32"):
         builders.build("onnxruntime", msgspec.structs.replace(graphs, dtype="bf16"), tmp_path, tmp_path)
     (tmp_path / "onnx/add.onnx").write_bytes(b"broken")
     with pytest.raises(EngineError, match=r"cannot load onnx/add\.onnx"):
