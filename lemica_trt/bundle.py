@@ -26,6 +26,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -46,6 +47,9 @@ FORMAT_VERSION = 1
 
 MANIFEST = "manifest.json"
 REPORTS = "reports"
+
+SWAP_RETRIES, SWAP_PAUSE = 40, 0.005
+"""How often, and how many seconds apart, a reader looks again while a writer swaps bundles."""
 
 _REBUILD = "copy the bundle again, or rebuild it"
 
@@ -129,9 +133,8 @@ class Bundle:
             IntegrityError: no manifest, a damaged one, or one of a newer format.
         """
         folder = Path(os.path.realpath(path))
-        _restore(folder)
         try:
-            data = (folder / MANIFEST).read_bytes()
+            data = _read_manifest(folder)
         except OSError as error:
             raise IntegrityError(
                 f"{path}: expected a bundle with a {MANIFEST}, got: {error.strerror}",
@@ -498,6 +501,19 @@ def _restore(folder: Path) -> None:
         except OSError:
             if not folder.exists():
                 raise
+
+
+def _read_manifest(folder: Path) -> bytes:
+    """The manifest's bytes; a writer may be between its two renames just now, for microseconds: then once more."""
+    for _ in range(SWAP_RETRIES):
+        _restore(folder)
+        try:
+            return (folder / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            if not any(folder.parent.glob(f".{folder.name}.*")):  # nobody is writing
+                raise
+            time.sleep(SWAP_PAUSE)
+    return (folder / MANIFEST).read_bytes()
 
 
 def _aside(folder: Path) -> Path:
