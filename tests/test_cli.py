@@ -127,7 +127,7 @@ def test_inspect_shows_bundle_plan_and_graph(built: tuple[Path, subprocess.Compl
 
 
 def test_dry_run_does_nothing(tmp_path: Path) -> None:
-    done = lemica("build", *SMALL, "--output", tmp_path / "bundle", "--dry-run", "--json")
+    done = lemica("build", *SMALL, "--budget", "4", "--output", tmp_path / "bundle", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     stages = {stage["name"]: stage for stage in json.loads(done.stdout)}
     assert list(stages) == ["calibrate", "plan", "export", "engine", "bundle", "verify"]
