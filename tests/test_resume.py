@@ -15,7 +15,7 @@ from lemica_trt.bundle import Bundle
 
 pytestmark = pytest.mark.cpu
 
-KILLS = 6
+KILLS = 4
 
 
 def _command(output: Path) -> list[str]:
@@ -49,7 +49,7 @@ def test_killed_builds_resume_to_the_same_bytes(tmp_path: Path) -> None:
         assert process.returncode in (0, -signal.SIGKILL)
         if killed.exists():
             Bundle.open(killed).check()
-    assert killed_for_real >= 2
+    assert killed_for_real >= 1
     subprocess.run(_command(killed), check=True)
     assert _contents(killed) == _contents(whole)
     leftovers = {path.name for path in tmp_path.iterdir()} - {"whole", "whole.work", "killed", "killed.work"}
