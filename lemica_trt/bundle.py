@@ -148,14 +148,15 @@ class Bundle:
         return self.manifest.plans
 
     def plan(self, name: str | None = None) -> StepPlan:
-        """A plan by name; None: the default one.
+        """A plan by name; None or `default`: the default one.
 
         Raises:
             UsageError: there is no such plan.
             IntegrityError: its file is missing or altered.
             InputError: it does not fit the bundle's graphs.
         """
-        name = self.manifest.default_plan if name is None else name
+        if name is None or (name == "default" and name not in self.plans):
+            name = self.manifest.default_plan
         if name not in self.plans:
             raise UsageError(f"the bundle has no plan {name!r}", fix=f"use one of: {', '.join(self.plans)}")
         plan = value_from_json(StepPlan, self.read_bytes(plan_path(name)), where=plan_path(name))
