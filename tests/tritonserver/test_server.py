@@ -236,16 +236,20 @@ def test_cancellation_stops_between_steps(server: Server, reference: dict[str, A
     prompt = "a small blue square moves up"
     inputs = embeds_input(grpc, reference, prompt) if model == "denoiser_stream" else prompt_input(grpc, prompt)
     cancelled = server.metric("lemica_requests_total", model="denoiser_stream", outcome="cancelled")
-    steps = server.metric("lemica_steps_total", model="denoiser_stream")
-    answers = stream(server, model, inputs, {"plan": "uncached"})
-    next(answers)
-    answers.close()  # type: ignore[attr-defined]
 
     def stopped() -> bool:
-        return server.metric("lemica_requests_total", model="denoiser_stream", outcome="cancelled") == cancelled + 1
+        return server.metric("lemica_requests_total", model="denoiser_stream", outcome="cancelled") > cancelled
 
-    assert eventually(stopped)
-    assert server.metric("lemica_steps_total", model="denoiser_stream") - steps < STEPS
+    for _ in range(20):  # the model is quick: on a busy machine a request may be done before its cancellation arrives
+        steps = server.metric("lemica_steps_total", model="denoiser_stream")
+        answers = stream(server, model, inputs, {"plan": "uncached"})
+        next(answers)
+        answers.close()  # type: ignore[attr-defined]
+        time.sleep(0.5)
+        if stopped():
+            assert server.metric("lemica_steps_total", model="denoiser_stream") - steps < STEPS
+            return
+    pytest.fail("twenty cancelled requests all ran to their end")
 
 
 def test_cancellation_of_one_leaves_its_batch_alone(server: Server, reference: dict[str, Any]) -> None:
