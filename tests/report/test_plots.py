@@ -91,7 +91,7 @@ def test_schedules_are_strips_on_the_heat_map_s_steps(figures: list[Any], tmp_pa
     assert_tidy(figure, tmp_path / "schedules.png")
     above, below = figure.axes[:2]
     assert above.get_xlim() == below.get_xlim() == (-0.5, 19.5)
-    assert [label.get_text() for label in below.get_yticklabels()] == ["default  5", "uniform  4"]
+    assert [label.get_text() for label in below.get_yticklabels()] == [made.name for made in PLANS]
     pale = [container for container in below.containers if len(container) in (15, 16)]
     full = [container for container in below.containers if len(container) in (4, 5)]
     assert len(pale) == len(full) == 2
