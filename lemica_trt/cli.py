@@ -194,6 +194,9 @@ def build(
     from lemica_trt import pipeline
     from lemica_trt.report import summary
 
+    calibration = ("samples", "max_skip", "seed", "prompts")
+    _refuse_unused("schedule", "budgets", "method", "error_graph", *calibration)
+    _refuse_unused("error_graph", *calibration)
     profile = _profile(model, weights, overrides)
     output = output or Path("out") / profile.name
     request = pipeline.Request(
@@ -221,6 +224,22 @@ def build(
         as_json,
         lambda _: summary.build_table(bundle, report, output),
     )
+
+
+def _refuse_unused(flag: str, *others: str) -> None:
+    """Raise UsageError if `flag` was given together with flags that it makes meaningless.
+
+    Args:
+        flag, others: parameter names of the running command; unknown ones were not given.
+    """
+    context = click.get_current_context()
+    flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    given = [
+        name for name in (flag, *others) if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if flag in given and len(given) > 1:
+        unused = ", ".join(flags[name] for name in given[1:])
+        raise UsageError(f"{flags[flag]} cannot be used together with {unused}", fix=f"leave out {unused}, or {flags[flag]}")
 
 
 def _profile(model: str | None, weights: str | None, overrides: dict[str, Any]) -> Any:
@@ -313,6 +332,7 @@ def plan(
     from lemica_trt import pipeline
     from lemica_trt.report import summary
 
+    _refuse_unused("schedule", "budgets", "method")
     plans = pipeline.plan_stage(
         target,
         budgets=budgets,

@@ -13,11 +13,13 @@ Everything goes through the deployed runtime. Knows nothing of how the bundle wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -127,8 +129,9 @@ class Timing(Value, frozen=True):
         budget: full steps.
         full_step, skipped_step: median of a row that runs the full or the skip graph; None where there is none.
         total: the whole denoising loop, median of the runs.
-        overhead: total / (full steps + skipped steps at their median) − 1.
-        ratio: total / (budget · full_step): 1 would be skipping at no cost at all.
+        overhead: what a run takes beyond its full and skipped steps, as a fraction of them: in each run that is
+            timed row by row, its whole time against its own rows; median of the runs.
+        ratio: in the same runs, whole time / (budget · its median full step): 1 would be skipping at no cost at all.
         speedup: total of the uncached plan / total; None where the bundle has no uncached plan.
     """
 
@@ -453,44 +456,52 @@ def _ways(plan: StepPlan, model: Model) -> list[tuple[str, str, StepPlan]]:
 def measure_timing(pipe: Pipeline, plans: Sequence[StepPlan], *, repeats: int = 5) -> list[Timing]:
     """Time whole plans and their rows, one request, after one warm-up of each.
 
-    Row times come from runs that wait for the device after every row, totals from runs that do not; medians of both.
+    Row times, and what a run takes beyond them, come from runs that wait for the device after every row; totals from
+    runs that do not; medians of both. A run is only compared with its own rows: machines drift between runs.
     """
     manifest = pipe.bundle.manifest
     noise = Generator(0).randn((1, *manifest.graphs.layout.latent_shape))
     embeds = _embeds(pipe, "")
     timings = []
     for plan in sorted(plans, key=lambda plan: -plan.budget):
-        rows: dict[str, list[float]] = {"full": [], "skip": [], "none": []}
-        seeds = [0] if plan.stochastic else None
-
-        def note(row: RowDone, rows: dict[str, list[float]] = rows) -> None:
-            rows[row.graph].append(row.seconds)
-
-        pipe.latents(embeds, noise, plan=plan, seeds=seeds)
-        totals = []
+        run = partial(pipe.latents, embeds, noise, plan=plan, seeds=[0] if plan.stochastic else None)
+        run()
+        totals, overheads, ratios = [], [], []
+        full: list[float] = []
+        skipped: list[float] = []
         for _ in range(repeats):
-            pipe.latents(embeds, noise, plan=plan, seeds=seeds, on_step=note)
-            start = perf_counter()
-            pipe.latents(embeds, noise, plan=plan, seeds=seeds)
-            totals.append(perf_counter() - start)
-        full = median(rows["full"])
-        skipped = median(rows["skip"]) if rows["skip"] else None
-        expected = plan.budget * full + (len(rows["skip"]) // repeats) * (skipped or 0.0)
-        timings.append((plan, full, skipped, median(totals), expected))
-    uncached = next((total for plan, _, _, total, _ in timings if plan.budget == plan.num_steps), None)
-    return [
-        Timing(
-            plan=plan.name,
-            budget=plan.budget,
-            full_step=full,
-            skipped_step=skipped,
-            total=total,
-            overhead=total / expected - 1,
-            ratio=total / (plan.budget * full),
-            speedup=None if uncached is None else uncached / total,
+            totals.append(_seconds(run))
+            rows: list[RowDone] = []
+            whole = _seconds(partial(run, on_step=rows.append))
+            mine = {graph: [row.seconds for row in rows if row.graph == graph] for graph in ("full", "skip")}
+            overheads.append(whole / (sum(mine["full"]) + sum(mine["skip"])) - 1)
+            ratios.append(whole / (plan.budget * median(mine["full"])))
+            full += mine["full"]
+            skipped += mine["skip"]
+        timings.append(
+            Timing(
+                plan=plan.name,
+                budget=plan.budget,
+                full_step=median(full),
+                skipped_step=median(skipped) if skipped else None,
+                total=median(totals),
+                overhead=median(overheads),
+                ratio=median(ratios),
+                speedup=None,
+            )
         )
-        for plan, full, skipped, total, expected in timings
+    uncached = next((plan.name for plan in plans if plan.budget == plan.num_steps), None)
+    reference = next((timing.total for timing in timings if timing.plan == uncached), None)
+    return [
+        timing if reference is None else msgspec.structs.replace(timing, speedup=reference / timing.total)
+        for timing in timings
     ]
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = perf_counter()
+    run()
+    return perf_counter() - start
 
 
 def machine() -> str:

@@ -162,6 +162,8 @@ MISTAKES: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("build", "--model", "cogvideox-tiny", "--output", "/etc"), 2, "/etc"),
     (("build", "--model", "cogvideox-tiny", "--device", "abacus"), 7, "abacus"),
     (("build", "--model", "wan2.1-t2v-1.3b", "--weights", "nowhere", "--dtype", "fp16"), 3, "nowhere"),
+    (("build", "--model", "cogvideox-tiny", "--schedule", "0,7", "--budget", "2"), 2, "together with --budget"),
+    (("build", "--model", "cogvideox-tiny", "--error-graph", "g.json", "--samples", "2"), 2, "together with --samples"),
     (("frobnicate",), 2, "frobnicate"),
 )
 
