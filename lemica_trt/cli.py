@@ -239,7 +239,9 @@ def _refuse_unused(flag: str, *others: str) -> None:
     ]
     if flag in given and len(given) > 1:
         unused = ", ".join(flags[name] for name in given[1:])
-        raise UsageError(f"{flags[flag]} cannot be used together with {unused}", fix=f"leave out {unused}, or {flags[flag]}")
+        raise UsageError(
+            f"{flags[flag]} cannot be used together with {unused}", fix=f"leave out {unused}, or {flags[flag]}"
+        )
 
 
 def _profile(model: str | None, weights: str | None, overrides: dict[str, Any]) -> Any:
