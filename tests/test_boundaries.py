@@ -49,6 +49,7 @@ LIGHT = [
     "lemica_trt.graph",
     "lemica_trt.grams",
     "lemica_trt.schedule",
+    "lemica_trt.signed",
     "lemica_trt.plan",
     "lemica_trt.builders",
     "lemica_trt.builders.onnxruntime",
