@@ -238,7 +238,8 @@ def _moves(steps: IntArray, n: int) -> IntArray:
 
 def _fits(plans: IntArray, n: int, span: int) -> npt.NDArray[np.bool_]:
     """[P]: whether no segment is longer than `span` = K + 1."""
-    return np.all(np.diff(plans, axis=1, append=n) <= span, axis=1)
+    fits: npt.NDArray[np.bool_] = np.all(np.diff(plans, axis=1, append=n) <= span, axis=1)
+    return fits
 
 
 def _random_steps(random: np.random.Generator, n: int, budget: int, span: int) -> tuple[int, ...]:
