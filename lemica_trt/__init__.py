@@ -10,11 +10,13 @@ plan that says when to call them. The rooms, each below those that it imports:
     resources   what ships with the package: profiles, prompts, published schedules, the bundled model
     sampler     SamplerTable: a sampler as a table of coefficients
     graph       ErrorGraph: what caching each segment costs
+    grams       TrajectoryGrams: inner products of residuals and outputs along uncached runs
     schedule    ErrorGraph, B → Schedule, by lexicographic minimax path search
+    signed      AdjointProducts, B → Schedule for extrapolated outputs, by signed errors
     plan        Schedule, SamplerTable → StepPlan
     models/     one small file a family: where the DiT's trunk begins and ends           torch, diffusers
     lower       diffusers scheduler → SamplerTable                                       torch, diffusers
-    calibrate/  model, prompts → ErrorGraph, by replaying segments                       torch
+    calibrate/  model, prompts → ErrorGraph, by replaying segments or by estimates       torch
     export/     model, StepLayout → GraphSet, ONNX files                                 torch, onnx
     builders/   ONNX → engine, one file a vendor                                         vendor SDKs
     bundle      the folder that is deployed: manifest, digests, atomic writing

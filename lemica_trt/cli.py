@@ -129,6 +129,8 @@ _engine = _options(
 _bundle = click.argument("bundle", type=click.Path(path_type=Path))
 
 _calibration = _options(
+    click.option("--calibration", type=click.Choice(["exact", "secant", "adjoint"]),
+                 help="How edges are weighed: every one replayed, or estimated from a few samplings  [default: exact]"),
     click.option("--samples", type=int, help="Calibration samples: (prompt, seed) pairs."),
     click.option("--max-skip", type=int, metavar="K", help="Most steps that one segment skips."),
     click.option("--seed", type=int, help="Seed of the first calibration sample."),
@@ -137,7 +139,7 @@ _calibration = _options(
         type=click.Path(dir_okay=False, path_type=Path),
         help="Calibration prompts, one a line, instead of the profile's.",
     ),
-)
+)  # fmt: skip
 
 _planning = _options(
     click.option("--budget", "budgets", type=Integers(), default="15", show_default=True, metavar="B[,B…]",
@@ -256,7 +258,7 @@ def _profile(model: str | None, weights: str | None, overrides: dict[str, Any]) 
         raise UsageError("expected --model, got none", fix="name a profile, for example --model cogvideox-tiny")
     profile = load_profile(model)
     given = {name: value for name, value in overrides.items() if value is not None}
-    names = {"denoising_steps": "steps"}
+    names = {"denoising_steps": "steps", "calibration": "method"}
     given = {names.get(name, name): value for name, value in given.items()}
     try:
         parts = {

@@ -11,7 +11,9 @@ Knows values only; `calibrate` measures, `schedule` searches.
 
 from __future__ import annotations
 
-from lemica_trt.spec import DType
+from msgspec import UNSET, UnsetType
+
+from lemica_trt.spec import CalibrationMethod, DType
 from lemica_trt.values import Value, require, require_finite
 
 FORMAT_VERSION = 1
@@ -66,7 +68,9 @@ class ErrorGraph(Value, frozen=True):
         seed: seed of sample 0; sample s has seed + s.
         prompts_digest: SHA-256 of the prompts used, one a line.
         metric: `l1` (eq. 4).
-        method: how the edges were obtained: `exact` = replayed one by one.
+        method: how the edges were obtained: `exact` = replayed one by one; `secant`, `adjoint` = estimated.
+        samplings: evaluations of the DiT that one sample took, counted, in uncached samplings; absent where exact
+            (there it follows from N and K, see `calibrate.cost`).
         edges: sorted by (start, stop).
         versions: library versions that the numbers depend on.
     """
@@ -87,7 +91,8 @@ class ErrorGraph(Value, frozen=True):
     prompts_digest: str
     edges: tuple[Edge, ...]
     metric: str = "l1"
-    method: str = "exact"
+    method: CalibrationMethod = "exact"
+    samplings: float | UnsetType = UNSET
     versions: dict[str, str] = {}
     format_version: int = FORMAT_VERSION
 
@@ -96,6 +101,7 @@ class ErrorGraph(Value, frozen=True):
             self.format_version == FORMAT_VERSION, f"format_version must be {FORMAT_VERSION}, got {self.format_version}"
         )
         require_finite((self.guidance_scale,), "guidance_scale")
+        require(self.samplings is UNSET or self.samplings > 0, f"samplings must be above 0, got {self.samplings}")
         require(self.num_steps >= 2, f"num_steps must be at least 2, got {self.num_steps}")
         require(1 <= self.max_skip < self.num_steps, f"max_skip must be 1 … {self.num_steps - 1}, got {self.max_skip}")
         keys = [(edge.start, edge.stop) for edge in self.edges]

@@ -10,6 +10,8 @@ the same:
       sampler.json                 SamplerTable
       journal-<digest>.jsonl       what calibration has measured so far
       error_graph.json             ErrorGraph
+      grams.json                   TrajectoryGrams        (calibration by secant or adjoint)
+      products.json                AdjointProducts        (calibration by adjoint)
       plans/<index>-<name>.json    StepPlans, in the order asked for
       export/export.json           what the graphs were made from, and the GraphSet
       export/onnx/…, tokenizer/…   the graphs
@@ -26,7 +28,7 @@ import importlib.metadata
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -46,6 +48,7 @@ from lemica_trt.spec import GraphSet, Profile, Shape, StepLayout, TextSpec
 from lemica_trt.values import Value, json_bytes, read_value, write_bytes, write_value
 
 if TYPE_CHECKING:
+    from lemica_trt.calibrate import Cost
     from lemica_trt.models import Model
     from lemica_trt.verify import VerifyReport
 
@@ -106,6 +109,14 @@ class Work:
     @property
     def error_graph(self) -> Path:
         return self.root / "error_graph.json"
+
+    @property
+    def grams(self) -> Path:
+        return self.root / "grams.json"
+
+    @property
+    def products(self) -> Path:
+        return self.root / "products.json"
 
     @property
     def plans(self) -> Path:
@@ -202,27 +213,57 @@ def calibration_prompts(profile: Profile, file: Path | None, *, split: str = "ca
 
 
 def calibrate(model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter) -> ErrorGraph:
-    """Measure the error graph, going on from what the work folder already has."""
-    from lemica_trt.calibrate import cost, measure, measurement_digest
+    """Measure or estimate the error graph, going on from what the work folder already has."""
+    from lemica_trt.calibrate import calibrate_cheaply, cheap_measurement, measure, measurement_digest
 
     settings = model.profile.calibration
-    wanted = cost(table.num_steps, settings.max_skip, settings.samples)
+    wanted = calibration_cost(model, table)
     reporter.stage(
         "calibrate",
-        f"{settings.samples} samples, up to {settings.max_skip} steps skipped: {wanted.samplings:.0f} samplings' work",
+        f"{settings.method}: {settings.samples} samples, up to {settings.max_skip} steps skipped: "
+        f"{wanted.samplings:.0f} samplings' work, {wanted.samplings / settings.samples:.1f} a sample",
     )
-    graph = measure(
-        model,
-        table,
-        prompts,
-        samples=settings.samples,
-        seed=settings.seed,
-        max_skip=settings.max_skip,
-        journal=work.journal(measurement_digest(model, table, prompts, seed=settings.seed, max_skip=settings.max_skip)),
-        progress=reporter.advance,
+    for stale in (work.grams, work.products):
+        stale.unlink(missing_ok=True)
+    common: dict[str, Any] = {"seed": settings.seed, "max_skip": settings.max_skip}
+    if settings.method == "exact":
+        journal = work.journal(measurement_digest(model, table, prompts, **common))
+        graph = measure(
+            model, table, prompts, samples=settings.samples, journal=journal, progress=reporter.advance, **common
+        )
+        write_value(graph, work.error_graph)
+        return graph
+    common["method"] = settings.method
+    journal = work.journal(cheap_measurement(model, table, prompts, **common).digest)
+    found = calibrate_cheaply(
+        model, table, prompts, samples=settings.samples, journal=journal, progress=reporter.advance, **common
     )
-    write_value(graph, work.error_graph)
-    return graph
+    counted = found.cost
+    reporter.note(
+        f"{counted.full} full steps, {counted.backward} backward passes, {counted.skip} skipped steps were run: "
+        f"{counted.samplings / settings.samples:.1f} samplings a sample"
+    )
+    write_value(found.grams, work.grams)
+    if found.products is not None:
+        write_value(found.products, work.products)
+    write_value(found.graph, work.error_graph)
+    return found.graph
+
+
+def calibration_cost(model: Model, table: SamplerTable) -> Cost:
+    """What the profile's calibration costs from its beginning."""
+    from lemica_trt.calibrate import cheap_cost, checkpoints, cost
+
+    settings = model.profile.calibration
+    if settings.method == "exact":
+        return cost(table.num_steps, settings.max_skip, settings.samples)
+    return cheap_cost(
+        table.num_steps,
+        settings.max_skip,
+        settings.samples,
+        method=settings.method,
+        checkpointed=checkpoints(model),
+    )
 
 
 def require_graph_fits(graph: ErrorGraph, model: Model, table: SamplerTable, *, where: str) -> None:
@@ -533,7 +574,8 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
 def _begin(profile: Profile, work: Work, device: str | None, reporter: Reporter) -> tuple[Model, SamplerTable]:
     """Load the model and lower its sampler; what the work folder has of another profile is taken away, journals not."""
     if not work.profile.is_file() or work.profile.read_bytes() != json_bytes(profile):
-        work.error_graph.unlink(missing_ok=True)
+        for path in (work.error_graph, work.grams, work.products):
+            path.unlink(missing_ok=True)
         shutil.rmtree(work.plans, ignore_errors=True)
         write_value(profile, work.profile)
     model = open_model(profile, reporter, device=device)
@@ -769,7 +811,6 @@ class Stage(Value, frozen=True):
 
 def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
     """What `build` would do. Loads the model, so that a hub id is downloaded, but computes next to nothing."""
-    from lemica_trt.calibrate import cost
     from lemica_trt.estimate import estimate
 
     check_request(profile, output, request)
@@ -781,13 +822,14 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
     settings = profile.calibration
     stages = []
     if request.calibrates:
-        calls = cost(table.num_steps, settings.max_skip, settings.samples)
+        calls = calibration_cost(model, table)
         stages.append(
             Stage(
                 name="calibrate",
-                what=f"{settings.samples} samples: {calls.full} full steps, {calls.skip} skipped ones, "
-                f"{calls.samplings:.0f} samplings' work, at most; finished units are not done again",
-                seconds=calls.full * expected.full_step + calls.skip * expected.skipped_step,
+                what=f"{settings.method}, {settings.samples} samples: {calls.full} full steps, "
+                f"{calls.backward} backward passes, {calls.skip} skipped steps, {calls.samplings:.0f} samplings' work, "
+                "at most; finished units are not done again",
+                seconds=(calls.full + calls.backward) * expected.full_step + calls.skip * expected.skipped_step,
                 disk=calls.units * 200,
                 memory=expected.run_memory,
             )

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from lemica_trt.errors import InfeasibleError, InputError
 from lemica_trt.graph import Edge, ErrorGraph
@@ -28,6 +29,10 @@ FloatArray = npt.NDArray[np.float64]
 
 Weight = Literal["mean", "max", "geometric"]
 """How the errors of an edge's samples become one number: `mean` is the paper's."""
+
+
+LAZY_SLACK = 0.8
+"""Cheap estimates times this bounded the exact errors from below for all but a few edges (design: 405 edges)."""
 
 
 class Schedule(Value, frozen=True):
@@ -90,6 +95,58 @@ def solve(graph: ErrorGraph, budgets: Sequence[int] | None = None, *, weight: We
     edges = _edges_from_graph(graph, weight)
     paths = minimax_paths(edges, graph.num_steps, _feasible_budgets(edges, graph, budgets))
     return {budget: _schedule_from_path(edges, path, graph.num_steps) for budget, path in paths.items()}
+
+
+class LazySolution(NamedTuple):
+    """What `solve_lazily` found.
+
+    Attributes:
+        schedules: by budget.
+        measured: the edges that were asked for, sorted by (start, stop).
+    """
+
+    schedules: dict[int, Schedule]
+    measured: tuple[Edge, ...]
+
+
+def solve_lazily(
+    estimate: ErrorGraph,
+    measure: Callable[[Sequence[tuple[int, int]]], Iterable[Edge]],
+    budgets: Sequence[int],
+    *,
+    slack: float = LAZY_SLACK,
+) -> LazySolution:
+    """`solve` on exact edges, of which only those are measured that the search needs.
+
+    An edge that is not measured weighs `slack` times its estimate. While a best path holds such edges, they are
+    measured and it is searched again. Where every edge weighs at least what it weighed before it was measured, the
+    result is that of `solve` on the exact graph, ties and all: no path can have a lesser key than the one found.
+
+    Args:
+        estimate: a cheap graph; its edges, costs and number of samples are those of the exact one.
+        measure: (start, stop) pairs → their exact edges.
+        budgets: each B.
+        slack: what makes an estimate a lower bound.
+
+    Raises:
+        InfeasibleError: as `solve`.
+        ValueError: an edge was asked for and not measured, or with another number of samples.
+    """
+    exact: dict[tuple[int, int], Edge] = {}
+    lowered = {
+        (edge.start, edge.stop): replace(edge, errors=tuple(slack * error for error in edge.errors))
+        for edge in estimate.edges
+    }
+    while True:
+        mixed = replace(estimate, edges=tuple((lowered | exact).values()))
+        schedules = solve(mixed, budgets)
+        taken = {segment for schedule in schedules.values() for segment in schedule.segments}
+        wanted = sorted(taken & lowered.keys() - exact.keys())
+        if not wanted:
+            return LazySolution(schedules, tuple(edge for _, edge in sorted(exact.items())))
+        found = {(edge.start, edge.stop): edge for edge in measure(wanted)}
+        require(found.keys() >= set(wanted), f"expected the edges {wanted}, got {sorted(found)}")
+        exact |= {segment: found[segment] for segment in wanted}
 
 
 def least_sum(graph: ErrorGraph, budget: int, *, weight: Weight = "mean") -> Schedule:

@@ -12,6 +12,9 @@ from lemica_trt.values import Value, require, require_finite
 DType = Literal["fp32", "fp16", "bf16"]
 """Precision of a network, by the names that trtexec and Polygraphy use."""
 
+CalibrationMethod = Literal["exact", "secant", "adjoint"]
+"""How the weights of the error graph are obtained, see `lemica_trt.calibrate`."""
+
 TensorDType = Literal["fp32", "fp16", "bf16", "int64", "int32", "uint8"]
 
 Role = Literal["full", "skip", "combine", "text_encoder", "vae_decoder"]
@@ -73,12 +76,14 @@ class Calibration(Value, frozen=True):
         samples: (prompt, seed) pairs.
         max_skip: K, the most steps that one segment skips.
         seed: seed of sample 0.
+        method: how edges are weighed.
     """
 
     prompts: str = "video"
     samples: int = 8
     max_skip: int = 9
     seed: int = 0
+    method: CalibrationMethod = "exact"
 
     def __post_init__(self) -> None:
         require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")

@@ -1,14 +1,30 @@
-"""Model, sampler and prompts → `ErrorGraph`: what caching each segment costs, measured end to end.
+"""Model, sampler and prompts → `ErrorGraph`: what caching each segment costs, end to end, measured or estimated.
 
     prompts   the prompt files
     replay    one sample: the uncached run, and every segment replayed on its saved states (LeMiCa eq. 4)
     journal   finished work on disk, so that a killed measurement goes on where it was
     measure   all samples, resumable, into one error graph; what it will cost
+    adjoint   how the result moves with each latent: one backward sweep through the uncached run
+    cheap     the same graph from a few samplings a sample, with Gram matrices and adjoint products
 
 Knows nothing of schedules' search, plans on disk, export or engines.
 """
 
+from lemica_trt.calibrate.adjoint import checkpoints
+from lemica_trt.calibrate.cheap import Calibrated, calibrate_cheaply, cheap_cost, cheap_measurement
 from lemica_trt.calibrate.measure import Cost, cost, measure, measurement_digest
 from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
 
-__all__ = ["Cost", "cost", "measure", "measurement_digest", "prompts_digest", "read_prompts"]
+__all__ = [
+    "Calibrated",
+    "Cost",
+    "calibrate_cheaply",
+    "cheap_cost",
+    "cheap_measurement",
+    "checkpoints",
+    "cost",
+    "measure",
+    "measurement_digest",
+    "prompts_digest",
+    "read_prompts",
+]

@@ -8,13 +8,15 @@ the first line, so that a later measurement with more samples goes on with the s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
 from lemica_trt.errors import InputError
-from lemica_trt.spec import DType
+from lemica_trt.grams import Matrix
+from lemica_trt.spec import CalibrationMethod, DType
 from lemica_trt.values import Value, require, require_finite, value_from_json
 
 FORMAT_VERSION = 1
@@ -48,6 +50,26 @@ class Measurement(Value, frozen=True):
         """Starts i that have a segment."""
         return range(self.num_steps - 1)
 
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """All (i, j), sorted."""
+        return tuple((i, j) for i in self.starts for j in self.stops(i))
+
+
+class CheapMeasurement(Measurement, frozen=True, kw_only=True):
+    """A measurement by estimates; see `calibrate.secant` and `calibrate.adjoint`.
+
+    Attributes:
+        method: how.
+        knots, gap: as in `calibrate.secant`.
+        probes: R of `calibrate.adjoint`; 0 without it.
+    """
+
+    method: CalibrationMethod
+    knots: int
+    gap: int
+    probes: int
+
 
 class Unit(Value, frozen=True):
     """One start of one sample: errors[k] is that of the segment (start, start + 2 + k)."""
@@ -57,29 +79,93 @@ class Unit(Value, frozen=True):
     errors: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        require_finite(self.errors, "errors")
-        require(min(self.errors, default=0.0) >= 0.0, "errors must not be negative")
+        require(self.sample >= 0, f"sample must not be negative, got {self.sample}")
+        _require_errors(self.errors)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.sample, self.start
+
+    def mismatch(self, measurement: Measurement) -> str | None:
+        expected = len(measurement.stops(self.start)) if self.start in measurement.starts else 0
+        if len(self.errors) == expected != 0:
+            return None
+        return f"expected {expected} errors of start {self.start}, got {len(self.errors)}"
 
 
-class Journal:
+class Piece(Value, frozen=True):
+    """All that a cheap measurement takes from one sample; depends on the sample alone.
+
+    Attributes:
+        sample: its number.
+        errors: estimates of eq. 4, one a segment, in the order of `Measurement.segments`.
+        outputs, residuals: N × N raw inner products, see `lemica_trt.grams.gram_from_samples`.
+        products: for each probe N + 1 rows of N numbers, see `lemica_trt.signed.AdjointProducts`.
+        full, skip, backward: evaluations that were made, counted as in `calibrate.Cost`.
+    """
+
+    sample: int
+    errors: tuple[float, ...]
+    outputs: Matrix
+    residuals: Matrix
+    products: tuple[Matrix, ...]
+    full: int
+    skip: int
+    backward: int
+
+    def __post_init__(self) -> None:
+        require(self.sample >= 0, f"sample must not be negative, got {self.sample}")
+        _require_errors(self.errors)
+
+    @property
+    def key(self) -> int:
+        return self.sample
+
+    def mismatch(self, measurement: Measurement) -> str | None:
+        n, expected = measurement.num_steps, len(measurement.segments)
+        if len(self.errors) != expected:
+            return f"expected {expected} errors, got {len(self.errors)}"
+        matrices = [(self.outputs, n), (self.residuals, n), *((part, n + 1) for part in self.products)]
+        if any(len(matrix) != rows or any(len(row) != n for row in matrix) for matrix, rows in matrices):
+            return f"expected matrices for {n} steps, got others"
+        return None
+
+
+class Entry(Protocol):
+    """What a journal keeps."""
+
+    @property
+    def key(self) -> Hashable:
+        """What there is one entry of."""
+
+    def mismatch(self, measurement: Measurement) -> str | None:
+        """What is wrong with the entry as one of this measurement; None: nothing."""
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Journal(Generic[E]):
     """An open journal.
 
     Args:
         path: the file; made if it is not there, with its folder.
         measurement: what is to be measured.
+        kind: class of its entries.
 
     Raises:
         InputError: the file is of another measurement (says which fields differ), or is no journal. It is left as
             it is.
 
     Attributes:
-        errors: (sample, start) → errors, of all finished units.
+        entries: all finished ones, by key.
     """
 
-    def __init__(self, path: Path, measurement: Measurement) -> None:
-        self.errors: dict[tuple[int, int], tuple[float, ...]] = {}
+    def __init__(self, path: Path, measurement: Measurement, kind: type[E]) -> None:
+        self.entries: dict[Hashable, E] = {}
         self._path = path
         self._measurement = measurement
+        self._kind = kind
         header = _line(measurement)
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
@@ -90,15 +176,15 @@ class Journal:
         *lines, torn = data.split(b"\n")
         self._check_header(lines[0] if lines else torn)
         for number, line in enumerate(lines[1:], 2):
-            self._read_unit(line, number)
+            self._read_entry(line, number)
         if torn:
             os.truncate(path, len(data) - len(torn))
 
-    def add(self, units: Iterable[Unit]) -> None:
-        """Append units that are not there yet; when this returns they are on the disk."""
-        new = [unit for unit in units if (unit.sample, unit.start) not in self.errors]
+    def add(self, entries: Iterable[E]) -> None:
+        """Append entries that are not there yet; when this returns they are on the disk."""
+        new = [entry for entry in entries if entry.key not in self.entries]
         self._append(b"".join(map(_line, new)))
-        self.errors.update({(unit.sample, unit.start): unit.errors for unit in new})
+        self.entries.update({entry.key: entry for entry in new})
 
     def _append(self, data: bytes) -> None:
         with self._path.open("ab") as file:
@@ -107,9 +193,9 @@ class Journal:
             os.fsync(file.fileno())
 
     def _check_header(self, line: bytes) -> None:
-        found = value_from_json(Measurement, line, where=f"{self._path}, line 1")
         mine = self._measurement
-        changed = [name for name in Measurement.__struct_fields__ if getattr(found, name) != getattr(mine, name)]
+        found = value_from_json(type(mine), line, where=f"{self._path}, line 1")
+        changed = [name for name in mine.__struct_fields__ if getattr(found, name) != getattr(mine, name)]
         if changed:
             details = ", ".join(f"{name} ({getattr(found, name)!r} there)" for name in changed)
             asked = ", ".join(repr(getattr(mine, name)) for name in changed)
@@ -119,17 +205,19 @@ class Journal:
                 fix="measure into another file, or move this one away to begin anew",
             )
 
-    def _read_unit(self, line: bytes, number: int) -> None:
+    def _read_entry(self, line: bytes, number: int) -> None:
         where = f"{self._path}, line {number}"
-        unit = value_from_json(Unit, line, where=where)
-        expected = len(self._measurement.stops(unit.start)) if unit.start in self._measurement.starts else 0
-        if len(unit.errors) != expected or expected == 0 or unit.sample < 0:
-            raise InputError(
-                f"{where}: expected {expected} errors of start {unit.start}, got {len(unit.errors)}",
-                fix="remove the line: its unit is measured again",
-            )
-        self.errors.setdefault((unit.sample, unit.start), unit.errors)
+        entry = value_from_json(self._kind, line, where=where)
+        mismatch = entry.mismatch(self._measurement)
+        if mismatch is not None:
+            raise InputError(f"{where}: {mismatch}", fix="remove the line: what it holds is measured again")
+        self.entries.setdefault(entry.key, entry)
 
 
-def _line(value: Value) -> bytes:
+def _require_errors(errors: tuple[float, ...]) -> None:
+    require_finite(errors, "errors")
+    require(min(errors, default=0.0) >= 0.0, "errors must not be negative")
+
+
+def _line(value: object) -> bytes:
     return msgspec.json.encode(value, order="sorted") + b"\n"

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from msgspec import UNSET, UnsetType
 
 from lemica_trt.calibrate.journal import Journal, Measurement, Unit
 from lemica_trt.calibrate.prompts import prompts_digest
@@ -24,6 +25,7 @@ from lemica_trt.errors import InputError, UsageError, VerificationError
 from lemica_trt.graph import Edge, ErrorGraph
 from lemica_trt.models.model import Model
 from lemica_trt.sampler import SamplerTable
+from lemica_trt.spec import CalibrationMethod
 
 BATCH_ELEMENTS = 2**16
 """Latent elements in one DiT call by default. The DiT of a video model is busy with one latent, the tiny one wants
@@ -43,13 +45,20 @@ class Cost(NamedTuple):
         units: (sample, start) pairs.
         full: evaluations of the whole DiT.
         skip: evaluations without its trunk: a few percent of a full one each.
-        samplings: uncached samplings that do the same number of full evaluations.
+        samplings: uncached samplings that do the same number of full evaluations and backward passes.
+        backward: backward passes through the whole DiT, for its input alone: about the work of a full evaluation.
     """
 
     units: int
     full: int
     skip: int
     samplings: float
+    backward: int = 0
+
+    @classmethod
+    def of(cls, units: int, full: int, skip: int, backward: int, num_steps: int) -> Cost:
+        """The cost of these counts."""
+        return cls(units, full, skip, (full + backward) / num_steps, backward)
 
 
 def cost(num_steps: int, max_skip: int, samples: int) -> Cost:
@@ -64,7 +73,7 @@ def cost(num_steps: int, max_skip: int, samples: int) -> Cost:
     starts = range(num_steps - 1)
     full = samples * (num_steps + sum(_start_cost(num_steps, max_skip, i) for i in starts))
     skip = samples * sum(min(max_skip, num_steps - i - 1) for i in starts)
-    return Cost(units=samples * len(starts), full=full, skip=skip, samplings=full / num_steps)
+    return Cost.of(samples * len(starts), full, skip, 0, num_steps)
 
 
 def measure(
@@ -102,17 +111,13 @@ def measure(
         InputError: no prompts, or the journal is of another measurement.
         VerificationError: NaN or infinity, in the uncached run or in an error; names sample and edge.
     """
-    for name, number in (("samples", samples), ("max_skip", max_skip), ("batch", 1 if batch is None else batch)):
-        if number < 1:
-            raise UsageError(f"{name}: expected at least 1, got {number}")
-    if not prompts:
-        raise InputError("prompts: expected at least one, got none")
+    require_measurable(prompts, samples=samples, max_skip=max_skip, batch=batch)
     measurement = _measurement(model, table, prompts, seed, max_skip)
-    book = Journal(journal, measurement)
-    batch = batch or min(max(BATCH_ELEMENTS // math.prod(model.latent_shape), 1), 64)
+    book = Journal(journal, measurement, Unit)
+    batch = batch or usual_batch(model)
     width = max(batch // measurement.max_skip, 1)
     waves = [measurement.starts[a : a + width] for a in range(0, len(measurement.starts), width)]
-    todo = {s: [wave for wave in waves if any((s, i) not in book.errors for i in wave)] for s in range(samples)}
+    todo = {s: [wave for wave in waves if any((s, i) not in book.entries for i in wave)] for s in range(samples)}
     clock = _Clock(measurement, samples, todo, progress)
     clock.tell(book)
     stepper = Stepper(model, table, batch)
@@ -134,6 +139,24 @@ def measurement_digest(model: Model, table: SamplerTable, prompts: Sequence[str]
     return _measurement(model, table, prompts, seed, max_skip).digest
 
 
+def require_measurable(prompts: Sequence[str], *, samples: int, max_skip: int, batch: int | None) -> None:
+    """Check the arguments of `measure`.
+
+    Raises:
+        UsageError, InputError: see there.
+    """
+    for name, number in (("samples", samples), ("max_skip", max_skip), ("batch", 1 if batch is None else batch)):
+        if number < 1:
+            raise UsageError(f"{name}: expected at least 1, got {number}")
+    if not prompts:
+        raise InputError("prompts: expected at least one, got none")
+
+
+def usual_batch(model: Model) -> int:
+    """`BATCH_ELEMENTS` in latents."""
+    return min(max(BATCH_ELEMENTS // math.prod(model.latent_shape), 1), 64)
+
+
 class _Clock:
     """Tells progress; the time left by what was spent in this process, in full evaluations."""
 
@@ -151,12 +174,12 @@ class _Clock:
         """Full evaluations of a wave."""
         return sum(_start_cost(self._measurement.num_steps, self._measurement.max_skip, i) for i in wave)
 
-    def tell(self, book: Journal) -> None:
+    def tell(self, book: Journal[Unit]) -> None:
         """Call `progress`."""
         if self._progress is not None:
             rate = (time.monotonic() - self._began) / self.spent if self.spent else None
             left = None if rate is None else rate * (self._all - self.spent)
-            self._progress(sum(key in book.errors for key in self._keys), len(self._keys), left)
+            self._progress(sum(key in book.entries for key in self._keys), len(self._keys), left)
 
 
 def _start_cost(num_steps: int, max_skip: int, start: int) -> int:
@@ -164,63 +187,88 @@ def _start_cost(num_steps: int, max_skip: int, start: int) -> int:
     return 1 + sum(num_steps - j for j in range(start + 2, min(start + max_skip + 1, num_steps) + 1))
 
 
-def _measurement(model: Model, table: SamplerTable, prompts: Sequence[str], seed: int, max_skip: int) -> Measurement:
+def measurement_fields(
+    model: Model, table: SamplerTable, prompts: Sequence[str], seed: int, max_skip: int
+) -> dict[str, Any]:
+    """The fields of a `Measurement`."""
     profile = model.profile
-    return Measurement(
-        model=profile.name,
-        revision=model.revision,
-        dtype=profile.dtype,
-        scheduler=table.scheduler,
-        sampler_digest=table.digest,
-        num_steps=table.num_steps,
-        max_skip=min(max_skip, table.num_steps - 1),
-        guidance_scale=float(profile.sampling.guidance_scale),
-        negative_prompt=profile.sampling.negative_prompt,
-        text_length=profile.text_length,
-        latent_shape=model.latent_shape,
-        seed=seed,
-        prompts_digest=prompts_digest(prompts),
-        versions={"diffusers": version("diffusers"), "torch": str(torch.__version__)},
-    )
+    return {
+        "model": profile.name,
+        "revision": model.revision,
+        "dtype": profile.dtype,
+        "scheduler": table.scheduler,
+        "sampler_digest": table.digest,
+        "num_steps": table.num_steps,
+        "max_skip": min(max_skip, table.num_steps - 1),
+        "guidance_scale": float(profile.sampling.guidance_scale),
+        "negative_prompt": profile.sampling.negative_prompt,
+        "text_length": profile.text_length,
+        "latent_shape": model.latent_shape,
+        "seed": seed,
+        "prompts_digest": prompts_digest(prompts),
+        "versions": {"diffusers": version("diffusers"), "torch": str(torch.__version__)},
+    }
 
 
-def _units(measurement: Measurement, sample: int, errors: dict[int, list[float]]) -> list[Unit]:
-    """Errors of a wave as units.
+def _measurement(model: Model, table: SamplerTable, prompts: Sequence[str], seed: int, max_skip: int) -> Measurement:
+    return Measurement(**measurement_fields(model, table, prompts, seed, max_skip))
+
+
+def edge_error(sample: int, start: int, stop: int, value: float) -> float:
+    """The error of an edge as it is.
 
     Raises:
         VerificationError: NaN or infinity; names sample and edge.
     """
-    for start, values in errors.items():
-        for stop, value in zip(measurement.stops(start), values):
-            if not math.isfinite(value):
-                raise VerificationError(
-                    f"sample {sample}, edge ({start}, {stop}): expected a finite error, got {value}",
-                    fix="calibrate in another dtype (fp32 or bf16), or with a smaller max_skip",
-                )
-    return [Unit(sample=sample, start=start, errors=tuple(values)) for start, values in errors.items()]
+    if not math.isfinite(value):
+        raise VerificationError(
+            f"sample {sample}, edge ({start}, {stop}): expected a finite error, got {value}",
+            fix="calibrate in another dtype (fp32 or bf16), or with a smaller max_skip",
+        )
+    return value
 
 
-def _graph(measurement: Measurement, book: Journal, samples: int) -> ErrorGraph:
-    edges = [
-        Edge(start=i, stop=j, errors=tuple(book.errors[s, i][k] for s in range(samples)))
+def _units(measurement: Measurement, sample: int, errors: dict[int, list[float]]) -> list[Unit]:
+    """Errors of a wave as units."""
+    return [
+        Unit(
+            sample=sample,
+            start=i,
+            errors=tuple(edge_error(sample, i, j, value) for j, value in zip(measurement.stops(i), values)),
+        )
+        for i, values in errors.items()
+    ]
+
+
+def _graph(measurement: Measurement, book: Journal[Unit], samples: int) -> ErrorGraph:
+    errors = {
+        (i, j): tuple(book.entries[s, i].errors[k] for s in range(samples))
         for i in measurement.starts
         for k, j in enumerate(measurement.stops(i))
-    ]
+    }
+    return error_graph(measurement, errors, samples=samples, method="exact")
+
+
+def error_graph(
+    measurement: Measurement,
+    errors: Mapping[tuple[int, int], tuple[float, ...]],
+    *,
+    samples: int,
+    method: CalibrationMethod,
+    samplings: float | UnsetType = UNSET,
+) -> ErrorGraph:
+    """Errors by segment, sorted, as a graph."""
     return ErrorGraph(
-        model=measurement.model,
-        revision=measurement.revision,
-        scheduler=measurement.scheduler,
-        sampler_digest=measurement.sampler_digest,
-        num_steps=measurement.num_steps,
+        **provenance(measurement),
         max_skip=measurement.max_skip,
-        dtype=measurement.dtype,
-        guidance_scale=measurement.guidance_scale,
-        negative_prompt=measurement.negative_prompt,
-        text_length=measurement.text_length,
-        latent_shape=measurement.latent_shape,
         samples=samples,
-        seed=measurement.seed,
-        prompts_digest=measurement.prompts_digest,
-        edges=tuple(edges),
-        versions=measurement.versions,
+        edges=tuple(Edge(start=i, stop=j, errors=each) for (i, j), each in errors.items()),
+        method=method,
+        samplings=samplings,
     )
+
+
+def provenance(measurement: Measurement) -> dict[str, Any]:
+    """What every result says of where it comes from, beside the number of samples."""
+    names = set(Measurement.__struct_fields__) - {"max_skip", "format_version"}
+    return {name: getattr(measurement, name) for name in names}

@@ -12,7 +12,7 @@ from explicit histories; no scheduler has any state here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -84,6 +84,10 @@ class Stepper:
         return Sample(self, name, self.model.embed([prompt]), start, fresh)
 
 
+Visit = Callable[[int, int, Run, Run], None]
+"""Called with a segment (i, j), the history behind which its chain reaches step j, and the uncached one there."""
+
+
 class Sample:
     """One prompt and seed; see `Stepper.sample`.
 
@@ -93,16 +97,30 @@ class Sample:
         embeds: DiT dtype [R, text_length, width] of one prompt, the unconditional branch first.
         noise: x_{−1}, fp32 latent_shape.
         fresh: step → z, fp32 latent_shape; the same for every run, as eq. 4 needs it.
+
+    Attributes:
+        name: as given.
+        full_count, skip_count, backward_count: evaluations and backward passes made so far, counted for one latent,
+            both branches of the guidance together.
     """
 
     def __init__(self, stepper: Stepper, name: str, embeds: Tensor, noise: Tensor, fresh: dict[int, Tensor]) -> None:
         self._stepper = stepper
-        self._name = name
+        self.name = name
+        self.full_count = self.skip_count = self.backward_count = 0
         self._embeds = embeds
         self._fresh = fresh
         layout = stepper.layout
         blank = torch.zeros_like(noise)
         self._begin = Run((noise, *[blank] * (layout.latent_history - 1)), (blank,) * layout.output_history)
+
+    @property
+    def model(self) -> Model:
+        return self._stepper.model
+
+    @property
+    def table(self) -> SamplerTable:
+        return self._stepper.table
 
     def uncached(self) -> Uncached:
         """Run all steps in full, one latent a call.
@@ -110,20 +128,58 @@ class Sample:
         Raises:
             VerificationError: latents are not finite; says at which step.
         """
-        end = self._stepper.table.num_steps
-        run, runs = self._begin, [self._begin]
-        for t in range(end):
-            run, _ = self.full(t, [run])[0]
-            self._check(run.latents[0], t)
+        runs = [self._begin, *(run for run, _ in self._walk())]
+        return Uncached(tuple(runs), self._end(runs[-1]))
+
+    def trace(self, max_skip: int, visit: Visit, *, keep: Callable[[Tensor], None]) -> Uncached:
+        """The uncached run with the chains of skipped steps of all starts beside it.
+
+        Each full step is run once: its residual serves the chain that begins there, and is dropped with it. So K
+        residuals are held at a time, whatever N is.
+
+        Args:
+            max_skip: K.
+            visit: called for every segment, j rising.
+            keep: called with the residual of each step, DiT dtype [R, tokens, width].
+
+        Raises:
+            VerificationError: as `uncached`.
+        """
+        end = self.table.num_steps
+        chains: dict[int, Run] = {}
+        residuals: dict[int, Tensor] = {}
+        runs = [self._begin]
+        for t, (run, residual) in enumerate(self._walk()):
+            chains = dict(zip(chains, self.skip(t, list(chains.values()), list(residuals.values()))))
+            chains[t], residuals[t] = run, residual
             runs.append(run)
+            keep(residual)
+            for i in list(chains):
+                if t > i:
+                    visit(i, t + 1, chains[i], run)
+                if t == min(i + max_skip, end - 1):
+                    del chains[i], residuals[i]
+        return Uncached(tuple(runs), self._end(runs[-1]))
+
+    def _walk(self) -> Iterator[tuple[Run, Tensor]]:
+        """The uncached run behind each step 0 … N − 1, with the step's residual."""
+        run = self._begin
+        for t in range(self.table.num_steps):
+            run, residual = self.full(t, [run])[0]
+            self._check(run.latents[0], t)
+            yield run, residual
+
+    def _end(self, run: Run) -> Tensor:
+        """x_N of the uncached run."""
+        end = self.table.num_steps
         final = self.combine(end, [run])[0]
         self._check(final, end)
-        return Uncached(tuple(runs), final)
+        return final
 
     def _check(self, latents: Tensor, t: int) -> None:
         if not latents.isfinite().all():
             raise VerificationError(
-                f"{self._name}, the uncached run: expected finite latents, got NaN or infinity at step {t}",
+                f"{self.name}, the uncached run: expected finite latents, got NaN or infinity at step {t}",
                 fix="build with another dtype (--dtype fp32 or bf16), or check the model's weights",
             )
 
@@ -138,7 +194,7 @@ class Sample:
         Returns:
             Start i → errors of the stops i + 2 … min(i + K + 1, N). Not checked for NaN.
         """
-        end = self._stepper.table.num_steps
+        end = self.table.num_steps
         chains: dict[int, Run] = {}  # start → the run that has only skipped since
         residuals: dict[int, Tensor] = {}
         branches: dict[tuple[int, int], Run] = {}  # (start, stop) → the run that is full again
@@ -160,9 +216,28 @@ class Sample:
             errors[i].append((final - uncached.final).abs().mean(dtype=torch.float64).item())
         return errors
 
+    def roll_out(self, branches: Mapping[int, Run]) -> dict[int, Tensor]:
+        """Run one branch for each stop j in full from j on, side by side.
+
+        Args:
+            branches: stop j → history behind which it begins; rising.
+
+        Returns:
+            Stop j → x_N of its run, fp32 latent_shape.
+        """
+        end = self.table.num_steps
+        waiting, runs = dict(branches), dict[int, Run]()
+        for t in range(min(branches), end):
+            if t in waiting:
+                runs[t] = waiting.pop(t)
+            runs = dict(zip(runs, (run for run, _ in self.full(t, list(runs.values())))))
+        runs |= waiting  # of stop N: nothing is left to run
+        return dict(zip(runs, self.combine(end, list(runs.values()))))
+
     def full(self, t: int, runs: Sequence[Run]) -> list[tuple[Run, Tensor]]:
         """Step t in full: the runs one step on, and each one's trunk residual, DiT dtype [R, tokens, width]."""
         stepped: list[tuple[Run, Tensor]] = []
+        self.full_count += len(runs)
         for part in self._parts(runs):
             result = self._stepper.full(self._inputs(t, part))
             residuals = result["residual"].unflatten(0, (-1, len(part))).unbind(1)
@@ -171,12 +246,39 @@ class Sample:
 
     def skip(self, t: int, runs: Sequence[Run], residuals: Sequence[Tensor]) -> list[Run]:
         """Step t with each run's residual in place of the trunk: the runs one step on."""
+        self.skip_count += len(runs)
         stepped: list[Run] = []
         for part, mine in zip(self._parts(runs), self._parts(residuals)):
             inputs = self._inputs(t, part)
             inputs["residual_0"] = torch.stack(list(mine), 1).flatten(0, 1)
             stepped += _stepped(part, self._stepper.skip(inputs))
         return stepped
+
+    def vjp(self, t: int, run: Run, vectors: Tensor, *, checkpointed: bool) -> Tensor:
+        """D_tᵀ·b for each b, D_t the Jacobian of the guided output m_t in x_t.
+
+        One evaluation, and a backward pass for each vector.
+
+        Args:
+            run: history behind which step t begins; no inference tensors.
+            vectors: fp32 [R, *latent_shape].
+            checkpointed: whether each backward pass evaluates the DiT again; it is counted then.
+
+        Returns:
+            fp32 [R, *latent_shape].
+        """
+        count = len(vectors)
+        self.full_count += 1 + count * checkpointed
+        self.backward_count += count
+        with torch.enable_grad():
+            inputs = self._inputs(t, [run])
+            inputs["latents_0"].requires_grad_()
+            result = self._stepper.full(inputs)
+            gradients = [
+                torch.autograd.grad(result["output"], result["latents"], vector[None], retain_graph=r < count - 1)[0]
+                for r, vector in enumerate(vectors)
+            ]
+        return torch.cat(gradients)
 
     def combine(self, t: int, runs: Sequence[Run]) -> list[Tensor]:
         """Only the latents of step t: fp32 latent_shape each."""

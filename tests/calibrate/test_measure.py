@@ -113,7 +113,7 @@ def test_cost_is_what_is_run(tmp_path: Path, num_steps: int, max_skip: int, batc
 
 
 def test_cost_of_the_usual_measurement() -> None:
-    assert cost(50, 9, 1) == (49, 9039, 405, 180.78)
+    assert cost(50, 9, 1) == (49, 9039, 405, 180.78, 0)
 
 
 # --- what goes wrong -----------------------------------------------------------------------------------------------

@@ -1,0 +1,284 @@
+"""The error graph from a few samplings a sample instead of 180; and, from the same runs, Gram matrices and adjoints.
+
+The error of segment (i, j) is estimated as
+
+    e_ij = ε_ij · c_j
+
+ε_ij is what its chain of skipped steps does at j, seen without any further evaluation; c_j, the sensitivity, is
+exact / ε on one segment (j − gap, j) for each of a few *knots* j, whose run is rolled out to the end, and between
+them interpolated in log c over j. What ε is depends on the method:
+
+    secant    ε_ij = ‖Δ_ij‖₁/n, Δ_ij the change of x_j (under a multistep sampler: all that its history changes)
+    adjoint   ε_ij = (mean over R probes v of ⟨J_{j→N}ᵀ·v, Δ_ij⟩²/n)^½: the RMS of the linearised change of x_N,
+              v random signs (`adjoint`); c_j makes L2 to L1, and what is not linear
+
+All chains run beside the one uncached run (`Sample.trace`). A piece of work is one sample; it depends on nothing else.
+
+Held for a sample, in units of one latent and one residual (for CogVideoX-2B 4.5 MB in fp32 and 135 MB in bf16): on the
+device K residuals, 2·N latents, under adjoint R·N more; on the host N of `GRAM_ELEMENTS` elements of the residuals
+and, under adjoint, K·N latents.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from itertools import chain as chained
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lemica_trt.calibrate.adjoint import impulses, sample_adjoints
+from lemica_trt.calibrate.journal import CheapMeasurement, Journal, Piece
+from lemica_trt.calibrate.measure import (
+    Cost,
+    Progress,
+    edge_error,
+    error_graph,
+    measurement_fields,
+    provenance,
+    require_measurable,
+    usual_batch,
+)
+from lemica_trt.calibrate.replay import Run, Stepper
+from lemica_trt.grams import Matrix, TrajectoryGrams, gram_from_samples
+from lemica_trt.graph import ErrorGraph
+from lemica_trt.models.model import Model
+from lemica_trt.sampler import SamplerTable
+from lemica_trt.signed import AdjointProducts
+
+CheapMethod = Literal["secant", "adjoint"]
+
+KNOTS: dict[CheapMethod, int] = {"secant": 10, "adjoint": 5}
+"""Stops j whose sensitivity is measured, evenly from 2 to N; the one at N costs nothing."""
+
+GAP = 5
+"""Length of the segments that it is measured on, where K and j allow."""
+
+PROBES = 2
+"""R."""
+
+PROBE_SEED = 1 << 62
+"""The probes of a sample are drawn from its seed + this: never the numbers that its noise is made of."""
+
+GRAM_ELEMENTS = 1 << 20
+"""Of larger residuals the Gram matrix takes about so many elements: whole tokens, drawn once."""
+
+CHUNK = 1 << 16
+"""Elements that inner products are summed over at a time, in float64."""
+
+Array = npt.NDArray[np.float64]
+
+
+class Calibrated(NamedTuple):
+    """What a cheap calibration gives.
+
+    Attributes:
+        graph: estimated errors.
+        grams: of the same uncached runs.
+        products: for the signed planner; None without adjoints.
+        cost: of all samples, counted while they ran.
+    """
+
+    graph: ErrorGraph
+    grams: TrajectoryGrams
+    products: AdjointProducts | None
+    cost: Cost
+
+
+def cheap_cost(num_steps: int, max_skip: int, samples: int, *, method: CheapMethod, checkpointed: bool = False) -> Cost:
+    """Cost from the beginning, exact: N evaluations, N − j for each knot j, a skipped step for each in every chain;
+    adjoint: N evaluations and R·N backward passes more, under gradient checkpointing R·N evaluations on top.
+
+    Args:
+        checkpointed: see `adjoint.checkpoints`.
+    """
+    full = num_steps + sum(num_steps - j for j in knot_stops(num_steps, KNOTS[method]))
+    skip = sum(min(max_skip, num_steps - i - 1) for i in range(num_steps - 1))
+    backward = PROBES * num_steps if method == "adjoint" else 0
+    if method == "adjoint":
+        full += num_steps + checkpointed * backward
+    return Cost.of(samples, samples * full, samples * skip, samples * backward, num_steps)
+
+
+def calibrate_cheaply(
+    model: Model,
+    table: SamplerTable,
+    prompts: Sequence[str],
+    *,
+    method: CheapMethod,
+    samples: int,
+    seed: int,
+    max_skip: int,
+    journal: Path,
+    progress: Progress | None = None,
+    batch: int | None = None,
+) -> Calibrated:
+    """Estimate the error graph; see the module docstring.
+
+    Args:
+        model, table, prompts, samples, seed, max_skip, journal, progress, batch: as in `measure`; a unit of the
+            journal is a sample.
+
+    Raises:
+        UsageError, InputError, VerificationError: as `measure`.
+    """
+    require_measurable(prompts, samples=samples, max_skip=max_skip, batch=batch)
+    measurement = cheap_measurement(model, table, prompts, method=method, seed=seed, max_skip=max_skip)
+    book = Journal(journal, measurement, Piece)
+    stepper = Stepper(model, table, batch or usual_batch(model))
+    began, here = time.monotonic(), 0
+    for s in range(samples):
+        if s not in book.entries:
+            if progress is not None:
+                left = (time.monotonic() - began) / here * (samples - s) if here else None
+                progress(s, samples, left)
+            book.add([piece(stepper, measurement, s, prompts[s % len(prompts)])])
+            here += 1
+    if progress is not None:
+        progress(samples, samples, 0.0 if here else None)
+    return _calibrated(measurement, [book.entries[s] for s in range(samples)])
+
+
+def cheap_measurement(
+    model: Model, table: SamplerTable, prompts: Sequence[str], *, method: CheapMethod, seed: int, max_skip: int
+) -> CheapMeasurement:
+    """What a journal of `calibrate_cheaply` is bound to; its digest names the file."""
+    return CheapMeasurement(
+        **measurement_fields(model, table, prompts, seed, max_skip),
+        method=method,
+        knots=KNOTS[method],
+        gap=GAP,
+        probes=PROBES if method == "adjoint" else 0,
+    )
+
+
+def piece(stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: str) -> Piece:
+    """One sample.
+
+    Raises:
+        VerificationError: NaN or infinity; names sample and edge.
+    """
+    seed = measurement.seed + number
+    sample = stepper.sample(f"sample {number}", prompt, seed)
+    stops = knot_stops(measurement.num_steps, measurement.knots)
+    knots = {j: max(j - min(measurement.gap, measurement.max_skip + 1), 0) for j in stops}
+    local: dict[tuple[int, int], list[Tensor]] = {}  # what the adjoints are applied to
+    changes: dict[tuple[int, int], float] = {}
+    branches: dict[int, Run] = {}
+    kept: list[Tensor] = []
+
+    def visit(i: int, j: int, chain: Run, run: Run) -> None:
+        found = impulses(stepper.table, j, chain, run)
+        if measurement.probes:
+            local[i, j] = [impulse.cpu() for impulse in found]
+        else:
+            changes[i, j] = sum(found[1:], found[0]).abs().mean(dtype=torch.float64).item()
+        if knots.get(j) == i:
+            branches[j] = chain
+
+    with torch.no_grad():
+        uncached = sample.trace(measurement.max_skip, visit, keep=lambda residual: kept.append(some_tokens(residual)))
+        exact = {
+            j: (final - uncached.final).abs().mean(dtype=torch.float64).item()
+            for j, final in sample.roll_out(branches).items()
+        }
+    outputs = [run.outputs[0].cpu() for run in uncached.runs[1:]]
+    products: list[Matrix] = []
+    if measurement.probes:
+        directions = signs((measurement.probes, *measurement.latent_shape), seed).to(uncached.final)
+        swept = [a.cpu() for a in sample_adjoints(sample, uncached, directions)]
+        root = math.sqrt(outputs[0].numel())
+        for r in range(measurement.probes):
+            products.append(_matrix(inner_products([a[r] for a in swept], outputs) / root))
+        changes = {(i, j): _rms_change(swept[j:], found) for (i, j), found in local.items()}
+    sensitivity = interpolate_sensitivity({j: (exact[j], changes[i, j]) for j, i in knots.items()}, len(outputs))
+    return Piece(
+        sample=number,
+        errors=tuple(edge_error(number, i, j, changes[i, j] * float(sensitivity[j])) for i, j in measurement.segments),
+        outputs=_matrix(inner_products(outputs, outputs)),
+        residuals=_matrix(inner_products(kept, kept)),
+        products=tuple(products),
+        full=sample.full_count,
+        skip=sample.skip_count,
+        backward=sample.backward_count,
+    )
+
+
+def knot_stops(num_steps: int, count: int) -> list[int]:
+    """Stops evenly from 2 to N, both among them; fewer than `count` where N is small."""
+    return sorted(set(np.linspace(2, num_steps, count).round().astype(int).tolist()))
+
+
+def interpolate_sensitivity(knots: Mapping[int, tuple[float, float]], num_steps: int) -> Array:
+    """c_0 … c_N from (exact error, ε) at each knot; a knot where either is 0 says nothing, and 1 where none does."""
+    known = {j: math.log(exact / change) for j, (exact, change) in sorted(knots.items()) if exact > 0 and change > 0}
+    if not known:
+        return np.ones(num_steps + 1)
+    interpolated: Array = np.exp(np.interp(np.arange(num_steps + 1), list(known), list(known.values())))
+    return interpolated
+
+
+def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Array:
+    """⟨l_a, r_b⟩ of equally large tensors, float64 [len(left), len(right)], summed in float64 in a fixed order."""
+    total = torch.zeros(len(left), len(right), dtype=torch.float64)
+    parts = zip(*(torch.split(tensor.flatten(), CHUNK) for tensor in chained(left, right)))
+    for part in parts:
+        rows = torch.stack(part).double()
+        total += rows[: len(left)] @ rows[len(left) :].T
+    products: Array = total.numpy()
+    return products
+
+
+def some_tokens(residual: Tensor) -> Tensor:
+    """A residual [R, tokens, width] for its Gram matrix, on the host; of a large one always the same tokens."""
+    tokens = residual.shape[1]
+    count = max(GRAM_ELEMENTS * tokens // residual.numel(), 1)
+    if count < tokens:
+        chosen = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:count]
+        residual = residual[:, chosen.sort().values.to(residual.device)]
+    return residual.cpu()
+
+
+def signs(shape: Sequence[int], seed: int) -> Tensor:
+    """The probes of the sample with this seed: fp32, each element 1 or −1."""
+    generator = torch.Generator("cpu").manual_seed(PROBE_SEED + seed)
+    return torch.randint(2, tuple(shape), generator=generator).float() * 2 - 1
+
+
+def _rms_change(swept: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """RMS over the elements of x_N of its linearised change: from adjoints a_j, … [R, …] and impulses Δ_j, …"""
+    products = [inner_products(list(a), [impulse])[:, 0] for a, impulse in zip(swept, found)]
+    changes = np.sum(products, axis=0)
+    return math.sqrt(float(np.mean(changes**2)) / found[0].numel())
+
+
+def _matrix(array: Array) -> Matrix:
+    return tuple(tuple(row) for row in array.tolist())
+
+
+def _calibrated(measurement: CheapMeasurement, pieces: Sequence[Piece]) -> Calibrated:
+    samples, common = len(pieces), provenance(measurement)
+    full, skip, backward = (sum(getattr(part, name) for part in pieces) for name in ("full", "skip", "backward"))
+    cost = Cost.of(samples, full, skip, backward, measurement.num_steps)
+    errors = {segment: tuple(part.errors[k] for part in pieces) for k, segment in enumerate(measurement.segments)}
+    grams: dict[str, Any] = {
+        name: gram_from_samples([np.array(getattr(part, name)) for part in pieces]) for name in ("outputs", "residuals")
+    }
+    return Calibrated(
+        graph=error_graph(
+            measurement, errors, samples=samples, method=measurement.method, samplings=cost.samplings / samples
+        ),
+        grams=TrajectoryGrams(**common, samples=samples, **grams),
+        products=AdjointProducts(
+            **common, samples=samples, probes=measurement.probes, products=tuple(part.products for part in pieces)
+        )
+        if measurement.probes
+        else None,
+        cost=cost,
+    )
