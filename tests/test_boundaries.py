@@ -47,6 +47,7 @@ LIGHT = [
     "lemica_trt.resources",
     "lemica_trt.sampler",
     "lemica_trt.graph",
+    "lemica_trt.grams",
     "lemica_trt.schedule",
     "lemica_trt.plan",
     "lemica_trt.builders",
