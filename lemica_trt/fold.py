@@ -21,11 +21,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from lemica_trt.errors import UsageError
 from lemica_trt.plan import PlanRow, StepPlan, plan_from_schedule, relabelled
 from lemica_trt.predict import Predictor, predict
 from lemica_trt.sampler import SamplerTable, newest_first, shortest_combination
 from lemica_trt.schedule import Schedule
-from lemica_trt.values import require
 
 Array = npt.NDArray[np.float64]
 
@@ -44,19 +44,22 @@ def fold(plan: StepPlan) -> StepPlan:
     """
     rows = plan.rows
     kept = [i for i, row in enumerate(rows) if row.graph != "none" or row is rows[-1]]
+    if len(kept) == len(rows):
+        return plan
     draws = np.cumsum([0, *(row.draws for row in rows)])  # draws before each row
     count = len(kept)
     # Coordinates: x_{−1} and the latents of the kept rows, their outputs, all draws; each oldest first.
-    basis = np.eye(1 + 2 * count + int(draws[-1]))
+    size = 1 + 2 * count + int(draws[-1])
+    basis = np.eye(size)
     latents, outputs = [basis[0]], list[Array]()
     updates: list[Array] = []
     folded: list[PlanRow] = []
     for i, row in enumerate(rows):
-        x = _combination(row.latents, latents) + _combination(row.outputs, outputs)
-        x = x + _combination(row.noise, basis[1 + 2 * count : 1 + 2 * count + draws[i + 1]])
+        x = _combination(row.latents, latents, size) + _combination(row.outputs, outputs, size)
+        x += _combination(row.noise, basis[1 + 2 * count : 1 + 2 * count + draws[i + 1]], size)
         if i not in kept:
             latents.append(x)
-            outputs.append(_combination(row.reuse, outputs))
+            outputs.append(_combination(row.reuse, outputs, size))
             continue
         k = len(folded)
         updates.append(x)
@@ -64,6 +67,63 @@ def fold(plan: StepPlan) -> StepPlan:
         latents.append(basis[1 + k])
         outputs.append(basis[1 + count + k])
     return msgspec.structs.replace(plan, rows=tuple(folded))
+
+
+def integrate_finely(
+    schedule: Schedule,
+    table: SamplerTable,
+    fine: SamplerTable,
+    predictor: Predictor,
+    *,
+    name: str,
+    guidance_scale: float,
+    method: str,
+    error_graph_digest: str | None = None,
+) -> StepPlan:
+    """A folded plan whose skipped steps are taken on a finer grid than the sampler's N steps; it costs no engine call.
+
+    The schedule's full steps run at the nearest of the M fine timesteps, and between them the predicted outputs are
+    integrated with the M-step sampler: closer to the exact solution than N steps, and away from what N steps give.
+
+    Args:
+        schedule: full steps of N.
+        table: the sampler at N steps.
+        fine: the same sampler at M > N steps.
+        predictor: of outputs, not fitted: there are no measurements between the N steps.
+
+    Raises:
+        UsageError: M ≤ N; two full steps have one nearest fine timestep; a predictor of residuals or a fitted one; a
+            sampler that draws noise, whose every step belongs to its own path.
+    """
+    if predictor.of != "output" or predictor.fitted:
+        raise UsageError(f"a finer grid needs predicted outputs and no fit, got {predictor.name}")
+    if fine.stochastic:
+        raise UsageError(f"{fine.scheduler} draws noise at each step: a finer grid is another path, not a better one")
+    steps = _nearest(schedule, table, fine)
+    if fine.num_steps <= table.num_steps or len(set(steps)) < schedule.budget:
+        raise UsageError(
+            f"expected more reference steps than {table.num_steps}, the full steps apart, got {fine.num_steps}",
+            fix="use a multiple of the sampler's steps, 4 times as many say",
+        )
+    finely = Schedule(num_steps=fine.num_steps, full_steps=steps)
+    plan = plan_from_schedule(
+        finely,
+        fine,
+        name=name,
+        guidance_scale=guidance_scale,
+        method=method,
+        error_graph_digest=error_graph_digest,
+        prediction=predict(predictor, finely, fine),
+    )
+    folded = msgspec.structs.replace(fold(plan), reference_steps=fine.num_steps)
+    return relabelled(folded, schedule, table)
+
+
+def _nearest(schedule: Schedule, table: SamplerTable, fine: SamplerTable) -> tuple[int, ...]:
+    """The fine steps nearest in timestep to the full ones; the first stays the first, where the noise comes in."""
+    there = np.array(fine.timesteps)
+    found = [int(np.abs(there - table.timesteps[f]).argmin()) for f in schedule.full_steps[1:]]
+    return (0, *found)
 
 
 def _row(row: PlanRow, k: int, updates: Sequence[Array], count: int, draws: npt.NDArray[np.int64]) -> PlanRow:
@@ -100,6 +160,6 @@ def _row(row: PlanRow, k: int, updates: Sequence[Array], count: int, draws: npt.
     )
 
 
-def _combination(weights: Sequence[float], vectors: Sequence[Array] | Array) -> Array | float:
-    """Σ_k weights[k]·vectors[−1−k]."""
-    return sum((weight * vectors[-1 - k] for k, weight in enumerate(weights)), 0.0)
+def _combination(weights: Sequence[float], vectors: Sequence[Array] | Array, size: int) -> Array:
+    """Σ_k weights[k]·vectors[−1−k], [size]."""
+    return sum((weight * vectors[-1 - k] for k, weight in enumerate(weights)), np.zeros(size))

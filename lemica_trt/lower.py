@@ -24,18 +24,27 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch.overrides import TorchFunctionMode
 
 from lemica_trt.errors import InputError, UnsupportedError
-from lemica_trt.sampler import NoiseLevels, SamplerRow, SamplerTable, newest_first, shortest_combination
+from lemica_trt.sampler import (
+    NoiseLevels,
+    SamplerRow,
+    SamplerTable,
+    first_order_table,
+    newest_first,
+    require_levels,
+    shortest_combination,
+)
 
 MAX_DEPTH = 12
 """The most rows that a recurrence may look back."""
@@ -57,6 +66,16 @@ LEVEL_TOLERANCE = 1e-6
 
 MAGNITUDE = 1e6
 """Size of the data that the comparison runs on: beyond every clipping range, and bends below 1e-3 of it still show."""
+
+Solver = Literal["first-order", "dpmsolver++", "unipc"]
+
+SOLVERS: dict[Solver, Any] = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+"""diffusers' classes of the multistep solvers."""
+
+MAX_SIGMA = 4096.0
+MAX_FLOW_SIGMA = 1e6
+"""Largest noise over signal that a multistep solver is given where a schedule begins without signal, at a log-SNR of
+−∞: diffusers' own limits (an alpha of 2^-24; in flow matching a signal of 1e-6)."""
 
 NON_LINEAR = {
     "thresholding": "thresholding=False",
@@ -105,6 +124,46 @@ def sampler_table(scheduler: Any, *, dynamic_guidance: bool = False) -> SamplerT
     table = SamplerTable(scheduler=type(scheduler).__name__, rows=rows, levels=_noise_levels(scheduler, rows))
     _check_against(scheduler, table, draws)
     return table
+
+
+def solver_table(table: SamplerTable, steps: Sequence[int], solver: Solver) -> SamplerTable:
+    """A solver set to some steps of a sampler: one model call at each, none skipped.
+
+    It is given the noise levels themselves rather than asked for them by number: no shift is applied a second time,
+    and the model gets the very timesteps that it gets from the sampler (UniPC would cut them to integers).
+
+    Args:
+        table: N steps, with noise levels; any sampler of the model.
+        steps: rising, the first is 0.
+        solver: `first-order` is DDIM, which for flow matching is Euler; `dpmsolver++` is the multistep solver of
+            second order (2M; Lu et al. 2022, arXiv 2211.01095), `unipc` UniPC of order 2 with its corrector (Zhao et
+            al. 2023, arXiv 2302.04867), both diffusers'.
+
+    Returns:
+        len(steps) model calls, guidance as in the table.
+
+    Raises:
+        UnsupportedError: the table has no noise levels, or two of the steps have the same one.
+    """
+    if solver == "first-order":
+        return first_order_table(table, steps)
+    levels, kept = require_levels(table), [*steps, table.num_steps]
+    signal, noise = (np.array(numbers)[kept] for numbers in (levels.signal, levels.noise))
+    flow = levels.target == "flow_prediction"
+    with np.errstate(divide="ignore"):
+        sigmas = np.minimum(noise / signal, MAX_FLOW_SIGMA if flow else MAX_SIGMA)
+    scheduler = SOLVERS[solver](
+        prediction_type=levels.target,
+        use_flow_sigmas=flow,
+        final_sigmas_type="zero" if noise[-1] == 0 else "sigma_min",
+    )
+    scheduler.set_timesteps(len(steps))
+    scheduler.sigmas = torch.from_numpy(sigmas / (1 + sigmas) if flow else sigmas)
+    scheduler.timesteps = torch.tensor([table.timesteps[i] for i in steps], dtype=torch.float64)
+    scheduler.set_begin_index(0)
+    lowered = sampler_table(scheduler)
+    rows = [msgspec.structs.replace(row, guidance=table.rows[i].guidance) for row, i in zip(lowered.rows, kept)]
+    return msgspec.structs.replace(lowered, rows=tuple(rows))
 
 
 def support_matrix(tables: Mapping[str, SamplerTable] | Iterable[SamplerTable]) -> str:

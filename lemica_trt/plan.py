@@ -90,8 +90,8 @@ class StepPlan(Value, frozen=True):
         num_steps: N, the sampler's number of steps.
         guidance_scale: default guidance scale g of a request.
         rows: see the module docstring; the last one has step N and gives the result.
-        scheduler: diffusers scheduler class that the rows were lowered from.
-        sampler_digest: digest of the `SamplerTable`.
+        scheduler: diffusers scheduler class that the rows were lowered from; of a planned solver, its own.
+        sampler_digest: digest of the N-step `SamplerTable` that the plan stands in for.
         method: how the full steps were chosen (`lemica`, `uniform`, `least-sum`, `given`, `none`).
         error_graph_digest: digest of the `ErrorGraph` behind it; None where none was used.
         predictor: what skipped steps do; None where there are none.
@@ -245,6 +245,7 @@ def plan_from_schedule(
 
 def plan_from_solver(
     schedule: Schedule,
+    table: SamplerTable,
     solver: SamplerTable,
     *,
     name: str,
@@ -255,6 +256,7 @@ def plan_from_solver(
     """The plan of a solver that has the schedule's full steps for its own and skips none.
 
     Args:
+        table: the N-step sampler that the schedule is for.
         solver: B model calls, see `sampler.first_order_table` and `lower.solver_table`.
 
     Raises:
@@ -269,15 +271,19 @@ def plan_from_solver(
         method=method,
         error_graph_digest=error_graph_digest,
     )
-    return relabelled(plan, schedule)
+    return relabelled(plan, schedule, table)
 
 
-def relabelled(plan: StepPlan, schedule: Schedule) -> StepPlan:
-    """The same plan, its B full rows standing for the full steps of a schedule.
+def relabelled(plan: StepPlan, schedule: Schedule, table: SamplerTable) -> StepPlan:
+    """The same plan, its B full rows standing for the full steps of a schedule of an N-step sampler.
 
     Raises:
-        ValueError: the plan has other rows than B full ones and the last, or B differs.
+        ValueError: the plan has other rows than B full ones and the last, or B or N differ.
     """
+    require(
+        schedule.num_steps == table.num_steps,
+        f"the schedule is for {schedule.num_steps} steps, the sampler has {table.num_steps}",
+    )
     require(
         len(plan.rows) == schedule.budget + 1 == plan.budget + 1,
         f"expected a plan of {schedule.budget} full rows and the last, got {len(plan.rows)} rows, {plan.budget} full",
@@ -286,6 +292,7 @@ def relabelled(plan: StepPlan, schedule: Schedule) -> StepPlan:
     return msgspec.structs.replace(
         plan,
         num_steps=schedule.num_steps,
+        sampler_digest=table.digest,
         rows=tuple(msgspec.structs.replace(row, step=step) for row, step in rows),
     )
 

@@ -161,7 +161,7 @@ def require_levels(table: SamplerTable) -> NoiseLevels:
     if table.levels is None:
         raise UnsupportedError(
             f"expected the noise level of each step of {table.scheduler}, its table has none",
-            fix="lower the sampler again; if it is no ODE or SDE solver in x0 and noise, do without log-SNR and solvers",
+            fix="lower the sampler again; or, if that does not tell them, do without log-SNR and other solvers",
         )
     return table.levels
 

@@ -56,7 +56,8 @@ def denoise(
             "guidance": (offset + factor * scale).expand(len(noise)),
             "prompt_embeds": prompt_embeds.to(model.device),
         }
-        for _ in range(row.draws if fresh_noise else 0):
+        for _ in range(row.draws):
+            assert fresh_noise is not None
             draws = [fresh_noise(i).to(noise), *draws][: plan.noise_history]
         inputs["noise"] = sum((weight * z for weight, z in zip(row.noise_weights, draws)), torch.zeros_like(noise))
         for name, history, count in (

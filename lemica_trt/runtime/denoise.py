@@ -266,9 +266,12 @@ class Denoiser:
 
 
 def _mixed(weights: tuple[float, ...], draws: Iterable[Array]) -> Array:
-    """Σ_k weights[k]·draws[k], float32; a single draw as it is."""
-    terms = [z if weight == 1.0 else np.float32(weight) * z for weight, z in zip(weights, draws)]
-    return np.sum(terms, axis=0, dtype=np.float32) if len(terms) > 1 else terms[0]
+    """Σ_k weights[k]·draws[k], float32; a single draw is itself."""
+    total: Array | None = None
+    for weight, z in zip(weights, draws):
+        total = np.float32(weight) * z if total is None else total + np.float32(weight) * z
+    assert total is not None
+    return total
 
 
 def _static(tensor: TensorSpec) -> tuple[int, ...]:
