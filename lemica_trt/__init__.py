@@ -13,7 +13,9 @@ plan that says when to call them. The rooms, each below those that it imports:
     grams       TrajectoryGrams: inner products of residuals and outputs along uncached runs
     schedule    ErrorGraph, B → Schedule, by lexicographic minimax path search
     signed      AdjointProducts, B → Schedule for extrapolated outputs, by signed errors
-    plan        Schedule, SamplerTable → StepPlan
+    predict     Predictor, Schedule, TrajectoryGrams → Prediction: what a skipped step computes
+    plan        Schedule, SamplerTable, Prediction → StepPlan
+    fold        StepPlan → StepPlan without the rows that run no graph
     models/     one small file a family: where the DiT's trunk begins and ends           torch, diffusers
     lower       diffusers scheduler → SamplerTable                                       torch, diffusers
     calibrate/  model, prompts → ErrorGraph, by replaying segments or by estimates       torch

@@ -24,17 +24,27 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch.overrides import TorchFunctionMode
 
 from lemica_trt.errors import InputError, UnsupportedError
-from lemica_trt.sampler import SamplerRow, SamplerTable
+from lemica_trt.sampler import (
+    NoiseLevels,
+    SamplerRow,
+    SamplerTable,
+    first_order_table,
+    newest_first,
+    require_levels,
+    shortest_combination,
+)
 
 MAX_DEPTH = 12
 """The most rows that a recurrence may look back."""
@@ -51,8 +61,21 @@ MAX_MULTIPLIER = 1e3
 TOLERANCE = 1e-9
 """Largest deviation of the table from the scheduler, relative to the largest latent of the step."""
 
+LEVEL_TOLERANCE = 1e-6
+"""Largest deviation of the noise levels that a scheduler names from those that its table keeps."""
+
 MAGNITUDE = 1e6
 """Size of the data that the comparison runs on: beyond every clipping range, and bends below 1e-3 of it still show."""
+
+Solver = Literal["first-order", "dpmsolver++", "unipc"]
+
+SOLVERS: dict[Solver, Any] = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+"""diffusers' classes of the multistep solvers."""
+
+MAX_SIGMA = 4096.0
+MAX_FLOW_SIGMA = 1e6
+"""Largest noise over signal that a multistep solver is given where a schedule begins without signal, at a log-SNR of
+−∞: diffusers' own limits (an alpha of 2^-24; in flow matching a signal of 1e-6)."""
 
 NON_LINEAR = {
     "thresholding": "thresholding=False",
@@ -98,9 +121,49 @@ def sampler_table(scheduler: Any, *, dynamic_guidance: bool = False) -> SamplerT
     _check_fresh(scheduler)
     _check_supported(scheduler)
     rows, draws = _rows(scheduler, dynamic_guidance)
-    table = SamplerTable(scheduler=type(scheduler).__name__, rows=rows)
+    table = SamplerTable(scheduler=type(scheduler).__name__, rows=rows, levels=_noise_levels(scheduler, rows))
     _check_against(scheduler, table, draws)
     return table
+
+
+def solver_table(table: SamplerTable, steps: Sequence[int], solver: Solver) -> SamplerTable:
+    """A solver set to some steps of a sampler: one model call at each, none skipped.
+
+    It is given the noise levels themselves rather than asked for them by number: no shift is applied a second time,
+    and the model gets the very timesteps that it gets from the sampler (UniPC would cut them to integers).
+
+    Args:
+        table: N steps, with noise levels; any sampler of the model.
+        steps: rising, the first is 0.
+        solver: `first-order` is DDIM, which for flow matching is Euler; `dpmsolver++` is the multistep solver of
+            second order (2M; Lu et al. 2022, arXiv 2211.01095), `unipc` UniPC of order 2 with its corrector (Zhao et
+            al. 2023, arXiv 2302.04867), both diffusers'.
+
+    Returns:
+        len(steps) model calls, guidance as in the table.
+
+    Raises:
+        UnsupportedError: the table has no noise levels, or two of the steps have the same one.
+    """
+    if solver == "first-order":
+        return first_order_table(table, steps)
+    levels, kept = require_levels(table), [*steps, table.num_steps]
+    signal, noise = (np.array(numbers)[kept] for numbers in (levels.signal, levels.noise))
+    flow = levels.target == "flow_prediction"
+    with np.errstate(divide="ignore"):
+        sigmas = np.minimum(noise / signal, MAX_FLOW_SIGMA if flow else MAX_SIGMA)
+    scheduler = SOLVERS[solver](
+        prediction_type=levels.target,
+        use_flow_sigmas=flow,
+        final_sigmas_type="zero" if noise[-1] == 0 else "sigma_min",
+    )
+    scheduler.set_timesteps(len(steps))
+    scheduler.sigmas = torch.from_numpy(sigmas / (1 + sigmas) if flow else sigmas)
+    scheduler.timesteps = torch.tensor([table.timesteps[i] for i in steps], dtype=torch.float64)
+    scheduler.set_begin_index(0)
+    lowered = sampler_table(scheduler)
+    rows = [msgspec.structs.replace(row, guidance=table.rows[i].guidance) for row, i in zip(lowered.rows, kept)]
+    return msgspec.structs.replace(lowered, rows=tuple(rows))
 
 
 def support_matrix(tables: Mapping[str, SamplerTable] | Iterable[SamplerTable]) -> str:
@@ -159,8 +222,8 @@ def _rows(scheduler: Any, dynamic_guidance: bool) -> tuple[tuple[SamplerRow, ...
         if len(used) > 1:
             raise _refusal(scheduler, f"mixes {len(used)} noise draws into step {row - 1}, only one is supported")
         draws.append(int(used[0]) if len(used) else 0)
-        latents.append(_history(combination[:row]))
-        outputs.append(_history(combination[n : n + row]))
+        latents.append(newest_first(combination[:row]))
+        outputs.append(newest_first(combination[n : n + row]))
         noises.append(float(fresh[draws[-1]]))
 
     guidance = [(0.0, 1.0)] * (n + 1)
@@ -183,39 +246,25 @@ def _rows(scheduler: Any, dynamic_guidance: bool) -> tuple[tuple[SamplerRow, ...
 def _shortest(updates: Array, row: int, n: int) -> Array | None:
     """x_row as a combination over the smallest window of rows, or None.
 
-    Row k's update says x_k − updates[k] = 0; any multiple may be added. For a window of `depth` rows, the multiples
-    λ of the newest `count` earlier rows are those that make every coordinate older than the window vanish. Few
-    earlier rows come first: an update that is short by itself is taken as it is.
-
     Args:
         updates: float64 [N + 1, D]; row k is x_k over fresh basis vectors, older than k.
 
     Returns:
         float64 [D].
     """
-    target = updates[row]
-    scale = np.abs(target).max()
-    for depth in range(1, min(MAX_DEPTH, row) + 1):
-        old = np.zeros(len(target), bool)
+
+    def older_than(depth: int) -> npt.NDArray[np.bool_]:
+        old = np.zeros(updates.shape[1], bool)
         old[: row - depth] = True
         old[n : n + row - depth] = True
         old[2 * n : 2 * n + MAX_DRAWS * (row - 1)] = True  # noise is drawn afresh: none may outlive its step
-        for count in range(min(depth, row - 1) + 1):
-            relations = np.array([-updates[k] for k in range(row - 1, row - 1 - count, -1)]).reshape(count, len(target))
-            relations[np.arange(count), row - 1 - np.arange(count)] += 1.0
-            multiples = np.linalg.lstsq(relations[:, old].T, -target[old])[0] if count else np.zeros(0)
-            if np.abs(multiples).max(initial=0.0) > MAX_MULTIPLIER:
-                continue
-            combination: Array = target + multiples @ relations
-            if np.abs(combination[old]).max(initial=0.0) <= ZERO * scale:
-                combination[old] = 0.0
-                return combination
-    return None
+        return old
 
-
-def _history(coefficients: Array) -> tuple[float, ...]:
-    """Coefficients by age (oldest first) → newest first, without the zeros at the old end."""
-    return tuple(float(c) for c in np.trim_zeros(coefficients, "f")[::-1])
+    relations = -updates[1:row]
+    relations[np.arange(row - 1), np.arange(1, row)] += 1.0
+    return shortest_combination(
+        updates[row], relations, older_than, max_depth=min(MAX_DEPTH, row), max_multiplier=MAX_MULTIPLIER, zero=ZERO
+    )
 
 
 def _dynamic_guidance(timestep: float, num_inference_steps: int) -> tuple[float, float]:
@@ -251,6 +300,51 @@ def _check_against(scheduler: Any, table: SamplerTable, draws: list[int]) -> Non
         if i < n:
             m = MAGNITUDE * np.sin(1.5 * stepper.scale(i, x) / MAGNITUDE + i)
             outputs.append(MAGNITUDE * np.sin(1.5 * row.in_scale * latents[-1] / MAGNITUDE + i))
+
+
+def _noise_levels(scheduler: Any, rows: tuple[SamplerRow, ...]) -> NoiseLevels | None:
+    """The level of each row as the scheduler's own attributes tell it; None where they do not.
+
+    Believed only if the table agrees: under a perfect model, latents signal·x0 + noise·ε stay so (with fresh noise,
+    their x0 does) from row to row, whatever the solver and its order.
+    """
+    config, n = _config(scheduler), len(rows) - 1
+    exact = _to_float64(copy.deepcopy(scheduler))
+    flow = type(scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+    target = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
+    if hasattr(exact, "sigmas_interpol"):  # KDPM2 calls the model between its sigmas
+        return None
+    if len(getattr(exact, "sigmas", ())) > n:
+        noise = exact.sigmas[: n + 1].double()
+        if flow:
+            signal = 1 - noise
+        elif hasattr(exact, "_sigma_to_alpha_sigma_t"):
+            signal, noise = exact._sigma_to_alpha_sigma_t(noise)
+            signal = signal.expand_as(noise)
+        else:
+            signal = torch.ones_like(noise)
+    elif hasattr(exact, "alphas_cumprod"):
+        final = torch.as_tensor(getattr(exact, "final_alpha_cumprod", 1.0)).double().reshape(1)
+        timesteps = exact.timesteps.long().clamp(max=len(exact.alphas_cumprod) - 1)
+        alphas = torch.cat([exact.alphas_cumprod[timesteps], final])
+        signal, noise = alphas**0.5, (1 - alphas) ** 0.5
+    else:
+        return None
+    try:
+        levels = msgspec.convert(
+            {"target": target, "signal": signal.tolist(), "noise": noise.tolist()}, NoiseLevels, strict=True
+        )
+    except msgspec.ValidationError:  # levels that are not finite, a target with another name
+        return None
+    latents = np.stack([levels.signal, levels.noise], 1)
+    outputs = np.array([levels.output(i) for i in range(n)])
+    parts = slice(0, 1 if any(row.noise for row in rows) else 2)
+    for i, row in enumerate(rows[1:], 1):
+        expected = np.dot(row.latents, latents[i - 1 :: -1][: len(row.latents)])
+        expected = expected + np.dot(row.outputs, outputs[i - 1 :: -1][: len(row.outputs)])
+        if not np.abs(expected - latents[i])[parts].max() <= LEVEL_TOLERANCE * np.abs(latents[i - 1 : i + 1]).max():
+            return None
+    return levels
 
 
 class _Stepper:

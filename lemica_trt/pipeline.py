@@ -38,8 +38,11 @@ from lemica_trt.builders import build as build_engine
 from lemica_trt.builders import check as check_engine
 from lemica_trt.bundle import MANIFEST, REPORTS, Bundle, add_plan, require_replaceable, write_bundle
 from lemica_trt.errors import InputError, MissingDependencyError, UsageError
+from lemica_trt.fold import fold
+from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.plan import StepPlan, layout_from_plans, plan_from_schedule
+from lemica_trt.predict import LEMICA, Predictor, predict
 from lemica_trt.progress import Quiet, Reporter, size
 from lemica_trt.resources import calibration_path
 from lemica_trt.sampler import SamplerTable
@@ -291,6 +294,8 @@ def make_plans(
     method: Method = "lemica",
     graph: ErrorGraph | None = None,
     schedule: Sequence[int] | None = None,
+    predictor: Predictor = LEMICA,
+    grams: TrajectoryGrams | None = None,
 ) -> list[StepPlan]:
     """Plans `bB` for each budget, in the order given; or one for a given schedule.
 
@@ -299,9 +304,11 @@ def make_plans(
         profile: gives the default guidance scale, and the model's name for published schedules.
         budgets, method, schedule: see `Request`.
         graph: for the methods that search one.
+        predictor: what skipped steps do; where they predict outputs, the plans are folded.
+        grams: for predictors that are fitted.
 
     Raises:
-        UsageError: the method needs an error graph and there is none.
+        UsageError: the method needs an error graph and there is none; or as `predict`.
         InputError: the graph or a published schedule is of another sampler.
         InfeasibleError, InputError: as `schedule`.
     """
@@ -316,14 +323,16 @@ def make_plans(
                 f"expected a schedule for {table.num_steps} steps, got one for {chosen.num_steps}",
                 fix=f"--denoising-steps {chosen.num_steps}",
             )
-        return plan_from_schedule(
+        unfolded = plan_from_schedule(
             chosen,
             table,
             name=f"b{chosen.budget}",
             guidance_scale=profile.sampling.guidance_scale,
             method=how,
             error_graph_digest=graph.digest if graph is not None and how in ("lemica", "least-sum") else None,
+            prediction=predict(predictor, chosen, table, grams=grams),
         )
+        return fold(unfolded)
 
     if schedule is not None:
         return [plan(given(schedule, table.num_steps), "given")]

@@ -9,36 +9,42 @@ A plan is a sampler table whose rows also say *which graph runs* and with which 
     none    combination                    Σ_k reuse[k]·m_{i−1−k}; in the last row nothing at all
 
 f_k is the k-th last full row. LeMiCa (arXiv 2511.00090) reuses one residual as it is: residuals = (1.0,).
-Histories count *rows*: where skipped steps are folded into the coefficients of the next row, a plan has fewer
-rows than the sampler has steps, and the runtime does not notice.
+Histories count *rows*, that of the noise counts *draws*: where skipped steps are folded into the coefficients of the
+next row (see `fold`), a plan has fewer rows than the sampler has steps, a row may draw several times, and the runtime
+does not notice. Each step's noise is drawn in the same order, so that one seed means one video however it is run.
 
 Knows values only: nothing of torch, engines, or how a plan is found.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from lemica_trt.predict import LEMICA, Prediction, Predictor, predict
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule
 from lemica_trt.spec import StepLayout
 from lemica_trt.values import Value, require, require_finite
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Graph = Literal["full", "skip", "none"]
 
 
 class PlanRow(Value, frozen=True):
-    """One row; `latents`, `outputs`, `noise`, `timestep`, `in_scale`, `guidance` as in `SamplerRow`.
+    """One row; `latents`, `outputs`, `timestep`, `in_scale`, `guidance` as in `SamplerRow`.
 
     Attributes:
         graph: which step graph runs on the combined latents.
         step: the denoising step, 0 … N, that the row stands for (N: the result).
+        draws: how often fresh noise is drawn before the row.
+        noise: coefficient of the k-th last draw at index k, this row's draws being the last.
         residuals: full and none: empty; skip: coefficient of the k-th last full row's residual.
         reuse: none: coefficient of m_{i−1−k}, empty in the last row; full and skip: empty.
     """
@@ -47,7 +53,8 @@ class PlanRow(Value, frozen=True):
     step: int
     latents: tuple[float, ...]
     outputs: tuple[float, ...] = ()
-    noise: float = 0.0
+    draws: int = 0
+    noise: tuple[float, ...] = ()
     timestep: float | None = None
     in_scale: float = 1.0
     guidance: tuple[float, float] = (0.0, 1.0)
@@ -55,12 +62,24 @@ class PlanRow(Value, frozen=True):
     reuse: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("latents", "outputs", "residuals", "reuse", "guidance"):
+        for name in ("latents", "outputs", "noise", "residuals", "reuse", "guidance"):
             require_finite(getattr(self, name), name)
-        require_finite((self.noise, self.in_scale, self.timestep or 0.0), "noise, in_scale, timestep")
+        require_finite((self.in_scale, self.timestep or 0.0), "in_scale, timestep")
+        require(self.draws >= 0, f"step {self.step}: draws must not be negative, got {self.draws}")
         require(bool(self.residuals) == (self.graph == "skip"), f"step {self.step}: residuals belong to skip rows")
         require(not self.reuse or self.graph == "none", f"step {self.step}: reuse belongs to rows without a graph")
         require(self.graph == "none" or self.timestep is not None, f"step {self.step}: {self.graph} needs a timestep")
+
+    @property
+    def noise_scale(self) -> float:
+        """Standard deviation of the noise that the row adds, with the sign of the newest draw's coefficient."""
+        return math.copysign(math.hypot(*self.noise), self.noise[0]) if self.noise else 0.0
+
+    @property
+    def noise_weights(self) -> tuple[float, ...]:
+        """Weights that mix the draws into one standard normal z, `noise_scale`·z being the noise added."""
+        scale = self.noise_scale
+        return tuple(c / scale for c in self.noise) if scale else ()
 
 
 class StepPlan(Value, frozen=True):
@@ -71,11 +90,13 @@ class StepPlan(Value, frozen=True):
         num_steps: N, the sampler's number of steps.
         guidance_scale: default guidance scale g of a request.
         rows: see the module docstring; the last one has step N and gives the result.
-        scheduler: diffusers scheduler class that the rows were lowered from.
-        sampler_digest: digest of the `SamplerTable`.
+        scheduler: diffusers scheduler class that the rows were lowered from; of a planned solver, its own.
+        sampler_digest: digest of the N-step `SamplerTable` that the plan stands in for.
         method: how the full steps were chosen (`lemica`, `uniform`, `least-sum`, `given`, `none`).
         error_graph_digest: digest of the `ErrorGraph` behind it; None where none was used.
-        format_version: 1.
+        predictor: what skipped steps do; None where there are none.
+        reference_steps: M, where skipped steps were integrated on a finer grid of M steps than N; see `fold`.
+        format_version: 2.
     """
 
     name: str
@@ -86,6 +107,8 @@ class StepPlan(Value, frozen=True):
     sampler_digest: str
     method: str
     error_graph_digest: str | None = None
+    predictor: Predictor | None = None
+    reference_steps: int | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -98,7 +121,7 @@ class StepPlan(Value, frozen=True):
         )
         require_finite((self.guidance_scale,), "guidance_scale")
         require(len(self.rows) >= 2, f"a plan needs at least 2 rows, got {len(self.rows)}")
-        previous, full = -1, 0
+        previous, full, draws = -1, 0, 0
         for i, row in enumerate(self.rows):
             where = f"rows[{i}]"
             last = i == len(self.rows) - 1
@@ -115,6 +138,8 @@ class StepPlan(Value, frozen=True):
             require(
                 len(row.residuals) <= full, f"{where}.residuals: {len(row.residuals)} given, {full} full rows before it"
             )
+            draws += row.draws
+            require(len(row.noise) <= draws, f"{where}.noise: {len(row.noise)} given, {draws} draws until there")
             require(
                 (row.step == self.num_steps) == last, f"{where}: the last row, and only it, has step {self.num_steps}"
             )
@@ -146,8 +171,13 @@ class StepPlan(Value, frozen=True):
         return max(len(row.residuals) for row in self.rows)
 
     @property
+    def noise_history(self) -> int:
+        return max(len(row.noise) for row in self.rows)
+
+    @property
     def stochastic(self) -> bool:
-        return any(row.noise != 0.0 for row in self.rows)
+        """Whether fresh noise is drawn."""
+        return any(row.draws for row in self.rows)
 
 
 def plan_from_schedule(
@@ -158,33 +188,48 @@ def plan_from_schedule(
     guidance_scale: float,
     method: str,
     error_graph_digest: str | None = None,
+    prediction: Prediction | None = None,
 ) -> StepPlan:
-    """Join a schedule and a sampler: full rows where the schedule says so, LeMiCa's residual reuse elsewhere.
+    """Join a schedule and a sampler: full rows where the schedule says so, skipped ones as predicted elsewhere.
+
+    Args:
+        prediction: made for this schedule; None: LeMiCa's residual reuse.
 
     Raises:
-        ValueError: schedule and sampler have different numbers of steps.
+        ValueError: schedule, sampler and prediction do not belong together.
     """
     require(
         schedule.num_steps == table.num_steps,
         f"the schedule is for {schedule.num_steps} steps, the sampler has {table.num_steps}",
     )
+    prediction = predict(LEMICA, schedule, table) if prediction is None else prediction
+    of, weights = prediction.predictor.of, prediction.weights
     full = set(schedule.full_steps)
-    rows = []
+    require(
+        len(weights) == table.num_steps and all((not weights[t]) == (t in full) for t in range(table.num_steps)),
+        "the prediction was made for another schedule",
+    )
+    rows, before = [], list[int]()
     for i, row in enumerate(table.rows):
-        graph: Graph = "none" if i == table.num_steps else "full" if i in full else "skip"
+        skipped = i < table.num_steps and i not in full
+        graph: Graph = "full" if i in full else "skip" if skipped and of == "residual" else "none"
         rows.append(
             PlanRow(
                 graph=graph,
                 step=i,
                 latents=row.latents,
                 outputs=row.outputs,
-                noise=row.noise,
+                draws=int(row.noise != 0.0),
+                noise=(row.noise,) if row.noise else (),
                 timestep=row.timestep,
                 in_scale=row.in_scale,
                 guidance=row.guidance,
-                residuals=(1.0,) if graph == "skip" else (),
+                residuals=weights[i] if graph == "skip" else (),
+                reuse=_reuse(weights[i], before, i) if skipped and graph == "none" else (),
             )
         )
+        if i in full:
+            before.insert(0, i)
     return StepPlan(
         name=name,
         num_steps=table.num_steps,
@@ -194,11 +239,77 @@ def plan_from_schedule(
         sampler_digest=table.digest,
         method=method,
         error_graph_digest=error_graph_digest,
+        predictor=prediction.predictor if len(full) < table.num_steps else None,
     )
 
 
+def plan_from_solver(
+    schedule: Schedule,
+    table: SamplerTable,
+    solver: SamplerTable,
+    *,
+    name: str,
+    guidance_scale: float,
+    method: str,
+    error_graph_digest: str | None = None,
+) -> StepPlan:
+    """The plan of a solver that has the schedule's full steps for its own and skips none.
+
+    Args:
+        table: the N-step sampler that the schedule is for.
+        solver: B model calls, see `sampler.first_order_table` and `lower.solver_table`.
+
+    Raises:
+        ValueError: B differs.
+    """
+    every = Schedule(num_steps=solver.num_steps, full_steps=tuple(range(solver.num_steps)))
+    plan = plan_from_schedule(
+        every,
+        solver,
+        name=name,
+        guidance_scale=guidance_scale,
+        method=method,
+        error_graph_digest=error_graph_digest,
+    )
+    return relabelled(plan, schedule, table)
+
+
+def relabelled(plan: StepPlan, schedule: Schedule, table: SamplerTable) -> StepPlan:
+    """The same plan, its B full rows standing for the full steps of a schedule of an N-step sampler.
+
+    Raises:
+        ValueError: the plan has other rows than B full ones and the last, or B or N differ.
+    """
+    require(
+        schedule.num_steps == table.num_steps,
+        f"the schedule is for {schedule.num_steps} steps, the sampler has {table.num_steps}",
+    )
+    require(
+        len(plan.rows) == schedule.budget + 1 == plan.budget + 1,
+        f"expected a plan of {schedule.budget} full rows and the last, got {len(plan.rows)} rows, {plan.budget} full",
+    )
+    rows = zip(plan.rows, [*schedule.full_steps, schedule.num_steps])
+    return msgspec.structs.replace(
+        plan,
+        num_steps=schedule.num_steps,
+        sampler_digest=table.digest,
+        rows=tuple(msgspec.structs.replace(row, step=step) for row, step in rows),
+    )
+
+
+def _reuse(weights: tuple[float, ...], full: Sequence[int], i: int) -> tuple[float, ...]:
+    """Weights of the last full rows, newest first, as weights of m_{i−1}, m_{i−2} …"""
+    reuse = [0.0] * (i - full[len(weights) - 1])
+    for f, weight in zip(full, weights):
+        reuse[i - 1 - f] = weight
+    return tuple(reuse)
+
+
 def layout_from_plans(plans: Sequence[StepPlan], *, latent_shape: tuple[int, ...], guided: bool) -> StepLayout:
-    """The smallest step layout that can run these plans; every history at least 1 deep.
+    """The smallest step layout that can run these plans; histories of latents and outputs at least 1 deep.
+
+    Where no plan has a row that reads residuals, `residual_history` is 0: no skip graph is needed, and the full graph
+    gives no residual away.
 
     Args:
         plans: at least one.
@@ -209,7 +320,7 @@ def layout_from_plans(plans: Sequence[StepPlan], *, latent_shape: tuple[int, ...
         latent_shape=latent_shape,
         latent_history=max(1, *(plan.latent_history for plan in plans)),
         output_history=max(1, *(plan.output_history for plan in plans)),
-        residual_history=max(1, *(plan.residual_history for plan in plans)),
+        residual_history=max(plan.residual_history for plan in plans),
         stochastic=any(plan.stochastic for plan in plans),
         guided=guided,
     )
@@ -217,6 +328,8 @@ def layout_from_plans(plans: Sequence[StepPlan], *, latent_shape: tuple[int, ...
 
 def coefficient_vector(row: PlanRow, layout: StepLayout) -> npt.NDArray[np.float32]:
     """The row's `coefficients` input for every step graph, zero-padded to the layout's histories.
+
+    The graphs take one noise, the row's draws mixed by `noise_weights`; its coefficient is `noise_scale`.
 
     Returns:
         float32 [C]; see `StepLayout.offsets`.
@@ -227,7 +340,7 @@ def coefficient_vector(row: PlanRow, layout: StepLayout) -> npt.NDArray[np.float
     values = {
         "latents": row.latents,
         "outputs": row.outputs,
-        "noise": (row.noise,),
+        "noise": (row.noise_scale,),
         "in_scale": (row.in_scale,),
         "timestep": (0.0 if row.timestep is None else row.timestep,),
         "residuals": row.residuals,
@@ -242,5 +355,5 @@ def coefficient_vector(row: PlanRow, layout: StepLayout) -> npt.NDArray[np.float
             f"step {row.step}: {len(numbers)} {name} coefficients, the graphs take {part.stop - part.start}",
         )
         vector[part.start : part.start + len(numbers)] = numbers
-    require(layout.stochastic or row.noise == 0.0, f"step {row.step} draws noise, the graphs take none")
+    require(layout.stochastic or not row.noise, f"step {row.step} draws noise, the graphs take none")
     return vector

@@ -14,7 +14,22 @@ This room knows numbers only; `lower` makes tables from diffusers schedulers.
 
 from __future__ import annotations
 
-from lemica_trt.values import Value, require, require_finite
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from lemica_trt.errors import UnsupportedError
+from lemica_trt.values import Value, json_bytes, require, require_finite
+
+Array = npt.NDArray[np.float64]
+
+Target = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
+"""What the model predicts, by diffusers' names."""
 
 
 class SamplerRow(Value, frozen=True):
@@ -44,24 +59,72 @@ class SamplerRow(Value, frozen=True):
             require_finite((self.timestep,), "timestep")
 
 
-class SamplerTable(Value, frozen=True):
+class NoiseLevels(Value, frozen=True):
+    """How much noise is in the latents of each row: x_i = signal[i]·x0 + noise[i]·ε for data x0 and ε ~ N(0, 1).
+
+    Attributes:
+        target: what the model predicts of x0 and ε.
+        signal, noise: N + 1 numbers each, not negative, never both 0.
+    """
+
+    target: Target
+    signal: tuple[float, ...]
+    noise: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        require(len(self.signal) == len(self.noise), f"{len(self.signal)} signal and {len(self.noise)} noise levels")
+        for name in ("signal", "noise"):
+            require_finite(getattr(self, name), name)
+            require(min(getattr(self, name), default=0.0) >= 0, f"{name} must not be negative")
+        require(all(a + s > 0 for a, s in zip(self.signal, self.noise)), "signal and noise must not both be 0")
+
+    @property
+    def log_snr(self) -> tuple[float, ...]:
+        """log(signal²/noise²) of each row; −inf and inf where one of them is 0."""
+        ratios = [(a / s if s else math.inf) for a, s in zip(self.signal, self.noise)]
+        return tuple(2 * math.log(ratio) if ratio else -math.inf for ratio in ratios)
+
+    def output(self, i: int) -> tuple[float, float]:
+        """(p, q) of row i: a perfect model's output is m_i = p·x0 + q·ε."""
+        if self.target == "epsilon":
+            return 0.0, 1.0
+        if self.target == "sample":
+            return 1.0, 0.0
+        if self.target == "flow_prediction":
+            return -1.0, 1.0
+        size = math.hypot(self.signal[i], self.noise[i])
+        return -self.noise[i] / size, self.signal[i] / size
+
+
+class SamplerTable(Value, frozen=True, omit_defaults=True):
     """All steps of one sampler at one number of steps.
 
     Attributes:
         scheduler: class name of the diffusers scheduler that it was lowered from.
         rows: N + 1 rows; see the module docstring.
+        levels: the noise level of each row; None where the sampler's is not known. They say nothing of what is
+            computed that the rows do not say, so that they are no part of the digest.
     """
 
     scheduler: str
     rows: tuple[SamplerRow, ...]
+    levels: NoiseLevels | None = None
 
     def __post_init__(self) -> None:
         require(len(self.rows) >= 2, f"a sampler table needs at least 2 rows, got {len(self.rows)}")
+        if self.levels is not None:
+            count = len(self.levels.signal)
+            require(count == len(self.rows), f"{count} noise levels for {len(self.rows)} rows")
         for i, row in enumerate(self.rows):
             last = i == self.num_steps
             require((row.timestep is None) == last, f"rows[{i}]: timestep must be {'absent' if last else 'given'}")
             require(len(row.latents) <= i + 1, f"rows[{i}]: {len(row.latents)} latents, but only {i + 1} exist there")
             require(len(row.outputs) <= i, f"rows[{i}]: {len(row.outputs)} outputs, but only {i} exist there")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON without `levels`."""
+        return hashlib.sha256(json_bytes(msgspec.structs.replace(self, levels=None))).hexdigest()
 
     @property
     def num_steps(self) -> int:
@@ -87,3 +150,106 @@ class SamplerTable(Value, frozen=True):
     def stochastic(self) -> bool:
         """Whether any step draws fresh noise."""
         return any(row.noise != 0.0 for row in self.rows)
+
+
+def require_levels(table: SamplerTable) -> NoiseLevels:
+    """The noise levels of a table.
+
+    Raises:
+        UnsupportedError: it has none.
+    """
+    if table.levels is None:
+        raise UnsupportedError(
+            f"expected the noise level of each step of {table.scheduler}, its table has none",
+            fix="lower the sampler again; or, if that does not tell them, do without log-SNR and other solvers",
+        )
+    return table.levels
+
+
+def first_order_table(table: SamplerTable, steps: Sequence[int]) -> SamplerTable:
+    """The first-order ODE solver on some steps of a sampler, one model call each.
+
+    It keeps the data and the noise that the output says and moves to the next level: DDIM (Song et al. 2021, eq. 12
+    with η = 0), which for flow matching is explicit Euler, in any parameterisation.
+
+    Args:
+        table: N steps, with noise levels.
+        steps: rising, the first is 0; behind the last comes the table's final level.
+
+    Returns:
+        len(steps) model calls with the timesteps, input scales and guidance of the table's rows.
+
+    Raises:
+        UnsupportedError: no noise levels, or a level at which the output does not tell the data (noise prediction
+            at zero signal).
+    """
+    levels = require_levels(table)
+    rows = [table.rows[0]]
+    for i, j in zip(steps, [*steps[1:], table.num_steps]):
+        (a, s), (p, q) = (levels.signal[i], levels.noise[i]), levels.output(i)
+        det = a * q - s * p
+        if not det:
+            raise UnsupportedError(
+                f"step {i} of {table.scheduler} has no signal: {levels.target} says nothing of the data there",
+                fix="use a model with v_prediction",
+            )
+        b, z = levels.signal[j], levels.noise[j]
+        rows.append(
+            msgspec.structs.replace(
+                table.rows[j], latents=((b * q - z * p) / det,), outputs=((z * a - b * s) / det,), noise=0.0
+            )
+        )
+    kept = [*steps, table.num_steps]
+    return SamplerTable(
+        scheduler=table.scheduler,
+        rows=tuple(rows),
+        levels=msgspec.structs.replace(
+            levels, signal=tuple(levels.signal[k] for k in kept), noise=tuple(levels.noise[k] for k in kept)
+        ),
+    )
+
+
+def shortest_combination(
+    update: Array,
+    relations: Sequence[Array] | Array,
+    older_than: Callable[[int], npt.NDArray[np.bool_]],
+    *,
+    max_depth: int,
+    max_multiplier: float,
+    zero: float,
+) -> Array | None:
+    """A row's latents as a combination over the smallest window of earlier rows, or None.
+
+    Earlier row k's own update says x_k − updates[k] = 0; any multiple may be added. For a window of `depth` rows, the
+    multiples λ of the newest `count` earlier rows are those that make every coordinate older than the window vanish.
+    Few earlier rows come first: an update that is short by itself is taken as it is.
+
+    Args:
+        update: float64 [D], the row's latents over the coordinates.
+        relations: float64 [D] each, oldest first: what is zero.
+        older_than: depth → which coordinates a window of that many rows does not reach, [D].
+        max_depth: the largest window to try.
+        max_multiplier: the largest |λ| to accept.
+        zero: coefficients up to this part of the largest one count as zero.
+
+    Returns:
+        float64 [D], exactly zero outside the window.
+    """
+    scale = np.abs(update).max()
+    for depth in range(1, max_depth + 1):
+        old = older_than(depth)
+        for count in range(min(depth, len(relations)) + 1):
+            newest = np.reshape(relations[len(relations) - count :], (count, len(update)))
+            multiples = np.linalg.lstsq(newest[:, old].T, -update[old])[0] if count else np.zeros(0)
+            if np.abs(multiples).max(initial=0.0) > max_multiplier:
+                continue
+            combination: Array = update + multiples @ newest
+            if np.abs(combination[old]).max(initial=0.0) <= zero * scale:
+                combination[old] = 0.0
+                return combination
+    return None
+
+
+def newest_first(coefficients: Array) -> tuple[float, ...]:
+    """Coefficients by age (oldest first) → newest first, without the zeros at the old end."""
+    return tuple(float(c) for c in np.trim_zeros(coefficients, "f")[::-1])

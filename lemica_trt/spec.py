@@ -155,17 +155,18 @@ class StepLayout(Value, frozen=True):
     |---|---|---|---|
     | `latents_j`, j < latent_history | fp32 [b, *latent_shape] | all | x_{i−1−j} |
     | `outputs_k`, k < output_history | fp32 [b, *latent_shape] | all | guided output m_{i−1−k} |
-    | `noise` | fp32 [b, *latent_shape] | all, if stochastic | z_i |
+    | `noise` | fp32 [b, *latent_shape] | all, if stochastic | standard normal: the row's draws, mixed |
     | `coefficients` | fp32 [len(vector)] | all | see `offsets` |
     | `guidance` | fp32 [b] | full, skip, if guided | g_i of each request |
     | `prompt_embeds` | dtype [R, text_length, width] | full, skip | unconditional branches first, as diffusers has it |
     | `residual_k`, k < residual_history | dtype [R, tokens, width] | skip | k-th last full row's trunk residual |
 
-    Outputs: `latents` (x_i, fp32), `output` (m_i, fp32), and from full also `residual` (dtype).
+    Outputs: `latents` (x_i, fp32), `output` (m_i, fp32), and from full also `residual` (dtype), where any is read.
 
     Attributes:
         latent_shape: without batch.
-        latent_history, output_history, residual_history: depths; each at least 1.
+        latent_history, output_history: depths, at least 1.
+        residual_history: depth; 0: no plan reads residuals, there is no skip graph.
         stochastic: whether `noise` is an input.
         guided: whether both branches run.
     """

@@ -13,6 +13,7 @@ Everything goes through the deployed runtime. Knows nothing of how the bundle wa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median
@@ -24,19 +25,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lemica_trt.bundle import REPORTS, Bundle
+from lemica_trt.bundle import REPORTS, Bundle, check_plan
 from lemica_trt.errors import InputError, UnsupportedError, VerificationError
+from lemica_trt.fold import fold
 from lemica_trt.lower import sampler_table
 from lemica_trt.models import denoise
 from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
 from lemica_trt.plan import StepPlan, plan_from_schedule
+from lemica_trt.predict import LEMICA, Predictor, predict
 from lemica_trt.progress import Reporter
 from lemica_trt.quality import lpips, psnr, ssim
 from lemica_trt.runtime.denoise import RowDone
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.runtime.random import Generator
 from lemica_trt.schedule import uniform
-from lemica_trt.spec import TensorSpec
+from lemica_trt.spec import GraphSet, TensorSpec
 from lemica_trt.values import Value, read_value
 
 if TYPE_CHECKING:
@@ -386,7 +389,8 @@ def _measure_quality(
     bundle: Bundle, pipe: Pipeline, model: Model, requests: Sequence[tuple[str, int]], reporter: Reporter
 ) -> tuple[list[Quality], list[Clip]]:
     plans = [bundle.plan(name) for name in bundle.plans]
-    ways = [way for plan in plans if plan.budget < plan.num_steps for way in _ways(plan, model)]
+    graphs = bundle.manifest.graphs
+    ways = [way for plan in plans if plan.budget < plan.num_steps for way in _ways(plan, model, graphs)]
     uncached = next((plan for plan in plans if plan.budget == plan.num_steps), None)
     if uncached is None or not ways:
         return [], []
@@ -426,8 +430,11 @@ def _quality(name: str, way: str, budget: int, scores: list[tuple[float, float, 
     )
 
 
-def _ways(plan: StepPlan, model: Model) -> list[tuple[str, str, StepPlan]]:
-    """(plan name, way, plan) for the plan itself and its baselines at the same budget."""
+def _ways(plan: StepPlan, model: Model, graphs: GraphSet) -> list[tuple[str, str, StepPlan]]:
+    """(plan name, way, plan) for the plan itself and its baselines at the same budget, as far as the graphs run them.
+
+    A bundle of folded plans has no skip graph: there full steps at equal distances reuse the output.
+    """
     dynamic = model.profile.sampling.dynamic_guidance
     tables = {"uniform": sampler_table(model.scheduler(), dynamic_guidance=dynamic)}
     try:
@@ -438,15 +445,20 @@ def _ways(plan: StepPlan, model: Model) -> list[tuple[str, str, StepPlan]]:
     if few is not None and few.num_steps == plan.budget:
         tables["fewer-steps"] = few
     ways = [(plan.name, "plan", plan)]
+    reuse = LEMICA if graphs.layout.residual_history else Predictor(of="output")
     for way, table in tables.items():
+        schedule = uniform(table.num_steps, plan.budget)
         other = plan_from_schedule(
-            uniform(table.num_steps, plan.budget),
+            schedule,
             table,
             name=f"{plan.name}-{way}",
             guidance_scale=plan.guidance_scale,
             method=way,
+            prediction=predict(reuse, schedule, table),
         )
-        ways.append((plan.name, way, other))
+        with contextlib.suppress(InputError):  # longer histories than these graphs have
+            check_plan(fold(other), graphs)
+            ways.append((plan.name, way, fold(other)))
     return ways
 
 

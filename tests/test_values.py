@@ -241,7 +241,8 @@ def test_sampler_table_refuses(rows: tuple[SamplerRow, ...], says: str) -> None:
 @pytest.mark.parametrize("row", [SamplerRow, PlanRow])
 def test_rows_refuse_numbers_that_are_not_finite(row: Any, field: str, bad: float) -> None:
     fields: dict[str, Any] = {"latents": (1.0,), "timestep": 1.0}
-    fields[field] = bad if field in ("noise", "in_scale", "timestep") else (1.0, bad)
+    scalars = ("in_scale", "timestep") if row is PlanRow else ("noise", "in_scale", "timestep")
+    fields[field] = bad if field in scalars else (1.0, bad)
     with pytest.raises(ValueError, match=rf"{field}.*must be finite, got"):
         row(**fields, **({"graph": "full", "step": 0} if row is PlanRow else {}))
 
@@ -301,7 +302,8 @@ def test_plan_from_schedule_keeps_the_sampler(num_steps: int, data: st.DataObjec
     assert plan.sampler_digest == table.digest
     assert [row.graph for row in plan.rows] == ["full" if i in full else "skip" for i in range(num_steps)] + ["none"]
     for row, source in zip(plan.rows, table.rows):
-        assert all(getattr(row, name) == getattr(source, name) for name in SamplerRow.__struct_fields__)
+        same = set(SamplerRow.__struct_fields__) - {"noise"}
+        assert all(getattr(row, name) == getattr(source, name) for name in same)
     assert value_from_json(StepPlan, json_bytes(plan), where="x") == plan
 
 
@@ -337,6 +339,7 @@ def test_folded_plan_is_a_plan() -> None:
         ({"graph": "full", "timestep": None}, "step 1: full needs a timestep"),
         ({"graph": "none", "reuse": (math.nan,)}, r"reuse\[0\] must be finite"),
         ({"graph": "skip", "residuals": (math.inf,)}, r"residuals\[0\] must be finite"),
+        ({"graph": "full", "draws": -1}, "step 1: draws must not be negative, got -1"),
     ],
 )
 def test_plan_row_refuses(fields: dict[str, Any], says: str) -> None:
@@ -353,7 +356,8 @@ def changed_row(index: int, **changes: Any) -> tuple[PlanRow, ...]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format_version": 2}, "format_version must be 1"),
+        ({"format_version": 1}, "format_version must be 2"),
+        ({"rows": changed_row(1, draws=1, noise=(1.0, 1.0))}, r"rows\[1\]\.noise: 2 given, 1 draws until there"),
         ({"name": "../x"}, r"name must be letters, digits, - and _, got '\.\./x'"),
         ({"name": ""}, "name must be letters"),
         ({"guidance_scale": math.inf}, "guidance_scale.*must be finite"),
@@ -388,14 +392,14 @@ def test_layout_from_plans_is_the_smallest_that_takes_all() -> None:
     rows = (
         PlanRow(graph="full", step=0, latents=(1.0,), timestep=9.0),
         PlanRow(graph="full", step=1, latents=(1.0, 0.5), timestep=8.0),
-        PlanRow(graph="skip", step=2, latents=(1.0,), timestep=7.0, residuals=(0.5, 0.5), noise=0.1),
+        PlanRow(graph="skip", step=2, latents=(1.0,), timestep=7.0, residuals=(0.5, 0.5), draws=1, noise=(0.1,)),
         PlanRow(graph="none", step=3, latents=(1.0,), reuse=(1.0, 0.0, 2.0)),
         PlanRow(graph="none", step=4, latents=(1.0,), outputs=(1.0, 1.0)),
     )
     deep = StepPlan(**plan_fields(rows=rows, num_steps=4))
     flat = StepPlan(**plan_fields(rows=(rows[0], PlanRow(graph="none", step=4, latents=(1.0,))), num_steps=4))
     assert layout_from_plans([flat], latent_shape=(4,), guided=False) == StepLayout(
-        latent_shape=(4,), latent_history=1, output_history=1, residual_history=1, stochastic=False, guided=False
+        latent_shape=(4,), latent_history=1, output_history=1, residual_history=0, stochastic=False, guided=False
     )
     layout = layout_from_plans([flat, deep], latent_shape=(4,), guided=True)
     assert layout == StepLayout(
@@ -412,7 +416,8 @@ def test_coefficient_vector() -> None:
         step=1,
         latents=(0.5,),
         outputs=(0.25, 0.125),
-        noise=2.0,
+        draws=2,
+        noise=(1.2, -1.6),
         timestep=7.0,
         in_scale=3.0,
         residuals=(1.0,),
@@ -424,9 +429,29 @@ def test_coefficient_vector() -> None:
     assert reuse.tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 0, 2, -1]
 
 
+@forall(st.lists(st.floats(-1e3, 1e3), max_size=4))
+def test_draws_are_mixed_into_one_standard_normal(noise: list[float]) -> None:
+    row = PlanRow(graph="none", step=1, latents=(1.0,), draws=len(noise), noise=tuple(noise))
+    mixed = [row.noise_scale * weight for weight in row.noise_weights] or [0.0] * len(noise)
+    assert mixed == pytest.approx(noise, rel=1e-12)
+    assert not row.noise_weights or math.hypot(*row.noise_weights) == pytest.approx(1)
+    if len(noise) == 1 and noise[0]:
+        assert (row.noise_scale, row.noise_weights) == (noise[0], (1.0,))
+
+
+def test_stochastic_steps_draw_once() -> None:
+    table = table_of(3)
+    rows = [SamplerRow(**{n: getattr(r, n) for n in SamplerRow.__struct_fields__} | {"noise": 0.5}) for r in table.rows]
+    noisy = SamplerTable(scheduler="Noisy", rows=(table.rows[0], *rows[1:]))
+    schedule = Schedule(num_steps=3, full_steps=(0, 2))
+    plan = plan_from_schedule(schedule, noisy, name="a", guidance_scale=1.0, method="x")
+    assert [(row.draws, row.noise) for row in plan.rows] == [(0, ()), *3 * [(1, (0.5,))]]
+    assert (plan.stochastic, plan.noise_history) == (True, 1)
+
+
 def test_coefficient_vector_refuses() -> None:
     layout = StepLayout(latent_shape=(4,), latent_history=1, output_history=1)
     with pytest.raises(ValueError, match="step 3: 2 outputs coefficients, the graphs take 1"):
         coefficient_vector(PlanRow(graph="none", step=3, latents=(1.0,), outputs=(1.0, 1.0)), layout)
     with pytest.raises(ValueError, match="step 3 draws noise, the graphs take none"):
-        coefficient_vector(PlanRow(graph="none", step=3, latents=(1.0,), noise=1.0), layout)
+        coefficient_vector(PlanRow(graph="none", step=3, latents=(1.0,), draws=1, noise=(1.0,)), layout)

@@ -44,7 +44,7 @@ OUTPUTS: dict[Role, tuple[str, ...]] = {
     "text_encoder": ("prompt_embeds",),
     "vae_decoder": ("frames",),
 }
-"""Output names of each graph, in order."""
+"""Output names of each graph, in order; see `output_names`."""
 
 INLINE_BYTES = 64 << 20
 """Weights beyond this go to an external-data file beside the graph."""
@@ -68,7 +68,7 @@ ONNX_DTYPES: dict[Any, TensorDType] = {
 }
 
 
-def export_graphs(model: Model, layout: StepLayout, folder: Path, *, roles: Sequence[Role] = ROLES) -> GraphSet:
+def export_graphs(model: Model, layout: StepLayout, folder: Path, *, roles: Sequence[Role] | None = None) -> GraphSet:
     """Export a model's graphs to `onnx/<role>.onnx` (and `.onnx.data` where they are large) below a folder.
 
     dtype, opset and largest batch are those of the model's profile. The same model gives the same bytes.
@@ -77,7 +77,7 @@ def export_graphs(model: Model, layout: StepLayout, folder: Path, *, roles: Sequ
         model: what to export.
         layout: interface of the step graphs.
         folder: the bundle's root, or a temporary folder that will become it.
-        roles: which graphs.
+        roles: which graphs; None: all that the layout needs.
 
     Raises:
         ValueError: the layout is not one of this model.
@@ -86,12 +86,23 @@ def export_graphs(model: Model, layout: StepLayout, folder: Path, *, roles: Sequ
     require(layout.latent_shape == model.latent_shape, f"layout for {layout.latent_shape}, not {model.latent_shape}")
     require(layout.guided == model.guided, f"layout.guided is {layout.guided}, the profile's guidance {model.guided}")
     widths = _hidden_shapes(model, layout)
+    roles = needed_roles(layout) if roles is None else roles
     return GraphSet(
         dtype=model.profile.dtype,
         layout=layout,
         max_batch=model.profile.shape.max_batch,
         graphs=tuple(_export_graph(role, model, layout, widths, folder) for role in sorted(roles)),
     )
+
+
+def needed_roles(layout: StepLayout) -> tuple[Role, ...]:
+    """The graphs of a layout: no skip graph where no residual is kept."""
+    return tuple(role for role in ROLES if role != "skip" or layout.residual_history)
+
+
+def output_names(role: Role, layout: StepLayout) -> tuple[str, ...]:
+    """Output names of a graph, in order: the full graph gives the residual away where one is kept."""
+    return tuple(name for name in OUTPUTS[role] if name != "residual" or layout.residual_history)
 
 
 def input_specs(role: Role, model: Model, layout: StepLayout, hidden: dict[str, TensorSpec]) -> list[TensorSpec]:
@@ -133,7 +144,7 @@ def _module(role: Role, model: Model, layout: StepLayout) -> nn.Module:
 
 
 def _hidden_shapes(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
-    """`prompt_embeds` and `residual` as the model's own modules make them; shapes only, nothing is computed."""
+    """`prompt_embeds` and, where one is kept, `residual` as the model makes them; shapes only, nothing is computed."""
     rows = "2*batch" if layout.guided else "batch"
     dtype = model.profile.dtype
     full = FullStep(model, layout)
@@ -141,9 +152,11 @@ def _hidden_shapes(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
         ids = _examples(input_specs("text_encoder", model, layout, {}), 1)
         _, *embeds = model.text_encoder(ids)["prompt_embeds"].shape
         hidden = {"prompt_embeds": TensorSpec(name="prompt_embeds", dtype=dtype, shape=(rows, *embeds))}
-        inputs = _examples(input_specs("full", model, layout, hidden), 1)
-        _, *residual = full(inputs)["residual"].shape
-    return {**hidden, "residual": TensorSpec(name="residual", dtype=dtype, shape=(rows, *residual))}
+        if layout.residual_history:
+            inputs = _examples(input_specs("full", model, layout, hidden), 1)
+            _, *residual = full(inputs)["residual"].shape
+            hidden["residual"] = TensorSpec(name="residual", dtype=dtype, shape=(rows, *residual))
+    return hidden
 
 
 def _examples(specs: Sequence[TensorSpec], batch: int) -> dict[str, Tensor]:
@@ -181,7 +194,7 @@ def _export_graph(
                 dynamo=True,
                 opset_version=profile.opset,
                 input_names=list(inputs),
-                output_names=list(OUTPUTS[role]),
+                output_names=list(output_names(role, layout)),
                 verbose=False,
             )
         except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
@@ -200,7 +213,8 @@ def _export_graph(
         opset=graph.opset_imports[""],
         data_files=tuple(f"onnx/{name}" for name in data_files),
     )
-    _check(where, found, specs if dynamic else [_spec_of(name, x) for name, x in inputs.items()], dynamic)
+    expected = specs if dynamic else [_spec_of(name, x) for name, x in inputs.items()]
+    _check(where, found, expected, output_names(role, layout), dynamic)
     if found.opset != profile.opset:
         raise UnsupportedError(f"{where}: expected opset {profile.opset}, the exporter made {found.opset}")
     onnx.checker.check_model(str(folder / file))
@@ -226,7 +240,9 @@ def _tensor_spec(value: Any) -> TensorSpec:
     return TensorSpec(name=value.name, dtype=ONNX_DTYPES[value.dtype], shape=shape)
 
 
-def _check(where: str, graph: GraphSpec, expected: Sequence[TensorSpec], dynamic: bool) -> None:
+def _check(
+    where: str, graph: GraphSpec, expected: Sequence[TensorSpec], outputs: tuple[str, ...], dynamic: bool
+) -> None:
     """Compare what the exporter declared with what was asked for: names, dtypes, and which dimensions are free."""
     wanted = {spec.name: spec for spec in expected}
     for spec in graph.inputs:
@@ -238,8 +254,8 @@ def _check(where: str, graph: GraphSpec, expected: Sequence[TensorSpec], dynamic
             raise UnsupportedError(
                 f"{where}: expected only the batch to be free in output {spec.name}, got {spec.shape}"
             )
-    if tuple(spec.name for spec in graph.outputs) != OUTPUTS[graph.role]:
-        raise UnsupportedError(f"{where}: expected outputs {OUTPUTS[graph.role]}, got {graph.outputs}")
+    if tuple(spec.name for spec in graph.outputs) != outputs:
+        raise UnsupportedError(f"{where}: expected outputs {outputs}, got {graph.outputs}")
 
 
 def _write(graph: Any, path: Path) -> list[str]:

@@ -29,8 +29,9 @@ def denoise(
         prompt_embeds: DiT dtype [R, text_length, width], from `Model.embed`.
         noise: fp32 [b, *latent_shape], standard normal: x_{−1} of row 0.
         guidance_scale: g, one for all or [b]; None: the plan's.
-        fresh_noise: index of a row → z fp32 [b, *latent_shape]; called in row order, only where the row draws noise.
-        on_row: called behind each row with its outputs (`latents`, `output`, and of full rows `residual`).
+        fresh_noise: index of a row → z fp32 [b, *latent_shape]; called in row order, once for each draw of the row.
+        on_row: called behind each row with its outputs (`latents`, `output`, and of full rows `residual` where the
+            plan reads residuals).
 
     Returns:
         x_N, fp32 [b, *latent_shape], on the model's device.
@@ -47,6 +48,7 @@ def denoise(
     latents: list[Tensor] = [noise]
     outputs: list[Tensor] = []
     residuals: list[Tensor] = []
+    draws: list[Tensor] = []
     for i, row in enumerate(plan.rows):
         offset, factor = row.guidance
         inputs = {
@@ -54,7 +56,10 @@ def denoise(
             "guidance": (offset + factor * scale).expand(len(noise)),
             "prompt_embeds": prompt_embeds.to(model.device),
         }
-        inputs["noise"] = fresh_noise(i).to(noise) if row.noise and fresh_noise else torch.zeros_like(noise)
+        for _ in range(row.draws):
+            assert fresh_noise is not None
+            draws = [fresh_noise(i).to(noise), *draws][: plan.noise_history]
+        inputs["noise"] = sum((weight * z for weight, z in zip(row.noise_weights, draws)), torch.zeros_like(noise))
         for name, history, count in (
             ("latents", latents, layout.latent_history),
             ("outputs", outputs, layout.output_history),
@@ -66,7 +71,7 @@ def denoise(
         result: dict[str, Tensor] = steps[row.graph](inputs)
         latents = [result["latents"], *latents][: layout.latent_history]
         outputs = [result["output"], *outputs][: layout.output_history]
-        if row.graph == "full":
+        if "residual" in result:
             residuals = [result["residual"], *residuals][: layout.residual_history]
         if on_row is not None:
             on_row(row, result)

@@ -47,7 +47,7 @@ class CombineStep(nn.Module):
 
 
 class FullStep(CombineStep):
-    """Combine, then the whole DiT under guidance; `latents`, `output`, `residual`."""
+    """Combine, then the whole DiT under guidance; `latents`, `output`, and `residual` where the layout keeps any."""
 
     def __init__(self, model: Model, layout: StepLayout) -> None:
         super().__init__(layout)
@@ -65,7 +65,8 @@ class FullStep(CombineStep):
         """The full graph."""
         latents = self.combine(inputs)
         output, residual = self.dit(**self._dit_inputs(latents, inputs))
-        return {"latents": latents, "output": self._guide(output, inputs), "residual": residual}
+        result = {"latents": latents, "output": self._guide(output, inputs)}
+        return {**result, "residual": residual} if self.layout.residual_history else result
 
     def _dit_inputs(self, latents: Tensor, inputs: dict[str, Tensor]) -> dict[str, object]:
         sample = (self._coefficients(inputs, "in_scale")[0] * latents).to(self._dtype)

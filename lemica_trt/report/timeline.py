@@ -59,7 +59,7 @@ def plan_table(plan: StepPlan) -> RenderableType:
         "outputs": [_numbers(row.outputs) for row in rows],
     }
     if plan.stochastic:
-        columns["noise"] = [_numbers((row.noise,)) for row in rows]
+        columns["noise"] = [_numbers(row.noise) for row in rows]
     if any(row.in_scale != 1.0 for row in rows):
         columns["in scale"] = [_numbers((row.in_scale,)) for row in rows[:-1]] + [""]
     if any(row.guidance != (0.0, 1.0) for row in rows):

@@ -12,8 +12,8 @@ zeros, so that a request never sees what an earlier one left.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -55,7 +55,7 @@ OnRow = Callable[[RowDone], None]
 """Called after each row; what it raises ends the request and passes through."""
 
 DrawNoise = Callable[[], Array]
-"""Fresh standard normal noise, float32 [b, *latent_shape]; called once for each row that takes noise, in order."""
+"""Fresh standard normal noise, float32 [b, *latent_shape]; called once for each draw of each row, in order."""
 
 
 class _Ring:
@@ -156,10 +156,13 @@ class Denoiser:
             if guidance is not None:
                 for (offset, factor), buffer in program.guidance.items():
                     self._upload("guidance", offset + factor * np.asarray(guidance, np.float64), buffer)
+            draws: deque[Array] = deque(maxlen=plan.noise_history)  # newest first
             for index, (row, call) in enumerate(zip(plan.rows, program.calls)):
                 start = perf_counter()
-                if row.noise != 0.0 and buffers.noise is not None and draw is not None:
-                    self._upload("noise", draw(), buffers.noise)
+                if draw is not None:
+                    draws.extendleft(draw() for _ in range(row.draws))
+                if row.noise and buffers.noise is not None:
+                    self._upload("noise", _mixed(row.noise_weights, draws), buffers.noise)
                 call.run()
                 if on_row is not None:
                     self._backend.synchronize()
@@ -205,7 +208,7 @@ class Denoiser:
             tensors.update({f"outputs_{k}": buffers.outputs[i - 1 - k] for k in range(layout.output_history)})
             tensors.update({"latents": buffers.latents[i], "output": buffers.outputs[i]})
             if buffers.noise is not None:
-                tensors["noise"] = buffers.zeros if row.noise == 0.0 else buffers.noise
+                tensors["noise"] = buffers.noise if row.noise else buffers.zeros
             if layout.guided and row.graph != "none":
                 if row.guidance not in guidance:
                     guidance[row.guidance] = self._backend.empty((batch,), "fp32")
@@ -260,6 +263,15 @@ class Denoiser:
         buffer = self._backend.empty(array.shape, "fp32")
         self._backend.upload(array, buffer)
         return buffer
+
+
+def _mixed(weights: tuple[float, ...], draws: Iterable[Array]) -> Array:
+    """Σ_k weights[k]·draws[k], float32; a single draw is itself."""
+    total: Array | None = None
+    for weight, z in zip(weights, draws):
+        total = np.float32(weight) * z if total is None else total + np.float32(weight) * z
+    assert total is not None
+    return total
 
 
 def _static(tensor: TensorSpec) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def test_all_steps_in_full_is_the_pipeline(first_order: Model) -> None:
         on_row=lambda row, result: seen.append((row.step, sorted(result))),
     )  # fmt: skip
     assert (mine - model.reference(prompts, noise, negative="no")).abs().max() < 2e-5
-    assert seen == [*[(i, ["latents", "output", "residual"]) for i in range(4)], (4, ["latents", "output"])]
+    assert seen == [(i, ["latents", "output"]) for i in range(5)]  # nothing reads a residual: none is given away
 
 
 def test_skipped_steps_reuse_the_residual_of_the_last_full_one(first_order: Model) -> None:
@@ -96,8 +96,8 @@ def test_steps_are_their_formulas(model_of) -> None:
     x0, x1, m0, m1, m2, z = (torch.randn(1, *model.latent_shape, generator=generator) for _ in range(6))
     r0, r1 = (torch.randn(2, 12, 32, generator=generator) for _ in range(2))
     row = PlanRow(
-        graph="skip", step=3, latents=(0.9, -0.2), outputs=(0.3, 0.1, -0.4), noise=0.5, timestep=321.25, in_scale=0.7,
-        residuals=(1.5, -0.5),
+        graph="skip", step=3, latents=(0.9, -0.2), outputs=(0.3, 0.1, -0.4), noise=(0.5,), timestep=321.25, in_scale=0.7,
+        draws=1, residuals=(1.5, -0.5),
     )  # fmt: skip
     embeds = model.embed(["a cat"])
     inputs = {
@@ -143,19 +143,23 @@ def test_half_precision_keeps_the_sampler_in_fp32(model_of) -> None:
 def test_fresh_noise_is_asked_for_where_it_is_drawn(model_of) -> None:
     model = model_of("sincos")
     plan = plan_of(model, (0, 1, 2, 3))
-    rows = [msgspec.structs.replace(row, noise=0.1 if row.step in (1, 4) else 0.0) for row in plan.rows]
+    noises = {1: (1, (0.1,)), 3: (2, ()), 4: (1, (0.1, 0.0, -0.2))}  # what is not used is drawn all the same
+    rows = [
+        msgspec.structs.replace(row, draws=noises.get(row.step, (0, ()))[0], noise=noises.get(row.step, (0, ()))[1])
+        for row in plan.rows
+    ]
     stochastic = msgspec.structs.replace(plan, rows=tuple(rows))
     assert layout_from_plans([plan, stochastic], latent_shape=model.latent_shape, guided=model.guided).stochastic
     embeds, noise = model.embed(["a"]), model.noise(0)[None]
     with pytest.raises(ValueError, match="pass fresh_noise"):
         denoise(model, stochastic, embeds, noise)
-    drawn, noises = [], model.noises(0)
-    next(noises)
+    drawn, given = [], model.noises(0)
+    next(given)
 
     def draw(row: int) -> torch.Tensor:
         drawn.append(row)
-        return next(noises)[None]
+        return next(given)[None]
 
     result = denoise(model, stochastic, embeds, noise, fresh_noise=draw)
-    assert drawn == [1, 4]
+    assert drawn == [1, 3, 3, 4]
     assert not torch.equal(result, denoise(model, plan, embeds, noise))

@@ -52,17 +52,20 @@ def cases(draw: st.DrawFn) -> tuple[StepLayout, StepPlan, int]:
     def weights(least: int, most: int) -> tuple[float, ...]:
         return tuple(draw(st.lists(weight, min_size=min(least, most), max_size=most)))
 
-    rows, full, number, step = [], 0, draw(st.integers(2, 8)), 0
+    rows, full, number, step, drawn = [], 0, draw(st.integers(2, 8)), 0, 0
     for i in range(number):
         last = i == number - 1
         graph = "none" if last else "full" if i == 0 else draw(st.sampled_from(["full", "skip", "skip", "none"]))
+        fresh = draw(st.integers(0, 2)) if layout.stochastic else 0
+        drawn += fresh
         rows.append(
             PlanRow(
                 graph=graph,  # type: ignore[arg-type]
                 step=step,
                 latents=weights(1, min(i + 1, layout.latent_history)),
                 outputs=weights(0, min(i, layout.output_history)),
-                noise=draw(weight) if layout.stochastic else 0.0,
+                draws=fresh,
+                noise=tuple(draw(st.lists(weight.filter(bool), max_size=min(drawn, 3)))),
                 timestep=None if graph == "none" else draw(weight),
                 in_scale=draw(weight),
                 guidance=draw(st.sampled_from([(0.0, 1.0), (1.0, 0.5)])),
@@ -93,9 +96,9 @@ def test_the_loop_is_the_plan(case: tuple[StepLayout, StepPlan, int]) -> None:
     request = [kind for kind, _ in backend.log[start:last]]
     assert set(request) <= {"upload", "run"}, "a second request allocates and binds nothing"
     first_run = request.index("run")
-    drawn = sum(row.noise != 0.0 for row in plan.rows)
+    mixed = sum(bool(row.noise) for row in plan.rows)
     assert request.count("run") == len(plan.rows)
-    assert request[first_run:].count("upload") == drawn - (plan.rows[0].noise != 0.0)
+    assert request[first_run:].count("upload") == mixed - bool(plan.rows[0].noise)
 
 
 def test_batches_are_their_requests() -> None:
@@ -211,7 +214,7 @@ def test_plans_that_do_not_fit_are_refused() -> None:
         denoiser.run(deep, **inputs_of(layout, 1))
     noisy = toy.plan_of(
         PlanRow(graph="full", step=0, latents=(1.0,), timestep=1.0),
-        PlanRow(graph="none", step=1, latents=(1.0,), noise=0.5),
+        PlanRow(graph="none", step=1, latents=(1.0,), draws=1, noise=(0.5,)),
     )
     with pytest.raises(InputError, match="draws noise"):
         denoiser.run(noisy, **inputs_of(layout, 1), draw=noises(1))

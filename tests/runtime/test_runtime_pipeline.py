@@ -44,8 +44,8 @@ def make_bundle(
         plans.append(
             toy.plan_of(
                 PlanRow(graph="full", step=0, latents=(1.0,), timestep=0.9),
-                PlanRow(graph="skip", step=1, latents=(0.5,), noise=0.5, timestep=0.5, residuals=(1.0,)),
-                PlanRow(graph="none", step=2, latents=(0.5,), outputs=(0.3,), noise=0.1),
+                PlanRow(graph="skip", step=1, latents=(0.5,), draws=1, noise=(0.5,), timestep=0.5, residuals=(1.0,)),
+                PlanRow(graph="none", step=2, latents=(0.5,), outputs=(0.3,), draws=1, noise=(0.1,)),
                 name="noisy",
             )
         )

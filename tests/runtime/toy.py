@@ -141,15 +141,16 @@ def interpret(
     plan: StepPlan, layout: StepLayout, prompt_embeds: Any, noise: Any, guidance: Any, draw: Callable[[], Any]
 ) -> Any:
     """A plan as its docstring reads: lists that grow, no rings, no graphs, no padding. float32."""
-    latents, outputs, residuals = [noise], [], []
+    latents, outputs, residuals, draws = [noise], [], [], []
 
     def combination(weights: tuple[float, ...], history: list[Any]) -> Any:
         return mix(weights, history[::-1]) if weights else np.zeros_like(noise)
 
     for row in plan.rows:
         x = combination(row.latents, latents) + combination(row.outputs, outputs)
-        if row.noise != 0.0:
-            x = x + np.float32(row.noise) * draw()
+        draws += [draw() for _ in range(row.draws)]
+        if row.noise:
+            x = x + np.float32(row.noise_scale) * mix(row.noise_weights, draws[::-1])
         latents.append(x)
         if row.graph == "none":
             outputs.append(combination(row.reuse, outputs))

@@ -1,0 +1,234 @@
+"""Folding against the plan itself: the same latents at every row that stays, for any linear sampler and any plan."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpreter import deviation, run_plan, schedule_of
+
+from lemica_trt.errors import UnsupportedError, UsageError
+from lemica_trt.fold import fold, integrate_finely
+from lemica_trt.plan import Graph, PlanRow, StepPlan, plan_from_schedule
+from lemica_trt.predict import Predictor, predict
+from lemica_trt.sampler import NoiseLevels, SamplerRow, SamplerTable, first_order_table, require_levels
+
+pytestmark = pytest.mark.null
+
+REUSE = Predictor(of="output")
+LINEAR = Predictor(of="output", method="linear")
+
+
+def plan_of(*rows: PlanRow) -> StepPlan:
+    return StepPlan(
+        name="test",
+        num_steps=rows[-1].step,
+        guidance_scale=1.0,
+        rows=rows,
+        scheduler="Toy",
+        sampler_digest="0" * 64,
+        method="given",
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> StepPlan:
+    """Histories of all kinds up to 3 deep, several draws a row, any mix of full, skipped and folded rows."""
+    weight = st.integers(-8, 8).map(lambda number: number / 8)
+
+    def weights(least: int, most: int) -> tuple[float, ...]:
+        return tuple(draw(st.lists(weight, min_size=min(least, most), max_size=most)))
+
+    rows, full, draws = list[PlanRow](), 0, 0
+    number = draw(st.integers(2, 12))
+    for i in range(number):
+        last = i == number - 1
+        graph: Graph = "none" if last else "full" if i == 0 else draw(st.sampled_from(["full", "skip", "none", "none"]))
+        fresh = draw(st.integers(0, 2))
+        draws += fresh
+        rows.append(
+            PlanRow(
+                graph=graph,
+                step=i,
+                latents=weights(1, min(i + 1, 3)) if i else (1.0,),
+                outputs=weights(0, min(i, 3)),
+                draws=fresh,
+                noise=weights(0, min(draws, 3)),
+                timestep=None if graph == "none" else 100.0 * i,
+                in_scale=draw(weight),
+                residuals=weights(1, min(full, 3)) if graph == "skip" else (),
+                reuse=weights(1, min(i, 3)) if graph == "none" and not last else (),
+            )
+        )
+        full += graph == "full"
+    return plan_of(*rows)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans(), st.integers(0, 100))
+def test_folded_plans_run_as_the_plans_they_come_from(plan: StepPlan, seed: int) -> None:
+    folded = fold(plan)
+    assert [row.graph for row in folded.rows[:-1]] == [row.graph for row in plan.rows[:-1] if row.graph != "none"]
+    assert folded.full_steps == plan.full_steps
+    assert sum(row.draws for row in folded.rows) == sum(row.draws for row in plan.rows)
+    assert deviation(run_plan(folded, seed), run_plan(plan, seed)) <= 1e-12
+    assert fold(folded) == folded
+
+
+def table_of(num_steps: int, *, outputs: int = 1, latents: int = 1, noise: float = 0.0) -> SamplerTable:
+    """A stable recurrence with levels that mean nothing."""
+    rows = [SamplerRow(latents=(1.0,), timestep=1000.0)]
+    for i in range(1, num_steps + 1):
+        rows.append(
+            SamplerRow(
+                latents=(0.9, 0.2, -0.1)[: min(latents, i)],
+                outputs=(-0.3, 0.1, 0.05)[: min(outputs, i)],
+                noise=noise,
+                timestep=None if i == num_steps else 1000.0 * (1 - i / num_steps),
+            )
+        )
+    return SamplerTable(scheduler="Toy", rows=tuple(rows))
+
+
+def flow_table(num_steps: int) -> SamplerTable:
+    """Flow matching with a shift of 3, explicit Euler."""
+    raw = 1 - np.arange(num_steps + 1) / num_steps
+    sigma = (3 * raw / (1 + 2 * raw)).tolist()
+    levels = NoiseLevels(target="flow_prediction", signal=tuple(1 - s for s in sigma), noise=tuple(sigma))
+    rows = [SamplerRow(latents=(1.0,), timestep=1000.0)]
+    for i in range(1, num_steps + 1):
+        timestep = None if i == num_steps else 1000 * sigma[i]
+        rows.append(SamplerRow(latents=(1.0,), outputs=(sigma[i] - sigma[i - 1],), timestep=timestep))
+    return SamplerTable(scheduler="FlowToy", rows=tuple(rows), levels=levels)
+
+
+def unfolded(table: SamplerTable, predictor: Predictor, *full: int) -> StepPlan:
+    schedule = schedule_of(table.num_steps, *full)
+    return plan_from_schedule(
+        schedule, table, name="test", guidance_scale=1.0, method="given", prediction=predict(predictor, schedule, table)
+    )
+
+
+@pytest.mark.parametrize("latents", [1, 2, 3])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_histories_of_folded_plans_are_short(latents: int, noise: float) -> None:
+    """However long the plan: a window of rows, not of all that was."""
+    table = table_of(40, outputs=latents, latents=latents, noise=noise)
+    plan = unfolded(table, LINEAR, 0, 1, 4, 9, 14, 16, 22, 28, 33, 37)
+    folded = fold(plan)
+    assert len(folded.rows) == 11
+    assert folded.latent_history <= latents + 1
+    assert folded.output_history <= latents + 2
+    assert deviation(run_plan(folded), run_plan(plan)) <= 1e-12
+    assert deviation(run_plan(folded, dtype=np.float32), run_plan(plan)) <= 1e-5
+
+
+def test_first_order_folds_to_one_latent_and_two_outputs() -> None:
+    folded = fold(unfolded(flow_table(50), LINEAR, 0, 1, 4, 9, 20, 35))
+    assert (folded.latent_history, folded.output_history, folded.noise_history) == (1, 2, 0)
+
+
+def test_folding_by_hand() -> None:
+    """x1 = x0 − m0/2, m1 = 2·m0; x2 = x1 − m1/2 + 3·z: so x2 = x0 − 3/2·m0 + 3·z."""
+    plan = plan_of(
+        PlanRow(graph="full", step=0, latents=(1.0,), timestep=1.0),
+        PlanRow(graph="none", step=1, latents=(1.0,), outputs=(-0.5,), reuse=(2.0,), draws=1, noise=(3.0,)),
+        PlanRow(graph="full", step=2, latents=(1.0,), outputs=(-0.5,), timestep=0.5, draws=1, noise=(4.0,)),
+        PlanRow(graph="none", step=3, latents=(1.0,), outputs=(-0.5,)),
+    )
+    assert fold(plan).rows[1:] == (
+        PlanRow(graph="full", step=2, latents=(1.0,), outputs=(-1.5,), timestep=0.5, draws=2, noise=(4.0, 3.0)),
+        PlanRow(graph="none", step=3, latents=(1.0,), outputs=(-0.5,)),
+    )
+
+
+def test_draws_that_do_not_count_are_drawn_all_the_same() -> None:
+    plan = plan_of(
+        PlanRow(graph="full", step=0, latents=(1.0,), timestep=1.0),
+        PlanRow(graph="none", step=1, latents=(1.0,), reuse=(1.0,), draws=1, noise=(3.0,)),
+        PlanRow(graph="full", step=2, latents=(0.0,), outputs=(1.0,), timestep=0.5, draws=1, noise=(4.0,)),
+        PlanRow(graph="none", step=3, latents=(1.0,), draws=1, noise=(1.0,)),
+    )
+    row = fold(plan).rows[1]
+    assert (row.draws, row.noise) == (2, (4.0,))
+    assert deviation(run_plan(fold(plan)), run_plan(plan)) <= 1e-15
+
+
+def test_skipped_rows_stay() -> None:
+    plan = unfolded(table_of(6), Predictor(method="linear"), 0, 2, 3)
+    assert fold(plan) == plan
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sets(st.integers(1, 19)), st.integers(0, 9))
+def test_output_reuse_under_euler_is_euler_on_the_full_steps(full: set[int], seed: int) -> None:
+    """The identity of design: plain reuse of the velocity is a schedule of fewer sigmas."""
+    table, steps = flow_table(20), sorted({0} | full)
+    solver = first_order_table(table, steps)
+    every = schedule_of(len(steps), *range(len(steps)))
+    alone = plan_from_schedule(every, solver, name="test", guidance_scale=1.0, method="given")
+    assert deviation(run_plan(fold(unfolded(table, REUSE, *steps)), seed), run_plan(alone, seed)) <= 1e-12
+
+
+def test_first_order_on_all_steps_is_the_sampler() -> None:
+    table = flow_table(20)
+    again = first_order_table(table, range(20))
+    for a, b in zip(again.rows, table.rows):
+        assert (*a.latents, *a.outputs) == pytest.approx((*b.latents, *b.outputs), abs=1e-14)
+        assert (a.timestep, a.in_scale, a.guidance) == (b.timestep, b.in_scale, b.guidance)
+    assert again.levels == table.levels
+
+
+def test_first_order_needs_a_signal_and_levels() -> None:
+    with pytest.raises(UnsupportedError, match="its table has none"):
+        first_order_table(table_of(4), [0, 2])
+    table = flow_table(4)
+    blind = msgspec.structs.replace(table, levels=msgspec.structs.replace(require_levels(table), target="epsilon"))
+    with pytest.raises(UnsupportedError, match="step 0 of FlowToy has no signal"):
+        first_order_table(blind, [0, 2])
+
+
+# --- a finer grid ---------------------------------------------------------------------------------------------------
+
+
+def finely(table: SamplerTable, fine: SamplerTable, predictor: Predictor, *full: int) -> StepPlan:
+    schedule = schedule_of(table.num_steps, *full)
+    return integrate_finely(schedule, table, fine, predictor, name="test", guidance_scale=1.0, method="given")
+
+
+def test_a_finer_grid_costs_no_rows() -> None:
+    table, fine = flow_table(10), flow_table(40)
+    plan = finely(table, fine, LINEAR, 0, 2, 3, 7)
+    assert [row.step for row in plan.rows] == [0, 2, 3, 7, 10]
+    assert (plan.full_steps, plan.num_steps, plan.reference_steps) == ((0, 2, 3, 7), 10, 40)
+    assert (plan.latent_history, plan.output_history) == (1, 2)
+    assert plan.sampler_digest == table.digest
+    assert [row.timestep for row in plan.rows[:-1]] == [table.timesteps[f] for f in (0, 2, 3, 7)]
+    fine_plan = unfolded(fine, LINEAR, 0, 8, 12, 28)
+    assert deviation(run_plan(plan), run_plan(fine_plan)) <= 1e-12
+
+
+def test_a_finer_grid_changes_nothing_for_reused_outputs_under_euler() -> None:
+    """Euler with a constant output is exact on any grid; extrapolated outputs are where the grid counts."""
+    table, fine = flow_table(10), flow_table(40)
+    coarse = fold(unfolded(table, REUSE, 0, 2, 3, 7))
+    assert deviation(run_plan(finely(table, fine, REUSE, 0, 2, 3, 7)), run_plan(coarse)) <= 1e-13
+    coarse = fold(unfolded(table, LINEAR, 0, 2, 3, 7))
+    assert deviation(run_plan(finely(table, fine, LINEAR, 0, 2, 3, 7)), run_plan(coarse)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fine", "predictor", "says"),
+    [
+        (flow_table(10), LINEAR, "more reference steps than 10"),
+        (flow_table(8), LINEAR, "more reference steps than 10"),
+        (flow_table(40), Predictor(), "predicted outputs and no fit, got residual-reuse"),
+        (flow_table(40), Predictor(of="output", method="lsq2"), "no fit, got output-lsq2"),
+        (table_of(40, noise=0.1), LINEAR, "Toy draws noise at each step"),
+    ],
+)
+def test_a_finer_grid_is_refused(fine: SamplerTable, predictor: Predictor, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        finely(flow_table(10), fine, predictor, 0, 2, 3)
