@@ -18,6 +18,7 @@ Knows values only: nothing of torch, engines, or how a plan is found.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -30,7 +31,7 @@ from lemica_trt.predict import LEMICA, Prediction, Predictor, predict
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule
 from lemica_trt.spec import StepLayout
-from lemica_trt.values import Value, require, require_finite
+from lemica_trt.values import Value, json_bytes, require, require_finite
 
 FORMAT_VERSION = 2
 
@@ -147,6 +148,11 @@ class StepPlan(Value, frozen=True):
             require(last or row.graph != "none" or bool(row.reuse), f"{where}: a row without a graph needs reuse")
             previous, full = row.step, full + (row.graph == "full")
         require(self.rows[0].graph == "full", "rows[0].graph must be full: there is nothing to reuse yet")
+
+    @property
+    def rows_digest(self) -> str:
+        """SHA-256 (hex) of the rows: what is computed, by whatever name."""
+        return hashlib.sha256(json_bytes(self.rows)).hexdigest()
 
     @property
     def full_steps(self) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Finished work on disk: a file of JSON lines that only ever grows.
 
-The first line says what is measured (`Measurement`), every further one is a finished `Unit`. A line is there as a
+The first line says what is measured (`Provenance`), every further one is a finished entry. A line is there as a
 whole or not at all: what a killed process left behind the last newline is dropped. The number of samples is not in
 the first line, so that a later measurement with more samples goes on with the same file.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -22,8 +22,8 @@ from lemica_trt.values import Value, require, require_finite, value_from_json
 FORMAT_VERSION = 1
 
 
-class Measurement(Value, frozen=True):
-    """Everything that decides the errors but the number of samples; fields as in `ErrorGraph` and `Profile`."""
+class Provenance(Value, frozen=True):
+    """What is measured on: model, sampler, prompts and seeds; fields as in `ErrorGraph` and `Profile`."""
 
     model: str
     revision: str
@@ -31,7 +31,6 @@ class Measurement(Value, frozen=True):
     scheduler: str
     sampler_digest: str
     num_steps: int
-    max_skip: int
     guidance_scale: float
     negative_prompt: str
     text_length: int
@@ -40,6 +39,12 @@ class Measurement(Value, frozen=True):
     prompts_digest: str
     versions: dict[str, str]
     format_version: int = FORMAT_VERSION
+
+
+class Measurement(Provenance, frozen=True, kw_only=True):
+    """Everything that decides the errors but the number of samples."""
+
+    max_skip: int
 
     def stops(self, start: int) -> range:
         """Stops j of the segments that begin at a start i."""
@@ -131,18 +136,21 @@ class Piece(Value, frozen=True):
         return None
 
 
-class Entry(Protocol):
+P = TypeVar("P", bound=Provenance, contravariant=True)
+
+
+class Entry(Protocol[P]):
     """What a journal keeps."""
 
     @property
     def key(self) -> Hashable:
         """What there is one entry of."""
 
-    def mismatch(self, measurement: Measurement) -> str | None:
+    def mismatch(self, measurement: P) -> str | None:
         """What is wrong with the entry as one of this measurement; None: nothing."""
 
 
-E = TypeVar("E", bound=Entry)
+E = TypeVar("E", bound=Entry[Any])
 
 
 class Journal(Generic[E]):
@@ -161,7 +169,7 @@ class Journal(Generic[E]):
         entries: all finished ones, by key.
     """
 
-    def __init__(self, path: Path, measurement: Measurement, kind: type[E]) -> None:
+    def __init__(self, path: Path, measurement: Provenance, kind: type[E]) -> None:
         self.entries: dict[Hashable, E] = {}
         self._path = path
         self._measurement = measurement

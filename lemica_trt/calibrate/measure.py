@@ -187,10 +187,8 @@ def _start_cost(num_steps: int, max_skip: int, start: int) -> int:
     return 1 + sum(num_steps - j for j in range(start + 2, min(start + max_skip + 1, num_steps) + 1))
 
 
-def measurement_fields(
-    model: Model, table: SamplerTable, prompts: Sequence[str], seed: int, max_skip: int
-) -> dict[str, Any]:
-    """The fields of a `Measurement`."""
+def provenance_of(model: Model, table: SamplerTable, prompts: Sequence[str], seed: int) -> dict[str, Any]:
+    """The fields of a `Provenance`."""
     profile = model.profile
     return {
         "model": profile.name,
@@ -199,7 +197,6 @@ def measurement_fields(
         "scheduler": table.scheduler,
         "sampler_digest": table.digest,
         "num_steps": table.num_steps,
-        "max_skip": min(max_skip, table.num_steps - 1),
         "guidance_scale": float(profile.sampling.guidance_scale),
         "negative_prompt": profile.sampling.negative_prompt,
         "text_length": profile.text_length,
@@ -208,6 +205,13 @@ def measurement_fields(
         "prompts_digest": prompts_digest(prompts),
         "versions": {"diffusers": version("diffusers"), "torch": str(torch.__version__)},
     }
+
+
+def measurement_fields(
+    model: Model, table: SamplerTable, prompts: Sequence[str], seed: int, max_skip: int
+) -> dict[str, Any]:
+    """The fields of a `Measurement`."""
+    return {**provenance_of(model, table, prompts, seed), "max_skip": min(max_skip, table.num_steps - 1)}
 
 
 def _measurement(model: Model, table: SamplerTable, prompts: Sequence[str], seed: int, max_skip: int) -> Measurement:

@@ -1,0 +1,253 @@
+"""The ways to spend B full steps that are worth a trial, and which of them won it.
+
+A way is a schedule, and what stands in for the steps that it skips:
+
+    schedule    minimax (LeMiCa), least sum, signed; equal distances or a published list where asked for
+    skipped     residual reuse or prediction; output reuse or extrapolation, folded (`predict`, `fold`)
+    solver      nothing is skipped: a standard solver set to the schedule's own steps
+
+Which is best depends on the model, and the errors that made a schedule do not tell: `auto` has all of them run whole,
+on prompts that fitted nothing, by successive halving – each round doubles the samples and halves the ways.
+
+Knows plans and numbers only; `calibrate.trials` runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from lemica_trt.errors import UsageError
+from lemica_trt.fold import fold
+from lemica_trt.grams import TrajectoryGrams
+from lemica_trt.plan import PlanRow, StepPlan, plan_from_schedule, plan_from_solver
+from lemica_trt.predict import Predictor, predict
+from lemica_trt.sampler import SamplerTable
+from lemica_trt.schedule import Schedule
+from lemica_trt.values import Value, require, require_finite
+
+Method = Literal["auto", "lemica", "least-sum", "signed", "uniform", "published", "given"]
+Reuse = Literal["auto", "residual", "output", "none"]
+Predict = Literal["auto", "none", "linear", "lsq2", "lsq3"]
+Solver = Literal["auto", "first-order", "dpmsolver++", "unipc"]
+
+SolverTable = Callable[[Schedule, Solver], SamplerTable]
+"""A solver set to the steps of a schedule: `lower.solver_table`."""
+
+SOLVERS: tuple[Solver, ...] = ("first-order", "dpmsolver++", "unipc")
+
+FIRST_ROUND = 4
+"""Samples of the first round."""
+
+PAPER = "lemica, residual-reuse"
+"""What LeMiCa does (arXiv 2511.00090), as `way` has it."""
+
+
+class Ways(Value, frozen=True):
+    """Which ways are allowed; a field left out is `auto`, but for a named method alone: that is the paper's reuse.
+
+    Attributes:
+        method: how the full steps are chosen.
+        reuse: what a skipped step takes from full ones: their trunk residuals, their outputs, or nothing at all.
+        predict: how: the last one as it is (`none`), extrapolated, or by least squares on the last two or three.
+        solver: which solver, where nothing is reused.
+    """
+
+    method: Method | None = None
+    reuse: Reuse | None = None
+    predict: Predict | None = None
+    solver: Solver | None = None
+
+    @property
+    def paper(self) -> bool:
+        """LeMiCa's residual reuse, because nothing else was said."""
+        return self.method not in (None, "auto") and self.reuse is self.predict is self.solver is None
+
+    def __post_init__(self) -> None:
+        require(
+            self.reuse != "none" or self.predict in (None, "auto", "none"),
+            f"where nothing is reused there is nothing to predict by {self.predict}",
+        )
+        require(
+            self.solver is None or self.reuse in (None, "auto", "none"), f"a solver reuses nothing: not {self.reuse}"
+        )
+
+    @property
+    def predictors_of(self) -> tuple[Literal["residual", "output"], ...]:
+        """What may be predicted."""
+        if self.paper or self.reuse == "residual":
+            return ("residual",)
+        if self.reuse == "output":
+            return ("output",)
+        if self.reuse == "none" or self.solver not in (None, "auto"):
+            return ()
+        return ("residual", "output")
+
+    @property
+    def solvers(self) -> tuple[Solver, ...]:
+        """Solvers that may be set to the schedule's steps."""
+        if self.paper or self.reuse in ("residual", "output") or self.predict not in (None, "auto"):
+            return ()
+        return SOLVERS if self.solver in (None, "auto") else (self.solver,)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """Ways to choose the steps."""
+        return ("lemica", "least-sum", "signed") if self.method in (None, "auto") else (self.method,)
+
+
+def way(plan: StepPlan) -> str:
+    """What a plan does, for tables: `lemica, output-linear`, `signed, UniPCMultistepScheduler`."""
+    if plan.budget == plan.num_steps:
+        return "uncached"
+    return f"{plan.method}, {plan.scheduler if plan.predictor is None else plan.predictor.name}"
+
+
+def predictors(ways: Ways, table: SamplerTable, grams: TrajectoryGrams | None) -> list[Predictor]:
+    """Recipes that are allowed and can be fitted; the plainest first."""
+    wanted = "none" if ways.paper else ways.predict or "auto"
+    found = []
+    for of in ways.predictors_of:
+        fits = grams is not None and (of == "output" or bool(grams.residuals))
+        if wanted in ("auto", "none"):
+            found.append(Predictor(of=of))
+        if wanted in ("auto", "linear"):
+            variables: tuple[Literal["step", "log-snr"], ...] = ("step",)
+            if of == "output" and table.levels is not None:
+                variables = ("step", "log-snr")
+            for variable in variables:
+                found.append(Predictor(of=of, method="linear", variable=variable))
+                if fits and of == "output":
+                    found.append(Predictor(of=of, method="linear", variable=variable, gains=True))
+        for method in ("lsq2", "lsq3"):
+            if wanted == method or (wanted == "auto" and fits):
+                found.append(Predictor(of=of, method=method))
+    return found
+
+
+def candidates(
+    ways: Ways,
+    schedules: Mapping[Method, Sequence[Schedule]],
+    table: SamplerTable,
+    *,
+    name: str,
+    guidance_scale: float,
+    grams: TrajectoryGrams | None = None,
+    solver: SolverTable | None = None,
+    error_graph_digest: str | None = None,
+) -> list[StepPlan]:
+    """Plans of one budget, each a way; of equal plans the first.
+
+    Args:
+        ways: what is allowed.
+        schedules: by how they were chosen.
+        table: the sampler.
+        name, guidance_scale, error_graph_digest: of the plans.
+        grams: for fitted predictors; None: those are left out, unless they alone are allowed.
+        solver: makes the tables of planned solvers; None: they are left out.
+
+    Raises:
+        UsageError: nothing that is allowed is left.
+        UsageError, InputError, UnsupportedError: as `predict`, where a recipe was asked for by name.
+    """
+    found: dict[tuple[PlanRow, ...], StepPlan] = {}
+
+    def add(method: Method, plan: StepPlan) -> None:
+        plan = msgspec.structs.replace(plan, name=name, method=method, error_graph_digest=error_graph_digest)
+        found.setdefault(plan.rows, plan)
+
+    unnamed: dict[str, Any] = {"name": name, "guidance_scale": guidance_scale, "method": ""}
+    for method, chosen in schedules.items():
+        for schedule in chosen:
+            if schedule.budget == schedule.num_steps:
+                add(method, plan_from_schedule(schedule, table, **unnamed))
+                continue
+            for predictor in predictors(ways, table, grams):
+                prediction = predict(predictor, schedule, table, grams=grams)
+                add(method, fold(plan_from_schedule(schedule, table, prediction=prediction, **unnamed)))
+            if solver is not None and table.levels is not None:
+                for kind in ways.solvers:
+                    add(method, plan_from_solver(schedule, table, solver(schedule, kind), **unnamed))
+    if not found:
+        raise UsageError(
+            "no way to make a plan is left by --method, --reuse, --predict and --solver together",
+            fix="leave one of them out",
+        )
+    return list(found.values())
+
+
+class Tried(Value, frozen=True):
+    """How one way did.
+
+    Attributes:
+        way: see there.
+        full_steps: of its plan.
+        snr: dB of each sample that it was tried on, the first of all samples; see `calibrate.trials`.
+    """
+
+    way: str
+    full_steps: tuple[int, ...]
+    snr: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """dB, mean over samples."""
+        return float(np.mean(self.snr))
+
+
+class Selection(Value, frozen=True):
+    """All ways that were tried for one budget.
+
+    Attributes:
+        budget: B.
+        samples: of the last round.
+        tried: the winner first; then by the number of samples that they lasted for, then by their mean.
+    """
+
+    budget: int
+    samples: int
+    tried: tuple[Tried, ...]
+
+    def __post_init__(self) -> None:
+        require(len(self.tried) > 0, "nothing was tried")
+        for tried in self.tried:
+            require(0 < len(tried.snr) <= self.samples, f"{tried.way} was tried on {len(tried.snr)} samples")
+            require_finite(tried.snr, f"{tried.way}: snr")
+
+
+Run = Callable[[Sequence[StepPlan], range], Sequence[Sequence[float]]]
+"""Plans, samples → dB of each plan on each sample."""
+
+
+def select(plans: Sequence[StepPlan], samples: int, run: Run) -> tuple[StepPlan, Selection]:
+    """The plan that does best, by successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943).
+
+    The first round tries every plan on `FIRST_ROUND` samples; each further round keeps the better half, at least 2,
+    and doubles the samples. LeMiCa's own way stays to the end if it is there, so that every gain is seen against it.
+
+    Args:
+        plans: of one budget, at least one; of equals the first wins.
+        samples: of the last round.
+        run: tries plans.
+    """
+    scores: list[list[float]] = [[] for _ in plans]
+    alive = list(range(len(plans)))
+    done, until = 0, min(FIRST_ROUND, samples)
+    while True:
+        for index, found in zip(alive, run([plans[index] for index in alive], range(done, until))):
+            scores[index] += found
+        done = until
+        if done == samples:
+            break
+        ranked = sorted(alive, key=lambda index: -float(np.mean(scores[index])))
+        kept = ranked[: max(2, -(-len(ranked) // 2))]
+        alive = [index for index in alive if index in kept or way(plans[index]) == PAPER]
+        until = min(2 * until, samples)
+    order = sorted(range(len(plans)), key=lambda index: (-len(scores[index]), -float(np.mean(scores[index]))))
+    tried = [
+        Tried(way=way(plans[index]), full_steps=plans[index].full_steps, snr=tuple(scores[index])) for index in order
+    ]
+    return plans[order[0]], Selection(budget=plans[0].budget, samples=samples, tried=tuple(tried))
