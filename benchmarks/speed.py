@@ -19,6 +19,7 @@ import msgspec
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
+from lemica_trt.candidates import Ways
 from lemica_trt.models import load_model
 from lemica_trt.pipeline import Request, build
 from lemica_trt.progress import Quiet
@@ -77,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         profile = large_profile(root / "model") if arguments.large else load_profile("cogvideox-tiny")
-        request = Request(budgets=BUDGETS, method="uniform", verify_samples=0)
+        request = Request(budgets=BUDGETS, ways=Ways(method="uniform"), verify_samples=0)
         bundle, _ = build(profile, root / "bundle", request, Quiet())
         seconds = eager(profile, arguments.repeats)
         plans = [bundle.plan(name) for name in bundle.plans]

@@ -16,6 +16,7 @@ plan that says when to call them. The rooms, each below those that it imports:
     predict     Predictor, Schedule, TrajectoryGrams → Prediction: what a skipped step computes
     plan        Schedule, SamplerTable, Prediction → StepPlan
     fold        StepPlan → StepPlan without the rows that run no graph
+    candidates  the ways to spend a budget, and the choice between them by trial
     models/     one small file a family: where the DiT's trunk begins and ends           torch, diffusers
     lower       diffusers scheduler → SamplerTable                                       torch, diffusers
     calibrate/  model, prompts → ErrorGraph, by replaying segments or by estimates       torch

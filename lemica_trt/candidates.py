@@ -29,10 +29,10 @@ from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule
 from lemica_trt.values import Value, require, require_finite
 
-Method = Literal["auto", "lemica", "least-sum", "signed", "uniform", "published", "given"]
+Planner = Literal["lemica", "least-sum", "signed", "uniform", "published", "given"]
 Reuse = Literal["auto", "residual", "output", "none"]
 Predict = Literal["auto", "none", "linear", "lsq2", "lsq3"]
-Solver = Literal["auto", "first-order", "dpmsolver++", "unipc"]
+Solver = Literal["first-order", "dpmsolver++", "unipc"]
 
 SolverTable = Callable[[Schedule, Solver], SamplerTable]
 """A solver set to the steps of a schedule: `lower.solver_table`."""
@@ -56,10 +56,10 @@ class Ways(Value, frozen=True):
         solver: which solver, where nothing is reused.
     """
 
-    method: Method | None = None
+    method: Planner | Literal["auto"] | None = None
     reuse: Reuse | None = None
     predict: Predict | None = None
-    solver: Solver | None = None
+    solver: Solver | Literal["auto"] | None = None
 
     @property
     def paper(self) -> bool:
@@ -91,12 +91,12 @@ class Ways(Value, frozen=True):
         """Solvers that may be set to the schedule's steps."""
         if self.paper or self.reuse in ("residual", "output") or self.predict not in (None, "auto"):
             return ()
-        return SOLVERS if self.solver in (None, "auto") else (self.solver,)
+        return SOLVERS if self.solver is None or self.solver == "auto" else (self.solver,)
 
     @property
-    def methods(self) -> tuple[Method, ...]:
+    def methods(self) -> tuple[Planner, ...]:
         """Ways to choose the steps."""
-        return ("lemica", "least-sum", "signed") if self.method in (None, "auto") else (self.method,)
+        return ("lemica", "least-sum", "signed") if self.method is None or self.method == "auto" else (self.method,)
 
 
 def way(plan: StepPlan) -> str:
@@ -130,7 +130,7 @@ def predictors(ways: Ways, table: SamplerTable, grams: TrajectoryGrams | None) -
 
 def candidates(
     ways: Ways,
-    schedules: Mapping[Method, Sequence[Schedule]],
+    schedules: Mapping[Planner, Sequence[Schedule]],
     table: SamplerTable,
     *,
     name: str,
@@ -155,7 +155,7 @@ def candidates(
     """
     found: dict[tuple[PlanRow, ...], StepPlan] = {}
 
-    def add(method: Method, plan: StepPlan) -> None:
+    def add(method: Planner, plan: StepPlan) -> None:
         plan = msgspec.structs.replace(plan, name=name, method=method, error_graph_digest=error_graph_digest)
         found.setdefault(plan.rows, plan)
 
@@ -218,8 +218,28 @@ class Selection(Value, frozen=True):
             require_finite(tried.snr, f"{tried.way}: snr")
 
 
+class Selections(Value, frozen=True):
+    """Of all budgets of a build."""
+
+    selections: tuple[Selection, ...]
+
+
 Run = Callable[[Sequence[StepPlan], range], Sequence[Sequence[float]]]
 """Plans, samples → dB of each plan on each sample."""
+
+
+def rounds(plans: int, samples: int) -> list[tuple[range, int]]:
+    """The rounds of `select`: which samples are new, and how many plans run on them."""
+    found, done, until = [], 0, min(FIRST_ROUND, samples)
+    while done < samples:
+        found.append((range(done, until), plans))
+        done, until, plans = until, min(2 * until, samples), min(max(2, -(-plans // 2)), plans)
+    return found
+
+
+def trial_runs(plans: int, samples: int) -> int:
+    """Runs of plans that `select` makes, but for LeMiCa's own way where that is not among the better half."""
+    return sum(len(new) * alive for new, alive in rounds(plans, samples))
 
 
 def select(plans: Sequence[StepPlan], samples: int, run: Run) -> tuple[StepPlan, Selection]:
@@ -234,19 +254,18 @@ def select(plans: Sequence[StepPlan], samples: int, run: Run) -> tuple[StepPlan,
         run: tries plans.
     """
     scores: list[list[float]] = [[] for _ in plans]
+
+    def mean(index: int) -> float:
+        return float(np.mean(scores[index]))
+
     alive = list(range(len(plans)))
-    done, until = 0, min(FIRST_ROUND, samples)
-    while True:
-        for index, found in zip(alive, run([plans[index] for index in alive], range(done, until))):
+    for new, count in rounds(len(plans), samples):
+        if scores[0]:
+            kept = sorted(alive, key=mean, reverse=True)[:count]
+            alive = [index for index in alive if index in kept or way(plans[index]) == PAPER]
+        for index, found in zip(alive, run([plans[index] for index in alive], new)):
             scores[index] += found
-        done = until
-        if done == samples:
-            break
-        ranked = sorted(alive, key=lambda index: -float(np.mean(scores[index])))
-        kept = ranked[: max(2, -(-len(ranked) // 2))]
-        alive = [index for index in alive if index in kept or way(plans[index]) == PAPER]
-        until = min(2 * until, samples)
-    order = sorted(range(len(plans)), key=lambda index: (-len(scores[index]), -float(np.mean(scores[index]))))
+    order = sorted(range(len(plans)), key=lambda index: (-len(scores[index]), -mean(index)))
     tried = [
         Tried(way=way(plans[index]), full_steps=plans[index].full_steps, snr=tuple(scores[index])) for index in order
     ]

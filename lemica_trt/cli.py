@@ -132,6 +132,7 @@ _calibration = _options(
     click.option("--calibration", type=click.Choice(["exact", "secant", "adjoint"]),
                  help="How edges are weighed: every one replayed, or estimated from a few samplings  [default: exact]"),
     click.option("--samples", type=int, help="Calibration samples: (prompt, seed) pairs."),
+    click.option("--validation-samples", type=int, help="Samples that the best of several ways is chosen on."),
     click.option("--max-skip", type=int, metavar="K", help="Most steps that one segment skips."),
     click.option("--seed", type=int, help="Seed of the first calibration sample."),
     click.option(
@@ -144,8 +145,15 @@ _calibration = _options(
 _planning = _options(
     click.option("--budget", "budgets", type=Integers(), default="15", show_default=True, metavar="B[,B…]",
                  help="Full steps; several make several plans, the first is the default."),
-    click.option("--method", type=click.Choice(["lemica", "least-sum", "uniform", "published"]), default="lemica",
-                 show_default=True, help="How the full steps are chosen."),
+    click.option("--method", type=click.Choice(["auto", "lemica", "least-sum", "signed", "uniform", "published"]),
+                 help="How the full steps are chosen; a method alone means the paper's residual reuse  "
+                 "[default: auto: whatever does best in a trial]"),
+    click.option("--reuse", type=click.Choice(["auto", "residual", "output", "none"]),
+                 help="What a skipped step takes from full ones."),
+    click.option("--predict", type=click.Choice(["auto", "none", "linear", "lsq2", "lsq3"]),
+                 help="How: the last one as it is, extrapolated, or by least squares on the last two or three."),
+    click.option("--solver", type=click.Choice(["auto", "first-order", "dpmsolver++", "unipc"]),
+                 help="Skip nothing: a standard solver set to the full steps (with --reuse none)."),
     click.option("--schedule", type=Integers(), metavar="STEP,STEP,…",
                  help="Full steps as given; nothing is calibrated."),
 )  # fmt: skip
@@ -173,6 +181,9 @@ def build(
     weights: str | None,
     budgets: tuple[int, ...],
     method: Any,
+    reuse: Any,
+    predict: Any,
+    solver: Any,
     schedule: tuple[int, ...] | None,
     error_graph: Path | None,
     prompts: Path | None,
@@ -203,7 +214,7 @@ def build(
     output = output or Path("out") / profile.name
     request = pipeline.Request(
         budgets=budgets,
-        method=method,
+        ways=_ways(method, reuse, predict, solver, schedule),
         schedule=schedule,
         error_graph=None if error_graph is None else str(error_graph),
         prompts=None if prompts is None else str(prompts),
@@ -226,6 +237,15 @@ def build(
         as_json,
         lambda _: summary.build_table(bundle, report, output),
     )
+
+
+def _ways(method: Any, reuse: Any, predict: Any, solver: Any, schedule: tuple[int, ...] | None) -> Any:
+    from lemica_trt.candidates import Ways
+
+    try:
+        return Ways(method="given" if schedule is not None else method, reuse=reuse, predict=predict, solver=solver)
+    except ValueError as error:
+        raise UsageError(str(error), fix="leave one of the flags out") from None
 
 
 def _refuse_unused(flag: str, *others: str) -> None:
@@ -329,7 +349,8 @@ def calibrate(
 )
 @_common
 def plan(
-    target: Path, budgets: tuple[int, ...], method: Any, schedule: tuple[int, ...] | None, default: str | None,
+    target: Path, budgets: tuple[int, ...], method: Any, reuse: Any, predict: Any, solver: Any,
+    schedule: tuple[int, ...] | None, default: str | None,
     as_json: bool, quiet: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Make plans for TARGET, a work folder or a finished bundle, from its error graph: no PyTorch, one second."""
@@ -340,7 +361,7 @@ def plan(
     plans = pipeline.plan_stage(
         target,
         budgets=budgets,
-        method=method,
+        ways=_ways(method, reuse, predict, solver, schedule),
         schedule=schedule,
         default=default,
         reporter=_reporter(True),

@@ -1,6 +1,6 @@
 """The ordered list of stages, and the only place that joins them.
 
-    model → sampler → calibrate → plan → export → engine → bundle → verify
+    model → sampler → calibrate → plan (select) → export → engine → bundle → verify
 
 Each stage leaves its result in the work folder, named by what it was made from, and is not run again while that is
 the same:
@@ -12,6 +12,8 @@ the same:
       error_graph.json             ErrorGraph
       grams.json                   TrajectoryGrams        (calibration by secant or adjoint)
       products.json                AdjointProducts        (calibration by adjoint)
+      trials-<digest>.jsonl        how plans did in trials so far
+      selection.json               which ways were tried for each budget, and which won
       plans/<index>-<name>.json    StepPlans, in the order asked for
       export/export.json           what the graphs were made from, and the GraphSet
       export/onnx/…, tokenizer/…   the graphs
@@ -26,9 +28,9 @@ import contextlib
 import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -36,32 +38,43 @@ from lemica_trt import __version__
 from lemica_trt.builders import EngineEntry, Option
 from lemica_trt.builders import build as build_engine
 from lemica_trt.builders import check as check_engine
-from lemica_trt.bundle import MANIFEST, REPORTS, Bundle, add_plan, require_replaceable, write_bundle
+from lemica_trt.bundle import MANIFEST, REPORTS, Bundle, add_plan, check_plan, require_replaceable, write_bundle
+from lemica_trt.candidates import (
+    Planner,
+    Selection,
+    Selections,
+    SolverTable,
+    Ways,
+    candidates,
+    predictors,
+    select,
+    trial_runs,
+    way,
+)
 from lemica_trt.errors import InputError, MissingDependencyError, UsageError
-from lemica_trt.fold import fold
 from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.plan import StepPlan, layout_from_plans, plan_from_schedule
-from lemica_trt.predict import LEMICA, Predictor, predict
 from lemica_trt.progress import Quiet, Reporter, size
 from lemica_trt.resources import calibration_path
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule, given, least_sum, published, require_feasible, solve, uniform
+from lemica_trt.signed import AdjointProducts, signed_errors, solve_signed
 from lemica_trt.spec import GraphSet, Profile, Shape, StepLayout, TextSpec
-from lemica_trt.values import Value, json_bytes, read_value, write_bytes, write_value
+from lemica_trt.values import V, Value, json_bytes, read_value, write_bytes, write_value
 
 if TYPE_CHECKING:
     from lemica_trt.calibrate import Cost
     from lemica_trt.models import Model
     from lemica_trt.verify import VerifyReport
 
-Method = Literal["lemica", "least-sum", "uniform", "published"]
-
 UNCACHED = "uncached"
 """Name of the plan that runs every step in full; every bundle has it: it is what the others are measured against."""
 
 SAMPLER_FILE = "calibration/sampler.json"
 ERROR_GRAPH_FILE = "calibration/error_graph.json"
+GRAMS_FILE = "calibration/grams.json"
+SELECTION_FILE = "calibration/selection.json"
 """Where a bundle keeps what its plans were made from, so that `plan BUNDLE` can make others without PyTorch."""
 
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
@@ -122,6 +135,10 @@ class Work:
         return self.root / "products.json"
 
     @property
+    def selection(self) -> Path:
+        return self.root / "selection.json"
+
+    @property
     def plans(self) -> Path:
         return self.root / "plans"
 
@@ -136,6 +153,10 @@ class Work:
     def journal(self, digest: str) -> Path:
         """Where calibration keeps what it has measured for one kind of measurement."""
         return self.root / f"journal-{digest[:16]}.jsonl"
+
+    def trials(self, digest: str) -> Path:
+        """Where trials of plans keep their scores."""
+        return self.root / f"trials-{digest[:16]}.jsonl"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -215,7 +236,23 @@ def calibration_prompts(profile: Profile, file: Path | None, *, split: str = "ca
     return tuple(read_prompts(file or calibration_path(profile.calibration.prompts) / f"{split}.txt"))
 
 
-def calibrate(model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter) -> ErrorGraph:
+class Findings(NamedTuple):
+    """What is known of a model under a sampler, to make plans from.
+
+    Attributes:
+        graph: what caching each segment costs.
+        grams: for fitted predictors.
+        products: for the signed planner.
+        selections: which ways did best before, by budget; for where nothing can be tried.
+    """
+
+    graph: ErrorGraph | None = None
+    grams: TrajectoryGrams | None = None
+    products: AdjointProducts | None = None
+    selections: tuple[Selection, ...] = ()
+
+
+def calibrate(model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter) -> Findings:
     """Measure or estimate the error graph, going on from what the work folder already has."""
     from lemica_trt.calibrate import calibrate_cheaply, cheap_measurement, measure, measurement_digest
 
@@ -235,7 +272,7 @@ def calibrate(model: Model, table: SamplerTable, prompts: Sequence[str], work: W
             model, table, prompts, samples=settings.samples, journal=journal, progress=reporter.advance, **common
         )
         write_value(graph, work.error_graph)
-        return graph
+        return Findings(graph=graph)
     common["method"] = settings.method
     journal = work.journal(cheap_measurement(model, table, prompts, **common).digest)
     found = calibrate_cheaply(
@@ -250,7 +287,7 @@ def calibrate(model: Model, table: SamplerTable, prompts: Sequence[str], work: W
     if found.products is not None:
         write_value(found.products, work.products)
     write_value(found.graph, work.error_graph)
-    return found.graph
+    return Findings(graph=found.graph, grams=found.grams, products=found.products)
 
 
 def calibration_cost(model: Model, table: SamplerTable) -> Cost:
@@ -286,66 +323,179 @@ def require_graph_fits(graph: ErrorGraph, model: Model, table: SamplerTable, *, 
             )
 
 
+Chooser = Callable[[Sequence[StepPlan]], tuple[StepPlan, Selection]]
+"""Plans of one budget → the best of them, and how all did."""
+
+
 def make_plans(
     table: SamplerTable,
     *,
     profile: Profile,
     budgets: Sequence[int],
-    method: Method = "lemica",
-    graph: ErrorGraph | None = None,
+    ways: Ways,
+    findings: Findings,
     schedule: Sequence[int] | None = None,
-    predictor: Predictor = LEMICA,
-    grams: TrajectoryGrams | None = None,
-) -> list[StepPlan]:
+    solver: SolverTable | None = None,
+    choose: Chooser | None = None,
+    graphs: GraphSet | None = None,
+) -> tuple[list[StepPlan], tuple[Selection, ...]]:
     """Plans `bB` for each budget, in the order given; or one for a given schedule.
 
     Args:
         table: the sampler.
         profile: gives the default guidance scale, and the model's name for published schedules.
-        budgets, method, schedule: see `Request`.
-        graph: for the methods that search one.
-        predictor: what skipped steps do; where they predict outputs, the plans are folded.
-        grams: for predictors that are fitted.
+        budgets, ways, schedule: see `Request`.
+        findings: what the methods and predictors need of a calibration.
+        solver: makes planned solvers; None: without them.
+        choose: tries several ways; None: the one that did best before, see `Findings.selections`.
+        graphs: what the plans must run on; None: graphs are made for them.
+
+    Returns:
+        The plans, and how all ways did that were tried now.
 
     Raises:
-        UsageError: the method needs an error graph and there is none; or as `predict`.
-        InputError: the graph or a published schedule is of another sampler.
-        InfeasibleError, InputError: as `schedule`.
+        UsageError: what is asked for needs a calibration, or a trial, and there is none.
+        InputError: the error graph or a published schedule is of another sampler.
+        InfeasibleError, InputError: as `schedule` and `predict`.
     """
+    graph = findings.graph
     if graph is not None and graph.sampler_digest != table.digest:
         raise InputError(
             "expected an error graph of this sampler, got one that was measured with another", fix="calibrate first"
         )
-
-    def plan(chosen: Schedule, how: str) -> StepPlan:
-        if chosen.num_steps != table.num_steps:
-            raise InputError(
-                f"expected a schedule for {table.num_steps} steps, got one for {chosen.num_steps}",
-                fix=f"--denoising-steps {chosen.num_steps}",
-            )
-        unfolded = plan_from_schedule(
-            chosen,
-            table,
-            name=f"b{chosen.budget}",
-            guidance_scale=profile.sampling.guidance_scale,
-            method=how,
-            error_graph_digest=graph.digest if graph is not None and how in ("lemica", "least-sum") else None,
-            prediction=predict(predictor, chosen, table, grams=grams),
-        )
-        return fold(unfolded)
-
+    plans, selections = [], []
     if schedule is not None:
-        return [plan(given(schedule, table.num_steps), "given")]
-    if method == "uniform":
-        return [plan(uniform(table.num_steps, budget), method) for budget in budgets]
-    if method == "published":
-        return [plan(published(profile.name, budget), method) for budget in budgets]
-    if graph is None:
-        raise UsageError(f"method {method} needs an error graph", fix="calibrate first, or use --method uniform")
-    if method == "least-sum":
-        return [plan(least_sum(graph, budget), method) for budget in budgets]
-    schedules = solve(graph, budgets)
-    return [plan(schedules[budget], method) for budget in budgets]
+        chosen = given(schedule, table.num_steps)
+        found: list[dict[Planner, list[Schedule]]] = [{"given": [chosen]}]
+        budgets = [chosen.budget]
+    else:
+        found = [_schedules(table, profile, budget, ways, findings) for budget in budgets]
+    for budget, schedules in zip(budgets, found):
+        several = candidates(
+            ways,
+            schedules,
+            table,
+            name=f"b{budget}",
+            guidance_scale=profile.sampling.guidance_scale,
+            grams=findings.grams,
+            solver=solver,
+            error_graph_digest=None if graph is None else graph.digest,
+        )
+        if graphs is not None and len(several) > 1:
+            several = [plan for plan in several if _runs_on(plan, graphs)] or several[:1]
+        if len(several) == 1:
+            plans += several
+        elif choose is not None:
+            plan, selection = choose(several)
+            plans.append(plan)
+            selections.append(selection)
+        else:
+            plans.append(_best_before(several, findings.selections))
+    return plans, tuple(selections)
+
+
+def _schedules(
+    table: SamplerTable, profile: Profile, budget: int, ways: Ways, findings: Findings
+) -> dict[Planner, list[Schedule]]:
+    """Schedules of a budget by every method that is allowed and can be used here."""
+    graph, products = findings.graph, findings.products
+    found: dict[Planner, list[Schedule]] = {}
+    for method in ways.methods:
+        if method == "uniform":
+            found[method] = [uniform(table.num_steps, budget)]
+        elif method == "published":
+            found[method] = [published(profile.name, budget)]
+        elif graph is None:
+            raise UsageError(f"method {method} needs an error graph", fix="calibrate first, or use --method uniform")
+        elif method == "lemica":
+            found[method] = [solve(graph, [budget])[budget]]
+        elif method == "least-sum":
+            found[method] = [least_sum(graph, budget)]
+        elif products is not None:
+            found[method] = _signed(table, graph, products, budget)
+        elif ways.method == "signed":
+            raise UsageError("method signed needs adjoint products", fix="calibrate with --calibration adjoint")
+    for schedule in (schedule for schedules in found.values() for schedule in schedules):
+        if schedule.num_steps != table.num_steps:
+            raise InputError(
+                f"expected a schedule for {table.num_steps} steps, got one for {schedule.num_steps}",
+                fix=f"--denoising-steps {schedule.num_steps}",
+            )
+    return found
+
+
+def _signed(table: SamplerTable, graph: ErrorGraph, products: AdjointProducts, budget: int) -> list[Schedule]:
+    """Signed schedules for outputs that are extrapolated in the step index, and in log-SNR where it is known."""
+    seeds = [solve(graph, [budget])[budget], least_sum(graph, budget)]
+    times = [None] if table.levels is None else [None, table.levels.log_snr[: table.num_steps]]
+    return [
+        solve_signed(signed_errors(table, products.array, max_skip=graph.max_skip, times=time), budget, seeds=seeds)
+        for time in times
+    ]
+
+
+def _runs_on(plan: StepPlan, graphs: GraphSet) -> bool:
+    try:
+        check_plan(plan, graphs)
+    except InputError:
+        return False
+    return True
+
+
+def _best_before(plans: Sequence[StepPlan], selections: Sequence[Selection]) -> StepPlan:
+    """The plan whose way did best when the nearest budget was tried.
+
+    Raises:
+        UsageError: nothing was tried.
+    """
+    for selection in sorted(selections, key=lambda selection: abs(selection.budget - plans[0].budget)):
+        ranks = {tried.way: rank for rank, tried in reversed(list(enumerate(selection.tried)))}
+        known = [plan for plan in plans if way(plan) in ranks]
+        if known:
+            return min(known, key=lambda plan: ranks[way(plan)])
+    raise UsageError(
+        f"{len(plans)} ways to run {plans[0].budget} full steps are allowed, and none was tried on this model",
+        fix="name one, for example --method lemica, or let `lemica-trt build` try them",
+    )
+
+
+def chooser(model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter) -> Chooser:
+    """Tries plans on the model: on prompts behind those of the calibration, and other seeds."""
+    from lemica_trt.calibrate import Trials, trials_digest
+
+    settings = model.profile.calibration
+    skip = settings.samples % len(prompts)
+    fresh = [*prompts[skip:], *prompts[:skip]]
+    seed = settings.seed + settings.samples
+
+    def choose(plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
+        reporter.stage(
+            "select",
+            f"{len(plans)} ways to run {plans[0].budget} full steps, the best of them on "
+            f"{settings.validation_samples} samples",
+        )
+        run = Trials(
+            model,
+            uncached_plan(table, guidance_scale=model.profile.sampling.guidance_scale),
+            table,
+            fresh,
+            seed=seed,
+            journal=work.trials(trials_digest(model, table, fresh, seed=seed)),
+            progress=reporter.advance,
+        )
+        plan, selection = select(plans, settings.validation_samples, run)
+        best = selection.tried[0]
+        reporter.note(f"{best.way}: {best.mean:.1f} dB")
+        return plan, selection
+
+    return choose
+
+
+def planned_solvers(table: SamplerTable) -> SolverTable:
+    """Solvers set to the steps of a schedule; needs PyTorch and diffusers."""
+    from lemica_trt.lower import solver_table
+
+    return lambda schedule, solver: solver_table(table, schedule.full_steps, solver)
 
 
 def uncached_plan(table: SamplerTable, *, guidance_scale: float, name: str = UNCACHED) -> StepPlan:
@@ -432,7 +582,7 @@ def engines(
 def assemble(
     profile: Profile,
     table: SamplerTable,
-    graph: ErrorGraph | None,
+    findings: Findings,
     plans: Sequence[StepPlan],
     exported: Exported,
     entries: Sequence[EngineEntry],
@@ -443,8 +593,12 @@ def assemble(
     """Write the bundle."""
     reporter.stage("bundle", str(output))
     files: dict[str, Path | bytes] = {TOKENIZER_FILE: work.export / TOKENIZER_FILE, SAMPLER_FILE: json_bytes(table)}
-    if graph is not None:
-        files[ERROR_GRAPH_FILE] = json_bytes(graph)
+    if findings.graph is not None:
+        files[ERROR_GRAPH_FILE] = json_bytes(findings.graph)
+    if findings.grams is not None:
+        files[GRAMS_FILE] = json_bytes(findings.grams)
+    if findings.selections:
+        files[SELECTION_FILE] = json_bytes(Selections(selections=findings.selections))
     for spec in exported.graphs.graphs:
         files.update({name: work.export / name for name in (spec.file, *spec.data_files)})
     for entry in entries:  # ONNX Runtime's engines are the ONNX files; other builders write their own
@@ -492,8 +646,8 @@ class Request(Value, frozen=True):
 
     Attributes:
         budgets: full steps of each plan; the first plan is the default.
-        method: how the full steps are chosen.
-        schedule: full steps as given; then budgets and method are not used and nothing is calibrated.
+        ways: how the full steps may be chosen, and what skipped steps may do; several ways are tried.
+        schedule: full steps as given; then the budgets are not used and nothing is calibrated.
         error_graph: path of an error graph to use instead of calibrating.
         prompts: path of calibration prompts instead of the profile's.
         device: torch device that calibrates and verifies; None: a GPU where there is one.
@@ -503,7 +657,7 @@ class Request(Value, frozen=True):
     """
 
     budgets: tuple[int, ...] = (15,)
-    method: Method = "lemica"
+    ways: Ways = Ways()
     schedule: tuple[int, ...] | None = None
     error_graph: str | None = None
     prompts: str | None = None
@@ -515,7 +669,12 @@ class Request(Value, frozen=True):
     @property
     def calibrates(self) -> bool:
         """Whether an error graph has to be measured."""
-        return self.schedule is None and self.method in ("lemica", "least-sum") and self.error_graph is None
+        return self.needs_graph and self.error_graph is None
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether a method searches an error graph."""
+        return self.schedule is None and not set(self.ways.methods) <= {"uniform", "published"}
 
 
 def check_request(profile: Profile, output: Path, request: Request) -> None:
@@ -529,8 +688,7 @@ def check_request(profile: Profile, output: Path, request: Request) -> None:
     require_replaceable(output)
     for backend in request.backends:
         check_engine(backend, profile.dtype, request.options)
-    if request.calibrates:
-        calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
+    calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
     if request.error_graph is not None:
         read_value(ErrorGraph, request.error_graph)
     if request.verify_samples:
@@ -552,29 +710,33 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
     work = Work(work_folder(output))
     with work.locked():
         model, table = _begin(profile, work, request.device, reporter)
-        graph = None
+        prompts = calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
+        findings = Findings()
         if request.error_graph is not None:
             graph = read_value(ErrorGraph, request.error_graph)
             require_graph_fits(graph, model, table, where=request.error_graph)
             reporter.stage("calibrate", f"{request.error_graph}: {graph.samples} samples, method {graph.method}")
+            findings = Findings(graph=graph)
         elif request.calibrates:
             require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
-            prompts = calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
-            graph = calibrate(model, table, prompts, work, reporter)
-        plans = make_plans(
+            findings = calibrate(model, table, prompts, work, reporter)
+        plans, selections = make_plans(
             table,
             profile=profile,
             budgets=request.budgets,
-            method=request.method,
-            graph=graph,
+            ways=request.ways,
+            findings=findings,
             schedule=request.schedule,
+            solver=planned_solvers(table),
+            choose=chooser(model, table, prompts, work, reporter),
         )
-        _write_plans(plans, work, reporter)
+        findings = findings._replace(selections=selections)
+        _write_plans(plans, selections, work, reporter)
         plans = _plans_of(work)
         layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided)
         exported = export(model, layout, work, reporter)
         entries = engines(exported, work, request.backends, request.options, reporter)
-        bundle = assemble(profile, table, graph, plans, exported, entries, work, output, reporter)
+        bundle = assemble(profile, table, findings, plans, exported, entries, work, output, reporter)
         if request.verify_samples == 0:
             return bundle, None
         return bundle, verify_bundle(bundle, model, request.verify_samples, reporter)
@@ -583,7 +745,7 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
 def _begin(profile: Profile, work: Work, device: str | None, reporter: Reporter) -> tuple[Model, SamplerTable]:
     """Load the model and lower its sampler; what the work folder has of another profile is taken away, journals not."""
     if not work.profile.is_file() or work.profile.read_bytes() != json_bytes(profile):
-        for path in (work.error_graph, work.grams, work.products):
+        for path in (work.error_graph, work.grams, work.products, work.selection):
             path.unlink(missing_ok=True)
         shutil.rmtree(work.plans, ignore_errors=True)
         write_value(profile, work.profile)
@@ -617,27 +779,35 @@ def replan(
     bundle: Bundle,
     *,
     budgets: Sequence[int],
-    method: Method,
+    ways: Ways,
     schedule: Sequence[int] | None,
     default: str | None,
     reporter: Reporter,
 ) -> Bundle:
-    """Add plans to a bundle from the sampler and the error graph that it carries; no PyTorch, no calibration.
+    """Add plans to a bundle from what it carries of its calibration; no PyTorch, nothing is tried.
 
     Raises:
         UsageError, InfeasibleError, InputError: as `make_plans` and `bundle.add_plan`.
     """
+
+    def carried(kind: type[V], file: str) -> V | None:
+        return read_value(kind, bundle.file(file)) if file in bundle.manifest.files else None
+
     table = read_value(SamplerTable, bundle.file(SAMPLER_FILE))
-    graph = None
-    if ERROR_GRAPH_FILE in bundle.manifest.files:
-        graph = read_value(ErrorGraph, bundle.file(ERROR_GRAPH_FILE))
-    plans = make_plans(
+    selections = carried(Selections, SELECTION_FILE)
+    plans, _ = make_plans(
         table,
         profile=bundle.manifest.profile,
         budgets=budgets,
-        method=method,
-        graph=graph,
+        ways=ways,
+        findings=Findings(
+            graph=carried(ErrorGraph, ERROR_GRAPH_FILE),
+            grams=carried(TrajectoryGrams, GRAMS_FILE),
+            selections=selections.selections if selections is not None else (),
+        ),
         schedule=schedule,
+        solver=planned_solvers(table) if ways.solver is not None else None,
+        graphs=bundle.manifest.graphs,
     )
     for plan in plans:
         reporter.stage("plan", f"{plan.name}: full steps {' '.join(map(str, plan.full_steps))}")
@@ -682,19 +852,22 @@ def calibrate_stage(
     texts = calibration_prompts(profile, prompts)
     with work.locked():
         model, table = _begin(profile, work, device, reporter)
-        return calibrate(model, table, texts, work, reporter)
+        graph = calibrate(model, table, texts, work, reporter).graph
+        assert graph is not None
+        return graph
 
 
 def plan_stage(
     target: Path,
     *,
     budgets: Sequence[int],
-    method: Method,
+    ways: Ways,
     schedule: Sequence[int] | None,
     default: str | None,
     reporter: Reporter,
 ) -> list[StepPlan]:
-    """Plans of a bundle (added to it) or of a work folder (written to `plans/`).
+    """Plans of a bundle (added to it) or of a work folder (written to `plans/`; several ways are tried there, which
+    takes the model).
 
     Raises:
         UsageError: `default` for a work folder: only a bundle has one.
@@ -703,22 +876,45 @@ def plan_stage(
     work = Work(target)
     if not work.profile.is_file():
         bundle = replan(
-            Bundle.open(target), budgets=budgets, method=method, schedule=schedule, default=default, reporter=reporter
+            Bundle.open(target), budgets=budgets, ways=ways, schedule=schedule, default=default, reporter=reporter
         )
         return [bundle.plan(name) for name in bundle.plans]
     if default is not None:
         raise UsageError("--default is for bundles", fix="in a work folder the first budget's plan becomes the default")
     with work.locked():
-        plans = make_plans(
-            read_value(SamplerTable, work.sampler),
-            profile=read_value(Profile, work.profile),
+        profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
+
+        def choose(plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
+            model = open_model(profile, reporter)
+            return chooser(model, table, calibration_prompts(profile, None), work, reporter)(plans)
+
+        plans, selections = make_plans(
+            table,
+            profile=profile,
             budgets=budgets,
-            method=method,
-            graph=read_value(ErrorGraph, work.error_graph) if work.error_graph.is_file() else None,
+            ways=ways,
+            findings=_findings_of(work),
             schedule=schedule,
+            solver=planned_solvers(table) if ways.solvers else None,
+            choose=choose,
         )
-        _write_plans(plans, work, reporter)
+        _write_plans(plans, selections, work, reporter)
         return plans
+
+
+def _findings_of(work: Work) -> Findings:
+    """What the work folder has of a calibration."""
+
+    def found(kind: type[V], path: Path) -> V | None:
+        return read_value(kind, path) if path.is_file() else None
+
+    selections = found(Selections, work.selection)
+    return Findings(
+        graph=found(ErrorGraph, work.error_graph),
+        grams=found(TrajectoryGrams, work.grams),
+        products=found(AdjointProducts, work.products),
+        selections=selections.selections if selections is not None else (),
+    )
 
 
 def export_stage(work: Work, reporter: Reporter) -> Exported:
@@ -754,9 +950,8 @@ def engine_stage(
                 f"{work.export}: expected the graphs of {work.profile.name}, got {found}",
                 fix=f"lemica-trt export {work.root}",
             )
-        graph = read_value(ErrorGraph, work.error_graph) if work.error_graph.is_file() else None
         entries = engines(exported, work, backends, options, reporter)
-        return assemble(profile, table, graph, plans, exported, entries, work, output, reporter)
+        return assemble(profile, table, _findings_of(work), plans, exported, entries, work, output, reporter)
 
 
 def verify_stage(
@@ -773,11 +968,14 @@ def verify_stage(
     return verify_bundle(bundle, model, samples, reporter)
 
 
-def _write_plans(plans: Sequence[StepPlan], work: Work, reporter: Reporter) -> None:
-    """Plans → the work folder, in place of those that are there."""
+def _write_plans(plans: Sequence[StepPlan], selections: tuple[Selection, ...], work: Work, reporter: Reporter) -> None:
+    """Plans, and how they were selected → the work folder, in place of those that are there."""
     shutil.rmtree(work.plans, ignore_errors=True)
+    work.selection.unlink(missing_ok=True)
+    if selections:
+        write_value(Selections(selections=selections), work.selection)
     for index, plan in enumerate(plans):
-        reporter.stage("plan", f"{plan.name}: full steps {' '.join(map(str, plan.full_steps))}")
+        reporter.stage("plan", f"{plan.name}: {way(plan)}; full steps {' '.join(map(str, plan.full_steps))}")
         write_value(plan, work.plans / f"{index}-{plan.name}.json")
 
 
@@ -843,8 +1041,22 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
                 memory=expected.run_memory,
             )
         )
-    plans = "given schedule" if request.schedule is not None else f"{request.method}, budgets {request.budgets}"
-    stages.append(Stage(name="plan", what=plans, seconds=0.1, disk=20_000))
+    plans = "given schedule" if request.schedule is not None else f"budgets {request.budgets}"
+    stages.append(Stage(name="plan", what=f"{', '.join(request.ways.methods)}; {plans}", seconds=0.1, disk=20_000))
+    ways = len(request.ways.methods) * (len(predictors(request.ways, table, None)) + len(request.ways.solvers))
+    if ways > 1:
+        runs = trial_runs(ways, settings.validation_samples)
+        budgets = request.budgets if request.schedule is None else (len(request.schedule),)
+        full = settings.validation_samples * table.num_steps + runs * sum(budgets)
+        stages.append(
+            Stage(
+                name="select",
+                what=f"about {ways} ways to run each budget, tried in about {full} full steps",
+                seconds=full * expected.full_step,
+                disk=runs * 150,
+                memory=expected.run_memory,
+            )
+        )
     stages.append(
         Stage(
             name="export",

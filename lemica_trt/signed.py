@@ -108,7 +108,7 @@ def signed_errors(
         table: the sampler.
         products: M, [..., N + 1, N], see `AdjointProducts.array`.
         max_skip: K.
-        times: τ_0 … τ_{N−1}, strictly monotone; None: the step index.
+        times: τ_0 … τ_{N−1}, strictly monotone; None: the step index. Across an infinite one there is only reuse.
         gain: β.
 
     Returns:
@@ -132,9 +132,12 @@ def signed_errors(
             skipped = carried[..., i + 1 - first :, :]
             held = skipped[..., i].sum(-1) - np.trace(skipped[..., i + 1 : j], axis1=-2, axis2=-1)
             errors[i, 0, j - i] = held
-            slope = np.einsum("t,...tm->...m", tau[i + 1 : j] - tau[i], skipped)
-            for p in range(max(i - span, 0), i):
-                errors[i, i - p, j - i] = held + gain / (tau[i] - tau[p]) * (slope[..., i] - slope[..., p])
+            errors[i, 1 : min(i, span) + 1, j - i] = held
+            before = [p for p in range(max(i - span, 0), i) if np.isfinite(tau[i] - tau[p])]
+            if before:
+                slope = np.einsum("t,...tm->...m", tau[i + 1 : j] - tau[i], skipped)
+            for p in before:
+                errors[i, i - p, j - i] += gain / (tau[i] - tau[p]) * (slope[..., i] - slope[..., p])
     return errors
 
 

@@ -77,6 +77,7 @@ class Calibration(Value, frozen=True):
         max_skip: K, the most steps that one segment skips.
         seed: seed of sample 0.
         method: how edges are weighed.
+        validation_samples: (prompt, seed) pairs, others than those, that the best of several ways is chosen on.
     """
 
     prompts: str = "video"
@@ -84,9 +85,11 @@ class Calibration(Value, frozen=True):
     max_skip: int = 9
     seed: int = 0
     method: CalibrationMethod = "exact"
+    validation_samples: int = 32
 
     def __post_init__(self) -> None:
         require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")
+        require(self.validation_samples >= 1, f"validation_samples must be at least 1, got {self.validation_samples}")
         require(self.max_skip >= 1, f"max_skip must be at least 1, got {self.max_skip}")
         require(0 <= self.seed < 1 << 62, f"seed must be 0 … 2^62 - 1, got {self.seed}")
 

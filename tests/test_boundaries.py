@@ -53,6 +53,7 @@ LIGHT = [
     "lemica_trt.predict",
     "lemica_trt.plan",
     "lemica_trt.fold",
+    "lemica_trt.candidates",
     "lemica_trt.builders",
     "lemica_trt.builders.onnxruntime",
     "lemica_trt.bundle",

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from lemica_trt.candidates import Ways
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.lower import sampler_table
 from lemica_trt.models import Model, denoise, load_model
-from lemica_trt.pipeline import calibration_prompts, make_plans, require_graph_fits, uncached_plan
+from lemica_trt.pipeline import Findings, calibration_prompts, make_plans, require_graph_fits, uncached_plan
 from lemica_trt.plan import StepPlan
 from lemica_trt.quality import psnr
 from lemica_trt.resources import calibration_path, load_profile
@@ -71,7 +72,9 @@ def test_plans_beat_equal_distances_on_held_out_prompts(model: Model, table: Sam
     for budget, margin in ((15, 1.5), (20, 3.0)):
         scores = []
         for method in ("lemica", "uniform"):
-            (plan,) = make_plans(table, profile=profile, budgets=[budget], method=method, graph=graph)
+            (plan,), _ = make_plans(
+                table, profile=profile, budgets=[budget], ways=Ways(method=method), findings=Findings(graph=graph)
+            )
             scores.append([psnr(a, b) for a, b in zip(_frames(model, plan, requests), reference)])
         gain = np.mean(scores[0]) - np.mean(scores[1])
         assert gain >= margin, f"B={budget}: {gain:.2f} dB"

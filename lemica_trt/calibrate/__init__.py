@@ -5,19 +5,22 @@
     journal   finished work on disk, so that a killed measurement goes on where it was
     measure   all samples, resumable, into one error graph; what it will cost
     adjoint   how the result moves with each latent: one backward sweep through the uncached run
+    trials    whole plans against the uncached run: which of several is best
     cheap     the same graph from a few samplings a sample, with Gram matrices and adjoint products
 
-Knows nothing of schedules' search, plans on disk, export or engines.
+Knows nothing of how schedules are searched, of export or engines.
 """
 
 from lemica_trt.calibrate.adjoint import checkpoints
 from lemica_trt.calibrate.cheap import Calibrated, calibrate_cheaply, cheap_cost, cheap_measurement
 from lemica_trt.calibrate.measure import Cost, cost, measure, measurement_digest
 from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
+from lemica_trt.calibrate.trials import Trials, trials_digest
 
 __all__ = [
     "Calibrated",
     "Cost",
+    "Trials",
     "calibrate_cheaply",
     "cheap_cost",
     "cheap_measurement",
@@ -27,4 +30,5 @@ __all__ = [
     "measurement_digest",
     "prompts_digest",
     "read_prompts",
+    "trials_digest",
 ]

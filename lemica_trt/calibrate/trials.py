@@ -26,6 +26,11 @@ SNR_CAP = 120.0
 """dB; more cannot be told apart in fp32."""
 
 
+def trials_digest(model: Model, table: SamplerTable, prompts: Sequence[str], *, seed: int) -> str:
+    """SHA-256 (hex) of everything that a journal of scores is bound to."""
+    return Provenance(**provenance_of(model, table, prompts, seed)).digest
+
+
 class Score(Value, frozen=True):
     """One plan on one sample.
 
