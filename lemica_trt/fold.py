@@ -6,9 +6,9 @@ the row itself is not needed – a compiler's constant folding. A folded plan ha
 the last: with B full steps, B engine calls and nothing else.
 
 A sampler that reads several latents back (DPM-Solver++, UniPC) may read latents of a row that is gone, these others,
-and so on to the beginning. Each remaining row is therefore written over the shortest window of remaining rows that
-will do, by the elimination of `shortest_combination`. Noise is drawn step by step as before, several draws before one
-row: the same seed gives the same latents.
+and so on to the beginning. A row that would read further back than the sampler does is therefore written over the
+shortest window of remaining rows that will do, by the elimination of `shortest_combination`. Noise is drawn step by
+step as before, several draws before one row: the same seed gives the same latents.
 
 Knows plans and numbers only.
 """
@@ -63,7 +63,18 @@ def fold(plan: StepPlan) -> StepPlan:
             continue
         k = len(folded)
         updates.append(x)
-        folded.append(_row(row, k, updates, count, draws[[0, *(f + 1 for f in kept[: k + 1])]]))
+        until = draws[[0, *(f + 1 for f in kept[: k + 1])]]
+        if len(newest_first(x[: 1 + k])) > plan.latent_history:
+            x = _shortest(k, updates, count, until)
+        folded.append(
+            msgspec.structs.replace(
+                row,
+                latents=newest_first(x[: 1 + k]),
+                outputs=newest_first(x[1 + count : 1 + count + k]),
+                draws=int(until[-1] - until[-2]),
+                noise=newest_first(x[1 + 2 * count : 1 + 2 * count + until[-1]]),
+            )
+        )
         latents.append(basis[1 + k])
         outputs.append(basis[1 + count + k])
     return msgspec.structs.replace(plan, rows=tuple(folded))
@@ -126,18 +137,18 @@ def _nearest(schedule: Schedule, table: SamplerTable, fine: SamplerTable) -> tup
     return (0, *found)
 
 
-def _row(row: PlanRow, k: int, updates: Sequence[Array], count: int, draws: npt.NDArray[np.int64]) -> PlanRow:
-    """Kept row k: its update over the shortest window of kept rows.
+def _shortest(k: int, updates: Sequence[Array], count: int, draws: npt.NDArray[np.int64]) -> Array:
+    """The update of kept row k over the shortest window of kept rows.
 
     Args:
         updates: of the kept rows 0 … k.
-        draws: how many draws there are before row 0, and behind the draws of each kept row 0 … k.
+        count: of all kept rows.
+        draws: how many draws there are before row 0, and up to each kept row 0 … k.
     """
-    size = len(updates[0])
 
     def older_than(depth: int) -> npt.NDArray[np.bool_]:
-        """Coordinates that a window of `depth` rows does not reach, and the draws of the rows that it does not."""
-        old, first = np.zeros(size, bool), k - depth
+        """Coordinates that a window of `depth` rows does not reach: latents, outputs, and draws before its rows."""
+        old, first = np.zeros(len(updates[k]), bool), k - depth
         old[: 1 + first] = True  # x_{−1} belongs to row −1
         old[1 + count : 1 + count + max(first, 0)] = True
         old[1 + 2 * count : 1 + 2 * count + draws[first + 1]] = True
@@ -146,18 +157,11 @@ def _row(row: PlanRow, k: int, updates: Sequence[Array], count: int, draws: npt.
     relations = [-update for update in updates[:k]]
     for j, relation in enumerate(relations):
         relation[1 + j] += 1.0
-    c = shortest_combination(
+    shortest = shortest_combination(
         updates[k], relations, older_than, max_depth=k + 1, max_multiplier=MAX_MULTIPLIER, zero=ZERO
     )
-    assert c is not None  # a window of k + 1 rows leaves nothing out
-    noise = c[1 + 2 * count : 1 + 2 * count + draws[-1]]
-    return msgspec.structs.replace(
-        row,
-        latents=newest_first(c[: 1 + k]),
-        outputs=newest_first(c[1 + count : 1 + count + k]),
-        draws=int(draws[-1] - draws[-2]),
-        noise=newest_first(noise),
-    )
+    assert shortest is not None  # a window of k + 1 rows leaves nothing out
+    return shortest
 
 
 def _combination(weights: Sequence[float], vectors: Sequence[Array] | Array, size: int) -> Array:

@@ -12,7 +12,7 @@ from interpreter import deviation, run_plan, schedule_of
 from lemica_trt.errors import UnsupportedError, UsageError
 from lemica_trt.fold import fold, integrate_finely
 from lemica_trt.plan import Graph, PlanRow, StepPlan, plan_from_schedule
-from lemica_trt.predict import Predictor, predict
+from lemica_trt.predict import Prediction, Predictor, predict
 from lemica_trt.sampler import NoiseLevels, SamplerRow, SamplerTable, first_order_table, require_levels
 
 pytestmark = pytest.mark.null
@@ -125,9 +125,16 @@ def test_histories_of_folded_plans_are_short(latents: int, noise: float) -> None
     assert deviation(run_plan(folded, dtype=np.float32), run_plan(plan)) <= 1e-5
 
 
-def test_first_order_folds_to_one_latent_and_two_outputs() -> None:
-    folded = fold(unfolded(flow_table(50), LINEAR, 0, 1, 4, 9, 20, 35))
+def test_first_order_folds_to_one_latent_and_as_many_outputs_as_are_predicted_from() -> None:
+    table, full = flow_table(50), (0, 1, 4, 9, 20, 35)
+    folded = fold(unfolded(table, LINEAR, *full))
     assert (folded.latent_history, folded.output_history, folded.noise_history) == (1, 2, 0)
+    schedule = schedule_of(50, *full)
+    weights = tuple(() if t in full else (3.0, -3.0, 1.0)[: sum(f < t for f in full)] for t in range(50))
+    parabola = Prediction(predictor=Predictor(of="output", method="lsq3"), weights=weights)
+    plan = plan_from_schedule(schedule, table, name="a", guidance_scale=1.0, method="given", prediction=parabola)
+    assert (fold(plan).latent_history, fold(plan).output_history) == (1, 3)
+    assert deviation(run_plan(fold(plan)), run_plan(plan)) <= 1e-12
 
 
 def test_folding_by_hand() -> None:

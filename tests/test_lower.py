@@ -18,12 +18,17 @@ import torch
 from diffusers import CogVideoXPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import deviation as run_deviation
+from interpreter import run_plan, schedule_of
 from torch.overrides import TorchFunctionMode
 
 from lemica_trt import lower
 from lemica_trt.errors import InputError, UnsupportedError
-from lemica_trt.lower import sampler_table, support_matrix
-from lemica_trt.sampler import SamplerTable
+from lemica_trt.fold import fold
+from lemica_trt.lower import sampler_table, solver_table, support_matrix
+from lemica_trt.plan import plan_from_schedule
+from lemica_trt.predict import Predictor, predict
+from lemica_trt.sampler import SamplerTable, require_levels
 from lemica_trt.values import json_bytes, value_from_json
 
 pytestmark = [
@@ -348,6 +353,182 @@ def test_lowering_leaves_no_trace() -> None:
 def test_table_survives_json() -> None:
     table = sampler_table(made("SASolver", 10))
     assert value_from_json(SamplerTable, json_bytes(table), where="test") == table
+
+
+# Noise levels
+
+NO_LEVELS = {label for label in SUPPORTED if label.startswith(("EDM", "KDPM2"))} | {"IPNDM", "TCD"}
+"""Preconditioned outputs, calls between the levels, no schedule that the attributes tell, no keeping of x0."""
+
+
+def test_which_samplers_tell_their_noise_levels() -> None:
+    assert {label for label in SUPPORTED if lowered(label, 10).levels is None} == NO_LEVELS
+
+
+@pytest.mark.parametrize(
+    "label", [label for label in SUPPORTED if label not in NO_LEVELS and not SUPPORTED[label][2][2]]
+)
+def test_a_perfect_model_keeps_data_and_noise(label: str) -> None:
+    """From signal[0]·x0 + noise[0]·ε, the scheduler itself goes to signal[N]·x0 + noise[N]·ε, at any order."""
+    levels, scheduler = require_levels(lowered(label, 10)), lower._to_float64(made(label, 10))
+    n = len(scheduler.timesteps)
+    x0, eps = (part[0] for part in data(n, torch.float64))
+    start = (levels.signal[0] * x0 + levels.noise[0] * eps) / float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+    def perfect(_: torch.Tensor, i: int) -> torch.Tensor:
+        p, q = levels.output(i)
+        return p * x0 + q * eps
+
+    with lower._Float64(np.zeros((0, 0))):
+        end = run_scheduler(scheduler, start, torch.zeros(n, 1), perfect)
+    assert deviation(end, levels.signal[-1] * x0 + levels.noise[-1] * eps) <= 1e-6
+
+
+def test_levels_are_the_textbook_ones() -> None:
+    scheduler = made("CogVideoXDDIM", 10)
+    levels = require_levels(lowered("CogVideoXDDIM", 10))
+    alphas = scheduler.alphas_cumprod.double().numpy()[scheduler.timesteps.numpy()]
+    assert levels.signal == pytest.approx([*np.sqrt(alphas), 1.0], rel=1e-7)
+    assert levels.noise == pytest.approx([*np.sqrt(1 - alphas), 0.0], rel=1e-7)
+    assert levels.target == "v_prediction" and levels.log_snr[0] == -math.inf
+    flow = require_levels(lowered("FlowMatchEuler, shift 3", 10))
+    sigmas = made("FlowMatchEuler, shift 3", 10).sigmas.tolist()
+    assert (flow.target, flow.noise) == ("flow_prediction", tuple(sigmas))
+    assert flow.signal == pytest.approx([1 - s for s in sigmas])
+    assert require_levels(lowered("EulerDiscrete", 10)).signal == (1.0,) * 11
+
+
+def test_levels_that_the_table_does_not_keep_are_not_believed() -> None:
+    scheduler = made("DDIM, v", 10)
+    rows, _ = lower._rows(scheduler, False)
+    assert lower._noise_levels(scheduler, rows) is not None
+    scheduler.register_to_config(prediction_type="sample")
+    assert lower._noise_levels(scheduler, rows) is None
+
+
+# Planned solvers
+
+PLANNED = (0, 1, 3, 8, 10, 12, 22, 27, 37, 47, 48)
+"""Full steps of 50, a thousandth of the timesteps apart that DDIM can go by."""
+
+
+def tables_agree(a: SamplerTable, b: SamplerTable, tolerance: float) -> None:
+    assert a.num_steps == b.num_steps
+    assert a.timesteps == pytest.approx(b.timesteps, abs=1e-3)
+    for x, y in zip(a.rows, b.rows):
+        for name in ("latents", "outputs"):
+            u, v = getattr(x, name), getattr(y, name)
+            size = max(len(u), len(v))
+            assert (*u, *[0.0] * (size - len(u))) == pytest.approx((*v, *[0.0] * (size - len(v))), abs=tolerance)
+
+
+@pytest.mark.parametrize("label", ["CogVideoXDDIM", "DDIM, v", "DDIM, epsilon", "DDIM, zero SNR"])
+def test_planned_ddim_is_diffusers_ddim_on_those_timesteps(label: str) -> None:
+    scheduler, table = lower._to_float64(made(label, 50)), lowered(label, 50)
+    planned = solver_table(table, PLANNED, "first-order")
+    assert planned.timesteps == tuple(table.timesteps[i] for i in PLANNED)
+    start, noise = data(len(PLANNED), torch.float64)
+    x = start
+    with lower._Float64(np.zeros((0, 0))):
+        for k, i in enumerate(PLANNED):
+            ahead = ([*PLANNED, 50][k + 1] - i) * 20
+            scheduler.num_inference_steps = 1000 // ahead  # by which its step goes back
+            x = scheduler.step(model(x, k), scheduler.timesteps[i], x, return_dict=False)[0]
+    assert deviation(run_table(planned, start, noise, model), x) <= 1e-10
+
+
+def test_planned_euler_is_diffusers_euler_at_those_sigmas() -> None:
+    """diffusers applies the shift to given sigmas once more: it must be handed them without."""
+    table = lowered("FlowMatchEuler, shift 3", 50)
+    sigmas = np.array(require_levels(table).noise)[list(PLANNED)]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=(sigmas / (3 - 2 * sigmas)).tolist())
+    tables_agree(solver_table(table, PLANNED, "first-order"), sampler_table(scheduler), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("label", "solver"),
+    [
+        ("DPMSolverMultistep, order 2", "dpmsolver++"),
+        ("DPMSolverMultistep, zero SNR", "dpmsolver++"),
+        ("DPMSolverMultistep, flow", "dpmsolver++"),
+        ("UniPC, order 2", "unipc"),
+        ("UniPC, flow (Wan)", "unipc"),
+        ("DDIM, zero SNR", "first-order"),
+        ("EulerDiscrete, Karras, v", "first-order"),
+        ("FlowMatchEuler, dynamic", "first-order"),
+        ("DPMSolverMultistep, order 1", "first-order"),
+    ],
+)
+def test_a_solver_planned_on_its_own_steps_is_itself(label: str, solver: Any) -> None:
+    table = lowered(label, 10)
+    planned = solver_table(table, range(10), solver)
+    tables_agree(planned, table, 1e-12)
+    assert planned.timesteps == table.timesteps  # UniPC would cut them to integers
+
+
+def test_planned_dpmsolver_is_diffusers_on_those_timesteps() -> None:
+    table = lowered("DPMSolverMultistep, order 2", 50)
+    scheduler = diffusers.DPMSolverMultistepScheduler(**SD)
+    scheduler.set_timesteps(timesteps=[int(table.timesteps[i]) for i in PLANNED])
+    tables_agree(solver_table(table, PLANNED, "dpmsolver++"), sampler_table(scheduler), 1e-9)
+
+
+@pytest.mark.parametrize("solver", ["first-order", "dpmsolver++", "unipc"])
+@pytest.mark.parametrize("label", ["CogVideoXDDIM", "EulerDiscrete", "UniPC, flow (Wan)"])
+def test_planned_solvers_give_a_perfect_model_its_data(label: str, solver: Any) -> None:
+    """Also from −∞ log-SNR, and with the model's input as the sampler has it, whatever the parameterisation."""
+    table = lowered(label, 50)
+    planned = solver_table(table, PLANNED, solver)
+    levels, own = require_levels(table), require_levels(planned)
+    x0, eps = (part[0] for part in data(50, torch.float64))
+    start = (own.signal[0] * x0 + own.noise[0] * eps) / planned.rows[0].latents[0]
+    inputs = []
+
+    def perfect(x: torch.Tensor, k: int) -> torch.Tensor:
+        inputs.append(x)
+        p, q = levels.output(PLANNED[k])
+        return p * x0 + q * eps
+
+    end = run_table(planned, start, torch.zeros(50, 1), perfect)
+    assert deviation(end, levels.signal[-1] * x0 + levels.noise[-1] * eps) <= 1e-3
+    for x, i in zip(inputs, PLANNED):
+        expected = table.rows[i].in_scale * (levels.signal[i] * x0 + levels.noise[i] * eps)
+        assert deviation(x, expected) <= 1e-3
+
+
+def test_planned_solvers_keep_the_guidance() -> None:
+    table = sampler_table(made("CogVideoXDPM", 10), dynamic_guidance=True)
+    for solver in ("first-order", "dpmsolver++"):
+        planned = solver_table(table, [0, 2, 5], solver)
+        assert [row.guidance for row in planned.rows] == [table.rows[i].guidance for i in (0, 2, 5, 10)]
+        assert not planned.stochastic  # the flow without noise
+
+
+def test_planned_solvers_need_levels_apart() -> None:
+    with pytest.raises(UnsupportedError, match="expected the noise level of each step of EDMEuler"):
+        solver_table(lowered("EDMEuler", 10), [0, 2], "unipc")
+    with pytest.raises(UnsupportedError, match="DPMSolverMultistepScheduler is not finite"):
+        solver_table(lowered("HeunDiscrete", 10), range(19), "dpmsolver++")
+
+
+# Folding
+
+
+@pytest.mark.parametrize("method", ["reuse", "linear"])
+@pytest.mark.parametrize("label", SUPPORTED)
+def test_plans_of_every_sampler_fold(label: str, method: Any) -> None:
+    table = lowered(label, 10)
+    full = sorted({0, 1, *np.random.default_rng(len(label)).choice(table.num_steps, 4).tolist()})
+    schedule = schedule_of(table.num_steps, *full)
+    plan = plan_from_schedule(
+        schedule, table, name="test", guidance_scale=1.0, method="given",
+        prediction=predict(Predictor(of="output", method=method), schedule, table),
+    )  # fmt: skip
+    folded = fold(plan)
+    assert len(folded.rows) == len(full) + 1
+    assert run_deviation(run_plan(folded), run_plan(plan)) <= 1e-12
+    assert run_deviation(run_plan(folded, dtype=np.float32), run_plan(plan)) <= 1e-5
 
 
 # What is refused

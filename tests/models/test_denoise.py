@@ -96,8 +96,8 @@ def test_steps_are_their_formulas(model_of) -> None:
     x0, x1, m0, m1, m2, z = (torch.randn(1, *model.latent_shape, generator=generator) for _ in range(6))
     r0, r1 = (torch.randn(2, 12, 32, generator=generator) for _ in range(2))
     row = PlanRow(
-        graph="skip", step=3, latents=(0.9, -0.2), outputs=(0.3, 0.1, -0.4), noise=(0.5,), timestep=321.25, in_scale=0.7,
-        draws=1, residuals=(1.5, -0.5),
+        graph="skip", step=3, latents=(0.9, -0.2), outputs=(0.3, 0.1, -0.4), draws=1, noise=(0.5,), timestep=321.25,
+        in_scale=0.7, residuals=(1.5, -0.5),
     )  # fmt: skip
     embeds = model.embed(["a cat"])
     inputs = {

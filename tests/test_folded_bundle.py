@@ -1,0 +1,135 @@
+"""Folded plans through the whole chain: no skip graph, B calls of the full one, the latents of the unfolded plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tiny
+
+from lemica_trt import pipeline
+from lemica_trt.bundle import Bundle
+from lemica_trt.errors import InputError
+from lemica_trt.lower import solver_table
+from lemica_trt.models import Model, denoise
+from lemica_trt.plan import StepPlan, layout_from_plans, plan_from_schedule, plan_from_solver
+from lemica_trt.predict import LEMICA, Predictor, predict
+from lemica_trt.progress import Quiet
+from lemica_trt.runtime.denoise import RowDone
+from lemica_trt.sampler import SamplerTable
+from lemica_trt.schedule import given, uniform
+
+pytestmark = [
+    pytest.mark.cpu,
+    # Upstream: diffusers' DPM-Solver++ hands tensors to numpy functions.
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
+]
+
+Array = npt.NDArray[Any]
+
+LINEAR = Predictor(of="output", method="linear")
+STEPS, BUDGET = 8, 3
+
+
+class Built(NamedTuple):
+    """A bundle of the random tiny CogVideoX, with a folded plan, a planned solver and the uncached plan."""
+
+    model: Model
+    table: SamplerTable
+    bundle: Bundle
+
+
+def open_tiny(folder: Path, scheduler: str) -> tuple[Model, SamplerTable]:
+    profile = tiny.make_variant("sincos", folder / "pipeline", layers=1)
+    sampling = msgspec.structs.replace(profile.sampling, steps=STEPS, scheduler=scheduler)
+    shape = msgspec.structs.replace(profile.shape, max_batch=1)
+    model = pipeline.open_model(msgspec.structs.replace(profile, sampling=sampling, shape=shape), Quiet())
+    return model, pipeline.lower_sampler(model, Quiet())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("folded")
+    model, table = open_tiny(folder, "CogVideoXDDIMScheduler")
+    work, g = pipeline.Work(folder / "work"), model.profile.sampling.guidance_scale
+    schedule = given([0, 2, 5], STEPS)
+    solver = solver_table(table, schedule.full_steps, "dpmsolver++")
+    plans = [
+        *pipeline.make_plans(table, profile=model.profile, budgets=[BUDGET], method="uniform", predictor=LINEAR),
+        plan_from_solver(schedule, table, solver, name="planned", guidance_scale=g, method="given"),
+        pipeline.uncached_plan(table, guidance_scale=g),
+    ]
+    layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=True)
+    exported = pipeline.export(model, layout, work, Quiet())
+    engines = pipeline.engines(exported, work, ["onnxruntime"], {}, Quiet())
+    bundle = pipeline.assemble(model.profile, table, None, plans, exported, engines, work, folder / "bundle", Quiet())
+    return Built(model, table, bundle)
+
+
+def uniform_plan(table: SamplerTable, predictor: Predictor) -> StepPlan:
+    """Not folded."""
+    schedule = uniform(STEPS, BUDGET)
+    return plan_from_schedule(
+        schedule, table, name="unfolded", guidance_scale=3.0, method="uniform",
+        prediction=predict(predictor, schedule, table),
+    )  # fmt: skip
+
+
+def oracle(model: Model, plan: StepPlan, seed: int) -> Array:
+    noises = model.noises(seed)
+    start = next(noises)[None]
+    return denoise(model, plan, model.embed(["a cat"]), start, fresh_noise=lambda _: next(noises)[None]).numpy()
+
+
+def test_no_plan_needs_a_skip_graph_and_none_is_built(built: Built) -> None:
+    graphs = built.bundle.manifest.graphs
+    assert sorted(graph.role for graph in graphs.graphs) == ["combine", "full", "text_encoder", "vae_decoder"]
+    assert graphs.layout.residual_history == 0
+    assert [tensor.name for tensor in graphs.graph("full").outputs] == ["latents", "output"]
+    assert not list(built.bundle.path.rglob("skip*"))
+
+
+def test_the_bundle_verifies(built: Built) -> None:
+    """Every plan against PyTorch, the uncached one against diffusers, and the baselines that these graphs can run."""
+    report = pipeline.verify_bundle(built.bundle, built.model, 1, Quiet())
+    ways = {(quality.plan, quality.way) for quality in report.quality}
+    assert {(f"b{BUDGET}", way) for way in ("plan", "uniform", "fewer-steps")} <= ways
+    assert {(run.plan, run.against) for run in report.agreement} == {
+        (f"b{BUDGET}", "torch"), ("planned", "torch"), ("uncached", "torch"), ("uncached", "diffusers"),
+    }  # fmt: skip
+
+
+def test_a_folded_plan_is_its_full_steps_and_nothing_else(built: Built) -> None:
+    pipe, rows = built.bundle.pipeline(), list[RowDone]()
+    embeds = built.model.embed(["a cat"]).numpy()
+    pipe.latents(embeds, built.model.noise(0)[None].numpy(), plan=f"b{BUDGET}", on_step=rows.append)
+    assert [(row.graph, row.step) for row in rows] == [("full", 0), ("full", 3), ("full", 5), ("none", STEPS)]
+
+
+def test_runtime_oracle_and_unfolded_plan_agree(built: Built) -> None:
+    model, folded = built.model, built.bundle.plan(f"b{BUDGET}")
+    expected = oracle(model, uniform_plan(built.table, LINEAR), 5)
+    start = model.noise(5)[None].numpy()
+    found = built.bundle.pipeline().latents(model.embed(["a cat"]).numpy(), start, plan=folded)
+    for latents in (found, oracle(model, folded, 5)):
+        assert np.abs(latents - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_one_seed_is_one_video_under_a_sampler_that_draws(tmp_path: Path) -> None:
+    """CogVideoXDPM: of second order, and the noise of two or three steps goes into one row."""
+    model, table = open_tiny(tmp_path, "CogVideoXDPMScheduler")
+    (folded,) = pipeline.make_plans(table, profile=model.profile, budgets=[BUDGET], method="uniform", predictor=LINEAR)
+    assert max(row.draws for row in folded.rows) == 3 and folded.latent_history > 1
+    expected = oracle(model, uniform_plan(table, LINEAR), 5)
+    assert np.abs(oracle(model, folded, 5) - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert np.abs(oracle(model, folded, 6) - expected).max() > 0.1 * np.abs(expected).max()
+
+
+def test_plans_of_residuals_are_refused_by_such_a_bundle(built: Built) -> None:
+    plan, noise = uniform_plan(built.table, LEMICA), built.model.noise(0)[None].numpy()
+    with pytest.raises(InputError, match="plan unfolded needs the graphs combine, full, skip, the bundle has"):
+        built.bundle.pipeline().latents(built.model.embed(["a"]).numpy(), noise, plan=plan)
