@@ -54,14 +54,14 @@ from lemica_trt.signed import AdjointProducts
 
 CheapMethod = Literal["secant", "adjoint"]
 
-KNOTS: dict[CheapMethod, int] = {"secant": 8, "adjoint": 4}
-"""Stops j whose sensitivity is measured, at equal distances, beside the last ones."""
+KNOTS: dict[CheapMethod, int] = {"secant": 7, "adjoint": 3}
+"""Stops j whose sensitivity is measured, at equal distances, beside the first and the last ones."""
 
 TAIL = 3
 """N − 3 … N are knots in any case: they cost next to nothing, and sensitivity jumps there. See `knot_stops`."""
 
 STAGGER = (math.sqrt(5) - 1) / 2
-"""Knots of sample s lie frac(s·φ) of their distance behind those of sample 0: together the samples see every j."""
+"""Knots of sample s + 1 lie this part of their distance behind those of sample s: together they see every j."""
 
 GAP = 5
 """Length of the segments that it is measured on, where K and j allow."""
@@ -220,11 +220,11 @@ def piece(stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: 
 
 
 def knot_stops(num_steps: int, count: int, sample: int) -> list[int]:
-    """Stops of a sample: `count` at equal distances in 2 … N − 4, and N − 3 … N; fewer where N is small."""
-    first, last = 2, num_steps - TAIL
-    shift = sample * STAGGER % 1.0
+    """Stops of a sample: 2, `count` at equal distances in 3 … N − 4, and N − 3 … N; fewer where N is small."""
+    first, last = 3, num_steps - TAIL
+    shift = (0.5 + sample * STAGGER) % 1.0
     spread = {int(first + (last - first) * (k + shift) / count) for k in range(count)}
-    return sorted(j for j in spread | set(range(last, num_steps + 1)) if j >= first)
+    return sorted({2} | {j for j in spread | set(range(last, num_steps + 1)) if first <= j <= num_steps})
 
 
 def interpolate_sensitivity(knots: Mapping[int, tuple[float, float]], num_steps: int) -> Array:

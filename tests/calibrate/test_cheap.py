@@ -100,8 +100,10 @@ def test_sensitivity_is_interpolated_in_its_logarithm() -> None:
 
 
 def test_knots_of_all_samples_cover_every_stop() -> None:
-    assert {j for s in range(8) for j in knot_stops(50, 8, s)} >= set(range(2, 51)) - {7, 12}
-    assert all(knot_stops(50, 8, s)[-4:] == [47, 48, 49, 50] for s in range(99))
+    assert {j for s in range(8) for j in knot_stops(50, 7, s)} == set(range(2, 51))
+    for s in range(99):
+        knots = knot_stops(50, 7, s)
+        assert (knots[0], knots[-4:], len(knots)) == (2, [47, 48, 49, 50], 12)
     assert knot_stops(2, 8, 5) == [2]
 
 
@@ -135,8 +137,8 @@ def test_cost_is_what_is_run(tmp_path: Path, method: Any, num_steps: int, max_sk
 
 
 def test_the_usual_cost_is_below_seven_samplings() -> None:
-    assert cheap_cost(50, 9, 8, method="secant").samplings / 8 < 5.5
-    assert cheap_cost(50, 9, 8, method="adjoint").samplings / 8 < 6.5
+    assert cheap_cost(50, 9, 8, method="secant").samplings / 8 < 6
+    assert cheap_cost(50, 9, 8, method="adjoint").samplings / 8 < 7
 
 
 # --- Grams and products of the same runs ---------------------------------------------------------------------------
