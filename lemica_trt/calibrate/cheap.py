@@ -54,8 +54,14 @@ from lemica_trt.signed import AdjointProducts
 
 CheapMethod = Literal["secant", "adjoint"]
 
-KNOTS: dict[CheapMethod, int] = {"secant": 10, "adjoint": 5}
-"""Stops j whose sensitivity is measured, evenly from 2 to N; the one at N costs nothing."""
+KNOTS: dict[CheapMethod, int] = {"secant": 7, "adjoint": 3}
+"""Stops j whose sensitivity is measured, at equal distances, beside the first and the last ones."""
+
+TAIL = 3
+"""N − 3 … N are knots in any case: they cost next to nothing, and sensitivity jumps there. See `knot_stops`."""
+
+STAGGER = (math.sqrt(5) - 1) / 2
+"""Knots of sample s + 1 lie this part of their distance behind those of sample s: together they see every j."""
 
 GAP = 5
 """Length of the segments that it is measured on, where K and j allow."""
@@ -98,12 +104,13 @@ def cheap_cost(num_steps: int, max_skip: int, samples: int, *, method: CheapMeth
     Args:
         checkpointed: see `adjoint.checkpoints`.
     """
-    full = num_steps + sum(num_steps - j for j in knot_stops(num_steps, KNOTS[method]))
-    skip = sum(min(max_skip, num_steps - i - 1) for i in range(num_steps - 1))
-    backward = PROBES * num_steps if method == "adjoint" else 0
+    knots = [j for s in range(samples) for j in knot_stops(num_steps, KNOTS[method], s)]
+    full = samples * num_steps + sum(num_steps - j for j in knots)
+    skip = samples * sum(min(max_skip, num_steps - i - 1) for i in range(num_steps - 1))
+    backward = samples * num_steps * PROBES if method == "adjoint" else 0
     if method == "adjoint":
-        full += num_steps + checkpointed * backward
-    return Cost.of(samples, samples * full, samples * skip, samples * backward, num_steps)
+        full += samples * num_steps + checkpointed * backward
+    return Cost.of(samples, full, skip, backward, num_steps)
 
 
 def calibrate_cheaply(
@@ -166,8 +173,10 @@ def piece(stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: 
     """
     seed = measurement.seed + number
     sample = stepper.sample(f"sample {number}", prompt, seed)
-    stops = knot_stops(measurement.num_steps, measurement.knots)
-    knots = {j: max(j - min(measurement.gap, measurement.max_skip + 1), 0) for j in stops}
+    knots = {  # stop → start
+        j: max(j - min(measurement.gap, measurement.max_skip + 1), 0)
+        for j in knot_stops(measurement.num_steps, measurement.knots, number)
+    }
     local: dict[tuple[int, int], list[Tensor]] = {}  # what the adjoints are applied to
     changes: dict[tuple[int, int], float] = {}
     branches: dict[int, Run] = {}
@@ -210,9 +219,12 @@ def piece(stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: 
     )
 
 
-def knot_stops(num_steps: int, count: int) -> list[int]:
-    """Stops evenly from 2 to N, both among them; fewer than `count` where N is small."""
-    return sorted(set(np.linspace(2, num_steps, count).round().astype(int).tolist()))
+def knot_stops(num_steps: int, count: int, sample: int) -> list[int]:
+    """Stops of a sample: 2, `count` at equal distances in 3 … N − 4, and N − 3 … N; fewer where N is small."""
+    first, last = 3, num_steps - TAIL
+    shift = (0.5 + sample * STAGGER) % 1.0
+    spread = {int(first + (last - first) * (k + shift) / count) for k in range(count)}
+    return sorted({2} | {j for j in spread | set(range(last, num_steps + 1)) if first <= j <= num_steps})
 
 
 def interpolate_sensitivity(knots: Mapping[int, tuple[float, float]], num_steps: int) -> Array:

@@ -1,0 +1,259 @@
+"""Estimated error graphs: exact at their knots, counted work, independent pieces, Grams of the same runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy_model import Naive, ToyModel, awkward, euler
+
+from lemica_trt.calibrate import Calibrated, calibrate_cheaply, cheap, cheap_cost, cheap_measurement
+from lemica_trt.calibrate.cheap import interpolate_sensitivity, knot_stops, piece
+from lemica_trt.calibrate.journal import CheapMeasurement, Piece
+from lemica_trt.calibrate.measure import usual_batch
+from lemica_trt.calibrate.replay import Stepper
+from lemica_trt.errors import InputError, UsageError, VerificationError
+from lemica_trt.sampler import SamplerTable
+from lemica_trt.values import json_bytes, value_from_json
+
+pytestmark = pytest.mark.cpu
+
+PROMPTS = ["a cat", "a dog", "two boats"]
+METHODS = pytest.mark.parametrize("method", ["secant", "adjoint"])
+
+
+@pytest.fixture(scope="module")
+def model() -> ToyModel:
+    return ToyModel()
+
+
+def calibrated(model: ToyModel, journal: Path, **changes: Any) -> Calibrated:
+    arguments: dict[str, Any] = {"table": euler(12), "prompts": PROMPTS, "samples": 2, "seed": 5, "max_skip": 4}
+    return calibrate_cheaply(model, journal=journal, **{"method": "secant"} | arguments | changes)
+
+
+def measurement(model: ToyModel, table: SamplerTable, method: Any) -> CheapMeasurement:
+    return cheap_measurement(model, table, PROMPTS, method=method, seed=5, max_skip=4)
+
+
+def parts(result: Calibrated) -> bytes:
+    return json_bytes([result.graph, result.grams, result.products, result.cost])
+
+
+# --- the estimates -------------------------------------------------------------------------------------------------
+
+
+@METHODS
+@pytest.mark.parametrize("table", [euler(12), awkward(12)], ids=["euler", "awkward"])
+def test_estimates_are_exact_at_knots(tmp_path: Path, model: ToyModel, table: SamplerTable, method: Any) -> None:
+    graph = calibrated(model, tmp_path / "j", table=table, method=method).graph
+    errors = {(edge.start, edge.stop): edge.errors for edge in graph.edges}
+    assert list(errors) == [(i, j) for i in range(11) for j in range(i + 2, min(i + 5, 12) + 1)]
+    for s in range(2):
+        naive = Naive(model, table, PROMPTS[s], 5 + s)
+        for j in knot_stops(12, cheap.KNOTS[method], s):
+            i = max(j - 5, 0)
+            assert errors[i, j][s] == pytest.approx(naive.error(i, j), rel=1e-3, abs=3e-6)
+
+
+@pytest.mark.parametrize("table", [euler(12), awkward(12)], ids=["euler", "awkward"])
+def test_secants_to_the_end_are_exact(tmp_path: Path, model: ToyModel, table: SamplerTable) -> None:
+    graph = calibrated(model, tmp_path / "j", table=table).graph
+    naive = Naive(model, table, PROMPTS[0], 5)
+    last = [edge for edge in graph.edges if edge.stop == 12]
+    assert len(last) == 4
+    for edge in last:
+        assert edge.errors[0] == pytest.approx(naive.error(edge.start, 12), rel=1e-3, abs=3e-6)
+
+
+def test_adjoints_of_small_changes_need_no_correction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many probes as it takes, ε is the RMS of the linearised error: knots then only change L2 to L1."""
+    toy = ToyModel()
+    for block in toy.pipeline.transformer.blocks:  # residuals that hardly change: small segments' errors are linear
+        block.linear.weight.data *= 0.05
+    monkeypatch.setattr(cheap, "PROBES", 60)
+    ratios: list[float] = []
+
+    def record(knots: dict[int, tuple[float, float]], num_steps: int) -> Any:
+        ratios.extend(exact / change for exact, change in knots.values())
+        return interpolate_sensitivity(knots, num_steps)
+
+    monkeypatch.setattr(cheap, "interpolate_sensitivity", record)
+    calibrated(toy, tmp_path / "j", method="adjoint", samples=1)
+    assert len(ratios) == len(knot_stops(12, cheap.KNOTS["adjoint"], 0))
+    assert all(0.5 < ratio < 1.2 for ratio in ratios), "L1 of 12 elements is 0.6 … 1 of L2; probes add 20 %"
+
+
+def test_samples_average_to_the_edge(tmp_path: Path, model: ToyModel) -> None:
+    both = calibrated(model, tmp_path / "a", samples=2).graph
+    first = calibrated(model, tmp_path / "b", samples=1).graph
+    assert [edge.errors[0] for edge in both.edges] == [edge.errors[0] for edge in first.edges]
+
+
+def test_sensitivity_is_interpolated_in_its_logarithm() -> None:
+    found = interpolate_sensitivity({2: (4.0, 1.0), 4: (1.0, 1.0), 5: (0.0, 1.0), 6: (1.0, 0.0)}, 6)
+    np.testing.assert_allclose(found, [4, 4, 4, 2, 1, 1, 1])
+    np.testing.assert_array_equal(interpolate_sensitivity({2: (0.0, 0.0)}, 3), np.ones(4))
+
+
+def test_knots_of_all_samples_cover_every_stop() -> None:
+    assert {j for s in range(8) for j in knot_stops(50, 7, s)} == set(range(2, 51))
+    for s in range(99):
+        knots = knot_stops(50, 7, s)
+        assert (knots[0], knots[-4:], len(knots)) == (2, [47, 48, 49, 50], 12)
+    assert knot_stops(2, 8, 5) == [2]
+
+
+# --- what it costs -------------------------------------------------------------------------------------------------
+
+
+@METHODS
+@pytest.mark.parametrize(("num_steps", "max_skip", "batch"), [(12, 4, None), (7, 6, 1), (2, 1, None)])
+def test_cost_is_what_is_run(tmp_path: Path, method: Any, num_steps: int, max_skip: int, batch: int | None) -> None:
+    toy = ToyModel()
+    rows = {"all": 0, "full": 0}
+
+    def count(name: str) -> Any:
+        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            rows[name] += args[0].shape[0]
+
+        return hook
+
+    toy.pipeline.transformer.embed.register_forward_pre_hook(count("all"))
+    toy.pipeline.transformer.blocks[0].register_forward_pre_hook(count("full"))
+    found = calibrated(
+        toy, tmp_path / "j", table=euler(num_steps), max_skip=max_skip, batch=batch, samples=3, method=method
+    )
+    expected = cheap_cost(num_steps, max_skip, 3, method=method)
+    assert found.cost == expected
+    assert expected.full == rows["full"] / 2  # two branches
+    assert expected.skip == (rows["all"] - rows["full"]) / 2
+    assert expected.backward == (3 * num_steps * cheap.PROBES if method == "adjoint" else 0)
+    assert found.graph.samplings == (expected.full + expected.backward) / num_steps / 3
+    assert found.graph.method == method
+
+
+def test_the_usual_cost_is_below_seven_samplings() -> None:
+    assert cheap_cost(50, 9, 8, method="secant").samplings / 8 < 6
+    assert cheap_cost(50, 9, 8, method="adjoint").samplings / 8 < 7
+
+
+# --- Grams and products of the same runs ---------------------------------------------------------------------------
+
+
+@METHODS
+def test_grams_are_those_of_the_uncached_run(tmp_path: Path, model: ToyModel, method: Any) -> None:
+    found = calibrated(model, tmp_path / "j", samples=1, method=method)
+    sample = Stepper(model, euler(12), 1).sample("sample 0", PROMPTS[0], 5)
+    residuals: list[torch.Tensor] = []
+    with torch.no_grad():
+        uncached = sample.trace(1, lambda *_: None, keep=residuals.append)
+    outputs = [run.outputs[0] for run in uncached.runs[1:]]
+    for matrix, vectors in ((found.grams.residuals, residuals), (found.grams.outputs, outputs)):
+        stacked = torch.stack(vectors).flatten(1).double().numpy()
+        raw = stacked @ stacked.T
+        np.testing.assert_allclose(matrix, raw / np.trace(raw) * 12, rtol=1e-9)
+    assert (found.grams.samples, found.grams.sampler_digest) == (1, found.graph.sampler_digest)
+
+
+def test_large_residuals_are_seen_through_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cheap, "GRAM_ELEMENTS", 2 * 5 * 3)
+    numbers = torch.arange(2 * 40 * 3).reshape(2, 40, 3)
+    chosen = cheap.some_tokens(numbers)
+    assert chosen.shape == (2, 5, 3)
+    rows = {tuple(row) for row in numbers[0].tolist()}
+    assert all(tuple(row) in rows for row in chosen[0].tolist())
+    assert torch.equal(cheap.some_tokens(numbers + 7), chosen + 7)
+    assert cheap.some_tokens(numbers[:, :5]).shape == (2, 5, 3)
+
+
+def test_inner_products_do_not_depend_on_where_they_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = list(torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)))
+    expected = cheap.inner_products(vectors, vectors[:2])
+    monkeypatch.setattr(cheap, "CHUNK", 64)
+    np.testing.assert_allclose(cheap.inner_products(vectors, vectors[:2]), expected, rtol=1e-12)
+    np.testing.assert_allclose(expected[0, 1], (vectors[0].double() * vectors[1].double()).sum().item(), rtol=1e-12)
+
+
+def test_products_end_in_the_probes_themselves(tmp_path: Path, model: ToyModel) -> None:
+    found = calibrated(model, tmp_path / "j", samples=1, method="adjoint").products
+    assert found is not None
+    assert found.array.shape == (1, cheap.PROBES, 13, 12)
+    with torch.no_grad():
+        uncached = Stepper(model, euler(12), 1).sample("sample 0", PROMPTS[0], 5).uncached()
+    probes = cheap.signs((cheap.PROBES, 3, 4), 5)
+    assert set(probes.flatten().tolist()) == {-1.0, 1.0}
+    outputs = torch.stack([run.outputs[0] for run in uncached.runs[1:]])
+    expected = torch.einsum("rab,tab->rt", probes, outputs) / 12**0.5
+    np.testing.assert_allclose(found.array[0, :, 12], expected, rtol=1e-5, atol=1e-6)
+
+
+# --- pieces and journals -------------------------------------------------------------------------------------------
+
+
+@METHODS
+def test_a_piece_depends_on_its_sample_alone(tmp_path: Path, model: ToyModel, method: Any) -> None:
+    calibrated(model, tmp_path / "j", samples=3, method=method)
+    lines = (tmp_path / "j").read_bytes().splitlines()
+    stepper = Stepper(model, euler(12), usual_batch(model))
+    alone = piece(stepper, measurement(model, euler(12), method), 2, PROMPTS[2])
+    assert alone == value_from_json(Piece, lines[3], where="j")
+
+
+@METHODS
+def test_cut_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, model: ToyModel, method: Any) -> None:
+    whole = parts(calibrated(model, tmp_path / "whole", method=method))
+    data = (tmp_path / "whole").read_bytes()
+    header = data.index(b"\n")
+    for cut in (0, 1, header, header + 1, header + 9, len(data) // 2, len(data) - 1):
+        (tmp_path / "cut").write_bytes(data[:cut])
+        assert parts(calibrated(model, tmp_path / "cut", method=method)) == whole, cut
+        assert (tmp_path / "cut").read_bytes() == data
+
+
+def test_more_samples_extend_and_a_finished_journal_needs_no_model(tmp_path: Path) -> None:
+    toy, told = ToyModel(), list[tuple[int, int, float | None]]()
+    calibrated(toy, tmp_path / "j", samples=1)
+    found = calibrated(toy, tmp_path / "j", samples=3, progress=lambda *args: told.append(args))
+    assert [(done, total) for done, total, _ in told] == [(1, 3), (2, 3), (3, 3)]
+    assert told[0][2] is None and told[1][2] is not None and told[1][2] > 0 and told[2][2] == 0.0
+    toy.pipeline.transformer.embed.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
+    assert parts(calibrated(toy, tmp_path / "j", samples=3)) == parts(found)
+
+
+def test_journals_of_other_methods_are_refused(tmp_path: Path, model: ToyModel) -> None:
+    calibrated(model, tmp_path / "j")
+    with pytest.raises(InputError, match=r"another method \('secant' there\)"):
+        calibrated(model, tmp_path / "j", method="adjoint")
+    assert measurement(model, euler(12), "secant").digest != measurement(model, euler(12), "adjoint").digest
+
+
+def test_a_damaged_piece_is_named(tmp_path: Path, model: ToyModel) -> None:
+    calibrated(model, tmp_path / "j", samples=1)
+    data = (tmp_path / "j").read_bytes()
+    (tmp_path / "j").write_bytes(data.replace(b'"errors":[', b'"errors":[1.0,'))
+    with pytest.raises(InputError, match="line 2: expected 38 errors, got 39"):
+        calibrated(model, tmp_path / "j", samples=1)
+    (tmp_path / "j").write_bytes(data.replace(b'"outputs":[[', b'"outputs":[[1.0,'))
+    with pytest.raises(InputError, match="line 2: expected matrices for 12 steps, got others"):
+        calibrated(model, tmp_path / "j", samples=1)
+
+
+# --- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+def test_refuses_what_cannot_be_measured(tmp_path: Path, model: ToyModel) -> None:
+    with pytest.raises(UsageError, match="samples: expected at least 1, got 0"):
+        calibrated(model, tmp_path / "j", samples=0)
+    with pytest.raises(InputError, match="prompts: expected at least one"):
+        calibrated(model, tmp_path / "j", prompts=[])
+
+
+def test_nan_in_a_skipped_step_is_named(tmp_path: Path) -> None:
+    toy = ToyModel()
+    toy.split.skip.register_forward_hook(lambda module, args, output: output * torch.nan)
+    with pytest.raises(VerificationError, match=r"sample 0, edge \(0, 2\): expected a finite error, got nan"):
+        calibrated(toy, tmp_path / "j")
