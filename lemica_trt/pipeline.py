@@ -38,7 +38,19 @@ from lemica_trt import __version__
 from lemica_trt.builders import EngineEntry, Option
 from lemica_trt.builders import build as build_engine
 from lemica_trt.builders import check as check_engine
-from lemica_trt.bundle import MANIFEST, REPORTS, Bundle, add_plan, check_plan, require_replaceable, write_bundle
+from lemica_trt.bundle import (
+    ERROR_GRAPH_FILE,
+    GRAMS_FILE,
+    MANIFEST,
+    REPORTS,
+    SAMPLER_FILE,
+    SELECTION_FILE,
+    Bundle,
+    add_plan,
+    check_plan,
+    require_replaceable,
+    write_bundle,
+)
 from lemica_trt.candidates import (
     Planner,
     Selection,
@@ -70,12 +82,6 @@ if TYPE_CHECKING:
 
 UNCACHED = "uncached"
 """Name of the plan that runs every step in full; every bundle has it: it is what the others are measured against."""
-
-SAMPLER_FILE = "calibration/sampler.json"
-ERROR_GRAPH_FILE = "calibration/error_graph.json"
-GRAMS_FILE = "calibration/grams.json"
-SELECTION_FILE = "calibration/selection.json"
-"""Where a bundle keeps what its plans were made from, so that `plan BUNDLE` can make others without PyTorch."""
 
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 
@@ -770,7 +776,7 @@ def verify_bundle(bundle: Bundle, model: Model, samples: int, reporter: Reporter
         reporter.stage("verify", "unchanged")
         return report
     report, clips = verify(bundle, model, requests, reporter=reporter)
-    write_reports(bundle, report, clips, error_graph=ERROR_GRAPH_FILE)
+    write_reports(bundle, report, clips)
     require_verified(report)
     return report
 

@@ -4,11 +4,12 @@
     agreement   whole runs: the uncached plan against the diffusers pipeline itself, each plan against the same plan
                 in PyTorch, from the same noise
     quality     each plan on held-out prompts against the uncached run: PSNR, SSIM, LPIPS where its weights are –
-                beside the two ways of spending the same budget that need no calibration: full steps at equal
-                distances, and simply fewer sampling steps
+                beside other ways of spending the same budget: LeMiCa as the paper has it, full steps at equal
+                distances, simply fewer sampling steps
     timing      a full step, a skipped step, each whole plan, and what a plan costs beyond its steps
 
-Everything goes through the deployed runtime. Knows nothing of how the bundle was made.
+The bundle's plans go through the deployed runtime, what they are compared with through PyTorch, whose graphs take any
+plan. Knows nothing of how the bundle was made.
 """
 
 from __future__ import annotations
@@ -25,21 +26,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lemica_trt.bundle import REPORTS, Bundle, check_plan
-from lemica_trt.errors import InputError, UnsupportedError, VerificationError
-from lemica_trt.fold import fold
+from lemica_trt.bundle import ERROR_GRAPH_FILE, VERIFY_REPORT, Bundle
+from lemica_trt.errors import InfeasibleError, InputError, UnsupportedError, VerificationError
+from lemica_trt.graph import ErrorGraph
 from lemica_trt.lower import sampler_table
 from lemica_trt.models import denoise
 from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
 from lemica_trt.plan import StepPlan, plan_from_schedule
-from lemica_trt.predict import LEMICA, Predictor, predict
 from lemica_trt.progress import Reporter
 from lemica_trt.quality import lpips, psnr, ssim
 from lemica_trt.runtime.denoise import RowDone
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.runtime.random import Generator
-from lemica_trt.schedule import uniform
-from lemica_trt.spec import GraphSet, TensorSpec
+from lemica_trt.schedule import solve, uniform
+from lemica_trt.spec import TensorSpec
 from lemica_trt.values import Value, read_value
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-REPORT_FILE = "verify.json"
-"""Below the bundle's `reports/`."""
+PLAN = "plan"
+"""The way of a bundle's own plan in a `Quality`."""
 
 CLIPS = 4
 """Clips that are kept to be looked at."""
@@ -105,7 +105,7 @@ class Quality(Value, frozen=True):
 
     Attributes:
         plan: the bundle's plan, or the plan whose budget a baseline has.
-        way: `plan`, `uniform` or `fewer-steps`.
+        way: `PLAN`, or see `baselines`.
         budget: full steps.
         psnr, ssim: mean over clips (dB; 1 is best).
         psnr_p5, ssim_p5: 5th percentile over clips.
@@ -218,7 +218,7 @@ def held_out(prompts: Sequence[str], samples: int) -> list[tuple[str, int]]:
 def stored_report(bundle: Bundle) -> VerifyReport | None:
     """The report in a bundle's `reports/`, if there is one that this version can read."""
     try:
-        return read_value(VerifyReport, bundle.path / REPORTS / REPORT_FILE)
+        return read_value(VerifyReport, bundle.path / VERIFY_REPORT)
     except InputError:
         return None
 
@@ -389,29 +389,43 @@ def _measure_quality(
     bundle: Bundle, pipe: Pipeline, model: Model, requests: Sequence[tuple[str, int]], reporter: Reporter
 ) -> tuple[list[Quality], list[Clip]]:
     plans = [bundle.plan(name) for name in bundle.plans]
-    graphs = bundle.manifest.graphs
-    ways = [way for plan in plans if plan.budget < plan.num_steps for way in _ways(plan, model, graphs)]
     uncached = next((plan for plan in plans if plan.budget == plan.num_steps), None)
-    if uncached is None or not ways:
+    cached = [plan for plan in plans if plan.budget < plan.num_steps]
+    if uncached is None or not cached:
         return [], []
+    graph = None
+    if ERROR_GRAPH_FILE in bundle.manifest.files:
+        graph = read_value(ErrorGraph, bundle.file(ERROR_GRAPH_FILE))
+    ways = [way for plan in cached for way in [(plan.name, PLAN, plan), *baselines(plan, model, graph)]]
     default = bundle.plan()
     clips: list[Clip] = []
     scores: list[list[tuple[float, float, float | None]]] = [[] for _ in ways]
     for done, (prompt, seed) in enumerate(requests):
         noise = Generator(seed).randn((1, *bundle.manifest.graphs.layout.latent_shape))
         embeds = _embeds(pipe, prompt)
+        torch_embeds = model.embed([prompt])
 
-        def frames(plan: StepPlan, embeds: Array = embeds, noise: Array = noise, seed: int = seed) -> Array:
+        def deployed(plan: StepPlan, embeds: Array = embeds, noise: Array = noise, seed: int = seed) -> Array:
             return pipe.decode(pipe.latents(embeds, noise, plan=plan, seeds=[seed] if plan.stochastic else None)[0])
 
-        reference = frames(uncached)
-        for (_, _, plan), found in zip(ways, scores):
-            clip = frames(plan)
-            if plan.name == default.name and len(clips) < CLIPS:
+        def baseline(plan: StepPlan, embeds: torch.Tensor = torch_embeds, seed: int = seed) -> Array:
+            return pipe.decode(_run(model, plan, embeds, seed))
+
+        reference = deployed(uncached)
+        for (_, way, plan), found in zip(ways, scores):
+            clip = deployed(plan) if way == PLAN else baseline(plan)
+            if way == PLAN and plan.name == default.name and len(clips) < CLIPS:
                 clips.append(Clip(prompt, reference, clip))
             found.append((psnr(clip, reference), ssim(clip, reference), lpips(clip, reference)))
         reporter.advance(done + 1, len(requests))
     return [_quality(name, way, plan.budget, found) for (name, way, plan), found in zip(ways, scores)], clips
+
+
+def _run(model: Model, plan: StepPlan, embeds: torch.Tensor, seed: int) -> Array:
+    """Final latents of one request in PyTorch, fp32 latent_shape; noise as diffusers draws it from the seed."""
+    fresh = (noise[None] for noise in model.noises(seed))
+    result: Array = denoise(model, plan, embeds, next(fresh), fresh_noise=lambda _: next(fresh))[0].cpu().numpy()
+    return result
 
 
 def _quality(name: str, way: str, budget: int, scores: list[tuple[float, float, float | None]]) -> Quality:
@@ -430,36 +444,34 @@ def _quality(name: str, way: str, budget: int, scores: list[tuple[float, float, 
     )
 
 
-def _ways(plan: StepPlan, model: Model, graphs: GraphSet) -> list[tuple[str, str, StepPlan]]:
-    """(plan name, way, plan) for the plan itself and its baselines at the same budget, as far as the graphs run them.
+def baselines(plan: StepPlan, model: Model, graph: ErrorGraph | None) -> list[tuple[str, str, StepPlan]]:
+    """(plan name, way, plan) of what is compared with a plan at the same budget.
 
-    A bundle of folded plans has no skip graph: there full steps at equal distances reuse the output.
+    lemica         the paper: minimax steps of the same error graph, residual reuse; left out where the plan is that
+    uniform        full steps at equal distances, residual reuse
+    fewer-steps    the sampler itself with B steps
     """
     dynamic = model.profile.sampling.dynamic_guidance
-    tables = {"uniform": sampler_table(model.scheduler(), dynamic_guidance=dynamic)}
+    table = sampler_table(model.scheduler(), dynamic_guidance=dynamic)
+    schedules = {"uniform": (table, uniform(table.num_steps, plan.budget))}
+    with contextlib.suppress(InfeasibleError):
+        if graph is not None and graph.num_steps == table.num_steps:
+            schedules = {"lemica": (table, solve(graph, [plan.budget])[plan.budget]), **schedules}
     try:
         few = sampler_table(model.scheduler(plan.budget), dynamic_guidance=dynamic)
     except UnsupportedError:  # few steps are beyond some samplers
         few = None
     # Heun and PNDM call the model more than once a step: their B steps are no baseline of B calls.
     if few is not None and few.num_steps == plan.budget:
-        tables["fewer-steps"] = few
-    ways = [(plan.name, "plan", plan)]
-    reuse = LEMICA if graphs.layout.residual_history else Predictor(of="output")
-    for way, table in tables.items():
-        schedule = uniform(table.num_steps, plan.budget)
+        schedules["fewer-steps"] = (few, uniform(few.num_steps, plan.budget))
+    found = []
+    for way, (sampler, schedule) in schedules.items():
         other = plan_from_schedule(
-            schedule,
-            table,
-            name=f"{plan.name}-{way}",
-            guidance_scale=plan.guidance_scale,
-            method=way,
-            prediction=predict(reuse, schedule, table),
+            schedule, sampler, name=f"{plan.name}-{way}", guidance_scale=plan.guidance_scale, method=way
         )
-        with contextlib.suppress(InputError):  # longer histories than these graphs have
-            check_plan(fold(other), graphs)
-            ways.append((plan.name, way, fold(other)))
-    return ways
+        if other.rows != plan.rows:
+            found.append((plan.name, way, other))
+    return found
 
 
 # ---------------------------------------------------------------- timing

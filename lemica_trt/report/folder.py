@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lemica_trt.bundle import REPORTS, Bundle
+from lemica_trt.bundle import ERROR_GRAPH_FILE, REPORTS, VERIFY_REPORT, Bundle
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.quality import psnr
 from lemica_trt.report.contact_sheet import contact_sheet
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from lemica_trt.verify import Clip, VerifyReport
 
 
-def write_reports(bundle: Bundle, report: VerifyReport, clips: Sequence[Clip], *, error_graph: str) -> None:
-    """Write `verify.json`, `contact_sheet.png` (uncached beside the default plan) and `schedules.png`.
+def write_reports(bundle: Bundle, report: VerifyReport, clips: Sequence[Clip]) -> None:
+    """Write `verify.json`, `contact_sheet.png` (uncached beside the default plan) and, where the bundle
+    has an error graph, `schedules.png`.
 
     Args:
         bundle: where to.
         report: what was verified.
         clips: what the sheet shows.
-        error_graph: path of the error graph in the bundle; plotted where the manifest lists it.
     """
     folder = bundle.path / REPORTS
-    write_value(report, folder / "verify.json")
+    write_value(report, bundle.path / VERIFY_REPORT)
     plans = [bundle.plan(name) for name in bundle.plans]
     default = bundle.plan()
     if clips:
@@ -35,7 +35,7 @@ def write_reports(bundle: Bundle, report: VerifyReport, clips: Sequence[Clip], *
             rows.append((f"{prompt}  –  uncached, {default.num_steps} full steps", uncached))
             rows.append((f"plan {default.name}, {default.budget} full steps: {psnr(clip, uncached):.1f} dB", clip))
         contact_sheet(rows, folder / "contact_sheet.png")
-    if error_graph in bundle.manifest.files:
-        graph = value_from_json(ErrorGraph, bundle.read_bytes(error_graph), where=error_graph)
+    if ERROR_GRAPH_FILE in bundle.manifest.files:
+        graph = value_from_json(ErrorGraph, bundle.read_bytes(ERROR_GRAPH_FILE), where=ERROR_GRAPH_FILE)
         cached = [plan for plan in plans if plan.budget < plan.num_steps and plan.num_steps == graph.num_steps]
         plot_schedules(graph, sorted(cached, key=lambda plan: plan.name != default.name), folder / "schedules.png")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lemica_trt.pipeline import Stage
     from lemica_trt.verify import Quality, VerifyReport
 
-WAYS = {"plan": "", "uniform": "uniform", "fewer-steps": "fewer steps"}
+WAYS = {"plan": "", "lemica": "LeMiCa", "uniform": "uniform", "fewer-steps": "fewer steps"}
 """How a way of sampling is called in a table; the plan itself by its name."""
 
 
