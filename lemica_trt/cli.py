@@ -130,7 +130,7 @@ _bundle = click.argument("bundle", type=click.Path(path_type=Path))
 
 _calibration = _options(
     click.option("--calibration", type=click.Choice(["exact", "secant", "adjoint"]),
-                 help="How edges are weighed: every one replayed, or estimated from a few samplings  [default: exact]"),
+                 help="How edges are weighed: each one replayed, or estimated from few samplings  [default: secant]"),
     click.option("--samples", type=int, help="Calibration samples: (prompt, seed) pairs."),
     click.option("--validation-samples", type=int, help="Samples that the best of several ways is chosen on."),
     click.option("--max-skip", type=int, metavar="K", help="Most steps that one segment skips."),

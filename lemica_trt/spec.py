@@ -84,7 +84,7 @@ class Calibration(Value, frozen=True):
     samples: int = 8
     max_skip: int = 9
     seed: int = 0
-    method: CalibrationMethod = "exact"
+    method: CalibrationMethod = "secant"
     validation_samples: int = 32
 
     def __post_init__(self) -> None:

@@ -7,8 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-SMALL = ("--model", "cogvideox-tiny", "--denoising-steps", "8", "--samples", "1", "--max-skip", "3")
+SMALL = (
+    *("--model", "cogvideox-tiny", "--denoising-steps", "8", "--samples", "1", "--max-skip", "3"),
+    *("--calibration", "exact"),
+)
 """Flags of the smallest build of the bundled model that has something to plan."""
+
+PAPER = ("--method", "lemica")
+"""Flags of planning that have nothing tried."""
 
 
 def lemica(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from command import SMALL, lemica
+from command import PAPER, SMALL, lemica
 
 BUILD_LIBRARIES = ("torch", "diffusers", "onnx")
 
@@ -30,6 +30,6 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A small bundle of the bundled model, and what the command printed. Copy it before changing it."""
     output = tmp_path_factory.mktemp("built") / "bundle"
-    done = lemica("build", *SMALL, "--budget", "4,5", "--verify-samples", "2", "--output", output)
+    done = lemica("build", *SMALL, *PAPER, "--budget", "4,5", "--verify-samples", "2", "--output", output)
     assert done.returncode == 0, done.stderr
     return output, done

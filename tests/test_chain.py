@@ -10,6 +10,8 @@ import tiny
 from command import lemica
 
 from lemica_trt.bundle import Bundle
+from lemica_trt.candidates import Selections, way
+from lemica_trt.values import read_value
 
 pytestmark = pytest.mark.cpu
 

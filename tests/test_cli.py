@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command import SMALL, lemica
+from command import PAPER, SMALL, lemica
 
 from lemica_trt.bundle import Bundle
 from lemica_trt.errors import EXIT_CODES
@@ -43,7 +43,7 @@ def test_build_again_does_nothing_again(built: tuple[Path, subprocess.CompletedP
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     (journal,) = output.with_name("bundle.work").glob("journal-*.jsonl")
     finished = journal.read_bytes()
-    done = lemica("build", *SMALL, "--budget", "4,5", "--verify-samples", "2", "--output", output)
+    done = lemica("build", *SMALL, *PAPER, "--budget", "4,5", "--verify-samples", "2", "--output", output)
     assert done.returncode == 0, done.stderr
     assert re.search(r"export +unchanged", done.stderr) and re.search(r"verify +unchanged", done.stderr)
     assert journal.read_bytes() == finished
@@ -56,7 +56,7 @@ def test_stages_one_by_one_make_the_same_bundle(
     work, output = tmp_path / "work", tmp_path / "bundle"
     for arguments in (
         ("calibrate", *SMALL, "--output", work),
-        ("plan", work, "--budget", "4,5"),
+        ("plan", work, *PAPER, "--budget", "4,5"),
         ("export", work),
         ("engine", work, "--output", output),
         ("verify", output, "--verify-samples", "1"),
@@ -72,10 +72,10 @@ def test_stages_refuse_what_another_profile_left(tmp_path: Path) -> None:
         small = ("--model", "cogvideox-tiny", "--samples", "1", "--max-skip", "1", "--denoising-steps", steps)
         assert lemica("calibrate", *small, "--output", work).returncode == 0
         if steps == 6:
-            assert lemica("plan", work, "--budget", "4").returncode == 0
+            assert lemica("plan", work, *PAPER, "--budget", "4").returncode == 0
     done = lemica("export", work, "--quiet")
     assert done.returncode == 3 and "lemica-trt plan" in done.stderr
-    assert lemica("plan", work, "--budget", "5").returncode == 0
+    assert lemica("plan", work, *PAPER, "--budget", "5").returncode == 0
     done = lemica("engine", work, "--output", tmp_path / "bundle", "--quiet")
     assert done.returncode == 3 and "lemica-trt export" in done.stderr
     assert not (tmp_path / "bundle").exists()

@@ -1,0 +1,84 @@
+"""Trials: the score is what it says, and a killed trial goes on where it was."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from toy_model import ToyModel, euler
+
+from lemica_trt.calibrate import Trials, trials_digest
+from lemica_trt.calibrate.trials import SNR_CAP
+from lemica_trt.errors import InputError, VerificationError
+from lemica_trt.models import denoise
+from lemica_trt.pipeline import uncached_plan
+from lemica_trt.plan import StepPlan, plan_from_schedule
+from lemica_trt.schedule import Schedule
+
+pytestmark = pytest.mark.cpu
+
+PROMPTS = ["a cat", "a dog"]
+TABLE = euler(6)
+UNCACHED = uncached_plan(TABLE, guidance_scale=3.0)
+
+
+def plan(*full: int) -> StepPlan:
+    schedule = Schedule(num_steps=6, full_steps=full)
+    return plan_from_schedule(schedule, TABLE, name=f"b{len(full)}", guidance_scale=3.0, method="given")
+
+
+def trials(model: ToyModel, journal: Path, prompts: list[str] = PROMPTS) -> Trials:
+    return Trials(model, UNCACHED, TABLE, prompts, seed=5, journal=journal)
+
+
+def test_the_score_is_the_ratio_of_signal_to_noise(tmp_path: Path) -> None:
+    model = ToyModel()
+    plans = [plan(0, 3), UNCACHED]
+    scores = trials(model, tmp_path / "t")(plans, range(3))
+    for s in range(3):
+        noise, embeds = model.noise(5 + s)[None], model.embed([PROMPTS[s % 2]])
+        reference, cached = (denoise(model, p, embeds, noise).double() for p in (UNCACHED, plans[0]))
+        expected = 10 * math.log10(reference.square().sum() / (cached - reference).square().sum())
+        assert scores[0][s] == pytest.approx(expected, abs=1e-3)
+    assert scores[1] == [SNR_CAP] * 3
+    assert all(score < 60 for score in scores[0])
+
+
+def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ToyModel()
+    whole = trials(model, tmp_path / "whole")([plan(0, 3), plan(0, 2)], range(4))
+    first = trials(model, tmp_path / "t")
+    assert first([plan(0, 3)], range(2)) == [whole[0][:2]]
+    with (tmp_path / "t").open("ab") as file:
+        file.write(b'{"plan":"torn')  # killed while it wrote
+    again = trials(model, tmp_path / "t")
+    runs = []
+    run = again._run
+    monkeypatch.setattr(again, "_run", lambda s, p: runs.append((s, p.budget)) or run(s, p))
+    assert again([plan(0, 3), plan(0, 2)], range(4)) == whole
+    assert (0, 2) in runs and runs.count((2, 2)) == 2 and len([r for r in runs if r[1] == 6]) == 4
+    assert len(runs) == 4 + 6  # each uncached run once, and what was missing
+    assert again([plan(0, 2)], range(4)) == [whole[1]] and len(runs) == 10
+
+
+def test_scores_of_other_prompts_are_not_taken(tmp_path: Path) -> None:
+    model = ToyModel()
+    trials(model, tmp_path / "t")([plan(0, 3)], range(1))
+    with pytest.raises(InputError, match="prompts_digest"):
+        trials(model, tmp_path / "t", ["a fish"])
+    digests = {trials_digest(model, TABLE, prompts, seed=seed) for prompts in (PROMPTS, ["x"]) for seed in (1, 2)}
+    assert len(digests) == 4
+
+
+def test_what_is_not_finite(tmp_path: Path) -> None:
+    model = ToyModel()
+    bad = trials(model, tmp_path / "t")
+    reference = bad._run(0, UNCACHED)
+    bad._references[0] = reference
+    with torch.no_grad():
+        model.pipeline.transformer.head.bias.fill_(math.inf)
+    assert bad([plan(0, 3)], range(1)) == [[-SNR_CAP]]
+    with pytest.raises(VerificationError, match="sample 1"):
+        bad([plan(0, 3)], range(1, 2))
