@@ -31,6 +31,7 @@ guidance_scale = 3.0
 [calibration]
 samples = 2
 max_skip = 3
+validation_samples = 2
 """
 
 
@@ -39,11 +40,15 @@ def test_wan_from_folder_to_verified_bundle_and_clip(tmp_path: Path) -> None:
     profile = tmp_path / "wan-random.toml"
     profile.write_text(PROFILE.format(source=json.dumps(str(folder)), length=tiny.TEXT_LENGTH))
     output = tmp_path / "bundle"
-    done = lemica("build", "--model", profile, "--budget", "4", "--verify-samples", "1", "--output", output)
+    done = lemica("build", "--model", profile, "--budget", "4", "--reuse", "output", "--verify-samples", "1",
+                  "--output", output)  # fmt: skip
     assert done.returncode == 0, done.stderr
     bundle = Bundle.open(output)
     assert bundle.plan().scheduler == "UniPCMultistepScheduler"
-    assert bundle.plan().output_history == 3  # a multistep sampler: the plan reads three outputs back
+    # A multistep sampler, folded: as many rows as full steps and the last, which read outputs far back.
+    assert len(bundle.plan().rows) == 5 and bundle.plan().output_history >= 3
+    selection = read_value(Selections, output / "calibration" / "selection.json").selections[0]
+    assert selection.tried[0].way == way(bundle.plan()) and len(selection.tried) > 5
     assert bundle.manifest.profile.source == "wan"  # no path of this machine
     assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in output.rglob("*") if path.is_file())
     report = json.loads((output / "reports" / "verify.json").read_text())

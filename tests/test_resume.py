@@ -21,7 +21,8 @@ KILLS = 4
 def _command(output: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "lemica_trt", "build", "--model", "cogvideox-tiny", "--denoising-steps", "6"),
-        *("--samples", "3", "--max-skip", "3", "--budget", "3", "--verify-samples", "0", "--quiet"),
+        *("--samples", "3", "--max-skip", "3", "--validation-samples", "2", "--budget", "3", "--verify-samples", "0"),
+        "--quiet",
         *("--output", str(output)),
     ]
 
