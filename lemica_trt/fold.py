@@ -158,7 +158,7 @@ def _shortest(k: int, updates: Sequence[Array], count: int, draws: npt.NDArray[n
     for j, relation in enumerate(relations):
         relation[1 + j] += 1.0
     shortest = shortest_combination(
-        updates[k], relations, older_than, max_depth=k + 1, max_multiplier=MAX_MULTIPLIER, zero=ZERO
+        updates[k], relations[::-1], older_than, max_depth=k + 1, max_multiplier=MAX_MULTIPLIER, zero=ZERO
     )
     assert shortest is not None  # a window of k + 1 rows leaves nothing out
     return shortest

@@ -260,8 +260,8 @@ def _shortest(updates: Array, row: int, n: int) -> Array | None:
         old[2 * n : 2 * n + MAX_DRAWS * (row - 1)] = True  # noise is drawn afresh: none may outlive its step
         return old
 
-    relations = -updates[1:row]
-    relations[np.arange(row - 1), np.arange(1, row)] += 1.0
+    relations = -updates[1:row][::-1]
+    relations[np.arange(row - 1), np.arange(1, row)[::-1]] += 1.0
     return shortest_combination(
         updates[row], relations, older_than, max_depth=min(MAX_DEPTH, row), max_multiplier=MAX_MULTIPLIER, zero=ZERO
     )
@@ -314,8 +314,9 @@ def _noise_levels(scheduler: Any, rows: tuple[SamplerRow, ...]) -> NoiseLevels |
     target = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
     if hasattr(exact, "sigmas_interpol"):  # KDPM2 calls the model between its sigmas
         return None
-    if len(getattr(exact, "sigmas", ())) > n:
-        noise = exact.sigmas[: n + 1].double()
+    sigmas = torch.as_tensor(getattr(exact, "sigmas", ()), dtype=torch.float64)
+    if sigmas.ndim == 1 and len(sigmas) > n:
+        noise = sigmas[: n + 1]
         if flow:
             signal = 1 - noise
         elif hasattr(exact, "_sigma_to_alpha_sigma_t"):

@@ -226,7 +226,7 @@ def shortest_combination(
 
     Args:
         update: float64 [D], the row's latents over the coordinates.
-        relations: float64 [D] each, oldest first: what is zero.
+        relations: float64 [D] each, newest first: what is zero.
         older_than: depth → which coordinates a window of that many rows does not reach, [D].
         max_depth: the largest window to try.
         max_multiplier: the largest |λ| to accept.
@@ -239,7 +239,7 @@ def shortest_combination(
     for depth in range(1, max_depth + 1):
         old = older_than(depth)
         for count in range(min(depth, len(relations)) + 1):
-            newest = np.reshape(relations[len(relations) - count :], (count, len(update)))
+            newest = np.reshape(relations[:count], (count, len(update)))
             multiples = np.linalg.lstsq(newest[:, old].T, -update[old])[0] if count else np.zeros(0)
             if np.abs(multiples).max(initial=0.0) > max_multiplier:
                 continue

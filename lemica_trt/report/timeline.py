@@ -49,6 +49,10 @@ def plan_table(plan: StepPlan) -> RenderableType:
         f"plan {plan.name}: {plan.budget} of {plan.num_steps} steps in full, "
         f"{plan.scheduler}, guidance {plan.guidance_scale:g}, chosen by {plan.method}"
     )
+    if plan.predictor is not None:
+        title += f", skipped by {plan.predictor.name}"
+    if plan.reference_steps is not None:
+        title += f" on a grid of {plan.reference_steps}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     rows = plan.rows
     columns = {
