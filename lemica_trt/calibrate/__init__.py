@@ -11,12 +11,13 @@ Knows nothing of schedules' search, plans on disk, export or engines.
 """
 
 from lemica_trt.calibrate.adjoint import checkpoints
-from lemica_trt.calibrate.cheap import Calibrated, calibrate_cheaply, cheap_cost, cheap_measurement
+from lemica_trt.calibrate.cheap import Calibrated, CheapMethod, calibrate_cheaply, cheap_cost, cheap_measurement
 from lemica_trt.calibrate.measure import Cost, cost, measure, measurement_digest
 from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
 
 __all__ = [
     "Calibrated",
+    "CheapMethod",
     "Cost",
     "calibrate_cheaply",
     "cheap_cost",
