@@ -12,7 +12,7 @@ Knows nothing of schedules' search, plans on disk, export or engines.
 
 from lemica_trt.calibrate.adjoint import checkpoints
 from lemica_trt.calibrate.cheap import Calibrated, CheapMethod, calibrate_cheaply, cheap_cost, cheap_measurement
-from lemica_trt.calibrate.measure import Cost, cost, measure, measurement_digest
+from lemica_trt.calibrate.measure import Cost, cost, exact_edges, measure, measurement_digest
 from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "cheap_measurement",
     "checkpoints",
     "cost",
+    "exact_edges",
     "measure",
     "measurement_digest",
     "prompts_digest",
