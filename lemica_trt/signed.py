@@ -40,8 +40,8 @@ STARTS = 24
 DOUBT = 3.0
 """κ of `signed_objective`. At κ = 0 the search finds segments that cancel in the directions that were probed and in no
 others. Bundled model, B = 15, planned on 4 samples with 2 probes each: objective −14.5 there, −7.2 on 4 other samples,
-where the minimax plan has −9.9. At κ = 3, from 8 samples, its plans are 2 dB better than those of minimax on secants (B = 10,
-15; output extrapolation, 8 held-out clips); κ = 0.3 and 1 lose 1 dB at B = 10."""
+where the minimax plan has −9.9. At κ = 3, from 8 samples, its plans are 2 dB better than those of minimax on secants
+(B = 10, 15; output extrapolation, 8 held-out clips); κ = 0.3 and 1 lose 1 dB at B = 10."""
 
 FLOOR = 1e-24
 """Squared errors below this are round-off; keeps the logarithm finite."""
