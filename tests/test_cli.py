@@ -13,7 +13,10 @@ from command import PAPER, SMALL, lemica
 
 from lemica_trt.bundle import Bundle
 from lemica_trt.errors import EXIT_CODES
+from lemica_trt.grams import TrajectoryGrams
+from lemica_trt.graph import ErrorGraph
 from lemica_trt.plan import StepPlan
+from lemica_trt.signed import AdjointProducts
 from lemica_trt.values import read_value
 
 pytestmark = pytest.mark.cpu
@@ -79,6 +82,28 @@ def test_stages_refuse_what_another_profile_left(tmp_path: Path) -> None:
     done = lemica("engine", work, "--output", tmp_path / "bundle", "--quiet")
     assert done.returncode == 3 and "lemica-trt export" in done.stderr
     assert not (tmp_path / "bundle").exists()
+
+
+def test_cheap_calibration_says_what_it_costs_before_and_after(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    done = lemica("calibrate", *SMALL, "--calibration", "secant", "--output", work)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"calibrate +secant: 1 samples, up to 3 steps skipped: \d+ samplings' work", done.stderr)
+    counted = re.search(r"(\d+) full steps, 0 backward passes, \d+ skipped steps were run: ([\d.]+) samp", done.stderr)
+    assert counted is not None and float(counted[2]) == pytest.approx(int(counted[1]) / 8, abs=0.05)
+    graph = read_value(ErrorGraph, work / "error_graph.json")
+    assert (graph.method, graph.samplings) == ("secant", int(counted[1]) / 8)
+    assert read_value(TrajectoryGrams, work / "grams.json").sampler_digest == graph.sampler_digest
+    assert not (work / "products.json").exists()
+    done = lemica("calibrate", *SMALL, "--calibration", "adjoint", "--output", work)
+    assert done.returncode == 0, done.stderr
+    assert read_value(AdjointProducts, work / "products.json").samples == 1
+    assert read_value(ErrorGraph, work / "error_graph.json").method == "adjoint"
+    assert lemica("plan", work, "--budget", "4").returncode == 0
+    done = lemica(
+        "build", *SMALL, "--budget", "4", "--calibration", "adjoint", "--output", tmp_path / "b", "--dry-run", "--json"
+    )
+    assert "adjoint, 1 samples" in json.loads(done.stdout)[0]["what"]
 
 
 def test_plan_adds_to_a_bundle_without_torch(

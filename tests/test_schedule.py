@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given as forall
 from hypothesis import settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from lemica_trt.errors import InfeasibleError, InputError
 from lemica_trt.graph import Edge, ErrorGraph
@@ -26,6 +28,7 @@ from lemica_trt.schedule import (
     published,
     require_feasible,
     solve,
+    solve_lazily,
     uniform,
 )
 from lemica_trt.values import json_bytes, read_value, value_from_json
@@ -341,3 +344,62 @@ def test_what_is_feasible_is_known_before_calibration(num_steps: int, max_skip: 
         else:
             with pytest.raises(InfeasibleError, match=f"got {budget}"):
                 require_feasible(num_steps, max_skip, [budget])
+
+
+# --- lazy search ---------------------------------------------------------------------------------------------------
+
+
+class Oracle:
+    """Gives exact edges, each at most once."""
+
+    def __init__(self, graph: ErrorGraph) -> None:
+        self.left = {(edge.start, edge.stop): edge for edge in graph.edges}
+
+    def __call__(self, segments: Sequence[tuple[int, int]]) -> list[Edge]:
+        return [self.left.pop(segment) for segment in segments]
+
+
+def estimate_of(graph: ErrorGraph, factors: Iterable[float]) -> ErrorGraph:
+    edges = [
+        replace(edge, errors=tuple(error * factor for error in edge.errors))
+        for edge, factor in zip(graph.edges, factors)
+    ]
+    return replace(graph, edges=tuple(edges))
+
+
+@settings(deadline=None)
+@forall(graphs(), st.data())
+def test_lazy_search_is_exact_where_the_bounds_hold(graph: ErrorGraph, data: st.DataObject) -> None:
+    factors = st.sampled_from([0.0, 0.3, 1.0, 1.25])
+    estimate = estimate_of(graph, [data.draw(factors) for _ in graph.edges])
+    budgets = list(solve(graph))
+    found = solve_lazily(estimate, Oracle(graph), budgets, slack=0.8)
+    assert found.schedules == solve(graph)
+    assert set(found.measured) <= set(graph.edges)
+
+
+def test_lazy_search_measures_few_edges_of_a_usual_graph() -> None:
+    """Errors that grow with length and are largest early, estimated within 20 %."""
+    random = np.random.default_rng(0)
+    weights = {
+        (i, j): (float((j - i - 1) ** 1.5 * (1 + 20 / (i + 1)) * random.uniform(0.9, 1.1)),) for i, j in spans(50, 9)
+    }
+    graph = graph_of(weights, 50, 9)
+    estimate = estimate_of(graph, random.uniform(0.8, 1.2, len(graph.edges)).tolist())
+    found = solve_lazily(estimate, Oracle(graph), [10, 15, 20])
+    assert found.schedules == solve(graph, [10, 15, 20])
+    assert len(found.measured) < len(graph.edges) / 3
+
+
+def test_lazy_search_keeps_to_the_bottlenecks_that_were_measured() -> None:
+    graph = graph_of({(0, 2): (3.0,), (1, 3): (1.0,), (2, 4): (2.0,)}, 4, 1)
+    found = solve_lazily(estimate_of(graph, [0.1, 0.1, 0.1]), Oracle(graph), [3])
+    assert found.schedules[3].full_steps == (0, 1, 3)
+    assert found.schedules[3].bottleneck == (1.0,)
+    assert graph.edges[1] in found.measured
+
+
+def test_lazy_search_names_edges_that_were_not_measured() -> None:
+    graph = graph_of({(0, 2): (3.0,)}, 2, 1)
+    with pytest.raises(ValueError, match=r"expected the edges \[\(0, 2\)\], got \[\]"):
+        solve_lazily(graph, lambda segments: [], [1])

@@ -14,6 +14,7 @@ from lemica_trt.errors import InfeasibleError, InputError
 from lemica_trt.sampler import SamplerRow, SamplerTable
 from lemica_trt.schedule import Schedule, uniform
 from lemica_trt.signed import (
+    DOUBT,
     AdjointProducts,
     output_adjoints,
     plan_errors,
@@ -132,20 +133,22 @@ def random_errors(seed: int, n: int, max_skip: int) -> np.ndarray:
     return errors
 
 
-def value_of(errors: np.ndarray, steps: tuple[int, ...]) -> float:
+def value_of(errors: np.ndarray, steps: tuple[int, ...], doubt: float = DOUBT) -> float:
     """The objective by its definition."""
-    total = sum(
+    segments = [
         errors[i, i - p if k else 0, j - i]
         for k, (p, i, j) in enumerate(zip((0, *steps), steps, (*steps[1:], len(errors))))
-    )
-    return float(np.mean([np.log(np.mean(sample**2) + 1e-24) for sample in total]))
+    ]
+    squares = sum(segments) ** 2 + doubt * sum(each**2 for each in segments)
+    return float(np.mean([np.log(np.mean(sample) + 1e-24) for sample in squares]))
 
 
-def test_objective_is_what_it_says() -> None:
+@pytest.mark.parametrize("doubt", [0.0, 0.3, 2.0])
+def test_objective_is_what_it_says(doubt: float) -> None:
     errors = random_errors(1, 9, 3)
     steps = (0, 2, 3, 7)
-    found = signed_objective(plan_errors(errors, np.array([steps])))[0]
-    assert found == pytest.approx(value_of(errors, steps))
+    found = signed_objective(plan_errors(errors, np.array([steps])), doubt)[0]
+    assert found == pytest.approx(value_of(errors, steps, doubt))
 
 
 @settings(deadline=None, max_examples=40)
@@ -163,13 +166,14 @@ def test_plans_never_leave_the_budget(data: st.DataObject) -> None:
         assert value_of(errors, plan.full_steps) <= value_of(errors, seeds[0].full_steps) + 1e-9
 
 
+@pytest.mark.parametrize("doubt", [0.0, DOUBT])
 @pytest.mark.parametrize("seed", range(5))
-def test_small_problems_are_solved(seed: int) -> None:
+def test_small_problems_are_solved(seed: int, doubt: float) -> None:
     errors = random_errors(seed, 9, 4)
     every = [(0, *rest) for rest in itertools.combinations(range(1, 9), 3)]
     allowed = [steps for steps in every if max(np.diff((*steps, 9))) <= 5]
-    best = min(allowed, key=lambda steps: value_of(errors, steps))
-    assert solve_signed(errors, 4).full_steps == best
+    best = min(allowed, key=lambda steps: value_of(errors, steps, doubt))
+    assert solve_signed(errors, 4, doubt=doubt).full_steps == best
 
 
 def test_it_is_the_same_every_time_and_uses_its_seeds() -> None:

@@ -12,13 +12,14 @@ Knows nothing of how schedules are searched, of export or engines.
 """
 
 from lemica_trt.calibrate.adjoint import checkpoints
-from lemica_trt.calibrate.cheap import Calibrated, calibrate_cheaply, cheap_cost, cheap_measurement
-from lemica_trt.calibrate.measure import Cost, cost, measure, measurement_digest
+from lemica_trt.calibrate.cheap import Calibrated, CheapMethod, calibrate_cheaply, cheap_cost, cheap_measurement
+from lemica_trt.calibrate.measure import Cost, cost, exact_edges, measure, measurement_digest
 from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
 from lemica_trt.calibrate.trials import Trials, trials_digest
 
 __all__ = [
     "Calibrated",
+    "CheapMethod",
     "Cost",
     "Trials",
     "calibrate_cheaply",
@@ -26,6 +27,7 @@ __all__ = [
     "cheap_measurement",
     "checkpoints",
     "cost",
+    "exact_edges",
     "measure",
     "measurement_digest",
     "prompts_digest",

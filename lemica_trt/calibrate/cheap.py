@@ -45,7 +45,7 @@ from lemica_trt.calibrate.measure import (
     require_measurable,
     usual_batch,
 )
-from lemica_trt.calibrate.replay import Run, Stepper
+from lemica_trt.calibrate.replay import Run, Stepper, distance
 from lemica_trt.grams import Matrix, TrajectoryGrams, gram_from_samples
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.models.model import Model
@@ -179,7 +179,7 @@ def piece(stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: 
     }
     local: dict[tuple[int, int], list[Tensor]] = {}  # what the adjoints are applied to
     changes: dict[tuple[int, int], float] = {}
-    branches: dict[int, Run] = {}
+    branches: dict[tuple[int, int], Run] = {}
     kept: list[Tensor] = []
 
     def visit(i: int, j: int, chain: Run, run: Run) -> None:
@@ -189,14 +189,11 @@ def piece(stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: 
         else:
             changes[i, j] = sum(found[1:], found[0]).abs().mean(dtype=torch.float64).item()
         if knots.get(j) == i:
-            branches[j] = chain
+            branches[i, j] = chain
 
     with torch.no_grad():
         uncached = sample.trace(measurement.max_skip, visit, keep=lambda residual: kept.append(some_tokens(residual)))
-        exact = {
-            j: (final - uncached.final).abs().mean(dtype=torch.float64).item()
-            for j, final in sample.roll_out(branches).items()
-        }
+        exact = {j: distance(final, uncached.final) for (_, j), final in sample.roll_out(branches).items()}
     outputs = [run.outputs[0].cpu() for run in uncached.runs[1:]]
     products: list[Matrix] = []
     if measurement.probes:

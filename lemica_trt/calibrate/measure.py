@@ -20,7 +20,7 @@ from msgspec import UNSET, UnsetType
 
 from lemica_trt.calibrate.journal import Journal, Measurement, Unit
 from lemica_trt.calibrate.prompts import prompts_digest
-from lemica_trt.calibrate.replay import Stepper
+from lemica_trt.calibrate.replay import Run, Stepper, distance
 from lemica_trt.errors import InputError, UsageError, VerificationError
 from lemica_trt.graph import Edge, ErrorGraph
 from lemica_trt.models.model import Model
@@ -132,6 +132,46 @@ def measure(
                     clock.spent += clock.cost(wave)
                     clock.tell(book)
     return _graph(measurement, book, samples)
+
+
+def exact_edges(
+    model: Model,
+    table: SamplerTable,
+    prompts: Sequence[str],
+    segments: Sequence[tuple[int, int]],
+    *,
+    samples: int,
+    seed: int,
+    batch: int | None = None,
+) -> list[Edge]:
+    """Eq. 4 for some segments only, as `schedule.solve_lazily` asks for them: N + Σ (N − j) evaluations a sample.
+
+    Args:
+        model, table, prompts, samples, seed, batch: as in `measure`.
+        segments: (i, j), j ≥ i + 2, at least one; in the order of the result.
+
+    Returns:
+        The edges; they differ from those of `measure` in the last digits, as runs share calls of the DiT otherwise.
+
+    Raises:
+        VerificationError: as `measure`.
+    """
+    stepper = Stepper(model, table, batch or usual_batch(model))
+    errors: dict[tuple[int, int], list[float]] = {segment: [] for segment in segments}
+    for s in range(samples):
+        branches: dict[tuple[int, int], Run] = {}
+
+        def visit(i: int, j: int, chain: Run, run: Run, branches: dict[tuple[int, int], Run] = branches) -> None:
+            if (i, j) in errors:
+                branches[i, j] = chain
+
+        sample = stepper.sample(f"sample {s}", prompts[s % len(prompts)], seed + s)
+        with torch.inference_mode():
+            longest = max(j - i - 1 for i, j in segments)
+            uncached = sample.trace(longest, visit, keep=lambda residual: None)
+            for (i, j), final in sample.roll_out(branches).items():
+                errors[i, j].append(edge_error(s, i, j, distance(final, uncached.final)))
+    return [Edge(start=i, stop=j, errors=tuple(errors[i, j])) for i, j in segments]
 
 
 def measurement_digest(model: Model, table: SamplerTable, prompts: Sequence[str], *, seed: int, max_skip: int) -> str:

@@ -213,23 +213,22 @@ class Sample:
         finals = self.combine(end, list(branches.values()))
         errors: dict[int, list[float]] = {i: [] for i in starts}
         for (i, _), final in sorted(zip(branches, finals), key=lambda item: item[0]):
-            errors[i].append((final - uncached.final).abs().mean(dtype=torch.float64).item())
+            errors[i].append(distance(final, uncached.final))
         return errors
 
-    def roll_out(self, branches: Mapping[int, Run]) -> dict[int, Tensor]:
-        """Run one branch for each stop j in full from j on, side by side.
+    def roll_out(self, branches: Mapping[tuple[int, int], Run]) -> dict[tuple[int, int], Tensor]:
+        """Run branches in full to the end, side by side.
 
         Args:
-            branches: stop j → history behind which it begins; rising.
+            branches: segment (i, j) → history behind which its run goes on at step j; at least one.
 
         Returns:
-            Stop j → x_N of its run, fp32 latent_shape.
+            Segment → x_N of its run, fp32 latent_shape.
         """
         end = self.table.num_steps
-        waiting, runs = dict(branches), dict[int, Run]()
-        for t in range(min(branches), end):
-            if t in waiting:
-                runs[t] = waiting.pop(t)
+        waiting, runs = dict(branches), dict[tuple[int, int], Run]()
+        for t in range(min(j for _, j in branches), end):
+            runs |= {segment: waiting.pop(segment) for segment in branches if segment[1] == t}
             runs = dict(zip(runs, (run for run, _ in self.full(t, list(runs.values())))))
         runs |= waiting  # of stop N: nothing is left to run
         return dict(zip(runs, self.combine(end, list(runs.values()))))
@@ -311,6 +310,11 @@ class Sample:
         for k in range(stepper.layout.output_history):
             inputs[f"outputs_{k}"] = torch.stack([run.outputs[k] for run in runs])
         return inputs
+
+
+def distance(final: Tensor, uncached: Tensor) -> float:
+    """Eq. 4: the mean absolute difference of two x_N, summed in float64."""
+    return (final - uncached).abs().mean(dtype=torch.float64).item()
 
 
 def _stepped(runs: Sequence[Run], result: dict[str, Tensor]) -> list[Run]:

@@ -148,7 +148,8 @@ def error_graph_table(graph: ErrorGraph) -> Table:
     made = table(
         ">start",
         *(f">skip {skip}" for skip in skips),
-        title=f"{graph.model}: mean |Δx0| × 1000 of {graph.samples} samples, by full step and steps skipped behind it",
+        title=f"{graph.model}: mean |Δx0| × 1000 of {graph.samples} samples ({graph.method}), "
+        "by full step and steps skipped behind it",
     )
     edges = {(edge.start, edge.stop): edge.error for edge in graph.edges}
     for start in range(0, graph.num_steps - 1, max(1, graph.num_steps // 16)):

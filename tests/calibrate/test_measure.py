@@ -14,7 +14,7 @@ import pytest
 import torch
 from toy_model import LATENT_SHAPE, Naive, ToyModel, awkward, euler
 
-from lemica_trt.calibrate import cost, measure, measurement_digest
+from lemica_trt.calibrate import cost, exact_edges, measure, measurement_digest
 from lemica_trt.errors import InputError, UsageError, VerificationError
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.sampler import SamplerTable
@@ -80,6 +80,16 @@ def test_samples_go_round_the_prompts_with_rising_seeds(model: ToyModel, tmp_pat
     graph = measured(model, tmp_path / "a", prompts=["a cat", "a dog"], samples=3)
     third = measured(model, tmp_path / "b", prompts=["a cat"], samples=1, seed=7)
     assert [edge.errors[2] for edge in graph.edges] == [edge.errors[0] for edge in third.edges]
+
+
+@pytest.mark.parametrize("batch", [1, None])
+def test_some_edges_alone_are_those_of_the_whole_graph(model: ToyModel, tmp_path: Path, batch: int | None) -> None:
+    table, segments = awkward(7), [(4, 7), (0, 2), (0, 4), (2, 4)]
+    whole = {(e.start, e.stop): e.errors for e in measured(model, tmp_path / "j", table=table).edges}
+    found = exact_edges(model, table, PROMPTS, segments, samples=2, seed=5, batch=batch)
+    assert [(edge.start, edge.stop) for edge in found] == segments
+    for edge in found:
+        assert edge.errors == pytest.approx(whole[edge.start, edge.stop], abs=1e-6)
 
 
 def test_two_steps_are_enough(model: ToyModel, tmp_path: Path) -> None:
