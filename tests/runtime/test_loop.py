@@ -157,8 +157,10 @@ def test_threads_wait_for_each_other() -> None:
     denoiser, backend = denoiser_of(layout)
     expected = [denoiser.run(plan, **inputs_of(layout, 1, seed)) for seed in range(4)]
     found: dict[int, Any] = {}
+    together = threading.Barrier(4)  # all live at once: no thread has the identity of one that ended
 
     def work(seed: int) -> None:
+        together.wait()
         for _ in range(20):
             found[seed] = denoiser.run(plan, **inputs_of(layout, 1, seed))
 
