@@ -34,7 +34,15 @@ from lemica_trt import __version__
 from lemica_trt.builders import EngineEntry, Option
 from lemica_trt.builders import build as build_engine
 from lemica_trt.builders import check as check_engine
-from lemica_trt.bundle import MANIFEST, REPORTS, Bundle, add_plan, require_replaceable, write_bundle
+from lemica_trt.bundle import (
+    ERROR_GRAPH_FILE,
+    MANIFEST,
+    REPORTS,
+    Bundle,
+    add_plan,
+    require_replaceable,
+    write_bundle,
+)
 from lemica_trt.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.plan import StepPlan, layout_from_plans, plan_from_schedule
@@ -55,8 +63,7 @@ UNCACHED = "uncached"
 """Name of the plan that runs every step in full; every bundle has it: it is what the others are measured against."""
 
 SAMPLER_FILE = "calibration/sampler.json"
-ERROR_GRAPH_FILE = "calibration/error_graph.json"
-"""Where a bundle keeps what its plans were made from, so that `plan BUNDLE` can make others without PyTorch."""
+"""Where a bundle keeps the sampler: with the error graph, `plan BUNDLE` makes other plans without PyTorch."""
 
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 

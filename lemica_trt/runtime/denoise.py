@@ -3,7 +3,8 @@
 Earlier latents, outputs and residuals live in rings of buffers; a row reads the slots before its own and writes its
 own, so that nothing is ever moved: only which buffer is bound to which name rotates. All of that is known before the
 first request. It is prepared once for each plan and batch size (`_Program`): buffers, coefficients on the device, one
-bound `Call` a row. A request uploads noise, prompt embeddings and guidance, runs the calls, downloads the result.
+bound `Call` a row. A request uploads noise, prompt embeddings and guidance, runs the calls, downloads the result. Rows
+between which the host has nothing to do are one call: a whole plan, unless somebody listens or fresh noise is drawn.
 
 Positions before the first row – x_{−2}, m_{−1}, a residual of a full row that has not been – are bound to buffers of
 zeros, so that a request never sees what an earlier one left.
@@ -84,10 +85,16 @@ class _Buffers:
 
 @dataclass(frozen=True)
 class _Program:
-    """A plan bound to buffers of one batch size."""
+    """A plan bound to buffers of one batch size.
+
+    Attributes:
+        rows: index of each row, and its call.
+        spans: index of the first row of each span of rows that run without the host, and its call.
+    """
 
     buffers: _Buffers
-    calls: tuple[Call, ...]
+    rows: tuple[tuple[int, Call], ...]
+    spans: tuple[tuple[int, Call], ...]
     guidance: dict[tuple[float, float], Buffer]
     result: Buffer
 
@@ -95,8 +102,8 @@ class _Program:
 class Denoiser:
     """Runs plans on the step engines of one bundle.
 
-    Engines may be shared with other denoisers; a denoiser holds buffers and therefore runs one request at a time: a
-    second thread waits. For parallel requests use one denoiser (and backend) a thread, or batch.
+    A denoiser holds buffers and therefore runs one request at a time: a second thread waits. For parallel requests use
+    one denoiser and backend a thread, or batch.
 
     Args:
         backend: where the engines were loaded.
@@ -156,8 +163,9 @@ class Denoiser:
             if guidance is not None:
                 for (offset, factor), buffer in program.guidance.items():
                     self._upload("guidance", offset + factor * np.asarray(guidance, np.float64), buffer)
-            for index, (row, call) in enumerate(zip(plan.rows, program.calls)):
+            for index, call in program.spans if on_row is None else program.rows:
                 start = perf_counter()
+                row = plan.rows[index]
                 if row.noise != 0.0 and buffers.noise is not None and draw is not None:
                     self._upload("noise", draw(), buffers.noise)
                 call.run()
@@ -215,13 +223,19 @@ class Denoiser:
                 tensors.update(
                     {f"residual_{k}": buffers.residuals[full - 1 - k] for k in range(layout.residual_history)}
                 )
+            if role not in self._engines:
+                raise InputError(
+                    f"plan {plan.name} needs the {role} graph, no engine was built of it", fix="rebuild the bundle"
+                )
             names = [tensor.name for tensor in (*graph.inputs, *graph.outputs)]
             unknown = sorted(set(names) - set(tensors))
             if unknown:
                 raise InputError(f"the {role} graph has tensors that the step layout does not: {', '.join(unknown)}")
             calls.append(self._engines[role].bind({name: tensors[name] for name in names}))
             full += row.graph == "full"
-        return _Program(buffers, tuple(calls), guidance, buffers.latents[len(plan.rows) - 1])
+        starts = [i for i, row in enumerate(plan.rows) if i == 0 or row.noise != 0.0]
+        spans = [(start, self._backend.join(calls[start:end])) for start, end in zip(starts, [*starts[1:], None])]
+        return _Program(buffers, tuple(enumerate(calls)), tuple(spans), guidance, buffers.latents[len(plan.rows) - 1])
 
     def _allocate(self, batch: int) -> _Buffers:
         if batch not in self._buffers:
