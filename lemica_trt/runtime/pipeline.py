@@ -95,8 +95,8 @@ class Pipeline:
         self.bundle = bundle
         self.default_plan = bundle.plan(plan).name
         self._plans: dict[str, StepPlan] = {}
-        self._tokenizer = PromptTokenizer(manifest.text, bundle.read_bytes(manifest.text.tokenizer))
         self._backend = open_backend(entry.key, settings)
+        self._tokenizer = PromptTokenizer(manifest.text, bundle.read_bytes(manifest.text.tokenizer))
         self._lock = threading.Lock()
         self._engines: dict[Role, Engine] = {}
         for graph in manifest.graphs.graphs:

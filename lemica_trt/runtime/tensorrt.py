@@ -66,6 +66,7 @@ def open_backend(key: EngineKey, settings: Settings) -> TensorRTBackend:
     from lemica_trt.runtime.cuda import CudaDevice
 
     trt = import_vendor(key.backend)
+    require_version(trt, key, settings)  # before the device: this much is known without one
     return TensorRTBackend(trt, CudaDevice(), key, settings)
 
 
@@ -86,28 +87,28 @@ def import_vendor(backend: str) -> Any:
         ) from None
 
 
-def require_machine(trt: Any, device: Device, key: EngineKey, settings: Settings) -> None:
-    """Raise UnsupportedError, with the command that rebuilds, unless engines of this key can be meant for this machine.
+def require_version(trt: Any, key: EngineKey, settings: Settings) -> None:
+    """Raise UnsupportedError, with the command that rebuilds, unless this version of the vendor can load the engines:
+    the one that built them, or of the same major if they were built to be compatible."""
+    here = str(trt.__version__)
+    compatible = key.options.get("version_compatible") and key.version.split(".")[0] == here.split(".")[0]
+    if key.version != here and not compatible:
+        raise _built_for(f"{key.backend} {key.version}", here, settings)
+
+
+def require_machine(device: Device, key: EngineKey, settings: Settings) -> None:
+    """Raise UnsupportedError, with the command that rebuilds, unless the engines are meant for this GPU and driver.
 
     What RTX engines run on is not compared: `get_engine_validity` knows it of each.
     """
-    here = capability_text(device.compute_capability)
-    if not _same_version(key, str(trt.__version__)):
-        expected, got = f"{key.backend} {key.version}", str(trt.__version__)
-    elif key.backend != RTX and not _meant_for(key.target, device.compute_capability):
-        expected, got = key.target, f"{here} ({device.name})"
-    elif key.driver is not None and device.driver < _numbers(key.driver):
-        expected, got = f"a driver for CUDA {key.driver} or newer", f"one for CUDA {_dotted(device.driver)}"
-    else:
-        return
-    raise UnsupportedError(f"the engines were built for {expected}, here is {got}", fix=settings.rebuild())
+    if key.backend != RTX and not _meant_for(key.target, device.compute_capability):
+        raise _built_for(key.target, f"{capability_text(device.compute_capability)} ({device.name})", settings)
+    if key.driver is not None and device.driver < tuple(int(part) for part in key.driver.split(".")):
+        raise _built_for(f"a driver for CUDA {key.driver} or newer", f"one for CUDA {_dotted(device.driver)}", settings)
 
 
-def _same_version(key: EngineKey, here: str) -> bool:
-    """Whether an engine of that version may load: the same one, or the same major if it was built to be compatible."""
-    if key.options.get("version_compatible"):
-        return key.version.split(".")[0] == here.split(".")[0]
-    return key.version == here
+def _built_for(expected: str, got: str, settings: Settings) -> UnsupportedError:
+    return UnsupportedError(f"the engines were built for {expected}, here is {got}", fix=settings.rebuild())
 
 
 def _meant_for(target: str, capability: tuple[int, int]) -> bool:
@@ -116,10 +117,6 @@ def _meant_for(target: str, capability: tuple[int, int]) -> bool:
     here = capability_text(capability)
     later = [name.removesuffix("+") for name in names if name.endswith("+")]
     return here in names or any(int(here.removeprefix("sm_")) >= int(name.removeprefix("sm_")) for name in later)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
 
 
 def _dotted(numbers: Sequence[int]) -> str:
@@ -273,7 +270,7 @@ class TensorRTBackend:
 
     def __init__(self, trt: Any, device: Device, key: EngineKey, settings: Settings) -> None:
         device.use()
-        require_machine(trt, device, key, settings)
+        require_machine(device, key, settings)
         self._trt = trt
         self.device = device
         self.capture = settings.capture

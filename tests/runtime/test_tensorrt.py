@@ -21,7 +21,7 @@ from lemica_trt.runtime import null
 from lemica_trt.runtime.backend import Capture, Settings, decode, encode, open_backend
 from lemica_trt.runtime.denoise import Cancelled, Denoiser, RowDone
 from lemica_trt.runtime.null import NullDevice, NullPlan, null_vendor, write_engine
-from lemica_trt.runtime.tensorrt import VENDORS, TensorRTBackend
+from lemica_trt.runtime.tensorrt import VENDORS, TensorRTBackend, require_version
 from lemica_trt.spec import GraphSet, StepLayout
 
 pytestmark = pytest.mark.cpu
@@ -55,7 +55,9 @@ class Machine:
             toy.write_onnx(self.graphs, folder)
         self.device = device or NullDevice()
         settings.setdefault("rebuild", lambda: "lemica-trt build --model toy")
-        self.backend = TensorRTBackend(null_vendor(self.device), self.device, key or key_of(), Settings(**settings))
+        trt, key = null_vendor(self.device), key or key_of()
+        require_version(trt, key, Settings(**settings))
+        self.backend = TensorRTBackend(trt, self.device, key, Settings(**settings))
 
     def plan(self, role: str, **changes: Any) -> NullPlan:
         plan = NullPlan(
