@@ -447,7 +447,7 @@ class TensorRTBackend:
         if self._key.backend != RTX or self._settings.cache is None:
             return None
         name = f"{path.stem}-{capability_text(self.device.compute_capability)}.bin"
-        return RuntimeCache(self._config(engine), self._settings.cache / self._key.backend / name)
+        return RuntimeCache(self._config(engine), self._settings.cache / path.parent.name / name)
 
     def _config(self, engine: Any) -> Any:
         """How contexts of an engine are made: we give the memory, we capture, kernels are for the shapes at hand."""

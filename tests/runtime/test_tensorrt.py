@@ -248,9 +248,9 @@ def test_what_rtx_compiled_is_kept(tmp_path: Path) -> None:
         return machine
 
     run(cache=cache)
-    files = sorted(path.name for path in (cache / "tensorrt-rtx").iterdir())
+    files = sorted(path.name for path in (cache / "engines").iterdir())
     assert files == ["combine-sm_89.bin", "full-sm_89.bin", "skip-sm_89.bin"]
-    file = cache / "tensorrt-rtx/full-sm_89.bin"
+    file = cache / "engines/full-sm_89.bin"
     good, written = file.read_bytes(), file.stat().st_mtime_ns
     assert good.endswith(b'["full"]')
     run(cache=cache)
