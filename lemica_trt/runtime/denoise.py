@@ -147,6 +147,37 @@ class Denoiser:
             UsageError: `guidance` or `draw` missing or superfluous.
             EngineError: an engine failed.
         """
+        with self._lock:
+            return self._backend.download(self._run(plan, prompt_embeds, noise, guidance, draw, on_row))
+
+    def run_on_device(
+        self,
+        plan: StepPlan,
+        prompt_embeds: Array,
+        noise: Array,
+        guidance: Array | None = None,
+        *,
+        draw: DrawNoise | None = None,
+    ) -> Buffer:
+        """As `run`, but the latents stay where they are and nobody waits for them.
+
+        Returns:
+            fp32 [b, *latent_shape], good until the denoiser's next request. A buffer of TensorRT's backend has
+            `__cuda_array_interface__`, with the stream that its reader must wait for.
+        """
+        with self._lock:
+            return self._run(plan, prompt_embeds, noise, guidance, draw, None)
+
+    def _run(
+        self,
+        plan: StepPlan,
+        prompt_embeds: Array,
+        noise: Array,
+        guidance: Array | None,
+        draw: DrawNoise | None,
+        on_row: OnRow | None,
+    ) -> Buffer:
+        """Check, upload, run all rows; the buffer of the last row's latents. Under the lock."""
         layout = self._graphs.layout
         batch = len(noise)
         if not 1 <= batch <= self._graphs.max_batch:
@@ -155,24 +186,23 @@ class Denoiser:
             raise UsageError(f"guidance must be {'given' if layout.guided else 'absent'}: see the bundle's layout")
         if plan.stochastic and draw is None:
             raise UsageError(f"plan {plan.name} draws noise at its steps, but got no source of it")
-        with self._lock:
-            program = self._program(plan, batch)
-            buffers = program.buffers
-            self._upload("noise", noise, buffers.latents[-1])
-            self._upload("prompt_embeds", prompt_embeds, buffers.prompt_embeds)
-            if guidance is not None:
-                for (offset, factor), buffer in program.guidance.items():
-                    self._upload("guidance", offset + factor * np.asarray(guidance, np.float64), buffer)
-            for index, call in program.spans if on_row is None else program.rows:
-                start = perf_counter()
-                row = plan.rows[index]
-                if row.noise != 0.0 and buffers.noise is not None and draw is not None:
-                    self._upload("noise", draw(), buffers.noise)
-                call.run()
-                if on_row is not None:
-                    self._backend.synchronize()
-                    on_row(RowDone(index, len(plan.rows), row.step, row.graph, perf_counter() - start))
-            return self._backend.download(program.result)
+        program = self._program(plan, batch)
+        buffers = program.buffers
+        self._upload("noise", noise, buffers.latents[-1])
+        self._upload("prompt_embeds", prompt_embeds, buffers.prompt_embeds)
+        if guidance is not None:
+            for (offset, factor), buffer in program.guidance.items():
+                self._upload("guidance", offset + factor * np.asarray(guidance, np.float64), buffer)
+        for index, call in program.spans if on_row is None else program.rows:
+            start = perf_counter()
+            row = plan.rows[index]
+            if row.noise != 0.0 and buffers.noise is not None and draw is not None:
+                self._upload("noise", draw(), buffers.noise)
+            call.run()
+            if on_row is not None:
+                self._backend.synchronize()
+                on_row(RowDone(index, len(plan.rows), row.step, row.graph, perf_counter() - start))
+        return program.result
 
     def _upload(self, name: str, array: Array, buffer: Buffer) -> None:
         if array.shape != buffer.shape:
@@ -190,6 +220,7 @@ class Denoiser:
         if key not in self._programs:
             self._programs[key] = self._prepare(plan, batch)
             if len(self._programs) > PROGRAMS:
+                self._backend.synchronize()  # it may be running
                 self._programs.popitem(last=False)
         self._programs.move_to_end(key)
         return self._programs[key]

@@ -160,7 +160,9 @@ class Context:
         warm: it has run once.
     """
 
-    def __init__(self, context: Any, engine: Any, role: str, cache: RuntimeCache | None) -> None:
+    def __init__(
+        self, context: tensorrt.IExecutionContext, engine: tensorrt.ICudaEngine, role: str, cache: RuntimeCache | None
+    ) -> None:
         self.context: tensorrt.IExecutionContext = context
         self.engine: tensorrt.ICudaEngine = engine
         self.role = role
@@ -171,7 +173,9 @@ class Context:
 class TensorRTEngine:
     """A deserialized engine; its calls run on the backend that loaded it."""
 
-    def __init__(self, backend: TensorRTBackend, graph: GraphSpec, engine: Any, cache: RuntimeCache | None) -> None:
+    def __init__(
+        self, backend: TensorRTBackend, graph: GraphSpec, engine: tensorrt.ICudaEngine, cache: RuntimeCache | None
+    ) -> None:
         self._backend = backend
         self._graph = graph
         self._engine = engine
@@ -230,7 +234,7 @@ class RuntimeCache:
     anew, and a folder that cannot be written is none.
     """
 
-    def __init__(self, config: Any, file: Path) -> None:
+    def __init__(self, config: tensorrt_rtx.IRuntimeConfig, file: Path) -> None:
         self.config: tensorrt_rtx.IRuntimeConfig = config
         self._file = file
         self._cache: tensorrt_rtx.IRuntimeCache = self.config.create_runtime_cache()
@@ -335,7 +339,9 @@ class TensorRTBackend:
         self.device.use()
         self.device.synchronize()
 
-    def make_context(self, engine: Any, graph: GraphSpec, shapes: Shapes, cache: RuntimeCache | None) -> Context:
+    def make_context(
+        self, engine: tensorrt.ICudaEngine, graph: GraphSpec, shapes: Shapes, cache: RuntimeCache | None
+    ) -> Context:
         """A context for these shapes, in the block of activations.
 
         Raises:
@@ -343,7 +349,6 @@ class TensorRTBackend:
         """
         self.device.use()
         self._errors.clear()
-        engine = cast("tensorrt.ICudaEngine", engine)
         profile = _profile(engine, graph, shapes, self._settings.rebuild)
         self._reserve(engine.device_memory_size_v2)
         config = cache.config if cache is not None else self._config(engine)
@@ -410,16 +415,16 @@ class TensorRTBackend:
                 if int(diagnostics) & member.value
             ]  # fmt: skip
             device = f"{self.device.name}, {capability_text(self.device.compute_capability)}"
-            raise UnsupportedError(
+            kind = EngineError if "MALFORMED_ENGINE" in reasons else UnsupportedError
+            raise kind(
                 f"{path.name} is not valid here ({device}, CUDA {_dotted(self.device.driver)}): "
                 f"{', '.join(reasons) or 'no reason was given'}",
                 fix=self._settings.rebuild(),
             )
 
-    def _require_interface(self, engine: Any, graph: GraphSpec, path: Path) -> None:
+    def _require_interface(self, engine: tensorrt.ICudaEngine, graph: GraphSpec, path: Path) -> None:
         """Raise EngineError unless the engine has the graph's tensors, in device memory."""
         trt = self._trt
-        engine = cast("tensorrt.ICudaEngine", engine)
         found = {}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
@@ -443,16 +448,15 @@ class TensorRTBackend:
                 fix=self._settings.rebuild(),
             )
 
-    def _runtime_cache(self, engine: Any, path: Path) -> RuntimeCache | None:
+    def _runtime_cache(self, engine: tensorrt.ICudaEngine, path: Path) -> RuntimeCache | None:
         if self._key.backend != RTX or self._settings.cache is None:
             return None
         name = f"{path.stem}-{capability_text(self.device.compute_capability)}.bin"
         return RuntimeCache(self._config(engine), self._settings.cache / path.parent.name / name)
 
-    def _config(self, engine: Any) -> Any:
+    def _config(self, engine: tensorrt.ICudaEngine) -> Any:
         """How contexts of an engine are made: we give the memory, we capture, kernels are for the shapes at hand."""
         trt = self._trt
-        engine = cast("tensorrt.ICudaEngine", engine)
         config: tensorrt.IRuntimeConfig = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._key.backend == RTX:

@@ -227,6 +227,18 @@ def test_arrays_may_change_after_upload_and_buffers_show_themselves(tmp_path: Pa
         backend.upload(np.zeros((5, 7), np.float32), buffers[0])
 
 
+def test_results_may_stay_on_the_device(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    denoiser, plan, inputs = machine.denoiser(), toy.euler_plan("fsf"), inputs_of(machine.layout, 1)
+    expected = denoiser.run(plan, **inputs)
+    denoiser.run(plan, **inputs_of(machine.layout, 1, seed=9))
+    start = len(machine.device.log)
+    buffer = denoiser.run_on_device(plan, **inputs)
+    assert "synchronize" not in machine.request(start) and "copy_out" not in machine.request(start)
+    assert buffer.shape == expected.shape
+    np.testing.assert_array_equal(machine.backend.download(buffer), expected)
+
+
 def test_any_thread_may_run(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     denoiser, plan, inputs = machine.denoiser(), toy.euler_plan("fsf"), inputs_of(machine.layout, 1)
@@ -307,7 +319,7 @@ def test_rtx_is_asked_about_each_file(tmp_path: Path) -> None:
     ):
         machine.load("full", targets=((9, 0),))
     (tmp_path / "engines/full.engine").write_bytes(b"half of an eng")
-    with pytest.raises(UnsupportedError, match="MALFORMED_ENGINE"):
+    with pytest.raises(EngineError, match=r"full.engine is not valid here .* MALFORMED_ENGINE → lemica-trt build"):
         machine.backend.load(machine.graphs.graph("full"), tmp_path / "engines/full.engine")
 
 
