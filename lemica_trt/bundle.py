@@ -5,13 +5,15 @@
       plans/<name>.json     `StepPlan`s, one or many; a request chooses one
       onnx/  engines/  tokenizer/  …   at the paths that the manifest gives
       reports/              what a person looks at
+      cache/                what TensorRT for RTX compiled for the GPU of one machine
 
 Promises:
 
 - Nothing is loaded that the manifest does not list with the right size and digest; no path leaves the folder. JSON,
   ONNX and engines only. (Digests find damage and mix-ups; who may write a bundle is for file permissions to say.)
-- The same input gives the same bytes: no times, no timings, no machine paths. `reports/` is outside of this promise
-  and of the digests: the runtime never reads it, and timings live there.
+- The same input gives the same bytes: no times, no timings, no machine paths. `reports/` and `cache/` are outside of
+  this promise and of the digests. The runtime never reads `reports/`, where timings live; it writes `cache/`, and reads
+  it with a digest of its own.
 - It may be moved to another folder or machine.
 - A writer that is killed leaves the old bundle or the new one. It works in a folder beside the target,
   `.NAME.tmp-PID-…`; the next writer removes those of dead processes.
@@ -41,12 +43,16 @@ from lemica_trt.spec import GraphSet, Profile, Role, TextSpec
 from lemica_trt.values import Value, json_bytes, require, value_from_json
 
 if TYPE_CHECKING:
+    from lemica_trt.runtime.backend import Capture
     from lemica_trt.runtime.pipeline import Pipeline
 
 FORMAT_VERSION = 1
 
 MANIFEST = "manifest.json"
 REPORTS = "reports"
+CACHE = "cache"
+UNLISTED = (REPORTS, CACHE)
+"""Folders that no manifest lists files of."""
 
 SAMPLER_FILE = "calibration/sampler.json"
 ERROR_GRAPH_FILE = "calibration/error_graph.json"
@@ -85,7 +91,7 @@ class Manifest(Value, frozen=True):
         default_plan: the plan of a request that names none.
         text: how a prompt becomes ids.
         engines: sets of engines, in order of preference.
-        files: path relative to the bundle, with `/` → digest and size. `manifest.json` and `reports/` are not listed.
+        files: path relative to the bundle, with `/` → digest and size. `manifest.json` and `UNLISTED` are not listed.
         versions: library → version, as built.
         format_version: 1.
     """
@@ -109,7 +115,7 @@ class Manifest(Value, frozen=True):
         require(source == portable_source(source), f"profile.source must not be an absolute path, got {source!r}")
         for path in self.files:
             require_relative(path)
-            require(path != MANIFEST and PurePosixPath(path).parts[0] != REPORTS, f"{path} must not be listed")
+            require(path != MANIFEST and PurePosixPath(path).parts[0] not in UNLISTED, f"{path} must not be listed")
         require(list(self.plans) == sorted(set(self.plans)), "plans must be sorted names")
         require(self.default_plan in self.plans, f"default_plan must be one of plans, got {self.default_plan!r}")
         require(bool(self.engines), "engines must not be empty")
@@ -220,7 +226,7 @@ class Bundle:
             _require_equal(relative, entry, FileEntry(sha256=sha256_of(path), size=path.stat().st_size))
         for relative in sorted(_files_below(self.path)):
             known = relative in self.manifest.files or relative == MANIFEST
-            if not known and PurePosixPath(relative).parts[0] != REPORTS:
+            if not known and PurePosixPath(relative).parts[0] not in UNLISTED:
                 raise IntegrityError(f"{relative}: not listed in the manifest", fix="remove it, or rebuild the bundle")
         for name in self.plans:
             self.plan(name)
@@ -231,6 +237,7 @@ class Bundle:
         *,
         backend: str | None = None,
         threads: int | None = None,
+        capture: Capture = "plan",
         roles: Collection[Role] | None = None,
     ) -> Pipeline:
         """Load the engines: a callable from prompts to frames.
@@ -239,15 +246,19 @@ class Bundle:
             plan: the plan of requests that name none; None: the bundle's default.
             backend: which engines; None: the first set.
             threads: CPU threads within an operator, 0: one for each CPU; None: as built. For ONNX Runtime.
+            capture: what becomes a CUDA graph: the `plan`, each `step` (always so while a request reports progress),
+                or `none`. For TensorRT.
+            roles: which engines; None: all.
 
         Raises:
             UsageError, IntegrityError: as `plan`, `engine` and `file`.
-            MissingDependencyError: the backend's package or device is not here.
+            MissingDependencyError: the backend's package, driver or device is not here.
+            UnsupportedError: the engines are for another machine; says the command that builds them for this one.
             EngineError: an engine does not load.
         """
         from lemica_trt.runtime.pipeline import Pipeline
 
-        return Pipeline(self, plan=plan, backend=backend, threads=threads, roles=roles)
+        return Pipeline(self, plan=plan, backend=backend, threads=threads, capture=capture, roles=roles)
 
     def _locate(self, relative: str) -> tuple[FileEntry, Path]:
         entry = self.manifest.files.get(relative)
@@ -407,8 +418,8 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
     bundle.check()
     with _replacing(bundle.path) as (folder, staged):
         entries = dict(bundle.manifest.files)
-        reports = [path for path in _files_below(folder) if PurePosixPath(path).parts[0] == REPORTS]
-        for path in (*(path for path in bundle.manifest.files if path not in changed), *reports):
+        unlisted = [path for path in _files_below(folder) if PurePosixPath(path).parts[0] in UNLISTED]
+        for path in (*(path for path in bundle.manifest.files if path not in changed), *unlisted):
             _link(folder / path, staged / path)
         for path, data in changed.items():
             entries[path] = _store(data, staged / path)
@@ -427,7 +438,7 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
 
 
 def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
-    """A second folder with the same bundle, without `reports/`; as atomic as `write_bundle`.
+    """A second folder with the same bundle, without `UNLISTED`; as atomic as `write_bundle`.
 
     Files are linked, not copied, where the file system can; plans, which somebody may edit, are copied.
 

@@ -203,7 +203,17 @@ def test_damage_is_found_before_use(bundle: Bundle, damage: Callable[[Path], Non
 def test_unlisted_files(bundle: Bundle) -> None:
     (bundle.path / "onnx" / "extra.onnx").write_bytes(b"")
     (bundle.path / "reports" / "later.json").write_bytes(b"")
-    for name in ("onnx/extra.onnx", "../b/onnx/full.onnx", "/etc/hostname", "onnx", "manifest.json", ""):
+    (bundle.path / "cache").mkdir()
+    (bundle.path / "cache" / "full-sm_89.bin").write_bytes(b"compiled here")
+    for name in (
+        "onnx/extra.onnx",
+        "cache/full-sm_89.bin",
+        "../b/onnx/full.onnx",
+        "/etc/hostname",
+        "onnx",
+        "manifest.json",
+        "",
+    ):
         for use in (bundle.file, bundle.read_bytes):
             with pytest.raises(IntegrityError, match="not listed in the manifest"):
                 use(name)
@@ -254,6 +264,7 @@ def rename_file(name: str) -> Callable[[Any], None]:
         (rename_file("/skip.onnx"), "expected a relative path inside the bundle, got '/skip.onnx'"),
         (rename_file("C:\\skip.onnx"), "expected a relative path inside the bundle"),
         (rename_file("reports/skip.onnx"), "reports/skip.onnx must not be listed"),
+        (rename_file("cache/skip.onnx"), "cache/skip.onnx must not be listed"),
         (lambda data: data["files"]["onnx/full.onnx"].update(sha256="A" * 64), "sha256 must be 64 hex digits"),
         (lambda data: data["files"]["onnx/full.onnx"].update(size=-1), "size must be at least 0"),
         (lambda data: data.update(default_plan="fast"), "default_plan must be one of plans, got 'fast'"),

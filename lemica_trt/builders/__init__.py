@@ -31,10 +31,13 @@ class EngineKey(Value, frozen=True):
     Attributes:
         backend: name in `BACKENDS`.
         version: version of the backend's package that built it.
-        target: what it runs on: `cpu`, `cuda`, or an architecture such as `sm_89`.
+        target: what it runs on: `cpu`, `cuda`, an architecture (`sm_89`), several (`sm_86,sm_89`), or one and all
+            later ones (`sm_80+`).
         dtype: precision of the DiT.
         graphs_digest: see `graphs_digest`; covers names, shapes, dtypes, batch range and every byte of the ONNX files.
         options: all of the builder's options, defaults written out.
+        device: the GPU that kernels were chosen on, by its product name; None: on none.
+        driver: highest CUDA version of the driver that they were chosen with (`13.0`); None: with none.
     """
 
     backend: str
@@ -43,6 +46,8 @@ class EngineKey(Value, frozen=True):
     dtype: DType
     graphs_digest: str
     options: dict[str, Option] = {}
+    device: str | None = None
+    driver: str | None = None
 
 
 class EngineEntry(Value, frozen=True):

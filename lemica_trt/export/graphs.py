@@ -85,7 +85,7 @@ def export_graphs(model: Model, layout: StepLayout, folder: Path, *, roles: Sequ
     """
     require(layout.latent_shape == model.latent_shape, f"layout for {layout.latent_shape}, not {model.latent_shape}")
     require(layout.guided == model.guided, f"layout.guided is {layout.guided}, the profile's guidance {model.guided}")
-    widths = _hidden_shapes(model, layout)
+    widths = hidden_specs(model, layout)
     roles = needed_roles(layout) if roles is None else roles
     return GraphSet(
         dtype=model.profile.dtype,
@@ -143,28 +143,30 @@ def _module(role: Role, model: Model, layout: StepLayout) -> nn.Module:
     return (FullStep if role == "full" else SkipStep)(model, layout)
 
 
-def _hidden_shapes(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
+def hidden_specs(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
     """`prompt_embeds` and, where one is kept, `residual` as the model makes them; shapes only, nothing is computed."""
     rows = "2*batch" if layout.guided else "batch"
     dtype = model.profile.dtype
     full = FullStep(model, layout)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        ids = _examples(input_specs("text_encoder", model, layout, {}), 1)
+        ids = _examples(input_specs("text_encoder", model, layout, {}), 1, model.device)
         _, *embeds = model.text_encoder(ids)["prompt_embeds"].shape
         hidden = {"prompt_embeds": TensorSpec(name="prompt_embeds", dtype=dtype, shape=(rows, *embeds))}
         if layout.residual_history:
-            inputs = _examples(input_specs("full", model, layout, hidden), 1)
+            inputs = _examples(input_specs("full", model, layout, hidden), 1, model.device)
             _, *residual = full(inputs)["residual"].shape
             hidden["residual"] = TensorSpec(name="residual", dtype=dtype, shape=(rows, *residual))
     return hidden
 
 
-def _examples(specs: Sequence[TensorSpec], batch: int) -> dict[str, Tensor]:
+def _examples(specs: Sequence[TensorSpec], batch: int, device: torch.device) -> dict[str, Tensor]:
     """Zeros of the given shapes at a batch."""
     sizes = {"batch": batch, "2*batch": 2 * batch}
     return {
         spec.name: torch.zeros(
-            [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape], dtype=TORCH_DTYPES[spec.dtype]
+            [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape],
+            dtype=TORCH_DTYPES[spec.dtype],
+            device=device,
         )
         for spec in specs
     }
@@ -176,7 +178,7 @@ def _export_graph(
     profile = model.profile
     specs = input_specs(role, model, layout, hidden)
     dynamic = profile.shape.max_batch > 1 and any("batch" in spec.shape for spec in specs)
-    inputs = {name: x.to(model.device) for name, x in _examples(specs, 2 if dynamic else 1).items()}
+    inputs = _examples(specs, 2 if dynamic else 1, model.device)
     # An example of 2 with a maximum of 2 leaves equal dimensions apart (torch 2.13).
     batch = torch.export.Dim("batch", min=1, max=max(profile.shape.max_batch, 3))
     dims = {"batch": batch, "2*batch": 2 * batch}

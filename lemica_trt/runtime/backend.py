@@ -2,13 +2,13 @@
 
     Backend     makes buffers, moves arrays in and out of them, loads engines
     Buffer      memory on the device, of one shape and dtype, for as long as it is referred to
-    Engine      a loaded graph; may be shared by threads
+    Engine      a loaded graph
     Call        an engine with all its inputs and outputs bound to buffers, made once and run many times
 
-The loop binds every row of a plan once for each batch size (`Engine.bind`), and a request runs the calls in order.
-A library that must prepare a call – TensorRT: set addresses, capture a CUDA graph – does so in `bind` or at the first
-`run`, and replays from then on: addresses and shapes of a call never change. Which calls follow each other is fixed
-too, so that a whole plan may be captured behind the same interface.
+The loop binds every row of a plan once for each batch size (`Engine.bind`). Where nobody looks between two rows, it
+runs them as one call (`Backend.join`). A library that must prepare a call – TensorRT: set addresses, capture a CUDA
+graph, of one row or of the whole plan – does so in `bind`, `join` or at the first runs, and replays from then on:
+addresses and shapes of a call never change.
 
 Order: `upload`, `Call.run` and `download` take effect in the order in which one thread calls them. `Call.run` and
 `upload` may return before that; `synchronize` and `download` wait.
@@ -17,9 +17,10 @@ Order: `upload`, `Call.run` and `download` take effect in the order in which one
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,7 @@ class Buffer(Protocol):
 
 
 class Call(Protocol):
-    """An engine bound to buffers."""
+    """An engine bound to buffers, or several such calls joined."""
 
     def run(self) -> None:
         """Enqueue it.
@@ -61,6 +62,17 @@ class Call(Protocol):
             EngineError: it failed.
         """
         ...
+
+
+class InOrder:
+    """Calls joined by running one after the other."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = tuple(calls)
+
+    def run(self) -> None:
+        for call in self._calls:
+            call.run()
 
 
 class Engine(Protocol):
@@ -76,7 +88,7 @@ class Engine(Protocol):
 
 
 class Backend(Protocol):
-    """An engine library on one device. Used by one thread at a time; engines may be shared."""
+    """An engine library on one device, used by one thread at a time, together with the engines that it loaded."""
 
     def empty(self, shape: tuple[int, ...], dtype: TensorDType) -> Buffer:
         """A buffer with undefined content.
@@ -102,6 +114,10 @@ class Backend(Protocol):
         """
         ...
 
+    def join(self, calls: Sequence[Call]) -> Call:
+        """One call that runs calls of this backend in this order; `InOrder`, unless the library does better."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until everything before has run.
 
@@ -111,26 +127,52 @@ class Backend(Protocol):
         ...
 
 
-_BACKENDS = {"onnxruntime": "lemica_trt.runtime.onnxruntime"}
+Capture = Literal["plan", "step", "none"]
+"""What becomes a CUDA graph: joined calls as one, each call, or nothing."""
 
 
-def open_backend(key: EngineKey, *, threads: int | None = None) -> Backend:
+@dataclass(frozen=True)
+class Settings:
+    """How a backend is opened; each reads what concerns it.
+
+    Attributes:
+        threads: ONNX Runtime: CPU threads within an operator, in place of the number in the key.
+        capture: TensorRT: see `Capture`.
+        cache: TensorRT for RTX: folder of what it compiles for this GPU; None: it compiles again each time.
+        rebuild: TensorRT: what to do about engines that are not for this machine, asked for when it comes to that.
+    """
+
+    threads: int | None = None
+    capture: Capture = "plan"
+    cache: Path | None = None
+    rebuild: Callable[[], str] = lambda: "rebuild the bundle on this machine"
+
+
+_BACKENDS = {
+    "onnxruntime": "lemica_trt.runtime.onnxruntime",
+    "tensorrt": "lemica_trt.runtime.tensorrt",
+    "tensorrt-rtx": "lemica_trt.runtime.tensorrt",
+}
+
+
+def open_backend(key: EngineKey, settings: Settings | None = None) -> Backend:
     """The backend that runs engines of this key.
 
     Args:
         key: from the manifest.
-        threads: CPU threads within an operator in place of the number in the key.
+        settings: None: the defaults.
 
     Raises:
-        UnsupportedError: this version of lemica-trt does not know the backend.
-        MissingDependencyError: the backend's package or device is not here.
+        UnsupportedError: this version of lemica-trt does not know the backend, or engines of this key are not for
+            this machine: another version of the vendor's package, another GPU, an older driver.
+        MissingDependencyError: the backend's package, driver or device is not here.
     """
     if key.backend not in _BACKENDS:
         raise UnsupportedError(
             f"engines for {key.backend!r} cannot be run, only {', '.join(sorted(_BACKENDS))}",
             fix="pip install --upgrade lemica-trt, or rebuild the bundle with --backend",
         )
-    backend: Backend = importlib.import_module(_BACKENDS[key.backend]).open_backend(key, threads=threads)
+    backend: Backend = importlib.import_module(_BACKENDS[key.backend]).open_backend(key, settings or Settings())
     return backend
 
 

@@ -3,7 +3,8 @@
 Earlier latents, outputs and residuals live in rings of buffers; a row reads the slots before its own and writes its
 own, so that nothing is ever moved: only which buffer is bound to which name rotates. All of that is known before the
 first request. It is prepared once for each plan and batch size (`_Program`): buffers, coefficients on the device, one
-bound `Call` a row. A request uploads noise, prompt embeddings and guidance, runs the calls, downloads the result.
+bound `Call` a row. A request uploads noise, prompt embeddings and guidance, runs the calls, downloads the result. Rows
+between which the host has nothing to do are one call: a whole plan, unless somebody listens or fresh noise is drawn.
 
 Positions before the first row – x_{−2}, m_{−1}, a residual of a full row that has not been – are bound to buffers of
 zeros, so that a request never sees what an earlier one left.
@@ -84,10 +85,16 @@ class _Buffers:
 
 @dataclass(frozen=True)
 class _Program:
-    """A plan bound to buffers of one batch size."""
+    """A plan bound to buffers of one batch size.
+
+    Attributes:
+        rows: index of each row, and its call.
+        spans: index of the first row of each span of rows that run without the host, and its call.
+    """
 
     buffers: _Buffers
-    calls: tuple[Call, ...]
+    rows: tuple[tuple[int, Call], ...]
+    spans: tuple[tuple[int, Call], ...]
     guidance: dict[tuple[float, float], Buffer]
     result: Buffer
 
@@ -95,8 +102,8 @@ class _Program:
 class Denoiser:
     """Runs plans on the step engines of one bundle.
 
-    Engines may be shared with other denoisers; a denoiser holds buffers and therefore runs one request at a time: a
-    second thread waits. For parallel requests use one denoiser (and backend) a thread, or batch.
+    A denoiser holds buffers and therefore runs one request at a time: a second thread waits. For parallel requests use
+    one denoiser and backend a thread, or batch.
 
     Args:
         backend: where the engines were loaded.
@@ -140,6 +147,37 @@ class Denoiser:
             UsageError: `guidance` or `draw` missing or superfluous.
             EngineError: an engine failed.
         """
+        with self._lock:
+            return self._backend.download(self._run(plan, prompt_embeds, noise, guidance, draw, on_row))
+
+    def run_on_device(
+        self,
+        plan: StepPlan,
+        prompt_embeds: Array,
+        noise: Array,
+        guidance: Array | None = None,
+        *,
+        draw: DrawNoise | None = None,
+    ) -> Buffer:
+        """As `run`, but the latents stay where they are and nobody waits for them.
+
+        Returns:
+            fp32 [b, *latent_shape], good until the denoiser's next request. A buffer of TensorRT's backend has
+            `__cuda_array_interface__`, with the stream that its reader must wait for.
+        """
+        with self._lock:
+            return self._run(plan, prompt_embeds, noise, guidance, draw, None)
+
+    def _run(
+        self,
+        plan: StepPlan,
+        prompt_embeds: Array,
+        noise: Array,
+        guidance: Array | None,
+        draw: DrawNoise | None,
+        on_row: OnRow | None,
+    ) -> Buffer:
+        """Check, upload, run all rows; the buffer of the last row's latents. Under the lock."""
         layout = self._graphs.layout
         batch = len(noise)
         if not 1 <= batch <= self._graphs.max_batch:
@@ -148,26 +186,26 @@ class Denoiser:
             raise UsageError(f"guidance must be {'given' if layout.guided else 'absent'}: see the bundle's layout")
         if plan.stochastic and draw is None:
             raise UsageError(f"plan {plan.name} draws noise at its steps, but got no source of it")
-        with self._lock:
-            program = self._program(plan, batch)
-            buffers = program.buffers
-            self._upload("noise", noise, buffers.latents[-1])
-            self._upload("prompt_embeds", prompt_embeds, buffers.prompt_embeds)
-            if guidance is not None:
-                for (offset, factor), buffer in program.guidance.items():
-                    self._upload("guidance", offset + factor * np.asarray(guidance, np.float64), buffer)
-            draws: deque[Array] = deque(maxlen=plan.noise_history)  # newest first
-            for index, (row, call) in enumerate(zip(plan.rows, program.calls)):
-                start = perf_counter()
-                if draw is not None:
-                    draws.extendleft(draw() for _ in range(row.draws))
-                if row.noise and buffers.noise is not None:
-                    self._upload("noise", _mixed(row.noise_weights, draws), buffers.noise)
-                call.run()
-                if on_row is not None:
-                    self._backend.synchronize()
-                    on_row(RowDone(index, len(plan.rows), row.step, row.graph, perf_counter() - start))
-            return self._backend.download(program.result)
+        program = self._program(plan, batch)
+        buffers = program.buffers
+        self._upload("noise", noise, buffers.latents[-1])
+        self._upload("prompt_embeds", prompt_embeds, buffers.prompt_embeds)
+        if guidance is not None:
+            for (offset, factor), buffer in program.guidance.items():
+                self._upload("guidance", offset + factor * np.asarray(guidance, np.float64), buffer)
+        draws: deque[Array] = deque(maxlen=plan.noise_history)  # newest first
+        for index, call in program.spans if on_row is None else program.rows:
+            start = perf_counter()
+            row = plan.rows[index]
+            if draw is not None:
+                draws.extendleft(draw() for _ in range(row.draws))
+            if row.noise and buffers.noise is not None:
+                self._upload("noise", _mixed(row.noise_weights, draws), buffers.noise)
+            call.run()
+            if on_row is not None:
+                self._backend.synchronize()
+                on_row(RowDone(index, len(plan.rows), row.step, row.graph, perf_counter() - start))
+        return program.result
 
     def _upload(self, name: str, array: Array, buffer: Buffer) -> None:
         if array.shape != buffer.shape:
@@ -185,6 +223,7 @@ class Denoiser:
         if key not in self._programs:
             self._programs[key] = self._prepare(plan, batch)
             if len(self._programs) > PROGRAMS:
+                self._backend.synchronize()  # it may be running
                 self._programs.popitem(last=False)
         self._programs.move_to_end(key)
         return self._programs[key]
@@ -218,13 +257,19 @@ class Denoiser:
                 tensors.update(
                     {f"residual_{k}": buffers.residuals[full - 1 - k] for k in range(layout.residual_history)}
                 )
+            if role not in self._engines:
+                raise InputError(
+                    f"plan {plan.name} needs the {role} graph, no engine was built of it", fix="rebuild the bundle"
+                )
             names = [tensor.name for tensor in (*graph.inputs, *graph.outputs)]
             unknown = sorted(set(names) - set(tensors))
             if unknown:
                 raise InputError(f"the {role} graph has tensors that the step layout does not: {', '.join(unknown)}")
             calls.append(self._engines[role].bind({name: tensors[name] for name in names}))
             full += row.graph == "full"
-        return _Program(buffers, tuple(calls), guidance, buffers.latents[len(plan.rows) - 1])
+        starts = [i for i, row in enumerate(plan.rows) if i == 0 or row.draws or row.noise]
+        spans = [(start, self._backend.join(calls[start:end])) for start, end in zip(starts, [*starts[1:], None])]
+        return _Program(buffers, tuple(enumerate(calls)), tuple(spans), guidance, buffers.latents[len(plan.rows) - 1])
 
     def _allocate(self, batch: int) -> _Buffers:
         if batch not in self._buffers:

@@ -6,7 +6,7 @@ rows. `run_with_iobinding` waits for its outputs, on CUDA too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +15,13 @@ import numpy as np
 from lemica_trt.builders import EngineKey, Option
 from lemica_trt.builders.onnxruntime import first_line, import_onnxruntime, open_session
 from lemica_trt.errors import EngineError, UnsupportedError
-from lemica_trt.runtime.backend import NUMPY_DTYPES, Array, Buffer, check_binding
+from lemica_trt.runtime.backend import NUMPY_DTYPES, Array, Buffer, Call, InOrder, Settings, check_binding
 from lemica_trt.spec import GraphSpec, TensorDType
 
 
-def open_backend(key: EngineKey, *, threads: int | None = None) -> OrtBackend:
+def open_backend(key: EngineKey, settings: Settings) -> OrtBackend:
     """See `runtime.backend.open_backend`."""
-    options = dict(key.options) if threads is None else {**key.options, "threads": threads}
+    options = dict(key.options) if settings.threads is None else {**key.options, "threads": settings.threads}
     return OrtBackend(options)
 
 
@@ -101,6 +101,9 @@ class OrtBackend:
 
     def load(self, graph: GraphSpec, path: Path) -> OrtEngine:
         return OrtEngine(open_session(graph, path, self._options), graph)
+
+    def join(self, calls: Sequence[Call]) -> Call:
+        return InOrder(calls)
 
     def synchronize(self) -> None:
         """Nothing: every call has waited already."""

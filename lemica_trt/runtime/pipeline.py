@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, SupportsIndex, cast, overload
 
 import numpy as np
 
+from lemica_trt.bundle import CACHE
 from lemica_trt.errors import EngineError, InputError, UsageError
 from lemica_trt.plan import StepPlan
-from lemica_trt.runtime.backend import Array, Buffer, Engine, decode, encode, open_backend
+from lemica_trt.runtime.backend import Array, Buffer, Capture, Engine, Settings, decode, encode, open_backend
 from lemica_trt.runtime.denoise import Denoiser, OnRow, RowDone
 from lemica_trt.runtime.random import Generator
+from lemica_trt.runtime.rebuild import rebuild_command
 from lemica_trt.runtime.text import PromptTokenizer
 from lemica_trt.spec import Role
 
@@ -79,15 +81,22 @@ class Pipeline:
         plan: str | None = None,
         backend: str | None = None,
         threads: int | None = None,
+        capture: Capture = "plan",
         roles: Collection[Role] | None = None,
     ) -> None:
         manifest = bundle.manifest
         entry = bundle.engine(backend)
+        settings = Settings(
+            threads=threads,
+            capture=capture,
+            cache=bundle.path / CACHE,
+            rebuild=lambda: rebuild_command(bundle, entry.key.backend),
+        )
         self.bundle = bundle
         self.default_plan = bundle.plan(plan).name
         self._plans: dict[str, StepPlan] = {}
+        self._backend = open_backend(entry.key, settings)
         self._tokenizer = PromptTokenizer(manifest.text, bundle.read_bytes(manifest.text.tokenizer))
-        self._backend = open_backend(entry.key, threads=threads)
         self._lock = threading.Lock()
         self._engines: dict[Role, Engine] = {}
         for graph in manifest.graphs.graphs:

@@ -6,7 +6,7 @@ A model that loads answers rightly, or it does not load. `start` refuses
 - a numpy that this server cannot read (out of numpy 2, the backend of 24.10 reads wrong numbers without a word);
 - another lemica-trt than the one that wrote the repository, other graphs than it was written for;
 - a bundle with a file missing, altered or not listed;
-- engines of another TensorRT than the one here.
+- engines of another TensorRT or GPU than the one here (the runtime compares).
 
 Answers are the same bits whatever shares the batch: `Batches` measures at load whether the engines give every request
 the same bits in a batch as alone, and runs requests one by one where they do not.
@@ -16,7 +16,6 @@ the same bits in a batch as alone, and runs requests one by one where they do no
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -36,7 +35,7 @@ import numpy as np
 
 from lemica_trt import __version__
 from lemica_trt.bundle import Bundle
-from lemica_trt.errors import InputError, LemicaError, MissingDependencyError, UnsupportedError, UsageError
+from lemica_trt.errors import InputError, LemicaError, UnsupportedError, UsageError
 from lemica_trt.plan import PlanRow, StepPlan
 from lemica_trt.runtime.backend import Array
 from lemica_trt.runtime.denoise import Cancelled, OnRow, RowDone
@@ -91,19 +90,6 @@ def start(pb_utils: Any, args: Mapping[str, str], roles: Collection[Role]) -> tu
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         device = int(args["model_instance_device_id"])
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[device] if visible else str(device)
-    key = bundle.engine(parameters["backend"]).key
-    if key.backend.startswith("tensorrt"):
-        try:
-            found = str(importlib.import_module(key.backend).__version__)
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"the engines need {key.backend} {key.version}, got: {error}", fix=f"install {key.backend}"
-            ) from None
-        if found != key.version:
-            raise UnsupportedError(
-                f"the engines were built with {key.backend} {key.version}, here is {found}",
-                fix="use the container that has this version, or rebuild the bundle in this one",
-            )
     threads = int(parameters["threads"])
     return bundle.pipeline(backend=parameters["backend"], threads=threads or None, roles=roles), parameters
 

@@ -15,7 +15,7 @@ from lemica_trt import builders
 from lemica_trt.builders import EngineEntry
 from lemica_trt.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.plan import PlanRow
-from lemica_trt.runtime.backend import open_backend
+from lemica_trt.runtime.backend import Settings, open_backend
 from lemica_trt.runtime.denoise import Denoiser, RowDone
 from lemica_trt.spec import GraphSet
 
@@ -100,7 +100,7 @@ def test_the_host_adds_little(tmp_path: Path) -> None:
 def test_engine_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = toy.graphs_of(toy.layout_of())
     _, entry = denoiser_of(graphs, tmp_path)
-    backend = open_backend(entry.key, threads=2)
+    backend = open_backend(entry.key, Settings(threads=2))
     with pytest.raises(EngineError, match=r"onnx/skip\.onnx is not the graph described"):
         backend.load(graphs.graph("skip"), tmp_path / "onnx/full.onnx")
     (tmp_path / "broken.onnx").write_bytes(b"not a model")

@@ -16,7 +16,7 @@ import numpy as np
 
 from lemica_trt.errors import EngineError
 from lemica_trt.plan import PlanRow, StepPlan
-from lemica_trt.runtime.backend import NUMPY_DTYPES, check_binding
+from lemica_trt.runtime.backend import NUMPY_DTYPES, InOrder, check_binding
 from lemica_trt.spec import GraphSet, GraphSpec, StepLayout, TensorSpec
 
 LATENT_SHAPE = (2, 3, 4, 4)
@@ -210,6 +210,9 @@ class NullBackend:
 
     def load(self, graph: GraphSpec, path: Path) -> Any:
         return NullEngine(self, graph)
+
+    def join(self, calls: Any) -> Any:
+        return InOrder(calls)
 
     def synchronize(self) -> None:
         self.log.append(("synchronize", None))

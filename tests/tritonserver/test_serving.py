@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 import toy
 from test_repository import make_bundle
 
+from lemica_trt.bundle import Bundle
 from lemica_trt.errors import IntegrityError, LemicaError, UnsupportedError, UsageError
 from lemica_trt.runtime.denoise import Denoiser
 from lemica_trt.triton import serving
@@ -103,13 +104,28 @@ def test_bundles_that_are_refused(tmp_path: Path) -> None:
         serving.open_bundle(pb_utils(), load_args(repository))
 
 
+@pytest.mark.parametrize(("visible", "expected"), [("", "1"), ("4,GPU-5f,7", "GPU-5f")])
+def test_an_instance_has_its_own_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, expected: str
+) -> None:
+    """The one that KIND_GPU gave it, alone, before any library looks for devices: the runtime takes the first."""
+    write_repository(make_bundle(tmp_path / "bundle", ("tensorrt-rtx", "sm_89")), tmp_path / "repository")
+    assert "KIND_GPU" in (tmp_path / "repository/denoiser/config.pbtxt").read_text()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    seen = []
+    monkeypatch.setattr(Bundle, "pipeline", lambda *_, **__: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    args = {**load_args(tmp_path / "repository"), "model_instance_kind": "GPU", "model_instance_device_id": "1"}
+    serving.start(pb_utils(), args, serving.STEP_ROLES)
+    assert seen == [expected]
+
+
 def test_engines_of_another_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_repository(make_bundle(tmp_path / "bundle", ("tensorrt", "sm_90")), tmp_path / "repository")
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="9.9"))  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match=r"built with tensorrt 1\.2, here is 9\.9"):
+    with pytest.raises(UnsupportedError, match=r"built for tensorrt 1\.2, here is 9\.9 → lemica-trt build .*--backend"):
         serving.start(pb_utils(), load_args(tmp_path / "repository"), serving.STEP_ROLES)
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
-    with pytest.raises(LemicaError, match=r"the engines need tensorrt 1\.2"):
+    with pytest.raises(LemicaError, match="engines for tensorrt need the package tensorrt, got"):
         serving.start(pb_utils(), load_args(tmp_path / "repository"), serving.STEP_ROLES)
 
 
