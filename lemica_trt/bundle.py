@@ -11,7 +11,8 @@ Promises:
 - Nothing is loaded that the manifest does not list with the right size and digest; no path leaves the folder. JSON,
   ONNX and engines only. (Digests find damage and mix-ups; who may write a bundle is for file permissions to say.)
 - The same input gives the same bytes: no times, no timings, no machine paths. `reports/` is outside of this promise
-  and of the digests: the runtime never reads it, and timings live there.
+  and of the digests: the runtime never reads it, and timings live there. TensorRT does not build the same bytes twice;
+  with its engines goes what building them took (`EngineBuild`).
 - It may be moved to another folder or machine.
 - A writer that is killed leaves the old bundle or the new one. It works in a folder beside the target,
   `.NAME.tmp-PID-…`; the next writer removes those of dead processes.
