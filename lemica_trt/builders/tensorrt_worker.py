@@ -37,7 +37,9 @@ from lemica_trt.spec import DType, GraphSpec, TensorSpec
 from lemica_trt.values import Value
 
 if TYPE_CHECKING:
-    import tensorrt  # noqa: TID251  # the names of types; the module is the vendor's, see `load_vendor`
+    # The names of types: which vendor's module it is, `load_vendor` decides.
+    import tensorrt  # noqa: TID251
+    import tensorrt_rtx  # noqa: TID251
 
 Module = Literal["tensorrt", "tensorrt_rtx"]
 
@@ -222,7 +224,7 @@ def build_engine(job: Job, send: Callable[[Event], None]) -> EngineBuild:
     check_interface(job.graph, *network_interface(network))
     precisions = network_precisions(trt, network)
     check_precisions(job, precisions)
-    config = configure(trt, builder, network, job)
+    config: tensorrt.IBuilderConfig = configure(trt, builder, job)
     config.progress_monitor = monitor = progress_monitor(trt, lambda percent: send(Progress(percent=percent)))
     cache = Path(job.timing_cache) if job.timing_cache else None
     if cache is not None:
@@ -253,9 +255,7 @@ def build_engine(job: Job, send: Callable[[Event], None]) -> EngineBuild:
     return msgspec.structs.replace(build, engine_precisions=layers.precisions, fused_attention=layers.fused_attention)
 
 
-def configure(
-    trt: Any, builder: tensorrt.Builder, network: tensorrt.INetworkDefinition, job: Job
-) -> tensorrt.IBuilderConfig:
+def configure(trt: Any, builder: tensorrt.Builder, job: Job) -> tensorrt.IBuilderConfig:
     """A builder configuration: the job's options and one optimisation profile."""
     options = job.options
     config: tensorrt.IBuilderConfig = builder.create_builder_config()
@@ -273,9 +273,10 @@ def configure(
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
     if options.get("compute_capabilities"):
         targets = [member_of_capability(text) for text in str(options["compute_capabilities"]).split(",")]
-        config.num_compute_capabilities = len(targets)
+        rtx_config: tensorrt_rtx.IBuilderConfig = config
+        rtx_config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
-            config.set_compute_capability(getattr(trt.ComputeCapability, target), index)
+            rtx_config.set_compute_capability(getattr(trt.ComputeCapability, target), index)
     if any(isinstance(dim, str) for spec in job.graph.inputs for dim in spec.shape):
         profile: tensorrt.IOptimizationProfile = builder.create_optimization_profile()
         for spec in job.graph.inputs:
