@@ -2,6 +2,9 @@
 
 Such a file carries its compiled program as text, one statement a line, for the compiler on the GPU machine to finish:
 
+    header {
+      accelerators={sm80 }
+    }
     descriptors {
       tensor={ … name="x" … type=bf16 }
     }
@@ -9,10 +12,10 @@ Such a file carries its compiled program as text, one statement a line, for the 
       fully_connected={ … output={"x" } … }
       function={ name=_gemm_mha_v2 … output_args={ "y" } … }
     }
-    shape_main {
 
 Found by looking at engines of TensorRT for RTX 1.7, documented nowhere: whoever calls this must be content with
-nothing. Parts that are compiled later follow as programs of their own, without `shape_main`; they are not counted.
+nothing. Parts that a GPU machine compiles follow as programs of their own, for any accelerator (`*`); the main program
+calls them, so that they are not counted.
 """
 
 from __future__ import annotations
@@ -50,19 +53,18 @@ def program_layers(path: Path) -> Layers | None:
     precisions: Counter[str] = Counter()
     fused, programs = 0, 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        begin = data.find(b"descriptors {")
+        begin = data.find(b"header {")
         while begin >= 0:
-            body = data.find(b"\nmain {", begin)
-            end = data.find(b"\nshape_main {", body)
-            following = data.find(b"descriptors {", begin + 1)
-            if 0 <= begin < body < end and not 0 <= following < end:
+            tensors = data.find(b"\ndescriptors {", begin)
+            body = data.find(b"\nmain {", tensors)
+            end = data.find(b"\n}", body)
+            if begin < tensors < body < end and b"accelerators={*}" not in data[begin:tensors]:
                 programs += 1
-                types = dict(_TENSOR.findall(data[begin:body]))
+                types = dict(_TENSOR.findall(data[tensors:body]))
                 for kind, name, output in _STATEMENT.findall(data[body:end]):
                     attention = kind == b"function" and bool(_ATTENTION.search(name))
                     fused += attention
-                    if attention or kind in _COMPUTING:
-                        dtype = types.get(output, b"unknown")
-                        precisions[DTYPES.get(dtype, dtype.decode())] += 1
-            begin = following
+                    if (attention or kind in _COMPUTING) and types.get(output) in DTYPES:
+                        precisions[DTYPES[types[output]]] += 1
+            begin = data.find(b"header {", begin + 1)
     return Layers(dict(precisions), fused) if programs else None

@@ -207,9 +207,10 @@ def test_the_gate_refuses_half_precision_that_is_none() -> None:
     with pytest.raises(WorkerError) as caught:
         worker.check_precisions(dit, {"fp32": 60, "fp16": 60})
     assert caught.value.answer.what == "fp16 was asked for, its layers compute in fp16 (60), fp32 (60)"
+    worker.check_layers(dit, {"fp16": 66}, Layers({"fp16": 40, "fp32": 2}, 0))
     with pytest.raises(WorkerError) as caught:
-        worker.check_layers(dit, {"fp16": 66}, Layers({"fp16": 40, "fp32": 2}, 0))
-    assert caught.value.answer.what == "the network computes in fp16 (66), its engine in fp16 (40), fp32 (2)"
+        worker.check_layers(dit, {"fp16": 66}, Layers({"fp16": 40, "fp32": 5}, 0))
+    assert caught.value.answer.what == "the network computes in fp16 (66), its engine in fp16 (40), fp32 (5)"
 
 
 @pytest.mark.null
@@ -234,6 +235,7 @@ def test_what_the_engine_inspector_says_is_counted() -> None:
 @pytest.mark.null
 def test_a_program_is_read_from_an_engine_file(tmp_path: Path) -> None:
     program = """header {
+  accelerators={sm80 }
 }
 descriptors {
   tensor={ alignment=2 dims={ 1 8 } name="a" strides={ 8 1 } type=bf16 }
@@ -250,6 +252,7 @@ main {
 shape_main {
 }
 header {
+  accelerators={*}
 }
 descriptors {
   tensor={ name="a" type=float }
