@@ -19,8 +19,6 @@ from vendor_api import Use, complaints, find_uses
 from lemica_trt.builders import tensorrt as parent
 from lemica_trt.builders import tensorrt_worker as worker
 
-pytestmark = pytest.mark.null
-
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "tensorrt"
 
@@ -100,6 +98,7 @@ def asked(module: str, uses: list[Use], folder: Path | None = None) -> dict[str,
     return answer
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("major", [10, 11])
 def test_tensorrt_has_all_that_is_used(major: int, bindings: Path) -> None:
     answer = asked("tensorrt_bindings", uses_of(rtx=False), bindings / str(major))
@@ -108,6 +107,7 @@ def test_tensorrt_has_all_that_is_used(major: int, bindings: Path) -> None:
     assert unannotated(answer["names"]) == []
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 def test_tensorrt_for_rtx_has_all_that_is_used() -> None:
     answer = asked("tensorrt_rtx", uses_of(rtx=True))
@@ -115,6 +115,7 @@ def test_tensorrt_for_rtx_has_all_that_is_used() -> None:
     assert unannotated(answer["names"]) == []
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("major", [10, 11])
 def test_what_is_only_in_rtx_is_not_in_tensorrt(major: int, bindings: Path) -> None:
     """Else the list above hides what need not be hidden."""
@@ -132,6 +133,7 @@ def unannotated(vendor_names: list[str]) -> list[str]:
     ]
 
 
+@pytest.mark.null
 def test_the_reader_finds_what_is_used() -> None:
     """Of the real file, so that a rule that stops to match is noticed."""
     found = {(use.cls, use.name) for use in find_uses(ROOT / "lemica_trt/builders/tensorrt_worker.py").uses}
@@ -152,6 +154,7 @@ def test_the_reader_finds_what_is_used() -> None:
     } <= found
 
 
+@pytest.mark.null
 def test_the_reader_and_the_judge_on_a_small_module(tmp_path: Path) -> None:
     source = """
 def f(trt, builder: tensorrt.Builder, many: "list"):
