@@ -152,6 +152,8 @@ class TensorRT:
         )
         folder = f"{FOLDER}/{key.backend}-{key.digest[:16]}"
         (out / folder).mkdir(parents=True, exist_ok=True)
+        for unfinished in (out / FOLDER).glob("*/*.tmp"):  # of a process that was killed
+            unfinished.unlink()
         files: dict[Role, str] = {}
         builds: dict[Role, EngineBuild] = {}
         for graph in graphs.graphs:

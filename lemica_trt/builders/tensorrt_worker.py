@@ -34,7 +34,7 @@ import msgspec
 from lemica_trt.builders import EngineBuild, Option
 from lemica_trt.builders.tensorrt_program import Layers, program_layers
 from lemica_trt.spec import DType, GraphSpec, TensorSpec
-from lemica_trt.values import Value
+from lemica_trt.values import Value, write_bytes
 
 if TYPE_CHECKING:
     # The names of types: which vendor's module it is, `load_vendor` decides.
@@ -228,8 +228,7 @@ def build_engine(job: Job, send: Callable[[Event], None]) -> EngineBuild:
     config.progress_monitor = monitor = progress_monitor(trt, lambda percent: send(Progress(percent=percent)))
     cache = Path(job.timing_cache) if job.timing_cache else None
     if cache is not None:
-        timings: tensorrt.ITimingCache = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
-        config.set_timing_cache(timings, ignore_mismatch=False)
+        use_timing_cache(config, cache)
     serialized: tensorrt.IHostMemory | None = builder.build_serialized_network(network, config)
     if serialized is None:
         raise log.failure("the build gave no engine")
@@ -240,7 +239,7 @@ def build_engine(job: Job, send: Callable[[Event], None]) -> EngineBuild:
         os.fsync(file.fileno())
     if cache is not None:
         changed: tensorrt.ITimingCache = config.get_timing_cache()
-        cache.write_bytes(memoryview(changed.serialize()))
+        write_bytes(bytes(changed.serialize()), cache)
     build = EngineBuild(
         seconds=round(perf_counter() - start, 3),
         host_memory=peak_memory(),
@@ -284,6 +283,14 @@ def configure(trt: Any, builder: tensorrt.Builder, job: Job) -> tensorrt.IBuilde
             profile.set_shape(spec.name, spec.at(1), largest, largest)
         config.add_optimization_profile(profile)
     return config
+
+
+def use_timing_cache(config: tensorrt.IBuilderConfig, path: Path) -> None:
+    """Timings from a file; the library refuses those of another GPU or version, and damaged ones: then begin anew."""
+    for data in (path.read_bytes() if path.is_file() else b"", b""):
+        timings: tensorrt.ITimingCache | None = config.create_timing_cache(data)
+        if timings is not None and config.set_timing_cache(timings, ignore_mismatch=False):
+            return
 
 
 def member_of_capability(text: str) -> str:

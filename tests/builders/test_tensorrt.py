@@ -16,6 +16,9 @@ import textwrap
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import msgspec
 import pytest
@@ -286,6 +289,91 @@ def test_progress_rises_to_the_end_through_nested_phases() -> None:
     assert told == [12, 25, 37, 50, 62, 75, 87, 100]
 
 
+class Vendor:
+    """As much of a vendor's module as an engine takes that is looked into: one engine, and what was asked of it."""
+
+    ILogger = type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 2})
+    TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
+    LayerInformationFormat = SimpleNamespace(JSON="json")
+
+    def __init__(self, dtype: str = "HALF", error: str | None = None) -> None:
+        self.runtime = SimpleNamespace(engine_host_code_allowed=True, deserialize_cuda_engine=self._deserialize)
+        self._dtype, self._error = dtype, error
+
+    def Runtime(self, logger: Any) -> SimpleNamespace:
+        self._logger = logger
+        return self.runtime
+
+    def _deserialize(self, data: bytes) -> SimpleNamespace | None:
+        if self._error is not None:
+            self._logger.log(1, self._error)
+            return None
+        layers = [{"Name": "g", "LayerType": "gemm", "Outputs": [{"Format/Datatype": "Half"}]}]
+        inspector = SimpleNamespace(get_engine_information=lambda _: json.dumps({"Layers": layers}))
+        return SimpleNamespace(
+            num_io_tensors=2,
+            get_tensor_name=lambda index: "xy"[index],
+            get_tensor_mode=lambda name: {"x": "input", "y": "output"}[name],
+            get_tensor_dtype=lambda name: SimpleNamespace(name=self._dtype),
+            get_tensor_shape=lambda name: (-1, 16),
+            create_engine_inspector=lambda: inspector,
+        )
+
+
+@pytest.mark.null
+def test_an_engine_is_loaded_without_host_code_and_compared() -> None:
+    job, vendor = job_of(spec("full", "fp16"), "fp16"), Vendor()
+    assert worker.inspect_engine(vendor, worker.Log(vendor), b"", job) == Layers({"fp16": 1}, 0)
+    assert vendor.runtime.engine_host_code_allowed is False
+    quiet = msgspec.structs.replace(job, options={**job.options, "profiling_verbosity": "none"})
+    assert worker.inspect_engine(vendor, worker.Log(vendor), b"", quiet) is None
+    with pytest.raises(WorkerError) as caught:
+        worker.inspect_engine(wrong := Vendor("FLOAT"), worker.Log(wrong), b"", job)
+    assert "it is fp32" in caught.value.answer.what
+    for error, kind in (("CUDA out of memory (In f at /src/a.cpp:5)", "memory"), ("bad magic", "build")):
+        with pytest.raises(WorkerError) as caught:
+            worker.inspect_engine(broken := Vendor(error=error), worker.Log(broken), b"", job)
+        assert caught.value.answer == worker.Failed(kind=kind, what=error.partition(" (In")[0])  # type: ignore[arg-type]
+
+
+@pytest.mark.null
+def test_timings_that_the_library_refuses_are_begun_anew(tmp_path: Path) -> None:
+    path, config = tmp_path / "timing_cache", MagicMock()
+    path.write_bytes(b"of another GPU")
+    config.create_timing_cache.side_effect = bytes
+    config.set_timing_cache.side_effect = lambda timings, ignore_mismatch: not timings and not ignore_mismatch
+    worker.use_timing_cache(config, path)
+    assert [call.args for call in config.create_timing_cache.call_args_list] == [(b"of another GPU",), (b"",)]
+    assert config.set_timing_cache.call_args.args == (b"",)
+
+
+@pytest.mark.null
+def test_options_of_tensorrt_reach_its_configuration() -> None:
+    trt, builder = MagicMock(), MagicMock()
+    options = {
+        **TENSORRT.defaults(),
+        "builder_optimization_level": 5,
+        "mem_pool_size": "workspace:1G",
+        "version_compatible": True,
+        "weight_streaming": True,
+        "hardware_compatibility_level": "ampere_plus",
+        "profiling_verbosity": "none",
+    }
+    job = msgspec.structs.replace(job_of(spec("full", "fp16"), "fp16"), module="tensorrt", options=options)
+    config = worker.configure(trt, builder, job)
+    assert config.builder_optimization_level == 5
+    assert config.profiling_verbosity is trt.ProfilingVerbosity.NONE
+    assert config.hardware_compatibility_level is trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    config.set_memory_pool_limit.assert_called_once_with(trt.MemoryPoolType.WORKSPACE, 1 << 30)
+    flags = [call.args[0] for call in config.set_flag.call_args_list]
+    known = trt.BuilderFlag
+    assert flags == [known.WEIGHT_STREAMING, known.VERSION_COMPATIBLE, known.EXCLUDE_LEAN_RUNTIME]
+    profile = builder.create_optimization_profile.return_value
+    profile.set_shape.assert_called_once_with("x", (1, 16), (3, 16), (3, 16))
+    config.add_optimization_profile.assert_called_once_with(profile)
+    config.set_compute_capability.assert_not_called()
+
+
 # ---------------------------------------------------------------- the process
 
 
@@ -400,9 +488,11 @@ def test_engines_are_built_once_and_only_for_the_same_key(dtype: DType, tmp_path
     if dtype != "fp16":  # the rest depends on no dtype
         return
     path.write_bytes(before[:-1])
+    path.with_name("full.engine.tmp").write_bytes(b"half of an engine")
     told.notes.clear()
     assert build().key == entry.key and path.stat().st_size == len(before)
     assert told.notes[0] == "combine: unchanged" and told.notes[1].startswith("full: 612 B of graph")
+    assert not list(path.parent.glob("*.tmp"))
     other = build(builder_optimization_level=1)
     assert set(other.files.values()).isdisjoint(entry.files.values())
 
