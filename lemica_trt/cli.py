@@ -220,7 +220,6 @@ def build(
     from lemica_trt import pipeline
     from lemica_trt.report import summary
 
-    options = _builder_options(overrides)
     profile = _profile(model, weights, overrides)
     output = output or Path("out") / profile.name
     request = pipeline.Request(
@@ -231,7 +230,7 @@ def build(
         prompts=None if prompts is None else str(prompts),
         device=device,
         backends=backends,
-        options=options,
+        options=_builder_options(overrides),
         verify_samples=verify_samples,
     )
     if dry_run:
@@ -248,12 +247,6 @@ def build(
         as_json,
         lambda _: summary.build_table(bundle, report, output, unverified),
     )
-
-
-def _builder_options(flags: dict[str, Any]) -> dict[str, Any]:
-    """Takes the builder options that were given out of the flags."""
-    found = {name: flags.pop(name) for name in ENGINE_OPTIONS}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _profile(model: str | None, weights: str | None, overrides: dict[str, Any]) -> Any:
@@ -283,6 +276,11 @@ def _profile(model: str | None, weights: str | None, overrides: dict[str, Any]) 
         return replace(profile, **parts, **top)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _builder_options(flags: dict[str, Any]) -> dict[str, Any]:
+    """The builder options among the flags, as far as they were given."""
+    return {name: flags[name] for name in ENGINE_OPTIONS if flags[name] is not None}
 
 
 def _reporter(quiet: bool) -> Reporter:
