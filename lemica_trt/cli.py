@@ -125,7 +125,7 @@ _engine = _options(
                  help="Engines to build; repeat for several, the first is preferred."),
     click.option("--provider", type=click.Choice(["cpu", "cuda"]),
                  help="Execution provider of ONNX Runtime  [default: cpu]"),
-    click.option("--builder-optimization-level", type=click.IntRange(0, 5), metavar="0…5",
+    click.option("--builder-optimization-level", type=click.IntRange(0, 5),
                  help="TensorRT: how long to look for better kernels  [default: 3]"),
     click.option("--mem-pool-size", metavar="POOL:SIZE[,…]",
                  help="TensorRT: limits of the builder's memory pools, for example workspace:4G."),
