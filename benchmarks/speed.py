@@ -79,7 +79,7 @@ def main() -> None:
         root = Path(folder)
         profile = large_profile(root / "model") if arguments.large else load_profile("cogvideox-tiny")
         request = Request(budgets=BUDGETS, ways=Ways(method="uniform"), verify_samples=0)
-        bundle, _ = build(profile, root / "bundle", request, Quiet())
+        bundle = build(profile, root / "bundle", request, Quiet()).bundle
         seconds = eager(profile, arguments.repeats)
         plans = [bundle.plan(name) for name in bundle.plans]
         timings = measure_timing(bundle.pipeline(), plans, repeats=arguments.repeats)

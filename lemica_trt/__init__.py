@@ -8,6 +8,7 @@ plan that says when to call them. The rooms, each below those that it imports:
     spec        Profile, StepLayout, GraphSet: what is built, by name, shape and dtype
     text        what is done to a prompt before it is tokenised
     resources   what ships with the package: profiles, prompts, published schedules, the bundled model
+    progress    what a running stage tells: a bar, lines, or nothing
     sampler     SamplerTable: a sampler as a table of coefficients
     graph       ErrorGraph: what caching each segment costs
     grams       TrajectoryGrams: inner products of residuals and outputs along uncached runs
@@ -24,7 +25,6 @@ plan that says when to call them. The rooms, each below those that it imports:
     builders/   ONNX → engine, one file a vendor                                         vendor SDKs
     bundle      the folder that is deployed: manifest, digests, atomic writing
     runtime/    runs a StepPlan on engines, numpy in and out                             one vendor SDK a file
-    progress    what a running stage tells: a bar, lines, or nothing
     quality     how alike two clips are: PSNR, SSIM, LPIPS
     verify      does the bundle do what it must? how good is the plan?                   torch where it compares
     diagnosis   what is on this machine

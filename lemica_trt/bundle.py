@@ -13,7 +13,8 @@ Promises:
   ONNX and engines only. (Digests find damage and mix-ups; who may write a bundle is for file permissions to say.)
 - The same input gives the same bytes: no times, no timings, no machine paths. `reports/` and `cache/` are outside of
   this promise and of the digests. The runtime never reads `reports/`, where timings live; it writes `cache/`, and reads
-  it with a digest of its own.
+  it with a digest of its own. TensorRT does not build the same bytes twice; with its engines goes what building them
+  took (`EngineBuild`).
 - It may be moved to another folder or machine.
 - A writer that is killed leaves the old bundle or the new one. It works in a folder beside the target,
   `.NAME.tmp-PID-…`; the next writer removes those of dead processes.

@@ -123,9 +123,36 @@ _device = click.option(
 _engine = _options(
     click.option("--backend", "backends", multiple=True, default=("onnxruntime",), show_default=True,
                  help="Engines to build; repeat for several, the first is preferred."),
-    click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
-                 help="Execution provider of ONNX Runtime."),
+    click.option("--provider", type=click.Choice(["cpu", "cuda"]),
+                 help="Execution provider of ONNX Runtime  [default: cpu]"),
+    click.option("--builder-optimization-level", type=click.IntRange(0, 5),
+                 help="TensorRT: how long to look for better kernels  [default: 3]"),
+    click.option("--mem-pool-size", metavar="POOL:SIZE[,…]",
+                 help="TensorRT: limits of the builder's memory pools, for example workspace:4G."),
+    click.option("--weight-streaming", is_flag=True, default=None,
+                 help="TensorRT: weights may stay in host memory when the engine runs."),
+    click.option("--compute-capabilities", metavar="X.Y[,…]|current",
+                 help="TensorRT for RTX: GPUs to build for  [default: 8.0 and later]"),
+    click.option("--version-compatible", is_flag=True, default=None,
+                 help="TensorRT: the engine runs with later versions too."),
+    click.option("--hardware-compatibility-level",
+                 type=click.Choice(["none", "ampere_plus", "same_compute_capability"]),
+                 help="TensorRT: which other GPUs run the engine  [default: none]"),
+    click.option("--profiling-verbosity", type=click.Choice(["layer_names_only", "detailed", "none"]),
+                 help="TensorRT: what the engine tells of its layers  [default: detailed]"),
 )  # fmt: skip
+
+ENGINE_OPTIONS = (
+    "provider",
+    "builder_optimization_level",
+    "mem_pool_size",
+    "weight_streaming",
+    "compute_capabilities",
+    "version_compatible",
+    "hardware_compatibility_level",
+    "profiling_verbosity",
+)
+"""Flags of `_engine` that are builder options, by their names there."""
 _bundle = click.argument("bundle", type=click.Path(path_type=Path))
 
 _calibration = _options(
@@ -188,7 +215,6 @@ def build(
     error_graph: Path | None,
     prompts: Path | None,
     backends: tuple[str, ...],
-    provider: str,
     device: str | None,
     verify_samples: int,
     output: Path | None,
@@ -220,22 +246,22 @@ def build(
         prompts=None if prompts is None else str(prompts),
         device=device,
         backends=backends,
-        options={"provider": provider},
+        options=_builder_options(overrides),
         verify_samples=verify_samples,
     )
     if dry_run:
         steps = pipeline.dry_run(profile, output, request)
         _print(steps, as_json, summary.dry_run_table)
         return
-    bundle, report = pipeline.build(profile, output, request, _reporter(quiet or as_json))
+    bundle, report, unverified = pipeline.build(profile, output, request, _reporter(quiet or as_json))
     if repository is not None:
         from lemica_trt.triton.repository import write_repository
 
         write_repository(bundle, repository)
     _print(
-        {"bundle": str(output), "plans": bundle.plans, "verify": report},
+        {"bundle": str(output), "plans": bundle.plans, "verify": report, "unverified": unverified},
         as_json,
-        lambda _: summary.build_table(bundle, report, output),
+        lambda _: summary.build_table(bundle, report, output, unverified),
     )
 
 
@@ -293,6 +319,11 @@ def _profile(model: str | None, weights: str | None, overrides: dict[str, Any]) 
         return replace(profile, **parts, **top)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _builder_options(flags: dict[str, Any]) -> dict[str, Any]:
+    """The builder options among the flags, as far as they were given."""
+    return {name: flags[name] for name in ENGINE_OPTIONS if flags[name] is not None}
 
 
 def _reporter(quiet: bool) -> Reporter:
@@ -387,13 +418,13 @@ def export(work: Path, as_json: bool, quiet: bool, debug: bool) -> None:
 @_options(click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Bundle folder."))
 @_common
 def engine(
-    work: Path, backends: tuple[str, ...], provider: str, output: Path, as_json: bool, quiet: bool, debug: bool
+    work: Path, backends: tuple[str, ...], output: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any
 ) -> None:
     """Build engines from the graphs in WORK, and write the bundle."""
     from lemica_trt import pipeline
     from lemica_trt.report import summary
 
-    options: dict[str, Any] = {"provider": provider}
+    options = _builder_options(flags)
     bundle = pipeline.engine_stage(pipeline.Work(work), output, backends, options, _reporter(quiet or as_json))
     _print(bundle.manifest, as_json, lambda _: summary.build_table(bundle, None, output))
 
@@ -405,18 +436,20 @@ def engine(
     click.option("--verify-samples", "--samples", type=click.IntRange(1), default=8, show_default=True,
                  help="Held-out clips."),
 )  # fmt: skip
+@_options(click.option("--backend", metavar="NAME", help="Which engines  [default: the first that run here]"))
 @_device
 @_common
 def verify(
-    bundle: Path, weights: str | None, verify_samples: int, device: str | None, as_json: bool, quiet: bool, debug: bool
-) -> None:
+    bundle: Path, weights: str | None, verify_samples: int, backend: str | None, device: str | None,
+    as_json: bool, quiet: bool, debug: bool,
+) -> None:  # fmt: skip
     """Check BUNDLE: digests, engines and plans against PyTorch and diffusers, held-out quality, time."""
     from lemica_trt import pipeline
     from lemica_trt.bundle import Bundle
     from lemica_trt.report import summary
 
     opened = Bundle.open(bundle)
-    report = pipeline.verify_stage(opened, weights, verify_samples, device, _reporter(quiet or as_json))
+    report = pipeline.verify_stage(opened, weights, verify_samples, device, backend, _reporter(quiet or as_json))
     _print(report, as_json, lambda _: summary.build_table(opened, report, bundle))
 
 

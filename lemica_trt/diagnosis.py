@@ -17,6 +17,8 @@ from lemica_trt.values import Value
 
 LIBRARIES = {
     "onnxruntime": "runs bundles on CPU and CUDA: pip install 'lemica-trt[onnxruntime]'",
+    "tensorrt": "builds and runs engines on an NVIDIA GPU: pip install 'lemica-trt[tensorrt]'",
+    "tensorrt_rtx": "builds engines on any machine, runs them on an RTX GPU: pip install 'lemica-trt[rtx]'",
     "av": "writes .mp4: pip install 'lemica-trt[video]'",
     "torch": "builds bundles: pip install 'lemica-trt[build]'",
     "diffusers": "builds bundles: pip install 'lemica-trt[build]'",

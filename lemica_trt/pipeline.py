@@ -17,6 +17,7 @@ the same:
       plans/<index>-<name>.json    StepPlans, in the order asked for
       export/export.json           what the graphs were made from, and the GraphSet
       export/onnx/…, tokenizer/…   the graphs
+      engines/<backend>-<key>/…    engines, by what they were built from (TensorRT)
 
 The command line's stage commands call the functions one by one; `build` calls all. Torch is imported by the stages
 that need it, inside the functions.
@@ -35,9 +36,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from lemica_trt import __version__
-from lemica_trt.builders import EngineEntry, Option
+from lemica_trt.builders import EngineEntry, Option, options_by_backend
 from lemica_trt.builders import build as build_engine
 from lemica_trt.builders import check as check_engine
+from lemica_trt.builders import estimate as estimate_engine
 from lemica_trt.bundle import (
     ERROR_GRAPH_FILE,
     GRAMS_FILE,
@@ -63,7 +65,7 @@ from lemica_trt.candidates import (
     trial_runs,
     way,
 )
-from lemica_trt.errors import InputError, MissingDependencyError, UsageError
+from lemica_trt.errors import InputError, MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.plan import StepPlan, layout_from_plans, plan_from_schedule
@@ -580,9 +582,13 @@ def _exported(work: Work) -> Exported | None:
 def engines(
     exported: Exported, work: Work, backends: Sequence[str], options: dict[str, Option], reporter: Reporter
 ) -> list[EngineEntry]:
-    """Build engines of the exported graphs with each backend."""
-    reporter.stage("engine", ", ".join(backends))
-    return [build_engine(backend, exported.graphs, work.export, work.root, options) for backend in backends]
+    """Build engines of the exported graphs with each backend; those that the work folder has are taken from there."""
+    chosen = options_by_backend(backends, options)
+    entries = []
+    for backend in chosen:
+        reporter.stage("engine", backend)
+        entries.append(build_engine(backend, exported.graphs, work.export, work.root, chosen[backend], reporter))
+    return entries
 
 
 def assemble(
@@ -658,7 +664,7 @@ class Request(Value, frozen=True):
         prompts: path of calibration prompts instead of the profile's.
         device: torch device that calibrates and verifies; None: a GPU where there is one.
         backends: engines to build, in order of preference.
-        options: builder options.
+        options: builder options; each backend takes those that it has.
         verify_samples: held-out clips of the verification; 0: none at all.
     """
 
@@ -692,8 +698,8 @@ def check_request(profile: Profile, output: Path, request: Request) -> None:
         InputError: a prompt file or error graph cannot be read.
     """
     require_replaceable(output)
-    for backend in request.backends:
-        check_engine(backend, profile.dtype, request.options)
+    for backend, options in options_by_backend(request.backends, request.options).items():
+        check_engine(backend, profile.dtype, options)
     calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
     if request.error_graph is not None:
         read_value(ErrorGraph, request.error_graph)
@@ -701,8 +707,24 @@ def check_request(profile: Profile, output: Path, request: Request) -> None:
         calibration_prompts(profile, None, split="held_out")
 
 
-def build(profile: Profile, output: Path, request: Request, reporter: Reporter) -> tuple[Bundle, VerifyReport | None]:
+class Result(NamedTuple):
+    """What `build` made.
+
+    Attributes:
+        bundle: on disk.
+        report: of the engines that were verified; None where none were.
+        unverified: backends whose engines were built and not verified, and why.
+    """
+
+    bundle: Bundle
+    report: VerifyReport | None
+    unverified: dict[str, str]
+
+
+def build(profile: Profile, output: Path, request: Request, reporter: Reporter) -> Result:
     """All stages. What an earlier run finished from the same input is not done again.
+
+    Engines of a backend that this machine cannot run are built all the same and not verified: `Result.unverified`.
 
     Args:
         profile: what to build, flags applied.
@@ -744,8 +766,12 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
         entries = engines(exported, work, request.backends, request.options, reporter)
         bundle = assemble(profile, table, findings, plans, exported, entries, work, output, reporter)
         if request.verify_samples == 0:
-            return bundle, None
-        return bundle, verify_bundle(bundle, model, request.verify_samples, reporter)
+            return Result(bundle, None, dict.fromkeys(_backends(bundle), "not asked for"))
+        backend, unverified = verifiable(bundle)
+        if backend is None:
+            return Result(bundle, None, unverified)
+        report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
+        return Result(bundle, report, unverified)
 
 
 def _begin(profile: Profile, work: Work, device: str | None, reporter: Reporter) -> tuple[Model, SamplerTable]:
@@ -761,10 +787,42 @@ def _begin(profile: Profile, work: Work, device: str | None, reporter: Reporter)
     return model, table
 
 
-def verify_bundle(bundle: Bundle, model: Model, samples: int, reporter: Reporter) -> VerifyReport:
+def _backends(bundle: Bundle) -> list[str]:
+    return [entry.key.backend for entry in bundle.manifest.engines]
+
+
+def verifiable(bundle: Bundle) -> tuple[str | None, dict[str, str]]:
+    """The first backend, in order of preference, whose engines can run here; and why the others are not verified.
+
+    One is enough: engines are of the same graphs, and on a GPU machine nobody waits for the same plans on a CPU.
+    `verify --backend` asks for another.
+    """
+    from lemica_trt.runtime.backend import open_backend
+
+    chosen, reasons = None, {}
+    for entry in bundle.manifest.engines:
+        name = entry.key.backend
+        if chosen is not None:
+            reasons[name] = f"{chosen} was; ask for it with --backend {name}"
+            continue
+        try:
+            open_backend(entry.key)
+            chosen = name
+        except (MissingDependencyError, UnsupportedError) as error:
+            reasons[name] = error.what
+    return chosen, reasons
+
+
+def verify_bundle(
+    bundle: Bundle, model: Model, samples: int, reporter: Reporter, *, backend: str | None = None
+) -> VerifyReport:
     """Verify, store the report and its pictures in the bundle, and fail if something is not as it must be.
 
+    Args:
+        backend: which engines; None: the preferred ones.
+
     Raises:
+        MissingDependencyError, UnsupportedError: these engines cannot run here.
         VerificationError: after the report was stored.
     """
     from lemica_trt.report.folder import write_reports
@@ -772,10 +830,10 @@ def verify_bundle(bundle: Bundle, model: Model, samples: int, reporter: Reporter
 
     requests = held_out(calibration_prompts(model.profile, None, split="held_out"), samples)
     report = stored_report(bundle)
-    if report is not None and report.is_of(bundle, samples) and not report.failures():
+    if report is not None and report.is_of(bundle, samples, backend) and not report.failures():
         reporter.stage("verify", "unchanged")
         return report
-    report, clips = verify(bundle, model, requests, reporter=reporter)
+    report, clips = verify(bundle, model, requests, reporter=reporter, backend=backend)
     write_reports(bundle, report, clips)
     require_verified(report)
     return report
@@ -961,9 +1019,20 @@ def engine_stage(
 
 
 def verify_stage(
-    bundle: Bundle, weights: str | None, samples: int, device: str | None, reporter: Reporter
+    bundle: Bundle, weights: str | None, samples: int, device: str | None, backend: str | None, reporter: Reporter
 ) -> VerifyReport:
-    """Verify a bundle against the model that it was built from."""
+    """Verify a bundle against the model that it was built from, on the backend named or the first that runs here.
+
+    Raises:
+        MissingDependencyError: none of its engines can run here.
+    """
+    if backend is None:
+        backend, reasons = verifiable(bundle)
+        if backend is None:
+            raise MissingDependencyError(
+                f"expected engines that run on this machine, got {'; '.join(f'{k}: {v}' for k, v in reasons.items())}",
+                fix="verify the bundle where they run",
+            )
     model = open_model(profile_of_bundle(bundle, weights), reporter, device=device)
     if model.revision != bundle.manifest.revision:
         raise InputError(
@@ -971,7 +1040,7 @@ def verify_stage(
             f"got {_short(model.revision)} in {model.profile.source}",
             fix="name the right folder with --weights, or rebuild the bundle",
         )
-    return verify_bundle(bundle, model, samples, reporter)
+    return verify_bundle(bundle, model, samples, reporter, backend=backend)
 
 
 def _write_plans(plans: Sequence[StepPlan], selections: tuple[Selection, ...], work: Work, reporter: Reporter) -> None:
@@ -1071,7 +1140,9 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
             memory=expected.export_memory,
         )
     )
-    stages.append(Stage(name="engine", what=", ".join(request.backends), memory=expected.run_memory))
+    for backend in dict.fromkeys(request.backends):
+        building = estimate_engine(backend, expected.weights)
+        stages.append(Stage(name="engine", what=backend, seconds=building.seconds, memory=building.memory))
     stages.append(Stage(name="bundle", what=str(output), disk=expected.weights))
     if request.verify_samples:
         budgets = request.budgets if request.schedule is None else (len(request.schedule),)

@@ -129,6 +129,16 @@ class TensorSpec(Value, frozen=True):
     dtype: TensorDType
     shape: tuple[int | str, ...]
 
+    def at(self, batch: int) -> tuple[int, ...]:
+        """The shape at a batch size; a symbolic dimension is `batch` or a multiple of it (`2*batch`)."""
+        return tuple(dim if isinstance(dim, int) else _factor(dim) * batch for dim in self.shape)
+
+
+def _factor(dim: str) -> int:
+    factor, _, symbol = dim.rpartition("*")
+    require(symbol == "batch" and (factor.isdecimal() or not factor), f"expected a multiple of batch, got {dim!r}")
+    return int(factor or 1)
+
 
 class GraphSpec(Value, frozen=True):
     """One exported graph.

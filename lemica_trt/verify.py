@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lemica_trt.builders import EngineKey
 from lemica_trt.bundle import ERROR_GRAPH_FILE, VERIFY_REPORT, Bundle
 from lemica_trt.errors import InfeasibleError, InputError, UnsupportedError, VerificationError
 from lemica_trt.graph import ErrorGraph
@@ -183,9 +184,10 @@ class VerifyReport(Value, frozen=True):
     quality: tuple[Quality, ...]
     timing: tuple[Timing, ...]
 
-    def is_of(self, bundle: Bundle, samples: int) -> bool:
-        """Whether this is what `verify` would find out again: same bundle, samples, machine."""
-        return (self.manifest_digest, self.samples, self.machine) == (bundle.manifest.digest, samples, machine())
+    def is_of(self, bundle: Bundle, samples: int, backend: str | None) -> bool:
+        """Whether this is what `verify` would find out again: same bundle, engines, samples, machine."""
+        asked = (bundle.manifest.digest, _said(bundle.engine(backend).key), samples, machine())
+        return (self.manifest_digest, self.backend, self.samples, self.machine) == asked
 
     def failures(self) -> list[str]:
         """What is not as it must be; empty when all is well. A number that is not finite fails every comparison."""
@@ -258,7 +260,7 @@ def verify(
         manifest_digest=bundle.manifest.digest,
         samples=len(requests),
         machine=machine(),
-        backend=f"{key.backend} {key.version} {key.target}",
+        backend=_said(key),
         dtype=bundle.manifest.profile.dtype,
         graphs=tuple(graphs),
         agreement=tuple(agreement),
@@ -266,6 +268,10 @@ def verify(
         timing=tuple(measure_timing(pipe, [bundle.plan(name) for name in bundle.plans])),
     )
     return report, clips
+
+
+def _said(key: EngineKey) -> str:
+    return f"{key.backend} {key.version} {key.target}"
 
 
 def require_verified(report: VerifyReport) -> None:
@@ -297,9 +303,9 @@ def _check_graphs(bundle: Bundle, pipe: Pipeline, model: Model) -> list[GraphChe
     }
     checks = []
     for graph in bundle.manifest.graphs.graphs:
-        inputs = {spec.name: _random_input(spec.name, _shape(spec.shape), random, model) for spec in graph.inputs}
+        inputs = {spec.name: _random_input(spec.name, spec.at(1), random, model) for spec in graph.inputs}
         taken = {**specs, **{spec.name: spec for spec in graph.inputs}}
-        unread = {name: np.zeros(_shape(spec.shape), np.float32) for name, spec in taken.items() if name not in inputs}
+        unread = {name: np.zeros(spec.at(1), np.float32) for name, spec in taken.items() if name not in inputs}
         expected = modules[graph.role](_tensors({**unread, **inputs}, taken, model.device))
         got = pipe.run_graph(graph.role, inputs)
         difference = scale = 0.0
@@ -309,11 +315,6 @@ def _check_graphs(bundle: Bundle, pipe: Pipeline, model: Model) -> list[GraphChe
             scale = max(scale, _largest(reference))
         checks.append(GraphCheck(role=graph.role, difference=difference, scale=scale))
     return checks
-
-
-def _shape(shape: tuple[int | str, ...]) -> tuple[int, ...]:
-    """A spec's shape at batch 1; a symbolic size that is not the batch itself is `2*batch`."""
-    return tuple(size if isinstance(size, int) else 1 if size == "batch" else 2 for size in shape)
 
 
 def _random_input(name: str, shape: tuple[int, ...], random: np.random.Generator, model: Model) -> Array:

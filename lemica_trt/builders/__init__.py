@@ -1,10 +1,12 @@
 """ONNX → engine, one file a vendor; and the values that say which engine it is.
 
-A builder is a module with one function, `build(graphs, root, out, options) -> EngineEntry` (see `Builder`); the
-vendor's package is imported inside it, so that listing backends costs nothing. The backend is a value that travels
-in the manifest, never an environment variable: one process may hold two.
+A builder is a module or an object with the functions of `Builder`; the vendor's package is imported inside them, so
+that listing backends costs nothing. The backend is a value that travels in the manifest, never an environment
+variable: one process may hold two.
 
     onnxruntime     the ONNX files themselves are the engine; CPU or CUDA
+    tensorrt        TensorRT, on the GPU that the engine will run on
+    tensorrt-rtx    TensorRT for RTX, on any machine; the engine is finished for the GPU where it is first loaded
 
 Knows nothing of bundles or of how an engine is run.
 """
@@ -12,14 +14,17 @@ Knows nothing of bundles or of how an engine is run.
 from __future__ import annotations
 
 import hashlib
-import importlib
-from collections.abc import Mapping
+import pkgutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from lemica_trt.errors import InputError, UsageError
 from lemica_trt.spec import DType, GraphSet, Role
 from lemica_trt.values import Value, json_bytes, require
+
+if TYPE_CHECKING:
+    from lemica_trt.progress import Reporter
 
 Option = str | int | bool
 """Value of one builder option."""
@@ -50,39 +55,88 @@ class EngineKey(Value, frozen=True):
     driver: str | None = None
 
 
+class EngineBuild(Value, frozen=True):
+    """What building one engine took, and what is in it.
+
+    Attributes:
+        seconds: wall-clock time.
+        host_memory: peak resident memory of the process that built it, bytes.
+        device_memory: peak that the builder allocated on the GPU, bytes; None: it does not say.
+        precisions: dtype → computing layers of the network (matrix products, convolutions, attention) with that result.
+        engine_precisions: the same of the finished engine, after fusion; None where it could not be looked into.
+        fused_attention: attentions that the engine runs as one kernel; None where it could not be looked into.
+    """
+
+    seconds: float
+    host_memory: int
+    device_memory: int | None = None
+    precisions: dict[str, int] = {}
+    engine_precisions: dict[str, int] | None = None
+    fused_attention: int | None = None
+
+
 class EngineEntry(Value, frozen=True):
     """One set of engines of a bundle.
 
     Attributes:
         key: what it is.
         files: by role, the file to load, relative to the bundle.
+        builds: by role, what building it took; nothing for backends that load the ONNX files.
     """
 
     key: EngineKey
     files: dict[Role, str]
+    builds: dict[Role, EngineBuild] = {}
 
     def __post_init__(self) -> None:
         require("full" in self.files and "combine" in self.files, "engines need at least the roles full and combine")
+        require(set(self.builds) <= set(self.files), "builds must be of roles in files")
+
+
+class Estimate(NamedTuple):
+    """What building will take: seconds (None: nobody knows) and peak host memory in bytes."""
+
+    seconds: float | None
+    memory: int
 
 
 class Builder(Protocol):
-    """What a module in this folder offers."""
+    """What a builder offers."""
+
+    def defaults(self) -> Mapping[str, Option]:
+        """All options that it has, with their defaults."""
+        ...
 
     def check(self, dtype: DType, options: Mapping[str, Option]) -> None:
         """Raise what `build` would raise for a reason that is known before any graph is there."""
         ...
 
-    def build(self, graphs: GraphSet, root: Path, out: Path, options: Mapping[str, Option]) -> EngineEntry:
+    def estimate(self, weights: int) -> Estimate:
+        """What building a graph with so many bytes of weights will take."""
+        ...
+
+    def build(
+        self, graphs: GraphSet, root: Path, out: Path, options: Mapping[str, Option], reporter: Reporter
+    ) -> EngineEntry:
         """Build engines for all graphs; see `build`."""
         ...
 
 
-BACKENDS: dict[str, str] = {"onnxruntime": "lemica_trt.builders.onnxruntime"}
-"""Name → module that builds for it."""
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "lemica_trt.builders.onnxruntime",
+    "tensorrt": "lemica_trt.builders.tensorrt:TENSORRT",
+    "tensorrt-rtx": "lemica_trt.builders.tensorrt:TENSORRT_RTX",
+}
+"""Name → module, or object in a module, that builds for it."""
 
 
 def build(
-    backend: str, graphs: GraphSet, root: Path, out: Path, options: Mapping[str, Option] | None = None
+    backend: str,
+    graphs: GraphSet,
+    root: Path,
+    out: Path,
+    options: Mapping[str, Option] | None = None,
+    reporter: Reporter | None = None,
 ) -> EngineEntry:
     """Build engines for all graphs of a set.
 
@@ -91,7 +145,9 @@ def build(
         graphs: what to build.
         root: folder that the paths in `graphs` are relative to.
         out: folder that the paths in the returned entry are relative to, where they are not ONNX files of `root`.
+            Engines in it that an earlier call finished from the same key are taken as they are.
         options: the builder's own options; unset ones get its defaults.
+        reporter: is told estimates, progress and costs; None: nobody is.
 
     Raises:
         UsageError: unknown backend or option.
@@ -99,7 +155,11 @@ def build(
         UnsupportedError: the backend cannot run this dtype.
         EngineError: building failed.
     """
-    return _builder(backend).build(graphs, root, out, options or {})
+    if reporter is None:
+        from lemica_trt.progress import Quiet
+
+        reporter = Quiet()
+    return _builder(backend).build(graphs, root, out, options or {}, reporter)
 
 
 def check(backend: str, dtype: DType, options: Mapping[str, Option] | None = None) -> None:
@@ -111,10 +171,38 @@ def check(backend: str, dtype: DType, options: Mapping[str, Option] | None = Non
     _builder(backend).check(dtype, options or {})
 
 
+def estimate(backend: str, weights: int) -> Estimate:
+    """What building a graph with so many bytes of weights will take.
+
+    Raises:
+        UsageError: unknown backend.
+    """
+    return _builder(backend).estimate(weights)
+
+
+def options_by_backend(backends: Sequence[str], options: Mapping[str, Option]) -> dict[str, dict[str, Option]]:
+    """Backend → those of the given options that it has.
+
+    Raises:
+        UsageError: unknown backend, or an option that none of these has.
+    """
+    offered = {backend: _builder(backend).defaults() for backend in backends}
+    for name in options:
+        if not any(name in known for known in offered.values()):
+            others = [backend for backend in BACKENDS if name in _builder(backend).defaults()]
+            raise UsageError(
+                f"{' and '.join(backends)} has no option --{name.replace('_', '-')}",
+                fix=f"leave it out, or use --backend {' or '.join(others)}" if others else "leave it out",
+            )
+    return {
+        backend: {name: value for name, value in options.items() if name in known} for backend, known in offered.items()
+    }
+
+
 def _builder(backend: str) -> Builder:
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}", fix=f"use one of: {', '.join(sorted(BACKENDS))}")
-    return cast(Builder, importlib.import_module(BACKENDS[backend]))
+    return cast(Builder, pkgutil.resolve_name(BACKENDS[backend]))
 
 
 def options_from(given: Mapping[str, Option], defaults: Mapping[str, Option], *, backend: str) -> dict[str, Option]:

@@ -16,11 +16,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lemica_trt.builders import EngineEntry, EngineKey, Option, graphs_digest, options_from
+from lemica_trt.builders import EngineEntry, EngineKey, Estimate, Option, graphs_digest, options_from
 from lemica_trt.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.spec import DType, GraphSet, GraphSpec
+
+if TYPE_CHECKING:
+    from lemica_trt.progress import Reporter
 
 DEFAULTS: dict[str, Option] = {"provider": "cpu", "optimization": "all", "threads": 0}
 
@@ -43,7 +46,21 @@ _ORT_DTYPES = {
 }
 
 
-def build(graphs: GraphSet, root: Path, out: Path, options: Mapping[str, Option]) -> EngineEntry:
+PROCESS_MEMORY = 100_000_000
+"""Bytes of a process that has imported ONNX Runtime; measured on Linux."""
+
+
+def defaults() -> Mapping[str, Option]:
+    """See `builders.Builder`."""
+    return DEFAULTS
+
+
+def estimate(weights: int) -> Estimate:
+    """A graph is loaded once: its file and ONNX Runtime's own copy. See `builders.estimate`."""
+    return Estimate(seconds=None, memory=PROCESS_MEMORY + 2 * weights)
+
+
+def build(graphs: GraphSet, root: Path, out: Path, options: Mapping[str, Option], reporter: Reporter) -> EngineEntry:
     """Load every graph once, so that one that does not load is found now; writes nothing. See `builders.build`."""
     check(graphs.dtype, options)
     ort = import_onnxruntime()
@@ -65,7 +82,10 @@ def check(dtype: DType, options: Mapping[str, Option]) -> None:
     """What can be refused before any graph is there. See `builders.check`."""
     options_from(options, DEFAULTS, backend="onnxruntime")
     if dtype == "bf16":
-        raise UnsupportedError("ONNX Runtime does not run bf16 graphs", fix="build with --dtype fp16 or fp32")
+        raise UnsupportedError(
+            "ONNX Runtime does not run bf16 graphs",
+            fix="build with --dtype fp16 or fp32, or for --backend tensorrt-rtx or tensorrt",
+        )
     import_onnxruntime()
 
 

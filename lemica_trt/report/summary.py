@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lemica_trt.builders import EngineEntry
 from lemica_trt.bundle import REPORTS, Bundle
 from lemica_trt.errors import InputError
 from lemica_trt.graph import ErrorGraph
@@ -37,8 +38,14 @@ def table(*columns: str, title: str | None = None) -> Table:
     return made
 
 
-def build_table(bundle: Bundle, report: VerifyReport | None, output: Path) -> RenderableType:
-    """What a build made: plans, speed and quality beside the baselines, agreement, and where things lie."""
+def build_table(
+    bundle: Bundle, report: VerifyReport | None, output: Path, unverified: Mapping[str, str] | None = None
+) -> RenderableType:
+    """What a build made: plans, speed and quality beside the baselines, agreement, and where things lie.
+
+    Args:
+        unverified: backend → why its engines were built and not verified.
+    """
     manifest = bundle.manifest
     shape, sampling = manifest.profile.shape, manifest.profile.sampling
     title = (
@@ -51,12 +58,31 @@ def build_table(bundle: Bundle, report: VerifyReport | None, output: Path) -> Re
     else:
         parts.append(quality_table(report, title=title))
         parts.append(agreement_text(report))
+    for entry in manifest.engines:
+        parts.extend(_line(f"engine   {line}") for line in engine_lines(entry))
+    for backend, reason in (unverified or {}).items():
+        parts.append(_line(f"BUILT, NOT VERIFIED: {backend} ({reason})"))
+    if unverified and report is None:
+        parts.append(_line(f"verify   lemica-trt verify {output}  (on a machine that runs these engines)"))
     parts.append(_line(f"bundle   {output}"))
     for name, what in (("contact_sheet.png", "uncached beside plan"), ("schedules.png", "plans on the error graph")):
         if (bundle.path / REPORTS / name).is_file():
             parts.append(_line(f"picture  {output / REPORTS / name}  ({what})"))
     parts.append(_line(f'try      lemica-trt run {output} "a prompt" --output clip.mp4'))
     return Group(*parts)
+
+
+def engine_lines(entry: EngineEntry) -> Iterator[str]:
+    """What building each engine took, and what is in it; nothing for engines that are the ONNX files."""
+    for role, build in sorted(entry.builds.items()):
+        counts = build.precisions if build.engine_precisions is None else build.engine_precisions
+        text = f"{entry.key.backend} {role}: {duration(build.seconds)}, peak {size(build.host_memory)}"
+        text += "" if build.device_memory is None else f" and {size(build.device_memory)} of GPU memory"
+        text += "".join(f", {count} layers in {dtype}" for dtype, count in sorted(counts.items()))
+        text += (
+            ", not looked into" if build.engine_precisions is None else f", {build.fused_attention} fused attentions"
+        )
+        yield text
 
 
 def _line(text: str) -> Text:

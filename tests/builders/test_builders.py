@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from lemica_trt import builders
-from lemica_trt.builders import EngineEntry, EngineKey, graphs_digest, options_from, sha256_of
+from lemica_trt.builders import EngineBuild, EngineEntry, EngineKey, graphs_digest, options_from, sha256_of
 from lemica_trt.errors import EngineError, InputError, MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.spec import GraphSet, GraphSpec, StepLayout, TensorSpec
 
@@ -38,7 +38,7 @@ def graphs_of(folder: Path) -> GraphSet:
 
 @pytest.mark.null
 def test_unknown_backend(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="unknown backend 'trt' → use one of: onnxruntime"):
+    with pytest.raises(UsageError, match="unknown backend 'trt' → use one of: onnxruntime, tensorrt, tensorrt-rtx"):
         builders.build("trt", graphs_of(tmp_path), tmp_path, tmp_path)
 
 
@@ -79,12 +79,20 @@ def test_keys_differ_where_engines_do() -> None:
         "dtype": "fp16",
         "graphs_digest": "1",
         "options": {"threads": 2},
+        "device": "NVIDIA H200",
+        "driver": "13.0",
     }
     assert set(changes) == set(key.__struct_fields__)
     digests = {msgspec.structs.replace(key, **{name: value}).digest for name, value in changes.items()}
     assert len(digests | {key.digest}) == len(changes) + 1
     with pytest.raises(ValueError, match="roles full and combine"):
         EngineEntry(key=key, files={"full": "a"})
+    with pytest.raises(ValueError, match="builds must be of roles in files"):
+        EngineEntry(
+            key=key,
+            files={"full": "a", "combine": "b"},
+            builds={"skip": EngineBuild(seconds=1.0, host_memory=1)},
+        )
 
 
 @pytest.mark.null
@@ -116,7 +124,7 @@ def test_onnxruntime(tmp_path: Path) -> None:
         options={"provider": "cpu", "optimization": "basic", "threads": 0},
     )
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UnsupportedError, match="bf16 graphs → build with --dtype fp16 or fp32"):
+    with pytest.raises(UnsupportedError, match=r"bf16 graphs → build with .*--backend tensorrt-rtx"):
         builders.build("onnxruntime", msgspec.structs.replace(graphs, dtype="bf16"), tmp_path, tmp_path)
     (tmp_path / "onnx/add.onnx").write_bytes(b"broken")
     with pytest.raises(EngineError, match=r"cannot load onnx/add\.onnx"):

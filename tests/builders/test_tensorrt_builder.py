@@ -1,0 +1,616 @@
+"""The TensorRT builder: options of both vendors, the process that builds, its gate, and engines built for real.
+
+Engines are built by TensorRT for RTX, which needs no GPU. Where a library must misbehave, a module of a few lines
+takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import msgspec
+import pytest
+
+from lemica_trt import builders
+from lemica_trt.builders import BACKENDS, EngineBuild, EngineEntry, EngineKey, options_by_backend
+from lemica_trt.builders import tensorrt_worker as worker
+from lemica_trt.builders.tensorrt import TENSORRT, TENSORRT_RTX
+from lemica_trt.builders.tensorrt_program import Layers, program_layers
+from lemica_trt.builders.tensorrt_worker import Device, Found, Job, WorkerError
+from lemica_trt.errors import EngineError, MissingDependencyError, UsageError
+from lemica_trt.spec import DType, GraphSet, GraphSpec, Role, StepLayout, TensorSpec
+
+ROOT = Path(__file__).parents[2]
+
+real = pytest.mark.skipif(
+    find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed: pip install tensorrt-rtx"
+)
+
+
+class Told:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.progress: list[int] = []
+
+    def stage(self, name: str, detail: str) -> None: ...
+
+    def advance(self, done: int, total: int, seconds_left: float | None = None) -> None:
+        self.progress.append(done * 100 // total)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def close(self) -> None: ...
+
+
+def spec(role: Role, dtype: DType, batch: str | int = "batch") -> GraphSpec:
+    """A graph y = x·W of [batch, 16]."""
+    x = TensorSpec(name="x", dtype=dtype, shape=(batch, 16))
+    y = msgspec.structs.replace(x, name="y")
+    return GraphSpec(role=role, file=f"onnx/{role}.onnx", inputs=(x,), outputs=(y,), opset=20)
+
+
+def graph_set(*graphs: GraphSpec, dtype: DType, max_batch: int = 3) -> GraphSet:
+    layout = StepLayout(latent_shape=(16,), latent_history=1, output_history=1)
+    return GraphSet(dtype=dtype, layout=layout, max_batch=max_batch, graphs=graphs)
+
+
+def write_graphs(folder: Path, dtype: DType) -> GraphSet:
+    """full and combine, each one matrix product, as real ONNX files."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    kind = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[dtype]
+    graphs = (spec("combine", dtype), spec("full", dtype))
+    for graph in graphs:
+        x, y = (helper.make_tensor_value_info(name, kind, ["batch", 16]) for name in "xy")
+        size = 4 if dtype == "fp32" else 2
+        weights = helper.make_tensor("W", kind, [16, 16], bytes([0] * (256 * size)), raw=True)
+        body = helper.make_graph([helper.make_node("MatMul", ["x", "W"], ["y"])], "g", [x], [y], [weights])
+        model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        (folder / "onnx").mkdir(exist_ok=True)
+        onnx.save_model(model, str(folder / graph.file))
+    return graph_set(*graphs, dtype=dtype)
+
+
+def fake_vendor(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, module: str = "tensorrt_rtx") -> None:
+    """A module of the vendor's name that workers find first."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{module}.py").write_text(textwrap.dedent(source), encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+# ---------------------------------------------------------------- options
+
+
+@pytest.mark.null
+def test_options_go_to_the_backends_that_have_them() -> None:
+    given = {"provider": "cpu", "weight_streaming": True, "compute_capabilities": "8.9"}
+    assert options_by_backend(["onnxruntime", "tensorrt-rtx"], given) == {
+        "onnxruntime": {"provider": "cpu"},
+        "tensorrt-rtx": {"weight_streaming": True, "compute_capabilities": "8.9"},
+    }
+    assert options_by_backend(["tensorrt", "tensorrt"], {}) == {"tensorrt": {}}
+
+
+@pytest.mark.null
+@pytest.mark.parametrize(
+    ("backend", "option", "others"),
+    [
+        ("tensorrt-rtx", "version_compatible", "tensorrt"),
+        ("tensorrt-rtx", "hardware_compatibility_level", "tensorrt"),
+        ("tensorrt", "compute_capabilities", "tensorrt-rtx"),
+        ("onnxruntime", "weight_streaming", "tensorrt or tensorrt-rtx"),
+        ("tensorrt", "provider", "onnxruntime"),
+    ],
+)
+def test_what_a_vendor_does_not_offer_is_refused_by_name(backend: str, option: str, others: str) -> None:
+    with pytest.raises(UsageError, match=f"{backend} has no option --{option.replace('_', '-')}.*{others}$"):
+        options_by_backend([backend], {option: True})
+
+
+@pytest.mark.null
+@pytest.mark.parametrize(
+    ("option", "value", "word"),
+    [
+        ("builder_optimization_level", 6, "0 … 5"),
+        ("builder_optimization_level", "3", "int"),
+        ("mem_pool_size", "workspace", "POOL:SIZE"),
+        ("mem_pool_size", "dlaSRAM:1M", "workspace, tacticSharedMem"),
+        ("profiling_verbosity", "loud", "detailed"),
+        ("compute_capabilities", "9.0", "12.0"),
+        ("weight_streaming", "yes", "bool"),
+    ],
+)
+def test_values_that_an_option_does_not_take(option: str, value: str | int, word: str) -> None:
+    with pytest.raises(UsageError, match=word):
+        builders.check("tensorrt-rtx", "fp16", {option: value})
+
+
+@pytest.mark.null
+def test_pool_sizes_are_those_of_trtexec() -> None:
+    assert worker.pool_sizes("workspace:4G,tacticSharedMem:48K") == {"workspace": 4 << 30, "tacticSharedMem": 48 << 10}
+    assert worker.pool_sizes("workspace:1.5") == {"workspace": 3 << 19}
+    assert worker.pool_sizes("") == {}
+
+
+@pytest.mark.null
+def test_targets() -> None:
+    nothing, h100 = (
+        Found(version="1", device=None),
+        Found(version="1", device=Device(name="H100", compute_capability="9.0", driver="13.0")),
+    )
+    rtx, own = TENSORRT_RTX.defaults(), TENSORRT.defaults()
+    assert TENSORRT_RTX._target(rtx, nothing) == "sm_80+"
+    assert TENSORRT_RTX._target({**rtx, "compute_capabilities": "8.6,12.0"}, nothing) == "sm_86,sm_120"
+    assert TENSORRT_RTX._target({**rtx, "compute_capabilities": "current"}, h100) == "sm_90"
+    assert TENSORRT._target(own, h100) == "sm_90"
+    with pytest.raises(MissingDependencyError, match=r"builds for the GPU of this machine.*--backend tensorrt-rtx"):
+        TENSORRT._target(own, nothing)
+    with pytest.raises(MissingDependencyError, match="name --compute-capabilities"):
+        TENSORRT_RTX._target({**rtx, "compute_capabilities": "current"}, nothing)
+
+
+# ---------------------------------------------------------------- the gate
+
+
+def job_of(graph: GraphSpec, dtype: DType, folder: Path = Path()) -> Job:
+    return Job(
+        module="tensorrt_rtx",
+        graph=graph,
+        dtype=dtype,
+        max_batch=3,
+        options=dict(TENSORRT_RTX.defaults()),
+        onnx=str(folder / graph.file),
+        engine=str(folder / "engine"),
+        timing_cache=None,
+    )
+
+
+@pytest.mark.null
+def test_the_gate_refuses_another_interface() -> None:
+    graph = spec("full", "fp16")
+    x, y = {"x": ("fp16", (-1, 16))}, {"y": ("fp16", (-1, 16))}
+    worker.check_interface(graph, x, y)
+    for inputs, outputs, word in (
+        ({"x": ("fp32", (-1, 16))}, y, r"input x fp16 \[-1, 16\], it is fp32"),
+        (x, {"y": ("fp16", (2, 16))}, r"output y fp16 \[-1, 16\], it is fp16 \[2, 16\]"),
+        (x, {}, r"output y .* it is missing"),
+        ({**x, "z": ("fp16", (1,))}, y, "input z missing"),
+    ):
+        with pytest.raises(WorkerError) as caught:
+            worker.check_interface(graph, inputs, outputs)
+        assert re.search(word, caught.value.answer.what), caught.value.answer.what
+
+
+@pytest.mark.null
+def test_the_gate_refuses_half_precision_that_is_none() -> None:
+    dit, encoder = job_of(spec("full", "fp16"), "fp16"), job_of(spec("text_encoder", "fp16"), "fp16")
+    skip = job_of(spec("skip", "fp16"), "fp16")
+    worker.check_precisions(dit, {"fp16": 60, "fp32": 6})
+    worker.check_precisions(skip, {"fp16": 2, "fp32": 2})
+    with pytest.raises(WorkerError):
+        worker.check_precisions(skip, {"fp32": 4})
+    worker.check_precisions(dit, {})
+    worker.check_precisions(encoder, {"fp32": 3})
+    with pytest.raises(WorkerError) as caught:
+        worker.check_precisions(dit, {"fp32": 60, "fp16": 60})
+    assert caught.value.answer.what == "fp16 was asked for, its layers compute in fp16 (60), fp32 (60)"
+    worker.check_layers(dit, {"fp16": 66}, Layers({"fp16": 40, "fp32": 2}, 0))
+    with pytest.raises(WorkerError) as caught:
+        worker.check_layers(dit, {"fp16": 66}, Layers({"fp16": 40, "fp32": 5}, 0))
+    assert caught.value.answer.what == "the network computes in fp16 (66), its engine in fp16 (40), fp32 (5)"
+
+
+@pytest.mark.null
+def test_what_the_engine_inspector_says_is_counted() -> None:
+    """Layers as in NVIDIA/TensorRT issues 4397 (TensorRT 10) and pytorch/pytorch 66683 (older names of formats)."""
+    layers = [
+        {"Name": "/q/MatMul_myl0_16", "LayerType": "gemm", "Outputs": [{"Format/Datatype": "Half"}],
+         "TacticName": "sm80_xmma_gemm_f16f16_f16f16_f16_nn_n_tilesize32x32x64"},
+        {"Name": "_gemm_mha_v2_myl0_17", "LayerType": "kgen", "Outputs": [{"Format/Datatype": "Half"}],
+         "TacticName": "_gemm_mha_v2_0x957a2fe283f77dcf35c142c1390a3e6a"},
+        {"Name": "__myl_TranReshMove_myl3_5", "LayerType": "kgen", "Outputs": [{"Format/Datatype": "Float"}],
+         "TacticName": "__myl_TranReshMove"},
+        {"Name": "matmul_1", "LayerType": "MatrixMultiply",
+         "Outputs": [{"Format/Datatype": "Row major linear FP32 format"}]},
+        {"Name": "__mye6916", "LayerType": "wait", "Outputs": []},
+        "a name only",
+    ]  # fmt: skip
+    assert worker.engine_layers(json.dumps({"Layers": layers})) == Layers({"fp16": 2, "fp32": 1}, 1)
+    assert worker.engine_layers(json.dumps({"Layers": ["a name only"]})) is None
+
+
+@pytest.mark.null
+def test_a_program_is_read_from_an_engine_file(tmp_path: Path) -> None:
+    program = """header {
+  accelerators={sm80 }
+}
+descriptors {
+  tensor={ alignment=2 dims={ 1 8 } name="a" strides={ 8 1 } type=bf16 }
+  tensor={ alignment=4 dims={ 1 8 } name="b" strides={ 8 1 } type=float }
+}
+main {
+  fully_connected={ name="m+n" output={"a" } input={"x" } layers="[ONNX Layer: m]
+[ONNX Layer: n]" }
+  function={ name=_gemm_mha_v2 fqn=_gemm_mha_v2_0x5 args={ "a" "a" } output_args={ "a" } layers="" }
+  function={ name=__myl_Move fqn=__myl_Move_0x5 args={ "a" "b" } output_args={ "b" } layers="" }
+  runtime_fusion={ name=__myl_FcAdd input_args={ "x" } output_args={ "b" } backbone=gemm }
+  mul={ name="c" output={"b" } input={"a" } }
+}
+shape_main {
+}
+header {
+  accelerators={*}
+}
+descriptors {
+  tensor={ name="a" type=float }
+}
+main {
+  fully_connected={ name="later" output={"a" } input={"x" } }
+}
+"""
+    file = tmp_path / "engine"
+    file.write_bytes(b"ftrt\0\1\2" + program.encode() + b"\0\0")
+    assert program_layers(file) == Layers({"bf16": 2, "fp32": 1}, 1)
+    file.write_bytes(b"ftrt\0\1\2")
+    assert program_layers(file) is None
+
+
+@pytest.mark.null
+def test_progress_rises_to_the_end_through_nested_phases() -> None:
+    class Vendor:
+        class IProgressMonitor: ...
+
+    told: list[int] = []
+    monitor = worker.progress_monitor(Vendor, told.append)
+    monitor.phase_start("all", None, 2)
+    for step in range(2):
+        monitor.phase_start("part", "all", 4)
+        for part in range(4):
+            assert monitor.step_complete("part", part)
+        monitor.phase_finish("part")
+        monitor.step_complete("all", step)
+    monitor.phase_finish("all")
+    assert told == [12, 25, 37, 50, 62, 75, 87, 100]
+
+
+class Vendor:
+    """As much of a vendor's module as an engine takes that is looked into: one engine, and what was asked of it."""
+
+    ILogger = type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 2})
+    TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
+    LayerInformationFormat = SimpleNamespace(JSON="json")
+
+    def __init__(self, dtype: str = "HALF", error: str | None = None) -> None:
+        self.runtime = SimpleNamespace(engine_host_code_allowed=True, deserialize_cuda_engine=self._deserialize)
+        self._dtype, self._error = dtype, error
+
+    def Runtime(self, logger: Any) -> SimpleNamespace:
+        self._logger = logger
+        return self.runtime
+
+    def _deserialize(self, data: bytes) -> SimpleNamespace | None:
+        if self._error is not None:
+            self._logger.log(1, self._error)
+            return None
+        layers = [{"Name": "g", "LayerType": "gemm", "Outputs": [{"Format/Datatype": "Half"}]}]
+        inspector = SimpleNamespace(get_engine_information=lambda _: json.dumps({"Layers": layers}))
+        return SimpleNamespace(
+            num_io_tensors=2,
+            get_tensor_name=lambda index: "xy"[index],
+            get_tensor_mode=lambda name: {"x": "input", "y": "output"}[name],
+            get_tensor_dtype=lambda name: SimpleNamespace(name=self._dtype),
+            get_tensor_shape=lambda name: (-1, 16),
+            create_engine_inspector=lambda: inspector,
+        )
+
+
+@pytest.mark.null
+def test_an_engine_is_loaded_without_host_code_and_compared() -> None:
+    job, vendor = job_of(spec("full", "fp16"), "fp16"), Vendor()
+    assert worker.inspect_engine(vendor, worker.Log(vendor), b"", job) == Layers({"fp16": 1}, 0)
+    assert vendor.runtime.engine_host_code_allowed is False
+    quiet = msgspec.structs.replace(job, options={**job.options, "profiling_verbosity": "none"})
+    assert worker.inspect_engine(vendor, worker.Log(vendor), b"", quiet) is None
+    with pytest.raises(WorkerError) as caught:
+        worker.inspect_engine(wrong := Vendor("FLOAT"), worker.Log(wrong), b"", job)
+    assert "it is fp32" in caught.value.answer.what
+    for error, kind in (("CUDA out of memory (In f at /src/a.cpp:5)", "memory"), ("bad magic", "build")):
+        with pytest.raises(WorkerError) as caught:
+            worker.inspect_engine(broken := Vendor(error=error), worker.Log(broken), b"", job)
+        assert caught.value.answer == worker.Failed(kind=kind, what=error.partition(" (In")[0])  # type: ignore[arg-type]
+
+
+@pytest.mark.null
+def test_timings_that_the_library_refuses_are_begun_anew(tmp_path: Path) -> None:
+    path, config = tmp_path / "timing_cache", MagicMock()
+    path.write_bytes(b"of another GPU")
+    config.create_timing_cache.side_effect = bytes
+    config.set_timing_cache.side_effect = lambda timings, ignore_mismatch: not timings and not ignore_mismatch
+    worker.use_timing_cache(config, path)
+    assert [call.args for call in config.create_timing_cache.call_args_list] == [(b"of another GPU",), (b"",)]
+    assert config.set_timing_cache.call_args.args == (b"",)
+
+
+@pytest.mark.null
+def test_options_of_tensorrt_reach_its_configuration() -> None:
+    trt, builder = MagicMock(), MagicMock()
+    options = {
+        **TENSORRT.defaults(),
+        "builder_optimization_level": 5,
+        "mem_pool_size": "workspace:1G",
+        "version_compatible": True,
+        "weight_streaming": True,
+        "hardware_compatibility_level": "ampere_plus",
+        "profiling_verbosity": "none",
+    }
+    job = msgspec.structs.replace(job_of(spec("full", "fp16"), "fp16"), module="tensorrt", options=options)
+    config = worker.configure(trt, builder, job)
+    assert config.builder_optimization_level == 5
+    assert config.profiling_verbosity is trt.ProfilingVerbosity.NONE
+    assert config.hardware_compatibility_level is trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    config.set_memory_pool_limit.assert_called_once_with(trt.MemoryPoolType.WORKSPACE, 1 << 30)
+    flags = [call.args[0] for call in config.set_flag.call_args_list]
+    known = trt.BuilderFlag
+    assert flags == [known.WEIGHT_STREAMING, known.VERSION_COMPATIBLE, known.EXCLUDE_LEAN_RUNTIME]
+    profile = builder.create_optimization_profile.return_value
+    profile.set_shape.assert_called_once_with("x", (1, 16), (3, 16), (3, 16))
+    config.add_optimization_profile.assert_called_once_with(profile)
+    config.set_compute_capability.assert_not_called()
+
+
+# ---------------------------------------------------------------- the process
+
+
+@pytest.mark.null
+def test_a_library_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_vendor(tmp_path / "fake", monkeypatch, "raise ImportError('libnvinfer.so.11: no such file')", "tensorrt")
+    with pytest.raises(MissingDependencyError, match=r"libnvinfer.*pip install 'lemica-trt\[tensorrt\]'"):
+        builders.check("tensorrt", "fp16")
+
+
+FAKE = """
+    import os, signal, sys, time
+    __version__ = "0.0"
+    class ILogger: pass
+    def Builder(logger):
+        print("a library that talks on standard output")
+        {}
+"""
+
+
+def prepared(folder: Path) -> GraphSet:
+    """Files enough for a build that never reads them."""
+    graphs = graph_set(spec("combine", "fp16"), spec("full", "fp16"), dtype="fp16")
+    (folder / "onnx").mkdir()
+    for graph in graphs.graphs:
+        (folder / graph.file).write_bytes(b"graph")
+    return graphs
+
+
+@pytest.mark.null
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "ran out of memory .combine. → build on a machine with more memory"),
+        ("raise MemoryError", "cannot build the combine engine: memory ran out → build on a machine with about 300 MB"),
+        ("os.abort()", "ended with code -6"),
+        ("raise SystemError('broken')", "ended with code 1 .combine.: SystemError: broken"),
+        ("return None", "no builder could be made"),
+    ],
+)
+def test_a_build_that_dies_is_one_line(
+    what: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_vendor(tmp_path / "fake", monkeypatch, FAKE.format(what))
+    with pytest.raises(EngineError, match=message) as caught:
+        builders.build("tensorrt-rtx", prepared(tmp_path), tmp_path, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in (tmp_path / "engines").rglob("*") if path.is_file()]
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_build_outlives_who_asked_for_it(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = tmp_path / "pid"
+    hang = f"open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
+    fake_vendor(tmp_path / "fake", monkeypatch, FAKE.format(hang))
+    graphs = tmp_path / "graphs.json"
+    graphs.write_bytes(msgspec.json.encode(prepared(tmp_path)))
+    script = f"""
+import msgspec, pathlib
+from lemica_trt import builders
+from lemica_trt.spec import GraphSet
+folder = pathlib.Path({str(tmp_path)!r})
+graphs = msgspec.json.decode((folder / "graphs.json").read_bytes(), type=GraphSet)
+builders.build("tensorrt-rtx", graphs, folder, folder)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        _until(lambda: pid.is_file() and pid.read_text() != "")
+        process.send_signal(number)
+        assert process.wait(timeout=30) != 0
+        _until(lambda: not Path(f"/proc/{pid.read_text()}").exists())
+    finally:
+        process.kill()
+    assert not [path for path in (tmp_path / "engines").rglob("*") if path.is_file()]
+
+
+def _until(condition: object, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# ---------------------------------------------------------------- engines
+
+
+@pytest.mark.cpu
+@real
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_engines_are_built_once_and_only_for_the_same_key(dtype: DType, tmp_path: Path) -> None:
+    graphs, told = write_graphs(tmp_path, dtype), Told()
+
+    def build(**options: str | int | bool) -> EngineEntry:
+        return builders.build("tensorrt-rtx", graphs, tmp_path, tmp_path / "work", options, told)
+
+    entry = build()
+    assert entry.key.target == "sm_80+" and entry.key.options == dict(TENSORRT_RTX.defaults())
+    assert set(entry.files) == set(entry.builds) == {"combine", "full"}
+    full = entry.builds["full"]
+    assert (full.precisions, full.engine_precisions, full.fused_attention) == ({dtype: 1}, {dtype: 1}, 0)
+    assert full.seconds > 0 and full.host_memory > 50_000_000
+    assert told.notes[0].startswith("combine: ") and "of memory" in told.notes[0]
+    assert told.progress[-1] == 100 and len(set(told.progress)) > 10
+    path = tmp_path / "work" / entry.files["full"]
+    before = path.read_bytes()
+    told.notes.clear()
+    assert build() == entry and path.read_bytes() == before
+    assert told.notes == ["combine: unchanged", "full: unchanged"]
+    if dtype != "fp16":  # the rest depends on no dtype
+        return
+    path.write_bytes(before[:-1])
+    path.with_name("full.engine.tmp").write_bytes(b"half of an engine")
+    told.notes.clear()
+    assert build().key == entry.key and path.stat().st_size == len(before)
+    assert told.notes[0] == "combine: unchanged" and told.notes[1].startswith("full: 612 B of graph")
+    assert not list(path.parent.glob("*.tmp"))
+    other = build(builder_optimization_level=1)
+    assert set(other.files.values()).isdisjoint(entry.files.values())
+
+
+@pytest.mark.cpu
+@real
+def test_every_option_of_rtx_is_taken_by_the_library(tmp_path: Path) -> None:
+    options = {
+        "builder_optimization_level": 1,
+        "mem_pool_size": "workspace:256M,tacticSharedMem:48K",
+        "weight_streaming": True,
+        "profiling_verbosity": "layer_names_only",
+        "compute_capabilities": "8.6,12.0",
+    }
+    assert set(options) == set(TENSORRT_RTX.defaults())
+    entry = builders.build("tensorrt-rtx", write_graphs(tmp_path, "fp16"), tmp_path, tmp_path, options)
+    assert entry.key.options == options and entry.key.target == "sm_86,sm_120"
+
+
+@pytest.mark.cpu
+@real
+def test_files_that_are_not_the_graphs(tmp_path: Path) -> None:
+    graphs = write_graphs(tmp_path, "fp32")
+    asked = msgspec.structs.replace(graphs, dtype="fp16")
+    with pytest.raises(EngineError, match=r"fp16 was asked for, its layers compute in fp32 \(1\)"):
+        builders.build("tensorrt-rtx", asked, tmp_path, tmp_path)
+    described = graph_set(spec("combine", "fp32", batch=2), spec("full", "fp32"), dtype="fp32")
+    with pytest.raises(EngineError, match=r"input x fp32 \[2, 16\], it is fp32 \[-1, 16\]"):
+        builders.build("tensorrt-rtx", described, tmp_path, tmp_path)
+    (tmp_path / "onnx/combine.onnx").write_bytes(b"broken")
+    with pytest.raises(EngineError, match="cannot build the combine engine") as caught:
+        builders.build("tensorrt-rtx", graphs, tmp_path, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in (tmp_path / "engines").rglob("*") if path.suffix == ".tmp"]
+
+
+@pytest.mark.cpu
+@real
+def test_a_build_without_memory_is_one_line(tmp_path: Path) -> None:
+    """In a process that may not have as much as the library wants."""
+    graphs = tmp_path / "graphs.json"
+    graphs.write_bytes(msgspec.json.encode(write_graphs(tmp_path, "fp16")))
+    script = f"""
+import msgspec, pathlib, resource
+from lemica_trt import builders
+from lemica_trt.builders import tensorrt
+from lemica_trt.spec import GraphSet
+folder = pathlib.Path({str(tmp_path)!r})
+graphs = msgspec.json.decode((folder / "graphs.json").read_bytes(), type=GraphSet)
+found = tensorrt.TENSORRT_RTX._probe()
+tensorrt.TENSORRT_RTX._probe = lambda: found
+resource.setrlimit(resource.RLIMIT_DATA, (60 << 20, 60 << 20))
+try:
+    builders.build("tensorrt-rtx", graphs, folder, folder)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("EngineError TensorRT for RTX"), done.stdout + done.stderr
+    assert "memory" in done.stdout and "--mem-pool-size" in done.stdout and done.stdout.count("\n") == 1
+
+
+@pytest.mark.cpu
+@real
+def test_bf16_is_built_where_nothing_can_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cogvideox-5b and wan2.1 are: the whole pipeline, and it says that what was built was not verified."""
+    from tiny import make_variant
+
+    from lemica_trt import pipeline
+
+    def no_driver(key: EngineKey) -> None:
+        raise MissingDependencyError("no CUDA driver")
+
+    monkeypatch.setattr("lemica_trt.runtime.backend.open_backend", no_driver)
+    profile = make_variant("wan", tmp_path / "model", layers=1)
+    shape = msgspec.structs.replace(profile.shape, max_batch=1)
+    profile = msgspec.structs.replace(profile, dtype="bf16", shape=shape)
+    request = pipeline.Request(budgets=(2,), method="uniform", backends=("tensorrt-rtx",), verify_samples=1)
+    bundle, report, unverified = pipeline.build(profile, tmp_path / "bundle", request, Told())
+    assert report is None and unverified == {"tensorrt-rtx": "no CUDA driver"}
+    with pytest.raises(MissingDependencyError, match=r"expected engines that run .* tensorrt-rtx: no CUDA driver"):
+        pipeline.verify_stage(bundle, str(tmp_path / "model"), 1, None, None, Told())
+    monkeypatch.setattr("lemica_trt.runtime.backend.open_backend", lambda key: None)
+    assert pipeline.verifiable(bundle) == ("tensorrt-rtx", {})
+    bundle.check()
+    (entry,) = bundle.manifest.engines
+    assert set(entry.files) == {graph.role for graph in bundle.manifest.graphs.graphs}
+    assert set(entry.builds["full"].engine_precisions or {}) <= {"bf16", "fp32"}
+    assert all(path.startswith("engines/tensorrt-rtx-") for path in entry.files.values())
+
+
+@pytest.mark.cpu
+@real
+def test_one_command_builds_for_two_backends(
+    built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """From the work folder of an earlier build; ONNX Runtime stays the preferred backend."""
+    from command import lemica
+
+    work = tmp_path / "work"
+    shutil.copytree(built[0].with_name("bundle.work"), work)
+    both = ("--backend", "onnxruntime", "--backend", "tensorrt-rtx", "--builder-optimization-level", "0")
+    done = lemica("engine", work, *both, "--output", tmp_path / "bundle", "--json")
+    assert done.returncode == 0, done.stderr
+    engines = msgspec.convert(json.loads(done.stdout)["engines"], list[EngineEntry])
+    assert [entry.key.backend for entry in engines] == ["onnxruntime", "tensorrt-rtx"]
+    assert engines[0].builds == {} and isinstance(engines[1].builds["full"], EngineBuild)
+    assert engines[0].key.graphs_digest == engines[1].key.graphs_digest
+    refused = lemica("engine", work, "--backend", "tensorrt-rtx", "--version-compatible", "--output", tmp_path / "b")
+    assert refused.returncode == 2 and "--version-compatible" in refused.stderr
+    assert not (tmp_path / "b").exists()
+    assert set(BACKENDS) == {"onnxruntime", "tensorrt", "tensorrt-rtx"}
+
+
+@pytest.mark.null
+def test_the_worker_needs_no_torch() -> None:
+    """Whatever the machine has: the process that builds holds none of it."""
+    script = "import sys, lemica_trt.builders.tensorrt_worker; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "rich", "numpy"}
+    assert not heavy & set(done.stdout.split())
