@@ -46,7 +46,7 @@ _ORT_DTYPES = {
 }
 
 
-PROCESS_MEMORY = 100_000_000
+PROCESS_MEMORY = 60_000_000
 """Bytes of a process that has imported ONNX Runtime; measured on Linux."""
 
 
