@@ -413,19 +413,19 @@ def export(work: Path, as_json: bool, quiet: bool, debug: bool) -> None:
 
 
 @main.command()
-@click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("target", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @_engine
 @_options(click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Bundle folder."))
 @_common
 def engine(
-    work: Path, backends: tuple[str, ...], output: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any
+    target: Path, backends: tuple[str, ...], output: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any
 ) -> None:
-    """Build engines from the graphs in WORK, and write the bundle."""
+    """Build engines from the graphs in TARGET, a work folder or a bundle of another machine, and write a bundle."""
     from lemica_trt import pipeline
     from lemica_trt.report import summary
 
     options = _builder_options(flags)
-    bundle = pipeline.engine_stage(pipeline.Work(work), output, backends, options, _reporter(quiet or as_json))
+    bundle = pipeline.engine_stage(target, output, backends, options, _reporter(quiet or as_json))
     _print(bundle.manifest, as_json, lambda _: summary.build_table(bundle, None, output))
 
 

@@ -50,6 +50,7 @@ from lemica_trt.bundle import (
     Bundle,
     add_plan,
     check_plan,
+    plan_path,
     require_replaceable,
     write_bundle,
 )
@@ -991,14 +992,18 @@ def export_stage(work: Work, reporter: Reporter) -> Exported:
 
 
 def engine_stage(
-    work: Work, output: Path, backends: Sequence[str], options: dict[str, Option], reporter: Reporter
+    target: Path, output: Path, backends: Sequence[str], options: dict[str, Option], reporter: Reporter
 ) -> Bundle:
-    """The graphs and plans of a work folder → a bundle; no PyTorch.
+    """The graphs and plans of a work folder, or of a bundle that was built for another machine → a bundle; no PyTorch.
 
     Raises:
-        InputError: an earlier stage has not run, or has run for another profile.
+        InputError: an earlier stage has not run, or has run for another profile; or the folder is neither.
+        UsageError: `output` is the bundle itself.
     """
     require_replaceable(output)
+    work = Work(target)
+    if not work.profile.is_file():
+        return reengine(Bundle.open(target), output, backends, options, reporter)
     with work.locked():
         profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
         plans = _plans_of(work)
@@ -1016,6 +1021,49 @@ def engine_stage(
             )
         entries = engines(exported, work, backends, options, reporter)
         return assemble(profile, table, _findings_of(work), plans, exported, entries, work, output, reporter)
+
+
+def reengine(
+    bundle: Bundle, output: Path, backends: Sequence[str], options: dict[str, Option], reporter: Reporter
+) -> Bundle:
+    """The same bundle with other engines: its graphs and plans as they are, engines built here.
+
+    Raises:
+        UsageError: `output` is the bundle itself.
+        IntegrityError: a file of the bundle is altered or missing.
+    """
+    if output.resolve() == bundle.path.resolve():
+        raise UsageError(f"--output: expected another folder than the bundle, got {output}", fix="choose another")
+    bundle.check()
+    manifest = bundle.manifest
+    work = Work(work_folder(output))
+    chosen = options_by_backend(backends, options)
+    with work.locked():
+        entries = []
+        for backend in chosen:
+            reporter.stage("engine", backend)
+            entries.append(build_engine(backend, manifest.graphs, bundle.path, work.root, chosen[backend], reporter))
+        graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
+        engines = {name for entry in manifest.engines for name in entry.files.values()} - graphs
+        plans = {plan_path(name) for name in manifest.plans}
+        files: dict[str, Path | bytes] = {
+            name: bundle.path / name for name in manifest.files if name not in engines | plans
+        }
+        for entry in entries:
+            files.update({name: work.root / name for name in entry.files.values() if name not in files})
+        reporter.stage("bundle", str(output))
+        return write_bundle(
+            output,
+            profile=manifest.profile,
+            graphs=manifest.graphs,
+            plans=[bundle.plan(name) for name in manifest.plans],
+            default_plan=manifest.default_plan,
+            text=manifest.text,
+            engines=entries,
+            files=files,
+            revision=manifest.revision,
+            versions=manifest.versions,
+        )
 
 
 def verify_stage(

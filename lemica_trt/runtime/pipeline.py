@@ -90,7 +90,7 @@ class Pipeline:
             threads=threads,
             capture=capture,
             cache=bundle.path / CACHE,
-            rebuild=lambda: rebuild_command(bundle, entry.key.backend),
+            rebuild=lambda: rebuild_command(bundle, entry.key),
         )
         self.bundle = bundle
         self.default_plan = bundle.plan(plan).name

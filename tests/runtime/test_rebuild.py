@@ -1,8 +1,9 @@
-"""The command that builds a bundle again is one that the command line takes."""
+"""The command that builds engines again where they do not fit: it works, and nothing but the engines changes."""
 
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,13 +15,15 @@ from lemica_trt.runtime.rebuild import rebuild_command
 
 
 @pytest.mark.cpu
-def test_it_asks_for_the_same_bundle(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    """A dry run of it: same profile, same plans, nothing to calibrate."""
-    bundle = Bundle.open(built[0])
-    words = shlex.split(rebuild_command(bundle, "onnxruntime"))
-    assert words[:4] == ["lemica-trt", "build", "--model", "cogvideox-tiny"]
-    assert "--weights" not in words, "the profile's own"
-    assert words[words.index("--budget") + 1] == "4,5"
-    assert words[words.index("--error-graph") + 1] == str(bundle.path / "calibration/error_graph.json")
-    done = lemica(*words[1:], "--dry-run")
+def test_it_makes_the_same_bundle_here(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    shutil.copytree(built[0], tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    words = shlex.split(rebuild_command(bundle, bundle.engine().key))
+    assert words[:2] == ["lemica-trt", "engine"]
+    done = lemica(*words[1:])
     assert done.returncode == 0, done.stderr
+    here = Bundle.open(tmp_path / "bundle-here")
+    here.check()
+    assert here.manifest == bundle.manifest, "the same backend on the same machine: the same bundle"
+    done = lemica(*words[1:-1], tmp_path / "bundle")
+    assert done.returncode == 2 and "another folder" in done.stderr
