@@ -1,6 +1,7 @@
 # Everything that a newcomer types. `make demo` does the main job, `make test` runs the tests.
 #
 #   PYTHON  the interpreter that makes the environment (3.10 … 3.13)
+#   JOBS    test processes, one thread of PyTorch each
 #   TORCH   the PyTorch requirement; name a CUDA build here on a GPU machine
 
 PYTHON ?= python3
@@ -8,6 +9,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BUDGET ?= 15
 SAMPLES ?= 2
+JOBS ?= 2
 
 bin := $(VENV)/bin
 out := out
@@ -19,7 +21,7 @@ demo: $(VENV)/.installed
 	$(bin)/lemica-trt run $(out)/cogvideox-tiny "a big red circle moves left" --seed 7 --output $(out)/clip.mp4
 
 test: $(VENV)/.installed lint types pythons
-	$(bin)/python -m pytest
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: $(VENV)/.installed
 	$(bin)/ruff check .

@@ -798,8 +798,6 @@ def verifiable(bundle: Bundle) -> tuple[str | None, dict[str, str]]:
     One is enough: engines are of the same graphs, and on a GPU machine nobody waits for the same plans on a CPU.
     `verify --backend` asks for another.
     """
-    from lemica_trt.runtime.backend import open_backend
-
     chosen, reasons = None, {}
     for entry in bundle.manifest.engines:
         name = entry.key.backend
@@ -807,7 +805,7 @@ def verifiable(bundle: Bundle) -> tuple[str | None, dict[str, str]]:
             reasons[name] = f"{chosen} was; ask for it with --backend {name}"
             continue
         try:
-            open_backend(entry.key)
+            bundle.pipeline(backend=name, roles=("combine",))  # the smallest engine speaks for all of them
             chosen = name
         except (MissingDependencyError, UnsupportedError) as error:
             reasons[name] = error.what
