@@ -14,6 +14,7 @@ import tiny
 from lemica_trt import pipeline
 from lemica_trt.bundle import Bundle
 from lemica_trt.errors import InputError
+from lemica_trt.fold import fold
 from lemica_trt.lower import solver_table
 from lemica_trt.models import Model, denoise
 from lemica_trt.plan import StepPlan, layout_from_plans, plan_from_schedule, plan_from_solver
@@ -59,22 +60,24 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     schedule = given([0, 2, 5], STEPS)
     solver = solver_table(table, schedule.full_steps, "dpmsolver++")
     plans = [
-        *pipeline.make_plans(table, profile=model.profile, budgets=[BUDGET], method="uniform", predictor=LINEAR),
+        fold(uniform_plan(table, LINEAR, name=f"b{BUDGET}")),
         plan_from_solver(schedule, table, solver, name="planned", guidance_scale=g, method="given"),
         pipeline.uncached_plan(table, guidance_scale=g),
     ]
     layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=True)
     exported = pipeline.export(model, layout, work, Quiet())
     engines = pipeline.engines(exported, work, ["onnxruntime"], {}, Quiet())
-    bundle = pipeline.assemble(model.profile, table, None, plans, exported, engines, work, folder / "bundle", Quiet())
+    bundle = pipeline.assemble(
+        model.profile, table, pipeline.Findings(), plans, exported, engines, work, folder / "bundle", Quiet()
+    )
     return Built(model, table, bundle)
 
 
-def uniform_plan(table: SamplerTable, predictor: Predictor) -> StepPlan:
+def uniform_plan(table: SamplerTable, predictor: Predictor, name: str = "unfolded") -> StepPlan:
     """Not folded."""
     schedule = uniform(STEPS, BUDGET)
     return plan_from_schedule(
-        schedule, table, name="unfolded", guidance_scale=3.0, method="uniform",
+        schedule, table, name=name, guidance_scale=3.0, method="uniform",
         prediction=predict(predictor, schedule, table),
     )  # fmt: skip
 
@@ -122,7 +125,7 @@ def test_runtime_oracle_and_unfolded_plan_agree(built: Built) -> None:
 def test_one_seed_is_one_video_under_a_sampler_that_draws(tmp_path: Path) -> None:
     """CogVideoXDPM: of second order, and the noise of two or three steps goes into one row."""
     model, table = open_tiny(tmp_path, "CogVideoXDPMScheduler")
-    (folded,) = pipeline.make_plans(table, profile=model.profile, budgets=[BUDGET], method="uniform", predictor=LINEAR)
+    folded = fold(uniform_plan(table, LINEAR))
     assert max(row.draws for row in folded.rows) == 3 and folded.latent_history > 1
     expected = oracle(model, uniform_plan(table, LINEAR), 5)
     assert np.abs(oracle(model, folded, 5) - expected).max() <= 1e-5 * np.abs(expected).max()

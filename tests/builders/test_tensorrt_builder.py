@@ -24,11 +24,13 @@ import msgspec
 import pytest
 
 from lemica_trt import builders
-from lemica_trt.builders import BACKENDS, EngineBuild, EngineEntry, EngineKey, options_by_backend
+from lemica_trt.builders import BACKENDS, EngineBuild, EngineEntry, options_by_backend
 from lemica_trt.builders import tensorrt_worker as worker
 from lemica_trt.builders.tensorrt import TENSORRT, TENSORRT_RTX
 from lemica_trt.builders.tensorrt_program import Layers, program_layers
 from lemica_trt.builders.tensorrt_worker import Device, Found, Job, WorkerError
+from lemica_trt.bundle import Bundle
+from lemica_trt.candidates import Ways
 from lemica_trt.errors import EngineError, MissingDependencyError, UsageError
 from lemica_trt.spec import DType, GraphSet, GraphSpec, Role, StepLayout, TensorSpec
 
@@ -563,19 +565,19 @@ def test_bf16_is_built_where_nothing_can_run_it(tmp_path: Path, monkeypatch: pyt
 
     from lemica_trt import pipeline
 
-    def no_driver(key: EngineKey) -> None:
+    def no_driver(*_: Any, **__: Any) -> None:
         raise MissingDependencyError("no CUDA driver")
 
-    monkeypatch.setattr("lemica_trt.runtime.backend.open_backend", no_driver)
+    monkeypatch.setattr(Bundle, "pipeline", no_driver)
     profile = make_variant("wan", tmp_path / "model", layers=1)
     shape = msgspec.structs.replace(profile.shape, max_batch=1)
     profile = msgspec.structs.replace(profile, dtype="bf16", shape=shape)
-    request = pipeline.Request(budgets=(2,), method="uniform", backends=("tensorrt-rtx",), verify_samples=1)
+    request = pipeline.Request(budgets=(2,), ways=Ways(method="uniform"), backends=("tensorrt-rtx",), verify_samples=1)
     bundle, report, unverified = pipeline.build(profile, tmp_path / "bundle", request, Told())
     assert report is None and unverified == {"tensorrt-rtx": "no CUDA driver"}
     with pytest.raises(MissingDependencyError, match=r"expected engines that run .* tensorrt-rtx: no CUDA driver"):
         pipeline.verify_stage(bundle, str(tmp_path / "model"), 1, None, None, Told())
-    monkeypatch.setattr("lemica_trt.runtime.backend.open_backend", lambda key: None)
+    monkeypatch.setattr(Bundle, "pipeline", lambda *_, **__: None)
     assert pipeline.verifiable(bundle) == ("tensorrt-rtx", {})
     bundle.check()
     (entry,) = bundle.manifest.engines
