@@ -29,7 +29,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,7 +75,7 @@ from lemica_trt.resources import calibration_path
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule, given, least_sum, published, require_feasible, solve, uniform
 from lemica_trt.signed import AdjointProducts, signed_errors, solve_signed
-from lemica_trt.spec import GraphSet, Profile, Shape, StepLayout, TextSpec
+from lemica_trt.spec import GraphSet, Profile, Role, Shape, StepLayout, TextSpec
 from lemica_trt.values import V, Value, json_bytes, read_value, write_bytes, write_value
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ class Findings(NamedTuple):
         graph: what caching each segment costs.
         grams: for fitted predictors.
         products: for the signed planner.
-        selections: which ways did best before, by budget; for where nothing can be tried.
+        selections: how the ways did that were tried.
     """
 
     graph: ErrorGraph | None = None
@@ -346,6 +346,7 @@ def make_plans(
     schedule: Sequence[int] | None = None,
     solver: SolverTable | None = None,
     choose: Chooser | None = None,
+    before: Mapping[int, Sequence[str]] | None = None,
     graphs: GraphSet | None = None,
 ) -> tuple[list[StepPlan], tuple[Selection, ...]]:
     """Plans `bB` for each budget, in the order given; or one for a given schedule.
@@ -356,7 +357,8 @@ def make_plans(
         budgets, ways, schedule: see `Request`.
         findings: what the methods and predictors need of a calibration.
         solver: makes planned solvers; None: without them.
-        choose: tries several ways; None: the one that did best before, see `Findings.selections`.
+        choose: tries several ways; None: the one that did best before.
+        before: budget → ways, the best first; see `candidates.way`.
         graphs: what the plans must run on; None: graphs are made for them.
 
     Returns:
@@ -399,7 +401,7 @@ def make_plans(
             plans.append(plan)
             selections.append(selection)
         else:
-            plans.append(_best_before(several, findings.selections))
+            plans.append(_best_before(several, before or {}))
     return plans, tuple(selections)
 
 
@@ -451,17 +453,17 @@ def _runs_on(plan: StepPlan, graphs: GraphSet) -> bool:
     return True
 
 
-def _best_before(plans: Sequence[StepPlan], selections: Sequence[Selection]) -> StepPlan:
-    """The plan whose way did best when the nearest budget was tried.
+def _best_before(plans: Sequence[StepPlan], before: Mapping[int, Sequence[str]]) -> StepPlan:
+    """The plan whose way did best at the nearest budget.
 
     Raises:
         UsageError: nothing was tried.
     """
-    for selection in sorted(selections, key=lambda selection: abs(selection.budget - plans[0].budget)):
-        ranks = {tried.way: rank for rank, tried in reversed(list(enumerate(selection.tried)))}
-        known = [plan for plan in plans if way(plan) in ranks]
-        if known:
-            return min(known, key=lambda plan: ranks[way(plan)])
+    for budget in sorted(before, key=lambda budget: abs(budget - plans[0].budget)):
+        for best in before[budget]:
+            for plan in plans:
+                if way(plan) == best:
+                    return plan
     raise UsageError(
         f"{len(plans)} ways to run {plans[0].budget} full steps are allowed, and none was tried on this model",
         fix="name one, for example --method lemica, or let `lemica-trt build` try them",
@@ -798,6 +800,7 @@ def verifiable(bundle: Bundle) -> tuple[str | None, dict[str, str]]:
     One is enough: engines are of the same graphs, and on a GPU machine nobody waits for the same plans on a CPU.
     `verify --backend` asks for another.
     """
+    smallest: tuple[Role, ...] = ("combine",)  # its engine speaks for all of them
     chosen, reasons = None, {}
     for entry in bundle.manifest.engines:
         name = entry.key.backend
@@ -805,7 +808,7 @@ def verifiable(bundle: Bundle) -> tuple[str | None, dict[str, str]]:
             reasons[name] = f"{chosen} was; ask for it with --backend {name}"
             continue
         try:
-            bundle.pipeline(backend=name, roles=("combine",))  # the smallest engine speaks for all of them
+            bundle.pipeline(backend=name, roles=smallest)
             chosen = name
         except (MissingDependencyError, UnsupportedError) as error:
             reasons[name] = error.what
@@ -857,7 +860,10 @@ def replan(
         return read_value(kind, bundle.file(file)) if file in bundle.manifest.files else None
 
     table = read_value(SamplerTable, bundle.file(SAMPLER_FILE))
-    selections = carried(Selections, SELECTION_FILE)
+    selected = carried(Selections, SELECTION_FILE)
+    before = {plan.budget: [way(plan)] for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps}
+    for selection in selected.selections if selected is not None else ():
+        before[selection.budget] = [tried.way for tried in selection.tried]
     plans, _ = make_plans(
         table,
         profile=bundle.manifest.profile,
@@ -866,10 +872,10 @@ def replan(
         findings=Findings(
             graph=carried(ErrorGraph, ERROR_GRAPH_FILE),
             grams=carried(TrajectoryGrams, GRAMS_FILE),
-            selections=selections.selections if selections is not None else (),
         ),
         schedule=schedule,
         solver=planned_solvers(table) if ways.solver is not None else None,
+        before=before,
         graphs=bundle.manifest.graphs,
     )
     for plan in plans:

@@ -12,6 +12,7 @@ import pytest
 from command import PAPER, SMALL, lemica
 
 from lemica_trt.bundle import Bundle
+from lemica_trt.candidates import Selections
 from lemica_trt.errors import EXIT_CODES
 from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
@@ -95,11 +96,14 @@ def test_cheap_calibration_says_what_it_costs_before_and_after(tmp_path: Path) -
     assert (graph.method, graph.samplings) == ("secant", int(counted[1]) / 8)
     assert read_value(TrajectoryGrams, work / "grams.json").sampler_digest == graph.sampler_digest
     assert not (work / "products.json").exists()
-    done = lemica("calibrate", *SMALL, "--calibration", "adjoint", "--output", work)
+    done = lemica("calibrate", *SMALL, "--calibration", "adjoint", "--validation-samples", "2", "--output", work)
     assert done.returncode == 0, done.stderr
     assert read_value(AdjointProducts, work / "products.json").samples == 1
     assert read_value(ErrorGraph, work / "error_graph.json").method == "adjoint"
     assert lemica("plan", work, "--budget", "4").returncode == 0
+    (selection,) = read_value(Selections, work / "selection.json").selections
+    assert {tried.way.split(",")[0] for tried in selection.tried} == {"lemica", "least-sum", "signed"}
+    assert selection.samples == 2 and len(selection.tried) > 20
     done = lemica(
         "build", *SMALL, "--budget", "4", "--calibration", "adjoint", "--output", tmp_path / "b", "--dry-run", "--json"
     )
@@ -114,7 +118,7 @@ def test_plan_adds_to_a_bundle_without_torch(
     done = lemica("plan", copy, "--budget", "6", "--default", "b6", "--json")
     assert done.returncode == 0, done.stderr
     assert Bundle.open(copy).plan().full_steps[0] == 0
-    assert Bundle.open(copy).plan().budget == 6
+    assert Bundle.open(copy).plan().budget == 6 and "skip" in {row.graph for row in Bundle.open(copy).plan().rows}
     assert {plan["name"] for plan in json.loads(done.stdout)} == {"b4", "b5", "b6", "uncached"}
 
 
