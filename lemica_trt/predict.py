@@ -172,7 +172,7 @@ def least_squares(gram: Array, t: int, steps: Sequence[int], ridge: float = RIDG
     penalty = ridge * gram[basis[0], basis[0]]
     reuse = np.eye(len(basis))[0]
     matrix = gram[np.ix_(basis, basis)] + penalty * np.eye(len(basis))
-    weights: Array = np.linalg.lstsq(matrix, gram[basis, t] + penalty * reuse)[0]
+    weights: Array = np.linalg.lstsq(matrix, gram[basis, t] + penalty * reuse, rcond=None)[0]
     return weights
 
 

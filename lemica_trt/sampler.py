@@ -240,7 +240,7 @@ def shortest_combination(
         old = older_than(depth)
         for count in range(min(depth, len(relations)) + 1):
             newest = np.reshape(relations[:count], (count, len(update)))
-            multiples = np.linalg.lstsq(newest[:, old].T, -update[old])[0] if count else np.zeros(0)
+            multiples = np.linalg.lstsq(newest[:, old].T, -update[old], rcond=None)[0] if count else np.zeros(0)
             if np.abs(multiples).max(initial=0.0) > max_multiplier:
                 continue
             combination: Array = update + multiples @ newest
