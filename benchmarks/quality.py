@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from lemica_trt.bundle import ERROR_GRAPH_FILE, Bundle
 from lemica_trt.candidates import way
 from lemica_trt.graph import ErrorGraph
-from lemica_trt.lower import sampler_table, solver_table
+from lemica_trt.lower import sampler_table
 from lemica_trt.models import Model, denoise, load_model
 from lemica_trt.pipeline import calibration_prompts, profile_of_bundle, uncached_plan
 from lemica_trt.plan import StepPlan
@@ -30,7 +31,7 @@ from lemica_trt.verify import baselines, held_out
 
 RESAMPLES = 10_000
 BATCH = 8
-SOLVERS = {"dpmsolver++": "DPM-Solver++ 2M", "unipc": "UniPC"}
+SOLVERS = {DPMSolverMultistepScheduler: "DPM-Solver++ 2M", UniPCMultistepScheduler: "UniPC"}
 NAMES = {"lemica": "LeMiCa (paper)", "uniform": "equal distances, reuse", "fewer-steps": "the sampler, fewer steps"}
 
 Clips = list[np.ndarray]  # type: ignore[type-arg]
@@ -70,9 +71,10 @@ def ways(bundle: Bundle, model: Model, plan: StepPlan) -> dict[str, StepPlan]:
         graph = read_value(ErrorGraph, bundle.file(ERROR_GRAPH_FILE))
     found = {f"**the plan** ({way(plan)})": plan}
     found |= {NAMES[name]: other for _, name, other in baselines(plan, model, graph)}
-    few = sampler_table(model.scheduler(plan.budget))
-    for solver, name in SOLVERS.items():
-        table = solver_table(few, range(few.num_steps), solver)  # type: ignore[arg-type]
+    for solver, name in SOLVERS.items():  # as a user changes the scheduler of a diffusers pipeline
+        scheduler = solver.from_config(model.pipeline.scheduler.config)
+        model.family.set_timesteps(scheduler, plan.budget)
+        table = sampler_table(scheduler)
         found[f"{name}, {plan.budget} steps"] = uncached_plan(table, guidance_scale=plan.guidance_scale)
     return found
 
