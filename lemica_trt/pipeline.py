@@ -1169,7 +1169,6 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
             )
         )
     plans = "given schedule" if request.schedule is not None else f"budgets {request.budgets}"
-    stages.append(Stage(name="plan", what=f"{', '.join(request.ways.methods)}; {plans}", seconds=0.1, disk=20_000))
     ways = len(request.ways.methods) * (len(predictors(request.ways, table, None)) + len(request.ways.solvers))
     if ways > 1:
         runs = trial_runs(ways, settings.validation_samples)
@@ -1184,6 +1183,7 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
                 memory=expected.run_memory,
             )
         )
+    stages.append(Stage(name="plan", what=f"{', '.join(request.ways.methods)}; {plans}", seconds=0.1, disk=20_000))
     stages.append(
         Stage(
             name="export",

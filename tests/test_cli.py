@@ -159,7 +159,7 @@ def test_dry_run_does_nothing(tmp_path: Path) -> None:
     done = lemica("build", *SMALL, "--budget", "4", "--output", tmp_path / "bundle", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     stages = {stage["name"]: stage for stage in json.loads(done.stdout)}
-    assert list(stages) == ["calibrate", "plan", "export", "engine", "bundle", "verify"]
+    assert list(stages) == ["calibrate", "select", "plan", "export", "engine", "bundle", "verify"]
     assert stages["calibrate"]["seconds"] > 0 and stages["export"]["disk"] > 1_000_000
     assert list(tmp_path.iterdir()) == []
 

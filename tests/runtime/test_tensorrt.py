@@ -96,9 +96,20 @@ def everything() -> StepPlan:
         PlanRow(graph="full", step=0, latents=(1.0,), timestep=0.9, in_scale=0.5),
         PlanRow(graph="full", step=1, latents=(0.9, 0.1), outputs=(-0.2,), timestep=0.7, guidance=(1.0, 0.5)),
         PlanRow(graph="skip", step=2, latents=(1.0,), outputs=(-0.3, 0.1), timestep=0.6, residuals=(1.5, -0.5)),
-        PlanRow(graph="none", step=4, latents=(1.0, 0.0, 0.1), outputs=(-0.1,), noise=0.3, reuse=(1.5, -0.5)),
+        PlanRow(
+            graph="none", step=4, latents=(1.0, 0.0, 0.1), outputs=(-0.1,), draws=1, noise=(0.3,), reuse=(1.5, -0.5)
+        ),
         PlanRow(graph="full", step=7, latents=(), outputs=(0.5, 0.2, 0.1), timestep=0.3),
-        PlanRow(graph="skip", step=8, latents=(1.0,), outputs=(-0.1,), timestep=0.2, residuals=(0.5, 0.2), noise=1.0),
+        PlanRow(
+            graph="skip",
+            step=8,
+            latents=(1.0,),
+            outputs=(-0.1,),
+            timestep=0.2,
+            residuals=(0.5, 0.2),
+            draws=1,
+            noise=(1.0,),
+        ),
         PlanRow(graph="none", step=9, latents=(1.0, 0.2), outputs=(-0.1, 0.1, -0.2)),
     )
 
