@@ -10,6 +10,7 @@ plan that says when to call them. The rooms, each below those that it imports:
     resources   what ships with the package: profiles, prompts, published schedules, the bundled model
     progress    what a running stage tells: a bar, lines, or nothing
     sampler     SamplerTable: a sampler as a table of coefficients
+    provenance  what a measurement was made on
     graph       ErrorGraph: what caching each segment costs
     grams       TrajectoryGrams: inner products of residuals and outputs along uncached runs
     schedule    ErrorGraph, B → Schedule, by lexicographic minimax path search

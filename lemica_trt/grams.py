@@ -22,8 +22,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from lemica_trt.spec import DType
-from lemica_trt.values import Value, require, require_finite
+from lemica_trt.provenance import Provenance
+from lemica_trt.values import require, require_finite
 
 FORMAT_VERSION = 1
 
@@ -34,41 +34,26 @@ Matrix = tuple[tuple[float, ...], ...]
 Array = npt.NDArray[np.float64]
 
 
-class TrajectoryGrams(Value, frozen=True):
+class TrajectoryGrams(Provenance, frozen=True, kw_only=True):
     """Gram matrices of the residuals and of the outputs of uncached runs, and what they were measured on.
 
     Attributes:
-        model, revision, scheduler, sampler_digest, num_steps, dtype, guidance_scale, negative_prompt, text_length,
-            latent_shape, samples, seed, prompts_digest, versions: as in `lemica_trt.graph.ErrorGraph`.
+        samples: number of (prompt, seed) pairs; all else as in `Provenance`.
         outputs: N rows of N numbers: G of the guided outputs m_0 … m_{N−1}.
         residuals: the same of the trunk residuals; empty where they were not kept.
         format_version: 1.
     """
 
-    model: str
-    revision: str
-    scheduler: str
-    sampler_digest: str
-    num_steps: int
-    dtype: DType
-    guidance_scale: float
-    negative_prompt: str
-    text_length: int
-    latent_shape: tuple[int, ...]
     samples: int
-    seed: int
-    prompts_digest: str
     outputs: Matrix
     residuals: Matrix = ()
-    versions: dict[str, str] = {}
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        Provenance.__post_init__(self)
         require(
             self.format_version == FORMAT_VERSION, f"format_version must be {FORMAT_VERSION}, got {self.format_version}"
         )
-        require_finite((self.guidance_scale,), "guidance_scale")
-        require(self.num_steps >= 2, f"num_steps must be at least 2, got {self.num_steps}")
         require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")
         _require_gram(self.outputs, self.num_steps, "outputs")
         if self.residuals:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from msgspec import UNSET, UnsetType
 
-from lemica_trt.spec import CalibrationMethod, DType
+from lemica_trt.provenance import Provenance
+from lemica_trt.spec import CalibrationMethod
 from lemica_trt.values import Value, require, require_finite
 
 FORMAT_VERSION = 1
@@ -50,59 +51,33 @@ class Edge(Value, frozen=True):
         return sum(self.errors) / len(self.errors)
 
 
-class ErrorGraph(Value, frozen=True):
+class ErrorGraph(Provenance, frozen=True, kw_only=True):
     """All measured edges, and exactly what they were measured on.
 
     Attributes:
-        model: family name or source of the model, e.g. `cogvideox-tiny`.
-        revision: digest of the weights, or the hub commit.
-        scheduler: diffusers scheduler class.
-        sampler_digest: digest of the `SamplerTable`; a plan on another table is refused.
-        num_steps: N.
         max_skip: K, the most steps that one segment skips (j − i − 1 ≤ K).
-        dtype: precision of the DiT.
-        guidance_scale: g of the runs.
-        negative_prompt, text_length: of the runs, see `spec`.
-        latent_shape: frames, channels, height, width (or the family's order), without batch.
-        samples: number of (prompt, seed) pairs.
-        seed: seed of sample 0; sample s has seed + s.
-        prompts_digest: SHA-256 of the prompts used, one a line.
+        samples: number of (prompt, seed) pairs; model, sampler and prompts as in `Provenance`.
         metric: `l1` (eq. 4).
         method: how the edges were obtained: `exact` = replayed one by one; `secant`, `adjoint` = estimated.
         samplings: evaluations of the DiT that one sample took, counted, in uncached samplings; absent where exact
             (there it follows from N and K, see `calibrate.cost`).
         edges: sorted by (start, stop).
-        versions: library versions that the numbers depend on.
     """
 
-    model: str
-    revision: str
-    scheduler: str
-    sampler_digest: str
-    num_steps: int
     max_skip: int
-    dtype: DType
-    guidance_scale: float
-    negative_prompt: str
-    text_length: int
-    latent_shape: tuple[int, ...]
     samples: int
-    seed: int
-    prompts_digest: str
     edges: tuple[Edge, ...]
     metric: str = "l1"
     method: CalibrationMethod = "exact"
     samplings: float | UnsetType = UNSET
-    versions: dict[str, str] = {}
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        Provenance.__post_init__(self)
         require(
             self.format_version == FORMAT_VERSION, f"format_version must be {FORMAT_VERSION}, got {self.format_version}"
         )
-        require_finite((self.guidance_scale,), "guidance_scale")
         require(self.samplings is UNSET or self.samplings > 0, f"samplings must be above 0, got {self.samplings}")
-        require(self.num_steps >= 2, f"num_steps must be at least 2, got {self.num_steps}")
         require(1 <= self.max_skip < self.num_steps, f"max_skip must be 1 … {self.num_steps - 1}, got {self.max_skip}")
         keys = [(edge.start, edge.stop) for edge in self.edges]
         require(keys == sorted(set(keys)), "edges must be sorted by (start, stop) and unique")

@@ -27,10 +27,10 @@ import numpy.typing as npt
 
 from lemica_trt.errors import InputError
 from lemica_trt.grams import Matrix
+from lemica_trt.provenance import Provenance
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule, require_feasible, uniform
-from lemica_trt.spec import DType
-from lemica_trt.values import Value, require, require_finite
+from lemica_trt.values import require, require_finite
 
 FORMAT_VERSION = 1
 
@@ -50,40 +50,26 @@ Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 
-class AdjointProducts(Value, frozen=True):
+class AdjointProducts(Provenance, frozen=True, kw_only=True):
     """M of each sample and probe, and what it was measured on.
 
     Attributes:
-        model, revision, scheduler, sampler_digest, num_steps, dtype, guidance_scale, negative_prompt, text_length,
-            latent_shape, samples, seed, prompts_digest, versions: as in `lemica_trt.graph.ErrorGraph`.
+        samples: number of (prompt, seed) pairs; all else as in `Provenance`.
         probes: R, directions v of the result for each sample; ⟨v, e⟩/√n has the RMS of e where v is random signs.
         products: for each sample, for each probe: N + 1 rows (a_0 … a_N) of N numbers (m_0 … m_{N−1}), in latent units.
         format_version: 1.
     """
 
-    model: str
-    revision: str
-    scheduler: str
-    sampler_digest: str
-    num_steps: int
-    dtype: DType
-    guidance_scale: float
-    negative_prompt: str
-    text_length: int
-    latent_shape: tuple[int, ...]
     samples: int
-    seed: int
-    prompts_digest: str
     probes: int
     products: tuple[tuple[Matrix, ...], ...]
-    versions: dict[str, str] = {}
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        Provenance.__post_init__(self)
         require(
             self.format_version == FORMAT_VERSION, f"format_version must be {FORMAT_VERSION}, got {self.format_version}"
         )
-        require(self.num_steps >= 2, f"num_steps must be at least 2, got {self.num_steps}")
         require(
             self.samples == len(self.products) >= 1, f"products are of {len(self.products)} samples, not {self.samples}"
         )

@@ -47,6 +47,7 @@ LIGHT = [
     "lemica_trt.text",
     "lemica_trt.resources",
     "lemica_trt.sampler",
+    "lemica_trt.provenance",
     "lemica_trt.graph",
     "lemica_trt.grams",
     "lemica_trt.schedule",

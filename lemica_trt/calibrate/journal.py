@@ -1,6 +1,6 @@
 """Finished work on disk: a file of JSON lines that only ever grows.
 
-The first line says what is measured (`Provenance`), every further one is a finished entry. A line is there as a
+The first line says what is measured (`Header`), every further one is a finished entry. A line is there as a
 whole or not at all: what a killed process left behind the last newline is dropped. The number of samples is not in
 the first line, so that a later measurement with more samples goes on with the same file.
 """
@@ -16,32 +16,20 @@ import msgspec
 
 from lemica_trt.errors import InputError
 from lemica_trt.grams import Matrix
-from lemica_trt.spec import CalibrationMethod, DType
+from lemica_trt.provenance import Provenance
+from lemica_trt.spec import CalibrationMethod
 from lemica_trt.values import Value, require, require_finite, value_from_json
 
 FORMAT_VERSION = 1
 
 
-class Provenance(Value, frozen=True):
-    """What is measured on: model, sampler, prompts and seeds; fields as in `ErrorGraph` and `Profile`."""
+class Header(Provenance, frozen=True, kw_only=True):
+    """First line of a journal."""
 
-    model: str
-    revision: str
-    dtype: DType
-    scheduler: str
-    sampler_digest: str
-    num_steps: int
-    guidance_scale: float
-    negative_prompt: str
-    text_length: int
-    latent_shape: tuple[int, ...]
-    seed: int
-    prompts_digest: str
-    versions: dict[str, str]
     format_version: int = FORMAT_VERSION
 
 
-class Measurement(Provenance, frozen=True, kw_only=True):
+class Measurement(Header, frozen=True, kw_only=True):
     """Everything that decides the errors but the number of samples."""
 
     max_skip: int
@@ -136,7 +124,7 @@ class Piece(Value, frozen=True):
         return None
 
 
-P = TypeVar("P", bound=Provenance, contravariant=True)
+P = TypeVar("P", bound=Header, contravariant=True)
 
 
 class Entry(Protocol[P]):
@@ -169,7 +157,7 @@ class Journal(Generic[E]):
         entries: all finished ones, by key.
     """
 
-    def __init__(self, path: Path, measurement: Provenance, kind: type[E]) -> None:
+    def __init__(self, path: Path, measurement: Header, kind: type[E]) -> None:
         self.entries: dict[Hashable, E] = {}
         self._path = path
         self._measurement = measurement

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lemica_trt.calibrate.journal import Journal, Provenance
+from lemica_trt.calibrate.journal import Header, Journal
 from lemica_trt.calibrate.measure import Progress, provenance_of
 from lemica_trt.errors import VerificationError
 from lemica_trt.models import Model, denoise
@@ -28,14 +28,14 @@ SNR_CAP = 120.0
 
 def trials_digest(model: Model, table: SamplerTable, prompts: Sequence[str], *, seed: int) -> str:
     """SHA-256 (hex) of everything that a journal of scores is bound to."""
-    return Provenance(**provenance_of(model, table, prompts, seed)).digest
+    return Header(**provenance_of(model, table, prompts, seed)).digest
 
 
 class Score(Value, frozen=True):
     """One plan on one sample.
 
     Attributes:
-        sample: its number; the prompt is number `sample` of all, repeating, the seed `Provenance.seed` + sample.
+        sample: its number; the prompt is number `sample` of all, repeating, the seed `Header.seed` + sample.
         plan: digest of its rows.
         snr: dB, at most `SNR_CAP`.
     """
@@ -52,7 +52,7 @@ class Score(Value, frozen=True):
     def key(self) -> tuple[int, str]:
         return self.sample, self.plan
 
-    def mismatch(self, measurement: Provenance) -> str | None:
+    def mismatch(self, measurement: Header) -> str | None:
         """Nothing can be wrong with it alone."""
         return None
 
@@ -83,7 +83,7 @@ class Trials:
     ) -> None:
         self._model, self._uncached, self._prompts, self._seed = model, uncached, prompts, seed
         self._progress = progress
-        self._book = Journal(journal, Provenance(**provenance_of(model, table, prompts, seed)), Score)
+        self._book = Journal(journal, Header(**provenance_of(model, table, prompts, seed)), Score)
         self._references: dict[int, Tensor] = {}
 
     def __call__(self, plans: Sequence[StepPlan], samples: range) -> list[list[float]]:
