@@ -298,7 +298,7 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
         stages.append(
             Stage(
                 name="quality",
-                what=f"{len(looked_at)} budgets, {looked_at[0]} … {looked_at[-1]}, looked at in about {full} full steps",
+                what=f"{len(looked_at)} budgets of {looked_at[0]} … {looked_at[-1]} looked at in {full} full steps",
                 seconds=full * expected.full_step,
                 memory=expected.run_memory,
             )

@@ -168,7 +168,7 @@ def plot_front(rows: Sequence[FrontRow], path: str | os.PathLike[str], *, num_st
         )
         axes.set_ylabel("PSNR against the uncached run, dB")
         axes.set_title(
-            f"Quality by speed-up; numbers are full steps of {num_steps},\nbars reach down to the 5th percentile of clips"
+            f"Quality by speed-up; numbers: full steps of {num_steps};\nbars: down to the 5th percentile of clips"
         )
         axes.grid()
         axes.set_axisbelow(True)
