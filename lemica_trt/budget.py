@@ -406,8 +406,10 @@ def dominated(costs: Sequence[float], qualities: Sequence[float]) -> list[bool]:
 
 
 def front_budgets(num_steps: int, max_skip: int | None, *, most: int = FRONT_POINTS) -> tuple[int, ...]:
-    """From the least feasible budget to half of all steps; at equal distances where those are more than `most`."""
+    """From the least feasible budget to half of all steps; where those are more than `most`, at about equal ratios: so
+    are their speed-ups."""
     least = least_budget(num_steps, max_skip)
-    budgets = range(least, max(least, num_steps // 2) + 1)
-    count = min(most, len(budgets))
-    return tuple(budgets[round(k * (len(budgets) - 1) / max(count - 1, 1))] for k in range(count))
+    largest = max(least, num_steps // 2)
+    if largest - least < most:
+        return tuple(range(least, largest + 1))
+    return tuple(sorted({round(budget) for budget in np.geomspace(least, largest, most).tolist()}))

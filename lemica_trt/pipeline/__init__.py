@@ -13,7 +13,7 @@ the same. Torch is imported by the stages that need it, inside the functions.
     commands    one at a time, on the files of the one before; and what is done with a finished bundle
 """
 
-from lemica_trt.pipeline.budgets import Answer
+from lemica_trt.pipeline.budgets import Answer, Pace
 from lemica_trt.pipeline.commands import (
     Replanned,
     absolute_source,
@@ -47,6 +47,7 @@ __all__ = [
     "Exported",
     "Findings",
     "Judge",
+    "Pace",
     "Replanned",
     "Request",
     "Result",

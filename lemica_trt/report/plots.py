@@ -150,6 +150,8 @@ def plot_front(rows: Sequence[FrontRow], path: str | os.PathLike[str], *, num_st
     """
     if not rows:
         raise ValueError("expected at least one row")
+    from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
+
     predicted = all(row.speedup is not None for row in rows)
     at = [(row.speedup if predicted and row.speedup is not None else num_steps / row.budget, row) for row in rows]
     with _figure(path, 4.8) as figure:
@@ -163,6 +165,10 @@ def plot_front(rows: Sequence[FrontRow], path: str | os.PathLike[str], *, num_st
             axes.annotate(
                 str(row.budget), (x, row.psnr), xytext=(4, 6), textcoords="offset points", color=colour, fontsize=9.5
             )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.set_xlabel(
             "predicted speed-up of the denoising loop on this machine, ×" if predicted else "all steps / full steps, ×"
         )
