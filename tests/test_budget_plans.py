@@ -10,16 +10,19 @@ from typing import Any
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 from test_budget import PLANS, K, N
 
 from lemica_trt import pipeline
 from lemica_trt.budget import Afforded, Latency, MinPsnr, Speedup, StepTimes
 from lemica_trt.bundle import FRONT_FILE, STEP_TIMES, VERIFY_REPORT, Bundle
 from lemica_trt.candidates import Selection, Tried, Ways, way
+from lemica_trt.cli import main
 from lemica_trt.errors import InfeasibleError, UsageError
 from lemica_trt.pipeline.budgets import Planned, Scout, answers, plan_budgets, scouting_cost
 from lemica_trt.plan import StepPlan
 from lemica_trt.progress import Quiet
+from lemica_trt.resources import load_profile
 from lemica_trt.spec import Profile
 from lemica_trt.timing import backend_name, machine, stored_steps
 from lemica_trt.values import read_value, write_value
@@ -124,6 +127,28 @@ def test_what_came_of_a_budget_is_held_against_what_was_asked() -> None:
     assert [answer.kept for answer in answers(asked, found, times, {})] == [None, None]
 
 
+@pytest.mark.null
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--speedup", "2", "--latency", "1s"), "--speedup cannot be used together with --latency"),
+        (("--budget", "4", "--min-psnr", "30"), "--budget cannot be used together with --min-psnr"),
+        (("--latency", "1s", "--min-psnr", "30"), "--latency cannot be used together with --min-psnr"),
+        (("--schedule", "0,3", "--pareto"), "--schedule cannot be used together with --pareto"),
+        (("--latency", "2.5"), "a time with its unit, for example 2.5s or 800ms, got '2.5'"),
+        (("--speedup", "2,fast"), "a speed-up, for example 3, got 'fast'"),
+        (("--min-psnr", "120"), "less than 100, got 120"),
+    ],
+)
+@pytest.mark.parametrize("command", [("build", "--model", "cogvideox-tiny"), ("plan", "nowhere")])
+def test_flags_that_do_not_fit_together_are_refused(
+    command: tuple[str, ...], flags: tuple[str, ...], word: str
+) -> None:
+    done = CliRunner().invoke(main, [*command, *flags])
+    assert done.exit_code == 2 and word in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 # --- the whole chain -----------------------------------------------------------------------------------------------
 
 
@@ -136,6 +161,18 @@ def replanned(bundle: Path, *budgets: Any, pareto: bool = False) -> pipeline.Rep
 @pytest.fixture
 def bundle(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> Path:
     return Path(shutil.copytree(built[0], tmp_path / "bundle"))
+
+
+@pytest.mark.cpu
+def test_a_dry_run_tells_what_searching_costs(tmp_path: Path) -> None:
+    request = pipeline.Request(budgets=(Speedup(factor=2.0), MinPsnr(decibels=30.0), 7), pareto=True)
+    stages = {stage.name: stage for stage in pipeline.dry_run(load_profile("cogvideox-tiny"), tmp_path / "b", request)}
+    assert list(stages)[:4] == ["time", "calibrate", "select", "quality"]
+    assert stages["quality"].what.startswith("12 budgets of 5 … 25 ") and stages["quality"].seconds
+    assert stages["plan"].what.endswith("speed-up 2×, PSNR 30 dB, 7 full steps")
+    published = msgspec.structs.replace(request, ways=Ways(method="published"))
+    with pytest.raises(UsageError, match="budgets of their own"):
+        pipeline.check_request(load_profile("cogvideox-tiny"), tmp_path / "b", published)
 
 
 @pytest.mark.cpu
