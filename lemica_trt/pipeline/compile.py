@@ -198,22 +198,21 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
         exported = export(model, layout, work, reporter)
         entries = engines(exported, work, request.backends, request.options, reporter)
         bundle = assemble(profile, table, findings, plans_in(work), exported, entries, work, output, reporter)
-        backend, unverified = verifiable(bundle)
-        report = None
-        if request.verify_samples == 0:
-            unverified = dict.fromkeys(_backends(bundle), "not asked for")
-        elif backend is not None:
-            report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
-            times = report.steps or times
-        paces = paces_of(report)
-        if report is None and backend is not None and times is not None:
-            paces = Clock(bundle, reporter, backend=backend).paces(planned.plans, times)
-        front = () if planned.front is None else front_rows(planned.front, times)
+        report, unverified = None, dict.fromkeys(_backends(bundle), "not asked for")
+        if request.verify_samples:
+            backend, unverified = verifiable(bundle)
+            if backend is not None:
+                report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
+        if report is not None:
+            steps, paces = report.steps, paces_of(report)
+        else:
+            steps, paces = times, {} if times is None else Clock(bundle, reporter).paces(planned.plans, times)
+        front = () if planned.front is None else front_rows(planned.front, steps)
         if front:
             from lemica_trt.report.folder import write_front
 
             write_front(bundle, front)
-        return Result(bundle, report, unverified, answers(request.budgets, planned, times, paces), front)
+        return Result(bundle, report, unverified, answers(request.budgets, planned, times or steps, paces), front)
 
 
 def _backends(bundle: Bundle) -> list[str]:
