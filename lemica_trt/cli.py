@@ -134,7 +134,7 @@ _engine = _options(
     click.option("--compute-capabilities", metavar="X.Y[,…]|current",
                  help="TensorRT for RTX: GPUs to build for  [default: 8.0 and later]"),
     click.option("--version-compatible", is_flag=True, default=None,
-                 help="TensorRT: the engine runs with later versions too."),
+                 help="TensorRT: the engine also runs on the lean runtime of that version."),
     click.option("--hardware-compatibility-level",
                  type=click.Choice(["none", "ampere_plus", "same_compute_capability"]),
                  help="TensorRT: which other GPUs run the engine  [default: none]"),

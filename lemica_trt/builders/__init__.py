@@ -14,8 +14,11 @@ Knows nothing of bundles or of how an engine is run.
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
@@ -60,10 +63,11 @@ class EngineBuild(Value, frozen=True):
 
     Attributes:
         seconds: wall-clock time.
-        host_memory: peak resident memory of the process that built it, bytes.
+        host_memory: peak of the building process's own memory, bytes; pages of mapped files are not counted.
         device_memory: peak that the builder allocated on the GPU, bytes; None: it does not say.
         precisions: dtype → computing layers of the network (matrix products, convolutions, attention) with that result.
         engine_precisions: the same of the finished engine, after fusion; None where it could not be looked into.
+        attentions: of the network.
         fused_attention: attentions that the engine runs as one kernel; None where it could not be looked into.
     """
 
@@ -72,6 +76,7 @@ class EngineBuild(Value, frozen=True):
     device_memory: int | None = None
     precisions: dict[str, int] = {}
     engine_precisions: dict[str, int] | None = None
+    attentions: int = 0
     fused_attention: int | None = None
 
 
@@ -244,3 +249,18 @@ def sha256_of(path: Path) -> str:
     except OSError as error:
         raise InputError(f"{path}: expected a readable file, got: {error.strerror}") from None
     return digest.hexdigest()
+
+
+@contextmanager
+def mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
+    """A file's bytes for as long as the block runs, without a copy of them in memory.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:  # nothing can be mapped of it
+            yield b""
+        else:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                yield data

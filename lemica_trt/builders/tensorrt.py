@@ -12,7 +12,7 @@ Options, named as in trtexec and Polygraphy:
 | `mem_pool_size` | `` | both | `workspace:4G,tacticSharedMem:48K`; suffix B, K, M or G, none: MiB; empty: no limit |
 | `weight_streaming` | false | both | weights may stay in host memory when the engine runs |
 | `profiling_verbosity` | `detailed` | both | `layer_names_only`, `detailed` (the engine's gate needs it) or `none` |
-| `version_compatible` | false | tensorrt | runs with later TensorRT of the same major version; needs its lean runtime |
+| `version_compatible` | false | tensorrt | also runs on the lean runtime (`tensorrt_lean`) of the same version |
 | `hardware_compatibility_level` | `none` | tensorrt | `none`, `ampere_plus` or `same_compute_capability` |
 | `compute_capabilities` | `` | tensorrt-rtx | `8.6,8.9,12.0`, or `current`; empty: 8.0 and later |
 
@@ -289,7 +289,8 @@ class TensorRT:
                 if self.vendor.builds_on_gpu
                 else "build there, or name --compute-capabilities",
             )
-        return f"sm_{found.device.compute_capability.replace('.', '')}"
+        later = "+" if chosen.get("hardware_compatibility_level") == "ampere_plus" else ""
+        return f"sm_{found.device.compute_capability.replace('.', '')}{later}"
 
     def _more_memory(self, expected: int | None) -> str:
         needs = "more memory" if expected is None else f"about {size(expected)} of free memory"
@@ -378,7 +379,7 @@ def _summary(build: EngineBuild, engine_size: int) -> str:
     if counts:
         parts.append("computes in " + ", ".join(f"{dtype} ({count})" for dtype, count in sorted(counts.items())))
     if build.fused_attention is not None:
-        parts.append(f"{build.fused_attention} fused attentions")
+        parts.append(f"{build.fused_attention} of {build.attentions} attentions fused")
     return ", ".join(parts)
 
 
