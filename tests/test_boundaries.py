@@ -87,6 +87,11 @@ LIGHT = [
     "lemica_trt.triton.check",
     "lemica_trt.triton.client",
     "lemica_trt.pipeline",
+    "lemica_trt.pipeline.commands",
+    "lemica_trt.pipeline.compile",
+    "lemica_trt.pipeline.planning",
+    "lemica_trt.pipeline.stages",
+    "lemica_trt.pipeline.work",
     "lemica_trt.cli",
 ]
 """Rooms that import no heavy library."""
