@@ -455,6 +455,23 @@ def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
     return Bundle.open(folder)
 
 
+def move_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
+    """Give a bundle's folder, whatever is in it, another name, in place of an older bundle; at the very end, as
+    `write_bundle`.
+
+    Args:
+        bundle: not to be used any more.
+        target: on the same file system.
+
+    Raises:
+        UsageError: `target` is something else than a bundle or an empty folder.
+    """
+    with _replacing(Path(target)) as (folder, staged):
+        staged.rmdir()
+        bundle.path.rename(staged)
+    return Bundle.open(folder)
+
+
 @contextmanager
 def _replacing(target: Path) -> Iterator[tuple[Path, Path]]:
     """Gives (target, an empty folder beside it); on leaving without an error, the folder takes the target's place.

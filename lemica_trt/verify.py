@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -274,12 +275,12 @@ def _said(key: EngineKey) -> str:
     return f"{key.backend} {key.version} {key.target}"
 
 
-def require_verified(report: VerifyReport) -> None:
-    """Raise VerificationError, naming everything that failed, unless all is well."""
+def require_verified(report: VerifyReport, bundle: Path) -> None:
+    """Raise VerificationError, naming everything that failed and where the bundle is, unless all is well."""
     failures = report.failures()
     if failures:
         raise VerificationError(
-            "; ".join(failures), fix="do not deploy this bundle; report it with reports/verify.json"
+            "; ".join(failures), fix=f"do not deploy {bundle}; report it with its {VERIFY_REPORT}"
         )
 
 

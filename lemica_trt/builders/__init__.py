@@ -17,6 +17,7 @@ import hashlib
 import mmap
 import os
 import pkgutil
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 Option = str | int | bool
 """Value of one builder option."""
+
+ENGINES = "engines"
+"""Where builders that write engines put them, each key in a folder of its own: `engines/BACKEND-KEY/ROLE.engine`."""
 
 
 class EngineKey(Value, frozen=True):
@@ -165,6 +169,14 @@ def build(
 
         reporter = Quiet()
     return _builder(backend).build(graphs, root, out, options or {}, reporter)
+
+
+def prune(entries: Sequence[EngineEntry], out: Path) -> None:
+    """Remove engines of other keys than these: what a folder keeps for the next build is what the last one used."""
+    used = {out / file for entry in entries for file in entry.files.values()}
+    for folder in (out / ENGINES).glob("*/"):
+        if folder.is_dir() and not any(file.parent == folder for file in used):
+            shutil.rmtree(folder)
 
 
 def check(backend: str, dtype: DType, options: Mapping[str, Option] | None = None) -> None:

@@ -20,7 +20,7 @@ TensorRT for RTX needs no GPU to build, keeps no timing cache (its operations on
 the engine is first loaded.
 
 Finished engines lie in `engines/BACKEND-KEY/` with a record beside each, KEY being the digest of the `EngineKey`: a
-second build takes what is there, and something built from another key is never found.
+second build takes what is there, and something built from another key is never found (`builders.prune` removes it).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pathlib import Path
 import msgspec
 
 from lemica_trt.builders import (
+    ENGINES,
     EngineBuild,
     EngineEntry,
     EngineKey,
@@ -62,8 +63,6 @@ from lemica_trt.errors import EngineError, InputError, MissingDependencyError, U
 from lemica_trt.progress import Reporter, duration, size
 from lemica_trt.spec import DType, GraphSet, GraphSpec, Role
 from lemica_trt.values import Value, read_value, write_value
-
-FOLDER = "engines"
 
 LEVELS = ("none", "ampere_plus", "same_compute_capability")
 VERBOSITIES = ("layer_names_only", "detailed", "none")
@@ -150,9 +149,9 @@ class TensorRT:
             device=on_gpu.name if on_gpu else None,
             driver=on_gpu.driver if on_gpu else None,
         )
-        folder = f"{FOLDER}/{key.backend}-{key.digest[:16]}"
+        folder = f"{ENGINES}/{key.backend}-{key.digest[:16]}"
         (out / folder).mkdir(parents=True, exist_ok=True)
-        for unfinished in (out / FOLDER).glob("*/*.tmp"):  # of a process that was killed
+        for unfinished in (out / ENGINES).glob("*/*.tmp"):  # of a process that was killed
             unfinished.unlink()
         files: dict[Role, str] = {}
         builds: dict[Role, EngineBuild] = {}

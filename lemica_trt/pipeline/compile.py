@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lemica_trt.builders import Option, options_by_backend
 from lemica_trt.builders import check as check_engine
 from lemica_trt.builders import estimate as estimate_engine
-from lemica_trt.bundle import Bundle, require_replaceable
+from lemica_trt.bundle import Bundle, move_bundle, require_replaceable
 from lemica_trt.candidates import Ways, predictors, trial_runs
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.pipeline.planning import chooser, make_plans, planned_solvers, require_graph_fits
@@ -25,7 +25,7 @@ from lemica_trt.pipeline.stages import (
     verifiable,
     verify_bundle,
 )
-from lemica_trt.pipeline.work import Findings, Work, plans_in, work_folder, write_plans
+from lemica_trt.pipeline.work import Findings, Work, candidate_folder, plans_in, work_folder, write_plans
 from lemica_trt.plan import layout_from_plans
 from lemica_trt.progress import Quiet, Reporter
 from lemica_trt.schedule import require_feasible
@@ -108,6 +108,7 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
     """All stages. What an earlier run finished from the same input is not done again.
 
     Engines of a backend that this machine cannot run are built all the same and not verified: `Result.unverified`.
+    The bundle takes the place of an older one behind its verification; one that fails stays in `candidate_folder`.
 
     Args:
         profile: what to build, flags applied.
@@ -146,15 +147,17 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
         plans = plans_in(work)
         layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided)
         exported = export(model, layout, work, reporter)
-        entries = engines(exported, work, request.backends, request.options, reporter)
-        bundle = assemble(profile, table, findings, plans, exported, entries, work, output, reporter)
+        entries = engines(exported.graphs, work.export, work, request.backends, request.options, reporter)
+        candidate = candidate_folder(output)
+        bundle = assemble(profile, table, findings, plans, exported, entries, work, candidate, reporter, before=output)
+        report = None
         if request.verify_samples == 0:
-            return Result(bundle, None, dict.fromkeys(_backends(bundle), "not asked for"))
-        backend, unverified = verifiable(bundle)
-        if backend is None:
-            return Result(bundle, None, unverified)
-        report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
-        return Result(bundle, report, unverified)
+            unverified = dict.fromkeys(_backends(bundle), "not asked for")
+        else:
+            backend, unverified = verifiable(bundle)
+            if backend is not None:
+                report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
+        return Result(move_bundle(bundle, output), report, unverified)
 
 
 def _backends(bundle: Bundle) -> list[str]:
