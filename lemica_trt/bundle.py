@@ -237,6 +237,7 @@ class Bundle:
         plan: str | None = None,
         *,
         backend: str | None = None,
+        device: int = 0,
         threads: int | None = None,
         capture: Capture = "plan",
         roles: Collection[Role] | None = None,
@@ -246,6 +247,7 @@ class Bundle:
         Args:
             plan: the plan of requests that name none; None: the bundle's default.
             backend: which engines; None: the first set.
+            device: which GPU, as CUDA counts those that it sees.
             threads: CPU threads within an operator, 0: one for each CPU; None: as built. For ONNX Runtime.
             capture: what becomes a CUDA graph: the `plan`, each `step` (always so while a request reports progress),
                 or `none`. For TensorRT.
@@ -259,7 +261,7 @@ class Bundle:
         """
         from lemica_trt.runtime.pipeline import Pipeline
 
-        return Pipeline(self, plan=plan, backend=backend, threads=threads, capture=capture, roles=roles)
+        return Pipeline(self, plan=plan, backend=backend, device=device, threads=threads, capture=capture, roles=roles)
 
     def _locate(self, relative: str) -> tuple[FileEntry, Path]:
         entry = self.manifest.files.get(relative)

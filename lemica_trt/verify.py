@@ -279,9 +279,7 @@ def require_verified(report: VerifyReport, bundle: Path) -> None:
     """Raise VerificationError, naming everything that failed and where the bundle is, unless all is well."""
     failures = report.failures()
     if failures:
-        raise VerificationError(
-            "; ".join(failures), fix=f"do not deploy {bundle}; report it with its {VERIFY_REPORT}"
-        )
+        raise VerificationError("; ".join(failures), fix=f"do not deploy {bundle}; report it with its {VERIFY_REPORT}")
 
 
 # ---------------------------------------------------------------- against PyTorch

@@ -9,8 +9,8 @@ process that asked for it. Imports one vendor's module, no torch and no ONNX.
 
 The look, in two parts. Before the build: inputs and outputs of the parsed network are those of the `GraphSpec`, and
 the layers that compute (matrix products, convolutions, attention) of the DiT are mostly in the dtype asked for. After
-it the same of the finished engine, and it computes in no dtype that its network does not: through the engine
-inspector where a driver is, and from the program in the file where not (TensorRT for RTX only, see
+it the same of the finished engine, and it computes in no dtype that its network does not: TensorRT's is loaded and
+inspected on the GPU that it is for; that of TensorRT for RTX need not be for this machine, its file is read (see
 `tensorrt_program`). A failure of either is an error, and the engine is not kept.
 """
 
@@ -224,7 +224,7 @@ def build_engine(job: Job, send: Callable[[Event], None]) -> EngineBuild:
         precisions=work.precisions,
         attentions=work.attentions,
     )
-    layers = program_layers(Path(job.engine)) if cuda_device() is None else inspect_engine(trt, log, job)
+    layers = inspect_engine(trt, log, job) if job.module == "tensorrt" else program_layers(Path(job.engine))
     if layers is None:
         send(Note(text=f"{job.graph.role}: the finished engine could not be looked into, only its network was checked"))
         return build

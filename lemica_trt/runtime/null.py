@@ -5,9 +5,9 @@
     write_engine    an engine file of this vendor: a description of the graph and the path of its ONNX file
 
 They are as unhelpful as the real ones may be. New memory is 0xFF, which is NaN; freed memory is gone. What is enqueued
-runs when somebody waits, on what the memory holds then. A graph keeps the addresses and shapes of its capture. While it is
-captured nobody may wait, launch or capture. A thread must take the device before it uses it. A context that lacks memory, a shape or an address refuses; one that shares
-its activations with others finds them overwritten.
+runs when somebody waits, on what the memory holds then. A graph keeps the addresses and shapes of its capture; during
+it nobody may wait, launch a graph or capture another. A thread must take the device before it uses it. A context that
+lacks memory, a shape or an address refuses; one that shares its activations with others finds them overwritten.
 """
 
 from __future__ import annotations
@@ -423,7 +423,7 @@ class ICudaEngine:
         self.num_optimization_profiles = len(plan.profiles)
         self.device_memory_size_v2 = plan.activations
         self.streamable_weights_size = plan.streamed
-        self.weight_streaming_budget_v2 = 0
+        self.weight_streaming_budget_v2 = 0 if plan.streamed else -1  # nobody may ask where nothing is streamed
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.tensors)[index]

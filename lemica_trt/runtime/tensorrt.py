@@ -70,7 +70,7 @@ def open_backend(key: EngineKey, settings: Settings) -> TensorRTBackend:
     from lemica_trt.runtime.cuda import CudaDevice
 
     trt = import_vendor(key, settings)  # before the device: this much is known without one
-    return TensorRTBackend(trt, CudaDevice(), key, settings)
+    return TensorRTBackend(trt, CudaDevice(settings.device), key, settings)
 
 
 def import_vendor(key: EngineKey, settings: Settings) -> Any:
@@ -398,7 +398,9 @@ class TensorRTBackend:
     def capturable(self, made: Context) -> bool:
         """Whether what a context does can be captured: it has run, its weights are not streamed, and RTX agrees."""
         engine = made.engine
-        if not made.warm or engine.weight_streaming_budget_v2 < engine.streamable_weights_size:
+        # Engines that were not built for streaming have nothing to stream, and are not asked for a budget.
+        streamed = engine.streamable_weights_size
+        if not made.warm or (streamed and engine.weight_streaming_budget_v2 < streamed):
             return False
         if self._key.backend != RTX:
             return True

@@ -18,7 +18,7 @@ from test_loop import inputs_of, noises
 from lemica_trt.builders import EngineKey
 from lemica_trt.errors import EngineError, InputError, MissingDependencyError, UnsupportedError
 from lemica_trt.plan import PlanRow, StepPlan
-from lemica_trt.runtime import null
+from lemica_trt.runtime import cuda, null
 from lemica_trt.runtime.backend import Capture, Settings, decode, encode, open_backend
 from lemica_trt.runtime.denoise import Cancelled, Denoiser, RowDone
 from lemica_trt.runtime.null import NullDevice, NullPlan, null_vendor, write_engine
@@ -433,6 +433,20 @@ def test_a_failure_on_the_device_is_told_by_whoever_waits(tmp_path: Path) -> Non
     machine.backend.synchronize()
 
 
+def test_what_a_driver_refuses_during_a_capture_the_null_device_refuses(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    device, call = machine.device, machine.load("combine").bind(machine.buffers("combine", 1))
+    call.run()
+    device.synchronize()
+    event, graph = device.record(), device.capture(lambda: machine.backend.enqueue(call.bindings[0]))
+    for what in (event.wait, graph.launch, device.synchronize, lambda: device.capture(list)):
+        with pytest.raises(EngineError, match="while the stream is captured"):
+            device.capture(what)
+        device.synchronize()
+    graph.launch()
+    device.synchronize()
+
+
 def test_without_a_driver_or_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line each; the driver is looked for by the real cuda-core where it is installed."""
     monkeypatch.setitem(sys.modules, "tensorrt", None)
@@ -442,6 +456,14 @@ def test_without_a_driver_or_the_package(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     with pytest.raises(MissingDependencyError, match=r"needs cuda-core and cuda-bindings, got: .* → pip install cuda"):
         open_backend(key_of())
+
+
+def test_the_device_that_was_asked_for_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, asked = NullDevice(), list[int]()
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", null_vendor(device))
+    monkeypatch.setattr(cuda, "CudaDevice", lambda index: (asked.append(index), device)[1])
+    backend = open_backend(key_of(), Settings(device=3))
+    assert asked == [3] and isinstance(backend, TensorRTBackend) and backend.device is device
 
 
 def test_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
