@@ -122,7 +122,7 @@ def test_engines_of_another_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write_repository(make_bundle(tmp_path / "bundle", ("tensorrt", "sm_90")), tmp_path / "repository")
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="9.9"))  # type: ignore[arg-type]
     with pytest.raises(
-        UnsupportedError, match=r"built for tensorrt 1\.2, here is 9\.9 → lemica-trt engine .*--backend"
+        UnsupportedError, match=r"built for tensorrt 1\.2, here is tensorrt 9\.9 → lemica-trt engine .*--backend"
     ):
         serving.start(pb_utils(), load_args(tmp_path / "repository"), serving.STEP_ROLES)
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
