@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lemica_trt.budget import Budget, FrontRow, MinPsnr, front_rows
-from lemica_trt.builders import Option, options_by_backend
-from lemica_trt.builders import build as build_engine
+from lemica_trt.builders import Option
 from lemica_trt.bundle import (
     ERROR_GRAPH_FILE,
     GRAMS_FILE,
@@ -307,7 +306,7 @@ def engine_stage(
                 f"{work.export}: expected the graphs of {work.profile.name}, got {found}",
                 fix=f"lemica-trt export {work.root}",
             )
-        entries = engines(exported, work, backends, options, reporter)
+        entries = engines(exported.graphs, work.export, work, backends, options, reporter)
         return assemble(profile, table, findings_in(work), plans, exported, entries, work, output, reporter)
 
 
@@ -325,17 +324,13 @@ def reengine(
     bundle.check()
     manifest = bundle.manifest
     work = Work(work_folder(output))
-    chosen = options_by_backend(backends, options)
     with work.locked():
-        entries = []
-        for backend in chosen:
-            reporter.stage("engine", backend)
-            entries.append(build_engine(backend, manifest.graphs, bundle.path, work.root, chosen[backend], reporter))
+        entries = engines(manifest.graphs, bundle.path, work, backends, options, reporter)
         graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
-        engines = {name for entry in manifest.engines for name in entry.files.values()} - graphs
+        old = {name for entry in manifest.engines for name in entry.files.values()} - graphs
         plans = {plan_path(name) for name in manifest.plans}
         files: dict[str, Path | bytes] = {
-            name: bundle.path / name for name in manifest.files if name not in engines | plans
+            name: bundle.path / name for name in manifest.files if name not in old | plans
         }
         for entry in entries:
             files.update({name: work.root / name for name in entry.files.values() if name not in files})
