@@ -172,15 +172,20 @@ _calibration = _options(
 _planning = _options(
     click.option("--budget", "budgets", type=Integers(), default="15", show_default=True, metavar="B[,B…]",
                  help="Full steps; several make several plans, the first is the default."),
-    click.option("--method", type=click.Choice(["auto", "lemica", "least-sum", "signed", "uniform", "published"]),
+    click.option("--method",
+                 type=click.Choice(["auto", "lemica", "least-sum", "signed", "predicted", "uniform", "published"]),
                  help="How the full steps are chosen; a method alone means the paper's residual reuse  "
                  "[default: auto: whatever does best in a trial]"),
     click.option("--reuse", type=click.Choice(["auto", "residual", "output", "none"]),
                  help="What a skipped step takes from full ones."),
     click.option("--predict", type=click.Choice(["auto", "none", "linear", "lsq2", "lsq3"]),
                  help="How: the last one as it is, extrapolated, or by least squares on the last two or three."),
-    click.option("--solver", type=click.Choice(["auto", "first-order", "dpmsolver++", "unipc"]),
-                 help="Skip nothing: a standard solver set to the full steps (with --reuse none)."),
+    click.option("--solver", type=click.Choice(["auto", "first-order", "dpmsolver++", "unipc", "fitted"]),
+                 help="Skip nothing: a standard solver set to the full steps, or one fitted to the model for them "
+                 "(with --reuse none)."),
+    click.option("--reference-steps", type=click.IntRange(1), metavar="M",
+                 help="Hold plans against the sampler with M steps: fit, integrate, choose and verify by that  "
+                 "[default: its own N]"),
     click.option("--schedule", type=Integers(), metavar="STEP,STEP,…",
                  help="Full steps as given; nothing is calibrated."),
 )  # fmt: skip
@@ -211,6 +216,7 @@ def build(
     reuse: Any,
     predict: Any,
     solver: Any,
+    reference_steps: int | None,
     schedule: tuple[int, ...] | None,
     error_graph: Path | None,
     prompts: Path | None,
@@ -248,6 +254,7 @@ def build(
         backends=backends,
         options=_builder_options(overrides),
         verify_samples=verify_samples,
+        reference_steps=reference_steps,
     )
     if dry_run:
         steps = pipeline.dry_run(profile, output, request)
@@ -381,7 +388,7 @@ def calibrate(
 @_common
 def plan(
     target: Path, budgets: tuple[int, ...], method: Any, reuse: Any, predict: Any, solver: Any,
-    schedule: tuple[int, ...] | None, default: str | None,
+    reference_steps: int | None, schedule: tuple[int, ...] | None, default: str | None,
     as_json: bool, quiet: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Make plans for TARGET, a work folder or a finished bundle, from its error graph: no PyTorch, one second."""
@@ -396,6 +403,7 @@ def plan(
         schedule=schedule,
         default=default,
         reporter=_reporter(True),
+        reference_steps=reference_steps,
     )
     _print(plans, as_json, summary.plans_table)
 

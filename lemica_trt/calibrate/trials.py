@@ -1,4 +1,4 @@
-"""Plans run whole in PyTorch against the uncached run: which of several is best on this model?
+"""Plans run whole in PyTorch against their reference, an uncached run: which of several is best on this model?
 
 The score is the signal-to-noise ratio of the final latents, 10·log₁₀(‖x_N‖² / ‖x̂_N − x_N‖²) in dB: free of the VAE,
 so that it costs DiT calls only. Finished runs are in a journal; a killed trial goes on from there.
@@ -26,9 +26,23 @@ SNR_CAP = 120.0
 """dB; more cannot be told apart in fp32."""
 
 
-def trials_digest(model: Model, table: SamplerTable, prompts: Sequence[str], *, seed: int) -> str:
+class TrialHeader(Header, frozen=True, kw_only=True):
+    """What a journal of scores is bound to.
+
+    Attributes:
+        reference: digest of the rows of the plan that all are held against.
+    """
+
+    reference: str
+
+
+def trials_digest(model: Model, reference: StepPlan, table: SamplerTable, prompts: Sequence[str], *, seed: int) -> str:
     """SHA-256 (hex) of everything that a journal of scores is bound to."""
-    return Header(**provenance_of(model, table, prompts, seed)).digest
+    return _header(model, reference, table, prompts, seed).digest
+
+
+def _header(model: Model, reference: StepPlan, table: SamplerTable, prompts: Sequence[str], seed: int) -> TrialHeader:
+    return TrialHeader(**provenance_of(model, table, prompts, seed), reference=reference.rows_digest)
 
 
 class Score(Value, frozen=True):
@@ -62,7 +76,7 @@ class Trials:
 
     Args:
         model: on its device.
-        uncached: the plan that runs every step.
+        reference: the plan that all are held against: of the sampler, or of the sampler with more steps, every step.
         table: the model's sampler.
         prompts: sample s uses prompt s mod len(prompts), and seed + s for all its noise.
         seed: of sample 0.
@@ -73,7 +87,7 @@ class Trials:
     def __init__(
         self,
         model: Model,
-        uncached: StepPlan,
+        reference: StepPlan,
         table: SamplerTable,
         prompts: Sequence[str],
         *,
@@ -81,16 +95,16 @@ class Trials:
         journal: Path,
         progress: Progress | None = None,
     ) -> None:
-        self._model, self._uncached, self._prompts, self._seed = model, uncached, prompts, seed
+        self._model, self._reference, self._prompts, self._seed = model, reference, prompts, seed
         self._progress = progress
-        self._book = Journal(journal, Header(**provenance_of(model, table, prompts, seed)), Score)
+        self._book = Journal(journal, _header(model, reference, table, prompts, seed), Score)
         self._references: dict[int, Tensor] = {}
 
     def __call__(self, plans: Sequence[StepPlan], samples: range) -> list[list[float]]:
         """dB of each plan on each sample.
 
         Raises:
-            VerificationError: the uncached run is not finite. (A plan whose run is not scores −`SNR_CAP`.)
+            VerificationError: the reference is not finite. (A plan whose run is not scores −`SNR_CAP`.)
         """
         digests = [plan.rows_digest for plan in plans]
         work = [(s, plan) for s in samples for plan in plans if (s, plan.rows_digest) not in self._book.entries]
@@ -104,10 +118,10 @@ class Trials:
 
     def _snr(self, s: int, plan: StepPlan) -> float:
         if s not in self._references:
-            self._references[s] = self._run(s, self._uncached)
+            self._references[s] = self._run(s, self._reference)
             if not bool(self._references[s].isfinite().all()):
                 raise VerificationError(
-                    f"sample {s}: the uncached run is not finite in {self._model.profile.dtype}",
+                    f"sample {s}: the reference is not finite in {self._model.profile.dtype}",
                     fix="build with another --dtype",
                 )
         reference = self._references[s]

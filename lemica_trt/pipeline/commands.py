@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from lemica_trt.builders import build as build_engine
 from lemica_trt.bundle import (
     ERROR_GRAPH_FILE,
     GRAMS_FILE,
+    REFERENCE_FILE,
     SAMPLER_FILE,
     SELECTION_FILE,
     Bundle,
@@ -25,7 +27,7 @@ from lemica_trt.candidates import Selection, Selections, Ways, way
 from lemica_trt.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
-from lemica_trt.pipeline.planning import chooser, make_plans, planned_solvers
+from lemica_trt.pipeline.planning import chooser, fitter, make_plans, planned_solvers
 from lemica_trt.pipeline.stages import (
     assemble,
     begin,
@@ -34,6 +36,7 @@ from lemica_trt.pipeline.stages import (
     engines,
     export,
     open_model,
+    reference_sampler,
     verifiable,
     verify_bundle,
 )
@@ -48,9 +51,10 @@ from lemica_trt.pipeline.work import (
     work_folder,
     write_plans,
 )
-from lemica_trt.plan import StepPlan, layout_from_plans
+from lemica_trt.plan import FITTED, StepPlan, layout_from_plans
 from lemica_trt.progress import Reporter
 from lemica_trt.sampler import SamplerTable
+from lemica_trt.schedule import Schedule
 from lemica_trt.spec import Profile
 from lemica_trt.values import V, read_value
 
@@ -66,10 +70,15 @@ def replan(
     schedule: Sequence[int] | None,
     default: str | None,
     reporter: Reporter,
+    reference_steps: int | None = None,
 ) -> Bundle:
     """Add plans to a bundle from what it carries of its calibration; no PyTorch, nothing is tried.
 
+    Args:
+        reference_steps: M, the bundle's own or N; None: the bundle's own. See `Request`.
+
     Raises:
+        UsageError: another M; a fitted solver that the bundle does not have.
         UsageError, InfeasibleError, InputError: as `make_plans` and `bundle.add_plan`.
     """
 
@@ -77,8 +86,21 @@ def replan(
         return read_value(kind, bundle.file(file)) if file in bundle.manifest.files else None
 
     table = read_value(SamplerTable, bundle.file(SAMPLER_FILE))
+    fine = _carried_reference(carried(SamplerTable, REFERENCE_FILE), table, reference_steps)
     selected = carried(Selections, SELECTION_FILE)
-    before = {plan.budget: [way(plan)] for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps}
+    cached = [plan for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps]
+    before = {plan.budget: [way(plan)] for plan in cached}
+    against = None if fine is None else fine.num_steps
+    solvers = {plan.full_steps: plan for plan in cached if plan.scheduler == FITTED and plan.reference_steps == against}
+
+    def fitted(schedule: Schedule) -> StepPlan | None:
+        if schedule.full_steps not in solvers and ways.solver == FITTED:
+            raise UsageError(
+                f"a solver for {schedule.budget} full steps is fitted to the model, and the bundle has none for them",
+                fix=f"lemica-trt build … --solver fitted --budget {schedule.budget}",
+            )
+        return solvers.get(schedule.full_steps)
+
     for selection in selected.selections if selected is not None else ():
         before[selection.budget] = [tried.way for tried in selection.tried]
     plans, _ = make_plans(
@@ -89,15 +111,34 @@ def replan(
         findings=Findings(
             graph=carried(ErrorGraph, ERROR_GRAPH_FILE),
             grams=carried(TrajectoryGrams, GRAMS_FILE),
+            reference=fine,
         ),
         schedule=schedule,
-        solver=planned_solvers(table) if ways.solver is not None else None,
+        solver=planned_solvers(table) if ways.solver not in (None, FITTED) else None,
+        fitted=fitted,
         before=before,
         graphs=bundle.manifest.graphs,
     )
     for plan in plans:
         reporter.stage("plan", f"{plan.name}: full steps {' '.join(map(str, plan.full_steps))}")
     return add_plan(bundle, *plans, default=default)
+
+
+def _carried_reference(fine: SamplerTable | None, table: SamplerTable, steps: int | None) -> SamplerTable | None:
+    """The sampler at M steps out of a bundle; None: plans are held against N.
+
+    Raises:
+        UsageError: the bundle has it for another M.
+    """
+    if steps == table.num_steps:
+        return None
+    if steps is not None and (fine is None or fine.num_steps != steps):
+        known = [table.num_steps] if fine is None else [table.num_steps, fine.num_steps]
+        raise UsageError(
+            f"--reference-steps: expected {' or '.join(map(str, known))}, which the bundle knows, got {steps}",
+            fix=f"lemica-trt build … --reference-steps {steps}",
+        )
+    return fine
 
 
 def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:
@@ -142,9 +183,13 @@ def plan_stage(
     schedule: Sequence[int] | None,
     default: str | None,
     reporter: Reporter,
+    reference_steps: int | None = None,
 ) -> list[StepPlan]:
-    """Plans of a bundle (added to it) or of a work folder (written to `plans/`; several ways are tried there, which
-    takes the model).
+    """Plans of a bundle (added to it) or of a work folder (written to `plans/`; several ways are tried and solvers
+    fitted there, which takes the model).
+
+    Args:
+        reference_steps: see `Request`; of a bundle as in `replan`.
 
     Raises:
         UsageError: `default` for a work folder: only a bundle has one.
@@ -153,29 +198,44 @@ def plan_stage(
     work = Work(target)
     if not work.profile.is_file():
         bundle = replan(
-            Bundle.open(target), budgets=budgets, ways=ways, schedule=schedule, default=default, reporter=reporter
+            Bundle.open(target),
+            budgets=budgets,
+            ways=ways,
+            schedule=schedule,
+            default=default,
+            reporter=reporter,
+            reference_steps=reference_steps,
         )
         return [bundle.plan(name) for name in bundle.plans]
     if default is not None:
         raise UsageError("--default is for bundles", fix="in a work folder the first budget's plan becomes the default")
     with work.locked():
         profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
+        prompts = calibration_prompts(profile, None)
+        model = cache(lambda: open_model(profile, reporter))
+        fine = None if reference_steps is None else reference_sampler(model(), table, reference_steps)
+        fits = cache(lambda: fitter(model(), table, prompts, work, reporter, fine=fine))
+
+        def fitted(schedule: Schedule) -> StepPlan | None:
+            fit = fits()
+            return None if fit is None else fit(schedule)
 
         def choose(plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
-            model = open_model(profile, reporter)
-            return chooser(model, table, calibration_prompts(profile, None), work, reporter)(plans)
+            return chooser(model(), table, prompts, work, reporter, fine=fine)(plans)
 
+        findings = findings_in(work)._replace(reference=fine)
         plans, selections = make_plans(
             table,
             profile=profile,
             budgets=budgets,
             ways=ways,
-            findings=findings_in(work),
+            findings=findings,
             schedule=schedule,
             solver=planned_solvers(table) if ways.solvers else None,
+            fitted=fitted,
             choose=choose,
         )
-        write_plans(plans, selections, work, reporter)
+        write_plans(plans, findings._replace(selections=selections), work, reporter)
         return plans
 
 

@@ -11,7 +11,7 @@ from lemica_trt.builders import estimate as estimate_engine
 from lemica_trt.bundle import Bundle, require_replaceable
 from lemica_trt.candidates import Ways, predictors, trial_runs
 from lemica_trt.graph import ErrorGraph
-from lemica_trt.pipeline.planning import chooser, make_plans, planned_solvers, require_graph_fits
+from lemica_trt.pipeline.planning import chooser, fitter, make_plans, planned_solvers, require_graph_fits
 from lemica_trt.pipeline.stages import (
     assemble,
     begin,
@@ -22,6 +22,7 @@ from lemica_trt.pipeline.stages import (
     export,
     lower_sampler,
     open_model,
+    reference_sampler,
     verifiable,
     verify_bundle,
 )
@@ -49,6 +50,7 @@ class Request(Value, frozen=True):
         backends: engines to build, in order of preference.
         options: builder options; each backend takes those that it has.
         verify_samples: held-out clips of the verification; 0: none at all.
+        reference_steps: M: the run that plans are held against is the sampler with M steps; None: its own N.
     """
 
     budgets: tuple[int, ...] = (15,)
@@ -60,6 +62,7 @@ class Request(Value, frozen=True):
     backends: tuple[str, ...] = ("onnxruntime",)
     options: dict[str, Option] = {}
     verify_samples: int = 8
+    reference_steps: int | None = None
 
     @property
     def calibrates(self) -> bool:
@@ -122,6 +125,7 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
     with work.locked():
         model, table = begin(profile, work, request.device, reporter)
         prompts = calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
+        fine = reference_sampler(model, table, request.reference_steps)
         findings = Findings()
         if request.error_graph is not None:
             graph = read_value(ErrorGraph, request.error_graph)
@@ -131,6 +135,7 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
         elif request.calibrates:
             require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
             findings = calibrate(model, table, prompts, work, reporter)
+        findings = findings._replace(reference=fine)
         plans, selections = make_plans(
             table,
             profile=profile,
@@ -139,10 +144,11 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
             findings=findings,
             schedule=request.schedule,
             solver=planned_solvers(table),
-            choose=chooser(model, table, prompts, work, reporter),
+            fitted=fitter(model, table, prompts, work, reporter, fine=fine),
+            choose=chooser(model, table, prompts, work, reporter, fine=fine),
         )
         findings = findings._replace(selections=selections)
-        write_plans(plans, selections, work, reporter)
+        write_plans(plans, findings, work, reporter)
         plans = plans_in(work)
         layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided)
         exported = export(model, layout, work, reporter)

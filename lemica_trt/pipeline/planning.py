@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lemica_trt.bundle import check_plan
-from lemica_trt.candidates import Planner, Selection, SolverTable, Ways, candidates, select, way
+from lemica_trt.candidates import FittedPlan, Planner, Selection, SolverTable, Ways, candidates, select, way
 from lemica_trt.errors import InputError, UsageError
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.pipeline.work import Findings, Work, short, uncached_plan
 from lemica_trt.plan import StepPlan
+from lemica_trt.predicted import solve_predicted
 from lemica_trt.progress import Reporter
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule, given, least_sum, published, solve, uniform
@@ -51,6 +52,7 @@ def make_plans(
     findings: Findings,
     schedule: Sequence[int] | None = None,
     solver: SolverTable | None = None,
+    fitted: FittedPlan | None = None,
     choose: Chooser | None = None,
     before: Mapping[int, Sequence[str]] | None = None,
     graphs: GraphSet | None = None,
@@ -63,6 +65,7 @@ def make_plans(
         budgets, ways, schedule: see `Request`.
         findings: what the methods and predictors need of a calibration.
         solver: makes planned solvers; None: without them.
+        fitted: makes the plans of fitted solvers; None: without them.
         choose: tries several ways; None: the one that did best before.
         before: budget → ways, the best first; see `candidates.way`.
         graphs: what the plans must run on; None: graphs are made for them.
@@ -96,6 +99,8 @@ def make_plans(
             guidance_scale=profile.sampling.guidance_scale,
             grams=findings.grams,
             solver=solver,
+            fitted=fitted,
+            fine=findings.reference,
             error_graph_digest=None if graph is None else graph.digest,
         )
         if graphs is not None and len(several) > 1:
@@ -128,6 +133,11 @@ def _schedules(
             found[method] = [solve(graph, [budget])[budget]]
         elif method == "least-sum":
             found[method] = [least_sum(graph, budget)]
+        elif method == "predicted":
+            if findings.grams is not None:
+                found[method] = [solve_predicted(table, graph, findings.grams, [budget])[budget]]
+            elif ways.method == method:
+                raise UsageError("method predicted needs the Grams of uncached runs", fix="calibrate first")
         elif products is not None:
             found[method] = _signed(table, graph, products, budget)
         elif ways.method == "signed":
@@ -176,28 +186,41 @@ def _best_before(plans: Sequence[StepPlan], before: Mapping[int, Sequence[str]])
     )
 
 
-def chooser(model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter) -> Chooser:
-    """Tries plans on the model: on prompts behind those of the calibration, and other seeds."""
+def chooser(
+    model: Model,
+    table: SamplerTable,
+    prompts: Sequence[str],
+    work: Work,
+    reporter: Reporter,
+    *,
+    fine: SamplerTable | None = None,
+) -> Chooser:
+    """Tries plans on the model: on prompts behind those of the calibration, and other seeds.
+
+    Args:
+        fine: the sampler at M steps, where plans are held against that.
+    """
     from lemica_trt.calibrate import Trials, trials_digest
 
     settings = model.profile.calibration
     skip = settings.samples % len(prompts)
     fresh = [*prompts[skip:], *prompts[:skip]]
     seed = settings.seed + settings.samples
+    reference = uncached_plan(fine or table, guidance_scale=model.profile.sampling.guidance_scale)
 
     def choose(plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
         reporter.stage(
             "select",
             f"{len(plans)} ways to run {plans[0].budget} full steps, the best of them on "
-            f"{settings.validation_samples} samples",
+            f"{settings.validation_samples} samples, against {reference.num_steps} steps",
         )
         run = Trials(
             model,
-            uncached_plan(table, guidance_scale=model.profile.sampling.guidance_scale),
+            reference,
             table,
             fresh,
             seed=seed,
-            journal=work.trials(trials_digest(model, table, fresh, seed=seed)),
+            journal=work.trials(trials_digest(model, reference, table, fresh, seed=seed)),
             progress=reporter.advance,
         )
         plan, selection = select(plans, settings.validation_samples, run)
@@ -206,6 +229,50 @@ def chooser(model: Model, table: SamplerTable, prompts: Sequence[str], work: Wor
         return plan, selection
 
     return choose
+
+
+def fitter(
+    model: Model,
+    table: SamplerTable,
+    prompts: Sequence[str],
+    work: Work,
+    reporter: Reporter,
+    *,
+    fine: SamplerTable | None = None,
+) -> FittedPlan | None:
+    """Fits solvers to the model, on the samples of the calibration; None where the sampler draws noise.
+
+    Args:
+        fine: the sampler at M steps, where plans are held against that.
+    """
+    from lemica_trt.calibrate import Fitter, fit_measurement
+
+    if table.stochastic:
+        return None
+    settings = model.profile.calibration
+    reference = fine or table
+    measurement = fit_measurement(model, table, reference, prompts, settings.samples, settings.seed)
+    fits = Fitter(
+        model,
+        table,
+        reference,
+        prompts,
+        samples=settings.samples,
+        seed=settings.seed,
+        journal=work.fits(measurement.digest),
+        progress=reporter.advance,
+    )
+
+    def fit(schedule: Schedule) -> StepPlan:
+        wanted = fits.evaluations_for(schedule)
+        reporter.stage(
+            "fit",
+            f"a solver for {schedule.budget} steps, on {settings.samples} samples, to {reference.num_steps} steps: "
+            f"{wanted / table.num_steps / settings.samples:.1f} samplings a sample",
+        )
+        return fits(schedule)
+
+    return fit
 
 
 def planned_solvers(table: SamplerTable) -> SolverTable:

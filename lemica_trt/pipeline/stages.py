@@ -19,6 +19,7 @@ from lemica_trt.bundle import (
     ERROR_GRAPH_FILE,
     GRAMS_FILE,
     MANIFEST,
+    REFERENCE_FILE,
     REPORTS,
     SAMPLER_FILE,
     SELECTION_FILE,
@@ -27,6 +28,7 @@ from lemica_trt.bundle import (
 )
 from lemica_trt.candidates import Selections
 from lemica_trt.errors import MissingDependencyError, UnsupportedError
+from lemica_trt.fold import nearest_steps
 from lemica_trt.pipeline.work import TOKENIZER_FILE, Exported, Findings, Work, exported_in
 from lemica_trt.plan import StepPlan
 from lemica_trt.progress import Reporter, size
@@ -81,6 +83,24 @@ def lower_sampler(model: Model, reporter: Reporter) -> SamplerTable:
         f"{table.output_history} outputs back",
     )
     return table
+
+
+def reference_sampler(model: Model, table: SamplerTable, steps: int | None) -> SamplerTable | None:
+    """The sampler at M steps, which plans are held against; None where M is its own N.
+
+    Args:
+        steps: M; None: N.
+
+    Raises:
+        UsageError: as `fold.nearest_steps`.
+    """
+    from lemica_trt.lower import sampler_table
+
+    if steps is None or steps == table.num_steps:
+        return None
+    fine = sampler_table(model.scheduler(steps), dynamic_guidance=model.profile.sampling.dynamic_guidance)
+    nearest_steps(table, fine)
+    return fine
 
 
 def calibration_prompts(profile: Profile, file: Path | None, *, split: str = "calibration") -> tuple[str, ...]:
@@ -235,6 +255,8 @@ def assemble(
         files[ERROR_GRAPH_FILE] = json_bytes(findings.graph)
     if findings.grams is not None:
         files[GRAMS_FILE] = json_bytes(findings.grams)
+    if findings.reference is not None:
+        files[REFERENCE_FILE] = json_bytes(findings.reference)
     if findings.selections:
         files[SELECTION_FILE] = json_bytes(Selections(selections=findings.selections))
     for spec in exported.graphs.graphs:
