@@ -2,6 +2,7 @@
 
     prompts   the prompt files
     replay    one sample: the uncached run, and every segment replayed on its saved states (LeMiCa eq. 4)
+    inner_products   of what runs computed
     journal   finished work on disk, so that a killed measurement goes on where it was
     measure   all samples, resumable, into one error graph; what it will cost
     adjoint   how the result moves with each latent: one backward sweep through the uncached run

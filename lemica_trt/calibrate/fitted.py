@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lemica_trt.calibrate.cheap import inner_products
+from lemica_trt.calibrate.inner_products import inner_products
 from lemica_trt.calibrate.journal import Header, Journal
 from lemica_trt.calibrate.measure import Progress, provenance_of
 from lemica_trt.errors import InputError, UnsupportedError, VerificationError

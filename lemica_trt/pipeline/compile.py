@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from lemica_trt.builders import Option, options_by_backend
 from lemica_trt.builders import check as check_engine
 from lemica_trt.builders import estimate as estimate_engine
-from lemica_trt.bundle import Bundle, require_replaceable
+from lemica_trt.bundle import GRAMS_FILE, Bundle, require_replaceable
 from lemica_trt.candidates import Ways, predictors, trial_runs
+from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.pipeline.planning import chooser, fitter, make_plans, planned_solvers, require_graph_fits
 from lemica_trt.pipeline.stages import (
@@ -34,6 +35,7 @@ from lemica_trt.spec import Profile
 from lemica_trt.values import Value, read_value
 
 if TYPE_CHECKING:
+    from lemica_trt.models import Model
     from lemica_trt.verify import VerifyReport
 
 
@@ -44,7 +46,8 @@ class Request(Value, frozen=True):
         budgets: full steps of each plan; the first plan is the default.
         ways: how the full steps may be chosen, and what skipped steps may do; several ways are tried.
         schedule: full steps as given; then the budgets are not used and nothing is calibrated.
-        error_graph: path of an error graph to use instead of calibrating.
+        error_graph: path of an error graph to use instead of calibrating; Grams beside it (`grams.json`, as work
+            folders and bundles have them) are used too.
         prompts: path of calibration prompts instead of the profile's.
         device: torch device that calibrates and verifies; None: a GPU where there is one.
         backends: engines to build, in order of preference.
@@ -131,7 +134,7 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
             graph = read_value(ErrorGraph, request.error_graph)
             require_graph_fits(graph, model, table, where=request.error_graph)
             reporter.stage("calibrate", f"{request.error_graph}: {graph.samples} samples, method {graph.method}")
-            findings = Findings(graph=graph)
+            findings = Findings(graph=graph, grams=_grams_beside(request.error_graph, model, table))
         elif request.calibrates:
             require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
             findings = calibrate(model, table, prompts, work, reporter)
@@ -161,6 +164,20 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
             return Result(bundle, None, unverified)
         report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
         return Result(bundle, report, unverified)
+
+
+def _grams_beside(error_graph: str, model: Model, table: SamplerTable) -> TrajectoryGrams | None:
+    """The Grams of the calibration that an error graph is of, where they lie beside it.
+
+    Raises:
+        InputError: they are of something else.
+    """
+    path = Path(error_graph).with_name(Path(GRAMS_FILE).name)
+    if not path.is_file():
+        return None
+    grams = read_value(TrajectoryGrams, path)
+    require_graph_fits(grams, model, table, where=str(path))
+    return grams
 
 
 def _backends(bundle: Bundle) -> list[str]:
@@ -210,11 +227,24 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
             )
         )
     plans = "given schedule" if request.schedule is not None else f"budgets {request.budgets}"
+    budgets = request.budgets if request.schedule is None else (len(request.schedule),)
+    reference = request.reference_steps or table.num_steps
+    if "fitted" in request.ways.solvers and not table.stochastic:
+        full = settings.samples * (reference + sum(budgets))
+        stages.append(
+            Stage(
+                name="fit",
+                what=f"a solver for each budget, to {reference} steps on {settings.samples} samples: {full} full steps, "
+                f"{full / table.num_steps:.0f} samplings' work, {full / table.num_steps / settings.samples:.1f} a sample",
+                seconds=full * expected.full_step,
+                disk=1_000 * sum(budgets),
+                memory=expected.run_memory,
+            )
+        )
     ways = len(request.ways.methods) * (len(predictors(request.ways, table, None)) + len(request.ways.solvers))
     if ways > 1:
         runs = trial_runs(ways, settings.validation_samples)
-        budgets = request.budgets if request.schedule is None else (len(request.schedule),)
-        full = settings.validation_samples * table.num_steps + runs * sum(budgets)
+        full = settings.validation_samples * reference + runs * sum(budgets)
         stages.append(
             Stage(
                 name="select",
@@ -238,8 +268,7 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
         stages.append(Stage(name="engine", what=backend, seconds=building.seconds, memory=building.memory))
     stages.append(Stage(name="bundle", what=str(output), disk=expected.weights))
     if request.verify_samples:
-        budgets = request.budgets if request.schedule is None else (len(request.schedule),)
-        full = request.verify_samples * (table.num_steps + 3 * sum(budgets)) + 8 * (table.num_steps + sum(budgets))
+        full = request.verify_samples * (reference + 3 * sum(budgets)) + 8 * (table.num_steps + sum(budgets))
         stages.append(
             Stage(
                 name="verify",

@@ -13,6 +13,7 @@ from lemica_trt.pipeline.work import Findings, Work, short, uncached_plan
 from lemica_trt.plan import StepPlan
 from lemica_trt.predicted import solve_predicted
 from lemica_trt.progress import Reporter
+from lemica_trt.provenance import Provenance
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule, given, least_sum, published, solve, uniform
 from lemica_trt.signed import AdjointProducts, signed_errors, solve_signed
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from lemica_trt.models import Model
 
 
-def require_graph_fits(graph: ErrorGraph, model: Model, table: SamplerTable, *, where: str) -> None:
-    """Raise InputError unless an error graph was measured on this model, sampler and guidance."""
+def require_graph_fits(graph: Provenance, model: Model, table: SamplerTable, *, where: str) -> None:
+    """Raise InputError unless an error graph, or its Grams, were measured on this model, sampler and guidance."""
     for name, expected, got in (
         ("model revision", model.revision, graph.revision),
         ("sampler", table.digest, graph.sampler_digest),
@@ -34,7 +35,7 @@ def require_graph_fits(graph: ErrorGraph, model: Model, table: SamplerTable, *, 
     ):
         if expected != got:
             raise InputError(
-                f"{where}: expected an error graph of {name} {short(expected)}, got {short(got)}",
+                f"{where}: expected a measurement of {name} {short(expected)}, got {short(got)}",
                 fix="calibrate this model (leave --error-graph out)",
             )
 

@@ -130,11 +130,12 @@ def calibrate(model: Model, table: SamplerTable, prompts: Sequence[str], work: W
     common: dict[str, Any] = {"seed": settings.seed, "max_skip": settings.max_skip}
     if settings.method == "exact":
         journal = work.journal(measurement_digest(model, table, prompts, **common))
-        graph = measure(
+        graph, grams = measure(
             model, table, prompts, samples=settings.samples, journal=journal, progress=reporter.advance, **common
         )
+        write_value(grams, work.grams)
         write_value(graph, work.error_graph)
-        return Findings(graph=graph)
+        return Findings(graph=graph, grams=grams)
     common["method"] = settings.method
     journal = work.journal(cheap_measurement(model, table, prompts, **common).digest)
     found = calibrate_cheaply(
