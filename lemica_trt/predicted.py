@@ -61,9 +61,7 @@ def solve_predicted(
     n, span = table.num_steps, graph.max_skip + 1
     require_feasible(n, graph.max_skip, budgets)
     costs = prediction_errors(table, grams, span) * np.square(sensitivities(table, graph, grams)[_stops(n, span)])
-    least = np.full(
-        (n, span + 1, span + 1), np.inf
-    )  # [i, i − p, p − q], of the paths with so many steps that end there
+    least = np.full((n, span + 1, span + 1), np.inf)  # [i, i − p, p − q], of paths that end there
     least[0, 0, 0] = 0.0
     found, before = {}, list[npt.NDArray[np.intp]]()
     for budget in range(1, max(budgets) + 1):

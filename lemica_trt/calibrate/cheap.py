@@ -55,7 +55,7 @@ from lemica_trt.signed import AdjointProducts
 
 CheapMethod = Literal["secant", "adjoint"]
 
-KNOTS: dict[CheapMethod, int] = {"secant": 7, "adjoint": 3}
+KNOTS: dict[CheapMethod, int] = {"secant": 5, "adjoint": 3}
 """Stops j whose sensitivity is measured, at equal distances, beside the first and the last ones."""
 
 TAIL = 3

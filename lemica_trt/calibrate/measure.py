@@ -120,8 +120,8 @@ def measure(
         batch: the most latents in one call of the DiT, bounded by memory; None: `BATCH_ELEMENTS`' worth.
 
     Returns:
-        The graph, its edges sorted, and the Grams. On one machine it depends on the arguments alone, byte for byte; where a journal
-        is gone on with under another `batch`, in the last digits on both.
+        The graph, its edges sorted, and the Grams. On one machine they depend on the arguments alone, byte for byte;
+        where a journal is gone on with under another `batch`, in the last digits on both.
 
     Raises:
         UsageError: samples, max_skip or batch below 1.

@@ -30,6 +30,7 @@ from lemica_trt.pipeline.stages import (
 from lemica_trt.pipeline.work import Findings, Work, plans_in, work_folder, write_plans
 from lemica_trt.plan import layout_from_plans
 from lemica_trt.progress import Quiet, Reporter
+from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import require_feasible
 from lemica_trt.spec import Profile
 from lemica_trt.values import Value, read_value
@@ -234,8 +235,8 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
         stages.append(
             Stage(
                 name="fit",
-                what=f"a solver for each budget, to {reference} steps on {settings.samples} samples: {full} full steps, "
-                f"{full / table.num_steps:.0f} samplings' work, {full / table.num_steps / settings.samples:.1f} a sample",
+                what=f"a solver for each budget, to {reference} steps on {settings.samples} samples: "
+                f"{full} full steps, {full / table.num_steps / settings.samples:.1f} samplings a sample",
                 seconds=full * expected.full_step,
                 disk=1_000 * sum(budgets),
                 memory=expected.run_memory,
