@@ -190,6 +190,8 @@ def candidates(
                 add(method, plan_from_schedule(schedule, table, **unnamed))
                 continue
             for predictor in predictors(ways, table, grams):
+                if method == "predicted" and predictor.of == "residual" and ways.method != method:
+                    continue  # its steps were planned for outputs
                 if fine is not None and predictor.of == "output" and not predictor.fitted:
                     add(method, integrate_finely(schedule, table, fine, predictor, **unnamed))
                     continue

@@ -230,7 +230,8 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
     plans = "given schedule" if request.schedule is not None else f"budgets {request.budgets}"
     budgets = request.budgets if request.schedule is None else (len(request.schedule),)
     reference = request.reference_steps or table.num_steps
-    if "fitted" in request.ways.solvers and not table.stochastic:
+    fitted = "fitted" in request.ways.solvers and not table.stochastic
+    if fitted:
         full = settings.samples * (reference + sum(budgets))
         stages.append(
             Stage(
@@ -242,7 +243,8 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
                 memory=expected.run_memory,
             )
         )
-    ways = len(request.ways.methods) * (len(predictors(request.ways, table, None)) + len(request.ways.solvers))
+    stock = len(request.ways.solvers) - ("fitted" in request.ways.solvers)
+    ways = len(request.ways.methods) * (len(predictors(request.ways, table, None)) + stock) + fitted
     if ways > 1:
         runs = trial_runs(ways, settings.validation_samples)
         full = settings.validation_samples * reference + runs * sum(budgets)
