@@ -402,7 +402,7 @@ def plan(
         ways=_ways(method, reuse, predict, solver, schedule),
         schedule=schedule,
         default=default,
-        reporter=_reporter(True),
+        reporter=_reporter(quiet or as_json),
         reference_steps=reference_steps,
     )
     _print(plans, as_json, summary.plans_table)

@@ -321,12 +321,13 @@ def closest_combination(grams: Array, start: Array, *, ridge: float = RIDGE, rou
 
 def _fitted_row(row: PlanRow, runs: Sequence[tuple[Rollout, Tensor]]) -> FittedRow:
     """The weights with which a row comes closest to the target of each run, from the histories that the runs have."""
-    grams, count = [], len(row.latents)
+    grams, count = [], max(1, len(row.latents))
     for run, target in runs:
         vectors = [vector.cpu() for vector in (*run.latents[:count], *run.outputs, target)]
         grams.append(inner_products(vectors, vectors))
-    outputs = len(runs[0][0].outputs)
-    start = np.array([*row.latents, *row.outputs, *[0.0] * (outputs - len(row.outputs))])
+    start = np.zeros(count + len(runs[0][0].outputs))
+    start[: len(row.latents)] = row.latents
+    start[count : count + len(row.outputs)] = row.outputs
     weights = closest_combination(np.array(grams), start).tolist()
     return FittedRow(latents=tuple(weights[:count]), outputs=tuple(weights[count:]))
 
