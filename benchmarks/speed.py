@@ -26,7 +26,7 @@ from lemica_trt.pipeline import Request, build
 from lemica_trt.progress import Quiet
 from lemica_trt.resources import load_profile, zoo_path
 from lemica_trt.spec import Profile, Shape
-from lemica_trt.verify import machine, measure_timing
+from lemica_trt.timing import machine, measure_timing
 
 
 def large_profile(folder: Path) -> Profile:

@@ -67,7 +67,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     solver = solver_table(table, schedule.full_steps, "dpmsolver++")
     fine = pipeline.reference_sampler(model, table, 2 * STEPS)
     assert fine is not None
-    fitted = pipeline.fitter(model, table, ["a cat", "a dog"], work, Quiet(), fine=fine)
+    fitted = pipeline.fitter(lambda: model, table, ["a cat", "a dog"], work, Quiet(), fine=fine)
     assert fitted is not None
     plans = [
         fold(uniform_plan(table, LINEAR, name=f"b{BUDGET}")),
@@ -153,7 +153,7 @@ def test_a_bundle_gives_a_fitted_plan_only_where_it_has_it(built: Built, tmp_pat
     shutil.copytree(built.bundle.path, copy)
 
     def replanned(schedule: list[int], reference_steps: int | None = None, **ways: Any) -> StepPlan:
-        bundle = pipeline.replan(
+        bundle, _ = pipeline.replan(
             Bundle.open(copy), budgets=[], ways=Ways(method="given", **ways), schedule=schedule, default=None,
             reporter=Quiet(), reference_steps=reference_steps,
         )  # fmt: skip

@@ -132,6 +132,7 @@ class Fitter:
         InputError: no prompts, or the journal is of something else.
 
     Attributes:
+        samples: how many.
         evaluations: of the DiT for one latent that were made so far.
     """
 
@@ -158,7 +159,7 @@ class Fitter:
         self._steps = tuple(range(table.num_steps))
         if reference.digest != table.digest:
             self._steps = nearest_steps(table, reference)
-        self._prompts, self._samples, self._seed = prompts, samples, seed
+        self.samples, self._prompts, self._seed = samples, prompts, seed
         self._progress = progress
         self._book = Journal(journal, fit_measurement(model, table, reference, prompts, samples, seed), Fit)
         self._paths: list[list[Tensor]] = []
@@ -192,8 +193,8 @@ class Fitter:
         the first time, and the plan, each on every sample."""
         if schedule.full_steps in self._book.entries:
             return 0
-        paths = self._samples - len(self._paths)
-        return paths * self._reference.num_steps + self._samples * schedule.budget
+        paths = self.samples - len(self._paths)
+        return paths * self._reference.num_steps + self.samples * schedule.budget
 
     def _start(self, schedule: Schedule) -> StepPlan:
         """The extrapolated plan that the fit begins with, in steps of the reference, folded."""
@@ -221,7 +222,7 @@ class Fitter:
                 self._progress(done, todo, (time.monotonic() - began) / done * (todo - done) if done else None)
 
         tell()
-        for s in range(len(self._paths), self._samples):
+        for s in range(len(self._paths), self.samples):
             self._paths.append(self._path(s))
             tell()
         layout = layout_from_plans([start], latent_shape=self._model.latent_shape, guided=self._model.guided)
@@ -238,7 +239,7 @@ class Fitter:
                 ),
                 self._paths[s],
             )
-            for s in range(self._samples)
+            for s in range(self.samples)
         ]
         stops = [*schedule.full_steps[1:], self._table.num_steps]
         fitted: list[FittedRow] = []

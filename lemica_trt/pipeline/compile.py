@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lemica_trt.budget import (
+    Budget,
+    FrontRow,
+    MinPsnr,
+    StepTimes,
+    afforded,
+    front_budgets,
+    front_rows,
+    said,
+)
 from lemica_trt.builders import Option, options_by_backend
 from lemica_trt.builders import check as check_engine
 from lemica_trt.builders import estimate as estimate_engine
 from lemica_trt.bundle import GRAMS_FILE, Bundle, require_replaceable
 from lemica_trt.candidates import Ways, predictors, trial_runs
+from lemica_trt.errors import InfeasibleError
 from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
-from lemica_trt.pipeline.planning import chooser, fitter, make_plans, planned_solvers, require_graph_fits
+from lemica_trt.pipeline.budgets import (
+    DEFAULT_BUDGETS,
+    Answer,
+    Clock,
+    Scout,
+    afforded_by,
+    answers,
+    paces_of,
+    plan_budgets,
+    probe,
+    require_searchable,
+    scouting_cost,
+    timed,
+)
+from lemica_trt.pipeline.planning import Judge, fitter, make_plans, planned_solvers, require_graph_fits
 from lemica_trt.pipeline.stages import (
     assemble,
     begin,
@@ -27,11 +54,11 @@ from lemica_trt.pipeline.stages import (
     verifiable,
     verify_bundle,
 )
-from lemica_trt.pipeline.work import Findings, Work, plans_in, work_folder, write_plans
+from lemica_trt.pipeline.work import Findings, Work, plans_in, plans_to_run, work_folder, write_plans
 from lemica_trt.plan import layout_from_plans
 from lemica_trt.progress import Quiet, Reporter
 from lemica_trt.sampler import SamplerTable
-from lemica_trt.schedule import require_feasible
+from lemica_trt.schedule import least_budget, require_feasible
 from lemica_trt.spec import Profile
 from lemica_trt.values import Value, read_value
 
@@ -44,7 +71,8 @@ class Request(Value, frozen=True):
     """What `build` is asked for beyond the profile.
 
     Attributes:
-        budgets: full steps of each plan; the first plan is the default.
+        budgets: of each plan, full steps or in another unit; the first plan is the default.
+        pareto: whether the quality of budgets all along is measured too.
         ways: how the full steps may be chosen, and what skipped steps may do; several ways are tried.
         schedule: full steps as given; then the budgets are not used and nothing is calibrated.
         error_graph: path of an error graph to use instead of calibrating; Grams beside it (`grams.json`, as work
@@ -57,7 +85,8 @@ class Request(Value, frozen=True):
         reference_steps: M: the run that plans are held against is the sampler with M steps; None: its own N.
     """
 
-    budgets: tuple[int, ...] = (15,)
+    budgets: tuple[Budget, ...] = DEFAULT_BUDGETS
+    pareto: bool = False
     ways: Ways = Ways()
     schedule: tuple[int, ...] | None = None
     error_graph: str | None = None
@@ -76,18 +105,20 @@ class Request(Value, frozen=True):
     @property
     def needs_graph(self) -> bool:
         """Whether a method searches an error graph."""
-        return self.schedule is None and not set(self.ways.methods) <= {"uniform", "published"}
+        return self.schedule is None and self.ways.needs_graph
 
 
 def check_request(profile: Profile, output: Path, request: Request) -> None:
     """Refuse before any work what could only fail behind it.
 
     Raises:
-        UsageError: unknown backend or option; `output` is something else than a bundle.
+        UsageError: unknown backend or option; `output` is something else than a bundle; budgets to be searched of a
+            method that has only its own.
         UnsupportedError, MissingDependencyError: as `builders.check`.
         InputError: a prompt file or error graph cannot be read.
     """
     require_replaceable(output)
+    require_searchable(request.budgets, request.pareto, request.ways)
     for backend, options in options_by_backend(request.backends, request.options).items():
         check_engine(backend, profile.dtype, options)
     calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
@@ -104,11 +135,15 @@ class Result(NamedTuple):
         bundle: on disk.
         report: of the engines that were verified; None where none were.
         unverified: backends whose engines were built and not verified, and why.
+        answers: what came of budgets that are no numbers of full steps.
+        front: quality and predicted time of the budgets that were looked at.
     """
 
     bundle: Bundle
     report: VerifyReport | None
     unverified: dict[str, str]
+    answers: tuple[Answer, ...]
+    front: tuple[FrontRow, ...]
 
 
 def build(profile: Profile, output: Path, request: Request, reporter: Reporter) -> Result:
@@ -130,41 +165,66 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
         model, table = begin(profile, work, request.device, reporter)
         prompts = calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
         fine = reference_sampler(model, table, request.reference_steps)
-        findings = Findings()
+        graph, grams = None, None
         if request.error_graph is not None:
             graph = read_value(ErrorGraph, request.error_graph)
             require_graph_fits(graph, model, table, where=request.error_graph)
+            grams = _grams_beside(request.error_graph, model, table)
+        max_skip = None
+        if request.needs_graph:
+            max_skip = profile.calibration.max_skip if graph is None else graph.max_skip
+        times = None
+        if any(map(timed, request.budgets)):
+            times = probe(model, table, work, request.ways, request.backends, request.options, reporter)
+        budgets = afforded_by(request.budgets, times, request.ways, table.num_steps, max_skip)
+        findings = Findings(graph=graph, grams=grams)
+        if graph is not None:
             reporter.stage("calibrate", f"{request.error_graph}: {graph.samples} samples, method {graph.method}")
-            findings = Findings(graph=graph, grams=_grams_beside(request.error_graph, model, table))
         elif request.calibrates:
-            require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
+            counts = [budget for budget in budgets if isinstance(budget, int)]
+            require_feasible(table.num_steps, profile.calibration.max_skip, counts)
             findings = calibrate(model, table, prompts, work, reporter)
         findings = findings._replace(reference=fine)
-        plans, selections = make_plans(
+        make = functools.partial(
+            make_plans,
             table,
             profile=profile,
-            budgets=request.budgets,
             ways=request.ways,
             findings=findings,
             schedule=request.schedule,
             solver=planned_solvers(table),
-            fitted=fitter(model, table, prompts, work, reporter, fine=fine),
-            choose=chooser(model, table, prompts, work, reporter, fine=fine),
+            fitted=fitter(lambda: model, table, prompts, work, reporter, fine=fine),
         )
-        findings = findings._replace(selections=selections)
-        write_plans(plans, findings, work, reporter)
-        plans = plans_in(work)
-        layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided)
+        planned = plan_budgets(
+            budgets,
+            Scout(make, Judge(lambda: model, table, prompts, work, reporter, fine=fine)),
+            reporter,
+            pareto=request.pareto,
+            num_steps=table.num_steps,
+            max_skip=max_skip,
+        )
+        findings = findings._replace(selections=planned.selections, front=planned.front)
+        write_plans(planned.plans, findings, work, reporter)
+        layout = layout_from_plans(plans_to_run(work), latent_shape=model.latent_shape, guided=model.guided)
         exported = export(model, layout, work, reporter)
         entries = engines(exported, work, request.backends, request.options, reporter)
-        bundle = assemble(profile, table, findings, plans, exported, entries, work, output, reporter)
-        if request.verify_samples == 0:
-            return Result(bundle, None, dict.fromkeys(_backends(bundle), "not asked for"))
+        bundle = assemble(profile, table, findings, plans_in(work), exported, entries, work, output, reporter)
         backend, unverified = verifiable(bundle)
-        if backend is None:
-            return Result(bundle, None, unverified)
-        report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
-        return Result(bundle, report, unverified)
+        report = None
+        if request.verify_samples == 0:
+            unverified = dict.fromkeys(_backends(bundle), "not asked for")
+        elif backend is not None:
+            report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
+            times = report.steps or times
+        paces = paces_of(report)
+        if report is None and backend is not None and times is not None:
+            paces = Clock(bundle, reporter, backend=backend).paces(planned.plans, times)
+        front = () if planned.front is None else front_rows(planned.front, times)
+        if front:
+            from lemica_trt.report.folder import write_front
+
+            write_front(bundle, front)
+        return Result(bundle, report, unverified, answers(request.budgets, planned, times, paces), front)
 
 
 def _grams_beside(error_graph: str, model: Model, table: SamplerTable) -> TrajectoryGrams | None:
@@ -209,11 +269,27 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
     check_request(profile, output, request)
     model = open_model(profile, Quiet(), device="cpu")
     table = lower_sampler(model, Quiet())
+    counts = [budget for budget in request.budgets if isinstance(budget, int)]
     if request.calibrates:
-        require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
+        require_feasible(table.num_steps, profile.calibration.max_skip, counts)
     expected = estimate(model)
     settings = profile.calibration
+    max_skip = settings.max_skip if request.needs_graph else None
+    if request.schedule is not None:
+        budgets = [len(request.schedule)]
+    else:
+        steps = StepTimes(full=expected.full_step, skipped=expected.skipped_step, rest=0.0)
+        budgets = [_about(budget, steps, table.num_steps, max_skip) for budget in request.budgets]
     stages = []
+    if any(map(timed, request.budgets)):
+        stages.append(
+            Stage(
+                name="time",
+                what="graphs exported and engines built to time their steps; full steps below are by PyTorch's",
+                disk=2 * expected.weights,
+                memory=expected.export_memory,
+            )
+        )
     if request.calibrates:
         calls = calibration_cost(model, table)
         stages.append(
@@ -227,8 +303,7 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
                 memory=expected.run_memory,
             )
         )
-    plans = "given schedule" if request.schedule is not None else f"budgets {request.budgets}"
-    budgets = request.budgets if request.schedule is None else (len(request.schedule),)
+    plans = "given schedule" if request.schedule is not None else ", ".join(map(said, request.budgets))
     reference = request.reference_steps or table.num_steps
     fitted = "fitted" in request.ways.solvers and not table.stochastic
     if fitted:
@@ -257,6 +332,18 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
                 memory=expected.run_memory,
             )
         )
+    if request.pareto or any(isinstance(budget, MinPsnr) for budget in request.budgets):
+        looked_at = front_budgets(table.num_steps, max_skip)
+        full = scouting_cost(looked_at, table.num_steps, ways, len(request.ways.methods), settings.validation_samples)
+        full += fitted * settings.samples * sum(looked_at)
+        stages.append(
+            Stage(
+                name="quality",
+                what=f"{len(looked_at)} budgets of {looked_at[0]} … {looked_at[-1]} looked at in {full} full steps",
+                seconds=full * expected.full_step,
+                memory=expected.run_memory,
+            )
+        )
     stages.append(Stage(name="plan", what=f"{', '.join(request.ways.methods)}; {plans}", seconds=0.1, disk=20_000))
     stages.append(
         Stage(
@@ -281,3 +368,14 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
             )
         )
     return stages
+
+
+def _about(budget: Budget, times: StepTimes, num_steps: int, max_skip: int | None) -> int:
+    """The full steps that a budget comes to, as far as an estimate can tell."""
+    if isinstance(budget, int):
+        return budget
+    if isinstance(budget, MinPsnr):
+        return num_steps // 2
+    with contextlib.suppress(InfeasibleError):  # by the engines it may be feasible
+        return afforded(budget, times, num_steps, max_skip).budgets[0]
+    return least_budget(num_steps, max_skip)

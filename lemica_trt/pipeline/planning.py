@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lemica_trt.budget import Afforded
 from lemica_trt.bundle import check_plan
 from lemica_trt.candidates import FittedPlan, Planner, Selection, SolverTable, Ways, candidates, select, way
 from lemica_trt.errors import InputError, UsageError
@@ -20,6 +23,7 @@ from lemica_trt.signed import AdjointProducts, signed_errors, solve_signed
 from lemica_trt.spec import GraphSet, Profile
 
 if TYPE_CHECKING:
+    from lemica_trt.calibrate import Fitter, Trials
     from lemica_trt.models import Model
 
 
@@ -41,14 +45,14 @@ def require_graph_fits(graph: Provenance, model: Model, table: SamplerTable, *, 
 
 
 Chooser = Callable[[Sequence[StepPlan]], tuple[StepPlan, Selection]]
-"""Plans of one budget → the best of them, and how all did."""
+"""Plans of one budget, or of one time, → the best of them, and how all did."""
 
 
 def make_plans(
     table: SamplerTable,
     *,
     profile: Profile,
-    budgets: Sequence[int],
+    budgets: Sequence[int | Afforded],
     ways: Ways,
     findings: Findings,
     schedule: Sequence[int] | None = None,
@@ -63,7 +67,8 @@ def make_plans(
     Args:
         table: the sampler.
         profile: gives the default guidance scale, and the model's name for published schedules.
-        budgets, ways, schedule: see `Request`.
+        budgets: full steps, or what a time affords: then ways that run the skip graph have others than ways that fold.
+        ways, schedule: see `Request`.
         findings: what the methods and predictors need of a calibration.
         solver: makes planned solvers; None: without them.
         fitted: makes the plans of fitted solvers; None: without them.
@@ -87,23 +92,31 @@ def make_plans(
     plans, selections = [], []
     if schedule is not None:
         chosen = given(schedule, table.num_steps)
-        found: list[dict[Planner, list[Schedule]]] = [{"given": [chosen]}]
+        found: list[dict[int, dict[Planner, list[Schedule]]]] = [{chosen.budget: {"given": [chosen]}}]
         budgets = [chosen.budget]
     else:
-        found = [_schedules(table, profile, budget, ways, findings) for budget in budgets]
+        found = [
+            {count: _schedules(table, profile, count, ways, findings) for count in _full_steps(budget)}
+            for budget in budgets
+        ]
     for budget, schedules in zip(budgets, found):
-        several = candidates(
-            ways,
-            schedules,
-            table,
-            name=f"b{budget}",
-            guidance_scale=profile.sampling.guidance_scale,
-            grams=findings.grams,
-            solver=solver,
-            fitted=fitted,
-            fine=findings.reference,
-            error_graph_digest=None if graph is None else graph.digest,
-        )
+        several = [
+            plan
+            for count, of_count in schedules.items()
+            for plan in candidates(
+                ways,
+                of_count,
+                table,
+                name=f"b{count}",
+                guidance_scale=profile.sampling.guidance_scale,
+                grams=findings.grams,
+                solver=solver,
+                fitted=fitted if isinstance(budget, int) or count == budget.folded else None,
+                fine=findings.reference,
+                error_graph_digest=None if graph is None else graph.digest,
+            )
+            if isinstance(budget, int) or budget.admits(plan)
+        ]
         if graphs is not None and len(several) > 1:
             several = [plan for plan in several if _runs_on(plan, graphs)] or several[:1]
         if len(several) == 1:
@@ -115,6 +128,10 @@ def make_plans(
         else:
             plans.append(_best_before(several, before or {}))
     return plans, tuple(selections)
+
+
+def _full_steps(budget: int | Afforded) -> tuple[int, ...]:
+    return (budget,) if isinstance(budget, int) else budget.budgets
 
 
 def _schedules(
@@ -187,53 +204,77 @@ def _best_before(plans: Sequence[StepPlan], before: Mapping[int, Sequence[str]])
     )
 
 
-def chooser(
-    model: Model,
-    table: SamplerTable,
-    prompts: Sequence[str],
-    work: Work,
-    reporter: Reporter,
-    *,
-    fine: SamplerTable | None = None,
-) -> Chooser:
-    """Tries plans on the model: on prompts behind those of the calibration, and other seeds.
+class Judge:
+    """Tries plans on the model: on prompts behind those of the calibration, and other seeds. A `Chooser`.
+
+    Uncached runs are kept for all plans that it is asked about.
 
     Args:
+        model: opens it; called when there is something to run.
+        table: its sampler.
+        prompts: of the calibration.
+        work: where finished runs are kept.
         fine: the sampler at M steps, where plans are held against that.
     """
-    from lemica_trt.calibrate import Trials, trials_digest
 
-    settings = model.profile.calibration
-    skip = settings.samples % len(prompts)
-    fresh = [*prompts[skip:], *prompts[:skip]]
-    seed = settings.seed + settings.samples
-    reference = uncached_plan(fine or table, guidance_scale=model.profile.sampling.guidance_scale)
+    def __init__(
+        self,
+        model: Callable[[], Model],
+        table: SamplerTable,
+        prompts: Sequence[str],
+        work: Work,
+        reporter: Reporter,
+        *,
+        fine: SamplerTable | None = None,
+    ) -> None:
+        self._open, self._table, self._prompts = model, table, prompts
+        self._work, self._reporter, self._reference = work, reporter, fine or table
 
-    def choose(plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
-        reporter.stage(
+    def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
+        """The best plan, see `candidates.select`."""
+        run, _, samples = self._trials
+        budgets = "/".join(str(budget) for budget in sorted({plan.budget for plan in plans}))
+        self._reporter.stage(
             "select",
-            f"{len(plans)} ways to run {plans[0].budget} full steps, the best of them on "
-            f"{settings.validation_samples} samples, against {reference.num_steps} steps",
+            f"{len(plans)} ways to run {budgets} full steps, the best of them on {samples} samples, against "
+            f"{self._reference.num_steps} steps",
         )
+        plan, selection = select(plans, samples, run)
+        best = selection.tried[0]
+        self._reporter.note(f"{best.way}: {best.mean:.1f} dB")
+        return plan, selection
+
+    def psnr(self, plan: StepPlan) -> tuple[float, ...]:
+        """dB of the frames of each validation sample against the reference."""
+        run, journal, samples = self._trials
+        return run.psnr(plan, range(samples), journal=journal)
+
+    @functools.cached_property
+    def _trials(self) -> tuple[Trials, Path, int]:
+        """What runs plans, the journal of frames, and the number of samples."""
+        from lemica_trt.calibrate import Trials, trials_digest
+
+        model = self._open()
+        settings, table, prompts = model.profile.calibration, self._table, self._prompts
+        skip = settings.samples % len(prompts)
+        fresh = [*prompts[skip:], *prompts[:skip]]
+        seed = settings.seed + settings.samples
+        reference = uncached_plan(self._reference, guidance_scale=model.profile.sampling.guidance_scale)
+        digest = trials_digest(model, reference, table, fresh, seed=seed)
         run = Trials(
             model,
             reference,
             table,
             fresh,
             seed=seed,
-            journal=work.trials(trials_digest(model, reference, table, fresh, seed=seed)),
-            progress=reporter.advance,
+            journal=self._work.trials(digest),
+            progress=self._reporter.advance,
         )
-        plan, selection = select(plans, settings.validation_samples, run)
-        best = selection.tried[0]
-        reporter.note(f"{best.way}: {best.mean:.1f} dB")
-        return plan, selection
-
-    return choose
+        return run, self._work.frames(digest), settings.validation_samples
 
 
 def fitter(
-    model: Model,
+    model: Callable[[], Model],
     table: SamplerTable,
     prompts: Sequence[str],
     work: Work,
@@ -244,32 +285,37 @@ def fitter(
     """Fits solvers to the model, on the samples of the calibration; None where the sampler draws noise.
 
     Args:
+        model: opens it; called when there is something to fit.
         fine: the sampler at M steps, where plans are held against that.
     """
-    from lemica_trt.calibrate import Fitter, fit_measurement
-
     if table.stochastic:
         return None
-    settings = model.profile.calibration
     reference = fine or table
-    measurement = fit_measurement(model, table, reference, prompts, settings.samples, settings.seed)
-    fits = Fitter(
-        model,
-        table,
-        reference,
-        prompts,
-        samples=settings.samples,
-        seed=settings.seed,
-        journal=work.fits(measurement.digest),
-        progress=reporter.advance,
-    )
+
+    @functools.cache
+    def opened() -> Fitter:
+        from lemica_trt.calibrate import Fitter, fit_measurement
+
+        settings = model().profile.calibration
+        measurement = fit_measurement(model(), table, reference, prompts, settings.samples, settings.seed)
+        return Fitter(
+            model(),
+            table,
+            reference,
+            prompts,
+            samples=settings.samples,
+            seed=settings.seed,
+            journal=work.fits(measurement.digest),
+            progress=reporter.advance,
+        )
 
     def fit(schedule: Schedule) -> StepPlan:
+        fits = opened()
         wanted = fits.evaluations_for(schedule)
         reporter.stage(
             "fit",
-            f"a solver for {schedule.budget} steps, on {settings.samples} samples, to {reference.num_steps} steps: "
-            f"{wanted / table.num_steps / settings.samples:.1f} samplings a sample",
+            f"a solver for {schedule.budget} steps, on {fits.samples} samples, to {reference.num_steps} steps: "
+            f"{wanted / table.num_steps / fits.samples:.1f} samplings a sample",
         )
         return fits(schedule)
 

@@ -17,6 +17,7 @@ from lemica_trt.builders import EngineEntry, Option, options_by_backend
 from lemica_trt.builders import build as build_engine
 from lemica_trt.bundle import (
     ERROR_GRAPH_FILE,
+    FRONT_FILE,
     GRAMS_FILE,
     MANIFEST,
     REFERENCE_FILE,
@@ -260,6 +261,8 @@ def assemble(
         files[REFERENCE_FILE] = json_bytes(findings.reference)
     if findings.selections:
         files[SELECTION_FILE] = json_bytes(Selections(selections=findings.selections))
+    if findings.front is not None:
+        files[FRONT_FILE] = json_bytes(findings.front)
     for spec in exported.graphs.graphs:
         files.update({name: work.export / name for name in (spec.file, *spec.data_files)})
     for entry in entries:  # ONNX Runtime's engines are the ONNX files; other builders write their own
@@ -352,7 +355,7 @@ def verify_bundle(
 def begin(profile: Profile, work: Work, device: str | None, reporter: Reporter) -> tuple[Model, SamplerTable]:
     """Load the model and lower its sampler; what the work folder has of another profile is taken away, journals not."""
     if not work.profile.is_file() or work.profile.read_bytes() != json_bytes(profile):
-        for path in (work.error_graph, work.grams, work.products, work.selection):
+        for path in (work.error_graph, work.grams, work.products, work.selection, work.front):
             path.unlink(missing_ok=True)
         shutil.rmtree(work.plans, ignore_errors=True)
         write_value(profile, work.profile)

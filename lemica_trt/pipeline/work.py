@@ -10,7 +10,10 @@ WORK/
   fits-<digest>.jsonl          solvers that were fitted so far
   trials-<digest>.jsonl        how plans did in trials so far
   reference.json               SamplerTable of M steps    (--reference-steps)
+  frames-<digest>.jsonl        how plans' frames did in trials so far
   selection.json               which ways were tried for each budget, and which won
+  front.json                   Front: quality by budget (--pareto, --min-psnr)
+  steps-<digest>.json          what steps take on this machine's engines (--latency, --speedup)
   plans/<index>-<name>.json    StepPlans, in the order asked for
   export/export.json           what the graphs were made from, and the GraphSet
   export/onnx/…, tokenizer/…   the graphs
@@ -25,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lemica_trt.budget import Front
 from lemica_trt.candidates import Selection, Selections, way
 from lemica_trt.errors import InputError, UsageError
 from lemica_trt.grams import TrajectoryGrams
@@ -103,6 +107,10 @@ class Work:
         return self.root / "reference.json"
 
     @property
+    def front(self) -> Path:
+        return self.root / "front.json"
+
+    @property
     def plans(self) -> Path:
         return self.root / "plans"
 
@@ -125,6 +133,14 @@ class Work:
     def trials(self, digest: str) -> Path:
         """Where trials of plans keep their scores."""
         return self.root / f"trials-{digest[:16]}.jsonl"
+
+    def frames(self, digest: str) -> Path:
+        """Where trials of plans keep the scores of their frames."""
+        return self.root / f"frames-{digest[:16]}.jsonl"
+
+    def step_times(self, digest: str) -> Path:
+        """Where the times of steps are kept that engines of these graphs were measured to take."""
+        return self.root / f"steps-{digest[:16]}.json"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -171,6 +187,7 @@ class Findings(NamedTuple):
         products: for the signed planner.
         reference: the sampler at M steps, where plans are held against that; None: at its own N.
         selections: how the ways did that were tried.
+        front: quality by budget.
     """
 
     graph: ErrorGraph | None = None
@@ -178,6 +195,7 @@ class Findings(NamedTuple):
     products: AdjointProducts | None = None
     reference: SamplerTable | None = None
     selections: tuple[Selection, ...] = ()
+    front: Front | None = None
 
 
 def findings_in(work: Work) -> Findings:
@@ -193,6 +211,7 @@ def findings_in(work: Work) -> Findings:
         products=found(AdjointProducts, work.products),
         reference=found(SamplerTable, work.reference),
         selections=selections.selections if selections is not None else (),
+        front=found(Front, work.front),
     )
 
 
@@ -203,12 +222,14 @@ def uncached_plan(table: SamplerTable, *, guidance_scale: float, name: str = UNC
 
 
 def write_plans(plans: Sequence[StepPlan], findings: Findings, work: Work, reporter: Reporter) -> None:
-    """Plans, how they were selected and against what → the work folder, in place of those that are there."""
+    """Plans, how they were selected and compared, and against what → the work folder, in place of those there."""
     shutil.rmtree(work.plans, ignore_errors=True)
-    for stale in (work.selection, work.reference):
-        stale.unlink(missing_ok=True)
+    for path in (work.selection, work.front, work.reference):
+        path.unlink(missing_ok=True)
     if findings.selections:
         write_value(Selections(selections=findings.selections), work.selection)
+    if findings.front is not None:
+        write_value(findings.front, work.front)
     if findings.reference is not None:
         write_value(findings.reference, work.reference)
     for index, plan in enumerate(plans):
@@ -231,6 +252,16 @@ def plans_in(work: Work) -> list[StepPlan]:
             fix=f"lemica-trt plan {work.root} --budget 15",
         )
     return [*plans, uncached_plan(table, guidance_scale=profile.sampling.guidance_scale)]
+
+
+def plans_to_run(work: Work) -> list[StepPlan]:
+    """The plans in a work folder, and those of its front: what graphs must be able to run.
+
+    Raises:
+        InputError: as `plans_in`.
+    """
+    front = findings_in(work).front
+    return [*plans_in(work), *(() if front is None else (point.plan for point in front.points))]
 
 
 def short(value: object) -> str:
