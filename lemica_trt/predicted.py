@@ -102,7 +102,8 @@ def prediction_errors(table: SamplerTable, grams: TrajectoryGrams, span: int) ->
             rest = left[q] - beyond[q, p] * left[p] / beyond[p, p]
             more = rest**2 / (beyond[q, q] - beyond[q, p] ** 2 / beyond[p, p])
             errors[i, i - p, p - q, j - i] = held - told - more
-    return np.maximum(errors, 0.0)
+    found: Array = np.maximum(errors, 0.0)
+    return found
 
 
 def sensitivities(table: SamplerTable, graph: ErrorGraph, grams: TrajectoryGrams) -> Array:
