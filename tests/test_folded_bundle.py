@@ -77,7 +77,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     ]
     layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=True)
     exported = pipeline.export(model, layout, work, Quiet())
-    engines = pipeline.engines(exported, work, ["onnxruntime"], {}, Quiet())
+    engines = pipeline.engines(exported.graphs, work.export, work, ["onnxruntime"], {}, Quiet())
     bundle = pipeline.assemble(
         model.profile,
         table,
@@ -165,8 +165,8 @@ def test_a_bundle_gives_a_fitted_plan_only_where_it_has_it(built: Built, tmp_pat
         with pytest.raises(UsageError, match="3 full steps is fitted to the model, and the bundle has none"):
             replanned(solver="fitted", **arguments)
     with pytest.raises(UsageError, match="expected 8 or 16, which the bundle knows, got 32"):
-        replanned([0, 2, 5], 32, reuse="output", predict="linear")
-    finely, plainly = (replanned([0, 2, 5], steps, reuse="output", predict="linear") for steps in (None, STEPS))
+        replanned([0, 2, 5], 32, reuse="output", predict="none")
+    finely, plainly = (replanned([0, 2, 5], steps, reuse="output", predict="none") for steps in (None, STEPS))
     assert (finely.reference_steps, plainly.reference_steps) == (2 * STEPS, None) and finely.rows != plainly.rows
 
 
