@@ -2,10 +2,12 @@
 
     prompts   the prompt files
     replay    one sample: the uncached run, and every segment replayed on its saved states (LeMiCa eq. 4)
+    inner_products   of what runs computed
     journal   finished work on disk, so that a killed measurement goes on where it was
     measure   all samples, resumable, into one error graph; what it will cost
     adjoint   how the result moves with each latent: one backward sweep through the uncached run
     trials    whole plans against the uncached run: which of several is best
+    fitted    a multistep solver of a plan's own, fitted while the plan runs
     cheap     the same graph from a few samplings a sample, with Gram matrices and adjoint products
 
 Knows nothing of how schedules are searched, of export or engines.
@@ -13,6 +15,7 @@ Knows nothing of how schedules are searched, of export or engines.
 
 from lemica_trt.calibrate.adjoint import checkpoints
 from lemica_trt.calibrate.cheap import Calibrated, CheapMethod, calibrate_cheaply, cheap_cost, cheap_measurement
+from lemica_trt.calibrate.fitted import Fitter, fit_measurement
 from lemica_trt.calibrate.measure import Cost, cost, exact_edges, measure, measurement_digest
 from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
 from lemica_trt.calibrate.trials import Trials, trials_digest
@@ -21,6 +24,7 @@ __all__ = [
     "Calibrated",
     "CheapMethod",
     "Cost",
+    "Fitter",
     "Trials",
     "calibrate_cheaply",
     "cheap_cost",
@@ -28,6 +32,7 @@ __all__ = [
     "checkpoints",
     "cost",
     "exact_edges",
+    "fit_measurement",
     "measure",
     "measurement_digest",
     "prompts_digest",

@@ -1,4 +1,4 @@
-"""The error graph of a model under a sampler: all samples, all segments, resumable.
+"""The error graph of a model under a sampler: all samples, all segments, resumable; and the Grams of the same runs.
 
 A unit of work is one start of one sample. Units are run in waves of neighbouring starts, so that small models get
 large batches. Errors depend in their last digits on which runs share a call of the DiT (matrix products round
@@ -15,13 +15,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+import numpy as np
 import torch
 from msgspec import UNSET, UnsetType
+from torch import Tensor
 
-from lemica_trt.calibrate.journal import Journal, Measurement, Unit
+from lemica_trt.calibrate.inner_products import inner_products, matrix, some_tokens
+from lemica_trt.calibrate.journal import Journal, Measurement, Piece, Unit
 from lemica_trt.calibrate.prompts import prompts_digest
-from lemica_trt.calibrate.replay import Run, Stepper, distance
+from lemica_trt.calibrate.replay import Run, Stepper, Uncached, distance
 from lemica_trt.errors import InputError, UsageError, VerificationError
+from lemica_trt.grams import Matrix, TrajectoryGrams, gram_from_samples
 from lemica_trt.graph import Edge, ErrorGraph
 from lemica_trt.models.model import Model
 from lemica_trt.sampler import SamplerTable
@@ -61,6 +66,18 @@ class Cost(NamedTuple):
         return cls(units, full, skip, (full + backward) / num_steps, backward)
 
 
+class Measured(NamedTuple):
+    """What a measurement gives.
+
+    Attributes:
+        graph: exact errors.
+        grams: of the uncached runs.
+    """
+
+    graph: ErrorGraph
+    grams: TrajectoryGrams
+
+
 def cost(num_steps: int, max_skip: int, samples: int) -> Cost:
     """Cost of a measurement from its beginning, exact.
 
@@ -87,8 +104,8 @@ def measure(
     journal: Path,
     progress: Progress | None = None,
     batch: int | None = None,
-) -> ErrorGraph:
-    """Measure the error graph by LeMiCa's eq. 4 (see `replay`).
+) -> Measured:
+    """Measure the error graph by LeMiCa's eq. 4 (see `replay`), and the Gram matrices of the same uncached runs.
 
     Args:
         model: on its device, in the dtype that is deployed; its profile gives guidance scale and negative prompt.
@@ -103,8 +120,8 @@ def measure(
         batch: the most latents in one call of the DiT, bounded by memory; None: `BATCH_ELEMENTS`' worth.
 
     Returns:
-        The graph, its edges sorted. On one machine it depends on the arguments alone, byte for byte; where a journal
-        is gone on with under another `batch`, in the last digits on both.
+        The graph, its edges sorted, and the Grams. On one machine they depend on the arguments alone, byte for byte;
+        where a journal is gone on with under another `batch`, in the last digits on both.
 
     Raises:
         UsageError: samples, max_skip or batch below 1.
@@ -125,13 +142,21 @@ def measure(
         if missing:
             sample = stepper.sample(f"sample {s}", prompts[s % len(prompts)], seed + s)
             with torch.inference_mode():
-                uncached = sample.uncached()
+                kept: list[Tensor] = []
+                uncached = sample.uncached(keep=lambda residual, kept=kept: kept.append(some_tokens(residual)))
                 clock.spent += measurement.num_steps
                 for wave in missing:
-                    book.add(_units(measurement, s, sample.errors(uncached, wave, measurement.max_skip)))
+                    units = _units(measurement, s, sample.errors(uncached, wave, measurement.max_skip))
+                    if 0 in wave:
+                        units[0] = msgspec.structs.replace(units[0], **_inner_products(uncached, kept))
+                    book.add(units)
                     clock.spent += clock.cost(wave)
                     clock.tell(book)
-    return _graph(measurement, book, samples)
+    first = [book.entries[s, 0] for s in range(samples)]
+    return Measured(
+        graph=_graph(measurement, book, samples),
+        grams=trajectory_grams(measurement, first),
+    )
 
 
 def exact_edges(
@@ -310,6 +335,24 @@ def error_graph(
         method=method,
         samplings=samplings,
     )
+
+
+def trajectory_grams(measurement: Measurement, samples: Sequence[Unit | Piece]) -> TrajectoryGrams:
+    """The Grams of samples, from the inner products of each."""
+    grams: dict[str, Any] = {
+        name: gram_from_samples([np.array(getattr(part, name)) for part in samples])
+        for name in ("outputs", "residuals")
+    }
+    return TrajectoryGrams(**provenance(measurement), samples=len(samples), **grams)
+
+
+def _inner_products(uncached: Uncached, residuals: Sequence[Tensor]) -> dict[str, Matrix]:
+    """Those fields of a `Unit`."""
+    outputs = [run.outputs[0].cpu() for run in uncached.runs[1:]]
+    return {
+        "outputs": matrix(inner_products(outputs, outputs)),
+        "residuals": matrix(inner_products(residuals, residuals)),
+    }
 
 
 def provenance(measurement: Measurement) -> dict[str, Any]:

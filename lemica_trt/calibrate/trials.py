@@ -1,4 +1,4 @@
-"""Plans run whole in PyTorch against the uncached run: which of several is best on this model?
+"""Plans run whole in PyTorch against their reference, an uncached run: which of several is best on this model?
 
 The score is the signal-to-noise ratio of the final latents, 10·log₁₀(‖x_N‖² / ‖x̂_N − x_N‖²) in dB: free of the VAE,
 so that it costs DiT calls only. `Trials.psnr` is of decoded frames: the number that people know, for few plans.
@@ -28,9 +28,23 @@ SNR_CAP = 120.0
 """dB; more cannot be told apart in fp32."""
 
 
-def trials_digest(model: Model, table: SamplerTable, prompts: Sequence[str], *, seed: int) -> str:
+class TrialHeader(Header, frozen=True, kw_only=True):
+    """What a journal of scores is bound to.
+
+    Attributes:
+        reference: digest of the rows of the plan that all are held against.
+    """
+
+    reference: str
+
+
+def trials_digest(model: Model, reference: StepPlan, table: SamplerTable, prompts: Sequence[str], *, seed: int) -> str:
     """SHA-256 (hex) of everything that a journal of scores is bound to."""
-    return Header(**provenance_of(model, table, prompts, seed)).digest
+    return _header(model, reference, table, prompts, seed).digest
+
+
+def _header(model: Model, reference: StepPlan, table: SamplerTable, prompts: Sequence[str], seed: int) -> TrialHeader:
+    return TrialHeader(**provenance_of(model, table, prompts, seed), reference=reference.rows_digest)
 
 
 class Score(Value, frozen=True):
@@ -64,7 +78,7 @@ class FrameScore(Value, frozen=True):
 
     Attributes:
         sample, plan: as in `Score`.
-        psnr: dB against the uncached run's frames; see `quality.psnr`.
+        psnr: dB against the reference's frames; see `quality.psnr`.
     """
 
     sample: int
@@ -89,7 +103,7 @@ class Trials:
 
     Args:
         model: on its device.
-        uncached: the plan that runs every step.
+        reference: the plan that all are held against: of the sampler, or of the sampler with more steps, every step.
         table: the model's sampler.
         prompts: sample s uses prompt s mod len(prompts), and seed + s for all its noise.
         seed: of sample 0.
@@ -100,7 +114,7 @@ class Trials:
     def __init__(
         self,
         model: Model,
-        uncached: StepPlan,
+        reference: StepPlan,
         table: SamplerTable,
         prompts: Sequence[str],
         *,
@@ -108,9 +122,9 @@ class Trials:
         journal: Path,
         progress: Progress | None = None,
     ) -> None:
-        self._model, self._uncached, self._prompts, self._seed = model, uncached, prompts, seed
+        self._model, self._against, self._prompts, self._seed = model, reference, prompts, seed
         self._progress = progress
-        self._header = Header(**provenance_of(model, table, prompts, seed))
+        self._header = _header(model, reference, table, prompts, seed)
         self._book = Journal(journal, self._header, Score)
         self._references: dict[int, Tensor] = {}
         self._clips: dict[int, Frames] = {}
@@ -119,7 +133,7 @@ class Trials:
         """dB of each plan on each sample.
 
         Raises:
-            VerificationError: the uncached run is not finite. (A plan whose run is not scores −`SNR_CAP`.)
+            VerificationError: the reference is not finite. (A plan whose run is not scores −`SNR_CAP`.)
         """
         digests = [plan.rows_digest for plan in plans]
         work = [(s, plan) for s in samples for plan in plans if (s, plan.rows_digest) not in self._book.entries]
@@ -128,15 +142,15 @@ class Trials:
         return [[self._book.entries[s, digest].snr for s in samples] for digest in digests]
 
     def psnr(self, plan: StepPlan, samples: range, *, journal: Path) -> tuple[float, ...]:
-        """PSNR of a plan's frames on each sample, dB; see `quality.psnr`. The uncached plan's is its cap.
+        """PSNR of a plan's frames on each sample, dB; see `quality.psnr`. The reference's is its cap.
 
         Args:
             journal: file of finished runs.
 
         Raises:
-            VerificationError: the uncached run is not finite. (A plan whose run is not scores 0.)
+            VerificationError: the reference is not finite. (A plan whose run is not scores 0.)
         """
-        if plan.rows == self._uncached.rows:
+        if plan.rows == self._against.rows:
             return (PSNR_CAP,) * len(samples)
         book, digest = Journal(journal, self._header, FrameScore), plan.rows_digest
         for s, _ in self._told([(s, plan) for s in samples if (s, digest) not in book.entries]):
@@ -165,10 +179,10 @@ class Trials:
 
     def _reference(self, s: int) -> Tensor:
         if s not in self._references:
-            self._references[s] = self._run(s, self._uncached)
+            self._references[s] = self._run(s, self._against)
             if not bool(self._references[s].isfinite().all()):
                 raise VerificationError(
-                    f"sample {s}: the uncached run is not finite in {self._model.profile.dtype}",
+                    f"sample {s}: the reference is not finite in {self._model.profile.dtype}",
                     fix="build with another --dtype",
                 )
         return self._references[s]
