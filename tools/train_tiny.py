@@ -113,7 +113,7 @@ def lower_case_map() -> bytes:
 class Recipe:
     """One model: its modules, the layout and scale of its latents, its noise schedule.
 
-    Both have 8 x 8 x 4 compression into 16 channels, 6 blocks of 4 heads x 32, and two layers
+    Both have 8 x 8 x 4 compression into 16 channels, blocks of 4 heads x 32, and two layers
     of text encoder of width 64.
     """
 
@@ -279,7 +279,7 @@ class WanTiny(Recipe):
             text_dim=64,
             freq_dim=64,
             ffn_dim=256,
-            num_layers=6,
+            num_layers=5,
             cross_attn_norm=True,
             rope_max_seq_len=32,
         )
