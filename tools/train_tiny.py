@@ -576,7 +576,7 @@ def vae_config(recipe: Recipe, work: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- transformer
 
 
-def train_transformer(recipe: Recipe, work: Path, steps: int, seed: int, batch: int) -> None:
+def train_transformer(recipe: Recipe, work: Path, steps: int, seed: int, batch: int, decay: float) -> None:
     """Loss is the mean squared error of the recipe's target, over its whole noise schedule."""
     latents, captions = load_latents(recipe, work)
     tokenizer = build_tokenizer()
@@ -593,7 +593,7 @@ def train_transformer(recipe: Recipe, work: Path, steps: int, seed: int, batch: 
         steps,
         muon_lr=4e-3,
         adam_lr=1.5e-3,
-        decay=0.45,
+        decay=decay,
         ema=0.995,
     )
     own = batch // PROCESSES
@@ -696,6 +696,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("sheet.png"), help="the contact sheet")
     parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--batch", type=int, help="of all processes; vae 4 windows, transformer 48")
+    parser.add_argument("--decay", type=float, default=0.45, help="part of the transformer's steps with a falling rate")
     parser.add_argument("--clips", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=8, help="prompts on the sheet")
@@ -713,7 +714,7 @@ def main() -> None:
     elif args.stage == "latents":
         make_latents(recipe, work, args.clips, args.seed)
     elif args.stage == "transformer":
-        train_transformer(recipe, work, args.steps, args.seed, args.batch or 48)
+        train_transformer(recipe, work, args.steps, args.seed, args.batch or 48, args.decay)
     elif args.stage == "export":
         export(recipe, work, folder)
     else:
