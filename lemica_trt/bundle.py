@@ -59,9 +59,11 @@ SAMPLER_FILE = "calibration/sampler.json"
 ERROR_GRAPH_FILE = "calibration/error_graph.json"
 GRAMS_FILE = "calibration/grams.json"
 SELECTION_FILE = "calibration/selection.json"
+FRONT_FILE = "calibration/front.json"
 """Where a bundle keeps what its plans were made from, so that `plan BUNDLE` can make others without PyTorch."""
 
 VERIFY_REPORT = f"{REPORTS}/verify.json"
+STEP_TIMES = f"{REPORTS}/step_times.json"
 
 SWAP_RETRIES, SWAP_PAUSE = 40, 0.005
 """How often, and how many seconds apart, a reader looks again while a writer swaps bundles."""

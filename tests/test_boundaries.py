@@ -77,6 +77,8 @@ LIGHT = [
     "lemica_trt.runtime.video",
     "lemica_trt.progress",
     "lemica_trt.quality",
+    "lemica_trt.budget",
+    "lemica_trt.timing",
     "lemica_trt.diagnosis",
     "lemica_trt.report",
     "lemica_trt.report.timeline",
@@ -87,6 +89,12 @@ LIGHT = [
     "lemica_trt.triton.check",
     "lemica_trt.triton.client",
     "lemica_trt.pipeline",
+    "lemica_trt.pipeline.budgets",
+    "lemica_trt.pipeline.commands",
+    "lemica_trt.pipeline.compile",
+    "lemica_trt.pipeline.planning",
+    "lemica_trt.pipeline.stages",
+    "lemica_trt.pipeline.work",
     "lemica_trt.cli",
 ]
 """Rooms that import no heavy library."""

@@ -119,7 +119,7 @@ def test_plan_adds_to_a_bundle_without_torch(
     assert done.returncode == 0, done.stderr
     assert Bundle.open(copy).plan().full_steps[0] == 0
     assert Bundle.open(copy).plan().budget == 6 and "skip" in {row.graph for row in Bundle.open(copy).plan().rows}
-    assert {plan["name"] for plan in json.loads(done.stdout)} == {"b4", "b5", "b6", "uncached"}
+    assert {plan["name"] for plan in json.loads(done.stdout)["plans"]} == {"b4", "b5", "b6", "uncached"}
 
 
 def test_run_writes_a_clip(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:

@@ -573,7 +573,7 @@ def test_bf16_is_built_where_nothing_can_run_it(tmp_path: Path, monkeypatch: pyt
     shape = msgspec.structs.replace(profile.shape, max_batch=1)
     profile = msgspec.structs.replace(profile, dtype="bf16", shape=shape)
     request = pipeline.Request(budgets=(2,), ways=Ways(method="uniform"), backends=("tensorrt-rtx",), verify_samples=1)
-    bundle, report, unverified = pipeline.build(profile, tmp_path / "bundle", request, Told())
+    bundle, report, unverified, *_ = pipeline.build(profile, tmp_path / "bundle", request, Told())
     assert report is None and unverified == {"tensorrt-rtx": "no CUDA driver"}
     with pytest.raises(MissingDependencyError, match=r"expected engines that run .* tensorrt-rtx: no CUDA driver"):
         pipeline.verify_stage(bundle, str(tmp_path / "model"), 1, None, None, Told())

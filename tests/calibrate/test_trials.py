@@ -15,6 +15,7 @@ from lemica_trt.errors import InputError, VerificationError
 from lemica_trt.models import denoise
 from lemica_trt.pipeline import uncached_plan
 from lemica_trt.plan import StepPlan, plan_from_schedule
+from lemica_trt.quality import PSNR_CAP, psnr
 from lemica_trt.schedule import Schedule
 
 pytestmark = pytest.mark.cpu
@@ -61,6 +62,26 @@ def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert (0, 2) in runs and runs.count((2, 2)) == 2 and len([r for r in runs if r[1] == 6]) == 4
     assert len(runs) == 4 + 6  # each uncached run once, and what was missing
     assert again([plan(0, 2)], range(4)) == [whole[1]] and len(runs) == 10
+
+
+def test_psnr_is_of_the_frames_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ToyModel()
+    monkeypatch.setattr(model, "decode", frames)
+    found = trials(model, tmp_path / "t").psnr(plan(0, 3), range(3), journal=tmp_path / "f")
+    for s in range(3):
+        noise, embeds = model.noise(5 + s)[None], model.embed([PROMPTS[s % 2]])
+        clips = [frames(denoise(model, p, embeds, noise))[0].numpy() for p in (UNCACHED, plan(0, 3))]
+        assert found[s] == pytest.approx(psnr(*clips))
+    again = trials(model, tmp_path / "t")
+    monkeypatch.setattr(again, "_run", lambda s, p: pytest.fail("it was run before"))
+    assert again.psnr(plan(0, 3), range(3), journal=tmp_path / "f") == found
+    assert again.psnr(UNCACHED, range(2), journal=tmp_path / "f") == (PSNR_CAP,) * 2
+
+
+def frames(latents: torch.Tensor) -> torch.Tensor:
+    """uint8 [b, 1, pixels, 1, 3], brightness by latent."""
+    levels = (128 + 40 * latents.reshape(len(latents), 1, -1, 1, 1)).clamp(0, 255)
+    return levels.expand(-1, -1, -1, -1, 3).to(torch.uint8)
 
 
 def test_scores_of_other_prompts_are_not_taken(tmp_path: Path) -> None:

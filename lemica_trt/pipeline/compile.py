@@ -1,0 +1,340 @@
+"""What a build is asked for, all its stages in order, and what they would cost."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lemica_trt.budget import (
+    Budget,
+    FrontRow,
+    MinPsnr,
+    StepTimes,
+    afforded,
+    front_budgets,
+    front_rows,
+    said,
+)
+from lemica_trt.builders import Option, options_by_backend
+from lemica_trt.builders import check as check_engine
+from lemica_trt.builders import estimate as estimate_engine
+from lemica_trt.bundle import Bundle, require_replaceable
+from lemica_trt.candidates import Ways, predictors, trial_runs
+from lemica_trt.errors import InfeasibleError
+from lemica_trt.graph import ErrorGraph
+from lemica_trt.pipeline.budgets import (
+    DEFAULT_BUDGETS,
+    Answer,
+    Clock,
+    Scout,
+    afforded_by,
+    answers,
+    paces_of,
+    plan_budgets,
+    probe,
+    require_searchable,
+    scouting_cost,
+    timed,
+)
+from lemica_trt.pipeline.planning import Judge, make_plans, planned_solvers, require_graph_fits
+from lemica_trt.pipeline.stages import (
+    assemble,
+    begin,
+    calibrate,
+    calibration_cost,
+    calibration_prompts,
+    engines,
+    export,
+    lower_sampler,
+    open_model,
+    verifiable,
+    verify_bundle,
+)
+from lemica_trt.pipeline.work import Findings, Work, plans_in, plans_to_run, work_folder, write_plans
+from lemica_trt.plan import layout_from_plans
+from lemica_trt.progress import Quiet, Reporter
+from lemica_trt.schedule import least_budget, require_feasible
+from lemica_trt.spec import Profile
+from lemica_trt.values import Value, read_value
+
+if TYPE_CHECKING:
+    from lemica_trt.verify import VerifyReport
+
+
+class Request(Value, frozen=True):
+    """What `build` is asked for beyond the profile.
+
+    Attributes:
+        budgets: of each plan, full steps or in another unit; the first plan is the default.
+        pareto: whether the quality of budgets all along is measured too.
+        ways: how the full steps may be chosen, and what skipped steps may do; several ways are tried.
+        schedule: full steps as given; then the budgets are not used and nothing is calibrated.
+        error_graph: path of an error graph to use instead of calibrating.
+        prompts: path of calibration prompts instead of the profile's.
+        device: torch device that calibrates and verifies; None: a GPU where there is one.
+        backends: engines to build, in order of preference.
+        options: builder options; each backend takes those that it has.
+        verify_samples: held-out clips of the verification; 0: none at all.
+    """
+
+    budgets: tuple[Budget, ...] = DEFAULT_BUDGETS
+    pareto: bool = False
+    ways: Ways = Ways()
+    schedule: tuple[int, ...] | None = None
+    error_graph: str | None = None
+    prompts: str | None = None
+    device: str | None = None
+    backends: tuple[str, ...] = ("onnxruntime",)
+    options: dict[str, Option] = {}
+    verify_samples: int = 8
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether an error graph has to be measured."""
+        return self.needs_graph and self.error_graph is None
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether a method searches an error graph."""
+        return self.schedule is None and self.ways.needs_graph
+
+
+def check_request(profile: Profile, output: Path, request: Request) -> None:
+    """Refuse before any work what could only fail behind it.
+
+    Raises:
+        UsageError: unknown backend or option; `output` is something else than a bundle; budgets to be searched of a
+            method that has only its own.
+        UnsupportedError, MissingDependencyError: as `builders.check`.
+        InputError: a prompt file or error graph cannot be read.
+    """
+    require_replaceable(output)
+    require_searchable(request.budgets, request.pareto, request.ways)
+    for backend, options in options_by_backend(request.backends, request.options).items():
+        check_engine(backend, profile.dtype, options)
+    calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
+    if request.error_graph is not None:
+        read_value(ErrorGraph, request.error_graph)
+    if request.verify_samples:
+        calibration_prompts(profile, None, split="held_out")
+
+
+class Result(NamedTuple):
+    """What `build` made.
+
+    Attributes:
+        bundle: on disk.
+        report: of the engines that were verified; None where none were.
+        unverified: backends whose engines were built and not verified, and why.
+        answers: what came of budgets that are no numbers of full steps.
+        front: quality and predicted time of the budgets that were looked at.
+    """
+
+    bundle: Bundle
+    report: VerifyReport | None
+    unverified: dict[str, str]
+    answers: tuple[Answer, ...]
+    front: tuple[FrontRow, ...]
+
+
+def build(profile: Profile, output: Path, request: Request, reporter: Reporter) -> Result:
+    """All stages. What an earlier run finished from the same input is not done again.
+
+    Engines of a backend that this machine cannot run are built all the same and not verified: `Result.unverified`.
+
+    Args:
+        profile: what to build, flags applied.
+        output: the bundle's folder; the work folder lies beside it, see `work_folder`.
+        request: see there.
+
+    Raises:
+        LemicaError: whatever a stage raises; finished stages stay in the work folder.
+    """
+    check_request(profile, output, request)
+    work = Work(work_folder(output))
+    with work.locked():
+        model, table = begin(profile, work, request.device, reporter)
+        prompts = calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
+        graph = None
+        if request.error_graph is not None:
+            graph = read_value(ErrorGraph, request.error_graph)
+            require_graph_fits(graph, model, table, where=request.error_graph)
+        max_skip = None
+        if request.needs_graph:
+            max_skip = profile.calibration.max_skip if graph is None else graph.max_skip
+        times = None
+        if any(map(timed, request.budgets)):
+            times = probe(model, table, work, request.ways, request.backends, request.options, reporter)
+        budgets = afforded_by(request.budgets, times, request.ways, table.num_steps, max_skip)
+        findings = Findings(graph=graph)
+        if graph is not None:
+            reporter.stage("calibrate", f"{request.error_graph}: {graph.samples} samples, method {graph.method}")
+        elif request.calibrates:
+            counts = [budget for budget in budgets if isinstance(budget, int)]
+            require_feasible(table.num_steps, profile.calibration.max_skip, counts)
+            findings = calibrate(model, table, prompts, work, reporter)
+        make = functools.partial(
+            make_plans,
+            table,
+            profile=profile,
+            ways=request.ways,
+            findings=findings,
+            schedule=request.schedule,
+            solver=planned_solvers(table),
+        )
+        planned = plan_budgets(
+            budgets,
+            Scout(make, Judge(lambda: model, table, prompts, work, reporter)),
+            reporter,
+            pareto=request.pareto,
+            num_steps=table.num_steps,
+            max_skip=max_skip,
+        )
+        findings = findings._replace(selections=planned.selections, front=planned.front)
+        write_plans(planned.plans, planned.selections, work, reporter, front=planned.front)
+        layout = layout_from_plans(plans_to_run(work), latent_shape=model.latent_shape, guided=model.guided)
+        exported = export(model, layout, work, reporter)
+        entries = engines(exported, work, request.backends, request.options, reporter)
+        bundle = assemble(profile, table, findings, plans_in(work), exported, entries, work, output, reporter)
+        backend, unverified = verifiable(bundle)
+        report = None
+        if request.verify_samples == 0:
+            unverified = dict.fromkeys(_backends(bundle), "not asked for")
+        elif backend is not None:
+            report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
+            times = report.steps or times
+        paces = paces_of(report)
+        if report is None and backend is not None and times is not None:
+            paces = Clock(bundle, reporter, backend=backend).paces(planned.plans, times)
+        front = () if planned.front is None else front_rows(planned.front, times)
+        if front:
+            from lemica_trt.report.folder import write_front
+
+            write_front(bundle, front)
+        return Result(bundle, report, unverified, answers(request.budgets, planned, times, paces), front)
+
+
+def _backends(bundle: Bundle) -> list[str]:
+    return [entry.key.backend for entry in bundle.manifest.engines]
+
+
+class Stage(Value, frozen=True):
+    """One stage of a build that has not run yet; estimates, None where there is none.
+
+    Attributes:
+        name: of the stage.
+        what: what it would do.
+        seconds: wall-clock time on this machine.
+        disk, memory: bytes; memory is the peak of the process.
+    """
+
+    name: str
+    what: str
+    seconds: float | None = None
+    disk: int | None = None
+    memory: int | None = None
+
+
+def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
+    """What `build` would do. Loads the model, so that a hub id is downloaded, but computes next to nothing."""
+    from lemica_trt.estimate import estimate
+
+    check_request(profile, output, request)
+    model = open_model(profile, Quiet(), device="cpu")
+    table = lower_sampler(model, Quiet())
+    counts = [budget for budget in request.budgets if isinstance(budget, int)]
+    if request.calibrates:
+        require_feasible(table.num_steps, profile.calibration.max_skip, counts)
+    expected = estimate(model)
+    settings = profile.calibration
+    max_skip = settings.max_skip if request.needs_graph else None
+    if request.schedule is not None:
+        budgets = [len(request.schedule)]
+    else:
+        steps = StepTimes(full=expected.full_step, skipped=expected.skipped_step, rest=0.0)
+        budgets = [_about(budget, steps, table.num_steps, max_skip) for budget in request.budgets]
+    stages = []
+    if any(map(timed, request.budgets)):
+        stages.append(
+            Stage(
+                name="time",
+                what="graphs exported and engines built to time their steps; full steps below are by PyTorch's",
+                disk=2 * expected.weights,
+                memory=expected.export_memory,
+            )
+        )
+    if request.calibrates:
+        calls = calibration_cost(model, table)
+        stages.append(
+            Stage(
+                name="calibrate",
+                what=f"{settings.method}, {settings.samples} samples: {calls.full} full steps, "
+                f"{calls.backward} backward passes, {calls.skip} skipped steps, {calls.samplings:.0f} samplings' work, "
+                "at most; finished units are not done again",
+                seconds=(calls.full + calls.backward) * expected.full_step + calls.skip * expected.skipped_step,
+                disk=calls.units * 200,
+                memory=expected.run_memory,
+            )
+        )
+    plans = "given schedule" if request.schedule is not None else ", ".join(map(said, request.budgets))
+    ways = len(request.ways.methods) * (len(predictors(request.ways, table, None)) + len(request.ways.solvers))
+    if ways > 1:
+        runs = trial_runs(ways, settings.validation_samples)
+        full = settings.validation_samples * table.num_steps + runs * sum(budgets)
+        stages.append(
+            Stage(
+                name="select",
+                what=f"about {ways} ways to run each budget, tried in about {full} full steps",
+                seconds=full * expected.full_step,
+                disk=runs * 150,
+                memory=expected.run_memory,
+            )
+        )
+    if request.pareto or any(isinstance(budget, MinPsnr) for budget in request.budgets):
+        looked_at = front_budgets(table.num_steps, max_skip)
+        full = scouting_cost(looked_at, table.num_steps, ways, len(request.ways.methods), settings.validation_samples)
+        stages.append(
+            Stage(
+                name="quality",
+                what=f"{len(looked_at)} budgets of {looked_at[0]} … {looked_at[-1]} looked at in {full} full steps",
+                seconds=full * expected.full_step,
+                memory=expected.run_memory,
+            )
+        )
+    stages.append(Stage(name="plan", what=f"{', '.join(request.ways.methods)}; {plans}", seconds=0.1, disk=20_000))
+    stages.append(
+        Stage(
+            name="export",
+            what=f"full, skip, combine, text encoder, VAE decoder to ONNX, opset {profile.opset}, {profile.dtype}",
+            disk=expected.weights,
+            memory=expected.export_memory,
+        )
+    )
+    for backend in dict.fromkeys(request.backends):
+        building = estimate_engine(backend, expected.weights)
+        stages.append(Stage(name="engine", what=backend, seconds=building.seconds, memory=building.memory))
+    stages.append(Stage(name="bundle", what=str(output), disk=expected.weights))
+    if request.verify_samples:
+        full = request.verify_samples * (table.num_steps + 3 * sum(budgets)) + 8 * (table.num_steps + sum(budgets))
+        stages.append(
+            Stage(
+                name="verify",
+                what=f"{request.verify_samples} held-out clips, about {full} full steps",
+                seconds=full * expected.full_step,
+                memory=2 * expected.run_memory,
+            )
+        )
+    return stages
+
+
+def _about(budget: Budget, times: StepTimes, num_steps: int, max_skip: int | None) -> int:
+    """The full steps that a budget comes to, as far as an estimate can tell."""
+    if isinstance(budget, int):
+        return budget
+    if isinstance(budget, MinPsnr):
+        return num_steps // 2
+    with contextlib.suppress(InfeasibleError):  # by the engines it may be feasible
+        return afforded(budget, times, num_steps, max_skip).budgets[0]
+    return least_budget(num_steps, max_skip)

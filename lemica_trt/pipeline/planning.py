@@ -1,0 +1,263 @@
+"""What is known of a model → plans: schedules by every method allowed, ways to run them, the best by trial."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lemica_trt.budget import Afforded
+from lemica_trt.bundle import check_plan
+from lemica_trt.candidates import Planner, Selection, SolverTable, Ways, candidates, select, way
+from lemica_trt.errors import InputError, UsageError
+from lemica_trt.graph import ErrorGraph
+from lemica_trt.pipeline.work import Findings, Work, short, uncached_plan
+from lemica_trt.plan import StepPlan
+from lemica_trt.progress import Reporter
+from lemica_trt.sampler import SamplerTable
+from lemica_trt.schedule import Schedule, given, least_sum, published, solve, uniform
+from lemica_trt.signed import AdjointProducts, signed_errors, solve_signed
+from lemica_trt.spec import GraphSet, Profile
+
+if TYPE_CHECKING:
+    from lemica_trt.calibrate import Trials
+    from lemica_trt.models import Model
+
+
+def require_graph_fits(graph: ErrorGraph, model: Model, table: SamplerTable, *, where: str) -> None:
+    """Raise InputError unless an error graph was measured on this model, sampler and guidance."""
+    for name, expected, got in (
+        ("model revision", model.revision, graph.revision),
+        ("sampler", table.digest, graph.sampler_digest),
+        ("guidance scale", model.profile.sampling.guidance_scale, graph.guidance_scale),
+        ("negative prompt", model.profile.sampling.negative_prompt, graph.negative_prompt),
+        ("text length", model.profile.text_length, graph.text_length),
+        ("latent shape", tuple(model.latent_shape), graph.latent_shape),
+    ):
+        if expected != got:
+            raise InputError(
+                f"{where}: expected an error graph of {name} {short(expected)}, got {short(got)}",
+                fix="calibrate this model (leave --error-graph out)",
+            )
+
+
+Chooser = Callable[[Sequence[StepPlan]], tuple[StepPlan, Selection]]
+"""Plans of one budget, or of one time, → the best of them, and how all did."""
+
+
+def make_plans(
+    table: SamplerTable,
+    *,
+    profile: Profile,
+    budgets: Sequence[int | Afforded],
+    ways: Ways,
+    findings: Findings,
+    schedule: Sequence[int] | None = None,
+    solver: SolverTable | None = None,
+    choose: Chooser | None = None,
+    before: Mapping[int, Sequence[str]] | None = None,
+    graphs: GraphSet | None = None,
+) -> tuple[list[StepPlan], tuple[Selection, ...]]:
+    """Plans `bB` for each budget, in the order given; or one for a given schedule.
+
+    Args:
+        table: the sampler.
+        profile: gives the default guidance scale, and the model's name for published schedules.
+        budgets: full steps, or what a time affords: then ways that run the skip graph have others than ways that fold.
+        ways, schedule: see `Request`.
+        findings: what the methods and predictors need of a calibration.
+        solver: makes planned solvers; None: without them.
+        choose: tries several ways; None: the one that did best before.
+        before: budget → ways, the best first; see `candidates.way`.
+        graphs: what the plans must run on; None: graphs are made for them.
+
+    Returns:
+        The plans, and how all ways did that were tried now.
+
+    Raises:
+        UsageError: what is asked for needs a calibration, or a trial, and there is none.
+        InputError: the error graph or a published schedule is of another sampler.
+        InfeasibleError, InputError: as `schedule` and `predict`.
+    """
+    graph = findings.graph
+    if graph is not None and graph.sampler_digest != table.digest:
+        raise InputError(
+            "expected an error graph of this sampler, got one that was measured with another", fix="calibrate first"
+        )
+    plans, selections = [], []
+    if schedule is not None:
+        chosen = given(schedule, table.num_steps)
+        found: list[dict[int, dict[Planner, list[Schedule]]]] = [{chosen.budget: {"given": [chosen]}}]
+        budgets = [chosen.budget]
+    else:
+        found = [
+            {count: _schedules(table, profile, count, ways, findings) for count in _full_steps(budget)}
+            for budget in budgets
+        ]
+    for budget, schedules in zip(budgets, found):
+        several = [
+            plan
+            for count, of_count in schedules.items()
+            for plan in candidates(
+                ways,
+                of_count,
+                table,
+                name=f"b{count}",
+                guidance_scale=profile.sampling.guidance_scale,
+                grams=findings.grams,
+                solver=solver,
+                error_graph_digest=None if graph is None else graph.digest,
+            )
+            if isinstance(budget, int) or budget.admits(plan)
+        ]
+        if graphs is not None and len(several) > 1:
+            several = [plan for plan in several if _runs_on(plan, graphs)] or several[:1]
+        if len(several) == 1:
+            plans += several
+        elif choose is not None:
+            plan, selection = choose(several)
+            plans.append(plan)
+            selections.append(selection)
+        else:
+            plans.append(_best_before(several, before or {}))
+    return plans, tuple(selections)
+
+
+def _full_steps(budget: int | Afforded) -> tuple[int, ...]:
+    return (budget,) if isinstance(budget, int) else budget.budgets
+
+
+def _schedules(
+    table: SamplerTable, profile: Profile, budget: int, ways: Ways, findings: Findings
+) -> dict[Planner, list[Schedule]]:
+    """Schedules of a budget by every method that is allowed and can be used here."""
+    graph, products = findings.graph, findings.products
+    found: dict[Planner, list[Schedule]] = {}
+    for method in ways.methods:
+        if method == "uniform":
+            found[method] = [uniform(table.num_steps, budget)]
+        elif method == "published":
+            found[method] = [published(profile.name, budget)]
+        elif graph is None:
+            raise UsageError(f"method {method} needs an error graph", fix="calibrate first, or use --method uniform")
+        elif method == "lemica":
+            found[method] = [solve(graph, [budget])[budget]]
+        elif method == "least-sum":
+            found[method] = [least_sum(graph, budget)]
+        elif products is not None:
+            found[method] = _signed(table, graph, products, budget)
+        elif ways.method == "signed":
+            raise UsageError("method signed needs adjoint products", fix="calibrate with --calibration adjoint")
+    for schedule in (schedule for schedules in found.values() for schedule in schedules):
+        if schedule.num_steps != table.num_steps:
+            raise InputError(
+                f"expected a schedule for {table.num_steps} steps, got one for {schedule.num_steps}",
+                fix=f"--denoising-steps {schedule.num_steps}",
+            )
+    return found
+
+
+def _signed(table: SamplerTable, graph: ErrorGraph, products: AdjointProducts, budget: int) -> list[Schedule]:
+    """Signed schedules for outputs that are extrapolated in the step index, and in log-SNR where it is known."""
+    seeds = [solve(graph, [budget])[budget], least_sum(graph, budget)]
+    times = [None] if table.levels is None else [None, table.levels.log_snr[: table.num_steps]]
+    return [
+        solve_signed(signed_errors(table, products.array, max_skip=graph.max_skip, times=time), budget, seeds=seeds)
+        for time in times
+    ]
+
+
+def _runs_on(plan: StepPlan, graphs: GraphSet) -> bool:
+    try:
+        check_plan(plan, graphs)
+    except InputError:
+        return False
+    return True
+
+
+def _best_before(plans: Sequence[StepPlan], before: Mapping[int, Sequence[str]]) -> StepPlan:
+    """The plan whose way did best at the nearest budget.
+
+    Raises:
+        UsageError: nothing was tried.
+    """
+    for budget in sorted(before, key=lambda budget: abs(budget - plans[0].budget)):
+        for best in before[budget]:
+            for plan in plans:
+                if way(plan) == best:
+                    return plan
+    raise UsageError(
+        f"{len(plans)} ways to run {plans[0].budget} full steps are allowed, and none was tried on this model",
+        fix="name one, for example --method lemica, or let `lemica-trt build` try them",
+    )
+
+
+class Judge:
+    """Tries plans on the model: on prompts behind those of the calibration, and other seeds. A `Chooser`.
+
+    Uncached runs are kept for all plans that it is asked about.
+
+    Args:
+        model: opens it; called when there is something to run.
+        table: its sampler.
+        prompts: of the calibration.
+        work: where finished runs are kept.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], Model],
+        table: SamplerTable,
+        prompts: Sequence[str],
+        work: Work,
+        reporter: Reporter,
+    ) -> None:
+        self._open, self._table, self._prompts = model, table, prompts
+        self._work, self._reporter = work, reporter
+
+    def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
+        """The best plan, see `candidates.select`."""
+        run, _, samples = self._trials
+        budgets = "/".join(str(budget) for budget in sorted({plan.budget for plan in plans}))
+        self._reporter.stage(
+            "select", f"{len(plans)} ways to run {budgets} full steps, the best of them on {samples} samples"
+        )
+        plan, selection = select(plans, samples, run)
+        best = selection.tried[0]
+        self._reporter.note(f"{best.way}: {best.mean:.1f} dB")
+        return plan, selection
+
+    def psnr(self, plan: StepPlan) -> tuple[float, ...]:
+        """dB of the frames of each validation sample against the uncached run."""
+        run, journal, samples = self._trials
+        return run.psnr(plan, range(samples), journal=journal)
+
+    @functools.cached_property
+    def _trials(self) -> tuple[Trials, Path, int]:
+        """What runs plans, the journal of frames, and the number of samples."""
+        from lemica_trt.calibrate import Trials, trials_digest
+
+        model = self._open()
+        settings, table, prompts = model.profile.calibration, self._table, self._prompts
+        skip = settings.samples % len(prompts)
+        fresh = [*prompts[skip:], *prompts[:skip]]
+        seed = settings.seed + settings.samples
+        digest = trials_digest(model, table, fresh, seed=seed)
+        run = Trials(
+            model,
+            uncached_plan(table, guidance_scale=model.profile.sampling.guidance_scale),
+            table,
+            fresh,
+            seed=seed,
+            journal=self._work.trials(digest),
+            progress=self._reporter.advance,
+        )
+        return run, self._work.frames(digest), settings.validation_samples
+
+
+def planned_solvers(table: SamplerTable) -> SolverTable:
+    """Solvers set to the steps of a schedule; needs PyTorch and diffusers."""
+    from lemica_trt.lower import solver_table
+
+    return lambda schedule, solver: solver_table(table, schedule.full_steps, solver)

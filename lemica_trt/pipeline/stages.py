@@ -1,0 +1,342 @@
+"""The stages of a build, each a function; it joins the rooms that do the work, and keeps what they made."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from lemica_trt import __version__
+from lemica_trt.builders import EngineEntry, Option, options_by_backend
+from lemica_trt.builders import build as build_engine
+from lemica_trt.bundle import (
+    ERROR_GRAPH_FILE,
+    FRONT_FILE,
+    GRAMS_FILE,
+    MANIFEST,
+    REPORTS,
+    SAMPLER_FILE,
+    SELECTION_FILE,
+    Bundle,
+    write_bundle,
+)
+from lemica_trt.candidates import Selections
+from lemica_trt.errors import MissingDependencyError, UnsupportedError
+from lemica_trt.pipeline.work import TOKENIZER_FILE, Exported, Findings, Work, exported_in
+from lemica_trt.plan import StepPlan
+from lemica_trt.progress import Reporter, size
+from lemica_trt.resources import calibration_path
+from lemica_trt.sampler import SamplerTable
+from lemica_trt.spec import Profile, Role, StepLayout
+from lemica_trt.values import json_bytes, write_bytes, write_value
+
+if TYPE_CHECKING:
+    from lemica_trt.calibrate import Cost
+    from lemica_trt.models import Model
+    from lemica_trt.verify import VerifyReport
+
+
+VERSIONS_OF = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
+"""Libraries that decide what is measured and exported."""
+
+
+def open_model(profile: Profile, reporter: Reporter, *, device: str | None = None) -> Model:
+    """Load the model of a profile.
+
+    Args:
+        device: torch device; None: a GPU where there is one.
+
+    Raises:
+        MissingDependencyError: the build extra is not installed, or there is no such device.
+        InputError, UnsupportedError: as `models.load_model`.
+    """
+    reporter.stage("model", f"{profile.name} from {profile.source}, {profile.dtype}")
+    try:
+        from lemica_trt.models import load_model, usable_device
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"building needs PyTorch and diffusers, got: {error}", fix="pip install 'lemica-trt[build]'"
+        ) from None
+    model = load_model(profile, device=usable_device(device))
+    parameters = sum(p.numel() for p in model.pipeline.transformer.parameters())
+    shape = "×".join(str(n) for n in model.latent_shape)
+    reporter.note(f"DiT with {parameters / 1e6:.1f} M parameters, latents {shape}, revision {model.revision[:12]}")
+    return model
+
+
+def lower_sampler(model: Model, reporter: Reporter) -> SamplerTable:
+    """The model's sampler as a table."""
+    from lemica_trt.lower import sampler_table
+
+    table = sampler_table(model.scheduler(), dynamic_guidance=model.profile.sampling.dynamic_guidance)
+    kind = "stochastic" if table.stochastic else "deterministic"
+    reporter.stage(
+        "sampler",
+        f"{table.scheduler}, {table.num_steps} steps, {kind}; reads {table.latent_history} latents and "
+        f"{table.output_history} outputs back",
+    )
+    return table
+
+
+def calibration_prompts(profile: Profile, file: Path | None, *, split: str = "calibration") -> tuple[str, ...]:
+    """The prompts of a profile, or of a file.
+
+    Raises:
+        InputError: no such file, or no prompt in it.
+    """
+    from lemica_trt.calibrate import read_prompts
+
+    return tuple(read_prompts(file or calibration_path(profile.calibration.prompts) / f"{split}.txt"))
+
+
+def calibrate(model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter) -> Findings:
+    """Measure or estimate the error graph, going on from what the work folder already has."""
+    from lemica_trt.calibrate import calibrate_cheaply, cheap_measurement, measure, measurement_digest
+
+    settings = model.profile.calibration
+    wanted = calibration_cost(model, table)
+    reporter.stage(
+        "calibrate",
+        f"{settings.method}: {settings.samples} samples, up to {settings.max_skip} steps skipped: "
+        f"{wanted.samplings:.0f} samplings' work, {wanted.samplings / settings.samples:.1f} a sample",
+    )
+    for stale in (work.grams, work.products):
+        stale.unlink(missing_ok=True)
+    common: dict[str, Any] = {"seed": settings.seed, "max_skip": settings.max_skip}
+    if settings.method == "exact":
+        journal = work.journal(measurement_digest(model, table, prompts, **common))
+        graph = measure(
+            model, table, prompts, samples=settings.samples, journal=journal, progress=reporter.advance, **common
+        )
+        write_value(graph, work.error_graph)
+        return Findings(graph=graph)
+    common["method"] = settings.method
+    journal = work.journal(cheap_measurement(model, table, prompts, **common).digest)
+    found = calibrate_cheaply(
+        model, table, prompts, samples=settings.samples, journal=journal, progress=reporter.advance, **common
+    )
+    counted = found.cost
+    reporter.note(
+        f"{counted.full} full steps, {counted.backward} backward passes, {counted.skip} skipped steps were run: "
+        f"{counted.samplings / settings.samples:.1f} samplings a sample"
+    )
+    write_value(found.grams, work.grams)
+    if found.products is not None:
+        write_value(found.products, work.products)
+    write_value(found.graph, work.error_graph)
+    return Findings(graph=found.graph, grams=found.grams, products=found.products)
+
+
+def calibration_cost(model: Model, table: SamplerTable) -> Cost:
+    """What the profile's calibration costs from its beginning."""
+    from lemica_trt.calibrate import cheap_cost, checkpoints, cost
+
+    settings = model.profile.calibration
+    if settings.method == "exact":
+        return cost(table.num_steps, settings.max_skip, settings.samples)
+    return cheap_cost(
+        table.num_steps,
+        settings.max_skip,
+        settings.samples,
+        method=settings.method,
+        checkpointed=checkpoints(model),
+    )
+
+
+def export(model: Model, layout: StepLayout, work: Work, reporter: Reporter) -> Exported:
+    """Export all graphs, unless the work folder has them from the same input."""
+    profile = model.profile
+    key = export_key(profile, model.revision, layout)
+    exported = exported_in(work)
+    if exported is not None and exported.key == key:
+        reporter.stage("export", "unchanged")
+        exported = msgspec.structs.replace(exported, source=profile.source, shape=profile.shape)
+        write_value(exported, work.export_record)
+        return exported
+    from lemica_trt.export import export_graphs
+
+    reporter.stage("export", f"ONNX opset {profile.opset}, {profile.dtype}")
+    staged = work.root / "export.tmp"
+    shutil.rmtree(staged, ignore_errors=True)
+    graphs = export_graphs(model, layout, staged)
+    tokenizer = staged / TOKENIZER_FILE
+    tokenizer.parent.mkdir(parents=True)
+    tokenizer.write_bytes(model.tokenizer_json())
+    exported = Exported(
+        key=key,
+        source=profile.source,
+        revision=model.revision,
+        shape=profile.shape,
+        versions=library_versions(),
+        graphs=graphs,
+        text=model.text_spec(TOKENIZER_FILE),
+    )
+    write_value(exported, staged / work.export_record.name)
+    # Only a folder that is whole has a record: a kill before the rename leaves `export.tmp`, or an `export` without.
+    work.export_record.unlink(missing_ok=True)
+    shutil.rmtree(work.export, ignore_errors=True)
+    staged.rename(work.export)
+    for graph in graphs.graphs:
+        total = sum((work.export / name).stat().st_size for name in {graph.file, *graph.data_files})
+        reporter.note(f"{graph.role}: {size(total)}")
+    return exported
+
+
+def export_key(profile: Profile, revision: str, layout: StepLayout) -> str:
+    """Digest of everything that changes the graphs: model, shapes, precision, layout, libraries, and our own code."""
+    package = Path(__file__).parent.parent
+    sources = sorted(path for room in ("models", "export") for path in (package / room).glob("*.py"))
+    made_from = {
+        "revision": revision,
+        "family": profile.family,
+        "dtype": profile.dtype,
+        "text_length": profile.text_length,
+        "opset": profile.opset,
+        "shape": msgspec.structs.replace(profile.shape, fps=1),
+        "layout": layout,
+        "versions": library_versions(),
+        "sources": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources],
+    }
+    return hashlib.sha256(json_bytes(made_from)).hexdigest()
+
+
+def engines(
+    exported: Exported, work: Work, backends: Sequence[str], options: dict[str, Option], reporter: Reporter
+) -> list[EngineEntry]:
+    """Build engines of the exported graphs with each backend; those that the work folder has are taken from there."""
+    chosen = options_by_backend(backends, options)
+    entries = []
+    for backend in chosen:
+        reporter.stage("engine", backend)
+        entries.append(build_engine(backend, exported.graphs, work.export, work.root, chosen[backend], reporter))
+    return entries
+
+
+def assemble(
+    profile: Profile,
+    table: SamplerTable,
+    findings: Findings,
+    plans: Sequence[StepPlan],
+    exported: Exported,
+    entries: Sequence[EngineEntry],
+    work: Work,
+    output: Path,
+    reporter: Reporter,
+) -> Bundle:
+    """Write the bundle."""
+    reporter.stage("bundle", str(output))
+    files: dict[str, Path | bytes] = {TOKENIZER_FILE: work.export / TOKENIZER_FILE, SAMPLER_FILE: json_bytes(table)}
+    if findings.graph is not None:
+        files[ERROR_GRAPH_FILE] = json_bytes(findings.graph)
+    if findings.grams is not None:
+        files[GRAMS_FILE] = json_bytes(findings.grams)
+    if findings.selections:
+        files[SELECTION_FILE] = json_bytes(Selections(selections=findings.selections))
+    if findings.front is not None:
+        files[FRONT_FILE] = json_bytes(findings.front)
+    for spec in exported.graphs.graphs:
+        files.update({name: work.export / name for name in (spec.file, *spec.data_files)})
+    for entry in entries:  # ONNX Runtime's engines are the ONNX files; other builders write their own
+        files.update({name: work.root / name for name in entry.files.values() if name not in files})
+    before = _manifest_and_reports(output)
+    bundle = write_bundle(
+        output,
+        profile=profile,
+        graphs=exported.graphs,
+        plans=plans,
+        default_plan=plans[0].name,
+        text=exported.text,
+        engines=entries,
+        files=files,
+        revision=exported.revision,
+        versions=exported.versions,
+    )
+    manifest, reports = _manifest_and_reports(output)
+    if before[0] == manifest and not reports:  # the same bundle: what was verified of it still holds
+        for name, content in before[1].items():
+            write_bytes(content, output / REPORTS / name)
+    reporter.note(size(sum(entry.size for entry in bundle.manifest.files.values())))
+    return bundle
+
+
+def _manifest_and_reports(output: Path) -> tuple[bytes | None, dict[str, bytes]]:
+    """What lies at `output`: the manifest, and the reports by name."""
+    if not (output / MANIFEST).is_file():
+        return None, {}
+    files = (output / REPORTS).glob("*") if (output / REPORTS).is_dir() else ()
+    return (output / MANIFEST).read_bytes(), {path.name: path.read_bytes() for path in files if path.is_file()}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of lemica-trt and of the libraries that decide what is measured and exported; absent ones left out."""
+    versions = {"lemica-trt": __version__}
+    for name in VERSIONS_OF:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def verifiable(bundle: Bundle) -> tuple[str | None, dict[str, str]]:
+    """The first backend, in order of preference, whose engines can run here; and why the others are not verified.
+
+    One is enough: engines are of the same graphs, and on a GPU machine nobody waits for the same plans on a CPU.
+    `verify --backend` asks for another.
+    """
+    smallest: tuple[Role, ...] = ("combine",)  # its engine speaks for all of them
+    chosen, reasons = None, {}
+    for entry in bundle.manifest.engines:
+        name = entry.key.backend
+        if chosen is not None:
+            reasons[name] = f"{chosen} was; ask for it with --backend {name}"
+            continue
+        try:
+            bundle.pipeline(backend=name, roles=smallest)
+            chosen = name
+        except (MissingDependencyError, UnsupportedError) as error:
+            reasons[name] = error.what
+    return chosen, reasons
+
+
+def verify_bundle(
+    bundle: Bundle, model: Model, samples: int, reporter: Reporter, *, backend: str | None = None
+) -> VerifyReport:
+    """Verify, store the report and its pictures in the bundle, and fail if something is not as it must be.
+
+    Args:
+        backend: which engines; None: the preferred ones.
+
+    Raises:
+        MissingDependencyError, UnsupportedError: these engines cannot run here.
+        VerificationError: after the report was stored.
+    """
+    from lemica_trt.report.folder import write_reports
+    from lemica_trt.verify import held_out, require_verified, stored_report, verify
+
+    requests = held_out(calibration_prompts(model.profile, None, split="held_out"), samples)
+    report = stored_report(bundle)
+    if report is not None and report.is_of(bundle, samples, backend) and not report.failures():
+        reporter.stage("verify", "unchanged")
+        return report
+    report, clips = verify(bundle, model, requests, reporter=reporter, backend=backend)
+    write_reports(bundle, report, clips)
+    require_verified(report)
+    return report
+
+
+def begin(profile: Profile, work: Work, device: str | None, reporter: Reporter) -> tuple[Model, SamplerTable]:
+    """Load the model and lower its sampler; what the work folder has of another profile is taken away, journals not."""
+    if not work.profile.is_file() or work.profile.read_bytes() != json_bytes(profile):
+        for path in (work.error_graph, work.grams, work.products, work.selection, work.front):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(work.plans, ignore_errors=True)
+        write_value(profile, work.profile)
+    model = open_model(profile, reporter, device=device)
+    table = lower_sampler(model, reporter)
+    write_value(table, work.sampler)
+    return model, table
