@@ -155,13 +155,14 @@ def scheduler_like(kind: Any, scheduler: Any) -> Any:
     Raises:
         UnsupportedError: one of the two is for flow matching, the other cannot be.
     """
-    config = scheduler.config
     own = type(scheduler).__name__.startswith("FlowMatch")
-    flow = own or config.get("use_flow_sigmas", False)
-    shift = config.get("shift" if own else "flow_shift", 1.0)
+    flow = own or scheduler.config.get("use_flow_sigmas", False)
+    shift = scheduler.config.get("shift" if own else "flow_shift", 1.0)
+    known = inspect.signature(kind).parameters
+    config = {key: value for key, value in scheduler.config.items() if key in known or key == "_use_default_values"}
     if kind.__name__.startswith("FlowMatch") and flow:
         return kind.from_config(config, shift=shift)
-    if "use_flow_sigmas" in inspect.signature(kind).parameters and flow:
+    if "use_flow_sigmas" in known and flow:
         return kind.from_config(config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     if kind.__name__.startswith("FlowMatch") or flow:
         what = f"{type(scheduler).__name__} is {'' if flow else 'not '}for flow matching"
