@@ -153,7 +153,7 @@ _engine = _options(
     click.option("--compute-capabilities", metavar="X.Y[,…]|current",
                  help="TensorRT for RTX: GPUs to build for  [default: 8.0 and later]"),
     click.option("--version-compatible", is_flag=True, default=None,
-                 help="TensorRT: the engine runs with later versions too."),
+                 help="TensorRT: the engine also runs on the lean runtime of that version."),
     click.option("--hardware-compatibility-level",
                  type=click.Choice(["none", "ampere_plus", "same_compute_capability"]),
                  help="TensorRT: which other GPUs run the engine  [default: none]"),
@@ -526,13 +526,15 @@ def verify(
     click.option("--guidance-scale", type=float, help="Classifier-free guidance  [default: the plan's]"),
     click.option("--negative-prompt", help="What to steer away from  [default: the profile's]"),
     click.option("--backend", metavar="NAME", help="Which engines  [default: the preferred ones]"),
+    click.option("--capture", type=click.Choice(["plan", "step", "none"]), default="step", show_default=True,
+                 help="TensorRT: what becomes a CUDA graph; the whole plan runs without progress."),
     click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), required=True,
                  help=".mp4, .gif, .png (frames side by side) or .npy"),
 )  # fmt: skip
 @_common
 def run(
     bundle: Path, prompt: str, plan: str, seed: int, guidance_scale: float | None, negative_prompt: str | None,
-    backend: str | None, output: Path, as_json: bool, quiet: bool, debug: bool,
+    backend: str | None, capture: Any, output: Path, as_json: bool, quiet: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Generate a clip from BUNDLE and PROMPT. Takes no PyTorch."""
     from time import perf_counter
@@ -544,14 +546,14 @@ def run(
     check_suffix(output)
     report = _reporter(quiet or as_json)
     start = perf_counter()
-    pipe = Bundle.open(bundle).pipeline(plan=None if plan == "default" else plan, backend=backend)
+    pipe = Bundle.open(bundle).pipeline(plan=None if plan == "default" else plan, backend=backend, capture=capture)
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
     result = pipe(
         prompt,
         seed=seed,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
-        on_step=lambda row: report.advance(row.index + 1, row.rows),
+        on_step=None if capture == "plan" else lambda row: report.advance(row.index + 1, row.rows),
     )
     write_video(result.frames, output, fps=pipe.fps)
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -245,13 +246,11 @@ def verify(
     return report, clips
 
 
-def require_verified(report: VerifyReport) -> None:
-    """Raise VerificationError, naming everything that failed, unless all is well."""
+def require_verified(report: VerifyReport, bundle: Path) -> None:
+    """Raise VerificationError, naming everything that failed and where the bundle is, unless all is well."""
     failures = report.failures()
     if failures:
-        raise VerificationError(
-            "; ".join(failures), fix="do not deploy this bundle; report it with reports/verify.json"
-        )
+        raise VerificationError("; ".join(failures), fix=f"do not deploy {bundle}; report it with its {VERIFY_REPORT}")
 
 
 # ---------------------------------------------------------------- against PyTorch

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lemica_trt.budget import Budget, FrontRow, MinPsnr, front_rows
-from lemica_trt.builders import Option, options_by_backend
-from lemica_trt.builders import build as build_engine
+from lemica_trt.builders import Option
 from lemica_trt.bundle import (
     ERROR_GRAPH_FILE,
     GRAMS_FILE,
@@ -122,8 +121,7 @@ def replan(
     looked_up = pareto or any(isinstance(budget, MinPsnr) for budget in budgets)
     front = carried_front(bundle) if looked_up else None
     clock = Clock(bundle, reporter)
-    timely = any(map(timed, budgets))
-    times = clock.steps if timely else None
+    times = clock.steps if any(map(timed, budgets)) else None
     max_skip = graph.max_skip if graph is not None and ways.needs_graph else None
     chosen: list[StepPlan] = []
     for budget in afforded_by(budgets, times, ways, table.num_steps, max_skip):
@@ -145,13 +143,13 @@ def replan(
         chosen += made
     for plan in chosen:
         reporter.stage("plan", f"{plan.name}: full steps {' '.join(map(str, plan.full_steps))}")
-    if chosen:
-        bundle = add_plan(bundle, *{plan.name: plan for plan in chosen}.values(), default=default)
+    paces = clock.paces(chosen, times) if times is not None else {}
     if times is None and looked_up:
         with contextlib.suppress(MissingDependencyError):  # a front is worth showing where no engine runs
             times = clock.steps
+    if chosen:
+        bundle = add_plan(bundle, *{plan.name: plan for plan in chosen}.values(), default=default)
     planned = Planned(chosen, tuple(plan.name for plan in chosen), (), front)
-    paces = clock.paces(chosen, times) if times is not None and timely else {}
     return bundle, Replanned(
         plans=tuple(bundle.plan(name) for name in bundle.plans),
         answers=answers(budgets, planned, times, paces),
@@ -307,7 +305,7 @@ def engine_stage(
                 f"{work.export}: expected the graphs of {work.profile.name}, got {found}",
                 fix=f"lemica-trt export {work.root}",
             )
-        entries = engines(exported, work, backends, options, reporter)
+        entries = engines(exported.graphs, work.export, work, backends, options, reporter)
         return assemble(profile, table, findings_in(work), plans, exported, entries, work, output, reporter)
 
 
@@ -325,17 +323,13 @@ def reengine(
     bundle.check()
     manifest = bundle.manifest
     work = Work(work_folder(output))
-    chosen = options_by_backend(backends, options)
     with work.locked():
-        entries = []
-        for backend in chosen:
-            reporter.stage("engine", backend)
-            entries.append(build_engine(backend, manifest.graphs, bundle.path, work.root, chosen[backend], reporter))
+        entries = engines(manifest.graphs, bundle.path, work, backends, options, reporter)
         graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
-        engines = {name for entry in manifest.engines for name in entry.files.values()} - graphs
+        old = {name for entry in manifest.engines for name in entry.files.values()} - graphs
         plans = {plan_path(name) for name in manifest.plans}
         files: dict[str, Path | bytes] = {
-            name: bundle.path / name for name in manifest.files if name not in engines | plans
+            name: bundle.path / name for name in manifest.files if name not in old | plans
         }
         for entry in entries:
             files.update({name: work.root / name for name in entry.files.values() if name not in files})

@@ -20,7 +20,7 @@ from lemica_trt.budget import (
 from lemica_trt.builders import Option, options_by_backend
 from lemica_trt.builders import check as check_engine
 from lemica_trt.builders import estimate as estimate_engine
-from lemica_trt.bundle import Bundle, require_replaceable
+from lemica_trt.bundle import Bundle, move_bundle, require_replaceable
 from lemica_trt.candidates import Ways, predictors, trial_runs
 from lemica_trt.errors import InfeasibleError
 from lemica_trt.graph import ErrorGraph
@@ -52,7 +52,7 @@ from lemica_trt.pipeline.stages import (
     verifiable,
     verify_bundle,
 )
-from lemica_trt.pipeline.work import Findings, Work, plans_in, plans_to_run, work_folder, write_plans
+from lemica_trt.pipeline.work import Findings, Work, candidate_folder, plans_in, plans_to_run, work_folder, write_plans
 from lemica_trt.plan import layout_from_plans
 from lemica_trt.progress import Quiet, Reporter
 from lemica_trt.schedule import least_budget, require_feasible
@@ -143,6 +143,7 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
     """All stages. What an earlier run finished from the same input is not done again.
 
     Engines of a backend that this machine cannot run are built all the same and not verified: `Result.unverified`.
+    The bundle takes the place of an older one behind its verification; one that fails stays in `candidate_folder`.
 
     Args:
         profile: what to build, flags applied.
@@ -196,24 +197,25 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
         write_plans(planned.plans, planned.selections, work, reporter, front=planned.front)
         layout = layout_from_plans(plans_to_run(work), latent_shape=model.latent_shape, guided=model.guided)
         exported = export(model, layout, work, reporter)
-        entries = engines(exported, work, request.backends, request.options, reporter)
-        bundle = assemble(profile, table, findings, plans_in(work), exported, entries, work, output, reporter)
-        backend, unverified = verifiable(bundle)
-        report = None
-        if request.verify_samples == 0:
-            unverified = dict.fromkeys(_backends(bundle), "not asked for")
-        elif backend is not None:
-            report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
-            times = report.steps or times
-        paces = paces_of(report)
-        if report is None and backend is not None and times is not None:
-            paces = Clock(bundle, reporter, backend=backend).paces(planned.plans, times)
-        front = () if planned.front is None else front_rows(planned.front, times)
+        entries = engines(exported.graphs, work.export, work, request.backends, request.options, reporter)
+        plans, candidate = plans_in(work), candidate_folder(output)
+        bundle = assemble(profile, table, findings, plans, exported, entries, work, candidate, reporter, before=output)
+        report, unverified = None, dict.fromkeys(_backends(bundle), "not asked for")
+        if request.verify_samples:
+            backend, unverified = verifiable(bundle)
+            if backend is not None:
+                report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
+        if report is not None:
+            steps, paces = report.steps, paces_of(report)
+        else:
+            steps, paces = times, {} if times is None else Clock(bundle, reporter).paces(planned.plans, times)
+        front = () if planned.front is None else front_rows(planned.front, steps)
         if front:
             from lemica_trt.report.folder import write_front
 
             write_front(bundle, front)
-        return Result(bundle, report, unverified, answers(request.budgets, planned, times, paces), front)
+        found = answers(request.budgets, planned, times or steps, paces)
+        return Result(move_bundle(bundle, output), report, unverified, found, front)
 
 
 def _backends(bundle: Bundle) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lemica_trt import __version__
-from lemica_trt.builders import EngineEntry, Option, options_by_backend
+from lemica_trt.builders import EngineEntry, Option, options_by_backend, prune
 from lemica_trt.builders import build as build_engine
 from lemica_trt.bundle import (
     ERROR_GRAPH_FILE,
@@ -33,7 +33,7 @@ from lemica_trt.plan import StepPlan
 from lemica_trt.progress import Reporter, size
 from lemica_trt.resources import calibration_path
 from lemica_trt.sampler import SamplerTable
-from lemica_trt.spec import Profile, Role, StepLayout
+from lemica_trt.spec import GraphSet, Profile, Role, StepLayout
 from lemica_trt.values import json_bytes, write_bytes, write_value
 
 if TYPE_CHECKING:
@@ -207,14 +207,24 @@ def export_key(profile: Profile, revision: str, layout: StepLayout) -> str:
 
 
 def engines(
-    exported: Exported, work: Work, backends: Sequence[str], options: dict[str, Option], reporter: Reporter
+    graphs: GraphSet,
+    root: Path,
+    work: Work,
+    backends: Sequence[str],
+    options: dict[str, Option],
+    reporter: Reporter,
 ) -> list[EngineEntry]:
-    """Build engines of the exported graphs with each backend; those that the work folder has are taken from there."""
+    """Build engines with each backend; those that the work folder has are taken from there, it keeps no others.
+
+    Args:
+        root: folder of the graphs.
+    """
     chosen = options_by_backend(backends, options)
     entries = []
     for backend in chosen:
         reporter.stage("engine", backend)
-        entries.append(build_engine(backend, exported.graphs, work.export, work.root, chosen[backend], reporter))
+        entries.append(build_engine(backend, graphs, root, work.root, chosen[backend], reporter))
+    prune(entries, work.root)
     return entries
 
 
@@ -228,8 +238,15 @@ def assemble(
     work: Work,
     output: Path,
     reporter: Reporter,
+    *,
+    before: Path | None = None,
 ) -> Bundle:
-    """Write the bundle."""
+    """Write the bundle.
+
+    Args:
+        output: its folder.
+        before: an older bundle; where it is the same, what was verified of it is taken over. None: that at `output`.
+    """
     reporter.stage("bundle", str(output))
     files: dict[str, Path | bytes] = {TOKENIZER_FILE: work.export / TOKENIZER_FILE, SAMPLER_FILE: json_bytes(table)}
     if findings.graph is not None:
@@ -244,7 +261,7 @@ def assemble(
         files.update({name: work.export / name for name in (spec.file, *spec.data_files)})
     for entry in entries:  # ONNX Runtime's engines are the ONNX files; other builders write their own
         files.update({name: work.root / name for name in entry.files.values() if name not in files})
-    before = _manifest_and_reports(output)
+    old_manifest, old_reports = _manifest_and_reports(before or output)
     bundle = write_bundle(
         output,
         profile=profile,
@@ -258,8 +275,8 @@ def assemble(
         versions=exported.versions,
     )
     manifest, reports = _manifest_and_reports(output)
-    if before[0] == manifest and not reports:  # the same bundle: what was verified of it still holds
-        for name, content in before[1].items():
+    if old_manifest == manifest and not reports:  # the same bundle: what was verified of it still holds
+        for name, content in old_reports.items():
             write_bytes(content, output / REPORTS / name)
     reporter.note(size(sum(entry.size for entry in bundle.manifest.files.values())))
     return bundle
@@ -325,7 +342,7 @@ def verify_bundle(
         return report
     report, clips = verify(bundle, model, requests, reporter=reporter, backend=backend)
     write_reports(bundle, report, clips)
-    require_verified(report)
+    require_verified(report, bundle.path)
     return report
 
 

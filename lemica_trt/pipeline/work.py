@@ -158,6 +158,12 @@ def work_folder(output: Path) -> Path:
     return output.parent / f"{output.name}.work"
 
 
+def candidate_folder(output: Path) -> Path:
+    """Where a bundle lies until it is verified: beside the one that it will replace."""
+    folder = output.resolve()
+    return folder.with_name(f"{folder.name}.unverified")
+
+
 def exported_in(work: Work) -> Exported | None:
     """What the work folder's export folder holds; None where it holds nothing whole."""
     try:

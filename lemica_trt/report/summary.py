@@ -80,9 +80,8 @@ def engine_lines(entry: EngineEntry) -> Iterator[str]:
         text = f"{entry.key.backend} {role}: {duration(build.seconds)}, peak {size(build.host_memory)}"
         text += "" if build.device_memory is None else f" and {size(build.device_memory)} of GPU memory"
         text += "".join(f", {count} layers in {dtype}" for dtype, count in sorted(counts.items()))
-        text += (
-            ", not looked into" if build.engine_precisions is None else f", {build.fused_attention} fused attentions"
-        )
+        fused = build.fused_attention
+        text += ", not looked into" if fused is None else f", {fused} of {build.attentions} attentions fused"
         yield text
 
 
