@@ -3,6 +3,9 @@
     lemica-trt build --model cogvideox-tiny --calibration secant --budget 15,10,20,25 --output out/quality
     python benchmarks/quality.py out/quality
 
+    lemica-trt build --model wan-tiny --budget 15,10,20,25 --output out/wan    # flow matching
+    python benchmarks/quality.py out/wan
+
 PSNR mean / 5th percentile (dB) / SSIM over 32 clips, prompts and seeds that neither calibration nor selection has seen;
 differences clip by clip with 95 % bootstrap intervals. Everything runs in PyTorch, fp32. Two references: the uncached
 sampler that the user has today, and one with four times the steps, which stands for the exact solution.
@@ -16,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from lemica_trt.bundle import ERROR_GRAPH_FILE, Bundle
 from lemica_trt.candidates import way
+from lemica_trt.errors import UnsupportedError
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.lower import sampler_table
-from lemica_trt.models import Model, denoise, load_model
+from lemica_trt.models import Model, denoise, load_model, scheduler_like
 from lemica_trt.pipeline import calibration_prompts, profile_of_bundle, uncached_plan
 from lemica_trt.plan import StepPlan
 from lemica_trt.quality import psnr, ssim
@@ -31,7 +35,11 @@ from lemica_trt.verify import baselines, held_out
 
 RESAMPLES = 10_000
 BATCH = 8
-SOLVERS = {DPMSolverMultistepScheduler: "DPM-Solver++ 2M", UniPCMultistepScheduler: "UniPC"}
+SOLVERS = {
+    FlowMatchEulerDiscreteScheduler: "Euler",
+    DPMSolverMultistepScheduler: "DPM-Solver++ 2M",
+    UniPCMultistepScheduler: "UniPC",
+}
 NAMES = {"lemica": "LeMiCa (paper)", "uniform": "equal distances, reuse", "fewer-steps": "the sampler, fewer steps"}
 
 Clips = list[np.ndarray]  # type: ignore[type-arg]
@@ -73,7 +81,12 @@ def ways(bundle: Bundle, model: Model, plan: StepPlan) -> dict[str, StepPlan]:
     found = {f"**the plan** ({way(plan)}{held})": plan}
     found |= {NAMES[name]: other for _, name, other in baselines(plan, model, graph)}
     for solver, name in SOLVERS.items():  # as a user changes the scheduler of a diffusers pipeline
-        scheduler = solver.from_config(model.pipeline.scheduler.config)
+        if solver is type(model.pipeline.scheduler):  # "the sampler, fewer steps"
+            continue
+        try:
+            scheduler = scheduler_like(solver, model.pipeline.scheduler)
+        except UnsupportedError:  # Euler is for flow matching only
+            continue
         model.family.set_timesteps(scheduler, plan.budget)
         table = sampler_table(scheduler)
         found[f"{name}, {plan.budget} steps"] = uncached_plan(table, guidance_scale=plan.guidance_scale)
@@ -97,7 +110,8 @@ def main() -> None:
         for count in (steps, 4 * steps)
     }
     scores = [psnr(a, b) for a, b in zip(references[steps], references[4 * steps])]
-    print(f"{arguments.clips} held-out clips of {profile.name}, {profile.sampling.steps} steps; ", end="")
+    sampler = type(model.pipeline.scheduler).__name__
+    print(f"{arguments.clips} held-out clips of {profile.name}, {steps} steps of {sampler}; ", end="")
     print(f"against {4 * steps} steps the uncached sampler itself has {np.mean(scores):.1f} dB\n")
     print(f"| full steps | | against {steps} steps | the plan − it, dB | against {4 * steps} steps |")
     print("|---|---|---|---|---|")

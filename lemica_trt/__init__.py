@@ -7,7 +7,7 @@ plan that says when to call them. The rooms, each below those that it imports:
     values      base of all values: frozen, strict JSON
     spec        Profile, StepLayout, GraphSet: what is built, by name, shape and dtype
     text        what is done to a prompt before it is tokenised
-    resources   what ships with the package: profiles, prompts, published schedules, the bundled model
+    resources   what ships with the package: profiles, prompts, published schedules, the bundled models
     progress    what a running stage tells: a bar, lines, or nothing
     sampler     SamplerTable: a sampler as a table of coefficients
     provenance  what a measurement was made on

@@ -1,4 +1,4 @@
-"""What ships with the package: build profiles, prompt sets, published schedules, the bundled model.
+"""What ships with the package: build profiles, prompt sets, published schedules, the bundled models.
 
 In a checkout these lie in the top-level folders `engines/` and `calibration/`; in an installed wheel below
 `lemica_trt/data/`. Everybody asks here, so that nobody else knows.

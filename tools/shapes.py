@@ -1,4 +1,4 @@
-"""The drawn world behind `cogvideox-tiny`: one coloured shape that moves over a soft background.
+"""The drawn world behind the bundled models: one coloured shape that moves over a soft background.
 
 A clip is 9 frames of 64 x 64 RGB at 8 frames a second. Its caption says all that matters:
 "a {size} {colour} {shape} {motion}", for example "a big red circle moves left". Everything else

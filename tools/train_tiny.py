@@ -1,24 +1,23 @@
-"""Trains the bundled model `cogvideox-tiny` from nothing on two CPU cores.
+"""Trains the bundled models `cogvideox-tiny` and `wan-tiny` from nothing on two CPU cores.
 
-Stages, in order; each reads what the one before left in `--work` (build/tiny); training
+Stages, in order; each reads what the one before left in `--work` (build/MODEL); training
 resumes from its last checkpoint, also with a larger `--steps`:
 
-    vae          shapes -> AutoencoderKLCogVideoX                          vae.pt
+    vae          shapes -> autoencoder                                     vae.pt
     latents      shapes -> encoder -> latents, one file of 1000 clips each latents-*.pt
-    transformer  latents, captions -> CogVideoXTransformer3DModel + T5     transformer.pt
+    transformer  latents, captions -> transformer and text encoder         transformer.pt
     export       all of it, fp16 -> a diffusers folder, and the prompt files
     sheet        the folder -> a contact sheet (PNG) through the real pipeline
 
-    torchrun --nproc-per-node 2 tools/train_tiny.py vae --steps 1120
-    torchrun --nproc-per-node 2 tools/train_tiny.py latents --clips 4000
-    torchrun --nproc-per-node 2 tools/train_tiny.py transformer --steps 3800
-    python tools/train_tiny.py export
-    python tools/train_tiny.py sheet --out sheet.png
+    torchrun --nproc-per-node 2 tools/train_tiny.py vae --model wan-tiny --steps 1120
+    torchrun --nproc-per-node 2 tools/train_tiny.py latents --model wan-tiny --clips 4000
+    torchrun --nproc-per-node 2 tools/train_tiny.py transformer --model wan-tiny --steps 3800
+    python tools/train_tiny.py export --model wan-tiny
+    python tools/train_tiny.py sheet --model wan-tiny --out sheet.png
 
-The commands, times and losses of the published weights are in the folder's README.md.
-The noise schedule is the pipeline's own: v-prediction with zero terminal SNR (Lin et al. 2023,
-"Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3) and 10 % of the
-captions dropped for classifier-free guidance (Ho & Salimans 2022).
+The commands, times and losses of the published weights are in each folder's README.md.
+What differs between the models is a `Recipe`: the modules, how latents are normalised, and the
+noise schedule. 10 % of the captions are dropped for classifier-free guidance (Ho & Salimans 2022).
 """
 
 from __future__ import annotations
@@ -30,23 +29,29 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import shapes
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "lemica_trt" / "zoo" / "cogvideox-tiny"
-PROMPTS = ROOT / "calibration" / "cogvideox-tiny"
+ZOO = ROOT / "lemica_trt" / "zoo"
+PROMPTS = ROOT / "calibration" / "cogvideox-tiny"  # of both models
 
 TOKENS = 16  # text tokens a prompt is padded to: max_sequence_length
 SHARD = 1000  # clips in one latents-*.pt
@@ -56,77 +61,7 @@ SHARD = 1000  # clips in one latents-*.pt
 PROCESSES, RANK = (int(os.environ.get(key, n)) for key, n in (("WORLD_SIZE", 1), ("RANK", 0)))
 
 
-# ---------------------------------------------------------------- the modules
-
-
-def build_vae() -> AutoencoderKLCogVideoX:
-    """8 x in space, 4 x in time, as CogVideoX: [3, 9, 64, 64] <-> [16, 3, 8, 8].
-
-    The posterior starts narrow (log-variance -6): from 0, its noise drowns the early signal.
-    """
-    vae = AutoencoderKLCogVideoX(
-        block_out_channels=(8, 16, 32, 64),
-        latent_channels=16,
-        layers_per_block=1,
-        norm_num_groups=4,
-        temporal_compression_ratio=4,
-        sample_height=shapes.HEIGHT,
-        sample_width=shapes.WIDTH,
-    )
-    nn.init.constant_(vae.encoder.conv_out.conv.bias[16:], -6.0)
-    return vae
-
-
-def build_transformer() -> CogVideoXTransformer3DModel:
-    """6 blocks of 4 heads x 32 over 16 text and 3 x 4 x 4 video tokens; zero-initialised output.
-
-    adaLN's modulations and the head start at zero, so that each block starts as the identity
-    (Peebles & Xie 2023, section 3.2, "adaLN-Zero").
-    """
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=32,
-        in_channels=16,
-        out_channels=16,
-        time_embed_dim=64,
-        text_embed_dim=64,
-        num_layers=6,
-        sample_width=8,
-        sample_height=8,
-        sample_frames=shapes.FRAMES,
-        patch_size=2,
-        temporal_compression_ratio=4,
-        max_text_seq_length=TOKENS,
-        spatial_interpolation_scale=1.0,
-        temporal_interpolation_scale=1.0,
-    )
-    for block in model.transformer_blocks:
-        for norm in (block.norm1, block.norm2):
-            nn.init.normal_(norm.linear.weight, std=1e-3)
-            nn.init.zeros_(norm.linear.bias)
-    for linear in (model.norm_out.linear, model.proj_out):
-        nn.init.normal_(linear.weight, std=1e-3)
-        nn.init.zeros_(linear.bias)
-    return model
-
-
-def build_text_encoder(vocabulary: int) -> T5EncoderModel:
-    """Two T5 layers of width 64 over the small vocabulary."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=vocabulary,
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            relative_attention_num_buckets=16,
-            relative_attention_max_distance=32,
-            decoder_start_token_id=0,
-        )
-    )
+# ---------------------------------------------------------------- the tokenizer of both models
 
 
 def build_tokenizer() -> T5Tokenizer:
@@ -172,19 +107,239 @@ def lower_case_map() -> bytes:
     return proto.normalizer_spec.precompiled_charsmap
 
 
-def build_scheduler() -> CogVideoXDDIMScheduler:
-    """CogVideoX-2B's schedule, less its SNR shift: 8 x 8 latents need less noise than 60 x 90."""
-    return CogVideoXDDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.0120,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        rescale_betas_zero_snr=True,
-        snr_shift_scale=1.0,
-    )
+# ---------------------------------------------------------------- what differs between the models
+
+
+class Recipe:
+    """One model: its modules, the layout and scale of its latents, its noise schedule.
+
+    Both have 8 x 8 x 4 compression into 16 channels, blocks of 4 heads x 32, and two layers
+    of text encoder of width 64.
+    """
+
+    name: str
+    pipeline: type[DiffusionPipeline]
+
+    def build_vae(self) -> nn.Module:
+        """[3, 9, 64, 64] <-> [16, 3, 8, 8].
+
+        The posterior starts narrow (log-variance -6): from 0, its noise drowns the early signal.
+        """
+        raise NotImplementedError
+
+    def build_transformer(self) -> nn.Module:
+        """Over 16 text and 3 x 4 x 4 video tokens; modulations and head start near zero.
+
+        So each block starts as the identity (Peebles & Xie 2023, section 3.2, "adaLN-Zero").
+        """
+        raise NotImplementedError
+
+    def build_text_encoder(self, vocabulary: int) -> nn.Module:
+        """Over the small vocabulary."""
+        raise NotImplementedError
+
+    def build_scheduler(self) -> Any:
+        """The pipeline's sampler."""
+        raise NotImplementedError
+
+    def embed(self, text_encoder: nn.Module, ids: Tensor) -> Tensor:
+        """int64 `[n, tokens]` -> fp32 `[n, tokens, 64]`, as the pipeline embeds a prompt."""
+        raise NotImplementedError
+
+    def latents_from_posterior(self, mean: Tensor) -> Tensor:
+        """`[n, 16, 3, 8, 8]` of the autoencoder -> the transformer's layout."""
+        raise NotImplementedError
+
+    def vae_config(self, latents: Tensor) -> dict[str, Any]:
+        """What the autoencoder's config says of the scale of latents, measured on these."""
+        raise NotImplementedError
+
+    def normalise(self, latents: Tensor, config: dict[str, Any]) -> Tensor:
+        """Latents of about unit variance; the pipeline undoes it before it decodes."""
+        raise NotImplementedError
+
+    def noised(self, x0: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The transformer's input, its timestep, and the target; `u` in [0, 1) is the place in the schedule."""
+        raise NotImplementedError
+
+
+class CogVideoXTiny(Recipe):
+    """v-prediction with zero terminal SNR.
+
+    Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.
+    """
+
+    name = "cogvideox-tiny"
+    pipeline = CogVideoXPipeline
+
+    def build_vae(self) -> AutoencoderKLCogVideoX:
+        vae = AutoencoderKLCogVideoX(
+            block_out_channels=(8, 16, 32, 64),
+            latent_channels=16,
+            layers_per_block=1,
+            norm_num_groups=4,
+            temporal_compression_ratio=4,
+            sample_height=shapes.HEIGHT,
+            sample_width=shapes.WIDTH,
+        )
+        nn.init.constant_(vae.encoder.conv_out.conv.bias[16:], -6.0)
+        return vae
+
+    def build_transformer(self) -> CogVideoXTransformer3DModel:
+        model = CogVideoXTransformer3DModel(
+            num_attention_heads=4,
+            attention_head_dim=32,
+            in_channels=16,
+            out_channels=16,
+            time_embed_dim=64,
+            text_embed_dim=64,
+            num_layers=6,
+            sample_width=8,
+            sample_height=8,
+            sample_frames=shapes.FRAMES,
+            patch_size=2,
+            temporal_compression_ratio=4,
+            max_text_seq_length=TOKENS,
+            spatial_interpolation_scale=1.0,
+            temporal_interpolation_scale=1.0,
+        )
+        for block in model.transformer_blocks:
+            start_near_zero(block.norm1.linear, block.norm2.linear)
+        start_near_zero(model.norm_out.linear, model.proj_out)
+        return model
+
+    def build_text_encoder(self, vocabulary: int) -> T5EncoderModel:
+        return T5EncoderModel(T5Config(vocab_size=vocabulary, **T5_SIZES))
+
+    def build_scheduler(self) -> CogVideoXDDIMScheduler:
+        """CogVideoX-2B's schedule, less its SNR shift: 8 x 8 latents need less noise than 60 x 90."""
+        return CogVideoXDDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.0120,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=True,
+            prediction_type="v_prediction",
+            timestep_spacing="trailing",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=1.0,
+        )
+
+    def embed(self, text_encoder: nn.Module, ids: Tensor) -> Tensor:
+        return text_encoder(ids)[0]
+
+    def latents_from_posterior(self, mean: Tensor) -> Tensor:
+        return mean.permute(0, 2, 1, 3, 4)
+
+    def vae_config(self, latents: Tensor) -> dict[str, Any]:
+        return {"scaling_factor": round(1 / latents.std().item(), 4)}
+
+    def normalise(self, latents: Tensor, config: dict[str, Any]) -> Tensor:
+        return latents * config["scaling_factor"]
+
+    def noised(self, x0: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        timestep = (u * 1000).long().clamp(max=999)
+        alphas = self.build_scheduler().alphas_cumprod.float()[timestep]  # [n]
+        a, s = (x.sqrt().view(-1, 1, 1, 1, 1) for x in (alphas, 1 - alphas))
+        return a * x0 + s * noise, timestep, a * noise - s * x0
+
+
+class WanTiny(Recipe):
+    """Rectified flow: the straight line from a clip to noise, and its velocity (Liu et al. 2023).
+
+    Sampling shifts noise levels by 3, as Wan does for 480p; training by 2, so that it also sees
+    the lower ones, where shapes get their edges.
+    """
+
+    name = "wan-tiny"
+    pipeline = WanPipeline
+
+    def build_vae(self) -> AutoencoderKLWan:
+        """Its first halving of space is pixels to channels (Wan 2.2's option): cheap on a CPU."""
+        vae = AutoencoderKLWan(
+            base_dim=16,
+            decoder_base_dim=16,
+            z_dim=16,
+            dim_mult=[1, 2, 3],
+            num_res_blocks=1,
+            temperal_downsample=[True, True],
+            patch_size=2,
+            in_channels=12,
+            out_channels=12,
+        )
+        nn.init.constant_(vae.quant_conv.bias[16:], -6.0)
+        return vae
+
+    def build_transformer(self) -> WanTransformer3DModel:
+        model = WanTransformer3DModel(
+            num_attention_heads=4,
+            attention_head_dim=32,
+            in_channels=16,
+            out_channels=16,
+            text_dim=64,
+            freq_dim=64,
+            ffn_dim=256,
+            num_layers=5,
+            cross_attn_norm=True,
+            rope_max_seq_len=32,
+        )
+        start_near_zero(model.condition_embedder.time_proj, model.proj_out)
+        for block in model.blocks:
+            nn.init.zeros_(block.scale_shift_table)
+        return model
+
+    def build_text_encoder(self, vocabulary: int) -> UMT5EncoderModel:
+        return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **T5_SIZES))
+
+    def build_scheduler(self) -> UniPCMultistepScheduler:
+        """Wan 2.1's own, shift of 480p."""
+        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+    def embed(self, text_encoder: nn.Module, ids: Tensor) -> Tensor:
+        mask = ids > 0  # 0 is <pad>; the pipeline zeroes the embeddings behind the mask
+        return text_encoder(ids, mask.long())[0] * mask[..., None]
+
+    def latents_from_posterior(self, mean: Tensor) -> Tensor:
+        return mean
+
+    def vae_config(self, latents: Tensor) -> dict[str, Any]:
+        dims = (0, 2, 3, 4)
+        return {
+            "latents_mean": [round(x, 4) for x in latents.mean(dims).tolist()],
+            "latents_std": [round(x, 4) for x in latents.std(dims).tolist()],
+        }
+
+    def normalise(self, latents: Tensor, config: dict[str, Any]) -> Tensor:
+        mean, std = (torch.tensor(config[key]).view(-1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+        return (latents - mean) / std
+
+    def noised(self, x0: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sigma = 2 * u / (1 + u)
+        mix = sigma.view(-1, 1, 1, 1, 1)
+        return (1 - mix) * x0 + mix * noise, sigma * 1000, noise - x0
+
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (CogVideoXTiny(), WanTiny())}
+
+T5_SIZES = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 16,
+    "relative_attention_max_distance": 32,
+    "decoder_start_token_id": 0,
+}
+
+
+def start_near_zero(*linears: nn.Linear) -> None:
+    """Small weights, no bias."""
+    for linear in linears:
+        nn.init.normal_(linear.weight, std=1e-3)
+        nn.init.zeros_(linear.bias)
 
 
 # ---------------------------------------------------------------- the optimiser
@@ -248,7 +403,9 @@ class Trainer:
     ) -> None:
         self.modules, self.file, self.steps, self.decay, self.ema = modules, file, steps, decay, ema
         named = [(n, p) for m in modules.values() for n, p in m.named_parameters()]
-        is_matrix = {n: p.ndim >= 2 and not n.startswith(("shared", "encoder.embed")) for n, p in named}
+        is_matrix = {  # more than one row and column; embeddings are tables of vectors
+            n: min(len(p), p.numel() // len(p)) > 1 and not n.startswith(("shared", "encoder.embed")) for n, p in named
+        }
         self.optimizers = [
             Muon([p for n, p in named if is_matrix[n]], lr=muon_lr),
             torch.optim.AdamW(
@@ -349,21 +506,21 @@ def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
     return 2.0 * F.l1_loss(y, x) + 8.0 * F.mse_loss(y, x) + 0.5 * edges
 
 
-def train_vae(work: Path, steps: int, seed: int) -> None:
-    """The first 95 % of the steps on 9 x 32 x 32 windows, batch 4; the rest on whole clips, 2.
+def train_vae(recipe: Recipe, work: Path, steps: int, seed: int, batch: int) -> None:
+    """The first 95 % of the steps on 9 x 32 x 32 windows; the rest on whole clips, half the batch.
 
     (The batch is that of all processes together.)
     """
     torch.manual_seed(seed)
-    vae = build_vae().train()
+    vae = recipe.build_vae().train()
     trainer = Trainer({"vae": vae}, work / "vae.pt", steps, muon_lr=6e-3, adam_lr=3e-3, decay=0.5, ema=0.98)
     mean = 0.0
     while trainer.step < steps:
         tick = time.time()
         trainer.seed(seed)
         windows = trainer.step < 0.95 * steps
-        batch = (4 if windows else 2) // PROCESSES
-        x = video_from_clips(shapes.draw_clips(batch, torch.initial_seed())[0])
+        own = (batch if windows else batch // 2) // PROCESSES
+        x = video_from_clips(shapes.draw_clips(own, torch.initial_seed())[0])
         x = crops_from_video(x) if windows else x
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
@@ -388,59 +545,57 @@ def train_vae(work: Path, steps: int, seed: int) -> None:
 
 
 @torch.no_grad()
-def make_latents(work: Path, count: int, seed: int) -> None:
-    """Posterior means, fp16 `[1000, 3, 16, 8, 8]` a file, unscaled, and the captions."""
-    vae = load_average(build_vae(), work / "vae.pt", "vae")
+def make_latents(recipe: Recipe, work: Path, count: int, seed: int) -> None:
+    """Posterior means, fp16 `[1000, ...]` a file, not normalised, and the captions."""
+    vae = load_average(recipe.build_vae(), work / "vae.pt", "vae")
     for shard in range(math.ceil(count / SHARD)):
         file = work / f"latents-{shard:03d}.pt"
         if file.exists() or shard % PROCESSES != RANK:
             continue
         clips, captions = shapes.draw_clips(SHARD, seed + 1 + shard)
         parts = [vae.encode(video_from_clips(c)).latent_dist.mode() for c in np.split(clips, 125)]
-        latents = torch.cat(parts).permute(0, 2, 1, 3, 4).half()
+        latents = recipe.latents_from_posterior(torch.cat(parts)).half()
         torch.save({"latents": latents, "captions": [str(c) for c in captions]}, file)
         print(f"{file.name}: std {latents.float().std():.3f}", flush=True)
 
 
-def load_latents(work: Path) -> tuple[Tensor, list[str]]:
-    """All shards, divided by the std of the first, fp32 `[n, 3, 16, 8, 8]`, and the captions."""
+def load_latents(recipe: Recipe, work: Path) -> tuple[Tensor, list[str]]:
+    """All shards, normalised, fp32, and the captions."""
     shards = [torch.load(f, weights_only=True) for f in sorted(work.glob("latents-*.pt"))]
     if not shards:
         raise SystemExit(f"no latents-*.pt in {work}: run the stage `latents` first")
-    latents = torch.cat([s["latents"] for s in shards]).float() * scaling_factor(work)
-    return latents, [caption for s in shards for caption in s["captions"]]
+    latents = torch.cat([s["latents"] for s in shards]).float()
+    return recipe.normalise(latents, vae_config(recipe, work)), [caption for s in shards for caption in s["captions"]]
 
 
-def scaling_factor(work: Path) -> float:
-    """1 / std of the first shard: what the pipeline multiplies latents by."""
-    first = torch.load(work / "latents-000.pt", weights_only=True)["latents"].float()
-    return round(1 / first.std().item(), 4)
+def vae_config(recipe: Recipe, work: Path) -> dict[str, Any]:
+    """Scale of the latents, by the first shard."""
+    return recipe.vae_config(torch.load(work / "latents-000.pt", weights_only=True)["latents"].float())
 
 
 # ---------------------------------------------------------------- transformer
 
 
-def train_transformer(work: Path, steps: int, seed: int, batch: int) -> None:
-    """v-prediction on uniform timesteps; loss is the mean squared error of v."""
-    latents, captions = load_latents(work)
+def train_transformer(recipe: Recipe, work: Path, steps: int, seed: int, batch: int, decay: float) -> None:
+    """Loss is the mean squared error of the recipe's target, over its whole noise schedule."""
+    latents, captions = load_latents(recipe, work)
     tokenizer = build_tokenizer()
     prompts = ["", *sorted(set(captions))]
     ids = tokenizer(prompts, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
     prompt_of = torch.tensor([prompts.index(c) for c in captions])
 
     torch.manual_seed(seed)
-    transformer = build_transformer().train()
-    text_encoder = build_text_encoder(len(tokenizer)).train()
+    transformer = recipe.build_transformer().train()
+    text_encoder = recipe.build_text_encoder(len(tokenizer)).train()
     trainer = Trainer(
         {"transformer": transformer, "text_encoder": text_encoder},
         work / "transformer.pt",
         steps,
         muon_lr=4e-3,
         adam_lr=1.5e-3,
-        decay=0.45,
+        decay=decay,
         ema=0.995,
     )
-    alphas = build_scheduler().alphas_cumprod.float()  # [1000]
     own = batch // PROCESSES
     mean = 0.0
     while trainer.step < steps:
@@ -448,15 +603,12 @@ def train_transformer(work: Path, steps: int, seed: int, batch: int) -> None:
         trainer.seed(seed)
         index = torch.randint(0, len(latents), (own,))
         x0 = latents[index]
-        noise = torch.randn_like(x0)
-        # stratified: one timestep in each of `own` equal parts of the range
-        t = ((torch.arange(own) + torch.rand(own)) * (1000 / own)).long().clamp(max=999)
-        a = alphas[t].sqrt()[:, None, None, None, None]
-        s = (1 - alphas[t]).sqrt()[:, None, None, None, None]
+        # stratified: one place in each of `own` equal parts of the schedule
+        x, timestep, target = recipe.noised(x0, torch.randn_like(x0), (torch.arange(own) + torch.rand(own)) / own)
         prompt = prompt_of[index] * (torch.rand(own) >= 0.1)  # 0 is the empty prompt
-        text = text_encoder(ids[prompt])[0]
-        v = transformer(a * x0 + s * noise, text, t, return_dict=False)[0]
-        loss = F.mse_loss(v, a * noise - s * x0)
+        text = recipe.embed(text_encoder, ids[prompt])
+        output = transformer(hidden_states=x, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+        loss = F.mse_loss(output, target)
         trainer.update(loss)
         trainer.seconds += time.time() - tick
         mean = loss.item() if trainer.step % 50 == 1 else mean + loss.item()
@@ -473,17 +625,18 @@ def train_transformer(work: Path, steps: int, seed: int, batch: int) -> None:
 # ---------------------------------------------------------------- export and contact sheet
 
 
-def export(work: Path, folder: Path) -> None:
+def export(recipe: Recipe, work: Path, folder: Path) -> None:
     """Averaged weights in fp16 -> the diffusers folder, put in place by one rename."""
     tokenizer = build_tokenizer()
-    vae = load_average(build_vae(), work / "vae.pt", "vae")
-    vae.register_to_config(scaling_factor=scaling_factor(work))
-    pipeline = CogVideoXPipeline(
+    text_encoder = recipe.build_text_encoder(len(tokenizer))
+    vae = load_average(recipe.build_vae(), work / "vae.pt", "vae")
+    vae.register_to_config(**vae_config(recipe, work))
+    pipeline = recipe.pipeline(
         tokenizer=tokenizer,
-        text_encoder=load_average(build_text_encoder(len(tokenizer)), work / "transformer.pt", "text_encoder"),
+        text_encoder=load_average(text_encoder, work / "transformer.pt", "text_encoder"),
         vae=vae,
-        transformer=load_average(build_transformer(), work / "transformer.pt", "transformer"),
-        scheduler=build_scheduler(),
+        transformer=load_average(recipe.build_transformer(), work / "transformer.pt", "transformer"),
+        scheduler=recipe.build_scheduler(),
     )
     new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
     for leftover in (new, old):
@@ -510,10 +663,10 @@ def export(work: Path, folder: Path) -> None:
 
 
 def sheet(folder: Path, out: Path, seed: int, count: int, split: str) -> None:
-    """`count` prompts x 9 frames, 50 DDIM steps, guidance 4, fp32, upscaled twice."""
+    """`count` prompts x 9 frames, 50 steps, guidance 4, fp32, upscaled twice."""
     from PIL import Image
 
-    pipeline = CogVideoXPipeline.from_pretrained(folder)  # fp32
+    pipeline = DiffusionPipeline.from_pretrained(folder)  # fp32
     pipeline.set_progress_bar_config(disable=True)
     prompts = [str(c) for c in shapes.captions_of(split)[:count]]
     frames = pipeline(
@@ -537,11 +690,13 @@ def sheet(folder: Path, out: Path, seed: int, count: int, split: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("vae", "latents", "transformer", "export", "sheet"))
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "tiny", help="checkpoints")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="the diffusers folder")
+    parser.add_argument("--model", choices=tuple(RECIPES), default="cogvideox-tiny")
+    parser.add_argument("--work", type=Path, help="checkpoints; build/MODEL")
+    parser.add_argument("--folder", type=Path, help="the diffusers folder; lemica_trt/zoo/MODEL")
     parser.add_argument("--out", type=Path, default=Path("sheet.png"), help="the contact sheet")
     parser.add_argument("--steps", type=int, default=1700)
-    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--batch", type=int, help="of all processes; vae 4 windows, transformer 48")
+    parser.add_argument("--decay", type=float, default=0.45, help="part of the transformer's steps with a falling rate")
     parser.add_argument("--clips", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=8, help="prompts on the sheet")
@@ -551,17 +706,19 @@ def main() -> None:
     torch.set_num_threads(args.threads // PROCESSES)
     if PROCESSES > 1:
         distributed.init_process_group("gloo")
-    args.work.mkdir(parents=True, exist_ok=True)
+    recipe = RECIPES[args.model]
+    work, folder = args.work or ROOT / "build" / recipe.name, args.folder or ZOO / recipe.name
+    work.mkdir(parents=True, exist_ok=True)
     if args.stage == "vae":
-        train_vae(args.work, args.steps, args.seed)
+        train_vae(recipe, work, args.steps, args.seed, args.batch or 4)
     elif args.stage == "latents":
-        make_latents(args.work, args.clips, args.seed)
+        make_latents(recipe, work, args.clips, args.seed)
     elif args.stage == "transformer":
-        train_transformer(args.work, args.steps, args.seed, args.batch)
+        train_transformer(recipe, work, args.steps, args.seed, args.batch or 48, args.decay)
     elif args.stage == "export":
-        export(args.work, args.folder)
+        export(recipe, work, folder)
     else:
-        sheet(args.folder, args.out, args.seed, args.count, args.split)
+        sheet(folder, args.out, args.seed, args.count, args.split)
 
 
 if __name__ == "__main__":

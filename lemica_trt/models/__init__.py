@@ -12,7 +12,14 @@ Knows nothing of plans' origin, error graphs, ONNX or engines.
 
 from lemica_trt.models.denoise import denoise
 from lemica_trt.models.family import DTYPES, Family
-from lemica_trt.models.load import FAMILIES, family_from_name, family_from_pipeline, load_model, usable_device
+from lemica_trt.models.load import (
+    FAMILIES,
+    family_from_name,
+    family_from_pipeline,
+    load_model,
+    scheduler_like,
+    usable_device,
+)
 from lemica_trt.models.model import Model
 
 __all__ = [
@@ -24,5 +31,6 @@ __all__ = [
     "family_from_name",
     "family_from_pipeline",
     "load_model",
+    "scheduler_like",
     "usable_device",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import re
 import warnings
@@ -110,10 +111,10 @@ def load_model(
             raise MissingDependencyError(f"{profile.source}: {_line(error)}") from None
         except BROKEN as error:
             raise InputError(f"{profile.source}: expected a complete pipeline, got: {_line(error)}") from None
+        if profile.sampling.scheduler is not None:
+            pipeline.scheduler = scheduler_like(_scheduler_class(profile.sampling.scheduler), pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    if profile.sampling.scheduler is not None:
-        pipeline.scheduler = _scheduler_class(profile.sampling.scheduler).from_config(pipeline.scheduler.config)
     return Model(profile, family, pipeline, folder)
 
 
@@ -139,6 +140,34 @@ def _scheduler_class(name: str) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise InputError(f"sampling.scheduler must be a diffusers scheduler class, got {name!r}")
     return kind
+
+
+def scheduler_like(kind: Any, scheduler: Any) -> Any:
+    """A scheduler of another class for the same model: `from_config`, and the flow settings that it loses.
+
+    diffusers' two kinds of flow schedulers do not read each other's settings: FlowMatch* have `shift`, the others
+    `flow_shift`, and those take the model's output for noise unless told that it is velocity.
+
+    Args:
+        kind: diffusers scheduler class.
+        scheduler: of the model.
+
+    Raises:
+        UnsupportedError: one of the two is for flow matching, the other cannot be.
+    """
+    own = type(scheduler).__name__.startswith("FlowMatch")
+    flow = own or scheduler.config.get("use_flow_sigmas", False)
+    shift = scheduler.config.get("shift" if own else "flow_shift", 1.0)
+    known = inspect.signature(kind).parameters
+    config = {key: value for key, value in scheduler.config.items() if key in known or key == "_use_default_values"}
+    if kind.__name__.startswith("FlowMatch") and flow:
+        return kind.from_config(config, shift=shift)
+    if "use_flow_sigmas" in known and flow:
+        return kind.from_config(config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    if kind.__name__.startswith("FlowMatch") or flow:
+        what = f"{type(scheduler).__name__} is {'' if flow else 'not '}for flow matching"
+        raise UnsupportedError(f"the model's {what}, unlike {kind.__name__}")
+    return kind.from_config(config)
 
 
 def _line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from lemica_trt.errors import InputError, UnsupportedError
-from lemica_trt.models import FAMILIES, family_from_name, family_from_pipeline, load_model
+from lemica_trt.models import FAMILIES, family_from_name, family_from_pipeline, load_model, scheduler_like
 
 pytestmark = pytest.mark.cpu
 
@@ -106,6 +106,27 @@ def test_scheduler_by_name(folder) -> None:
     for name in ("NoSuchScheduler", "CogVideoXPipeline"):
         with pytest.raises(InputError, match="must be a diffusers scheduler class"):
             load_model(_profile(folder, scheduler=name))
+
+
+def test_a_flow_model_keeps_its_shift_and_its_velocity_under_another_scheduler() -> None:
+    """diffusers' own `from_config` loses both."""
+    unipc = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    euler = scheduler_like(diffusers.FlowMatchEulerDiscreteScheduler, unipc)
+    assert euler.config.shift == 3.0
+    euler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    unipc = scheduler_like(diffusers.UniPCMultistepScheduler, euler)
+    unipc.set_timesteps(4)
+    sigmas = torch.linspace(1, 0, 5)
+    torch.testing.assert_close(unipc.sigmas, 5 * sigmas / (1 + 4 * sigmas), atol=2e-3, rtol=0)
+    assert unipc.config.prediction_type == "flow_prediction"
+
+
+def test_flow_matching_and_diffusion_do_not_mix(model_of) -> None:
+    for variant, name in (("wan", "DDIMScheduler"), ("sincos", "FlowMatchEulerDiscreteScheduler")):
+        profile = model_of(variant).profile
+        sampling = msgspec.structs.replace(profile.sampling, scheduler=name)
+        with pytest.raises(UnsupportedError, match=f"for flow matching, unlike {name}"):
+            load_model(msgspec.structs.replace(profile, sampling=sampling))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The world of `cogvideox-tiny`: deterministic, split without overlap, true to its captions."""
+"""The world of the bundled models: deterministic, split without overlap, true to its captions."""
 
 from __future__ import annotations
 

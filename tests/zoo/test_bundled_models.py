@@ -1,4 +1,4 @@
-"""The bundled model: a diffusers folder that loads as it is, small, finite, its words known."""
+"""The bundled models: diffusers folders that load as they are, small, finite, their words known."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lemica_trt.resources import load_profile
+
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "lemica_trt" / "zoo" / "cogvideox-tiny"
+ZOO = ROOT / "lemica_trt" / "zoo"
+MAX_BYTES = {"cogvideox-tiny": 10e6, "wan-tiny": 5e6}
 TOKENS = 16
 pytestmark = pytest.mark.cpu
 
@@ -17,9 +20,14 @@ diffusers = pytest.importorskip("diffusers")
 tokenizers = pytest.importorskip("tokenizers")
 
 
+@pytest.fixture(scope="module", params=MAX_BYTES)
+def folder(request) -> Path:
+    return ZOO / request.param
+
+
 @pytest.fixture(scope="module")
-def pipeline():
-    pipeline = diffusers.CogVideoXPipeline.from_pretrained(FOLDER)
+def pipeline(folder):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -33,36 +41,50 @@ def _prompts() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def test_the_folder_is_small_and_readable_by_all() -> None:
-    files = [file for file in FOLDER.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 10e6
+def test_every_bundled_model_is_tested_and_has_a_profile() -> None:
+    assert {path.name for path in ZOO.iterdir()} == set(MAX_BYTES)
+    for name in MAX_BYTES:
+        assert load_profile(name).source == f"package:{name}"
+        assert load_profile(name).text_length == TOKENS
+
+
+def test_the_folder_is_small_and_readable_by_all(folder) -> None:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= MAX_BYTES[folder.name]
     assert all(file.stat().st_mode & 0o044 == 0o044 for file in files)
-    assert (FOLDER / "README.md").exists()
+    assert (folder / "README.md").exists()
 
 
-def test_every_weight_is_finite_and_stored_in_half_precision() -> None:
+def test_every_weight_is_finite_and_stored_in_half_precision(folder) -> None:
     from safetensors.torch import load_file
 
-    for file in FOLDER.rglob("*.safetensors"):
+    for file in folder.rglob("*.safetensors"):
         for name, weight in load_file(file).items():
             assert weight.dtype == torch.float16, f"{file.name}: {name} is {weight.dtype}"
             assert torch.isfinite(weight).all(), f"{file.name}: {name} is not finite"
 
 
-def test_the_pipeline_is_a_cogvideox_in_small(pipeline) -> None:
-    assert type(pipeline) is diffusers.CogVideoXPipeline
-    assert type(pipeline.scheduler) is diffusers.CogVideoXDDIMScheduler
-    scheduler = pipeline.scheduler.config
-    assert scheduler.prediction_type == "v_prediction"
-    assert scheduler.timestep_spacing == "trailing" and scheduler.rescale_betas_zero_snr
-    assert pipeline.transformer.config.num_layers >= 6
-    assert pipeline.transformer.config.max_text_seq_length == TOKENS
+def test_the_pipeline_is_the_real_one_in_small(pipeline, folder) -> None:
+    scheduler, transformer = pipeline.scheduler.config, pipeline.transformer.config
+    if folder.name == "wan-tiny":
+        assert type(pipeline) is diffusers.WanPipeline
+        assert type(pipeline.scheduler) is diffusers.UniPCMultistepScheduler
+        assert scheduler.prediction_type == "flow_prediction"
+        assert scheduler.use_flow_sigmas and scheduler.flow_shift == 3.0
+        assert type(pipeline.text_encoder).__name__ == "UMT5EncoderModel"
+    else:
+        assert type(pipeline) is diffusers.CogVideoXPipeline
+        assert type(pipeline.scheduler) is diffusers.CogVideoXDDIMScheduler
+        assert scheduler.prediction_type == "v_prediction"
+        assert scheduler.timestep_spacing == "trailing" and scheduler.rescale_betas_zero_snr
+        assert transformer.max_text_seq_length == TOKENS
+    assert transformer.num_layers >= 6
     assert pipeline.vae_scale_factor_spatial == 8 and pipeline.vae_scale_factor_temporal == 4
 
 
-def test_the_tokenizer_needs_no_transformers(pipeline) -> None:
+def test_the_tokenizer_needs_no_transformers(pipeline, folder) -> None:
     """`tokenizer.json` alone gives the ids that the pipeline uses, any case, and no <unk>."""
-    alone = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer" / "tokenizer.json"))
+    alone = tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     unknown, pad = alone.token_to_id("<unk>"), alone.token_to_id("<pad>")
     for prompt in [*_prompts(), "", "A BIG Red circle moves left."]:
         ids = pipeline.tokenizer(prompt, padding="max_length", max_length=TOKENS).input_ids
@@ -91,7 +113,13 @@ def test_the_vae_keeps_what_the_world_draws(pipeline) -> None:
         y = pipeline.vae.decode(z).sample
     mse = (x - y.clamp(-1, 1)).square().mean().item() / 4
     assert -10 * np.log10(mse) > 30
-    assert 0.7 < z.std().item() * pipeline.vae.config.scaling_factor < 1.4
+    config = pipeline.vae.config
+    if config.get("latents_std"):
+        mean, std = (torch.tensor(config[key]).view(-1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+        z = (z - mean) / std
+    else:
+        z = z * config.scaling_factor
+    assert 0.7 < z.std().item() < 1.4
 
 
 def test_a_prompt_becomes_a_video(pipeline) -> None:
