@@ -167,6 +167,8 @@ _calibration = _options(
         type=click.Path(dir_okay=False, path_type=Path),
         help="Calibration prompts, one a line, instead of the profile's.",
     ),
+    click.option("--ray", metavar="ADDRESS",
+                 help="Calibrate on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT, as ray.init has it."),
 )  # fmt: skip
 
 _planning = _options(
@@ -216,6 +218,7 @@ def build(
     prompts: Path | None,
     backends: tuple[str, ...],
     device: str | None,
+    ray: str | None,
     verify_samples: int,
     output: Path | None,
     repository: Path | None,
@@ -245,6 +248,7 @@ def build(
         error_graph=None if error_graph is None else str(error_graph),
         prompts=None if prompts is None else str(prompts),
         device=device,
+        ray=ray,
         backends=backends,
         options=_builder_options(overrides),
         verify_samples=verify_samples,
@@ -356,7 +360,7 @@ def _print(result: Any, as_json: bool, table: Callable[[Any], Any]) -> None:
 @_options(click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Work folder."))
 @_common
 def calibrate(
-    model: str | None, weights: str | None, prompts: Path | None, device: str | None, output: Path,
+    model: str | None, weights: str | None, prompts: Path | None, device: str | None, ray: str | None, output: Path,
     as_json: bool, quiet: bool, debug: bool, **overrides: Any,
 ) -> None:  # fmt: skip
     """Measure the error graph: OUTPUT/error_graph.json, beside the sampler and the profile that it belongs to.
@@ -367,7 +371,7 @@ def calibrate(
     from lemica_trt.report import summary
 
     profile, work = _profile(model, weights, overrides), pipeline.Work(output)
-    graph = pipeline.calibrate_stage(profile, work, prompts, device, _reporter(quiet or as_json))
+    graph = pipeline.calibrate_stage(profile, work, prompts, device, ray, _reporter(quiet or as_json))
     _print({"error_graph": str(pipeline.Work(output).error_graph), "samples": graph.samples, "edges": len(graph.edges)},
            as_json, lambda _: summary.error_graph_table(graph))  # fmt: skip
 

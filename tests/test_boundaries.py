@@ -27,6 +27,7 @@ HEAVY = {
     "av",
     "PIL",
     "tokenizers",
+    "ray",
 }
 HEAVY |= {
     "matplotlib",

@@ -3,6 +3,8 @@
     prompts   the prompt files
     replay    one sample: the uncached run, and every segment replayed on its saved states (LeMiCa eq. 4)
     journal   finished work on disk, so that a killed measurement goes on where it was
+    workers   who does the work: this process, or others
+    cluster   workers on a Ray cluster
     measure   all samples, resumable, into one error graph; what it will cost
     adjoint   how the result moves with each latent: one backward sweep through the uncached run
     trials    whole plans against the uncached run: which of several is best
@@ -16,12 +18,15 @@ from lemica_trt.calibrate.cheap import Calibrated, CheapMethod, calibrate_cheapl
 from lemica_trt.calibrate.measure import Cost, cost, exact_edges, measure, measurement_digest
 from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
 from lemica_trt.calibrate.trials import Trials, trials_digest
+from lemica_trt.calibrate.workers import InProcess, Workers
 
 __all__ = [
     "Calibrated",
     "CheapMethod",
     "Cost",
+    "InProcess",
     "Trials",
+    "Workers",
     "calibrate_cheaply",
     "cheap_cost",
     "cheap_measurement",

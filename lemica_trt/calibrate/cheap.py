@@ -22,8 +22,7 @@ and, under adjoint, K·N latents.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain as chained
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,7 +36,6 @@ from lemica_trt.calibrate.adjoint import impulses, sample_adjoints
 from lemica_trt.calibrate.journal import CheapMeasurement, Journal, Piece
 from lemica_trt.calibrate.measure import (
     Cost,
-    Progress,
     edge_error,
     error_graph,
     measurement_fields,
@@ -46,6 +44,7 @@ from lemica_trt.calibrate.measure import (
     usual_batch,
 )
 from lemica_trt.calibrate.replay import Run, Stepper, distance
+from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
 from lemica_trt.grams import Matrix, TrajectoryGrams, gram_from_samples
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.models.model import Model
@@ -125,12 +124,13 @@ def calibrate_cheaply(
     journal: Path,
     progress: Progress | None = None,
     batch: int | None = None,
+    workers: Workers | None = None,
 ) -> Calibrated:
     """Estimate the error graph; see the module docstring.
 
     Args:
-        model, table, prompts, samples, seed, max_skip, journal, progress, batch: as in `measure`; a unit of the
-            journal is a sample.
+        model, table, prompts, samples, seed, max_skip, journal, progress, batch, workers: as in `measure`; a unit of
+            the journal is a sample.
 
     Raises:
         UsageError, InputError, VerificationError: as `measure`.
@@ -138,17 +138,9 @@ def calibrate_cheaply(
     require_measurable(prompts, samples=samples, max_skip=max_skip, batch=batch)
     measurement = cheap_measurement(model, table, prompts, method=method, seed=seed, max_skip=max_skip)
     book = Journal(journal, measurement, Piece)
-    stepper = Stepper(model, table, batch or usual_batch(model))
-    began, here = time.monotonic(), 0
-    for s in range(samples):
-        if s not in book.entries:
-            if progress is not None:
-                left = (time.monotonic() - began) / here * (samples - s) if here else None
-                progress(s, samples, left)
-            book.add([piece(stepper, measurement, s, prompts[s % len(prompts)])])
-            here += 1
-    if progress is not None:
-        progress(samples, samples, 0.0 if here else None)
+    job = _Samples(measurement, table, tuple(prompts), batch or usual_batch(model))
+    missing = {s: 1.0 for s in range(samples) if s not in book.entries}
+    complete(book, range(samples), job, missing, workers or InProcess(model), progress)
     return _calibrated(measurement, [book.entries[s] for s in range(samples)])
 
 
@@ -163,6 +155,19 @@ def cheap_measurement(
         gap=GAP,
         probes=PROBES if method == "adjoint" else 0,
     )
+
+
+class _Samples(NamedTuple):
+    """The job of `calibrate_cheaply`; what is done at a time is a sample."""
+
+    measurement: CheapMeasurement
+    table: SamplerTable
+    prompts: tuple[str, ...]
+    batch: int
+
+    def start(self, model: Model) -> Callable[[int], list[Piece]]:
+        stepper = Stepper(model, self.table, self.batch)
+        return lambda s: [piece(stepper, self.measurement, s, self.prompts[s % len(self.prompts)])]
 
 
 def piece(stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: str) -> Piece:

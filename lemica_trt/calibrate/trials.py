@@ -7,15 +7,17 @@ so that it costs DiT calls only. Finished runs are in a journal; a killed trial 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lemica_trt.calibrate.journal import Header, Journal
-from lemica_trt.calibrate.measure import Progress, provenance_of
+from lemica_trt.calibrate.measure import provenance_of
+from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
 from lemica_trt.errors import VerificationError
 from lemica_trt.models import Model, denoise
 from lemica_trt.plan import StepPlan
@@ -68,6 +70,7 @@ class Trials:
         seed: of sample 0.
         journal: file of finished runs.
         progress: told what is done.
+        workers: run the plans; None: this process.
     """
 
     def __init__(
@@ -80,11 +83,12 @@ class Trials:
         seed: int,
         journal: Path,
         progress: Progress | None = None,
+        workers: Workers | None = None,
     ) -> None:
-        self._model, self._uncached, self._prompts, self._seed = model, uncached, prompts, seed
+        self._job = _Runs(uncached, tuple(prompts), seed)
         self._progress = progress
+        self._workers = workers or InProcess(model)
         self._book = Journal(journal, Header(**provenance_of(model, table, prompts, seed)), Score)
-        self._references: dict[int, Tensor] = {}
 
     def __call__(self, plans: Sequence[StepPlan], samples: range) -> list[list[float]]:
         """dB of each plan on each sample.
@@ -93,33 +97,52 @@ class Trials:
             VerificationError: the uncached run is not finite. (A plan whose run is not scores −`SNR_CAP`.)
         """
         digests = [plan.rows_digest for plan in plans]
-        work = [(s, plan) for s in samples for plan in plans if (s, plan.rows_digest) not in self._book.entries]
-        began = time.monotonic()
-        for done, (s, plan) in enumerate(work):
-            if self._progress is not None:
-                left = (time.monotonic() - began) / done * (len(work) - done) if done else None
-                self._progress(done, len(work), left)
-            self._book.add([Score(sample=s, plan=plan.rows_digest, snr=self._snr(s, plan))])
+        wanted = [(s, digest) for s in samples for digest in digests]
+        missing = {
+            (s, plan): float(plan.budget)
+            for s in samples
+            for plan, digest in zip(plans, digests)
+            if (s, digest) not in self._book.entries
+        }
+        complete(self._book, wanted, self._job, missing, self._workers, self._progress)
         return [[self._book.entries[s, digest].snr for s in samples] for digest in digests]
 
-    def _snr(self, s: int, plan: StepPlan) -> float:
-        if s not in self._references:
-            self._references[s] = self._run(s, self._uncached)
-            if not bool(self._references[s].isfinite().all()):
+
+class _Runs(NamedTuple):
+    """The job of `Trials`; what is done at a time is a plan on a sample."""
+
+    uncached: StepPlan
+    prompts: tuple[str, ...]
+    seed: int
+
+    def start(self, model: Model) -> Callable[[tuple[int, StepPlan]], list[Score]]:
+        def run(s: int, plan: StepPlan) -> Tensor:
+            noises = (noise[None] for noise in model.noises(self.seed + s))
+            start = next(noises)
+            embeds = model.embed([self.prompts[s % len(self.prompts)]])
+            with torch.inference_mode():
+                return denoise(model, plan, embeds, start, fresh_noise=lambda _: next(noises))[0].cpu()
+
+        @lru_cache(maxsize=1)  # plans of one sample follow each other
+        def reference(s: int) -> Tensor:
+            found = run(s, self.uncached)
+            if not bool(found.isfinite().all()):
                 raise VerificationError(
-                    f"sample {s}: the uncached run is not finite in {self._model.profile.dtype}",
+                    f"sample {s}: the uncached run is not finite in {model.profile.dtype}",
                     fix="build with another --dtype",
                 )
-        reference = self._references[s]
-        signal = float(reference.double().square().sum())
-        noise = float((self._run(s, plan).double() - reference.double()).square().sum())
-        if not math.isfinite(noise):
-            return -SNR_CAP
-        return min(10 * math.log10(signal / noise), SNR_CAP) if noise > 0 else SNR_CAP
+            return found.double()
 
-    def _run(self, s: int, plan: StepPlan) -> Tensor:
-        noises = (noise[None] for noise in self._model.noises(self._seed + s))
-        start = next(noises)
-        embeds = self._model.embed([self._prompts[s % len(self._prompts)]])
-        with torch.inference_mode():
-            return denoise(self._model, plan, embeds, start, fresh_noise=lambda _: next(noises))[0].cpu()
+        def work(unit: tuple[int, StepPlan]) -> list[Score]:
+            s, plan = unit
+            signal = float(reference(s).square().sum())
+            noise = float((run(s, plan).double() - reference(s)).square().sum())
+            return [Score(sample=s, plan=plan.rows_digest, snr=_decibels(signal, noise))]
+
+        return work
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if not math.isfinite(noise):
+        return -SNR_CAP
+    return min(10 * math.log10(signal / noise), SNR_CAP) if noise > 0 else SNR_CAP

@@ -33,6 +33,7 @@ from lemica_trt.pipeline.stages import (
     calibration_prompts,
     engines,
     export,
+    hired,
     open_model,
     verifiable,
     verify_bundle,
@@ -123,13 +124,14 @@ def absolute_source(source: str) -> str:
 
 
 def calibrate_stage(
-    profile: Profile, work: Work, prompts: Path | None, device: str | None, reporter: Reporter
+    profile: Profile, work: Work, prompts: Path | None, device: str | None, ray: str | None, reporter: Reporter
 ) -> ErrorGraph:
     """Profile → `profile.json`, `sampler.json`, `error_graph.json` in the work folder."""
     texts = calibration_prompts(profile, prompts)
     with work.locked():
         model, table = begin(profile, work, device, reporter)
-        graph = calibrate(model, table, texts, work, reporter).graph
+        with hired(model, ray, reporter) as workers:
+            graph = calibrate(model, table, texts, work, reporter, workers).graph
         assert graph is not None
         return graph
 
@@ -163,7 +165,8 @@ def plan_stage(
 
         def choose(plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
             model = open_model(profile, reporter)
-            return chooser(model, table, calibration_prompts(profile, None), work, reporter)(plans)
+            with hired(model, None, reporter) as workers:
+                return chooser(model, table, calibration_prompts(profile, None), work, reporter, workers)(plans)
 
         plans, selections = make_plans(
             table,

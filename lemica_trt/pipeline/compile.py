@@ -20,6 +20,7 @@ from lemica_trt.pipeline.stages import (
     calibration_prompts,
     engines,
     export,
+    hired,
     lower_sampler,
     open_model,
     verifiable,
@@ -46,6 +47,7 @@ class Request(Value, frozen=True):
         error_graph: path of an error graph to use instead of calibrating.
         prompts: path of calibration prompts instead of the profile's.
         device: torch device that calibrates and verifies; None: a GPU where there is one.
+        ray: address of the Ray cluster that calibrates and tries plans; None: this process.
         backends: engines to build, in order of preference.
         options: builder options; each backend takes those that it has.
         verify_samples: held-out clips of the verification; 0: none at all.
@@ -57,6 +59,7 @@ class Request(Value, frozen=True):
     error_graph: str | None = None
     prompts: str | None = None
     device: str | None = None
+    ray: str | None = None
     backends: tuple[str, ...] = ("onnxruntime",)
     options: dict[str, Option] = {}
     verify_samples: int = 8
@@ -123,24 +126,25 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
         model, table = begin(profile, work, request.device, reporter)
         prompts = calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
         findings = Findings()
-        if request.error_graph is not None:
-            graph = read_value(ErrorGraph, request.error_graph)
-            require_graph_fits(graph, model, table, where=request.error_graph)
-            reporter.stage("calibrate", f"{request.error_graph}: {graph.samples} samples, method {graph.method}")
-            findings = Findings(graph=graph)
-        elif request.calibrates:
-            require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
-            findings = calibrate(model, table, prompts, work, reporter)
-        plans, selections = make_plans(
-            table,
-            profile=profile,
-            budgets=request.budgets,
-            ways=request.ways,
-            findings=findings,
-            schedule=request.schedule,
-            solver=planned_solvers(table),
-            choose=chooser(model, table, prompts, work, reporter),
-        )
+        with hired(model, request.ray, reporter) as workers:
+            if request.error_graph is not None:
+                graph = read_value(ErrorGraph, request.error_graph)
+                require_graph_fits(graph, model, table, where=request.error_graph)
+                reporter.stage("calibrate", f"{request.error_graph}: {graph.samples} samples, method {graph.method}")
+                findings = Findings(graph=graph)
+            elif request.calibrates:
+                require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
+                findings = calibrate(model, table, prompts, work, reporter, workers)
+            plans, selections = make_plans(
+                table,
+                profile=profile,
+                budgets=request.budgets,
+                ways=request.ways,
+                findings=findings,
+                schedule=request.schedule,
+                solver=planned_solvers(table),
+                choose=chooser(model, table, prompts, work, reporter, workers),
+            )
         findings = findings._replace(selections=selections)
         write_plans(plans, selections, work, reporter)
         plans = plans_in(work)

@@ -18,6 +18,7 @@ from lemica_trt.signed import AdjointProducts, signed_errors, solve_signed
 from lemica_trt.spec import GraphSet, Profile
 
 if TYPE_CHECKING:
+    from lemica_trt.calibrate import Workers
     from lemica_trt.models import Model
 
 
@@ -176,7 +177,9 @@ def _best_before(plans: Sequence[StepPlan], before: Mapping[int, Sequence[str]])
     )
 
 
-def chooser(model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter) -> Chooser:
+def chooser(
+    model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter, workers: Workers
+) -> Chooser:
     """Tries plans on the model: on prompts behind those of the calibration, and other seeds."""
     from lemica_trt.calibrate import Trials, trials_digest
 
@@ -199,6 +202,7 @@ def chooser(model: Model, table: SamplerTable, prompts: Sequence[str], work: Wor
             seed=seed,
             journal=work.trials(trials_digest(model, table, fresh, seed=seed)),
             progress=reporter.advance,
+            workers=workers,
         )
         plan, selection = select(plans, settings.validation_samples, run)
         best = selection.tried[0]

@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ from lemica_trt.spec import Profile, Role, StepLayout
 from lemica_trt.values import json_bytes, write_bytes, write_value
 
 if TYPE_CHECKING:
-    from lemica_trt.calibrate import Cost
+    from lemica_trt.calibrate import Cost, Workers
     from lemica_trt.models import Model
     from lemica_trt.verify import VerifyReport
 
@@ -94,7 +95,29 @@ def calibration_prompts(profile: Profile, file: Path | None, *, split: str = "ca
     return tuple(read_prompts(file or calibration_path(profile.calibration.prompts) / f"{split}.txt"))
 
 
-def calibrate(model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter) -> Findings:
+@contextlib.contextmanager
+def hired(model: Model, ray: str | None, reporter: Reporter) -> Iterator[Workers]:
+    """Who runs the model: this process, or workers on the Ray cluster at an address, for as long as this lasts.
+
+    Raises:
+        MissingDependencyError: as `calibrate.cluster.RayWorkers`.
+    """
+    from lemica_trt.calibrate import InProcess
+
+    if ray is None:
+        yield InProcess(model)
+        return
+    from lemica_trt.calibrate.cluster import RayWorkers
+    from lemica_trt.models import load_model
+
+    load = partial(load_model, model.profile, device=model.device.type)
+    with RayWorkers(ray, model, load, note=reporter.note) as workers:
+        yield workers
+
+
+def calibrate(
+    model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter, workers: Workers
+) -> Findings:
     """Measure or estimate the error graph, going on from what the work folder already has."""
     from lemica_trt.calibrate import calibrate_cheaply, cheap_measurement, measure, measurement_digest
 
@@ -108,18 +131,15 @@ def calibrate(model: Model, table: SamplerTable, prompts: Sequence[str], work: W
     for stale in (work.grams, work.products):
         stale.unlink(missing_ok=True)
     common: dict[str, Any] = {"seed": settings.seed, "max_skip": settings.max_skip}
+    running: dict[str, Any] = {"samples": settings.samples, "progress": reporter.advance, "workers": workers}
     if settings.method == "exact":
         journal = work.journal(measurement_digest(model, table, prompts, **common))
-        graph = measure(
-            model, table, prompts, samples=settings.samples, journal=journal, progress=reporter.advance, **common
-        )
+        graph = measure(model, table, prompts, journal=journal, **running, **common)
         write_value(graph, work.error_graph)
         return Findings(graph=graph)
     common["method"] = settings.method
     journal = work.journal(cheap_measurement(model, table, prompts, **common).digest)
-    found = calibrate_cheaply(
-        model, table, prompts, samples=settings.samples, journal=journal, progress=reporter.advance, **common
-    )
+    found = calibrate_cheaply(model, table, prompts, journal=journal, **running, **common)
     counted = found.cost
     reporter.note(
         f"{counted.full} full steps, {counted.backward} backward passes, {counted.skip} skipped steps were run: "

@@ -1,0 +1,191 @@
+"""Calibration on a local Ray cluster of two workers: the same bits as here, also when one of them dies."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_model import ToyModel, euler
+
+from lemica_trt.calibrate import Trials, calibrate_cheaply, measure
+from lemica_trt.calibrate.cluster import RayWorkers
+from lemica_trt.errors import InputError, MissingDependencyError, VerificationError
+from lemica_trt.pipeline import uncached_plan
+from lemica_trt.plan import plan_from_schedule
+from lemica_trt.schedule import Schedule
+from lemica_trt.values import json_bytes
+
+pytestmark = pytest.mark.cpu
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+
+ARGUMENTS: dict[str, Any] = {"prompts": ["a cat", "a dog"], "samples": 3, "seed": 5, "max_skip": 3}
+
+
+CLUSTER = textwrap.dedent(
+    """
+    import socket, sys
+    from ray.cluster_utils import Cluster
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False,
+                                                            **dict(zip(names, ports))})
+    print(cluster.address, flush=True)
+    sys.stdin.read()
+    cluster.shutdown()
+    """
+)
+"""A machine of two CPUs, until its input ends. With ports that it need not wait for, it also starts on a busy host."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Address of a cluster with room for two workers of one thread each, in a process of its own."""
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    for _ in range(3):  # Ray gives itself 30 seconds to start
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+        )
+        with process:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            if address:
+                yield address
+                return
+    pytest.fail("Ray does not start here")
+
+
+def workers(cluster: str, load: Callable[[], ToyModel] = ToyModel, notes: list[str] | None = None) -> RayWorkers:
+    return RayWorkers(cluster, ToyModel(), load, note=(notes if notes is not None else []).append)
+
+
+def mortal(marker: Path, calls: int) -> ToyModel:
+    """A model that kills its process at some call of the DiT; only once, wherever that is."""
+    model, left = ToyModel(), calls
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            try:
+                marker.touch(exist_ok=False)
+            except FileExistsError:
+                return
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model.pipeline.transformer.embed.register_forward_pre_hook(count)
+    return model
+
+
+def other() -> ToyModel:
+    model = ToyModel()
+    model.revision = "another"
+    return model
+
+
+def nan() -> ToyModel:
+    model = ToyModel()
+    torch.nn.init.constant_(model.pipeline.transformer.head.bias, float("nan"))
+    return model
+
+
+def doomed() -> ToyModel:
+    os._exit(1)
+
+
+@needs_ray
+def test_two_workers_give_the_same_bits(tmp_path: Path, cluster: str) -> None:
+    model, notes = ToyModel(), list[str]()
+    told: list[int] = []
+    with workers(cluster, notes=notes) as pool:
+        exact = measure(
+            model,
+            euler(8),
+            journal=tmp_path / "e",
+            workers=pool,
+            progress=lambda d, t, left: told.append(d),
+            **ARGUMENTS,
+        )
+        cheap = calibrate_cheaply(model, euler(8), method="adjoint", journal=tmp_path / "c", workers=pool, **ARGUMENTS)
+        plans = [
+            plan_from_schedule(
+                Schedule(num_steps=8, full_steps=full), euler(8), name="p", guidance_scale=3.0, method=""
+            )
+            for full in ((0, 3, 6), (0, 2, 4))
+        ]
+        run = partial(Trials, model, uncached_plan(euler(8), guidance_scale=3.0), euler(8), ["a cat"], seed=1)
+        scores = run(journal=tmp_path / "t", workers=pool)(plans, range(3))
+    assert json_bytes(exact) == json_bytes(measure(model, euler(8), journal=tmp_path / "e0", **ARGUMENTS))
+    here = calibrate_cheaply(model, euler(8), method="adjoint", journal=tmp_path / "c0", **ARGUMENTS)
+    assert json_bytes(cheap) == json_bytes(here)
+    assert scores == run(journal=tmp_path / "t0")(plans, range(3))
+    for name in "ect":
+        mine, theirs = ((tmp_path / file).read_bytes().splitlines() for file in (name, f"{name}0"))
+        assert sorted(mine) == sorted(theirs)
+    assert told[0] == 0 and told[-1] == 21 and told == sorted(told)
+    assert notes[0] == "Ray: 2 workers, 1 threads each"
+
+
+@needs_ray
+def test_a_lost_worker_costs_only_its_piece(tmp_path: Path, cluster: str) -> None:
+    notes: list[str] = []
+    with workers(cluster, partial(mortal, tmp_path / "killed", calls=60), notes) as pool:
+        graph = measure(ToyModel(), euler(8), journal=tmp_path / "j", workers=pool, batch=3, **ARGUMENTS)
+    assert (tmp_path / "killed").exists()
+    assert notes.count("Ray: a worker was lost; its piece is given to another") == 1
+    here = measure(ToyModel(), euler(8), journal=tmp_path / "here", batch=3, **ARGUMENTS)
+    assert json_bytes(graph) == json_bytes(here)
+    mine, theirs = ((tmp_path / name).read_bytes().splitlines() for name in ("j", "here"))
+    assert sorted(mine) == sorted(theirs)
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("load", "error", "says"),
+    [
+        (other, InputError, r"Ray worker on .*: expected model revision toy, got another"),
+        (nan, VerificationError, r"sample \d, the uncached run: .* at step 1"),
+        (doomed, MissingDependencyError, "expected Ray workers that live, 5 died one after another"),
+    ],
+)
+def test_what_goes_wrong_there_is_told_here(
+    tmp_path: Path, cluster: str, load: Callable[[], ToyModel], error: type[Exception], says: str
+) -> None:
+    with workers(cluster, load) as pool, pytest.raises(error, match=says) as caught:
+        measure(ToyModel(), euler(8), journal=tmp_path / "j", workers=pool, **ARGUMENTS)
+    assert "\n" not in str(caught.value)
+
+
+@needs_ray
+def test_a_cluster_without_room_for_a_worker(tmp_path: Path, cluster: str) -> None:
+    torch.set_num_threads(3)
+    with (
+        workers(cluster) as pool,
+        pytest.raises(MissingDependencyError, match=r"a machine with 3 CPUs for a worker, got \[2\]"),
+    ):
+        measure(ToyModel(), euler(4), journal=tmp_path / "j", workers=pool, **ARGUMENTS)
+
+
+@needs_ray
+def test_a_finished_journal_needs_no_cluster(tmp_path: Path) -> None:
+    graph = measure(ToyModel(), euler(4), journal=tmp_path / "j", **ARGUMENTS)
+    with workers("127.0.0.1:1") as pool:
+        assert measure(ToyModel(), euler(4), journal=tmp_path / "j", workers=pool, **ARGUMENTS) == graph
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'lemica-trt\[ray\]'"):
+        workers("auto")
