@@ -58,8 +58,10 @@ UNLISTED = (REPORTS, CACHE)
 SAMPLER_FILE = "calibration/sampler.json"
 ERROR_GRAPH_FILE = "calibration/error_graph.json"
 GRAMS_FILE = "calibration/grams.json"
+SENSITIVITY_FILE = "calibration/sensitivity.json"
 SELECTION_FILE = "calibration/selection.json"
-"""Where a bundle keeps what its plans were made from, so that `plan BUNDLE` can make others without PyTorch."""
+"""Where a bundle keeps what its plans were made from, so that `plan BUNDLE` can make others without PyTorch, and
+other builds can be calibrated from it."""
 
 VERIFY_REPORT = f"{REPORTS}/verify.json"
 

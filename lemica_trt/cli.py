@@ -167,6 +167,9 @@ _calibration = _options(
         type=click.Path(dir_okay=False, path_type=Path),
         help="Calibration prompts, one a line, instead of the profile's.",
     ),
+    click.option("--calibration-from", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
+                 help="Carry over the calibration of a bundle or work folder of this model, made by secant for other "
+                 "steps, shift or guidance: one sampling a sample."),
     click.option("--ray", metavar="ADDRESS",
                  help="Calibrate on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT, as ray.init has it."),
 )  # fmt: skip
@@ -215,6 +218,7 @@ def build(
     solver: Any,
     schedule: tuple[int, ...] | None,
     error_graph: Path | None,
+    calibration_from: Path | None,
     prompts: Path | None,
     backends: tuple[str, ...],
     device: str | None,
@@ -236,9 +240,10 @@ def build(
     from lemica_trt import pipeline
     from lemica_trt.report import summary
 
-    calibration = ("samples", "max_skip", "seed", "prompts")
+    calibration = ("samples", "max_skip", "seed", "prompts", "calibration", "calibration_from")
     _refuse_unused("schedule", "budgets", "method", "error_graph", *calibration)
     _refuse_unused("error_graph", *calibration)
+    _refuse_unused("calibration_from", "calibration", "samples", "seed")
     profile = _profile(model, weights, overrides)
     output = output or Path("out") / profile.name
     request = pipeline.Request(
@@ -246,6 +251,7 @@ def build(
         ways=_ways(method, reuse, predict, solver, schedule),
         schedule=schedule,
         error_graph=None if error_graph is None else str(error_graph),
+        calibration_from=None if calibration_from is None else str(calibration_from),
         prompts=None if prompts is None else str(prompts),
         device=device,
         ray=ray,
@@ -360,7 +366,8 @@ def _print(result: Any, as_json: bool, table: Callable[[Any], Any]) -> None:
 @_options(click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Work folder."))
 @_common
 def calibrate(
-    model: str | None, weights: str | None, prompts: Path | None, device: str | None, ray: str | None, output: Path,
+    model: str | None, weights: str | None, prompts: Path | None, device: str | None, ray: str | None,
+    calibration_from: Path | None, output: Path,
     as_json: bool, quiet: bool, debug: bool, **overrides: Any,
 ) -> None:  # fmt: skip
     """Measure the error graph: OUTPUT/error_graph.json, beside the sampler and the profile that it belongs to.
@@ -370,8 +377,9 @@ def calibrate(
     from lemica_trt import pipeline
     from lemica_trt.report import summary
 
+    _refuse_unused("calibration_from", "calibration", "samples", "seed")
     profile, work = _profile(model, weights, overrides), pipeline.Work(output)
-    graph = pipeline.calibrate_stage(profile, work, prompts, device, ray, _reporter(quiet or as_json))
+    graph = pipeline.calibrate_stage(profile, work, prompts, device, ray, calibration_from, _reporter(quiet or as_json))
     _print({"error_graph": str(pipeline.Work(output).error_graph), "samples": graph.samples, "edges": len(graph.edges)},
            as_json, lambda _: summary.error_graph_table(graph))  # fmt: skip
 

@@ -12,7 +12,7 @@ from lemica_trt.values import Value, require, require_finite
 DType = Literal["fp32", "fp16", "bf16"]
 """Precision of a network, by the names that trtexec and Polygraphy use."""
 
-CalibrationMethod = Literal["exact", "secant", "adjoint"]
+CalibrationMethod = Literal["exact", "secant", "adjoint", "retargeted"]
 """How the weights of the error graph are obtained, see `lemica_trt.calibrate`."""
 
 TensorDType = Literal["fp32", "fp16", "bf16", "int64", "int32", "uint8"]

@@ -15,6 +15,7 @@ from lemica_trt.bundle import (
     GRAMS_FILE,
     SAMPLER_FILE,
     SELECTION_FILE,
+    SENSITIVITY_FILE,
     Bundle,
     add_plan,
     plan_path,
@@ -35,6 +36,7 @@ from lemica_trt.pipeline.stages import (
     export,
     hired,
     open_model,
+    retargeted,
     verifiable,
     verify_bundle,
 )
@@ -52,6 +54,7 @@ from lemica_trt.pipeline.work import (
 from lemica_trt.plan import StepPlan, layout_from_plans
 from lemica_trt.progress import Reporter
 from lemica_trt.sampler import SamplerTable
+from lemica_trt.sensitivity import Sensitivity
 from lemica_trt.spec import Profile
 from lemica_trt.values import V, read_value
 
@@ -90,6 +93,7 @@ def replan(
         findings=Findings(
             graph=carried(ErrorGraph, ERROR_GRAPH_FILE),
             grams=carried(TrajectoryGrams, GRAMS_FILE),
+            sensitivity=carried(Sensitivity, SENSITIVITY_FILE),
         ),
         schedule=schedule,
         solver=planned_solvers(table) if ways.solver is not None else None,
@@ -124,14 +128,25 @@ def absolute_source(source: str) -> str:
 
 
 def calibrate_stage(
-    profile: Profile, work: Work, prompts: Path | None, device: str | None, ray: str | None, reporter: Reporter
+    profile: Profile,
+    work: Work,
+    prompts: Path | None,
+    device: str | None,
+    ray: str | None,
+    calibration_from: Path | None,
+    reporter: Reporter,
 ) -> ErrorGraph:
-    """Profile → `profile.json`, `sampler.json`, `error_graph.json` in the work folder."""
+    """Profile → `profile.json`, `sampler.json`, `error_graph.json` in the work folder.
+
+    Args:
+        calibration_from: work folder or bundle whose calibration is used; the profile is adapted to it.
+    """
+    profile, sensitivity = retargeted(profile, calibration_from)
     texts = calibration_prompts(profile, prompts)
     with work.locked():
         model, table = begin(profile, work, device, reporter)
         with hired(model, ray, reporter) as workers:
-            graph = calibrate(model, table, texts, work, reporter, workers).graph
+            graph = calibrate(model, table, texts, work, reporter, workers, sensitivity).graph
         assert graph is not None
         return graph
 

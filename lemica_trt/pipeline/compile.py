@@ -23,6 +23,7 @@ from lemica_trt.pipeline.stages import (
     hired,
     lower_sampler,
     open_model,
+    retargeted,
     verifiable,
     verify_bundle,
 )
@@ -45,6 +46,7 @@ class Request(Value, frozen=True):
         ways: how the full steps may be chosen, and what skipped steps may do; several ways are tried.
         schedule: full steps as given; then the budgets are not used and nothing is calibrated.
         error_graph: path of an error graph to use instead of calibrating.
+        calibration_from: path of a work folder or bundle of the same model whose calibration is carried over.
         prompts: path of calibration prompts instead of the profile's.
         device: torch device that calibrates and verifies; None: a GPU where there is one.
         ray: address of the Ray cluster that calibrates and tries plans; None: this process.
@@ -57,6 +59,7 @@ class Request(Value, frozen=True):
     ways: Ways = Ways()
     schedule: tuple[int, ...] | None = None
     error_graph: str | None = None
+    calibration_from: str | None = None
     prompts: str | None = None
     device: str | None = None
     ray: str | None = None
@@ -68,6 +71,11 @@ class Request(Value, frozen=True):
     def calibrates(self) -> bool:
         """Whether an error graph has to be measured."""
         return self.needs_graph and self.error_graph is None
+
+    @property
+    def source(self) -> Path | None:
+        """`calibration_from`."""
+        return None if self.calibration_from is None else Path(self.calibration_from)
 
     @property
     def needs_graph(self) -> bool:
@@ -121,6 +129,7 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
         LemicaError: whatever a stage raises; finished stages stay in the work folder.
     """
     check_request(profile, output, request)
+    profile, sensitivity = retargeted(profile, request.source)
     work = Work(work_folder(output))
     with work.locked():
         model, table = begin(profile, work, request.device, reporter)
@@ -134,7 +143,7 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
                 findings = Findings(graph=graph)
             elif request.calibrates:
                 require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
-                findings = calibrate(model, table, prompts, work, reporter, workers)
+                findings = calibrate(model, table, prompts, work, reporter, workers, sensitivity)
             plans, selections = make_plans(
                 table,
                 profile=profile,
@@ -187,6 +196,7 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
     from lemica_trt.estimate import estimate
 
     check_request(profile, output, request)
+    profile, _ = retargeted(profile, request.source)
     model = open_model(profile, Quiet(), device="cpu")
     table = lower_sampler(model, Quiet())
     if request.calibrates:

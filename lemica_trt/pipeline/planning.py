@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from lemica_trt.bundle import check_plan
 from lemica_trt.candidates import Planner, Selection, SolverTable, Ways, candidates, select, way
 from lemica_trt.errors import InputError, UsageError
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.pipeline.work import Findings, Work, short, uncached_plan
-from lemica_trt.plan import StepPlan
+from lemica_trt.plan import StepPlan, guidance_range
 from lemica_trt.progress import Reporter
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule, given, least_sum, published, solve, uniform
@@ -109,7 +111,19 @@ def make_plans(
             selections.append(selection)
         else:
             plans.append(_best_before(several, before or {}))
-    return plans, tuple(selections)
+    return [_limited(plan, findings) for plan in plans], tuple(selections)
+
+
+def _limited(plan: StepPlan, findings: Findings) -> StepPlan:
+    """A plan that says for which guidance it holds; where its calibration was carried over, that limits it, too."""
+    ranges = [guidance_range(plan.guidance_scale)]
+    if findings.graph is not None and findings.graph.method == "retargeted" and findings.sensitivity is not None:
+        ranges.append(guidance_range(findings.sensitivity.guidance_scale))
+    known = [found for found in ranges if found is not None]
+    if plan.budget == plan.num_steps or not known:
+        return plan
+    low, high = max(low for low, _ in known), min(high for _, high in known)
+    return msgspec.structs.replace(plan, guidance_range=(low, high))
 
 
 def _schedules(

@@ -23,16 +23,18 @@ from lemica_trt.bundle import (
     REPORTS,
     SAMPLER_FILE,
     SELECTION_FILE,
+    SENSITIVITY_FILE,
     Bundle,
     write_bundle,
 )
 from lemica_trt.candidates import Selections
 from lemica_trt.errors import MissingDependencyError, UnsupportedError
-from lemica_trt.pipeline.work import TOKENIZER_FILE, Exported, Findings, Work, exported_in
+from lemica_trt.pipeline.work import TOKENIZER_FILE, Exported, Findings, Work, exported_in, sensitivity_at
 from lemica_trt.plan import StepPlan
 from lemica_trt.progress import Reporter, size
 from lemica_trt.resources import calibration_path
 from lemica_trt.sampler import SamplerTable
+from lemica_trt.sensitivity import Sensitivity
 from lemica_trt.spec import Profile, Role, StepLayout
 from lemica_trt.values import json_bytes, write_bytes, write_value
 
@@ -116,9 +118,19 @@ def hired(model: Model, ray: str | None, reporter: Reporter) -> Iterator[Workers
 
 
 def calibrate(
-    model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter, workers: Workers
+    model: Model,
+    table: SamplerTable,
+    prompts: Sequence[str],
+    work: Work,
+    reporter: Reporter,
+    workers: Workers,
+    sensitivity: Sensitivity | None = None,
 ) -> Findings:
-    """Measure or estimate the error graph, going on from what the work folder already has."""
+    """Measure or estimate the error graph, going on from what the work folder already has.
+
+    Args:
+        sensitivity: of another calibration, where the profile's method is `retargeted`.
+    """
     from lemica_trt.calibrate import calibrate_cheaply, cheap_measurement, measure, measurement_digest
 
     settings = model.profile.calibration
@@ -128,7 +140,7 @@ def calibrate(
         f"{settings.method}: {settings.samples} samples, up to {settings.max_skip} steps skipped: "
         f"{wanted.samplings:.0f} samplings' work, {wanted.samplings / settings.samples:.1f} a sample",
     )
-    for stale in (work.grams, work.products):
+    for stale in (work.grams, work.products, work.sensitivity):
         stale.unlink(missing_ok=True)
     common: dict[str, Any] = {"seed": settings.seed, "max_skip": settings.max_skip}
     running: dict[str, Any] = {"samples": settings.samples, "progress": reporter.advance, "workers": workers}
@@ -137,7 +149,7 @@ def calibrate(
         graph = measure(model, table, prompts, journal=journal, **running, **common)
         write_value(graph, work.error_graph)
         return Findings(graph=graph)
-    common["method"] = settings.method
+    common |= {"method": settings.method, "sensitivity": sensitivity}
     journal = work.journal(cheap_measurement(model, table, prompts, **common).digest)
     found = calibrate_cheaply(model, table, prompts, journal=journal, **running, **common)
     counted = found.cost
@@ -148,8 +160,27 @@ def calibrate(
     write_value(found.grams, work.grams)
     if found.products is not None:
         write_value(found.products, work.products)
+    known = sensitivity or found.sensitivity
+    if known is not None:
+        write_value(known, work.sensitivity)
     write_value(found.graph, work.error_graph)
-    return Findings(graph=found.graph, grams=found.grams, products=found.products)
+    return Findings(graph=found.graph, grams=found.grams, products=found.products, sensitivity=known)
+
+
+def retargeted(profile: Profile, source: Path | None) -> tuple[Profile, Sensitivity | None]:
+    """A profile calibrated from another calibration, on the samples of that; as it is where there is none.
+
+    Args:
+        source: work folder or bundle.
+
+    Raises:
+        InputError: as `sensitivity_at`.
+    """
+    if source is None:
+        return profile, None
+    known = sensitivity_at(source)
+    settings = msgspec.structs.replace(profile.calibration, method="retargeted", samples=known.samples, seed=known.seed)
+    return msgspec.structs.replace(profile, calibration=settings), known
 
 
 def calibration_cost(model: Model, table: SamplerTable) -> Cost:
@@ -255,6 +286,8 @@ def assemble(
         files[ERROR_GRAPH_FILE] = json_bytes(findings.graph)
     if findings.grams is not None:
         files[GRAMS_FILE] = json_bytes(findings.grams)
+    if findings.sensitivity is not None:
+        files[SENSITIVITY_FILE] = json_bytes(findings.sensitivity)
     if findings.selections:
         files[SELECTION_FILE] = json_bytes(Selections(selections=findings.selections))
     for spec in exported.graphs.graphs:
@@ -349,7 +382,7 @@ def verify_bundle(
 def begin(profile: Profile, work: Work, device: str | None, reporter: Reporter) -> tuple[Model, SamplerTable]:
     """Load the model and lower its sampler; what the work folder has of another profile is taken away, journals not."""
     if not work.profile.is_file() or work.profile.read_bytes() != json_bytes(profile):
-        for path in (work.error_graph, work.grams, work.products, work.selection):
+        for path in (work.error_graph, work.grams, work.products, work.sensitivity, work.selection):
             path.unlink(missing_ok=True)
         shutil.rmtree(work.plans, ignore_errors=True)
         write_value(profile, work.profile)

@@ -17,7 +17,7 @@ from lemica_trt.errors import InputError
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.plan import StepPlan
 from lemica_trt.progress import duration, size
-from lemica_trt.report.timeline import plan_table, timeline_text
+from lemica_trt.report.timeline import guidance_text, plan_table, timeline_text
 from lemica_trt.spec import GraphSet
 from lemica_trt.values import read_value
 
@@ -148,10 +148,14 @@ def agreement_text(report: VerifyReport) -> RenderableType:
 
 def plans_table(plans: Sequence[StepPlan], *, title: str | None = None) -> Table:
     """Plans as timelines."""
-    made = table("plan", ">full steps", "method", "timeline", title=title)
+    made = table("plan", ">full steps", "method", "guidance", "timeline", title=title)
     for plan in sorted(plans, key=lambda plan: -plan.budget):
         made.add_row(
-            plan.name, f"{plan.budget}/{plan.num_steps}", plan.method, timeline_text(plan, width=plan.num_steps)
+            plan.name,
+            f"{plan.budget}/{plan.num_steps}",
+            plan.method,
+            guidance_text(plan),
+            timeline_text(plan, width=plan.num_steps),
         )
     return made
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,23 +30,13 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 ARGUMENTS: dict[str, Any] = {"prompts": ["a cat", "a dog"], "samples": 3, "seed": 5, "max_skip": 3}
 
 
-CLUSTER = textwrap.dedent(
-    """
-    import socket, sys
-    from ray.cluster_utils import Cluster
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False,
-                                                            **dict(zip(names, ports))})
-    print(cluster.address, flush=True)
-    sys.stdin.read()
-    cluster.shutdown()
-    """
-)
-"""A machine of two CPUs, until its input ends. With ports that it need not wait for, it also starts on a busy host."""
+CLUSTER = """
+import sys, ray
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+"""A cluster of one machine with two CPUs, until its input ends."""
 
 
 @pytest.fixture(scope="module")
