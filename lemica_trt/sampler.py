@@ -84,11 +84,6 @@ class NoiseLevels(Value, frozen=True):
         ratios = [(a / s if s else math.inf) for a, s in zip(self.signal, self.noise)]
         return tuple(2 * math.log(ratio) if ratio else -math.inf for ratio in ratios)
 
-    @property
-    def angles(self) -> tuple[float, ...]:
-        """2/π·atan(noise/signal) of each row: 0 for data, 1 for noise."""
-        return tuple(2 / math.pi * math.atan2(s, a) for a, s in zip(self.signal, self.noise))
-
     def output(self, i: int) -> tuple[float, float]:
         """(p, q) of row i: a perfect model's output is m_i = p·x0 + q·ε."""
         if self.target == "epsilon":

@@ -5,14 +5,15 @@ make of it (`calibrate.cheap`). The first depends on the grid, and one uncached 
 second belongs to the flow of the model from a noise level to the data; it took roll-outs to measure, and is
 interpolated at the levels of the new grid. Plans go by noise level here, not by index. (Design of lemica-trt.)
 
-A level is the angle φ = 2/π·atan(noise/signal), 0 for data, 1 for noise: log-SNR = −2·log tan(φ·π/2), but finite at
-both ends. Changes are those of latents of unit variance, x/√(signal² + noise²), so that it does not matter how a
-sampler scales its latents.
+A level is named by the timestep that the model is given there: of one scheduler class it means the same noise whatever
+the number of steps or the shift, also where diffusers' rounding of steps leaves no exact noise levels.
 
 Knows numbers only; `calibrate` measures.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from lemica_trt.errors import UnsupportedError
 from lemica_trt.plan import guidance_range
 from lemica_trt.provenance import Provenance
-from lemica_trt.sampler import NoiseLevels, SamplerTable, require_levels
+from lemica_trt.sampler import SamplerTable
 from lemica_trt.values import require, require_finite
 
 FORMAT_VERSION = 1
@@ -29,7 +30,10 @@ STEPS_RANGE = (0.5, 1.5)
 """Numbers of steps, in those of the calibration, that it is carried over to."""
 
 MARGIN = 0.02
-"""How far beyond the levels that were measured a level may lie; the sensitivity there is that of the nearest one."""
+"""How far above the highest timestep that was measured one may lie, as a part of it; the sensitivity is that one's."""
+
+RESULT = -1.0
+"""Stands for the timestep of the result, where there is none: behind all others."""
 
 FIX = "calibrate anew: leave --calibration-from out"
 
@@ -42,8 +46,8 @@ class Sensitivity(Provenance, frozen=True, kw_only=True):
 
     Attributes:
         samples: number of (prompt, seed) pairs; all else as in `Provenance`.
-        knots: for each sample (φ, c), φ rising: the mean absolute change of the result for each unit of change of the
-            latents at level φ.
+        knots: for each sample (t, c), t rising: the mean absolute change of the result for each unit of mean absolute
+            change of the latents at timestep t (`RESULT`: of the result itself).
         format_version: 1.
     """
 
@@ -59,24 +63,25 @@ class Sensitivity(Provenance, frozen=True, kw_only=True):
         require(len(self.knots) == self.samples >= 1, f"knots are of {len(self.knots)} samples, not {self.samples}")
         for s, knots in enumerate(self.knots):
             require(len(knots) > 0, f"knots[{s}] is empty")
-            levels = [level for level, _ in knots]
-            require(levels == sorted(set(levels)), f"knots[{s}]: levels must rise")
-            require(levels[0] >= 0 and levels[-1] <= 1, f"knots[{s}]: levels must be 0 … 1")
+            times = [time for time, _ in knots]
+            require_finite(times, f"knots[{s}]")
+            require(
+                times == sorted(set(times)) and times[0] >= RESULT, f"knots[{s}]: timesteps must rise from {RESULT:g}"
+            )
             require_finite((value for _, value in knots), f"knots[{s}]")
             require(min(value for _, value in knots) > 0, f"knots[{s}]: sensitivities must be above 0")
 
-    def at(self, sample: int, levels: NoiseLevels) -> Array:
-        """c_0 … c_N of a sample for the latents of a sampler with these levels, float64: log c is linear in φ."""
+    def at(self, sample: int, table: SamplerTable) -> Array:
+        """c_0 … c_N of a sample for the rows of a sampler, float64: log c is linear in the timestep."""
         known, values = np.array(self.knots[sample]).T
-        found: Array = np.exp(np.interp(levels.angles, known, np.log(values)))
-        return found / np.hypot(levels.signal, levels.noise)
+        found: Array = np.exp(np.interp([*table.timesteps, RESULT], known, np.log(values)))
+        return found
 
 
-def knots_from_stops(found: dict[int, float], levels: NoiseLevels) -> Knots:
-    """Knots from c_j, for latents as the sampler has them, at some stops j; of stops of one level the last."""
-    scale = np.hypot(levels.signal, levels.noise)
-    by_level = {levels.angles[j]: value * float(scale[j]) for j, value in sorted(found.items())}
-    return tuple(sorted(by_level.items()))
+def knots_from_stops(found: Mapping[int, float], table: SamplerTable) -> Knots:
+    """Knots from c_j at some stops j ≤ N of a sampler; of stops at the same timestep the last."""
+    times = [*table.timesteps, RESULT]
+    return tuple(sorted({times[j]: value for j, value in sorted(found.items())}.items()))
 
 
 def require_retargetable(known: Sensitivity, target: Provenance, table: SamplerTable, *, samples: int) -> None:
@@ -115,11 +120,10 @@ def require_retargetable(known: Sensitivity, target: Provenance, table: SamplerT
         raise _refused(
             f"guidance {lowest:g} … {highest:g} ({known.guidance_scale:g} was measured)", f"{target.guidance_scale:g}"
         )
-    stops = require_levels(table).angles[2:]
-    first = max(knots[0][0] for knots in known.knots) - MARGIN
-    last = min(knots[-1][0] for knots in known.knots) + MARGIN
-    if not first <= min(stops) <= max(stops) <= last:
-        raise _refused(f"noise levels {max(first, 0):.3f} … {min(last, 1):.3f}", f"{min(stops):.3f} … {max(stops):.3f}")
+    highest_known = min(knots[-1][0] for knots in known.knots) * (1 + MARGIN)
+    highest_wanted = max(table.timesteps[2:], default=RESULT)
+    if highest_wanted > highest_known:
+        raise _refused(f"timesteps up to {highest_known:.0f} behind the second step", f"{highest_wanted:.0f}")
 
 
 def _refused(expected: str, got: str) -> UnsupportedError:

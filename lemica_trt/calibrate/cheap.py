@@ -51,7 +51,7 @@ from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
 from lemica_trt.grams import Matrix, TrajectoryGrams, gram_from_samples
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.models.model import Model
-from lemica_trt.sampler import SamplerTable, require_levels
+from lemica_trt.sampler import SamplerTable
 from lemica_trt.sensitivity import Sensitivity, knots_from_stops, require_retargetable
 from lemica_trt.signed import AdjointProducts
 
@@ -91,7 +91,7 @@ class Calibrated(NamedTuple):
         graph: estimated errors.
         grams: of the same uncached runs.
         products: for the signed planner; None without adjoints.
-        sensitivity: to retarget from; None where it was not measured, or the sampler's noise levels are not known.
+        sensitivity: to retarget from; None where it was not measured.
         cost: of all samples, counted while they ran.
     """
 
@@ -191,7 +191,7 @@ class _Samples(NamedTuple):
         stepper = Stepper(model, self.table, self.batch)
 
         def work(s: int) -> list[Piece]:
-            known = None if self.sensitivity is None else self.sensitivity.at(s, require_levels(self.table))
+            known = None if self.sensitivity is None else self.sensitivity.at(s, self.table)
             return [piece(stepper, self.measurement, s, self.prompts[s % len(self.prompts)], known)]
 
         return work
@@ -316,7 +316,6 @@ def _calibrated(measurement: CheapMeasurement, table: SamplerTable, pieces: Sequ
     full, skip, backward = (sum(getattr(part, name) for part in pieces) for name in ("full", "skip", "backward"))
     cost = Cost.of(samples, full, skip, backward, measurement.num_steps)
     errors = {segment: tuple(part.errors[k] for part in pieces) for k, segment in enumerate(measurement.segments)}
-    levels = table.levels
     grams: dict[str, Any] = {
         name: gram_from_samples([np.array(getattr(part, name)) for part in pieces]) for name in ("outputs", "residuals")
     }
@@ -331,9 +330,9 @@ def _calibrated(measurement: CheapMeasurement, table: SamplerTable, pieces: Sequ
         if measurement.probes
         else None,
         sensitivity=Sensitivity(
-            **common, samples=samples, knots=tuple(knots_from_stops(dict(part.knots), levels) for part in pieces)
+            **common, samples=samples, knots=tuple(knots_from_stops(dict(part.knots), table) for part in pieces)
         )
-        if measurement.method == "secant" and levels is not None and all(part.knots for part in pieces)
+        if measurement.method == "secant" and all(part.knots for part in pieces)
         else None,
         cost=cost,
     )

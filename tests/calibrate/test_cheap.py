@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,13 +16,16 @@ from lemica_trt.calibrate.cheap import interpolate_sensitivity, knot_stops, piec
 from lemica_trt.calibrate.journal import CheapMeasurement, Piece
 from lemica_trt.calibrate.measure import usual_batch
 from lemica_trt.calibrate.replay import Stepper
-from lemica_trt.errors import InputError, UsageError, VerificationError
+from lemica_trt.errors import InputError, UnsupportedError, UsageError, VerificationError
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.values import json_bytes, value_from_json
 
 pytestmark = pytest.mark.cpu
 
 PROMPTS = ["a cat", "a dog", "two boats"]
+HISTORIES = SamplerTable(
+    scheduler="Histories", rows=tuple(msgspec.structs.replace(row, noise=0.0) for row in awkward(12).rows)
+)
 METHODS = pytest.mark.parametrize("method", ["secant", "adjoint"])
 
 
@@ -189,6 +193,43 @@ def test_products_end_in_the_probes_themselves(tmp_path: Path, model: ToyModel) 
     outputs = torch.stack([run.outputs[0] for run in uncached.runs[1:]])
     expected = torch.einsum("rab,tab->rt", probes, outputs) / 12**0.5
     np.testing.assert_allclose(found.array[0, :, 12], expected, rtol=1e-5, atol=1e-6)
+
+
+# --- another grid, another guidance --------------------------------------------------------------------------------
+
+
+def retargeted(model: ToyModel, journal: Path, known: Calibrated, **changes: Any) -> Calibrated:
+    return calibrated(model, journal, method="retargeted", sensitivity=known.sensitivity, **changes)
+
+
+@pytest.mark.parametrize("table", [euler(12), HISTORIES], ids=["euler", "histories"])
+def test_retargeted_to_where_it_came_from_nothing_changes(tmp_path: Path, model: ToyModel, table: SamplerTable) -> None:
+    source = calibrated(model, tmp_path / "s", table=table)
+    found = retargeted(model, tmp_path / "r", source, table=table)
+    for mine, theirs in zip(found.graph.edges, source.graph.edges):
+        assert mine.errors == pytest.approx(theirs.errors, rel=0.02)  # knots at equal distances in time, not in index
+    assert found.grams == source.grams
+    assert (found.graph.method, found.sensitivity) == ("retargeted", None)
+    assert found.cost == cheap_cost(12, 4, 2, method="retargeted")
+    assert (found.cost.full, found.graph.samplings) == (24, 1.0)
+
+
+def test_retargeted_to_fewer_steps_and_more_guidance_it_ranks_as_a_new_one(tmp_path: Path, model: ToyModel) -> None:
+    source = calibrated(model, tmp_path / "s")
+    other = ToyModel(guidance_scale=4.0)
+    found = retargeted(other, tmp_path / "r", source, table=euler(9)).graph
+    anew = calibrated(other, tmp_path / "n", table=euler(9)).graph
+    ranks = [np.argsort(np.argsort([edge.error for edge in graph.edges])) for graph in (found, anew)]
+    assert np.corrcoef(*ranks)[0, 1] > 0.9
+
+
+def test_retargeting_is_refused_before_anything_is_run(tmp_path: Path, model: ToyModel) -> None:
+    source = calibrated(model, tmp_path / "s")
+    toy = ToyModel(guidance_scale=6.0)
+    toy.pipeline.transformer.embed.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
+    with pytest.raises(UnsupportedError, match=r"guidance 1\.5 … 5\.25 \(3 was measured\), asked for is 6"):
+        retargeted(toy, tmp_path / "r", source)
+    assert not (tmp_path / "r").exists()
 
 
 # --- pieces and journals -------------------------------------------------------------------------------------------
