@@ -1,12 +1,14 @@
 """What it takes to export a CogVideoX of real size and to build its TensorRT engines: time, peak memory, file sizes.
 
     python benchmarks/engine_build.py                          CogVideoX-2B in fp16, for TensorRT for RTX: no GPU needed
-    python benchmarks/engine_build.py --size 5b                CogVideoX-5B in bf16; 24 GiB of memory and 35 GB of disk
+    python benchmarks/engine_build.py --size 5b                CogVideoX-5B in bf16; 24 GiB of memory and 25 GB of disk
     python benchmarks/engine_build.py --layers 2 --frames 9    the same with fewer layers and frames, to try it out
-    python benchmarks/engine_build.py --opset 23               `Attention` in place of opset 20's matrix products
+    python benchmarks/engine_build.py --opset 20 23            both opsets side by side: 23 has `Attention` as one
+                                                               operator, 20 its matrix products and softmax
 
 Random weights: neither time nor memory depends on what they are. The DiT's graphs only (full, skip, combine); text
-encoder and VAE are stand-ins of a few weights. Export and builds are processes of their own, whose peaks are reported.
+encoder and VAE are stand-ins of a few weights. Export and builds are processes of their own. Their peaks are of memory
+that only they can have: weights mapped from a file are not counted, the kernel takes such pages back when it must.
 """
 
 from __future__ import annotations
@@ -17,17 +19,18 @@ import multiprocessing
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
 
 import msgspec
 
 from lemica_trt import builders
-from lemica_trt.builders.tensorrt_worker import peak_memory
+from lemica_trt.builders.tensorrt_worker import HostMemory
 from lemica_trt.progress import duration, reporter, size
 from lemica_trt.resources import load_profile, zoo_path
 from lemica_trt.spec import GraphSet, Profile, StepLayout
+from lemica_trt.values import Value, read_value, write_value
 
 PROFILES = {"2b": "cogvideox", "5b": "cogvideox-5b"}
 
@@ -38,9 +41,11 @@ CONFIGS: dict[str, dict[str, int | bool]] = {
 """What differs from the defaults of diffusers' CogVideoXTransformer3DModel in zai-org/CogVideoX-2b and -5b."""
 
 
-class Exported(NamedTuple):
-    """Graphs, the DiT's parameters, seconds and peak bytes of the process that exported them."""
+class Exported(Value, frozen=True):
+    """What was exported from what, the DiT's parameters, seconds, and peak bytes of the process that did it."""
 
+    profile: Profile
+    config: dict[str, int | bool]
     graphs: GraphSet
     parameters: int
     seconds: float
@@ -49,6 +54,20 @@ class Exported(NamedTuple):
 
 def export(profile: Profile, config: dict[str, int | bool], folder: Path) -> Exported:
     """Make the model and export the step graphs of a sampler that looks one step back."""
+    start = perf_counter()
+    with HostMemory() as memory:
+        graphs, parameters = _export(profile, config, folder)
+    return Exported(
+        profile=profile,
+        config=config,
+        graphs=graphs,
+        parameters=parameters,
+        seconds=perf_counter() - start,
+        memory=memory.peak,
+    )
+
+
+def _export(profile: Profile, config: dict[str, int | bool], folder: Path) -> tuple[GraphSet, int]:
     import torch
     from diffusers import (
         AutoencoderKLCogVideoX,
@@ -63,7 +82,6 @@ def export(profile: Profile, config: dict[str, int | bool], folder: Path) -> Exp
     from lemica_trt.models.family import DTYPES
     from lemica_trt.models.load import family_from_name
 
-    start = perf_counter()
     torch.set_default_dtype(DTYPES[profile.dtype])
     tokenizer = AutoTokenizer.from_pretrained(zoo_path("cogvideox-tiny") / "tokenizer")
     encoder = T5Config(vocab_size=len(tokenizer), d_model=4096, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
@@ -84,8 +102,36 @@ def export(profile: Profile, config: dict[str, int | bool], folder: Path) -> Exp
     model = Model(profile, family_from_name(profile.family), pipeline, folder)
     layout = StepLayout(latent_shape=model.latent_shape, latent_history=1, output_history=1, guided=model.guided)
     graphs = export_graphs(model, layout, folder, roles=("combine", "full", "skip"))
-    parameters = sum(weights.numel() for weights in pipeline.transformer.parameters())
-    return Exported(graphs, parameters, perf_counter() - start, peak_memory())
+    return graphs, sum(weights.numel() for weights in pipeline.transformer.parameters())
+
+
+def exported(profile: Profile, config: dict[str, int | bool], folder: Path) -> Exported:
+    """What an earlier run exported to the folder from the same, or a new export."""
+    record = folder / "export.json"
+    if record.is_file():
+        found = read_value(Exported, record)
+        if (found.profile, found.config) == (profile, config):
+            return found
+    # A fresh interpreter, so that its memory is given back before the builds, and its peak is the export's.
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(export, profile, config, folder).result()
+    write_value(found, record)
+    return found
+
+
+def rows(backend: str, made: Exported, folder: Path) -> Iterator[tuple[object, ...]]:
+    """Build the engines; the table's rows."""
+    entry = builders.build(backend, made.graphs, folder, folder, {}, reporter())
+    opset = made.profile.opset
+    onnx = sum(path.stat().st_size for path in (folder / "onnx").iterdir())
+    yield opset, "export", duration(made.seconds), size(made.memory), size(onnx), "", ""
+    for role, build in entry.builds.items():
+        engine = (folder / entry.files[role]).stat().st_size
+        counts = build.precisions if build.engine_precisions is None else build.engine_precisions
+        layers = ", ".join(f"{count} {dtype}" for dtype, count in sorted(counts.items()))
+        fused = "not looked into" if build.fused_attention is None else f"{build.fused_attention} of {build.attentions}"
+        what = f"{role} engine, {backend} {entry.key.version}"
+        yield opset, what, duration(build.seconds), size(build.host_memory), size(engine), layers, fused
 
 
 def main() -> None:
@@ -94,47 +140,33 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(PROFILES), default="2b", help="of the model")
     parser.add_argument("--backend", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt-rtx")
     parser.add_argument("--dtype", choices=("fp16", "bf16"), help="instead of the profile's own")
-    parser.add_argument("--opset", type=int, help="ONNX opset")
+    parser.add_argument("--opset", type=int, nargs="+", help="ONNX opset, or several to compare")
     parser.add_argument("--layers", type=int, help="transformer blocks instead of the model's")
     parser.add_argument("--frames", type=int, help="video frames instead of 49")
     parser.add_argument("--output", type=Path, help="keep graphs and engines there, and find them there again")
     given = parser.parse_args()
     profile = load_profile(PROFILES[given.size])
-    frames = given.frames or profile.shape.frames
-    profile = msgspec.structs.replace(
-        profile,
-        dtype=given.dtype or profile.dtype,
-        opset=given.opset or profile.opset,
-        shape=msgspec.structs.replace(profile.shape, frames=frames),
-    )
+    shape = msgspec.structs.replace(profile.shape, frames=given.frames or profile.shape.frames)
+    profile = msgspec.structs.replace(profile, dtype=given.dtype or profile.dtype, shape=shape)
     config = {**CONFIGS[given.size], **({"num_layers": given.layers} if given.layers else {})}
     builders.check(given.backend, profile.dtype)
     folder = given.output or Path(tempfile.mkdtemp(prefix="engine_build_"))
+    table: list[tuple[object, ...]] = []
     try:
-        # A fresh interpreter, so that its memory is given back before the builds, and its peak is the export's.
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            exported = pool.submit(export, profile, config, folder).result()
-        entry = builders.build(given.backend, exported.graphs, folder, folder, {}, reporter())
-        shape = profile.shape
-        print(
-            f"CogVideoX-{given.size.upper()}, {config['num_layers']} layers, "
-            f"{exported.parameters / 1e9:.2f} G parameters, {profile.dtype}, "
-            f"{frames} frames {shape.height}×{shape.width}, opset {profile.opset}; "
-            f"{given.backend} {entry.key.version} for {entry.key.target}; Python {sys.version.split()[0]}\n"
-        )
-        print("| | time | peak memory | file | layers | fused attention |\n|---|---|---|---|---|---|")
-        onnx = sum(path.stat().st_size for path in (folder / "onnx").iterdir())
-        print(f"| export | {duration(exported.seconds)} | {size(exported.memory)} | {size(onnx)} | | |")
-        for role, build in entry.builds.items():
-            engine = (folder / entry.files[role]).stat().st_size
-            counts = build.precisions if build.engine_precisions is None else build.engine_precisions
-            layers = ", ".join(f"{count} {dtype}" for dtype, count in sorted(counts.items()))
-            fused = "not looked into" if build.fused_attention is None else build.fused_attention
-            row = (f"{role} engine", duration(build.seconds), size(build.host_memory), size(engine), layers, fused)
-            print(f"| {' | '.join(map(str, row))} |")
+        for opset in given.opset or [profile.opset]:
+            here = folder / f"opset{opset}"
+            made = exported(msgspec.structs.replace(profile, opset=opset), config, here)
+            table += rows(given.backend, made, here)
     finally:
         if given.output is None:
             shutil.rmtree(folder)
+    print(
+        f"CogVideoX-{given.size.upper()}, {config['num_layers']} layers, {made.parameters / 1e9:.2f} G parameters, "
+        f"{profile.dtype}, {shape.frames} frames {shape.height}×{shape.width}; Python {sys.version.split()[0]}\n"
+    )
+    print("| opset | | time | peak memory | file | layers | fused attentions |\n|---|---|---|---|---|---|---|")
+    for row in table:
+        print(f"| {' | '.join(map(str, row))} |")
 
 
 if __name__ == "__main__":

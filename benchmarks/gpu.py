@@ -19,9 +19,11 @@ then; the others go on.
                 launch costs with and without a graph
 
 The machine needs PyTorch with CUDA, diffusers, cuda-core, onnx, onnxscript, TensorRT for RTX, and this project's own
-dependencies (msgspec is the one that GPU images lack). `../shared/gpu/pack.sh` packs what such a machine cannot fetch:
-copy each of its folders there in turn, `bash install.sh FOLDER SITE`, `export PYTHONPATH=SITE`, then run this in the
-project's root.
+dependencies. What it cannot fetch is carried as wheels; an image with PyTorch and ONNX mostly lacks
+
+    pip download --no-deps -d WHEELS msgspec diffusers tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings
+    pip wheel --no-deps -w WHEELS tensorrt-rtx tensorrt-rtx-cu13
+    pip install --no-index --no-deps --target SITE WHEELS/*.whl; export PYTHONPATH=SITE        # there
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -61,14 +64,17 @@ from lemica_trt.values import read_value, write_bytes, write_value
 BACKEND = "tensorrt-rtx"
 STEP_ROLES: tuple[Role, ...] = ("combine", "full", "skip")
 CAPTURES: tuple[Capture, ...] = ("plan", "step", "none")
-PARTS = {"machine": 0.09, "tiny": 0.14, "sanitizer": 0.08, "torch": 0.29, "engines": 0.40}
+PARTS = {"machine": 0.13, "tiny": 0.14, "sanitizer": 0.07, "torch": 0.27, "engines": 0.39}
 """Part → its share of the time; what one leaves over, the later ones share."""
 
 PROBE = 2
 """Full steps of the plan that single rows are timed in."""
 
-SLOW_STEP = 0.05
-"""Seconds of a full step beyond which whole plans are timed once, not five times."""
+REPEATS = 5
+"""Most times that a whole plan is timed."""
+
+COMPILE = 60.0
+"""Seconds that torch.compile of the large model may take; it is not begun with less."""
 
 GUIDANCE = 6.0
 LARGE = {  # huggingface.co/zai-org/CogVideoX-2b, transformer/config.json; the text width is that of the bundled encoder
@@ -425,40 +431,45 @@ def row_times(denoiser: Denoiser, plan: StepPlan, request: Mapping[str, Any], re
     return {name: median(seconds) for name, seconds in rows.items() if seconds}
 
 
-def plan_time(denoiser: Denoiser, plan: StepPlan, request: Mapping[str, Any], repeats: int) -> tuple[float, Array]:
-    """Median seconds of a whole plan, uploads and download included, after a run that captures it; latents.
-
-    The contexts must be warm: the run would not capture otherwise.
-    """
+def timed(denoiser: Denoiser, plan: StepPlan, request: Mapping[str, Any]) -> tuple[float, Array]:
+    """Seconds of a whole plan, uploads and download included, and its latents. The first one also captures it, where
+    the contexts are warm."""
+    start = time.perf_counter()
     latents = denoiser.run(plan, **request)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        latents = denoiser.run(plan, **request)
-        seconds.append(time.perf_counter() - start)
-    return median(seconds), latents
+    return time.perf_counter() - start, latents
 
 
 def plan_table(part: Part, denoiser: Denoiser, plans: Sequence[StepPlan], request: Any, full: float) -> list[Any]:
     """Plans against all steps: seconds, overhead over B full steps, speed-up. Those that there is no time for are
     left out by name; N full steps stand for an uncached plan that was.
 
+    Each is run once, and all once more as long as there is time: the first run of a plan, which captures it, counts
+    only where there is no other (`with_capture`).
+
     Args:
         plans: the first is run to warm up.
         full: seconds of a full step.
     """
     denoiser.run(plans[0], **request)
-    repeats = 1 if full > SLOW_STEP else 5
+    runs: dict[str, list[float]] = {plan.name: [] for plan in plans}
+    finite: dict[str, bool] = {}
+    for _ in range(1 + REPEATS):
+        for plan in plans:
+            if full * plan.budget * 1.2 < part.left():
+                seconds, latents = timed(denoiser, plan, request)
+                runs[plan.name].append(seconds)
+                finite[plan.name] = bool(np.isfinite(latents).all())
     table: list[dict[str, Any]] = []
     for plan in plans:
         row: dict[str, Any] = {"plan": plan.name, "budget": plan.budget, "steps": plan.num_steps}
         table.append(row)
-        if (1 + repeats) * full * plan.budget * 1.2 > part.left():
+        if not runs[plan.name]:
             row["left_out"] = "no time"
             continue
-        row["seconds"], latents = plan_time(denoiser, plan, request, repeats)
+        row["with_capture"] = len(runs[plan.name]) == 1
+        row["seconds"] = median(runs[plan.name][1:] or runs[plan.name])
         row["overhead"] = row["seconds"] / (plan.budget * full) - 1
-        row["finite"] = bool(np.isfinite(latents).all())
+        row["finite"] = finite[plan.name]
     uncached = next((row["seconds"] for row in table if row["budget"] == row["steps"] and "seconds" in row), None)
     for row in table:
         if "seconds" in row:
@@ -519,16 +530,18 @@ def machine(part: Part) -> None:
         answer = part.attempt(f"rtx engines for {target or 'the default targets'}", runs)
         if answer is not None:
             usable.append(target)
+            part.found("usable_targets", usable)
     part.found("usable_targets", usable)
 
 
 def usable_target(part: Part) -> str:
-    """The RTX target that runs here.
+    """The RTX target that runs here; the default one is tried where part machine was ended before it knew.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: there is none, or part machine has not run.
     """
-    targets = part.earlier("machine").get("usable_targets")
+    known = part.earlier("machine")
+    targets = known.get("usable_targets", [""] if known else [])
     if not targets:
         raise RuntimeError("TensorRT for RTX runs no engine on this device (part machine): see part torch instead")
     return str(targets[0])
@@ -537,11 +550,12 @@ def usable_target(part: Part) -> str:
 def tiny(part: Part) -> None:
     """The bundled model in every precision, every way of launching, against PyTorch."""
     target = usable_target(part)
-    for dtype in ("fp32",) if part.null else ("fp32", "fp16", "bf16"):
-        part.attempt(dtype, lambda dtype=dtype: _tiny(part, dtype, target))  # type: ignore[misc]
+    for dtype in ("fp32",) if part.null else ("fp16", "fp32", "bf16"):  # part sanitizer runs the first
+        part.attempt(f"{dtype} build", lambda dtype=dtype: _tiny(part, dtype, target))  # type: ignore[misc]
 
 
-def _tiny(part: Part, dtype: str, target: str) -> dict[str, Any]:
+def _tiny(part: Part, dtype: str, target: str) -> dict[str, float]:
+    """One precision: a finding for each way of launching, so that one that fails leaves the others."""
     model, plans, layout = tiny_model(part, dtype)
     request = request_of(model, layout)
     graphs, root = tiny_graphs(part, model, layout)
@@ -549,25 +563,34 @@ def _tiny(part: Part, dtype: str, target: str) -> dict[str, Any]:
     expected = {plan.name: reference(model, plan, request) for plan in plans}
     start = time.perf_counter()
     entry = build_engines(part, graphs, root, target)
-    found: dict[str, Any] = {"build_seconds": time.perf_counter() - start}
+    build_seconds = time.perf_counter() - start
     write_value(entry, root / "entry.json")
     write_value(plans[0], root / "plan.json")
-    for capture in CAPTURES:
+    # What the precision itself costs, and whether engines cost more.
+    exact = None if dtype == "fp32" else reference(tiny_model(part, "fp32")[0], plans[0], request)
+    if exact is not None:
+        part.found(f"{dtype}, PyTorch against fp32", difference(expected[plans[0].name], exact))
+
+    def launched(capture: Capture) -> dict[str, Any]:
         denoiser = open_engines(part, graphs, entry, root, capture)
         denoiser.run(plans[0], **request)
+        found: dict[str, Any] = {}
         for plan in plans:
-            seconds, latents = plan_time(denoiser, plan, request, 3 if part.tiny else 10)
-            again = denoiser.run(plan, **request)
-            found[f"{plan.name}, capture {capture}"] = {
-                "seconds": seconds,
+            timed(denoiser, plan, request)
+            runs = [timed(denoiser, plan, request) for _ in range(3 if part.tiny else 10)]
+            latents = runs[-1][1]
+            found[plan.name] = {
+                "seconds": median(seconds for seconds, _ in runs),
                 **difference(latents, expected[plan.name]),
-                "repeats_to_the_bit": bool(np.array_equal(latents, again)),
+                "repeats_to_the_bit": bool(np.array_equal(latents, runs[-2][1])),
             }
-    if dtype != "fp32":  # what the precision itself costs, and whether engines cost more
-        exact = reference(tiny_model(part, "fp32")[0], plans[0], request)
-        found["PyTorch against fp32"] = difference(expected[plans[0].name], exact)
-        found["engines against fp32"] = difference(denoiser.run(plans[0], **request), exact)
-    return found
+        if exact is not None:
+            found[f"{plans[0].name} against fp32"] = difference(denoiser.run(plans[0], **request), exact)
+        return found
+
+    for capture in CAPTURES:
+        part.attempt(f"{dtype}, capture {capture}", partial(launched, capture))
+    return {"seconds": build_seconds}
 
 
 def reference(model: Any, plan: StepPlan, request: Mapping[str, Any]) -> Array:
@@ -644,8 +667,8 @@ def torch_part(part: Part) -> None:
     gc.collect()
 
     def compiled() -> dict[str, float]:
-        if part.tiny:
-            return {"left_out": "--tiny"}  # type: ignore[dict-item]
+        if part.tiny or part.left() < COMPILE:
+            return {"left_out": "--tiny" if part.tiny else "no time"}  # type: ignore[dict-item]
         return row_times(
             torch_denoiser(model, layout, {role: torch.compile(module) for role, module in modules.items()}, "none"),
             plans[0],
@@ -674,23 +697,31 @@ def engines(part: Part) -> None:
     part.found("export_seconds", time.perf_counter() - start)
     del model
     gc.collect()
+    if not part.null:  # what PyTorch keeps of the memory that the weights were drawn in
+        import torch
+
+        torch.cuda.empty_cache()
     start = time.perf_counter()
     entry = build_engines(part, graphs, root, target)
     part.found("build_seconds", time.perf_counter() - start)
     part.found("builds", msgspec.to_builtins(getattr(entry, "builds", {})))
     steps: dict[str, dict[str, float]] = {}
     for capture in ("none", "step"):
-        denoiser = open_engines(part, graphs, entry, root, capture)
-        steps[capture] = row_times(denoiser, plans[0], request, 2)
-        part.found(f"step, capture {capture}", steps[capture])
-        del denoiser
+        measured = part.attempt(
+            f"step, capture {capture}",
+            lambda capture=capture: row_times(  # type: ignore[misc]
+                open_engines(part, graphs, entry, root, capture), plans[0], request, 2
+            ),
+        )
         gc.collect()
-    part.found("launch cost of a skipped step without a graph", steps["none"]["skip"] - steps["step"]["skip"])
+        if measured is not None:
+            steps[capture] = measured
+    if len(steps) == 2:
+        part.found("launch cost of a skipped step without a graph", steps["none"]["skip"] - steps["step"]["skip"])
+    full = min(step["full"] for step in steps.values())
     part.attempt(
         "plans, engines",
-        lambda: plan_table(
-            part, open_engines(part, graphs, entry, root, "plan"), plans, request, steps["step"]["full"]
-        ),
+        lambda: plan_table(part, open_engines(part, graphs, entry, root, "plan"), plans, request, full),
     )
 
 

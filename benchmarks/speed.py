@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                 the bundled model
     python benchmarks/speed.py --large         a random CogVideoX of 8 layers × 512, about 2000 tokens
+    python benchmarks/speed.py --folded        plans that extrapolate outputs: B engine calls, no skipped steps
 
 Denoising loop only, one request of two branches; the text encoder and the VAE run outside of it in every row.
 Plans have full steps at equal distances: where they lie does not change the time.
@@ -25,9 +26,7 @@ from lemica_trt.pipeline import Request, build
 from lemica_trt.progress import Quiet
 from lemica_trt.resources import load_profile, zoo_path
 from lemica_trt.spec import Profile, Shape
-from lemica_trt.verify import machine, measure_timing
-
-BUDGETS = (10, 15, 20, 25)
+from lemica_trt.timing import machine, measure_timing
 
 
 def large_profile(folder: Path) -> Profile:
@@ -73,12 +72,17 @@ def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true", help="the random model instead of the bundled one")
+    parser.add_argument("--folded", action="store_true", help="extrapolated outputs, not reused residuals")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[10, 15, 20, 25], help="full steps of the plans")
     parser.add_argument("--repeats", type=int, default=3, help="runs of which the best counts")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         profile = large_profile(root / "model") if arguments.large else load_profile("cogvideox-tiny")
-        request = Request(budgets=BUDGETS, ways=Ways(method="uniform"), verify_samples=0)
+        ways = Ways(method="uniform")
+        if arguments.folded:
+            ways = Ways(method="uniform", reuse="output", predict="linear")
+        request = Request(budgets=tuple(arguments.budgets), ways=ways, verify_samples=0)
         bundle = build(profile, root / "bundle", request, Quiet()).bundle
         seconds = eager(profile, arguments.repeats)
         plans = [bundle.plan(name) for name in bundle.plans]

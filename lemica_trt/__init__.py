@@ -28,6 +28,8 @@ plan that says when to call them. The rooms, each below those that it imports:
     bundle      the folder that is deployed: manifest, digests, atomic writing
     runtime/    runs a StepPlan on engines, numpy in and out                             one vendor SDK a file
     quality     how alike two clips are: PSNR, SSIM, LPIPS
+    budget      speed-up, latency or PSNR → full steps B; the Pareto front of them
+    timing      what steps and plans take on the engines of this machine
     verify      does the bundle do what it must? how good is the plan?                   torch where it compares
     diagnosis   what is on this machine
     report/     tables, contact sheets and plots that a person looks at

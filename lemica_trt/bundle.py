@@ -60,10 +60,12 @@ ERROR_GRAPH_FILE = "calibration/error_graph.json"
 GRAMS_FILE = "calibration/grams.json"
 SENSITIVITY_FILE = "calibration/sensitivity.json"
 SELECTION_FILE = "calibration/selection.json"
+FRONT_FILE = "calibration/front.json"
 """Where a bundle keeps what its plans were made from, so that `plan BUNDLE` can make others without PyTorch, and
 other builds can be calibrated from it."""
 
 VERIFY_REPORT = f"{REPORTS}/verify.json"
+STEP_TIMES = f"{REPORTS}/step_times.json"
 
 SWAP_RETRIES, SWAP_PAUSE = 40, 0.005
 """How often, and how many seconds apart, a reader looks again while a writer swaps bundles."""
@@ -239,6 +241,7 @@ class Bundle:
         plan: str | None = None,
         *,
         backend: str | None = None,
+        device: int = 0,
         threads: int | None = None,
         capture: Capture = "plan",
         roles: Collection[Role] | None = None,
@@ -248,6 +251,7 @@ class Bundle:
         Args:
             plan: the plan of requests that name none; None: the bundle's default.
             backend: which engines; None: the first set.
+            device: which GPU, as CUDA counts those that it sees.
             threads: CPU threads within an operator, 0: one for each CPU; None: as built. For ONNX Runtime.
             capture: what becomes a CUDA graph: the `plan`, each `step` (always so while a request reports progress),
                 or `none`. For TensorRT.
@@ -261,7 +265,7 @@ class Bundle:
         """
         from lemica_trt.runtime.pipeline import Pipeline
 
-        return Pipeline(self, plan=plan, backend=backend, threads=threads, capture=capture, roles=roles)
+        return Pipeline(self, plan=plan, backend=backend, device=device, threads=threads, capture=capture, roles=roles)
 
     def _locate(self, relative: str) -> tuple[FileEntry, Path]:
         entry = self.manifest.files.get(relative)
@@ -454,6 +458,23 @@ def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
         edited = {MANIFEST, *(plan_path(name) for name in bundle.plans)}
         for path in (*sorted(bundle.manifest.files), MANIFEST):
             (_store if path in edited else _link)(bundle.path / path, staged / path)
+    return Bundle.open(folder)
+
+
+def move_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
+    """Give a bundle's folder, whatever is in it, another name, in place of an older bundle; at the very end, as
+    `write_bundle`.
+
+    Args:
+        bundle: not to be used any more.
+        target: on the same file system.
+
+    Raises:
+        UsageError: `target` is something else than a bundle or an empty folder.
+    """
+    with _replacing(Path(target)) as (folder, staged):
+        staged.rmdir()
+        bundle.path.rename(staged)
     return Bundle.open(folder)
 
 

@@ -94,6 +94,21 @@ class Ways(Value, frozen=True):
         return SOLVERS if self.solver is None or self.solver == "auto" else (self.solver,)
 
     @property
+    def folds(self) -> bool:
+        """Whether some way runs no skip graph."""
+        return "output" in self.predictors_of or bool(self.solvers)
+
+    @property
+    def skips(self) -> bool:
+        """Whether some way runs the skip graph."""
+        return "residual" in self.predictors_of
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether a method searches an error graph."""
+        return not set(self.methods) <= {"uniform", "published", "given"}
+
+    @property
     def methods(self) -> tuple[Planner, ...]:
         """Ways to choose the steps."""
         return ("lemica", "least-sum", "signed") if self.method is None or self.method == "auto" else (self.method,)
@@ -202,7 +217,7 @@ class Selection(Value, frozen=True):
     """All ways that were tried for one budget.
 
     Attributes:
-        budget: B.
+        budget: B, of the winner; where a time was asked for, others may have some full steps more or less.
         samples: of the last round.
         tried: the winner first; then by the number of samples that they lasted for, then by their mean.
     """
@@ -249,7 +264,7 @@ def select(plans: Sequence[StepPlan], samples: int, run: Run) -> tuple[StepPlan,
     and doubles the samples. LeMiCa's own way stays to the end if it is there, so that every gain is seen against it.
 
     Args:
-        plans: of one budget, at least one; of equals the first wins.
+        plans: of one budget or one time, at least one; of equals the first wins.
         samples: of the last round.
         run: tries plans.
     """
@@ -269,4 +284,4 @@ def select(plans: Sequence[StepPlan], samples: int, run: Run) -> tuple[StepPlan,
     tried = [
         Tried(way=way(plans[index]), full_steps=plans[index].full_steps, snr=tuple(scores[index])) for index in order
     ]
-    return plans[order[0]], Selection(budget=plans[0].budget, samples=samples, tried=tuple(tried))
+    return plans[order[0]], Selection(budget=plans[order[0]].budget, samples=samples, tried=tuple(tried))

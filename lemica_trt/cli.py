@@ -44,6 +44,25 @@ class Integers(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
             self.fail(f"expected integers separated by commas, got {value!r}", param, ctx)
 
 
+class Listed(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in new releases only
+    """A comma-separated list of budgets in one unit; `kind` names the function of `budget` that reads one."""
+
+    name = "list"
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        from lemica_trt import budget
+
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(getattr(budget, f"{self._kind}_from_text")(part) for part in str(value).split(","))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 class _Group(click.Group):
     """Turns every error that a user can cause into one line on standard error and its exit code."""
 
@@ -134,7 +153,7 @@ _engine = _options(
     click.option("--compute-capabilities", metavar="X.Y[,…]|current",
                  help="TensorRT for RTX: GPUs to build for  [default: 8.0 and later]"),
     click.option("--version-compatible", is_flag=True, default=None,
-                 help="TensorRT: the engine runs with later versions too."),
+                 help="TensorRT: the engine also runs on the lean runtime of that version."),
     click.option("--hardware-compatibility-level",
                  type=click.Choice(["none", "ampere_plus", "same_compute_capability"]),
                  help="TensorRT: which other GPUs run the engine  [default: none]"),
@@ -177,6 +196,16 @@ _calibration = _options(
 _planning = _options(
     click.option("--budget", "budgets", type=Integers(), default="15", show_default=True, metavar="B[,B…]",
                  help="Full steps; several make several plans, the first is the default."),
+    click.option("--speedup", "speedups", type=Listed("speedup"), metavar="S[,S…]",
+                 help="Or so many times faster than all steps in full, as this machine's engines run them."),
+    click.option("--latency", "latencies", type=Listed("latency"), metavar="T[,T…]",
+                 help="Or so long for the denoising loop of one request here, text encoder and VAE not in it: "
+                 "2.5s, 800ms."),
+    click.option("--min-psnr", "min_psnrs", type=Listed("min_psnr"), metavar="DB[,DB…]",
+                 help="Or as few full steps as have this PSNR against the uncached run, the mean over clips that "
+                 "calibration has not seen."),
+    click.option("--pareto", is_flag=True,
+                 help="Also look at budgets all along: quality and speed-up of each, as a table and a plot."),
     click.option("--method", type=click.Choice(["auto", "lemica", "least-sum", "signed", "uniform", "published"]),
                  help="How the full steps are chosen; a method alone means the paper's residual reuse  "
                  "[default: auto: whatever does best in a trial]"),
@@ -212,6 +241,10 @@ def build(
     model: str | None,
     weights: str | None,
     budgets: tuple[int, ...],
+    speedups: tuple[Any, ...] | None,
+    latencies: tuple[Any, ...] | None,
+    min_psnrs: tuple[Any, ...] | None,
+    pareto: bool,
     method: Any,
     reuse: Any,
     predict: Any,
@@ -241,13 +274,14 @@ def build(
     from lemica_trt.report import summary
 
     calibration = ("samples", "max_skip", "seed", "prompts", "calibration", "calibration_from")
-    _refuse_unused("schedule", "budgets", "method", "error_graph", *calibration)
+    _refuse_unused("schedule", *BUDGETS, "pareto", "method", "error_graph", *calibration)
     _refuse_unused("error_graph", *calibration)
     _refuse_unused("calibration_from", "calibration", "samples", "seed")
     profile = _profile(model, weights, overrides)
     output = output or Path("out") / profile.name
     request = pipeline.Request(
-        budgets=budgets,
+        budgets=_budget_given(speedups, latencies, min_psnrs) or budgets,
+        pareto=pareto,
         ways=_ways(method, reuse, predict, solver, schedule),
         schedule=schedule,
         error_graph=None if error_graph is None else str(error_graph),
@@ -263,16 +297,38 @@ def build(
         steps = pipeline.dry_run(profile, output, request)
         _print(steps, as_json, summary.dry_run_table)
         return
-    bundle, report, unverified = pipeline.build(profile, output, request, _reporter(quiet or as_json))
+    bundle, report, unverified, answers, front = pipeline.build(profile, output, request, _reporter(quiet or as_json))
     if repository is not None:
         from lemica_trt.triton.repository import write_repository
 
         write_repository(bundle, repository)
     _print(
-        {"bundle": str(output), "plans": bundle.plans, "verify": report, "unverified": unverified},
+        {
+            "bundle": str(output),
+            "plans": bundle.plans,
+            "verify": report,
+            "unverified": unverified,
+            "answers": answers,
+            "front": front,
+        },
         as_json,
-        lambda _: summary.build_table(bundle, report, output, unverified),
+        lambda _: summary.with_answers(summary.build_table(bundle, report, output, unverified), answers, front),
     )
+
+
+BUDGETS = ("budgets", "speedups", "latencies", "min_psnrs")
+"""Flags of `_planning` that say what a plan may cost; one of them can be given."""
+
+
+def _budget_given(*others: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    """The budgets that are no numbers of full steps, if there are any.
+
+    Raises:
+        UsageError: they are given in several units.
+    """
+    for index, flag in enumerate(BUDGETS):
+        _refuse_unused(flag, *BUDGETS[index + 1 :])
+    return next((given for given in others if given is not None), None)
 
 
 def _ways(method: Any, reuse: Any, predict: Any, solver: Any, schedule: tuple[int, ...] | None) -> Any:
@@ -290,16 +346,18 @@ def _refuse_unused(flag: str, *others: str) -> None:
     Args:
         flag, others: parameter names of the running command; unknown ones were not given.
     """
-    context = click.get_current_context()
-    flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    given = [
-        name for name in (flag, *others) if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    ]
+    flags = {parameter.name: parameter.opts[0] for parameter in click.get_current_context().command.params}
+    given = [name for name in (flag, *others) if _given(name)]
     if flag in given and len(given) > 1:
         unused = ", ".join(flags[name] for name in given[1:])
         raise UsageError(
             f"{flags[flag]} cannot be used together with {unused}", fix=f"leave out {unused}, or {flags[flag]}"
         )
+
+
+def _given(name: str) -> bool:
+    """Whether a parameter of the running command was given."""
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _profile(model: str | None, weights: str | None, overrides: dict[str, Any]) -> Any:
@@ -392,24 +450,29 @@ def calibrate(
 )
 @_common
 def plan(
-    target: Path, budgets: tuple[int, ...], method: Any, reuse: Any, predict: Any, solver: Any,
+    target: Path, budgets: tuple[int, ...], speedups: tuple[Any, ...] | None, latencies: tuple[Any, ...] | None,
+    min_psnrs: tuple[Any, ...] | None, pareto: bool, method: Any, reuse: Any, predict: Any, solver: Any,
     schedule: tuple[int, ...] | None, default: str | None,
     as_json: bool, quiet: bool, debug: bool,
 ) -> None:  # fmt: skip
-    """Make plans for TARGET, a work folder or a finished bundle, from its error graph: no PyTorch, one second."""
+    """Make plans for TARGET, a work folder or a finished bundle, from its error graph: no PyTorch, one second.
+
+    Of a bundle, --pareto shows the qualities that it was built with and adds no plan unless a budget is given.
+    """
     from lemica_trt import pipeline
     from lemica_trt.report import summary
 
-    _refuse_unused("schedule", "budgets", "method")
-    plans = pipeline.plan_stage(
+    _refuse_unused("schedule", *BUDGETS, "pareto", "method")
+    made = pipeline.plan_stage(
         target,
-        budgets=budgets,
+        budgets=_budget_given(speedups, latencies, min_psnrs) or (budgets if _given("budgets") else None),
         ways=_ways(method, reuse, predict, solver, schedule),
         schedule=schedule,
         default=default,
+        pareto=pareto,
         reporter=_reporter(True),
     )
-    _print(plans, as_json, summary.plans_table)
+    _print(made, as_json, lambda _: summary.with_answers(summary.plans_table(made.plans), made.answers, made.front))
 
 
 @main.command()
@@ -475,13 +538,15 @@ def verify(
     click.option("--guidance-scale", type=float, help="Classifier-free guidance  [default: the plan's]"),
     click.option("--negative-prompt", help="What to steer away from  [default: the profile's]"),
     click.option("--backend", metavar="NAME", help="Which engines  [default: the preferred ones]"),
+    click.option("--capture", type=click.Choice(["plan", "step", "none"]), default="step", show_default=True,
+                 help="TensorRT: what becomes a CUDA graph; the whole plan runs without progress."),
     click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), required=True,
                  help=".mp4, .gif, .png (frames side by side) or .npy"),
 )  # fmt: skip
 @_common
 def run(
     bundle: Path, prompt: str, plan: str, seed: int, guidance_scale: float | None, negative_prompt: str | None,
-    backend: str | None, output: Path, as_json: bool, quiet: bool, debug: bool,
+    backend: str | None, capture: Any, output: Path, as_json: bool, quiet: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Generate a clip from BUNDLE and PROMPT. Takes no PyTorch."""
     from time import perf_counter
@@ -493,14 +558,14 @@ def run(
     check_suffix(output)
     report = _reporter(quiet or as_json)
     start = perf_counter()
-    pipe = Bundle.open(bundle).pipeline(plan=None if plan == "default" else plan, backend=backend)
+    pipe = Bundle.open(bundle).pipeline(plan=None if plan == "default" else plan, backend=backend, capture=capture)
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
     result = pipe(
         prompt,
         seed=seed,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
-        on_step=lambda row: report.advance(row.index + 1, row.rows),
+        on_step=None if capture == "plan" else lambda row: report.advance(row.index + 1, row.rows),
     )
     write_video(result.frames, output, fps=pipe.fps)
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())

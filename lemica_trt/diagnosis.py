@@ -18,6 +18,7 @@ from lemica_trt.values import Value
 LIBRARIES = {
     "onnxruntime": "runs bundles on CPU and CUDA: pip install 'lemica-trt[onnxruntime]'",
     "tensorrt": "builds and runs engines on an NVIDIA GPU: pip install 'lemica-trt[tensorrt]'",
+    "tensorrt_lean": "runs version-compatible engines: pip install tensorrt-lean, at the version that built them",
     "tensorrt_rtx": "builds engines on any machine, runs them on an RTX GPU: pip install 'lemica-trt[rtx]'",
     "av": "writes .mp4: pip install 'lemica-trt[video]'",
     "torch": "builds bundles: pip install 'lemica-trt[build]'",

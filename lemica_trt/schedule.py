@@ -279,13 +279,18 @@ def path_costs(edges: Edges, num_steps: int) -> int:
     return costs[0]
 
 
+def least_budget(num_steps: int, max_skip: int | None) -> int:
+    """⌈N/(K + 1)⌉, the fewest full steps of a schedule that skips at most K steps in a row; 1 where K is None."""
+    return 1 if max_skip is None else -(-num_steps // (max_skip + 1))
+
+
 def require_feasible(num_steps: int, max_skip: int, budgets: Sequence[int]) -> None:
     """Ask before hours of calibration whether a complete error graph could have a path for each budget.
 
     Raises:
         InfeasibleError: a budget lies outside ⌈N/(K + 1)⌉ … N.
     """
-    least = -(-num_steps // (max_skip + 1))
+    least = least_budget(num_steps, max_skip)
     for budget in budgets:
         if not least <= budget <= num_steps:
             raise InfeasibleError(

@@ -15,18 +15,15 @@ plan. Knows nothing of how the bundle was made.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from statistics import median
-from time import perf_counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lemica_trt.builders import EngineKey
+from lemica_trt.budget import StepTimes
 from lemica_trt.bundle import ERROR_GRAPH_FILE, VERIFY_REPORT, Bundle
 from lemica_trt.errors import InfeasibleError, InputError, UnsupportedError, VerificationError
 from lemica_trt.graph import ErrorGraph
@@ -36,11 +33,11 @@ from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
 from lemica_trt.plan import StepPlan, plan_from_schedule
 from lemica_trt.progress import Reporter
 from lemica_trt.quality import lpips, psnr, ssim
-from lemica_trt.runtime.denoise import RowDone
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.runtime.random import Generator
 from lemica_trt.schedule import solve, uniform
 from lemica_trt.spec import TensorSpec
+from lemica_trt.timing import Timing, backend_name, machine, measure_steps, measure_timing
 from lemica_trt.values import Value, read_value
 
 if TYPE_CHECKING:
@@ -125,30 +122,6 @@ class Quality(Value, frozen=True):
     each_psnr: tuple[float, ...]
 
 
-class Timing(Value, frozen=True):
-    """Wall-clock time of one plan, one request, seconds.
-
-    Attributes:
-        plan: its name.
-        budget: full steps.
-        full_step, skipped_step: median of a row that runs the full or the skip graph; None where there is none.
-        total: the whole denoising loop, median of the runs.
-        overhead: what a run takes beyond its full and skipped steps, as a fraction of them: in each run that is
-            timed row by row, its whole time against its own rows; median of the runs.
-        ratio: in the same runs, whole time / (budget · its median full step): 1 would be skipping at no cost at all.
-        speedup: total of the uncached plan / total; None where the bundle has no uncached plan.
-    """
-
-    plan: str
-    budget: int
-    full_step: float
-    skipped_step: float | None
-    total: float
-    overhead: float
-    ratio: float
-    speedup: float | None
-
-
 class Clip(NamedTuple):
     """A held-out clip to look at: uint8 [F, H, W, 3] each.
 
@@ -172,6 +145,7 @@ class VerifyReport(Value, frozen=True):
         machine: what it ran on.
         backend: backend and version.
         graphs, agreement, quality, timing: see there.
+        steps: what budgets in seconds are made from; None in reports of versions before there were any.
     """
 
     manifest_digest: str
@@ -183,10 +157,11 @@ class VerifyReport(Value, frozen=True):
     agreement: tuple[Agreement, ...]
     quality: tuple[Quality, ...]
     timing: tuple[Timing, ...]
+    steps: StepTimes | None = None
 
     def is_of(self, bundle: Bundle, samples: int, backend: str | None) -> bool:
         """Whether this is what `verify` would find out again: same bundle, engines, samples, machine."""
-        asked = (bundle.manifest.digest, _said(bundle.engine(backend).key), samples, machine())
+        asked = (bundle.manifest.digest, backend_name(bundle.engine(backend).key), samples, machine())
         return (self.manifest_digest, self.backend, self.samples, self.machine) == asked
 
     def failures(self) -> list[str]:
@@ -260,27 +235,22 @@ def verify(
         manifest_digest=bundle.manifest.digest,
         samples=len(requests),
         machine=machine(),
-        backend=_said(key),
+        backend=backend_name(key),
         dtype=bundle.manifest.profile.dtype,
         graphs=tuple(graphs),
         agreement=tuple(agreement),
         quality=tuple(quality),
         timing=tuple(measure_timing(pipe, [bundle.plan(name) for name in bundle.plans])),
+        steps=measure_steps(pipe),
     )
     return report, clips
 
 
-def _said(key: EngineKey) -> str:
-    return f"{key.backend} {key.version} {key.target}"
-
-
-def require_verified(report: VerifyReport) -> None:
-    """Raise VerificationError, naming everything that failed, unless all is well."""
+def require_verified(report: VerifyReport, bundle: Path) -> None:
+    """Raise VerificationError, naming everything that failed and where the bundle is, unless all is well."""
     failures = report.failures()
     if failures:
-        raise VerificationError(
-            "; ".join(failures), fix="do not deploy this bundle; report it with reports/verify.json"
-        )
+        raise VerificationError("; ".join(failures), fix=f"do not deploy {bundle}; report it with its {VERIFY_REPORT}")
 
 
 # ---------------------------------------------------------------- against PyTorch
@@ -473,71 +443,3 @@ def baselines(plan: StepPlan, model: Model, graph: ErrorGraph | None) -> list[tu
         if other.rows != plan.rows:
             found.append((plan.name, way, other))
     return found
-
-
-# ---------------------------------------------------------------- timing
-
-
-def measure_timing(pipe: Pipeline, plans: Sequence[StepPlan], *, repeats: int = 5) -> list[Timing]:
-    """Time whole plans and their rows, one request, after one warm-up of each.
-
-    Row times, and what a run takes beyond them, come from runs that wait for the device after every row; totals from
-    runs that do not; medians of both. A run is only compared with its own rows: machines drift between runs.
-    """
-    manifest = pipe.bundle.manifest
-    noise = Generator(0).randn((1, *manifest.graphs.layout.latent_shape))
-    embeds = _embeds(pipe, "")
-    timings = []
-    for plan in sorted(plans, key=lambda plan: -plan.budget):
-        run = partial(pipe.latents, embeds, noise, plan=plan, seeds=[0] if plan.stochastic else None)
-        run()
-        totals, overheads, ratios = [], [], []
-        full: list[float] = []
-        skipped: list[float] = []
-        for _ in range(repeats):
-            totals.append(_seconds(run))
-            rows: list[RowDone] = []
-            whole = _seconds(partial(run, on_step=rows.append))
-            mine = {graph: [row.seconds for row in rows if row.graph == graph] for graph in ("full", "skip")}
-            overheads.append(whole / (sum(mine["full"]) + sum(mine["skip"])) - 1)
-            ratios.append(whole / (plan.budget * median(mine["full"])))
-            full += mine["full"]
-            skipped += mine["skip"]
-        timings.append(
-            Timing(
-                plan=plan.name,
-                budget=plan.budget,
-                full_step=median(full),
-                skipped_step=median(skipped) if skipped else None,
-                total=median(totals),
-                overhead=median(overheads),
-                ratio=median(ratios),
-                speedup=None,
-            )
-        )
-    uncached = next((plan.name for plan in plans if plan.budget == plan.num_steps), None)
-    reference = next((timing.total for timing in timings if timing.plan == uncached), None)
-    return [
-        timing if reference is None else msgspec.structs.replace(timing, speedup=reference / timing.total)
-        for timing in timings
-    ]
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = perf_counter()
-    run()
-    return perf_counter() - start
-
-
-def machine() -> str:
-    """Processor and cores, for a report."""
-    import os
-    import platform
-
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {os.cpu_count()} cores"

@@ -23,6 +23,7 @@ from lemica_trt.bundle import (
     FileEntry,
     add_plan,
     check_plan,
+    move_bundle,
     plan_path,
     portable_source,
     require_relative,
@@ -31,6 +32,7 @@ from lemica_trt.bundle import (
 from lemica_trt.errors import InputError, IntegrityError, LemicaError, MissingDependencyError, UsageError
 from lemica_trt.plan import PlanRow, StepPlan
 from lemica_trt.spec import GraphSet, GraphSpec, Profile, Shape, StepLayout, TextSpec
+from lemica_trt.values import write_bytes
 
 pytestmark = pytest.mark.null
 
@@ -395,6 +397,20 @@ def test_add_plan(bundle: Bundle) -> None:
     with pytest.raises(InputError, match="default_plan must be one of plans"):
         add_plan(more, default="none")
     assert names_in(bundle.path.parent) == ["b"]
+
+
+def test_a_bundle_is_moved_whole_with_what_is_not_listed(tmp_path: Path) -> None:
+    """In place of an older one; what it may not replace stays."""
+    old, new = write(tmp_path / "b", "1"), write(tmp_path / "b.unverified", "2")
+    write_bytes(b"compiled", new.path / "cache" / "full.bin")
+    expected = tree(new.path)
+    (tmp_path / "other").mkdir()
+    write_bytes(b"mine", tmp_path / "other" / "file")
+    with pytest.raises(UsageError, match="expected a bundle to replace"):
+        move_bundle(new, tmp_path / "other")
+    assert tree(new.path) == expected and old.manifest == Bundle.open(tmp_path / "b").manifest
+    assert move_bundle(new, tmp_path / "b").manifest == new.manifest
+    assert tree(tmp_path / "b") == expected and names_in(tmp_path) == ["b", "other"]
 
 
 def test_plans_join_whole_bundles_only(bundle: Bundle) -> None:

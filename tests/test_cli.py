@@ -54,6 +54,32 @@ def test_build_again_does_nothing_again(built: tuple[Path, subprocess.CompletedP
     assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
+def test_a_bundle_that_does_not_verify_replaces_none(
+    built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one stays as it is, the new one lies beside it with its report."""
+    from lemica_trt import pipeline, verify
+    from lemica_trt.candidates import Ways
+    from lemica_trt.errors import VerificationError
+    from lemica_trt.progress import Quiet
+
+    output = tmp_path / "bundle"
+    shutil.copytree(built[0], output)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    profile = Bundle.open(output).manifest.profile
+    request = pipeline.Request(budgets=(3,), ways=Ways(method="uniform"), verify_samples=1)
+    monkeypatch.setattr(verify.VerifyReport, "failures", lambda report: ["the graphs differ"])
+    with pytest.raises(VerificationError, match=rf"the graphs differ → do not deploy {output}\.unverified; report it"):
+        pipeline.build(profile, output, request, Quiet())
+    assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    candidate = Bundle.open(tmp_path / "bundle.unverified")
+    assert candidate.plans == ("b3", "uncached") and (candidate.path / "reports" / "verify.json").is_file()
+    monkeypatch.undo()
+    bundle, report, _ = pipeline.build(profile, output, request, Quiet())
+    assert report is not None and bundle.path == output and bundle.plans == ("b3", "uncached")
+    assert not candidate.path.exists()
+
+
 def test_stages_one_by_one_make_the_same_bundle(
     built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -119,7 +145,7 @@ def test_plan_adds_to_a_bundle_without_torch(
     assert done.returncode == 0, done.stderr
     assert Bundle.open(copy).plan().full_steps[0] == 0
     assert Bundle.open(copy).plan().budget == 6 and "skip" in {row.graph for row in Bundle.open(copy).plan().rows}
-    assert {plan["name"] for plan in json.loads(done.stdout)} == {"b4", "b5", "b6", "uncached"}
+    assert {plan["name"] for plan in json.loads(done.stdout)["plans"]} == {"b4", "b5", "b6", "uncached"}
 
 
 def test_run_writes_a_clip(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     ]
     layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=True)
     exported = pipeline.export(model, layout, work, Quiet())
-    engines = pipeline.engines(exported, work, ["onnxruntime"], {}, Quiet())
+    engines = pipeline.engines(exported.graphs, work.export, work, ["onnxruntime"], {}, Quiet())
     bundle = pipeline.assemble(
         model.profile, table, pipeline.Findings(), plans, exported, engines, work, folder / "bundle", Quiet()
     )

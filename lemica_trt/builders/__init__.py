@@ -14,8 +14,12 @@ Knows nothing of bundles or of how an engine is run.
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 import pkgutil
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
 
 Option = str | int | bool
 """Value of one builder option."""
+
+ENGINES = "engines"
+"""Where builders that write engines put them, each key in a folder of its own: `engines/BACKEND-KEY/ROLE.engine`."""
 
 
 class EngineKey(Value, frozen=True):
@@ -60,10 +67,11 @@ class EngineBuild(Value, frozen=True):
 
     Attributes:
         seconds: wall-clock time.
-        host_memory: peak resident memory of the process that built it, bytes.
+        host_memory: peak of the building process's own memory, bytes; pages of mapped files are not counted.
         device_memory: peak that the builder allocated on the GPU, bytes; None: it does not say.
         precisions: dtype → computing layers of the network (matrix products, convolutions, attention) with that result.
         engine_precisions: the same of the finished engine, after fusion; None where it could not be looked into.
+        attentions: of the network.
         fused_attention: attentions that the engine runs as one kernel; None where it could not be looked into.
     """
 
@@ -72,6 +80,7 @@ class EngineBuild(Value, frozen=True):
     device_memory: int | None = None
     precisions: dict[str, int] = {}
     engine_precisions: dict[str, int] | None = None
+    attentions: int = 0
     fused_attention: int | None = None
 
 
@@ -162,6 +171,14 @@ def build(
     return _builder(backend).build(graphs, root, out, options or {}, reporter)
 
 
+def prune(entries: Sequence[EngineEntry], out: Path) -> None:
+    """Remove engines of other keys than these: what a folder keeps for the next build is what the last one used."""
+    used = {out / file for entry in entries for file in entry.files.values()}
+    for folder in (out / ENGINES).glob("*/"):
+        if folder.is_dir() and not any(file.parent == folder for file in used):
+            shutil.rmtree(folder)
+
+
 def check(backend: str, dtype: DType, options: Mapping[str, Option] | None = None) -> None:
     """Ask a backend before hours of work whether it could build at all.
 
@@ -244,3 +261,18 @@ def sha256_of(path: Path) -> str:
     except OSError as error:
         raise InputError(f"{path}: expected a readable file, got: {error.strerror}") from None
     return digest.hexdigest()
+
+
+@contextmanager
+def mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
+    """A file's bytes for as long as the block runs, without a copy of them in memory.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:  # nothing can be mapped of it
+            yield b""
+        else:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                yield data

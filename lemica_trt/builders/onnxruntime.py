@@ -105,13 +105,14 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def open_session(graph: GraphSpec, path: Path, options: Mapping[str, Option]) -> Any:
+def open_session(graph: GraphSpec, path: Path, options: Mapping[str, Option], device: int = 0) -> Any:
     """An `onnxruntime.InferenceSession` of one graph, on exactly the provider asked for.
 
     Args:
         graph: what the file must declare.
         path: the ONNX file; its external data lies beside it.
         options: complete, as in `EngineKey.options`.
+        device: which GPU, for the provider `cuda`.
 
     Raises:
         UsageError: an option has no such value.
@@ -139,7 +140,8 @@ def open_session(graph: GraphSpec, path: Path, options: Mapping[str, Option]) ->
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = 3
     try:
-        session = ort.InferenceSession(str(path), settings, providers=[wanted])
+        chosen = (wanted, {"device_id": device}) if provider == "cuda" else wanted
+        session = ort.InferenceSession(str(path), settings, providers=[chosen])
     except Exception as error:  # onnxruntime raises many unrelated classes
         raise EngineError(f"ONNX Runtime cannot load {graph.file}: {first_line(error)}") from None
     if wanted not in session.get_providers():

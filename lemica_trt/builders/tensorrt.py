@@ -12,7 +12,7 @@ Options, named as in trtexec and Polygraphy:
 | `mem_pool_size` | `` | both | `workspace:4G,tacticSharedMem:48K`; suffix B, K, M or G, none: MiB; empty: no limit |
 | `weight_streaming` | false | both | weights may stay in host memory when the engine runs |
 | `profiling_verbosity` | `detailed` | both | `layer_names_only`, `detailed` (the engine's gate needs it) or `none` |
-| `version_compatible` | false | tensorrt | runs with later TensorRT of the same major version; needs its lean runtime |
+| `version_compatible` | false | tensorrt | also runs on the lean runtime (`tensorrt_lean`) of the same version |
 | `hardware_compatibility_level` | `none` | tensorrt | `none`, `ampere_plus` or `same_compute_capability` |
 | `compute_capabilities` | `` | tensorrt-rtx | `8.6,8.9,12.0`, or `current`; empty: 8.0 and later |
 
@@ -20,7 +20,7 @@ TensorRT for RTX needs no GPU to build, keeps no timing cache (its operations on
 the engine is first loaded.
 
 Finished engines lie in `engines/BACKEND-KEY/` with a record beside each, KEY being the digest of the `EngineKey`: a
-second build takes what is there, and something built from another key is never found.
+second build takes what is there, and something built from another key is never found (`builders.prune` removes it).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pathlib import Path
 import msgspec
 
 from lemica_trt.builders import (
+    ENGINES,
     EngineBuild,
     EngineEntry,
     EngineKey,
@@ -62,8 +63,6 @@ from lemica_trt.errors import EngineError, InputError, MissingDependencyError, U
 from lemica_trt.progress import Reporter, duration, size
 from lemica_trt.spec import DType, GraphSet, GraphSpec, Role
 from lemica_trt.values import Value, read_value, write_value
-
-FOLDER = "engines"
 
 LEVELS = ("none", "ampere_plus", "same_compute_capability")
 VERBOSITIES = ("layer_names_only", "detailed", "none")
@@ -150,9 +149,9 @@ class TensorRT:
             device=on_gpu.name if on_gpu else None,
             driver=on_gpu.driver if on_gpu else None,
         )
-        folder = f"{FOLDER}/{key.backend}-{key.digest[:16]}"
+        folder = f"{ENGINES}/{key.backend}-{key.digest[:16]}"
         (out / folder).mkdir(parents=True, exist_ok=True)
-        for unfinished in (out / FOLDER).glob("*/*.tmp"):  # of a process that was killed
+        for unfinished in (out / ENGINES).glob("*/*.tmp"):  # of a process that was killed
             unfinished.unlink()
         files: dict[Role, str] = {}
         builds: dict[Role, EngineBuild] = {}
@@ -289,7 +288,8 @@ class TensorRT:
                 if self.vendor.builds_on_gpu
                 else "build there, or name --compute-capabilities",
             )
-        return f"sm_{found.device.compute_capability.replace('.', '')}"
+        later = "+" if chosen.get("hardware_compatibility_level") == "ampere_plus" else ""
+        return f"sm_{found.device.compute_capability.replace('.', '')}{later}"
 
     def _more_memory(self, expected: int | None) -> str:
         needs = "more memory" if expected is None else f"about {size(expected)} of free memory"
@@ -378,7 +378,7 @@ def _summary(build: EngineBuild, engine_size: int) -> str:
     if counts:
         parts.append("computes in " + ", ".join(f"{dtype} ({count})" for dtype, count in sorted(counts.items())))
     if build.fused_attention is not None:
-        parts.append(f"{build.fused_attention} fused attentions")
+        parts.append(f"{build.fused_attention} of {build.attentions} attentions fused")
     return ", ".join(parts)
 
 

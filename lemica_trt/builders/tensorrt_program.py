@@ -20,11 +20,12 @@ calls them, so that they are not counted.
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+
+from lemica_trt.builders import mapped
 
 DTYPES = {b"float": "fp32", b"half": "fp16", b"bf16": "bf16"}
 """The program's name of a dtype → ours."""
@@ -52,7 +53,7 @@ def program_layers(path: Path) -> Layers | None:
     """Count the layers of an engine file; None where no program is found in it."""
     precisions: Counter[str] = Counter()
     fused, programs = 0, 0
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with mapped(path) as data:
         begin = data.find(b"header {")
         while begin >= 0:
             tensors = data.find(b"\ndescriptors {", begin)

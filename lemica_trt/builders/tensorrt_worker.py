@@ -9,8 +9,8 @@ process that asked for it. Imports one vendor's module, no torch and no ONNX.
 
 The look, in two parts. Before the build: inputs and outputs of the parsed network are those of the `GraphSpec`, and
 the layers that compute (matrix products, convolutions, attention) of the DiT are mostly in the dtype asked for. After
-it the same of the finished engine, and it computes in no dtype that its network does not: through the engine
-inspector where a driver is, and from the program in the file where not (TensorRT for RTX only, see
+it the same of the finished engine, and it computes in no dtype that its network does not: TensorRT's is loaded and
+inspected on the GPU that it is for; that of TensorRT for RTX need not be for this machine, its file is read (see
 `tensorrt_program`). A failure of either is an error, and the engine is not kept.
 """
 
@@ -27,11 +27,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TextIO
 
 import msgspec
 
-from lemica_trt.builders import EngineBuild, Option
+from lemica_trt.builders import EngineBuild, Option, mapped
 from lemica_trt.builders.tensorrt_program import Layers, program_layers
 from lemica_trt.spec import DType, GraphSpec, TensorSpec
 from lemica_trt.values import Value, write_bytes
@@ -48,6 +48,9 @@ DTYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT32": "int32", "IN
 
 COMPUTING = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "EINSUM", "ATTENTION_OUTPUT")
 """`LayerType`s that do a network's work."""
+
+ATTENTION = ("SOFTMAX", "ATTENTION_OUTPUT")
+"""`LayerType`s of which every attention has one: in parts (ONNX opset 20), or whole (opset 23)."""
 
 POOLS = {"workspace": "WORKSPACE", "tacticSharedMem": "TACTIC_SHARED_MEMORY"}
 """trtexec's name of a memory pool → `MemoryPoolType` member."""
@@ -212,6 +215,32 @@ def build_engine(job: Job, send: Callable[[Event], None]) -> EngineBuild:
     start = perf_counter()
     trt = load_vendor(job.module)
     log = Log(trt)
+    with HostMemory() as memory:
+        work = write_engine(trt, log, job, send)
+    build = EngineBuild(
+        seconds=round(perf_counter() - start, 3),
+        host_memory=memory.peak,
+        device_memory=log.device_peak,
+        precisions=work.precisions,
+        attentions=work.attentions,
+    )
+    layers = inspect_engine(trt, log, job) if job.module == "tensorrt" else program_layers(Path(job.engine))
+    if layers is None:
+        send(Note(text=f"{job.graph.role}: the finished engine could not be looked into, only its network was checked"))
+        return build
+    check_layers(job, work.precisions, layers)
+    return msgspec.structs.replace(build, engine_precisions=layers.precisions, fused_attention=layers.fused_attention)
+
+
+def write_engine(trt: Any, log: Log, job: Job, send: Callable[[Event], None]) -> Work:
+    """Parse, check the network, build, and write `job.engine` while it is serialized; what the network does.
+
+    Weights beside the graph are mapped by the parser, and no copy of the whole engine is made: what stays in memory is
+    one copy of the weights, the builder's own.
+
+    Raises:
+        WorkerError: see `build_engine`.
+    """
     logger: tensorrt.ILogger = log.logger
     builder: tensorrt.Builder | None = trt.Builder(logger)
     if builder is None:
@@ -222,36 +251,45 @@ def build_engine(job: Job, send: Callable[[Event], None]) -> EngineBuild:
     if not parser.parse_from_file(job.onnx):  # a path, so that external data is found beside it
         raise log.failure("the graph does not parse")
     check_interface(job.graph, *network_interface(network))
-    precisions = network_precisions(trt, network)
-    check_precisions(job, precisions)
+    work = network_work(trt, network)
+    check_precisions(job, work.precisions)
     config: tensorrt.IBuilderConfig = configure(trt, builder, job)
     config.progress_monitor = monitor = progress_monitor(trt, lambda percent: send(Progress(percent=percent)))
     cache = Path(job.timing_cache) if job.timing_cache else None
     if cache is not None:
         use_timing_cache(config, cache)
-    serialized: tensorrt.IHostMemory | None = builder.build_serialized_network(network, config)
-    if serialized is None:
-        raise log.failure("the build gave no engine")
-    del monitor
     with Path(job.engine).open("wb") as file:
-        file.write(memoryview(serialized))
+        writer = stream_writer(trt, file)
+        if not builder.build_serialized_network_to_stream(network, config, writer):
+            raise log.failure("the build gave no engine")
+        if writer.error is not None:
+            raise WorkerError("build", f"the engine cannot be written: {writer.error.strerror}")
         file.flush()
         os.fsync(file.fileno())
+    del monitor
     if cache is not None:
         changed: tensorrt.ITimingCache = config.get_timing_cache()
         write_bytes(bytes(changed.serialize()), cache)
-    build = EngineBuild(
-        seconds=round(perf_counter() - start, 3),
-        host_memory=peak_memory(),
-        device_memory=log.device_peak,
-        precisions=precisions,
-    )
-    layers = program_layers(Path(job.engine)) if cuda_device() is None else inspect_engine(trt, log, serialized, job)
-    if layers is None:
-        send(Note(text=f"{job.graph.role}: the finished engine could not be looked into, only its network was checked"))
-        return build
-    check_layers(job, precisions, layers)
-    return msgspec.structs.replace(build, engine_precisions=layers.precisions, fused_attention=layers.fused_attention)
+    return work
+
+
+def stream_writer(trt: Any, file: BinaryIO) -> Any:
+    """An `IStreamWriter` into a file. Its `error` is what ended it: the library does not look at what was written."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            if self.error is None:
+                try:
+                    return file.write(data)
+                except OSError as error:
+                    self.error = error
+            return 0
+
+    return Writer()
 
 
 def configure(trt: Any, builder: tensorrt.Builder, job: Job) -> tensorrt.IBuilderConfig:
@@ -412,16 +450,32 @@ def network_interface(network: tensorrt.INetworkDefinition) -> tuple[Interface, 
     return sides[0], sides[1]
 
 
-def network_precisions(trt: Any, network: tensorrt.INetworkDefinition) -> dict[str, int]:
-    """dtype → computing layers whose result has it. In a strongly typed network that is what they compute in."""
+class Work(NamedTuple):
+    """What a network computes.
+
+    Attributes:
+        precisions: dtype → computing layers whose result has it. In a strongly typed network that is what they
+            compute in.
+        attentions: how many attentions there are, whole or in parts: each has one softmax.
+    """
+
+    precisions: dict[str, int]
+    attentions: int
+
+
+def network_work(trt: Any, network: tensorrt.INetworkDefinition) -> Work:
+    """What a parsed network computes."""
     computing = {getattr(trt.LayerType, name) for name in COMPUTING}
+    attention = {getattr(trt.LayerType, name) for name in ATTENTION}
     found: Counter[str] = Counter()
+    attentions = 0
     for index in range(network.num_layers):
         layer: tensorrt.ILayer = network.get_layer(index)
+        attentions += layer.type in attention
         if layer.type in computing:
             result: tensorrt.ITensor = layer.get_output(0)
             found[_dtype(result.dtype)] += 1
-    return dict(found)
+    return Work(dict(found), attentions)
 
 
 def check_layers(job: Job, network: Mapping[str, int], engine: Layers) -> None:
@@ -437,7 +491,7 @@ def check_layers(job: Job, network: Mapping[str, int], engine: Layers) -> None:
     check_precisions(job, engine.precisions)
 
 
-def inspect_engine(trt: Any, log: Log, serialized: tensorrt.IHostMemory, job: Job) -> Layers | None:
+def inspect_engine(trt: Any, log: Log, job: Job) -> Layers | None:
     """Load the engine, compare its inputs and outputs with the graph's, and count what it runs.
 
     Returns:
@@ -448,7 +502,8 @@ def inspect_engine(trt: Any, log: Log, serialized: tensorrt.IHostMemory, job: Jo
     """
     runtime: tensorrt.Runtime = trt.Runtime(log.logger)
     runtime.engine_host_code_allowed = False
-    engine: tensorrt.ICudaEngine | None = runtime.deserialize_cuda_engine(serialized)
+    with mapped(Path(job.engine)) as data:
+        engine: tensorrt.ICudaEngine | None = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise log.failure("the new engine does not load")
     names: list[str] = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -484,12 +539,37 @@ def engine_layers(information: str) -> Layers | None:
     return Layers(dict(found), fused) if told else None
 
 
-def peak_memory() -> int:
-    """Peak resident memory of this process, bytes. Not `ru_maxrss`, which begins at the parent's."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) << 10
-    raise AssertionError("/proc/self/status has no VmHWM")
+class HostMemory:
+    """The peak of this process's own memory while the block runs, looked at fifty times a second.
+
+    Pages of mapped files – weights, libraries – are not counted: the kernel takes them back where memory is short.
+
+    Attributes:
+        peak: bytes.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> HostMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._look()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.02):
+            self._look()
+
+    def _look(self) -> None:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        kilobytes = re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.MULTILINE)
+        self.peak = max(self.peak, sum(map(int, kilobytes)) << 10)
 
 
 def _free(spec: TensorSpec) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ import diffusers
 import torch
 
 from lemica_trt import __version__
-from lemica_trt.calibrate.workers import E, Job, U
+from lemica_trt.calibrate.workers import E, InProcess, Job, U
 from lemica_trt.errors import InputError, MissingDependencyError
 from lemica_trt.models.model import Model
 
@@ -145,7 +145,8 @@ class _Worker:
         torch.set_num_threads(threads)
         self._load, self._origin = load, origin
         self._model: Model | None = None
-        self._work: Any = None
+        self._here: InProcess | None = None
+        self._job: Any = None
 
     def begin(self, job: Any) -> None:
         if self._model is None:
@@ -156,10 +157,13 @@ class _Worker:
                         f"Ray worker on {socket.gethostname()}: expected {name} {self._origin[name]}, got {found}",
                         fix="install the same on every machine: results would differ in their last digits",
                     )
-        self._work = job.start(self._model)
+            self._here = InProcess(self._model)
+        self._job = job
 
     def work(self, unit: Any) -> Any:
-        return self._work(unit)
+        assert self._here is not None
+        ((_, entries),) = self._here(self._job, [unit])
+        return entries
 
 
 def _origin(model: Model) -> dict[str, str]:

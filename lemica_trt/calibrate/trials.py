@@ -1,16 +1,17 @@
 """Plans run whole in PyTorch against the uncached run: which of several is best on this model?
 
 The score is the signal-to-noise ratio of the final latents, 10·log₁₀(‖x_N‖² / ‖x̂_N − x_N‖²) in dB: free of the VAE,
-so that it costs DiT calls only. Finished runs are in a journal; a killed trial goes on from there.
+so that it costs DiT calls only. `Trials.psnr` is of decoded frames: the number that people know, for few plans.
+Finished runs are in a journal; a killed trial goes on from there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
 from lemica_trt.errors import VerificationError
 from lemica_trt.models import Model, denoise
 from lemica_trt.plan import StepPlan
+from lemica_trt.quality import PSNR_CAP, Frames, psnr
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.values import Value, require, require_finite
 
@@ -49,6 +51,31 @@ class Score(Value, frozen=True):
     def __post_init__(self) -> None:
         require(self.sample >= 0, f"sample must not be negative, got {self.sample}")
         require_finite((self.snr,), "snr")
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return self.sample, self.plan
+
+    def mismatch(self, measurement: Header) -> str | None:
+        """Nothing can be wrong with it alone."""
+        return None
+
+
+class FrameScore(Value, frozen=True):
+    """The frames of one plan on one sample.
+
+    Attributes:
+        sample, plan: as in `Score`.
+        psnr: dB against the uncached run's frames; see `quality.psnr`.
+    """
+
+    sample: int
+    plan: str
+    psnr: float
+
+    def __post_init__(self) -> None:
+        require(self.sample >= 0, f"sample must not be negative, got {self.sample}")
+        require_finite((self.psnr,), "psnr")
 
     @property
     def key(self) -> tuple[int, str]:
@@ -88,7 +115,8 @@ class Trials:
         self._job = _Runs(uncached, tuple(prompts), seed)
         self._progress = progress
         self._workers = workers or InProcess(model)
-        self._book = Journal(journal, Header(**provenance_of(model, table, prompts, seed)), Score)
+        self._header = Header(**provenance_of(model, table, prompts, seed))
+        self._book = Journal(journal, self._header, Score)
 
     def __call__(self, plans: Sequence[StepPlan], samples: range) -> list[list[float]]:
         """dB of each plan on each sample.
@@ -96,26 +124,38 @@ class Trials:
         Raises:
             VerificationError: the uncached run is not finite. (A plan whose run is not scores −`SNR_CAP`.)
         """
-        digests = [plan.rows_digest for plan in plans]
-        wanted = [(s, digest) for s in samples for digest in digests]
-        missing = {
-            (s, plan): float(plan.budget)
-            for s in samples
-            for plan, digest in zip(plans, digests)
-            if (s, digest) not in self._book.entries
-        }
-        complete(self._book, wanted, self._job, missing, self._workers, self._progress)
-        return [[self._book.entries[s, digest].snr for s in samples] for digest in digests]
+        self._complete(self._book, plans, samples, decoded=False)
+        return [[self._book.entries[s, plan.rows_digest].snr for s in samples] for plan in plans]
+
+    def psnr(self, plan: StepPlan, samples: range, *, journal: Path) -> tuple[float, ...]:
+        """PSNR of a plan's frames on each sample, dB; see `quality.psnr`. The uncached plan's is its cap.
+
+        Args:
+            journal: file of finished runs.
+
+        Raises:
+            VerificationError: the uncached run is not finite. (A plan whose run is not scores 0.)
+        """
+        if plan.rows == self._job.uncached.rows:
+            return (PSNR_CAP,) * len(samples)
+        book = Journal(journal, self._header, FrameScore)
+        self._complete(book, [plan], samples, decoded=True)
+        return tuple(book.entries[s, plan.rows_digest].psnr for s in samples)
+
+    def _complete(self, book: Journal[Any], plans: Sequence[StepPlan], samples: range, *, decoded: bool) -> None:
+        wanted = {(s, plan.rows_digest): (s, plan, decoded) for s in samples for plan in plans}
+        missing = {unit: float(unit[1].budget) for key, unit in wanted.items() if key not in book.entries}
+        complete(book, wanted, self._job, missing, self._workers, self._progress)
 
 
 class _Runs(NamedTuple):
-    """The job of `Trials`; what is done at a time is a plan on a sample."""
+    """The job of `Trials`; what is done at a time is a plan on a sample, scored by its frames if `decoded`."""
 
     uncached: StepPlan
     prompts: tuple[str, ...]
     seed: int
 
-    def start(self, model: Model) -> Callable[[tuple[int, StepPlan]], list[Score]]:
+    def start(self, model: Model) -> Callable[[tuple[int, StepPlan, bool]], list[Any]]:
         def run(s: int, plan: StepPlan) -> Tensor:
             noises = (noise[None] for noise in model.noises(self.seed + s))
             start = next(noises)
@@ -123,7 +163,13 @@ class _Runs(NamedTuple):
             with torch.inference_mode():
                 return denoise(model, plan, embeds, start, fresh_noise=lambda _: next(noises))[0].cpu()
 
-        @lru_cache(maxsize=1)  # plans of one sample follow each other
+        def frames(latents: Tensor) -> Frames:
+            """uint8 [F, H, W, 3]."""
+            with torch.inference_mode():
+                clip: Frames = model.decode(latents[None])[0].cpu().numpy()
+            return clip
+
+        @cache
         def reference(s: int) -> Tensor:
             found = run(s, self.uncached)
             if not bool(found.isfinite().all()):
@@ -131,18 +177,27 @@ class _Runs(NamedTuple):
                     f"sample {s}: the uncached run is not finite in {model.profile.dtype}",
                     fix="build with another --dtype",
                 )
-            return found.double()
+            return found
 
-        def work(unit: tuple[int, StepPlan]) -> list[Score]:
-            s, plan = unit
-            signal = float(reference(s).square().sum())
-            noise = float((run(s, plan).double() - reference(s)).square().sum())
-            return [Score(sample=s, plan=plan.rows_digest, snr=_decibels(signal, noise))]
+        @cache
+        def reference_frames(s: int) -> Frames:
+            return frames(reference(s))
+
+        def work(unit: tuple[int, StepPlan, bool]) -> list[Any]:
+            s, plan, decoded = unit
+            uncached, latents = reference(s), run(s, plan)
+            if not decoded:
+                return [Score(sample=s, plan=plan.rows_digest, snr=_snr(latents, uncached))]
+            finite = bool(latents.isfinite().all())
+            score = psnr(frames(latents), reference_frames(s)) if finite else 0.0
+            return [FrameScore(sample=s, plan=plan.rows_digest, psnr=score)]
 
         return work
 
 
-def _decibels(signal: float, noise: float) -> float:
+def _snr(latents: Tensor, uncached: Tensor) -> float:
+    signal = float(uncached.double().square().sum())
+    noise = float((latents.double() - uncached.double()).square().sum())
     if not math.isfinite(noise):
         return -SNR_CAP
     return min(10 * math.log10(signal / noise), SNR_CAP) if noise > 0 else SNR_CAP

@@ -42,13 +42,16 @@ class Workers(Protocol):
 
 
 class InProcess:
-    """One worker: this process, with the model that it has; units in their order."""
+    """One worker: this process, with the model that it has; units in their order. The last job stays begun."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
+        self._begun: tuple[Any, Any] = None, None
 
     def __call__(self, job: Job[U, E], units: Sequence[U]) -> Iterator[tuple[U, Sequence[E]]]:
-        work = job.start(self._model)
+        if self._begun[0] != job:
+            self._begun = job, job.start(self._model)
+        work = self._begun[1]
         for unit in units:
             yield unit, work(unit)
 

@@ -8,11 +8,14 @@ the same. Torch is imported by the stages that need it, inside the functions.
     work        the work folder: what the stages leave there
     planning    what is known of a model → plans
     stages      the stages, each a function
+    budgets     budgets in any unit → plans: measured times, searched qualities
     compile     all of them, in order; and what they would cost
     commands    one at a time, on the files of the one before; and what is done with a finished bundle
 """
 
+from lemica_trt.pipeline.budgets import Answer, Pace
 from lemica_trt.pipeline.commands import (
+    Replanned,
     absolute_source,
     calibrate_stage,
     engine_stage,
@@ -23,7 +26,7 @@ from lemica_trt.pipeline.commands import (
     verify_stage,
 )
 from lemica_trt.pipeline.compile import Request, Result, Stage, build, check_request, dry_run
-from lemica_trt.pipeline.planning import chooser, make_plans, planned_solvers, require_graph_fits
+from lemica_trt.pipeline.planning import Judge, make_plans, planned_solvers, require_graph_fits
 from lemica_trt.pipeline.stages import (
     assemble,
     calibrate,
@@ -40,8 +43,12 @@ from lemica_trt.pipeline.work import TOKENIZER_FILE, UNCACHED, Exported, Finding
 __all__ = [
     "TOKENIZER_FILE",
     "UNCACHED",
+    "Answer",
     "Exported",
     "Findings",
+    "Judge",
+    "Pace",
+    "Replanned",
     "Request",
     "Result",
     "Stage",
@@ -53,7 +60,6 @@ __all__ = [
     "calibrate_stage",
     "calibration_prompts",
     "check_request",
-    "chooser",
     "dry_run",
     "engine_stage",
     "engines",

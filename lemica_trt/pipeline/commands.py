@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from lemica_trt.builders import Option, options_by_backend
-from lemica_trt.builders import build as build_engine
+from lemica_trt.budget import Budget, FrontRow, MinPsnr, front_rows
+from lemica_trt.builders import Option
 from lemica_trt.bundle import (
     ERROR_GRAPH_FILE,
     GRAMS_FILE,
@@ -22,11 +24,24 @@ from lemica_trt.bundle import (
     require_replaceable,
     write_bundle,
 )
-from lemica_trt.candidates import Selection, Selections, Ways, way
+from lemica_trt.candidates import Selections, Ways, way
 from lemica_trt.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
-from lemica_trt.pipeline.planning import chooser, make_plans, planned_solvers
+from lemica_trt.pipeline.budgets import (
+    DEFAULT_BUDGETS,
+    Answer,
+    Clock,
+    Planned,
+    Scout,
+    afforded_by,
+    answers,
+    carried_front,
+    plan_budgets,
+    require_searchable,
+    timed,
+)
+from lemica_trt.pipeline.planning import Judge, make_plans, planned_solvers
 from lemica_trt.pipeline.stages import (
     assemble,
     begin,
@@ -47,6 +62,7 @@ from lemica_trt.pipeline.work import (
     exported_in,
     findings_in,
     plans_in,
+    plans_to_run,
     short,
     work_folder,
     write_plans,
@@ -56,53 +72,98 @@ from lemica_trt.progress import Reporter
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.sensitivity import Sensitivity
 from lemica_trt.spec import Profile
-from lemica_trt.values import V, read_value
+from lemica_trt.values import V, Value, read_value
 
 if TYPE_CHECKING:
     from lemica_trt.verify import VerifyReport
 
 
+class Replanned(Value, frozen=True):
+    """What `plan` made.
+
+    Attributes:
+        plans: all that the bundle has now; of a work folder, those made.
+        answers: what came of budgets that are no numbers of full steps.
+        front: quality and predicted time by budget, if it was asked for.
+    """
+
+    plans: tuple[StepPlan, ...]
+    answers: tuple[Answer, ...] = ()
+    front: tuple[FrontRow, ...] = ()
+
+
 def replan(
     bundle: Bundle,
     *,
-    budgets: Sequence[int],
+    budgets: Sequence[Budget],
     ways: Ways,
     schedule: Sequence[int] | None,
     default: str | None,
     reporter: Reporter,
-) -> Bundle:
-    """Add plans to a bundle from what it carries of its calibration; no PyTorch, nothing is tried.
+    pareto: bool = False,
+) -> tuple[Bundle, Replanned]:
+    """Add plans to a bundle from what it carries of its calibration; no PyTorch, no plan is tried.
+
+    Steps are timed only where a budget is in a unit of time, or a front is shown, and the reports have no times of
+    this machine. A PSNR is looked up among the plans that were tried when the bundle was built.
 
     Raises:
-        UsageError, InfeasibleError, InputError: as `make_plans` and `bundle.add_plan`.
+        UsageError, InfeasibleError, InputError: as `make_plans`, `budget.afforded`, `carried_front`, `bundle.add_plan`.
+        MissingDependencyError: a time is needed, and no engine runs here.
     """
 
     def carried(kind: type[V], file: str) -> V | None:
         return read_value(kind, bundle.file(file)) if file in bundle.manifest.files else None
 
+    require_searchable(budgets, False, ways)
     table = read_value(SamplerTable, bundle.file(SAMPLER_FILE))
+    graph = carried(ErrorGraph, ERROR_GRAPH_FILE)
     selected = carried(Selections, SELECTION_FILE)
     before = {plan.budget: [way(plan)] for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps}
     for selection in selected.selections if selected is not None else ():
         before[selection.budget] = [tried.way for tried in selection.tried]
-    plans, _ = make_plans(
-        table,
-        profile=bundle.manifest.profile,
-        budgets=budgets,
-        ways=ways,
-        findings=Findings(
-            graph=carried(ErrorGraph, ERROR_GRAPH_FILE),
-            grams=carried(TrajectoryGrams, GRAMS_FILE),
-            sensitivity=carried(Sensitivity, SENSITIVITY_FILE),
-        ),
-        schedule=schedule,
-        solver=planned_solvers(table) if ways.solver is not None else None,
-        before=before,
-        graphs=bundle.manifest.graphs,
-    )
-    for plan in plans:
+    looked_up = pareto or any(isinstance(budget, MinPsnr) for budget in budgets)
+    front = carried_front(bundle) if looked_up else None
+    clock = Clock(bundle, reporter)
+    timely = any(map(timed, budgets))
+    times = clock.steps if timely else None
+    max_skip = graph.max_skip if graph is not None and ways.needs_graph else None
+    chosen: list[StepPlan] = []
+    for budget in afforded_by(budgets, times, ways, table.num_steps, max_skip):
+        if isinstance(budget, MinPsnr):
+            assert front is not None
+            chosen.append(front.least(budget).plan)
+            continue
+        made, _ = make_plans(
+            table,
+            profile=bundle.manifest.profile,
+            budgets=[budget],
+            ways=ways,
+            findings=Findings(
+                graph=graph,
+                grams=carried(TrajectoryGrams, GRAMS_FILE),
+                sensitivity=carried(Sensitivity, SENSITIVITY_FILE),
+            ),
+            schedule=schedule,
+            solver=planned_solvers(table) if ways.solver is not None else None,
+            before=before,
+            graphs=bundle.manifest.graphs,
+        )
+        chosen += made
+    for plan in chosen:
         reporter.stage("plan", f"{plan.name}: full steps {' '.join(map(str, plan.full_steps))}")
-    return add_plan(bundle, *plans, default=default)
+    if chosen:
+        bundle = add_plan(bundle, *{plan.name: plan for plan in chosen}.values(), default=default)
+    if times is None and looked_up:
+        with contextlib.suppress(MissingDependencyError):  # a front is worth showing where no engine runs
+            times = clock.steps
+    planned = Planned(chosen, tuple(plan.name for plan in chosen), (), front)
+    paces = clock.paces(chosen, times) if times is not None and timely else {}
+    return bundle, Replanned(
+        plans=tuple(bundle.plan(name) for name in bundle.plans),
+        answers=answers(budgets, planned, times, paces),
+        front=front_rows(front, times) if front is not None and pareto else (),
+    )
 
 
 def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:
@@ -154,53 +215,84 @@ def calibrate_stage(
 def plan_stage(
     target: Path,
     *,
-    budgets: Sequence[int],
+    budgets: Sequence[Budget] | None,
     ways: Ways,
     schedule: Sequence[int] | None,
     default: str | None,
     reporter: Reporter,
-) -> list[StepPlan]:
+    pareto: bool = False,
+) -> Replanned:
     """Plans of a bundle (added to it) or of a work folder (written to `plans/`; several ways are tried there, which
     takes the model).
 
+    Args:
+        budgets: None: none where the front of a bundle is asked for, else `DEFAULT_BUDGETS`.
+        ways, schedule, pareto: see `Request`.
+        default: the bundle's new default plan.
+
     Raises:
-        UsageError: `default` for a work folder: only a bundle has one.
+        UsageError: `default` for a work folder: only a bundle has one; a time for a work folder: it has no engines.
         InputError: the folder is neither.
     """
     work = Work(target)
     if not work.profile.is_file():
-        bundle = replan(
-            Bundle.open(target), budgets=budgets, ways=ways, schedule=schedule, default=default, reporter=reporter
+        bundle, made = replan(
+            Bundle.open(target),
+            budgets=budgets if budgets is not None else () if pareto else DEFAULT_BUDGETS,
+            ways=ways,
+            schedule=schedule,
+            default=default,
+            reporter=reporter,
+            pareto=pareto,
         )
-        return [bundle.plan(name) for name in bundle.plans]
+        if made.front:
+            from lemica_trt.report.folder import write_front
+
+            with contextlib.suppress(MissingDependencyError):  # matplotlib comes with what builds
+                write_front(bundle, made.front)
+        return made
     if default is not None:
         raise UsageError("--default is for bundles", fix="in a work folder the first budget's plan becomes the default")
+    budgets = DEFAULT_BUDGETS if budgets is None else budgets
+    if any(map(timed, budgets)):
+        raise UsageError(
+            "a time needs engines, and a work folder has none that are finished",
+            fix="give it to `lemica-trt build`, or to `lemica-trt plan` with the bundle",
+        )
+    require_searchable(budgets, pareto, ways)
     with work.locked():
         profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
-
-        def choose(plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
-            model = open_model(profile, reporter)
-            with hired(model, None, reporter) as workers:
-                return chooser(model, table, calibration_prompts(profile, None), work, reporter, workers)(plans)
-
-        plans, selections = make_plans(
+        findings = findings_in(work)
+        judge = Judge(lambda: open_model(profile, reporter), table, calibration_prompts(profile, None), work, reporter)
+        make = functools.partial(
+            make_plans,
             table,
             profile=profile,
-            budgets=budgets,
             ways=ways,
-            findings=findings_in(work),
+            findings=findings,
             schedule=schedule,
             solver=planned_solvers(table) if ways.solvers else None,
-            choose=choose,
         )
-        write_plans(plans, selections, work, reporter)
-        return plans
+        planned = plan_budgets(
+            afforded_by(budgets, None, ways, table.num_steps, None),
+            Scout(make, judge),
+            reporter,
+            pareto=pareto,
+            num_steps=table.num_steps,
+            max_skip=findings.graph.max_skip if findings.graph is not None and ways.needs_graph else None,
+        )
+        write_plans(planned.plans, planned.selections, work, reporter, front=planned.front)
+        return Replanned(
+            plans=tuple(planned.plans),
+            answers=answers(budgets, planned, None, {}),
+            front=() if planned.front is None else front_rows(planned.front, None),
+        )
 
 
 def export_stage(work: Work, reporter: Reporter) -> Exported:
     """The plans of a work folder → graphs in it."""
     with work.locked():
-        plans = plans_in(work)
+        plans = plans_to_run(work)
         model = open_model(read_value(Profile, work.profile), reporter)
         layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided)
         return export(model, layout, work, reporter)
@@ -234,7 +326,7 @@ def engine_stage(
                 f"{work.export}: expected the graphs of {work.profile.name}, got {found}",
                 fix=f"lemica-trt export {work.root}",
             )
-        entries = engines(exported, work, backends, options, reporter)
+        entries = engines(exported.graphs, work.export, work, backends, options, reporter)
         return assemble(profile, table, findings_in(work), plans, exported, entries, work, output, reporter)
 
 
@@ -252,17 +344,13 @@ def reengine(
     bundle.check()
     manifest = bundle.manifest
     work = Work(work_folder(output))
-    chosen = options_by_backend(backends, options)
     with work.locked():
-        entries = []
-        for backend in chosen:
-            reporter.stage("engine", backend)
-            entries.append(build_engine(backend, manifest.graphs, bundle.path, work.root, chosen[backend], reporter))
+        entries = engines(manifest.graphs, bundle.path, work, backends, options, reporter)
         graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
-        engines = {name for entry in manifest.engines for name in entry.files.values()} - graphs
+        old = {name for entry in manifest.engines for name in entry.files.values()} - graphs
         plans = {plan_path(name) for name in manifest.plans}
         files: dict[str, Path | bytes] = {
-            name: bundle.path / name for name in manifest.files if name not in engines | plans
+            name: bundle.path / name for name in manifest.files if name not in old | plans
         }
         for entry in entries:
             files.update({name: work.root / name for name in entry.files.values() if name not in files})

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lemica_trt.budget import (
+    Budget,
+    FrontRow,
+    MinPsnr,
+    StepTimes,
+    afforded,
+    front_budgets,
+    front_rows,
+    said,
+)
 from lemica_trt.builders import Option, options_by_backend
 from lemica_trt.builders import check as check_engine
 from lemica_trt.builders import estimate as estimate_engine
-from lemica_trt.bundle import Bundle, require_replaceable
+from lemica_trt.bundle import Bundle, move_bundle, require_replaceable
 from lemica_trt.candidates import Ways, predictors, trial_runs
+from lemica_trt.errors import InfeasibleError
 from lemica_trt.graph import ErrorGraph
-from lemica_trt.pipeline.planning import chooser, make_plans, planned_solvers, require_graph_fits
+from lemica_trt.pipeline.budgets import (
+    DEFAULT_BUDGETS,
+    Answer,
+    Clock,
+    Scout,
+    afforded_by,
+    answers,
+    paces_of,
+    plan_budgets,
+    probe,
+    require_searchable,
+    scouting_cost,
+    timed,
+)
+from lemica_trt.pipeline.planning import Judge, make_plans, planned_solvers, require_graph_fits
 from lemica_trt.pipeline.stages import (
     assemble,
     begin,
@@ -27,10 +54,10 @@ from lemica_trt.pipeline.stages import (
     verifiable,
     verify_bundle,
 )
-from lemica_trt.pipeline.work import Findings, Work, plans_in, work_folder, write_plans
+from lemica_trt.pipeline.work import Findings, Work, candidate_folder, plans_in, plans_to_run, work_folder, write_plans
 from lemica_trt.plan import layout_from_plans
 from lemica_trt.progress import Quiet, Reporter
-from lemica_trt.schedule import require_feasible
+from lemica_trt.schedule import least_budget, require_feasible
 from lemica_trt.spec import Profile
 from lemica_trt.values import Value, read_value
 
@@ -42,7 +69,8 @@ class Request(Value, frozen=True):
     """What `build` is asked for beyond the profile.
 
     Attributes:
-        budgets: full steps of each plan; the first plan is the default.
+        budgets: of each plan, full steps or in another unit; the first plan is the default.
+        pareto: whether the quality of budgets all along is measured too.
         ways: how the full steps may be chosen, and what skipped steps may do; several ways are tried.
         schedule: full steps as given; then the budgets are not used and nothing is calibrated.
         error_graph: path of an error graph to use instead of calibrating.
@@ -55,7 +83,8 @@ class Request(Value, frozen=True):
         verify_samples: held-out clips of the verification; 0: none at all.
     """
 
-    budgets: tuple[int, ...] = (15,)
+    budgets: tuple[Budget, ...] = DEFAULT_BUDGETS
+    pareto: bool = False
     ways: Ways = Ways()
     schedule: tuple[int, ...] | None = None
     error_graph: str | None = None
@@ -80,18 +109,20 @@ class Request(Value, frozen=True):
     @property
     def needs_graph(self) -> bool:
         """Whether a method searches an error graph."""
-        return self.schedule is None and not set(self.ways.methods) <= {"uniform", "published"}
+        return self.schedule is None and self.ways.needs_graph
 
 
 def check_request(profile: Profile, output: Path, request: Request) -> None:
     """Refuse before any work what could only fail behind it.
 
     Raises:
-        UsageError: unknown backend or option; `output` is something else than a bundle.
+        UsageError: unknown backend or option; `output` is something else than a bundle; budgets to be searched of a
+            method that has only its own.
         UnsupportedError, MissingDependencyError: as `builders.check`.
         InputError: a prompt file or error graph cannot be read.
     """
     require_replaceable(output)
+    require_searchable(request.budgets, request.pareto, request.ways)
     for backend, options in options_by_backend(request.backends, request.options).items():
         check_engine(backend, profile.dtype, options)
     calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
@@ -108,17 +139,22 @@ class Result(NamedTuple):
         bundle: on disk.
         report: of the engines that were verified; None where none were.
         unverified: backends whose engines were built and not verified, and why.
+        answers: what came of budgets that are no numbers of full steps.
+        front: quality and predicted time of the budgets that were looked at.
     """
 
     bundle: Bundle
     report: VerifyReport | None
     unverified: dict[str, str]
+    answers: tuple[Answer, ...]
+    front: tuple[FrontRow, ...]
 
 
 def build(profile: Profile, output: Path, request: Request, reporter: Reporter) -> Result:
     """All stages. What an earlier run finished from the same input is not done again.
 
     Engines of a backend that this machine cannot run are built all the same and not verified: `Result.unverified`.
+    The bundle takes the place of an older one behind its verification; one that fails stays in `candidate_folder`.
 
     Args:
         profile: what to build, flags applied.
@@ -134,40 +170,65 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
     with work.locked():
         model, table = begin(profile, work, request.device, reporter)
         prompts = calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
-        findings = Findings()
+        graph = None
+        if request.error_graph is not None:
+            graph = read_value(ErrorGraph, request.error_graph)
+            require_graph_fits(graph, model, table, where=request.error_graph)
+        max_skip = None
+        if request.needs_graph:
+            max_skip = profile.calibration.max_skip if graph is None else graph.max_skip
+        times = None
+        if any(map(timed, request.budgets)):
+            times = probe(model, table, work, request.ways, request.backends, request.options, reporter)
+        budgets = afforded_by(request.budgets, times, request.ways, table.num_steps, max_skip)
+        findings = Findings(graph=graph)
         with hired(model, request.ray, reporter) as workers:
-            if request.error_graph is not None:
-                graph = read_value(ErrorGraph, request.error_graph)
-                require_graph_fits(graph, model, table, where=request.error_graph)
+            if graph is not None:
                 reporter.stage("calibrate", f"{request.error_graph}: {graph.samples} samples, method {graph.method}")
-                findings = Findings(graph=graph)
             elif request.calibrates:
-                require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
+                counts = [budget for budget in budgets if isinstance(budget, int)]
+                require_feasible(table.num_steps, profile.calibration.max_skip, counts)
                 findings = calibrate(model, table, prompts, work, reporter, workers, sensitivity)
-            plans, selections = make_plans(
+            make = functools.partial(
+                make_plans,
                 table,
                 profile=profile,
-                budgets=request.budgets,
                 ways=request.ways,
                 findings=findings,
                 schedule=request.schedule,
                 solver=planned_solvers(table),
-                choose=chooser(model, table, prompts, work, reporter, workers),
             )
-        findings = findings._replace(selections=selections)
-        write_plans(plans, selections, work, reporter)
-        plans = plans_in(work)
-        layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided)
+            planned = plan_budgets(
+                budgets,
+                Scout(make, Judge(lambda: model, table, prompts, work, reporter, workers)),
+                reporter,
+                pareto=request.pareto,
+                num_steps=table.num_steps,
+                max_skip=max_skip,
+            )
+        findings = findings._replace(selections=planned.selections, front=planned.front)
+        write_plans(planned.plans, planned.selections, work, reporter, front=planned.front)
+        layout = layout_from_plans(plans_to_run(work), latent_shape=model.latent_shape, guided=model.guided)
         exported = export(model, layout, work, reporter)
-        entries = engines(exported, work, request.backends, request.options, reporter)
-        bundle = assemble(profile, table, findings, plans, exported, entries, work, output, reporter)
-        if request.verify_samples == 0:
-            return Result(bundle, None, dict.fromkeys(_backends(bundle), "not asked for"))
-        backend, unverified = verifiable(bundle)
-        if backend is None:
-            return Result(bundle, None, unverified)
-        report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
-        return Result(bundle, report, unverified)
+        entries = engines(exported.graphs, work.export, work, request.backends, request.options, reporter)
+        plans, candidate = plans_in(work), candidate_folder(output)
+        bundle = assemble(profile, table, findings, plans, exported, entries, work, candidate, reporter, before=output)
+        report, unverified = None, dict.fromkeys(_backends(bundle), "not asked for")
+        if request.verify_samples:
+            backend, unverified = verifiable(bundle)
+            if backend is not None:
+                report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
+        if report is not None:
+            steps, paces = report.steps, paces_of(report)
+        else:
+            steps, paces = times, {} if times is None else Clock(bundle, reporter).paces(planned.plans, times)
+        front = () if planned.front is None else front_rows(planned.front, steps)
+        if front:
+            from lemica_trt.report.folder import write_front
+
+            write_front(bundle, front)
+        found = answers(request.budgets, planned, times or steps, paces)
+        return Result(move_bundle(bundle, output), report, unverified, found, front)
 
 
 def _backends(bundle: Bundle) -> list[str]:
@@ -199,11 +260,27 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
     profile, _ = retargeted(profile, request.source)
     model = open_model(profile, Quiet(), device="cpu")
     table = lower_sampler(model, Quiet())
+    counts = [budget for budget in request.budgets if isinstance(budget, int)]
     if request.calibrates:
-        require_feasible(table.num_steps, profile.calibration.max_skip, request.budgets)
+        require_feasible(table.num_steps, profile.calibration.max_skip, counts)
     expected = estimate(model)
     settings = profile.calibration
+    max_skip = settings.max_skip if request.needs_graph else None
+    if request.schedule is not None:
+        budgets = [len(request.schedule)]
+    else:
+        steps = StepTimes(full=expected.full_step, skipped=expected.skipped_step, rest=0.0)
+        budgets = [_about(budget, steps, table.num_steps, max_skip) for budget in request.budgets]
     stages = []
+    if any(map(timed, request.budgets)):
+        stages.append(
+            Stage(
+                name="time",
+                what="graphs exported and engines built to time their steps; full steps below are by PyTorch's",
+                disk=2 * expected.weights,
+                memory=expected.export_memory,
+            )
+        )
     if request.calibrates:
         calls = calibration_cost(model, table)
         stages.append(
@@ -217,11 +294,10 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
                 memory=expected.run_memory,
             )
         )
-    plans = "given schedule" if request.schedule is not None else f"budgets {request.budgets}"
+    plans = "given schedule" if request.schedule is not None else ", ".join(map(said, request.budgets))
     ways = len(request.ways.methods) * (len(predictors(request.ways, table, None)) + len(request.ways.solvers))
     if ways > 1:
         runs = trial_runs(ways, settings.validation_samples)
-        budgets = request.budgets if request.schedule is None else (len(request.schedule),)
         full = settings.validation_samples * table.num_steps + runs * sum(budgets)
         stages.append(
             Stage(
@@ -229,6 +305,17 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
                 what=f"about {ways} ways to run each budget, tried in about {full} full steps",
                 seconds=full * expected.full_step,
                 disk=runs * 150,
+                memory=expected.run_memory,
+            )
+        )
+    if request.pareto or any(isinstance(budget, MinPsnr) for budget in request.budgets):
+        looked_at = front_budgets(table.num_steps, max_skip)
+        full = scouting_cost(looked_at, table.num_steps, ways, len(request.ways.methods), settings.validation_samples)
+        stages.append(
+            Stage(
+                name="quality",
+                what=f"{len(looked_at)} budgets of {looked_at[0]} … {looked_at[-1]} looked at in {full} full steps",
+                seconds=full * expected.full_step,
                 memory=expected.run_memory,
             )
         )
@@ -246,7 +333,6 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
         stages.append(Stage(name="engine", what=backend, seconds=building.seconds, memory=building.memory))
     stages.append(Stage(name="bundle", what=str(output), disk=expected.weights))
     if request.verify_samples:
-        budgets = request.budgets if request.schedule is None else (len(request.schedule),)
         full = request.verify_samples * (table.num_steps + 3 * sum(budgets)) + 8 * (table.num_steps + sum(budgets))
         stages.append(
             Stage(
@@ -257,3 +343,14 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
             )
         )
     return stages
+
+
+def _about(budget: Budget, times: StepTimes, num_steps: int, max_skip: int | None) -> int:
+    """The full steps that a budget comes to, as far as an estimate can tell."""
+    if isinstance(budget, int):
+        return budget
+    if isinstance(budget, MinPsnr):
+        return num_steps // 2
+    with contextlib.suppress(InfeasibleError):  # by the engines it may be feasible
+        return afforded(budget, times, num_steps, max_skip).budgets[0]
+    return least_budget(num_steps, max_skip)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from lemica_trt.budget import Afforded
 from lemica_trt.bundle import check_plan
 from lemica_trt.candidates import Planner, Selection, SolverTable, Ways, candidates, select, way
 from lemica_trt.errors import InputError, UsageError
@@ -20,7 +23,7 @@ from lemica_trt.signed import AdjointProducts, signed_errors, solve_signed
 from lemica_trt.spec import GraphSet, Profile
 
 if TYPE_CHECKING:
-    from lemica_trt.calibrate import Workers
+    from lemica_trt.calibrate import Trials, Workers
     from lemica_trt.models import Model
 
 
@@ -42,14 +45,14 @@ def require_graph_fits(graph: ErrorGraph, model: Model, table: SamplerTable, *, 
 
 
 Chooser = Callable[[Sequence[StepPlan]], tuple[StepPlan, Selection]]
-"""Plans of one budget → the best of them, and how all did."""
+"""Plans of one budget, or of one time, → the best of them, and how all did."""
 
 
 def make_plans(
     table: SamplerTable,
     *,
     profile: Profile,
-    budgets: Sequence[int],
+    budgets: Sequence[int | Afforded],
     ways: Ways,
     findings: Findings,
     schedule: Sequence[int] | None = None,
@@ -63,7 +66,8 @@ def make_plans(
     Args:
         table: the sampler.
         profile: gives the default guidance scale, and the model's name for published schedules.
-        budgets, ways, schedule: see `Request`.
+        budgets: full steps, or what a time affords: then ways that run the skip graph have others than ways that fold.
+        ways, schedule: see `Request`.
         findings: what the methods and predictors need of a calibration.
         solver: makes planned solvers; None: without them.
         choose: tries several ways; None: the one that did best before.
@@ -86,21 +90,29 @@ def make_plans(
     plans, selections = [], []
     if schedule is not None:
         chosen = given(schedule, table.num_steps)
-        found: list[dict[Planner, list[Schedule]]] = [{"given": [chosen]}]
+        found: list[dict[int, dict[Planner, list[Schedule]]]] = [{chosen.budget: {"given": [chosen]}}]
         budgets = [chosen.budget]
     else:
-        found = [_schedules(table, profile, budget, ways, findings) for budget in budgets]
+        found = [
+            {count: _schedules(table, profile, count, ways, findings) for count in _full_steps(budget)}
+            for budget in budgets
+        ]
     for budget, schedules in zip(budgets, found):
-        several = candidates(
-            ways,
-            schedules,
-            table,
-            name=f"b{budget}",
-            guidance_scale=profile.sampling.guidance_scale,
-            grams=findings.grams,
-            solver=solver,
-            error_graph_digest=None if graph is None else graph.digest,
-        )
+        several = [
+            plan
+            for count, of_count in schedules.items()
+            for plan in candidates(
+                ways,
+                of_count,
+                table,
+                name=f"b{count}",
+                guidance_scale=profile.sampling.guidance_scale,
+                grams=findings.grams,
+                solver=solver,
+                error_graph_digest=None if graph is None else graph.digest,
+            )
+            if isinstance(budget, int) or budget.admits(plan)
+        ]
         if graphs is not None and len(several) > 1:
             several = [plan for plan in several if _runs_on(plan, graphs)] or several[:1]
         if len(several) == 1:
@@ -124,6 +136,10 @@ def _limited(plan: StepPlan, findings: Findings) -> StepPlan:
         return plan
     low, high = max(low for low, _ in known), min(high for _, high in known)
     return msgspec.structs.replace(plan, guidance_range=(low, high))
+
+
+def _full_steps(budget: int | Afforded) -> tuple[int, ...]:
+    return (budget,) if isinstance(budget, int) else budget.budgets
 
 
 def _schedules(
@@ -191,39 +207,70 @@ def _best_before(plans: Sequence[StepPlan], before: Mapping[int, Sequence[str]])
     )
 
 
-def chooser(
-    model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter, workers: Workers
-) -> Chooser:
-    """Tries plans on the model: on prompts behind those of the calibration, and other seeds."""
-    from lemica_trt.calibrate import Trials, trials_digest
+class Judge:
+    """Tries plans on the model: on prompts behind those of the calibration, and other seeds. A `Chooser`.
 
-    settings = model.profile.calibration
-    skip = settings.samples % len(prompts)
-    fresh = [*prompts[skip:], *prompts[:skip]]
-    seed = settings.seed + settings.samples
+    Uncached runs are kept for all plans that it is asked about.
 
-    def choose(plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
-        reporter.stage(
-            "select",
-            f"{len(plans)} ways to run {plans[0].budget} full steps, the best of them on "
-            f"{settings.validation_samples} samples",
+    Args:
+        model: opens it; called when there is something to run.
+        table: its sampler.
+        prompts: of the calibration.
+        work: where finished runs are kept.
+        workers: run the plans; None: this process.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], Model],
+        table: SamplerTable,
+        prompts: Sequence[str],
+        work: Work,
+        reporter: Reporter,
+        workers: Workers | None = None,
+    ) -> None:
+        self._open, self._table, self._prompts = model, table, prompts
+        self._work, self._reporter, self._workers = work, reporter, workers
+
+    def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
+        """The best plan, see `candidates.select`."""
+        run, _, samples = self._trials
+        budgets = "/".join(str(budget) for budget in sorted({plan.budget for plan in plans}))
+        self._reporter.stage(
+            "select", f"{len(plans)} ways to run {budgets} full steps, the best of them on {samples} samples"
         )
+        plan, selection = select(plans, samples, run)
+        best = selection.tried[0]
+        self._reporter.note(f"{best.way}: {best.mean:.1f} dB")
+        return plan, selection
+
+    def psnr(self, plan: StepPlan) -> tuple[float, ...]:
+        """dB of the frames of each validation sample against the uncached run."""
+        run, journal, samples = self._trials
+        return run.psnr(plan, range(samples), journal=journal)
+
+    @functools.cached_property
+    def _trials(self) -> tuple[Trials, Path, int]:
+        """What runs plans, the journal of frames, and the number of samples."""
+        from lemica_trt.calibrate import Trials, trials_digest
+
+        model = self._open()
+        settings, table, prompts = model.profile.calibration, self._table, self._prompts
+        skip = settings.samples % len(prompts)
+        fresh = [*prompts[skip:], *prompts[:skip]]
+        seed = settings.seed + settings.samples
+        digest = trials_digest(model, table, fresh, seed=seed)
         run = Trials(
             model,
             uncached_plan(table, guidance_scale=model.profile.sampling.guidance_scale),
             table,
             fresh,
             seed=seed,
-            journal=work.trials(trials_digest(model, table, fresh, seed=seed)),
-            progress=reporter.advance,
-            workers=workers,
+            journal=self._work.trials(digest),
+            progress=self._reporter.advance,
+            workers=self._workers,
         )
-        plan, selection = select(plans, settings.validation_samples, run)
-        best = selection.tried[0]
-        reporter.note(f"{best.way}: {best.mean:.1f} dB")
-        return plan, selection
-
-    return choose
+        return run, self._work.frames(digest), settings.validation_samples
 
 
 def planned_solvers(table: SamplerTable) -> SolverTable:

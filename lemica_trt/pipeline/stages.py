@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lemica_trt import __version__
-from lemica_trt.builders import EngineEntry, Option, options_by_backend
+from lemica_trt.builders import EngineEntry, Option, options_by_backend, prune
 from lemica_trt.builders import build as build_engine
 from lemica_trt.bundle import (
     ERROR_GRAPH_FILE,
+    FRONT_FILE,
     GRAMS_FILE,
     MANIFEST,
     REPORTS,
@@ -35,7 +36,7 @@ from lemica_trt.progress import Reporter, size
 from lemica_trt.resources import calibration_path
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.sensitivity import Sensitivity
-from lemica_trt.spec import Profile, Role, StepLayout
+from lemica_trt.spec import GraphSet, Profile, Role, StepLayout
 from lemica_trt.values import json_bytes, write_bytes, write_value
 
 if TYPE_CHECKING:
@@ -257,14 +258,24 @@ def export_key(profile: Profile, revision: str, layout: StepLayout) -> str:
 
 
 def engines(
-    exported: Exported, work: Work, backends: Sequence[str], options: dict[str, Option], reporter: Reporter
+    graphs: GraphSet,
+    root: Path,
+    work: Work,
+    backends: Sequence[str],
+    options: dict[str, Option],
+    reporter: Reporter,
 ) -> list[EngineEntry]:
-    """Build engines of the exported graphs with each backend; those that the work folder has are taken from there."""
+    """Build engines with each backend; those that the work folder has are taken from there, it keeps no others.
+
+    Args:
+        root: folder of the graphs.
+    """
     chosen = options_by_backend(backends, options)
     entries = []
     for backend in chosen:
         reporter.stage("engine", backend)
-        entries.append(build_engine(backend, exported.graphs, work.export, work.root, chosen[backend], reporter))
+        entries.append(build_engine(backend, graphs, root, work.root, chosen[backend], reporter))
+    prune(entries, work.root)
     return entries
 
 
@@ -278,8 +289,15 @@ def assemble(
     work: Work,
     output: Path,
     reporter: Reporter,
+    *,
+    before: Path | None = None,
 ) -> Bundle:
-    """Write the bundle."""
+    """Write the bundle.
+
+    Args:
+        output: its folder.
+        before: an older bundle; where it is the same, what was verified of it is taken over. None: that at `output`.
+    """
     reporter.stage("bundle", str(output))
     files: dict[str, Path | bytes] = {TOKENIZER_FILE: work.export / TOKENIZER_FILE, SAMPLER_FILE: json_bytes(table)}
     if findings.graph is not None:
@@ -290,11 +308,13 @@ def assemble(
         files[SENSITIVITY_FILE] = json_bytes(findings.sensitivity)
     if findings.selections:
         files[SELECTION_FILE] = json_bytes(Selections(selections=findings.selections))
+    if findings.front is not None:
+        files[FRONT_FILE] = json_bytes(findings.front)
     for spec in exported.graphs.graphs:
         files.update({name: work.export / name for name in (spec.file, *spec.data_files)})
     for entry in entries:  # ONNX Runtime's engines are the ONNX files; other builders write their own
         files.update({name: work.root / name for name in entry.files.values() if name not in files})
-    before = _manifest_and_reports(output)
+    old_manifest, old_reports = _manifest_and_reports(before or output)
     bundle = write_bundle(
         output,
         profile=profile,
@@ -308,8 +328,8 @@ def assemble(
         versions=exported.versions,
     )
     manifest, reports = _manifest_and_reports(output)
-    if before[0] == manifest and not reports:  # the same bundle: what was verified of it still holds
-        for name, content in before[1].items():
+    if old_manifest == manifest and not reports:  # the same bundle: what was verified of it still holds
+        for name, content in old_reports.items():
             write_bytes(content, output / REPORTS / name)
     reporter.note(size(sum(entry.size for entry in bundle.manifest.files.values())))
     return bundle
@@ -375,14 +395,14 @@ def verify_bundle(
         return report
     report, clips = verify(bundle, model, requests, reporter=reporter, backend=backend)
     write_reports(bundle, report, clips)
-    require_verified(report)
+    require_verified(report, bundle.path)
     return report
 
 
 def begin(profile: Profile, work: Work, device: str | None, reporter: Reporter) -> tuple[Model, SamplerTable]:
     """Load the model and lower its sampler; what the work folder has of another profile is taken away, journals not."""
     if not work.profile.is_file() or work.profile.read_bytes() != json_bytes(profile):
-        for path in (work.error_graph, work.grams, work.products, work.sensitivity, work.selection):
+        for path in (work.error_graph, work.grams, work.products, work.sensitivity, work.selection, work.front):
             path.unlink(missing_ok=True)
         shutil.rmtree(work.plans, ignore_errors=True)
         write_value(profile, work.profile)

@@ -9,7 +9,10 @@ WORK/
   products.json                AdjointProducts        (calibration by adjoint)
   sensitivity.json             Sensitivity            (calibration by secant, or from one)
   trials-<digest>.jsonl        how plans did in trials so far
+  frames-<digest>.jsonl        how plans' frames did in trials so far
   selection.json               which ways were tried for each budget, and which won
+  front.json                   Front: quality by budget (--pareto, --min-psnr)
+  steps-<digest>.json          what steps take on this machine's engines (--latency, --speedup)
   plans/<index>-<name>.json    StepPlans, in the order asked for
   export/export.json           what the graphs were made from, and the GraphSet
   export/onnx/…, tokenizer/…   the graphs
@@ -24,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lemica_trt.budget import Front
 from lemica_trt.bundle import SENSITIVITY_FILE, Bundle
 from lemica_trt.candidates import Selection, Selections, way
 from lemica_trt.errors import InputError, UsageError
@@ -104,6 +108,10 @@ class Work:
         return self.root / "selection.json"
 
     @property
+    def front(self) -> Path:
+        return self.root / "front.json"
+
+    @property
     def plans(self) -> Path:
         return self.root / "plans"
 
@@ -122,6 +130,14 @@ class Work:
     def trials(self, digest: str) -> Path:
         """Where trials of plans keep their scores."""
         return self.root / f"trials-{digest[:16]}.jsonl"
+
+    def frames(self, digest: str) -> Path:
+        """Where trials of plans keep the scores of their frames."""
+        return self.root / f"frames-{digest[:16]}.jsonl"
+
+    def step_times(self, digest: str) -> Path:
+        """Where the times of steps are kept that engines of these graphs were measured to take."""
+        return self.root / f"steps-{digest[:16]}.json"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -149,6 +165,12 @@ def work_folder(output: Path) -> Path:
     return output.parent / f"{output.name}.work"
 
 
+def candidate_folder(output: Path) -> Path:
+    """Where a bundle lies until it is verified: beside the one that it will replace."""
+    folder = output.resolve()
+    return folder.with_name(f"{folder.name}.unverified")
+
+
 def exported_in(work: Work) -> Exported | None:
     """What the work folder's export folder holds; None where it holds nothing whole."""
     try:
@@ -168,6 +190,7 @@ class Findings(NamedTuple):
         products: for the signed planner.
         sensitivity: for calibrations of other steps, shifts and guidance.
         selections: how the ways did that were tried.
+        front: quality by budget.
     """
 
     graph: ErrorGraph | None = None
@@ -175,6 +198,7 @@ class Findings(NamedTuple):
     products: AdjointProducts | None = None
     sensitivity: Sensitivity | None = None
     selections: tuple[Selection, ...] = ()
+    front: Front | None = None
 
 
 def findings_in(work: Work) -> Findings:
@@ -190,6 +214,7 @@ def findings_in(work: Work) -> Findings:
         products=found(AdjointProducts, work.products),
         sensitivity=found(Sensitivity, work.sensitivity),
         selections=selections.selections if selections is not None else (),
+        front=found(Front, work.front),
     )
 
 
@@ -218,12 +243,22 @@ def uncached_plan(table: SamplerTable, *, guidance_scale: float, name: str = UNC
     return plan_from_schedule(every, table, name=name, guidance_scale=guidance_scale, method="none")
 
 
-def write_plans(plans: Sequence[StepPlan], selections: tuple[Selection, ...], work: Work, reporter: Reporter) -> None:
-    """Plans, and how they were selected → the work folder, in place of those that are there."""
+def write_plans(
+    plans: Sequence[StepPlan],
+    selections: tuple[Selection, ...],
+    work: Work,
+    reporter: Reporter,
+    *,
+    front: Front | None = None,
+) -> None:
+    """Plans, how they were selected and compared → the work folder, in place of those that are there."""
     shutil.rmtree(work.plans, ignore_errors=True)
-    work.selection.unlink(missing_ok=True)
+    for path in (work.selection, work.front):
+        path.unlink(missing_ok=True)
     if selections:
         write_value(Selections(selections=selections), work.selection)
+    if front is not None:
+        write_value(front, work.front)
     for index, plan in enumerate(plans):
         reporter.stage("plan", f"{plan.name}: {way(plan)}; full steps {' '.join(map(str, plan.full_steps))}")
         write_value(plan, work.plans / f"{index}-{plan.name}.json")
@@ -244,6 +279,16 @@ def plans_in(work: Work) -> list[StepPlan]:
             fix=f"lemica-trt plan {work.root} --budget 15",
         )
     return [*plans, uncached_plan(table, guidance_scale=profile.sampling.guidance_scale)]
+
+
+def plans_to_run(work: Work) -> list[StepPlan]:
+    """The plans in a work folder, and those of its front: what graphs must be able to run.
+
+    Raises:
+        InputError: as `plans_in`.
+    """
+    front = findings_in(work).front
+    return [*plans_in(work), *(() if front is None else (point.plan for point in front.points))]
 
 
 def short(value: object) -> str:

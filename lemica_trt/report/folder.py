@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lemica_trt.budget import FrontRow
 from lemica_trt.bundle import ERROR_GRAPH_FILE, REPORTS, VERIFY_REPORT, Bundle
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.quality import psnr
 from lemica_trt.report.contact_sheet import contact_sheet
-from lemica_trt.report.plots import plot_schedules
+from lemica_trt.report.plots import plot_front, plot_schedules
 from lemica_trt.values import value_from_json, write_value
 
 if TYPE_CHECKING:
@@ -39,3 +41,15 @@ def write_reports(bundle: Bundle, report: VerifyReport, clips: Sequence[Clip]) -
         graph = value_from_json(ErrorGraph, bundle.read_bytes(ERROR_GRAPH_FILE), where=ERROR_GRAPH_FILE)
         cached = [plan for plan in plans if plan.budget < plan.num_steps and plan.num_steps == graph.num_steps]
         plot_schedules(graph, sorted(cached, key=lambda plan: plan.name != default.name), folder / "schedules.png")
+
+
+def write_front(bundle: Bundle, rows: Sequence[FrontRow]) -> Path:
+    """Write `pareto.png`, quality against speed-up; its path.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    path = bundle.path / REPORTS / "pareto.png"
+    path.parent.mkdir(exist_ok=True)
+    plot_front(rows, path, num_steps=bundle.manifest.profile.sampling.steps)
+    return path

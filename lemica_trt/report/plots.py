@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from lemica_trt.budget import FrontRow
+
 DPI = 150
 WIDTH = 8.0
 """Inches: 1200 pixels."""
@@ -129,6 +131,53 @@ def plot_quality(
         axes.grid(axis="y")
         axes.margins(x=0.04)
         _label_ends(figure, axes, ends)
+
+
+def plot_front(rows: Sequence[FrontRow], path: str | os.PathLike[str], *, num_steps: int) -> None:
+    """PSNR against predicted speed-up, a point a budget, labelled with its full steps; the front is drawn through.
+
+    Bars reach from the 5th percentile over clips to the mean. Points off the front are pale. Where step times are not
+    known, the axis is N / B.
+
+    Args:
+        rows: see `budget.front_rows`.
+        path: PNG to write.
+        num_steps: N.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("expected at least one row")
+    from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
+
+    predicted = all(row.speedup is not None for row in rows)
+    at = [(row.speedup if predicted and row.speedup is not None else num_steps / row.budget, row) for row in rows]
+    with _figure(path, 4.8) as figure:
+        axes = figure.subplots()
+        on = sorted((x, row.psnr) for x, row in at if not row.dominated)
+        axes.plot(*zip(*on), color=ACCENT, linewidth=2, zorder=2)
+        for x, row in at:
+            colour = GREY if row.dominated else ACCENT
+            axes.plot([x, x], [row.psnr_p5, row.psnr], color=PALE, linewidth=3, zorder=1, solid_capstyle="butt")
+            axes.plot(x, row.psnr, "o", color=colour, markersize=6, zorder=3)
+            axes.annotate(
+                str(row.budget), (x, row.psnr), xytext=(4, 6), textcoords="offset points", color=colour, fontsize=9.5
+            )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.set_xlabel(
+            "predicted speed-up of the denoising loop on this machine, ×" if predicted else "all steps / full steps, ×"
+        )
+        axes.set_ylabel("PSNR against the uncached run, dB")
+        axes.set_title(
+            f"Quality by speed-up; numbers: full steps of {num_steps};\nbars: down to the 5th percentile of clips"
+        )
+        axes.grid()
+        axes.set_axisbelow(True)
 
 
 def _label_ends(figure: Figure, axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lemica_trt.budget import FrontRow, said_seconds
 from lemica_trt.builders import EngineEntry
 from lemica_trt.bundle import REPORTS, Bundle
 from lemica_trt.errors import InputError
@@ -23,7 +24,7 @@ from lemica_trt.values import read_value
 
 if TYPE_CHECKING:
     from lemica_trt.diagnosis import Finding
-    from lemica_trt.pipeline import Stage
+    from lemica_trt.pipeline import Answer, Stage
     from lemica_trt.verify import Quality, VerifyReport
 
 WAYS = {"plan": "", "lemica": "LeMiCa", "uniform": "uniform", "fewer-steps": "fewer steps"}
@@ -79,9 +80,8 @@ def engine_lines(entry: EngineEntry) -> Iterator[str]:
         text = f"{entry.key.backend} {role}: {duration(build.seconds)}, peak {size(build.host_memory)}"
         text += "" if build.device_memory is None else f" and {size(build.device_memory)} of GPU memory"
         text += "".join(f", {count} layers in {dtype}" for dtype, count in sorted(counts.items()))
-        text += (
-            ", not looked into" if build.engine_precisions is None else f", {build.fused_attention} fused attentions"
-        )
+        fused = build.fused_attention
+        text += ", not looked into" if fused is None else f", {fused} of {build.attentions} attentions fused"
         yield text
 
 
@@ -144,6 +144,56 @@ def agreement_text(report: VerifyReport) -> RenderableType:
     costs = ", ".join(f"{timing.plan} {timing.overhead:+.1%} ({timing.ratio:.3f})" for timing in report.timing)
     lines.append(f"loop     time beyond the steps' own (and over full steps alone): {costs}")
     return Group(*map(_line, lines))
+
+
+def with_answers(shown: RenderableType, answers: Sequence[Answer], front: Sequence[FrontRow]) -> RenderableType:
+    """A table, and below it the front and what came of budgets in other units, where there are any."""
+    parts = [shown, *([front_table(front)] if front else []), *map(_line, map(answer_text, answers))]
+    return Group(*parts) if len(parts) > 1 else shown
+
+
+def answer_text(answer: Answer) -> str:
+    """What was asked for, what was predicted, what was measured."""
+    parts = [f"asked    {answer.asked}: plan {answer.plan}, {answer.full_steps} full steps"]
+    for name, pace in (("predicted", answer.predicted), ("measured", answer.measured)):
+        parts += [f"{name} {said_seconds(pace.seconds)}, {pace.speedup:.2f}×"] if pace is not None else []
+    row = answer.quality
+    if row is not None:
+        low = "" if row.psnr_low is None else f" (95 % of the mean: from {row.psnr_low:.1f})"
+        parts.append(f"validation clips {row.psnr:.1f} dB{low}, 5th percentile {row.psnr_p5:.1f}")
+    if answer.kept is False:
+        parts.append("NOT KEPT")
+    return "; ".join(parts)
+
+
+def front_table(rows: Sequence[FrontRow]) -> Table:
+    """Quality and predicted time by budget; what is not on the Pareto front is dim."""
+    made = table(
+        "plan",
+        ">full steps",
+        ">PSNR dB",
+        ">95 % from",
+        ">5th pct.",
+        ">predicted",
+        ">speed-up",
+        "way",
+        "",
+        title="Quality on validation clips by budget",
+    )
+    for row in rows:
+        made.add_row(
+            row.plan,
+            str(row.budget),
+            f"{row.psnr:.1f}",
+            "" if row.psnr_low is None else f"{row.psnr_low:.1f}",
+            f"{row.psnr_p5:.1f}",
+            "" if row.seconds is None else said_seconds(row.seconds),
+            "" if row.speedup is None else f"{row.speedup:.2f}×",
+            row.way,
+            "dominated" if row.dominated else "",
+            style="dim" if row.dominated else "",
+        )
+    return made
 
 
 def plans_table(plans: Sequence[StepPlan], *, title: str | None = None) -> Table:

@@ -136,12 +136,14 @@ class Settings:
     """How a backend is opened; each reads what concerns it.
 
     Attributes:
+        device: which GPU, as CUDA counts those that it sees.
         threads: ONNX Runtime: CPU threads within an operator, in place of the number in the key.
         capture: TensorRT: see `Capture`.
         cache: TensorRT for RTX: folder of what it compiles for this GPU; None: it compiles again each time.
         rebuild: TensorRT: what to do about engines that are not for this machine, asked for when it comes to that.
     """
 
+    device: int = 0
     threads: int | None = None
     capture: Capture = "plan"
     cache: Path | None = None

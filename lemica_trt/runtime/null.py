@@ -5,9 +5,9 @@
     write_engine    an engine file of this vendor: a description of the graph and the path of its ONNX file
 
 They are as unhelpful as the real ones may be. New memory is 0xFF, which is NaN; freed memory is gone. What is enqueued
-runs when somebody waits, on what the memory holds then. A graph keeps the addresses and shapes of its capture. A thread
-must take the device before it uses it. A context that lacks memory, a shape or an address refuses; one that shares
-its activations with others finds them overwritten.
+runs when somebody waits, on what the memory holds then. A graph keeps the addresses and shapes of its capture; during
+it nobody may wait, launch a graph or capture another. A thread must take the device before it uses it. A context that
+lacks memory, a shape or an address refuses; one that shares its activations with others finds them overwritten.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class NullEvent:
         self._position = position
 
     def wait(self) -> None:
+        self._device.require_no_capture("wait for an event")
         self._device.advance(self._position)
 
 
@@ -74,6 +75,7 @@ class NullGraph:
 
     def launch(self) -> None:
         self._device.check_thread()
+        self._device.require_no_capture("launch a graph")
         self._device.log.append(f"launch {len(self._operations)}")
         self._device.pending += self._operations
 
@@ -150,6 +152,7 @@ class NullDevice:
 
     def capture(self, enqueue: Callable[[], Any]) -> NullGraph:
         self.check_thread()
+        self.require_no_capture("capture again")
         self._capturing = []
         try:
             enqueue()
@@ -164,6 +167,7 @@ class NullDevice:
 
     def synchronize(self) -> None:
         self.check_thread()
+        self.require_no_capture("synchronize")
         self.log.append("synchronize")
         self.advance(self._done + len(self.pending))
 
@@ -177,6 +181,11 @@ class NullDevice:
             self.pending.append(operation)
         else:
             self._capturing.append(operation)
+
+    def require_no_capture(self, what: str) -> None:
+        """Raise EngineError while the stream is captured: a driver ends the capture there."""
+        if self._capturing is not None:
+            raise EngineError(f"cannot {what} while the stream is captured")
 
     def resolve(self, address: int, size: int) -> npt.NDArray[np.uint8]:
         """The bytes at an address; EngineError: not so many were allocated there."""
@@ -414,7 +423,7 @@ class ICudaEngine:
         self.num_optimization_profiles = len(plan.profiles)
         self.device_memory_size_v2 = plan.activations
         self.streamable_weights_size = plan.streamed
-        self.weight_streaming_budget_v2 = 0
+        self.weight_streaming_budget_v2 = 0 if plan.streamed else -1  # nobody may ask where nothing is streamed
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.tensors)[index]

@@ -22,7 +22,7 @@ from lemica_trt.spec import GraphSpec, TensorDType
 def open_backend(key: EngineKey, settings: Settings) -> OrtBackend:
     """See `runtime.backend.open_backend`."""
     options = dict(key.options) if settings.threads is None else {**key.options, "threads": settings.threads}
-    return OrtBackend(options)
+    return OrtBackend(options, settings.device if key.options["provider"] == "cuda" else 0)
 
 
 class OrtBuffer:
@@ -72,21 +72,23 @@ class OrtBackend:
 
     Args:
         options: complete, as in `EngineKey.options`; see `lemica_trt.builders.onnxruntime`.
+        device: of the provider; 0 on the CPU.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
     """
 
-    def __init__(self, options: Mapping[str, Option]) -> None:
+    def __init__(self, options: Mapping[str, Option], device: int = 0) -> None:
         self._ort = import_onnxruntime()
         self._options = options
+        self._device = device
 
     def empty(self, shape: tuple[int, ...], dtype: TensorDType) -> OrtBuffer:
         if dtype == "bf16":
             raise UnsupportedError("ONNX Runtime does not run bf16 graphs", fix="build with dtype fp16 or fp32")
         make = self._ort.OrtValue.ortvalue_from_shape_and_type
         try:
-            value = make(list(shape), NUMPY_DTYPES[dtype], str(self._options["provider"]))
+            value = make(list(shape), NUMPY_DTYPES[dtype], str(self._options["provider"]), self._device)
         except Exception as error:  # onnxruntime raises many unrelated classes
             raise EngineError(f"cannot allocate {dtype} {list(shape)}: {first_line(error)}") from None
         return OrtBuffer(value, shape, dtype)
@@ -100,7 +102,7 @@ class OrtBackend:
         return np.array(cast(OrtBuffer, buffer).value.numpy())
 
     def load(self, graph: GraphSpec, path: Path) -> OrtEngine:
-        return OrtEngine(open_session(graph, path, self._options), graph)
+        return OrtEngine(open_session(graph, path, self._options, self._device), graph)
 
     def join(self, calls: Sequence[Call]) -> Call:
         return InOrder(calls)

@@ -80,6 +80,7 @@ class Pipeline:
         *,
         plan: str | None = None,
         backend: str | None = None,
+        device: int = 0,
         threads: int | None = None,
         capture: Capture = "plan",
         roles: Collection[Role] | None = None,
@@ -87,6 +88,7 @@ class Pipeline:
         manifest = bundle.manifest
         entry = bundle.engine(backend)
         settings = Settings(
+            device=device,
             threads=threads,
             capture=capture,
             cache=bundle.path / CACHE,

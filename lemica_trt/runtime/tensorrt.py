@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import mmap
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from lemica_trt.builders import EngineKey
+from lemica_trt.builders import EngineKey, mapped
 from lemica_trt.errors import EngineError, MissingDependencyError, UnsupportedError
 from lemica_trt.runtime.backend import NUMPY_DTYPES, Array, Buffer, Call, InOrder, Settings, check_binding
 from lemica_trt.runtime.device import ALIGNMENT, Device, Graph, Host, Memory, OutOfMemory, capability_text
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 VENDORS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Backend → the vendor's package."""
+
+LEAN = "tensorrt_lean"
+"""TensorRT's lean runtime: loads and runs version-compatible engines, has no builder."""
 
 RTX = "tensorrt-rtx"
 
@@ -65,35 +69,40 @@ def open_backend(key: EngineKey, settings: Settings) -> TensorRTBackend:
     """See `runtime.backend.open_backend`."""
     from lemica_trt.runtime.cuda import CudaDevice
 
-    trt = import_vendor(key.backend)
-    require_version(trt, key, settings)  # before the device: this much is known without one
-    return TensorRTBackend(trt, CudaDevice(), key, settings)
+    trt = import_vendor(key, settings)  # before the device: this much is known without one
+    return TensorRTBackend(trt, CudaDevice(settings.device), key, settings)
 
 
-def import_vendor(backend: str) -> Any:
-    """The vendor's module of a backend.
+def import_vendor(key: EngineKey, settings: Settings) -> Any:
+    """The vendor's module, at the version that built the engines.
+
+    Version-compatible engines also run on TensorRT's lean runtime, which is small and lies beside a TensorRT of any
+    version. It must be the builder's too: later ones would run by code that an engine carries along, ours carry none
+    (`IRuntime::loadRuntime` in NvInferRuntime.h).
 
     Raises:
         MissingDependencyError: it is not installed, or its libraries do not load.
+        UnsupportedError: only other versions are here; with what to install, or the command that rebuilds.
     """
-    package = VENDORS[backend]
-    try:
-        return importlib.import_module(package)
-    except (ImportError, OSError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MissingDependencyError(
-            f"engines for {backend} need the package {package}, got: {line}",
-            fix=f"pip install {package.replace('_', '-')}",
-        ) from None
-
-
-def require_version(trt: Any, key: EngineKey, settings: Settings) -> None:
-    """Raise UnsupportedError, with the command that rebuilds, unless this version of the vendor can load the engines:
-    the one that built them, or of the same major if they were built to be compatible."""
-    here = str(trt.__version__)
-    compatible = key.options.get("version_compatible") and key.version.split(".")[0] == here.split(".")[0]
-    if key.version != here and not compatible:
-        raise _built_for(f"{key.backend} {key.version}", here, settings)
+    compatible = bool(key.options.get("version_compatible"))
+    packages = [VENDORS[key.backend], *([LEAN] if compatible else [])]
+    here, failed = [], []
+    for package in packages:
+        try:
+            trt = importlib.import_module(package)
+        except (ImportError, OSError) as error:
+            failed.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+            continue
+        if trt.__version__ == key.version:
+            return trt
+        here.append(f"{package} {trt.__version__}")
+    install = f"pip install {packages[-1].replace('_', '-')}=={key.version}"
+    if here:
+        fix = f"{install}, or {settings.rebuild()}" if compatible else settings.rebuild()
+        raise _built_for(f"{key.backend} {key.version}", " and ".join(here), fix)
+    raise MissingDependencyError(
+        f"engines for {key.backend} need the package {' or '.join(packages)}, got: {'; '.join(failed)}", fix=install
+    )
 
 
 def require_machine(device: Device, key: EngineKey, settings: Settings) -> None:
@@ -102,13 +111,15 @@ def require_machine(device: Device, key: EngineKey, settings: Settings) -> None:
     What RTX engines run on is not compared: `get_engine_validity` knows it of each.
     """
     if key.backend != RTX and not _meant_for(key.target, device.compute_capability):
-        raise _built_for(key.target, f"{capability_text(device.compute_capability)} ({device.name})", settings)
+        here = f"{capability_text(device.compute_capability)} ({device.name})"
+        raise _built_for(key.target, here, settings.rebuild())
     if key.driver is not None and device.driver < tuple(int(part) for part in key.driver.split(".")):
-        raise _built_for(f"a driver for CUDA {key.driver} or newer", f"one for CUDA {_dotted(device.driver)}", settings)
+        here = f"one for CUDA {_dotted(device.driver)}"
+        raise _built_for(f"a driver for CUDA {key.driver} or newer", here, settings.rebuild())
 
 
-def _built_for(expected: str, got: str, settings: Settings) -> UnsupportedError:
-    return UnsupportedError(f"the engines were built for {expected}, here is {got}", fix=settings.rebuild())
+def _built_for(expected: str, got: str, fix: str) -> UnsupportedError:
+    return UnsupportedError(f"the engines were built for {expected}, here is {got}", fix=fix)
 
 
 def _meant_for(target: str, capability: tuple[int, int]) -> bool:
@@ -319,10 +330,10 @@ class TensorRTBackend:
 
     def load(self, graph: GraphSpec, path: Path) -> TensorRTEngine:
         self.device.use()
-        data = path.read_bytes()
-        self._require_valid(data, path)
-        self._errors.clear()
-        engine: tensorrt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(data)
+        with mapped(path) as data:
+            self._require_valid(data, path)
+            self._errors.clear()
+            engine: tensorrt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise self.failure(f"{path.name} does not load", fix=self._settings.rebuild())
         self._require_interface(engine, graph, path)
@@ -387,7 +398,9 @@ class TensorRTBackend:
     def capturable(self, made: Context) -> bool:
         """Whether what a context does can be captured: it has run, its weights are not streamed, and RTX agrees."""
         engine = made.engine
-        if not made.warm or engine.weight_streaming_budget_v2 < engine.streamable_weights_size:
+        # Engines that were not built for streaming have nothing to stream, and are not asked for a budget.
+        streamed = engine.streamable_weights_size
+        if not made.warm or (streamed and engine.weight_streaming_budget_v2 < streamed):
             return False
         if self._key.backend != RTX:
             return True
@@ -402,7 +415,7 @@ class TensorRTBackend:
 
     # ------------------------------------------------------------ loading
 
-    def _require_valid(self, data: bytes, path: Path) -> None:
+    def _require_valid(self, data: mmap.mmap | bytes, path: Path) -> None:
         """Ask RTX whether an engine is for this machine; the other vendor cannot be asked."""
         if self._key.backend != RTX:
             return

@@ -86,12 +86,10 @@ def start(pb_utils: Any, args: Mapping[str, str], roles: Collection[Role]) -> tu
         LemicaError: anything is not as it must be; the server then rejects the model, and keeps an older one.
     """
     bundle, parameters = open_bundle(pb_utils, args)
-    if args["model_instance_kind"] == "GPU":  # before any library sees the devices: this process has the one
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        device = int(args["model_instance_device_id"])
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[device] if visible else str(device)
-    threads = int(parameters["threads"])
-    return bundle.pipeline(backend=parameters["backend"], threads=threads or None, roles=roles), parameters
+    # Not by CUDA_VISIBLE_DEVICES: the backend names devices to this process as the server counts them.
+    device = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else 0
+    threads = int(parameters["threads"]) or None
+    return bundle.pipeline(backend=parameters["backend"], device=device, threads=threads, roles=roles), parameters
 
 
 def open_bundle(pb_utils: Any, args: Mapping[str, str]) -> tuple[Bundle, dict[str, str]]:

@@ -96,6 +96,30 @@ def test_keys_differ_where_engines_do() -> None:
 
 
 @pytest.mark.null
+def test_engines_of_other_keys_are_removed(tmp_path: Path) -> None:
+    """Those that were used stay, whatever backend made them, and so do timings."""
+    key = EngineKey(backend="b", version="1", target="cpu", dtype="fp32", graphs_digest="0")
+    entries = [
+        EngineEntry(key=key, files={"full": f"engines/{name}/full.engine", "combine": f"engines/{name}/combine.engine"})
+        for name in ("tensorrt-1", "tensorrt-rtx-2")
+    ]
+    entries.append(EngineEntry(key=key, files={"full": "onnx/full.onnx", "combine": "onnx/combine.onnx"}))
+    builders.prune(entries, tmp_path)
+    for file in (
+        *(file for entry in entries for file in entry.files.values()),
+        "engines/tensorrt-0/full.engine",
+        "engines/tensorrt.timing_cache",
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(b"")
+    builders.prune(entries, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "engines").iterdir()) == [
+        "tensorrt-1", "tensorrt-rtx-2", "tensorrt.timing_cache",
+    ]  # fmt: skip
+    assert (tmp_path / "onnx/full.onnx").is_file() and (tmp_path / "engines/tensorrt-1/full.engine").is_file()
+
+
+@pytest.mark.null
 def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'lemica-trt\[onnxruntime\]'"):

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,14 @@ from vendor_api import Use, complaints, find_uses
 
 from lemica_trt.builders import tensorrt as parent
 from lemica_trt.builders import tensorrt_worker as worker
+from lemica_trt.runtime.tensorrt import LEAN
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "tensorrt"
 
-FILES = [
-    path
-    for name in ("builders/tensorrt_worker.py", "runtime/tensorrt.py")
-    if (path := ROOT / "lemica_trt" / name).is_file()
-]
+WORKER = ROOT / "lemica_trt/builders/tensorrt_worker.py"
+EXECUTOR = ROOT / "lemica_trt/runtime/tensorrt.py"
+FILES = [WORKER, EXECUTOR]
 """All code that touches a vendor's module."""
 
 RTX_ONLY = {
@@ -47,7 +47,7 @@ DEPRECATED_ON_PURPOSE = {
 
 TABLES: list[tuple[str, list[str]]] = [
     ("DataType", list(worker.DTYPES)),
-    ("LayerType", list(worker.COMPUTING)),
+    ("LayerType", [*worker.COMPUTING, *worker.ATTENTION]),
     ("MemoryPoolType", list(worker.POOLS.values())),
     ("ProfilingVerbosity", [name.upper() for name in parent.VERBOSITIES]),
     ("HardwareCompatibilityLevel", [name.upper() for name in parent.LEVELS]),
@@ -74,10 +74,11 @@ def bindings() -> Path:
     return CACHE
 
 
-def uses_of(*, rtx: bool) -> list[Use]:
-    """All uses that one of the two vendors must have."""
-    uses = [use for path in FILES for use in find_uses(path).uses]
-    uses += [Use("tables", cls, name, False) for cls, members in TABLES for name in members]
+def uses_of(*, rtx: bool, files: Sequence[Path] = FILES) -> list[Use]:
+    """All uses that one of the two vendors must have; with the tables only where the builder is among the files."""
+    uses = [use for path in files for use in find_uses(path).uses]
+    if WORKER in files:
+        uses += [Use("tables", cls, name, False) for cls, members in TABLES for name in members]
     if rtx:
         return [use for use in uses if not {use.cls, use.name} & TENSORRT_ONLY]
     return [use for use in uses if not use.rtx_only and not {use.cls, use.name} & RTX_ONLY]
@@ -105,6 +106,15 @@ def test_tensorrt_has_all_that_is_used(major: int, bindings: Path) -> None:
     assert answer["version"].startswith(f"{major}.")
     assert answer["complaints"] == []
     assert unannotated(answer["names"]) == []
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("major", [10, 11])
+def test_the_lean_runtime_has_all_that_running_needs(major: int, bindings: Path) -> None:
+    answer = asked(f"{LEAN}_bindings", uses_of(rtx=False, files=[EXECUTOR]), bindings / str(major))
+    assert answer["version"].startswith(f"{major}.")
+    assert answer["complaints"] == []
+    assert asked(f"{LEAN}_bindings", [Use("", "", "Builder", False)], bindings / str(major))["complaints"]
 
 
 @pytest.mark.cpu
@@ -136,11 +146,12 @@ def unannotated(vendor_names: list[str]) -> list[str]:
 @pytest.mark.null
 def test_the_reader_finds_what_is_used() -> None:
     """Of the real file, so that a rule that stops to match is noticed."""
-    found = {(use.cls, use.name) for use in find_uses(ROOT / "lemica_trt/builders/tensorrt_worker.py").uses}
+    found = {(use.cls, use.name) for use in find_uses(WORKER).uses}
     assert {
         ("", "Builder"),
         ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED"),
-        ("Builder", "build_serialized_network"),
+        ("Builder", "build_serialized_network_to_stream"),
+        ("", "IStreamWriter"),
         ("INetworkDefinition", "get_layer"),
         ("ILayer", "get_output"),
         ("ITensor", "dtype"),

@@ -16,6 +16,7 @@ from lemica_trt.errors import InputError, VerificationError
 from lemica_trt.models import denoise
 from lemica_trt.pipeline import uncached_plan
 from lemica_trt.plan import StepPlan, plan_from_schedule
+from lemica_trt.quality import PSNR_CAP, psnr
 from lemica_trt.schedule import Schedule
 
 pytestmark = pytest.mark.cpu
@@ -67,6 +68,26 @@ def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert again([plan(0, 2)], range(4)) == [whole[1]] and len(runs) == 10
 
 
+def test_psnr_is_of_the_frames_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ToyModel()
+    monkeypatch.setattr(model, "decode", frames)
+    found = trials(model, tmp_path / "t").psnr(plan(0, 3), range(3), journal=tmp_path / "f")
+    for s in range(3):
+        noise, embeds = model.noise(5 + s)[None], model.embed([PROMPTS[s % 2]])
+        clips = [frames(denoise(model, p, embeds, noise))[0].numpy() for p in (UNCACHED, plan(0, 3))]
+        assert found[s] == pytest.approx(psnr(*clips))
+    again = trials(model, tmp_path / "t")
+    monkeypatch.setattr("lemica_trt.calibrate.trials.denoise", lambda *_: pytest.fail("it was run before"))
+    assert again.psnr(plan(0, 3), range(3), journal=tmp_path / "f") == found
+    assert again.psnr(UNCACHED, range(2), journal=tmp_path / "f") == (PSNR_CAP,) * 2
+
+
+def frames(latents: torch.Tensor) -> torch.Tensor:
+    """uint8 [b, 1, pixels, 1, 3], brightness by latent."""
+    levels = (128 + 40 * latents.reshape(len(latents), 1, -1, 1, 1)).clamp(0, 255)
+    return levels.expand(-1, -1, -1, -1, 3).to(torch.uint8)
+
+
 def test_scores_of_other_prompts_are_not_taken(tmp_path: Path) -> None:
     model = ToyModel()
     trials(model, tmp_path / "t")([plan(0, 3)], range(1))
@@ -79,11 +100,11 @@ def test_scores_of_other_prompts_are_not_taken(tmp_path: Path) -> None:
 def test_what_is_not_finite(tmp_path: Path) -> None:
     model = ToyModel()
     start = _Runs(UNCACHED, tuple(PROMPTS), 5).start(model)
-    (fine,) = start((0, plan(0, 3)))
+    (fine,) = start((0, plan(0, 3), False))
     assert math.isfinite(fine.snr)
     with torch.no_grad():
         model.pipeline.transformer.head.bias.fill_(math.inf)
-    (score,) = start((0, plan(0, 3)))  # against the uncached run from before
+    (score,) = start((0, plan(0, 3), False))  # against the uncached run from before
     assert score.snr == -SNR_CAP
     with pytest.raises(VerificationError, match="sample 1"):
         trials(model, tmp_path / "t")([plan(0, 3)], range(1, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,11 @@ from test_loop import inputs_of, noises
 from lemica_trt.builders import EngineKey
 from lemica_trt.errors import EngineError, InputError, MissingDependencyError, UnsupportedError
 from lemica_trt.plan import PlanRow, StepPlan
-from lemica_trt.runtime import null
+from lemica_trt.runtime import cuda, null
 from lemica_trt.runtime.backend import Capture, Settings, decode, encode, open_backend
 from lemica_trt.runtime.denoise import Cancelled, Denoiser, RowDone
 from lemica_trt.runtime.null import NullDevice, NullPlan, null_vendor, write_engine
-from lemica_trt.runtime.tensorrt import VENDORS, TensorRTBackend, require_version
+from lemica_trt.runtime.tensorrt import VENDORS, TensorRTBackend, import_vendor
 from lemica_trt.spec import GraphSet, StepLayout
 
 pytestmark = pytest.mark.cpu
@@ -55,9 +56,7 @@ class Machine:
             toy.write_onnx(self.graphs, folder)
         self.device = device or NullDevice()
         settings.setdefault("rebuild", lambda: "lemica-trt build --model toy")
-        trt, key = null_vendor(self.device), key or key_of()
-        require_version(trt, key, Settings(**settings))
-        self.backend = TensorRTBackend(trt, self.device, key, Settings(**settings))
+        self.backend = TensorRTBackend(null_vendor(self.device), self.device, key or key_of(), Settings(**settings))
 
     def plan(self, role: str, **changes: Any) -> NullPlan:
         plan = NullPlan(
@@ -295,8 +294,6 @@ def test_what_rtx_compiled_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "1.0.1"}, r"built for tensorrt 1.0.1, here is 1.0.0"),
-        ({"version": "2.0.0", "options": {"version_compatible": True}}, r"built for tensorrt 2.0.0, here is 1.0.0"),
         ({"target": "sm_90"}, r"built for sm_90, here is sm_89 \(null\)"),
         ({"target": "sm_75,sm_86"}, r"built for sm_75,sm_86, here is sm_89"),
         ({"target": "sm_90+"}, r"built for sm_90\+, here is sm_89"),
@@ -314,12 +311,45 @@ def test_engines_of_another_machine_name_the_rebuild(tmp_path: Path, changes: di
     [
         ("tensorrt", {"target": "sm_80+"}),
         ("tensorrt", {"target": "sm_75,sm_89", "driver": "12.9"}),
-        ("tensorrt", {"version": "1.9.9", "options": {"version_compatible": True}}),
         ("tensorrt-rtx", {"target": "sm_75"}),  # what RTX says of the file decides
     ],
 )
 def test_engines_that_fit_are_taken(tmp_path: Path, backend: str, changes: dict[str, Any]) -> None:
     Machine(tmp_path, key=key_of(backend, **changes)).load("full")
+
+
+def module_of(version: str | None) -> SimpleNamespace | None:
+    """A vendor's module of a version; None: importing it fails."""
+    return None if version is None else SimpleNamespace(__version__=version)
+
+
+@pytest.mark.parametrize(
+    ("compatible", "full", "lean", "chosen"),
+    [
+        (False, "1.0", "1.0", "tensorrt"),
+        (True, "1.0", "1.0", "tensorrt"),
+        (True, None, "1.0", "tensorrt_lean"),
+        (True, "2.1", "1.0", "tensorrt_lean"),
+        (False, None, "1.0", r"need the package tensorrt, got: .* → pip install tensorrt==1\.0$"),
+        (False, "2.1", "1.0", r"built for tensorrt 1\.0, here is tensorrt 2\.1 → rebuild"),
+        (True, None, None, r"tensorrt or tensorrt_lean, got: .* → pip install tensorrt-lean==1\.0$"),
+        (True, "1.1", None, r"here is tensorrt 1\.1 → pip install tensorrt-lean==1\.0, or rebuild"),
+        (True, "1.1", "0.9", r"here is tensorrt 1\.1 and tensorrt_lean 0\.9 → pip"),
+    ],
+)
+def test_the_library_is_that_of_the_version_that_built(
+    compatible: bool, full: str | None, lean: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later one is none: an engine that holds no runtime of its own is for the version that built it."""
+    modules = {"tensorrt": module_of(full), "tensorrt_lean": module_of(lean)}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    key = key_of("tensorrt", version="1.0", options={"version_compatible": True} if compatible else {})
+    if chosen in modules:
+        assert import_vendor(key, Settings()) is modules[chosen]
+    else:
+        with pytest.raises((MissingDependencyError, UnsupportedError), match=chosen):
+            import_vendor(key, Settings())
 
 
 def test_rtx_is_asked_about_each_file(tmp_path: Path) -> None:
@@ -403,15 +433,37 @@ def test_a_failure_on_the_device_is_told_by_whoever_waits(tmp_path: Path) -> Non
     machine.backend.synchronize()
 
 
+def test_what_a_driver_refuses_during_a_capture_the_null_device_refuses(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    device, call = machine.device, machine.load("combine").bind(machine.buffers("combine", 1))
+    call.run()
+    device.synchronize()
+    event, graph = device.record(), device.capture(lambda: machine.backend.enqueue(call.bindings[0]))
+    for what in (event.wait, graph.launch, device.synchronize, lambda: device.capture(list)):
+        with pytest.raises(EngineError, match="while the stream is captured"):
+            device.capture(what)
+        device.synchronize()
+    graph.launch()
+    device.synchronize()
+
+
 def test_without_a_driver_or_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line each; the driver is looked for by the real cuda-core where it is installed."""
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingDependencyError, match=r"engines for tensorrt need the package tensorrt, got: .* → pip"):
         open_backend(key_of("tensorrt"))
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", null_vendor(NullDevice()))
-    monkeypatch.setitem(__import__("sys").modules, "cuda.core", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", null_vendor(NullDevice()))
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
     with pytest.raises(MissingDependencyError, match=r"needs cuda-core and cuda-bindings, got: .* → pip install cuda"):
         open_backend(key_of())
+
+
+def test_the_device_that_was_asked_for_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, asked = NullDevice(), list[int]()
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", null_vendor(device))
+    monkeypatch.setattr(cuda, "CudaDevice", lambda index: (asked.append(index), device)[1])
+    backend = open_backend(key_of(), Settings(device=3))
+    assert asked == [3] and isinstance(backend, TensorRTBackend) and backend.device is device
 
 
 def test_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +471,7 @@ def test_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         core.Device(0).set_current()
     except Exception:  # what is wanted here
-        monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", null_vendor(NullDevice()))
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", null_vendor(NullDevice()))
         with pytest.raises(MissingDependencyError, match="expected an NVIDIA GPU 0 and its driver, got: ") as caught:
             open_backend(key_of())
         assert "\n" not in str(caught.value) and caught.value.exit_code == 7
