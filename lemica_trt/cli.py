@@ -128,6 +128,7 @@ _model = _options(
     click.option("--denoising-steps", type=int, metavar="N", help="Sampling steps of the uncached model."),
     click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1 or less: one branch only."),
     click.option("--scheduler", metavar="CLASS", help="diffusers scheduler class instead of the pipeline's own."),
+    click.option("--flow-shift", type=float, help="Shift of the sigmas of a flow-matching scheduler."),
     click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Precision of the DiT."),
     click.option("--frames", type=int, help="Video frames."),
     click.option("--height", type=int, help="Pixels."),

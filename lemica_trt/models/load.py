@@ -114,6 +114,8 @@ def load_model(
     pipeline.to(device)
     if profile.sampling.scheduler is not None:
         pipeline.scheduler = _scheduler_class(profile.sampling.scheduler).from_config(pipeline.scheduler.config)
+    if profile.sampling.flow_shift is not None:
+        pipeline.scheduler = _shifted(pipeline.scheduler, profile.sampling.flow_shift)
     return Model(profile, family, pipeline, folder)
 
 
@@ -139,6 +141,20 @@ def _scheduler_class(name: str) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise InputError(f"sampling.scheduler must be a diffusers scheduler class, got {name!r}")
     return kind
+
+
+def _shifted(scheduler: Any, shift: float) -> Any:
+    """The same scheduler with another shift of its sigmas.
+
+    Raises:
+        UnsupportedError: it has none.
+    """
+    name = type(scheduler).__name__
+    if name.startswith("FlowMatch"):
+        return type(scheduler).from_config(scheduler.config, shift=shift)
+    if scheduler.config.get("use_flow_sigmas", False):
+        return type(scheduler).from_config(scheduler.config, flow_shift=shift)
+    raise UnsupportedError(f"expected a scheduler for flow matching to shift, got {name}", fix="leave --flow-shift out")
 
 
 def _line(error: BaseException) -> str:
