@@ -125,8 +125,7 @@ def replan(
     looked_up = pareto or any(isinstance(budget, MinPsnr) for budget in budgets)
     front = carried_front(bundle) if looked_up else None
     clock = Clock(bundle, reporter)
-    timely = any(map(timed, budgets))
-    times = clock.steps if timely else None
+    times = clock.steps if any(map(timed, budgets)) else None
     max_skip = graph.max_skip if graph is not None and ways.needs_graph else None
     chosen: list[StepPlan] = []
     for budget in afforded_by(budgets, times, ways, table.num_steps, max_skip):
@@ -152,13 +151,13 @@ def replan(
         chosen += made
     for plan in chosen:
         reporter.stage("plan", f"{plan.name}: full steps {' '.join(map(str, plan.full_steps))}")
-    if chosen:
-        bundle = add_plan(bundle, *{plan.name: plan for plan in chosen}.values(), default=default)
+    paces = clock.paces(chosen, times) if times is not None else {}
     if times is None and looked_up:
         with contextlib.suppress(MissingDependencyError):  # a front is worth showing where no engine runs
             times = clock.steps
+    if chosen:
+        bundle = add_plan(bundle, *{plan.name: plan for plan in chosen}.values(), default=default)
     planned = Planned(chosen, tuple(plan.name for plan in chosen), (), front)
-    paces = clock.paces(chosen, times) if times is not None and timely else {}
     return bundle, Replanned(
         plans=tuple(bundle.plan(name) for name in bundle.plans),
         answers=answers(budgets, planned, times, paces),

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from report_data import error_graph, plan
 
+from lemica_trt.budget import FrontRow, front_budgets
 from lemica_trt.errors import MissingDependencyError
-from lemica_trt.report.plots import plot_error_graph, plot_quality, plot_schedules
+from lemica_trt.report.plots import plot_error_graph, plot_front, plot_quality, plot_schedules
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
@@ -121,6 +122,39 @@ def test_quality_curves_are_sorted_and_named(figures: list[Any], tmp_path: Path)
     assert list(axes.get_xticks()) == [10, 15]
 
 
+def front_row(budget: int, psnr: float, dominated: bool = False, timed: bool = True) -> FrontRow:
+    return FrontRow(
+        plan=f"b{budget}",
+        way="lemica, output-lsq2",
+        budget=budget,
+        psnr=psnr,
+        psnr_low=psnr - 1,
+        psnr_p5=psnr - 9,
+        seconds=0.1 * budget if timed else None,
+        speedup=40 / budget if timed else None,
+        dominated=dominated,
+    )
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_the_front_is_drawn_through_what_is_not_dominated(figures: list[Any], tmp_path: Path, timed: bool) -> None:
+    budgets = front_budgets(50, 9)
+    rows = [front_row(b, 20 + 1.5 * b - 9 * (b == 9), dominated=b == 9, timed=timed) for b in budgets]
+    plot_front(rows, tmp_path / "pareto.png", num_steps=50)
+    (figure,) = figures
+    assert_tidy(figure, tmp_path / "pareto.png")
+    (axes,) = figure.axes
+    front = axes.lines[0]
+    at = [(40 if timed else 50) / b for b in reversed(budgets) if b != 9]
+    assert list(front.get_xdata()) == pytest.approx(at) and list(front.get_ydata()) == [
+        20 + 1.5 * b for b in reversed(budgets) if b != 9
+    ]
+    assert {text.get_text() for text in axes.texts} == set(map(str, budgets))
+    assert ("predicted" in axes.get_xlabel()) == timed
+    bars = [line.get_ydata() for line in axes.lines[1:] if len(line.get_ydata()) == 2]
+    assert [bar[1] - bar[0] for bar in bars] == pytest.approx([9.0] * len(budgets))
+
+
 def test_pictures_are_reproducible_and_leave_no_trace(tmp_path: Path) -> None:
     import matplotlib as mpl
 
@@ -136,6 +170,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         plot_error_graph(GRAPH, tmp_path / "x.png", plan((0, 3), 12))
     with pytest.raises(ValueError, match="at least one curve"):
         plot_quality({"lemica": []}, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="at least one row"):
+        plot_front([], tmp_path / "x.png", num_steps=50)
     assert not (tmp_path / "x.png").exists()
 
 
