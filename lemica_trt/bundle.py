@@ -416,11 +416,18 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
         default: the new default plan; None: as before.
 
     Raises:
-        InputError: a plan does not fit the graphs, or `default` is not there.
+        InputError: a plan does not fit the graphs, or is for another sampler, or `default` is not there.
         IntegrityError: the bundle is not whole.
     """
+    sampler = bundle.plan().sampler_digest
     for plan in plans:
         check_plan(plan, bundle.manifest.graphs)
+        if plan.sampler_digest != sampler:
+            raise InputError(
+                f"plan {plan.name}: expected a plan for the sampler {sampler[:12]}, got one for "
+                f"{plan.sampler_digest[:12]} ({plan.scheduler}, {plan.num_steps} steps)",
+                fix="build another bundle for it; `--calibration-from` saves most of the calibration",
+            )
     changed = {plan_path(plan.name): json_bytes(plan) for plan in plans}
     bundle.check()
     with _replacing(bundle.path) as (folder, staged):

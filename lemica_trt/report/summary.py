@@ -300,7 +300,11 @@ def _bundle_table(bundle: Bundle) -> RenderableType:
             "makes",
             f"{shape.frames} frames {shape.height}×{shape.width} at {shape.fps} fps, up to {shape.max_batch} at once",
         ),
-        ("sampling", f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}, {manifest.graphs.dtype}"),
+        (
+            "sampling",
+            f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}, {manifest.graphs.dtype}, "
+            f"sampler {bundle.plan().sampler_digest[:16]}",
+        ),
         ("engines", ", ".join(f"{e.key.backend} {e.key.version} {e.key.target}" for e in manifest.engines)),
         ("default plan", manifest.default_plan),
         ("size", f"{size(total)} in {len(manifest.files)} files"),
