@@ -48,6 +48,7 @@ from lemica_trt.calibrate.measure import (
 )
 from lemica_trt.calibrate.replay import Run, Stepper, distance
 from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
+from lemica_trt.errors import UsageError
 from lemica_trt.grams import Matrix, TrajectoryGrams, gram_from_samples
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.models.model import Model
@@ -145,6 +146,11 @@ def calibrate_cheaply(
         UnsupportedError: `sensitivity` does not hold here.
     """
     require_measurable(prompts, samples=samples, max_skip=max_skip, batch=batch)
+    if (method == "retargeted") != (sensitivity is not None):
+        raise UsageError(
+            f"calibration by {method}: expected {'another' if sensitivity is None else 'no other'} calibration to go by",
+            fix="--calibration-from DIR, and no --calibration",
+        )
     measurement = cheap_measurement(
         model, table, prompts, method=method, seed=seed, max_skip=max_skip, sensitivity=sensitivity
     )
