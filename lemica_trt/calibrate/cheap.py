@@ -148,7 +148,7 @@ def calibrate_cheaply(
     require_measurable(prompts, samples=samples, max_skip=max_skip, batch=batch)
     if (method == "retargeted") != (sensitivity is not None):
         raise UsageError(
-            f"calibration by {method}: expected {'another' if sensitivity is None else 'no other'} calibration to go by",
+            f"calibration by {method}: expected {'another' if sensitivity is None else 'no other'} calibration to use",
             fix="--calibration-from DIR, and no --calibration",
         )
     measurement = cheap_measurement(

@@ -291,7 +291,7 @@ def test_refuses_what_cannot_be_measured(tmp_path: Path, model: ToyModel) -> Non
         calibrated(model, tmp_path / "j", samples=0)
     with pytest.raises(InputError, match="prompts: expected at least one"):
         calibrated(model, tmp_path / "j", prompts=[])
-    with pytest.raises(UsageError, match="by retargeted: expected another calibration to go by"):
+    with pytest.raises(UsageError, match="by retargeted: expected another calibration to use"):
         calibrated(model, tmp_path / "j", method="retargeted")
 
 
