@@ -60,6 +60,7 @@ ERROR_GRAPH_FILE = "calibration/error_graph.json"
 GRAMS_FILE = "calibration/grams.json"
 SENSITIVITY_FILE = "calibration/sensitivity.json"
 SELECTION_FILE = "calibration/selection.json"
+REFERENCE_FILE = "calibration/reference.json"
 FRONT_FILE = "calibration/front.json"
 """Where a bundle keeps what its plans were made from, so that `plan BUNDLE` can make others without PyTorch, and
 other builds can be calibrated from it."""

@@ -207,15 +207,20 @@ _planning = _options(
                  "calibration has not seen."),
     click.option("--pareto", is_flag=True,
                  help="Also look at budgets all along: quality and speed-up of each, as a table and a plot."),
-    click.option("--method", type=click.Choice(["auto", "lemica", "least-sum", "signed", "uniform", "published"]),
+    click.option("--method",
+                 type=click.Choice(["auto", "lemica", "least-sum", "signed", "predicted", "uniform", "published"]),
                  help="How the full steps are chosen; a method alone means the paper's residual reuse  "
                  "[default: auto: whatever does best in a trial]"),
     click.option("--reuse", type=click.Choice(["auto", "residual", "output", "none"]),
                  help="What a skipped step takes from full ones."),
     click.option("--predict", type=click.Choice(["auto", "none", "linear", "lsq2", "lsq3"]),
                  help="How: the last one as it is, extrapolated, or by least squares on the last two or three."),
-    click.option("--solver", type=click.Choice(["auto", "first-order", "dpmsolver++", "unipc"]),
-                 help="Skip nothing: a standard solver set to the full steps (with --reuse none)."),
+    click.option("--solver", type=click.Choice(["auto", "first-order", "dpmsolver++", "unipc", "fitted"]),
+                 help="Skip nothing: a standard solver set to the full steps, or one fitted to the model for them "
+                 "(with --reuse none)."),
+    click.option("--reference-steps", type=click.IntRange(1), metavar="M",
+                 help="Hold plans against the sampler with M steps: fit, integrate, choose and verify by that  "
+                 "[default: its own N]"),
     click.option("--schedule", type=Integers(), metavar="STEP,STEP,…",
                  help="Full steps as given; nothing is calibrated."),
 )  # fmt: skip
@@ -250,6 +255,7 @@ def build(
     reuse: Any,
     predict: Any,
     solver: Any,
+    reference_steps: int | None,
     schedule: tuple[int, ...] | None,
     error_graph: Path | None,
     calibration_from: Path | None,
@@ -293,6 +299,7 @@ def build(
         backends=backends,
         options=_builder_options(overrides),
         verify_samples=verify_samples,
+        reference_steps=reference_steps,
     )
     if dry_run:
         steps = pipeline.dry_run(profile, output, request)
@@ -453,7 +460,7 @@ def calibrate(
 def plan(
     target: Path, budgets: tuple[int, ...], speedups: tuple[Any, ...] | None, latencies: tuple[Any, ...] | None,
     min_psnrs: tuple[Any, ...] | None, pareto: bool, method: Any, reuse: Any, predict: Any, solver: Any,
-    schedule: tuple[int, ...] | None, default: str | None,
+    reference_steps: int | None, schedule: tuple[int, ...] | None, default: str | None,
     as_json: bool, quiet: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Make plans for TARGET, a work folder or a finished bundle, from its error graph: no PyTorch, one second.
@@ -471,7 +478,8 @@ def plan(
         schedule=schedule,
         default=default,
         pareto=pareto,
-        reporter=_reporter(True),
+        reporter=_reporter(quiet or as_json),
+        reference_steps=reference_steps,
     )
     _print(made, as_json, lambda _: summary.with_answers(summary.plans_table(made.plans), made.answers, made.front))
 

@@ -42,6 +42,9 @@ both kinds, plans made at 4 lose at most 0.6 dB at 2 and at 7 against plans made
 
 Graph = Literal["full", "skip", "none"]
 
+FITTED = "fitted"
+"""`StepPlan.scheduler` where the solver was fitted; see `calibrate.fitted`."""
+
 
 class PlanRow(Value, frozen=True):
     """One row; `latents`, `outputs`, `timestep`, `in_scale`, `guidance` as in `SamplerRow`.
@@ -96,12 +99,14 @@ class StepPlan(Value, frozen=True):
         num_steps: N, the sampler's number of steps.
         guidance_scale: default guidance scale g of a request.
         rows: see the module docstring; the last one has step N and gives the result.
-        scheduler: diffusers scheduler class that the rows were lowered from; of a planned solver, its own.
+        scheduler: diffusers scheduler class that the rows were lowered from; of a planned solver, its own;
+            `FITTED` where the solver was fitted.
         sampler_digest: digest of the N-step `SamplerTable` that the plan stands in for.
-        method: how the full steps were chosen (`lemica`, `uniform`, `least-sum`, `given`, `none`).
+        method: how the full steps were chosen (`lemica`, `least-sum`, `predicted`, `uniform`, `given`, `none`, …).
         error_graph_digest: digest of the `ErrorGraph` behind it; None where none was used.
         predictor: what skipped steps do; None where there are none.
-        reference_steps: M, where skipped steps were integrated on a finer grid of M steps than N; see `fold`.
+        reference_steps: M > N, where the run that the plan is held against is the sampler with M steps: what it was
+            fitted to, integrated on (see `fold`), and chosen by. None: the N steps.
         guidance_range: lowest and highest guidance scale of a request; None: any.
         format_version: 3.
     """

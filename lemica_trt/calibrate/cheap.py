@@ -26,9 +26,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain as chained
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +35,7 @@ import torch
 from torch import Tensor
 
 from lemica_trt.calibrate.adjoint import impulses, sample_adjoints
+from lemica_trt.calibrate.inner_products import inner_products, matrix, some_tokens
 from lemica_trt.calibrate.journal import CheapMeasurement, Journal, Piece
 from lemica_trt.calibrate.measure import (
     Cost,
@@ -44,12 +44,13 @@ from lemica_trt.calibrate.measure import (
     measurement_fields,
     provenance,
     require_measurable,
+    trajectory_grams,
     usual_batch,
 )
 from lemica_trt.calibrate.replay import Run, Stepper, distance
 from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
 from lemica_trt.errors import UsageError
-from lemica_trt.grams import Matrix, TrajectoryGrams, gram_from_samples
+from lemica_trt.grams import Matrix, TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.models.model import Model
 from lemica_trt.sampler import SamplerTable
@@ -58,7 +59,7 @@ from lemica_trt.signed import AdjointProducts
 
 CheapMethod = Literal["secant", "adjoint", "retargeted"]
 
-KNOTS: dict[CheapMethod, int] = {"secant": 7, "adjoint": 3, "retargeted": 0}
+KNOTS: dict[CheapMethod, int] = {"secant": 5, "adjoint": 3, "retargeted": 0}
 """Stops j whose sensitivity is measured, at equal distances, beside the first and the last ones."""
 
 TAIL = 3
@@ -75,12 +76,6 @@ PROBES = 2
 
 PROBE_SEED = 1 << 62
 """The probes of a sample are drawn from its seed + this: never the numbers that its noise is made of."""
-
-GRAM_ELEMENTS = 1 << 20
-"""Of larger residuals the Gram matrix takes about so many elements: whole tokens, drawn once."""
-
-CHUNK = 1 << 16
-"""Elements that inner products are summed over at a time, in float64."""
 
 Array = npt.NDArray[np.float64]
 
@@ -245,15 +240,15 @@ def piece(
         swept = [a.cpu() for a in sample_adjoints(sample, uncached, directions)]
         root = math.sqrt(outputs[0].numel())
         for r in range(measurement.probes):
-            products.append(_matrix(inner_products([a[r] for a in swept], outputs) / root))
+            products.append(matrix(inner_products([a[r] for a in swept], outputs) / root))
         changes = {(i, j): _rms_change(swept[j:], found) for (i, j), found in local.items()}
     measured = {j: exact[j] / changes[i, j] for j, i in knots.items() if exact[j] > 0 and changes[i, j] > 0}
     sensitivity = interpolate_sensitivity(measured, len(outputs)) if known is None else known
     return Piece(
         sample=number,
         errors=tuple(edge_error(number, i, j, changes[i, j] * float(sensitivity[j])) for i, j in measurement.segments),
-        outputs=_matrix(inner_products(outputs, outputs)),
-        residuals=_matrix(inner_products(kept, kept)),
+        outputs=matrix(inner_products(outputs, outputs)),
+        residuals=matrix(inner_products(kept, kept)),
         products=tuple(products),
         knots=tuple(sorted(measured.items())),
         full=sample.full_count,
@@ -279,27 +274,6 @@ def interpolate_sensitivity(knots: Mapping[int, float], num_steps: int) -> Array
     return interpolated
 
 
-def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Array:
-    """⟨l_a, r_b⟩ of equally large tensors, float64 [len(left), len(right)], summed in float64 in a fixed order."""
-    total = torch.zeros(len(left), len(right), dtype=torch.float64)
-    parts = zip(*(torch.split(tensor.flatten(), CHUNK) for tensor in chained(left, right)))
-    for part in parts:
-        rows = torch.stack(part).double()
-        total += rows[: len(left)] @ rows[len(left) :].T
-    products: Array = total.numpy()
-    return products
-
-
-def some_tokens(residual: Tensor) -> Tensor:
-    """A residual [R, tokens, width] for its Gram matrix, on the host; of a large one always the same tokens."""
-    tokens = residual.shape[1]
-    count = max(GRAM_ELEMENTS * tokens // residual.numel(), 1)
-    if count < tokens:
-        chosen = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:count]
-        residual = residual[:, chosen.sort().values.to(residual.device)]
-    return residual.cpu()
-
-
 def signs(shape: Sequence[int], seed: int) -> Tensor:
     """The probes of the sample with this seed: fp32, each element 1 or −1."""
     generator = torch.Generator("cpu").manual_seed(PROBE_SEED + seed)
@@ -313,23 +287,16 @@ def _rms_change(swept: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     return math.sqrt(float(np.mean(changes**2)) / found[0].numel())
 
 
-def _matrix(array: Array) -> Matrix:
-    return tuple(tuple(row) for row in array.tolist())
-
-
 def _calibrated(measurement: CheapMeasurement, table: SamplerTable, pieces: Sequence[Piece]) -> Calibrated:
     samples, common = len(pieces), provenance(measurement)
     full, skip, backward = (sum(getattr(part, name) for part in pieces) for name in ("full", "skip", "backward"))
     cost = Cost.of(samples, full, skip, backward, measurement.num_steps)
     errors = {segment: tuple(part.errors[k] for part in pieces) for k, segment in enumerate(measurement.segments)}
-    grams: dict[str, Any] = {
-        name: gram_from_samples([np.array(getattr(part, name)) for part in pieces]) for name in ("outputs", "residuals")
-    }
     return Calibrated(
         graph=error_graph(
             measurement, errors, samples=samples, method=measurement.method, samplings=cost.samplings / samples
         ),
-        grams=TrajectoryGrams(**common, samples=samples, **grams),
+        grams=trajectory_grams(measurement, pieces),
         products=AdjointProducts(
             **common, samples=samples, probes=measurement.probes, products=tuple(part.products for part in pieces)
         )

@@ -1,4 +1,4 @@
-"""The error graph of a model under a sampler: all samples, all segments, resumable.
+"""The error graph of a model under a sampler: all samples, all segments, resumable; and the Grams of the same runs.
 
 A unit of the journal is one start of one sample. They are run in waves of neighbouring starts, so that small models
 get large batches. Errors depend in their last digits on which runs share a call of the DiT (matrix products round
@@ -15,14 +15,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+import numpy as np
 import torch
 from msgspec import UNSET, UnsetType
+from torch import Tensor
 
-from lemica_trt.calibrate.journal import Journal, Measurement, Unit
+from lemica_trt.calibrate.inner_products import inner_products, matrix, some_tokens
+from lemica_trt.calibrate.journal import Journal, Measurement, Piece, Unit
 from lemica_trt.calibrate.prompts import prompts_digest
 from lemica_trt.calibrate.replay import Run, Sample, Stepper, Uncached, distance
 from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
 from lemica_trt.errors import InputError, UsageError, VerificationError
+from lemica_trt.grams import Matrix, TrajectoryGrams, gram_from_samples
 from lemica_trt.graph import Edge, ErrorGraph
 from lemica_trt.models.model import Model
 from lemica_trt.sampler import SamplerTable
@@ -56,6 +61,18 @@ class Cost(NamedTuple):
         return cls(units, full, skip, (full + backward) / num_steps, backward)
 
 
+class Measured(NamedTuple):
+    """What a measurement gives.
+
+    Attributes:
+        graph: exact errors.
+        grams: of the uncached runs.
+    """
+
+    graph: ErrorGraph
+    grams: TrajectoryGrams
+
+
 def cost(num_steps: int, max_skip: int, samples: int) -> Cost:
     """Cost of a measurement from its beginning, exact.
 
@@ -83,8 +100,8 @@ def measure(
     progress: Progress | None = None,
     batch: int | None = None,
     workers: Workers | None = None,
-) -> ErrorGraph:
-    """Measure the error graph by LeMiCa's eq. 4 (see `replay`).
+) -> Measured:
+    """Measure the error graph by LeMiCa's eq. 4 (see `replay`), and the Gram matrices of the same uncached runs.
 
     Args:
         model: on its device, in the dtype that is deployed; its profile gives guidance scale and negative prompt.
@@ -100,7 +117,8 @@ def measure(
         workers: do the work; None: this process.
 
     Returns:
-        The graph, its edges sorted. On one kind of machine it depends on the other arguments alone, byte for byte;
+        The graph, its edges sorted, and the Grams. On one kind of machine they depend on the other arguments alone,
+        byte for byte;
         where a journal is gone on with under another `batch`, in the last digits on both.
 
     Raises:
@@ -123,7 +141,11 @@ def measure(
     wanted = [(s, i) for s in range(samples) for i in measurement.starts]
     job = _Waves(measurement, table, tuple(prompts), batch)
     complete(book, wanted, job, costs, workers or InProcess(model), progress)
-    return _graph(measurement, book, samples)
+    first = [book.entries[s, 0] for s in range(samples)]
+    return Measured(
+        graph=_graph(measurement, book, samples),
+        grams=trajectory_grams(measurement, first),
+    )
 
 
 def exact_edges(
@@ -201,15 +223,19 @@ class _Waves(NamedTuple):
         stepper = Stepper(model, self.table, self.batch)
 
         @lru_cache(maxsize=1)  # waves of one sample follow each other
-        def begun(s: int) -> tuple[Sample, Uncached]:
+        def begun(s: int) -> tuple[Sample, Uncached, list[Tensor]]:
+            kept: list[Tensor] = []
             sample = stepper.sample(f"sample {s}", self.prompts[s % len(self.prompts)], self.measurement.seed + s)
-            return sample, sample.uncached()
+            return sample, sample.uncached(keep=lambda residual: kept.append(some_tokens(residual))), kept
 
         def work(unit: tuple[int, range]) -> list[Unit]:
             s, wave = unit
             with torch.inference_mode():
-                sample, uncached = begun(s)
-                return _units(self.measurement, s, sample.errors(uncached, wave, self.measurement.max_skip))
+                sample, uncached, kept = begun(s)
+                units = _units(self.measurement, s, sample.errors(uncached, wave, self.measurement.max_skip))
+                if 0 in wave:
+                    units[0] = msgspec.structs.replace(units[0], **_inner_products(uncached, kept))
+                return units
 
         return work
 
@@ -302,6 +328,24 @@ def error_graph(
         method=method,
         samplings=samplings,
     )
+
+
+def trajectory_grams(measurement: Measurement, samples: Sequence[Unit | Piece]) -> TrajectoryGrams:
+    """The Grams of samples, from the inner products of each."""
+    grams: dict[str, Any] = {
+        name: gram_from_samples([np.array(getattr(part, name)) for part in samples])
+        for name in ("outputs", "residuals")
+    }
+    return TrajectoryGrams(**provenance(measurement), samples=len(samples), **grams)
+
+
+def _inner_products(uncached: Uncached, residuals: Sequence[Tensor]) -> dict[str, Matrix]:
+    """Those fields of a `Unit`."""
+    outputs = [run.outputs[0].cpu() for run in uncached.runs[1:]]
+    return {
+        "outputs": matrix(inner_products(outputs, outputs)),
+        "residuals": matrix(inner_products(residuals, residuals)),
+    }
 
 
 def provenance(measurement: Measurement) -> dict[str, Any]:

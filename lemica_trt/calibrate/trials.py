@@ -1,4 +1,4 @@
-"""Plans run whole in PyTorch against the uncached run: which of several is best on this model?
+"""Plans run whole in PyTorch against their reference, an uncached run: which of several is best on this model?
 
 The score is the signal-to-noise ratio of the final latents, 10·log₁₀(‖x_N‖² / ‖x̂_N − x_N‖²) in dB: free of the VAE,
 so that it costs DiT calls only. `Trials.psnr` is of decoded frames: the number that people know, for few plans.
@@ -30,9 +30,23 @@ SNR_CAP = 120.0
 """dB; more cannot be told apart in fp32."""
 
 
-def trials_digest(model: Model, table: SamplerTable, prompts: Sequence[str], *, seed: int) -> str:
+class TrialHeader(Header, frozen=True, kw_only=True):
+    """What a journal of scores is bound to.
+
+    Attributes:
+        reference: digest of the rows of the plan that all are held against.
+    """
+
+    reference: str
+
+
+def trials_digest(model: Model, reference: StepPlan, table: SamplerTable, prompts: Sequence[str], *, seed: int) -> str:
     """SHA-256 (hex) of everything that a journal of scores is bound to."""
-    return Header(**provenance_of(model, table, prompts, seed)).digest
+    return _header(model, reference, table, prompts, seed).digest
+
+
+def _header(model: Model, reference: StepPlan, table: SamplerTable, prompts: Sequence[str], seed: int) -> TrialHeader:
+    return TrialHeader(**provenance_of(model, table, prompts, seed), reference=reference.rows_digest)
 
 
 class Score(Value, frozen=True):
@@ -66,7 +80,7 @@ class FrameScore(Value, frozen=True):
 
     Attributes:
         sample, plan: as in `Score`.
-        psnr: dB against the uncached run's frames; see `quality.psnr`.
+        psnr: dB against the reference's frames; see `quality.psnr`.
     """
 
     sample: int
@@ -91,7 +105,7 @@ class Trials:
 
     Args:
         model: on its device.
-        uncached: the plan that runs every step.
+        reference: the plan that all are held against: of the sampler, or of the sampler with more steps, every step.
         table: the model's sampler.
         prompts: sample s uses prompt s mod len(prompts), and seed + s for all its noise.
         seed: of sample 0.
@@ -103,7 +117,7 @@ class Trials:
     def __init__(
         self,
         model: Model,
-        uncached: StepPlan,
+        reference: StepPlan,
         table: SamplerTable,
         prompts: Sequence[str],
         *,
@@ -112,31 +126,31 @@ class Trials:
         progress: Progress | None = None,
         workers: Workers | None = None,
     ) -> None:
-        self._job = _Runs(uncached, tuple(prompts), seed)
+        self._job = _Runs(reference, tuple(prompts), seed)
         self._progress = progress
         self._workers = workers or InProcess(model)
-        self._header = Header(**provenance_of(model, table, prompts, seed))
+        self._header = _header(model, reference, table, prompts, seed)
         self._book = Journal(journal, self._header, Score)
 
     def __call__(self, plans: Sequence[StepPlan], samples: range) -> list[list[float]]:
         """dB of each plan on each sample.
 
         Raises:
-            VerificationError: the uncached run is not finite. (A plan whose run is not scores −`SNR_CAP`.)
+            VerificationError: the reference is not finite. (A plan whose run is not scores −`SNR_CAP`.)
         """
         self._complete(self._book, plans, samples, decoded=False)
         return [[self._book.entries[s, plan.rows_digest].snr for s in samples] for plan in plans]
 
     def psnr(self, plan: StepPlan, samples: range, *, journal: Path) -> tuple[float, ...]:
-        """PSNR of a plan's frames on each sample, dB; see `quality.psnr`. The uncached plan's is its cap.
+        """PSNR of a plan's frames on each sample, dB; see `quality.psnr`. The reference's is its cap.
 
         Args:
             journal: file of finished runs.
 
         Raises:
-            VerificationError: the uncached run is not finite. (A plan whose run is not scores 0.)
+            VerificationError: the reference is not finite. (A plan whose run is not scores 0.)
         """
-        if plan.rows == self._job.uncached.rows:
+        if plan.rows == self._job.reference.rows:
             return (PSNR_CAP,) * len(samples)
         book = Journal(journal, self._header, FrameScore)
         self._complete(book, [plan], samples, decoded=True)
@@ -151,7 +165,7 @@ class Trials:
 class _Runs(NamedTuple):
     """The job of `Trials`; what is done at a time is a plan on a sample, scored by its frames if `decoded`."""
 
-    uncached: StepPlan
+    reference: StepPlan
     prompts: tuple[str, ...]
     seed: int
 
@@ -171,10 +185,10 @@ class _Runs(NamedTuple):
 
         @cache
         def reference(s: int) -> Tensor:
-            found = run(s, self.uncached)
+            found = run(s, self.reference)
             if not bool(found.isfinite().all()):
                 raise VerificationError(
-                    f"sample {s}: the uncached run is not finite in {model.profile.dtype}",
+                    f"sample {s}: the reference is not finite in {model.profile.dtype}",
                     fix="build with another --dtype",
                 )
             return found
@@ -185,9 +199,9 @@ class _Runs(NamedTuple):
 
         def work(unit: tuple[int, StepPlan, bool]) -> list[Any]:
             s, plan, decoded = unit
-            uncached, latents = reference(s), run(s, plan)
+            wanted, latents = reference(s), run(s, plan)
             if not decoded:
-                return [Score(sample=s, plan=plan.rows_digest, snr=_snr(latents, uncached))]
+                return [Score(sample=s, plan=plan.rows_digest, snr=_snr(latents, wanted))]
             finite = bool(latents.isfinite().all())
             score = psnr(frames(latents), reference_frames(s)) if finite else 0.0
             return [FrameScore(sample=s, plan=plan.rows_digest, psnr=score)]
@@ -195,9 +209,9 @@ class _Runs(NamedTuple):
         return work
 
 
-def _snr(latents: Tensor, uncached: Tensor) -> float:
-    signal = float(uncached.double().square().sum())
-    noise = float((latents.double() - uncached.double()).square().sum())
+def _snr(latents: Tensor, reference: Tensor) -> float:
+    signal = float(reference.double().square().sum())
+    noise = float((latents.double() - reference.double()).square().sum())
     if not math.isfinite(noise):
         return -SNR_CAP
     return min(10 * math.log10(signal / noise), SNR_CAP) if noise > 0 else SNR_CAP

@@ -21,6 +21,7 @@ from lemica_trt.bundle import (
     FRONT_FILE,
     GRAMS_FILE,
     MANIFEST,
+    REFERENCE_FILE,
     REPORTS,
     SAMPLER_FILE,
     SELECTION_FILE,
@@ -30,6 +31,7 @@ from lemica_trt.bundle import (
 )
 from lemica_trt.candidates import Selections
 from lemica_trt.errors import MissingDependencyError, UnsupportedError
+from lemica_trt.fold import nearest_steps
 from lemica_trt.pipeline.work import TOKENIZER_FILE, Exported, Findings, Work, exported_in, sensitivity_at
 from lemica_trt.plan import StepPlan
 from lemica_trt.progress import Reporter, size
@@ -85,6 +87,24 @@ def lower_sampler(model: Model, reporter: Reporter) -> SamplerTable:
         f"{table.output_history} outputs back",
     )
     return table
+
+
+def reference_sampler(model: Model, table: SamplerTable, steps: int | None) -> SamplerTable | None:
+    """The sampler at M steps, which plans are held against; None where M is its own N.
+
+    Args:
+        steps: M; None: N.
+
+    Raises:
+        UsageError: as `fold.nearest_steps`.
+    """
+    from lemica_trt.lower import sampler_table
+
+    if steps is None or steps == table.num_steps:
+        return None
+    fine = sampler_table(model.scheduler(steps), dynamic_guidance=model.profile.sampling.dynamic_guidance)
+    nearest_steps(table, fine)
+    return fine
 
 
 def calibration_prompts(profile: Profile, file: Path | None, *, split: str = "calibration") -> tuple[str, ...]:
@@ -147,9 +167,10 @@ def calibrate(
     running: dict[str, Any] = {"samples": settings.samples, "progress": reporter.advance, "workers": workers}
     if settings.method == "exact":
         journal = work.journal(measurement_digest(model, table, prompts, **common))
-        graph = measure(model, table, prompts, journal=journal, **running, **common)
+        graph, grams = measure(model, table, prompts, journal=journal, **running, **common)
+        write_value(grams, work.grams)
         write_value(graph, work.error_graph)
-        return Findings(graph=graph)
+        return Findings(graph=graph, grams=grams)
     common |= {"method": settings.method, "sensitivity": sensitivity}
     journal = work.journal(cheap_measurement(model, table, prompts, **common).digest)
     found = calibrate_cheaply(model, table, prompts, journal=journal, **running, **common)
@@ -306,6 +327,8 @@ def assemble(
         files[GRAMS_FILE] = json_bytes(findings.grams)
     if findings.sensitivity is not None:
         files[SENSITIVITY_FILE] = json_bytes(findings.sensitivity)
+    if findings.reference is not None:
+        files[REFERENCE_FILE] = json_bytes(findings.reference)
     if findings.selections:
         files[SELECTION_FILE] = json_bytes(Selections(selections=findings.selections))
     if findings.front is not None:

@@ -8,7 +8,9 @@ WORK/
   grams.json                   TrajectoryGrams        (calibration by secant or adjoint)
   products.json                AdjointProducts        (calibration by adjoint)
   sensitivity.json             Sensitivity            (calibration by secant, or from one)
+  fits-<digest>.jsonl          solvers that were fitted so far
   trials-<digest>.jsonl        how plans did in trials so far
+  reference.json               SamplerTable of M steps    (--reference-steps)
   frames-<digest>.jsonl        how plans' frames did in trials so far
   selection.json               which ways were tried for each budget, and which won
   front.json                   Front: quality by budget (--pareto, --min-psnr)
@@ -108,6 +110,10 @@ class Work:
         return self.root / "selection.json"
 
     @property
+    def reference(self) -> Path:
+        return self.root / "reference.json"
+
+    @property
     def front(self) -> Path:
         return self.root / "front.json"
 
@@ -126,6 +132,10 @@ class Work:
     def journal(self, digest: str) -> Path:
         """Where calibration keeps what it has measured for one kind of measurement."""
         return self.root / f"journal-{digest[:16]}.jsonl"
+
+    def fits(self, digest: str) -> Path:
+        """Where fitted solvers are kept."""
+        return self.root / f"fits-{digest[:16]}.jsonl"
 
     def trials(self, digest: str) -> Path:
         """Where trials of plans keep their scores."""
@@ -189,6 +199,7 @@ class Findings(NamedTuple):
         grams: for fitted predictors.
         products: for the signed planner.
         sensitivity: for calibrations of other steps, shifts and guidance.
+        reference: the sampler at M steps, where plans are held against that; None: at its own N.
         selections: how the ways did that were tried.
         front: quality by budget.
     """
@@ -197,6 +208,7 @@ class Findings(NamedTuple):
     grams: TrajectoryGrams | None = None
     products: AdjointProducts | None = None
     sensitivity: Sensitivity | None = None
+    reference: SamplerTable | None = None
     selections: tuple[Selection, ...] = ()
     front: Front | None = None
 
@@ -213,6 +225,7 @@ def findings_in(work: Work) -> Findings:
         grams=found(TrajectoryGrams, work.grams),
         products=found(AdjointProducts, work.products),
         sensitivity=found(Sensitivity, work.sensitivity),
+        reference=found(SamplerTable, work.reference),
         selections=selections.selections if selections is not None else (),
         front=found(Front, work.front),
     )
@@ -243,22 +256,17 @@ def uncached_plan(table: SamplerTable, *, guidance_scale: float, name: str = UNC
     return plan_from_schedule(every, table, name=name, guidance_scale=guidance_scale, method="none")
 
 
-def write_plans(
-    plans: Sequence[StepPlan],
-    selections: tuple[Selection, ...],
-    work: Work,
-    reporter: Reporter,
-    *,
-    front: Front | None = None,
-) -> None:
-    """Plans, how they were selected and compared → the work folder, in place of those that are there."""
+def write_plans(plans: Sequence[StepPlan], findings: Findings, work: Work, reporter: Reporter) -> None:
+    """Plans, how they were selected and compared, and against what → the work folder, in place of those there."""
     shutil.rmtree(work.plans, ignore_errors=True)
-    for path in (work.selection, work.front):
+    for path in (work.selection, work.front, work.reference):
         path.unlink(missing_ok=True)
-    if selections:
-        write_value(Selections(selections=selections), work.selection)
-    if front is not None:
-        write_value(front, work.front)
+    if findings.selections:
+        write_value(Selections(selections=findings.selections), work.selection)
+    if findings.front is not None:
+        write_value(findings.front, work.front)
+    if findings.reference is not None:
+        write_value(findings.reference, work.reference)
     for index, plan in enumerate(plans):
         reporter.stage("plan", f"{plan.name}: {way(plan)}; full steps {' '.join(map(str, plan.full_steps))}")
         write_value(plan, work.plans / f"{index}-{plan.name}.json")

@@ -129,9 +129,19 @@ def _scores(row: Quality | None, perceptual: bool) -> list[str]:
     return [*scores, "" if row.lpips is None else f"{row.lpips:.3f}"] if perceptual else scores
 
 
+def _references(report: VerifyReport) -> str:
+    """What the plans were held against."""
+    fine = {row.plan: row.reference_steps for row in report.quality if row.reference_steps is not None}
+    if fine and len(fine) == len({row.plan for row in report.quality}):
+        return f"the sampler with {' or '.join(map(str, sorted(set(fine.values()))))} steps"
+    return ", ".join(["the uncached run", *(f"{plan} against {steps} steps" for plan, steps in fine.items())])
+
+
 def agreement_text(report: VerifyReport) -> RenderableType:
     """How far runtime, PyTorch and diffusers agree, and what the loop costs beyond its steps; one line each."""
-    lines = [f"quality  {report.samples} held-out clips against the uncached run; {report.backend}, {report.machine}"]
+    lines = [
+        f"quality  {report.samples} held-out clips against {_references(report)}; {report.backend}, {report.machine}"
+    ]
     worst = max(report.graphs, key=lambda check: check.difference / max(check.scale, 1e-9), default=None)
     if worst is not None:
         lines.append(

@@ -57,7 +57,7 @@ def plan_table(plan: StepPlan) -> RenderableType:
     if plan.predictor is not None:
         title += f", skipped by {plan.predictor.name}"
     if plan.reference_steps is not None:
-        title += f" on a grid of {plan.reference_steps}"
+        title += f", held against {plan.reference_steps} steps"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     rows = plan.rows
     columns = {

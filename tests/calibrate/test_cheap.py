@@ -11,7 +11,7 @@ import pytest
 import torch
 from toy_model import Naive, ToyModel, awkward, euler
 
-from lemica_trt.calibrate import Calibrated, calibrate_cheaply, cheap, cheap_cost, cheap_measurement
+from lemica_trt.calibrate import Calibrated, calibrate_cheaply, cheap, cheap_cost, cheap_measurement, inner_products
 from lemica_trt.calibrate.cheap import interpolate_sensitivity, knot_stops, piece
 from lemica_trt.calibrate.journal import CheapMeasurement, Piece
 from lemica_trt.calibrate.measure import usual_batch
@@ -164,21 +164,21 @@ def test_grams_are_those_of_the_uncached_run(tmp_path: Path, model: ToyModel, me
 
 
 def test_large_residuals_are_seen_through_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cheap, "GRAM_ELEMENTS", 2 * 5 * 3)
+    monkeypatch.setattr(inner_products, "GRAM_ELEMENTS", 2 * 5 * 3)
     numbers = torch.arange(2 * 40 * 3).reshape(2, 40, 3)
-    chosen = cheap.some_tokens(numbers)
+    chosen = inner_products.some_tokens(numbers)
     assert chosen.shape == (2, 5, 3)
     rows = {tuple(row) for row in numbers[0].tolist()}
     assert all(tuple(row) in rows for row in chosen[0].tolist())
-    assert torch.equal(cheap.some_tokens(numbers + 7), chosen + 7)
-    assert cheap.some_tokens(numbers[:, :5]).shape == (2, 5, 3)
+    assert torch.equal(inner_products.some_tokens(numbers + 7), chosen + 7)
+    assert inner_products.some_tokens(numbers[:, :5]).shape == (2, 5, 3)
 
 
 def test_inner_products_do_not_depend_on_where_they_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = list(torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)))
-    expected = cheap.inner_products(vectors, vectors[:2])
-    monkeypatch.setattr(cheap, "CHUNK", 64)
-    np.testing.assert_allclose(cheap.inner_products(vectors, vectors[:2]), expected, rtol=1e-12)
+    expected = inner_products.inner_products(vectors, vectors[:2])
+    monkeypatch.setattr(inner_products, "CHUNK", 64)
+    np.testing.assert_allclose(inner_products.inner_products(vectors, vectors[:2]), expected, rtol=1e-12)
     np.testing.assert_allclose(expected[0, 1], (vectors[0].double() * vectors[1].double()).sum().item(), rtol=1e-12)
 
 

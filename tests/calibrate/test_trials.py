@@ -93,8 +93,15 @@ def test_scores_of_other_prompts_are_not_taken(tmp_path: Path) -> None:
     trials(model, tmp_path / "t")([plan(0, 3)], range(1))
     with pytest.raises(InputError, match="prompts_digest"):
         trials(model, tmp_path / "t", ["a fish"])
-    digests = {trials_digest(model, TABLE, prompts, seed=seed) for prompts in (PROMPTS, ["x"]) for seed in (1, 2)}
-    assert len(digests) == 4
+    with pytest.raises(InputError, match="reference"):
+        Trials(model, uncached_plan(euler(12), guidance_scale=3.0), TABLE, PROMPTS, seed=5, journal=tmp_path / "t")
+    digests = {
+        trials_digest(model, reference, TABLE, prompts, seed=seed)
+        for reference in (UNCACHED, plan(0, 3))
+        for prompts in (PROMPTS, ["x"])
+        for seed in (1, 2)
+    }
+    assert len(digests) == 8
 
 
 def test_what_is_not_finite(tmp_path: Path) -> None:
