@@ -9,6 +9,7 @@ plan that says when to call them. The rooms, each below those that it imports:
     text        what is done to a prompt before it is tokenised
     resources   what ships with the package: profiles, prompts, published schedules, the bundled models
     progress    what a running stage tells: a bar, lines, or nothing
+    quality     how alike two clips are: PSNR, SSIM, LPIPS
     sampler     SamplerTable: a sampler as a table of coefficients
     provenance  what a measurement was made on
     graph       ErrorGraph: what caching each segment costs
@@ -28,7 +29,6 @@ plan that says when to call them. The rooms, each below those that it imports:
     builders/   ONNX → engine, one file a vendor                                         vendor SDKs
     bundle      the folder that is deployed: manifest, digests, atomic writing
     runtime/    runs a StepPlan on engines, numpy in and out                             one vendor SDK a file
-    quality     how alike two clips are: PSNR, SSIM, LPIPS
     budget      speed-up, latency or PSNR → full steps B; the Pareto front of them
     timing      what steps and plans take on the engines of this machine
     verify      does the bundle do what it must? how good is the plan?                   torch where it compares
