@@ -303,8 +303,8 @@ def closest_combination(grams: Array, start: Array, *, ridge: float = RIDGE, rou
     basis, along, power = grams[:, :-1, :-1], grams[:, :-1, -1], grams[:, -1, -1]
 
     def errors(weights: Array) -> Array:
-        squares = power - 2 * along @ weights + np.einsum("i,sij,j->s", weights, basis, weights)
-        return np.maximum(squares, 0.0) + FLOOR * power
+        squares: Array = power - 2 * along @ weights + np.einsum("i,sij,j->s", weights, basis, weights)
+        return squares.clip(min=0.0) + FLOOR * power
 
     best, least = start, float(np.log(errors(start)).sum())
     current = start

@@ -143,7 +143,11 @@ def measure(
             sample = stepper.sample(f"sample {s}", prompts[s % len(prompts)], seed + s)
             with torch.inference_mode():
                 kept: list[Tensor] = []
-                uncached = sample.uncached(keep=lambda residual, kept=kept: kept.append(some_tokens(residual)))
+
+                def keep(residual: Tensor, kept: list[Tensor] = kept) -> None:
+                    kept.append(some_tokens(residual))
+
+                uncached = sample.uncached(keep=keep)
                 clock.spent += measurement.num_steps
                 for wave in missing:
                     units = _units(measurement, s, sample.errors(uncached, wave, measurement.max_skip))
