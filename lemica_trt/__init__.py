@@ -18,8 +18,10 @@ plan that says when to call them. The rooms, each below those that it imports:
     predicted   ErrorGraph, TrajectoryGrams, B → Schedule for predicted outputs, by what prediction leaves
     predict     Predictor, Schedule, TrajectoryGrams → Prediction: what a skipped step computes
     plan        Schedule, SamplerTable, Prediction → StepPlan
+    sensitivity  Sensitivity: what of a calibration holds for other steps, shifts and guidance
     fold        StepPlan → StepPlan without the rows that run no graph
     candidates  the ways to spend a budget, and the choice between them by trial
+    quality     how alike two clips are: PSNR, SSIM, LPIPS
     models/     one small file a family: where the DiT's trunk begins and ends           torch, diffusers
     lower       diffusers scheduler → SamplerTable                                       torch, diffusers
     calibrate/  model, prompts → ErrorGraph, by replaying segments or by estimates       torch
@@ -27,7 +29,6 @@ plan that says when to call them. The rooms, each below those that it imports:
     builders/   ONNX → engine, one file a vendor                                         vendor SDKs
     bundle      the folder that is deployed: manifest, digests, atomic writing
     runtime/    runs a StepPlan on engines, numpy in and out                             one vendor SDK a file
-    quality     how alike two clips are: PSNR, SSIM, LPIPS
     budget      speed-up, latency or PSNR → full steps B; the Pareto front of them
     timing      what steps and plans take on the engines of this machine
     verify      does the bundle do what it must? how good is the plan?                   torch where it compares

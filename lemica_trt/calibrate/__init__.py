@@ -4,6 +4,8 @@
     replay    one sample: the uncached run, and every segment replayed on its saved states (LeMiCa eq. 4)
     inner_products   of what runs computed
     journal   finished work on disk, so that a killed measurement goes on where it was
+    workers   who does the work: this process, or others
+    cluster   workers on a Ray cluster
     measure   all samples, resumable, into one error graph; what it will cost
     adjoint   how the result moves with each latent: one backward sweep through the uncached run
     trials    whole plans against the uncached run: which of several is best
@@ -19,13 +21,16 @@ from lemica_trt.calibrate.fitted import Fitter, fit_measurement
 from lemica_trt.calibrate.measure import Cost, cost, exact_edges, measure, measurement_digest
 from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
 from lemica_trt.calibrate.trials import Trials, trials_digest
+from lemica_trt.calibrate.workers import InProcess, Workers
 
 __all__ = [
     "Calibrated",
     "CheapMethod",
     "Cost",
     "Fitter",
+    "InProcess",
     "Trials",
+    "Workers",
     "calibrate_cheaply",
     "cheap_cost",
     "cheap_measurement",

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from lemica_trt.calibrate.inner_products import inner_products
 from lemica_trt.calibrate.journal import Header, Journal
-from lemica_trt.calibrate.measure import Progress, provenance_of
+from lemica_trt.calibrate.measure import provenance_of
+from lemica_trt.calibrate.workers import Progress
 from lemica_trt.errors import InputError, UnsupportedError, VerificationError
 from lemica_trt.fold import fold, nearest_steps
 from lemica_trt.models.denoise import Rollout, denoise
@@ -303,8 +304,9 @@ def closest_combination(grams: Array, start: Array, *, ridge: float = RIDGE, rou
     basis, along, power = grams[:, :-1, :-1], grams[:, :-1, -1], grams[:, -1, -1]
 
     def errors(weights: Array) -> Array:
-        squares: Array = power - 2 * along @ weights + np.einsum("i,sij,j->s", weights, basis, weights)
-        return squares.clip(min=0.0) + FLOOR * power
+        squares = power - 2 * along @ weights + np.einsum("i,sij,j->s", weights, basis, weights)
+        found: Array = np.maximum(squares, 0.0) + FLOOR * power
+        return found
 
     best, least = start, float(np.log(errors(start)).sum())
     current = start

@@ -50,18 +50,20 @@ class Measurement(Header, frozen=True, kw_only=True):
 
 
 class CheapMeasurement(Measurement, frozen=True, kw_only=True):
-    """A measurement by estimates; see `calibrate.secant` and `calibrate.adjoint`.
+    """A measurement by estimates; see `calibrate.cheap`.
 
     Attributes:
         method: how.
-        knots, gap: as in `calibrate.secant`.
-        probes: R of `calibrate.adjoint`; 0 without it.
+        knots, gap: of the sensitivities; 0 where they are those of another calibration.
+        probes: R of the adjoints; 0 without them.
+        sensitivity: digest of the `Sensitivity` of another calibration, where that is used.
     """
 
     method: CalibrationMethod
     knots: int
     gap: int
     probes: int
+    sensitivity: str | None = None
 
 
 class Unit(Value, frozen=True):
@@ -106,6 +108,7 @@ class Piece(Value, frozen=True):
         errors: estimates of eq. 4, one a segment, in the order of `Measurement.segments`.
         outputs, residuals: N × N raw inner products, see `lemica_trt.grams.gram_from_samples`.
         products: for each probe N + 1 rows of N numbers, see `lemica_trt.signed.AdjointProducts`.
+        knots: (j, c_j) of each stop whose sensitivity was measured.
         full, skip, backward: evaluations that were made, counted as in `calibrate.Cost`.
     """
 
@@ -114,6 +117,7 @@ class Piece(Value, frozen=True):
     outputs: Matrix
     residuals: Matrix
     products: tuple[Matrix, ...]
+    knots: tuple[tuple[int, float], ...]
     full: int
     skip: int
     backward: int

@@ -18,6 +18,7 @@ from lemica_trt.bundle import (
     REFERENCE_FILE,
     SAMPLER_FILE,
     SELECTION_FILE,
+    SENSITIVITY_FILE,
     Bundle,
     add_plan,
     plan_path,
@@ -49,8 +50,10 @@ from lemica_trt.pipeline.stages import (
     calibration_prompts,
     engines,
     export,
+    hired,
     open_model,
     reference_sampler,
+    retargeted,
     verifiable,
     verify_bundle,
 )
@@ -70,6 +73,7 @@ from lemica_trt.plan import FITTED, StepPlan, layout_from_plans
 from lemica_trt.progress import Reporter
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule
+from lemica_trt.sensitivity import Sensitivity
 from lemica_trt.spec import Profile
 from lemica_trt.values import V, Value, read_value
 
@@ -155,7 +159,12 @@ def replan(
             profile=bundle.manifest.profile,
             budgets=[budget],
             ways=ways,
-            findings=Findings(graph=graph, grams=carried(TrajectoryGrams, GRAMS_FILE), reference=fine),
+            findings=Findings(
+                graph=graph,
+                grams=carried(TrajectoryGrams, GRAMS_FILE),
+                reference=fine,
+                sensitivity=carried(Sensitivity, SENSITIVITY_FILE),
+            ),
             schedule=schedule,
             solver=planned_solvers(table) if ways.solver not in (None, FITTED) else None,
             fitted=fitted,
@@ -219,13 +228,25 @@ def absolute_source(source: str) -> str:
 
 
 def calibrate_stage(
-    profile: Profile, work: Work, prompts: Path | None, device: str | None, reporter: Reporter
+    profile: Profile,
+    work: Work,
+    prompts: Path | None,
+    device: str | None,
+    ray: str | None,
+    calibration_from: Path | None,
+    reporter: Reporter,
 ) -> ErrorGraph:
-    """Profile → `profile.json`, `sampler.json`, `error_graph.json` in the work folder."""
+    """Profile → `profile.json`, `sampler.json`, `error_graph.json` in the work folder.
+
+    Args:
+        calibration_from: work folder or bundle whose calibration is used; the profile is adapted to it.
+    """
+    profile, sensitivity = retargeted(profile, calibration_from)
     texts = calibration_prompts(profile, prompts)
     with work.locked():
         model, table = begin(profile, work, device, reporter)
-        graph = calibrate(model, table, texts, work, reporter).graph
+        with hired(model, ray, reporter) as workers:
+            graph = calibrate(model, table, texts, work, reporter, workers, sensitivity).graph
         assert graph is not None
         return graph
 

@@ -48,9 +48,11 @@ from lemica_trt.pipeline.stages import (
     calibration_prompts,
     engines,
     export,
+    hired,
     lower_sampler,
     open_model,
     reference_sampler,
+    retargeted,
     verifiable,
     verify_bundle,
 )
@@ -77,8 +79,10 @@ class Request(Value, frozen=True):
         schedule: full steps as given; then the budgets are not used and nothing is calibrated.
         error_graph: path of an error graph to use instead of calibrating; Grams beside it (`grams.json`, as work
             folders and bundles have them) are used too.
+        calibration_from: path of a work folder or bundle of the same model whose calibration is carried over.
         prompts: path of calibration prompts instead of the profile's.
         device: torch device that calibrates and verifies; None: a GPU where there is one.
+        ray: address of the Ray cluster that calibrates and tries plans; None: this process.
         backends: engines to build, in order of preference.
         options: builder options; each backend takes those that it has.
         verify_samples: held-out clips of the verification; 0: none at all.
@@ -90,8 +94,10 @@ class Request(Value, frozen=True):
     ways: Ways = Ways()
     schedule: tuple[int, ...] | None = None
     error_graph: str | None = None
+    calibration_from: str | None = None
     prompts: str | None = None
     device: str | None = None
+    ray: str | None = None
     backends: tuple[str, ...] = ("onnxruntime",)
     options: dict[str, Option] = {}
     verify_samples: int = 8
@@ -101,6 +107,11 @@ class Request(Value, frozen=True):
     def calibrates(self) -> bool:
         """Whether an error graph has to be measured."""
         return self.needs_graph and self.error_graph is None
+
+    @property
+    def source(self) -> Path | None:
+        """`calibration_from`."""
+        return None if self.calibration_from is None else Path(self.calibration_from)
 
     @property
     def needs_graph(self) -> bool:
@@ -161,6 +172,7 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
         LemicaError: whatever a stage raises; finished stages stay in the work folder.
     """
     check_request(profile, output, request)
+    profile, sensitivity = retargeted(profile, request.source)
     work = Work(work_folder(output))
     with work.locked():
         model, table = begin(profile, work, request.device, reporter)
@@ -179,31 +191,32 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
             times = probe(model, table, work, request.ways, request.backends, request.options, reporter)
         budgets = afforded_by(request.budgets, times, request.ways, table.num_steps, max_skip)
         findings = Findings(graph=graph, grams=grams)
-        if graph is not None:
-            reporter.stage("calibrate", f"{request.error_graph}: {graph.samples} samples, method {graph.method}")
-        elif request.calibrates:
-            counts = [budget for budget in budgets if isinstance(budget, int)]
-            require_feasible(table.num_steps, profile.calibration.max_skip, counts)
-            findings = calibrate(model, table, prompts, work, reporter)
-        findings = findings._replace(reference=fine)
-        make = functools.partial(
-            make_plans,
-            table,
-            profile=profile,
-            ways=request.ways,
-            findings=findings,
-            schedule=request.schedule,
-            solver=planned_solvers(table),
-            fitted=fitter(lambda: model, table, prompts, work, reporter, fine=fine),
-        )
-        planned = plan_budgets(
-            budgets,
-            Scout(make, Judge(lambda: model, table, prompts, work, reporter, fine=fine)),
-            reporter,
-            pareto=request.pareto,
-            num_steps=table.num_steps,
-            max_skip=max_skip,
-        )
+        with hired(model, request.ray, reporter) as workers:
+            if graph is not None:
+                reporter.stage("calibrate", f"{request.error_graph}: {graph.samples} samples, method {graph.method}")
+            elif request.calibrates:
+                counts = [budget for budget in budgets if isinstance(budget, int)]
+                require_feasible(table.num_steps, profile.calibration.max_skip, counts)
+                findings = calibrate(model, table, prompts, work, reporter, workers, sensitivity)
+            findings = findings._replace(reference=fine)
+            make = functools.partial(
+                make_plans,
+                table,
+                profile=profile,
+                ways=request.ways,
+                findings=findings,
+                schedule=request.schedule,
+                solver=planned_solvers(table),
+                fitted=fitter(lambda: model, table, prompts, work, reporter, fine=fine),
+            )
+            planned = plan_budgets(
+                budgets,
+                Scout(make, Judge(lambda: model, table, prompts, work, reporter, fine=fine, workers=workers)),
+                reporter,
+                pareto=request.pareto,
+                num_steps=table.num_steps,
+                max_skip=max_skip,
+            )
         findings = findings._replace(selections=planned.selections, front=planned.front)
         write_plans(planned.plans, findings, work, reporter)
         layout = layout_from_plans(plans_to_run(work), latent_shape=model.latent_shape, guided=model.guided)
@@ -269,6 +282,7 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
     from lemica_trt.estimate import estimate
 
     check_request(profile, output, request)
+    profile, _ = retargeted(profile, request.source)
     model = open_model(profile, Quiet(), device="cpu")
     table = lower_sampler(model, Quiet())
     counts = [budget for budget in request.budgets if isinstance(budget, int)]

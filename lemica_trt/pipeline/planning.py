@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from lemica_trt.budget import Afforded
 from lemica_trt.bundle import check_plan
 from lemica_trt.candidates import FittedPlan, Planner, Selection, SolverTable, Ways, candidates, select, way
 from lemica_trt.errors import InputError, UsageError
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.pipeline.work import Findings, Work, short, uncached_plan
-from lemica_trt.plan import StepPlan
+from lemica_trt.plan import StepPlan, guidance_range
 from lemica_trt.predicted import solve_predicted
 from lemica_trt.progress import Reporter
 from lemica_trt.provenance import Provenance
@@ -23,7 +25,7 @@ from lemica_trt.signed import AdjointProducts, signed_errors, solve_signed
 from lemica_trt.spec import GraphSet, Profile
 
 if TYPE_CHECKING:
-    from lemica_trt.calibrate import Fitter, Trials
+    from lemica_trt.calibrate import Fitter, Trials, Workers
     from lemica_trt.models import Model
 
 
@@ -127,7 +129,19 @@ def make_plans(
             selections.append(selection)
         else:
             plans.append(_best_before(several, before or {}))
-    return plans, tuple(selections)
+    return [_limited(plan, findings) for plan in plans], tuple(selections)
+
+
+def _limited(plan: StepPlan, findings: Findings) -> StepPlan:
+    """A plan that says for which guidance it holds; where its calibration was carried over, that limits it, too."""
+    ranges = [guidance_range(plan.guidance_scale)]
+    if findings.graph is not None and findings.graph.method == "retargeted" and findings.sensitivity is not None:
+        ranges.append(guidance_range(findings.sensitivity.guidance_scale))
+    known = [found for found in ranges if found is not None]
+    if plan.budget == plan.num_steps or not known:
+        return plan
+    low, high = max(low for low, _ in known), min(high for _, high in known)
+    return msgspec.structs.replace(plan, guidance_range=(low, high))
 
 
 def _full_steps(budget: int | Afforded) -> tuple[int, ...]:
@@ -215,6 +229,7 @@ class Judge:
         prompts: of the calibration.
         work: where finished runs are kept.
         fine: the sampler at M steps, where plans are held against that.
+        workers: run the plans; None: this process.
     """
 
     def __init__(
@@ -226,9 +241,11 @@ class Judge:
         reporter: Reporter,
         *,
         fine: SamplerTable | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self._open, self._table, self._prompts = model, table, prompts
         self._work, self._reporter, self._reference = work, reporter, fine or table
+        self._workers = workers
 
     def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
         """The best plan, see `candidates.select`."""
@@ -269,6 +286,7 @@ class Judge:
             seed=seed,
             journal=self._work.trials(digest),
             progress=self._reporter.advance,
+            workers=self._workers,
         )
         return run, self._work.frames(digest), settings.validation_samples
 

@@ -18,7 +18,7 @@ from lemica_trt.errors import InputError
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.plan import StepPlan
 from lemica_trt.progress import duration, size
-from lemica_trt.report.timeline import plan_table, timeline_text
+from lemica_trt.report.timeline import guidance_text, plan_table, timeline_text
 from lemica_trt.spec import GraphSet
 from lemica_trt.values import read_value
 
@@ -208,10 +208,14 @@ def front_table(rows: Sequence[FrontRow]) -> Table:
 
 def plans_table(plans: Sequence[StepPlan], *, title: str | None = None) -> Table:
     """Plans as timelines."""
-    made = table("plan", ">full steps", "method", "timeline", title=title)
+    made = table("plan", ">full steps", "method", "guidance", "timeline", title=title)
     for plan in sorted(plans, key=lambda plan: -plan.budget):
         made.add_row(
-            plan.name, f"{plan.budget}/{plan.num_steps}", plan.method, timeline_text(plan, width=plan.num_steps)
+            plan.name,
+            f"{plan.budget}/{plan.num_steps}",
+            plan.method,
+            guidance_text(plan),
+            timeline_text(plan, width=plan.num_steps),
         )
     return made
 
@@ -306,7 +310,11 @@ def _bundle_table(bundle: Bundle) -> RenderableType:
             "makes",
             f"{shape.frames} frames {shape.height}×{shape.width} at {shape.fps} fps, up to {shape.max_batch} at once",
         ),
-        ("sampling", f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}, {manifest.graphs.dtype}"),
+        (
+            "sampling",
+            f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}, {manifest.graphs.dtype}, "
+            f"sampler {bundle.plan().sampler_digest[:16]}",
+        ),
         ("engines", ", ".join(f"{e.key.backend} {e.key.version} {e.key.target}" for e in manifest.engines)),
         ("default plan", manifest.default_plan),
         ("size", f"{size(total)} in {len(manifest.files)} files"),
