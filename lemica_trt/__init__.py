@@ -9,6 +9,7 @@ plan that says when to call them. The rooms, each below those that it imports:
     text        what is done to a prompt before it is tokenised
     resources   what ships with the package: profiles, prompts, published schedules, the bundled models
     progress    what a running stage tells: a bar, lines, or nothing
+    quality     how alike two clips are: PSNR, SSIM, LPIPS
     sampler     SamplerTable: a sampler as a table of coefficients
     provenance  what a measurement was made on
     graph       ErrorGraph: what caching each segment costs
