@@ -22,7 +22,6 @@ plan that says when to call them. The rooms, each below those that it imports:
     sensitivity  Sensitivity: what of a calibration holds for other steps, shifts and guidance
     fold        StepPlan → StepPlan without the rows that run no graph
     candidates  the ways to spend a budget, and the choice between them by trial
-    quality     how alike two clips are: PSNR, SSIM, LPIPS
     models/     one small file a family: where the DiT's trunk begins and ends           torch, diffusers
     lower       diffusers scheduler → SamplerTable                                       torch, diffusers
     calibrate/  model, prompts → ErrorGraph, by replaying segments or by estimates       torch
