@@ -154,7 +154,7 @@ def test_a_bundle_gives_a_fitted_plan_only_where_it_has_it(built: Built, tmp_pat
 
     def replanned(schedule: list[int], reference_steps: int | None = None, **ways: Any) -> StepPlan:
         bundle, _ = pipeline.replan(
-            Bundle.open(copy), budgets=[], ways=Ways(method="given", **ways), schedule=schedule, default=None,
+            Bundle.open(copy), budgets=[BUDGET], ways=Ways(method="given", **ways), schedule=schedule, default=None,
             reporter=Quiet(), reference_steps=reference_steps,
         )  # fmt: skip
         return bundle.plan(f"b{BUDGET}")
