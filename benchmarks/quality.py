@@ -77,7 +77,8 @@ def ways(bundle: Bundle, model: Model, plan: StepPlan) -> dict[str, StepPlan]:
     graph = None
     if ERROR_GRAPH_FILE in bundle.manifest.files:
         graph = read_value(ErrorGraph, bundle.file(ERROR_GRAPH_FILE))
-    found = {f"**the plan** ({way(plan)})": plan}
+    held = f", held against {plan.reference_steps} steps" if plan.reference_steps else ""
+    found = {f"**the plan** ({way(plan)}{held})": plan}
     found |= {NAMES[name]: other for _, name, other in baselines(plan, model, graph)}
     for solver, name in SOLVERS.items():  # as a user changes the scheduler of a diffusers pipeline
         if solver is type(model.pipeline.scheduler):  # "the sampler, fewer steps"

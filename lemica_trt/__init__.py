@@ -15,8 +15,10 @@ plan that says when to call them. The rooms, each below those that it imports:
     grams       TrajectoryGrams: inner products of residuals and outputs along uncached runs
     schedule    ErrorGraph, B → Schedule, by lexicographic minimax path search
     signed      AdjointProducts, B → Schedule for extrapolated outputs, by signed errors
+    predicted   ErrorGraph, TrajectoryGrams, B → Schedule for predicted outputs, by what prediction leaves
     predict     Predictor, Schedule, TrajectoryGrams → Prediction: what a skipped step computes
     plan        Schedule, SamplerTable, Prediction → StepPlan
+    sensitivity  Sensitivity: what of a calibration holds for other steps, shifts and guidance
     fold        StepPlan → StepPlan without the rows that run no graph
     candidates  the ways to spend a budget, and the choice between them by trial
     models/     one small file a family: where the DiT's trunk begins and ends           torch, diffusers

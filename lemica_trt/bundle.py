@@ -58,9 +58,12 @@ UNLISTED = (REPORTS, CACHE)
 SAMPLER_FILE = "calibration/sampler.json"
 ERROR_GRAPH_FILE = "calibration/error_graph.json"
 GRAMS_FILE = "calibration/grams.json"
+SENSITIVITY_FILE = "calibration/sensitivity.json"
 SELECTION_FILE = "calibration/selection.json"
+REFERENCE_FILE = "calibration/reference.json"
 FRONT_FILE = "calibration/front.json"
-"""Where a bundle keeps what its plans were made from, so that `plan BUNDLE` can make others without PyTorch."""
+"""Where a bundle keeps what its plans were made from, so that `plan BUNDLE` can make others without PyTorch, and
+other builds can be calibrated from it."""
 
 VERIFY_REPORT = f"{REPORTS}/verify.json"
 STEP_TIMES = f"{REPORTS}/step_times.json"
@@ -414,11 +417,18 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
         default: the new default plan; None: as before.
 
     Raises:
-        InputError: a plan does not fit the graphs, or `default` is not there.
+        InputError: a plan does not fit the graphs, or is for another sampler, or `default` is not there.
         IntegrityError: the bundle is not whole.
     """
+    sampler = bundle.plan().sampler_digest
     for plan in plans:
         check_plan(plan, bundle.manifest.graphs)
+        if plan.sampler_digest != sampler:
+            raise InputError(
+                f"plan {plan.name}: expected a plan for the sampler {sampler[:12]}, got one for "
+                f"{plan.sampler_digest[:12]} ({plan.scheduler}, {plan.num_steps} steps)",
+                fix="build another bundle for it; `--calibration-from` saves most of the calibration",
+            )
     changed = {plan_path(plan.name): json_bytes(plan) for plan in plans}
     bundle.check()
     with _replacing(bundle.path) as (folder, staged):

@@ -2,9 +2,10 @@
 
 A way is a schedule, and what stands in for the steps that it skips:
 
-    schedule    minimax (LeMiCa), least sum, signed; equal distances or a published list where asked for
+    schedule    minimax (LeMiCa), least sum, signed, for predicted outputs; equal distances or a published list where
+                asked for
     skipped     residual reuse or prediction; output reuse or extrapolation, folded (`predict`, `fold`)
-    solver      nothing is skipped: a standard solver set to the schedule's own steps
+    solver      nothing is skipped: a standard solver set to the schedule's own steps, or one fitted for them
 
 Which is best depends on the model, and the errors that made a schedule do not tell: `auto` has all of them run whole,
 on prompts that fitted nothing, by successive halving – each round doubles the samples and halves the ways.
@@ -20,24 +21,28 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from lemica_trt.errors import UsageError
-from lemica_trt.fold import fold
+from lemica_trt.errors import UnsupportedError, UsageError
+from lemica_trt.fold import fold, integrate_finely
 from lemica_trt.grams import TrajectoryGrams
-from lemica_trt.plan import PlanRow, StepPlan, plan_from_schedule, plan_from_solver
+from lemica_trt.plan import FITTED, PlanRow, StepPlan, plan_from_schedule, plan_from_solver
 from lemica_trt.predict import Predictor, predict
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule
 from lemica_trt.values import Value, require, require_finite
 
-Planner = Literal["lemica", "least-sum", "signed", "uniform", "published", "given"]
+Planner = Literal["lemica", "least-sum", "signed", "predicted", "uniform", "published", "given"]
 Reuse = Literal["auto", "residual", "output", "none"]
 Predict = Literal["auto", "none", "linear", "lsq2", "lsq3"]
-Solver = Literal["first-order", "dpmsolver++", "unipc"]
+StockSolver = Literal["first-order", "dpmsolver++", "unipc"]
+Solver = Literal[StockSolver, "fitted"]
 
-SolverTable = Callable[[Schedule, Solver], SamplerTable]
+SolverTable = Callable[[Schedule, StockSolver], SamplerTable]
 """A solver set to the steps of a schedule: `lower.solver_table`."""
 
-SOLVERS: tuple[Solver, ...] = ("first-order", "dpmsolver++", "unipc")
+FittedPlan = Callable[[Schedule], StepPlan | None]
+"""The plan of the solver fitted for a schedule, None where there is none: `calibrate.Fitter`."""
+
+STOCK_SOLVERS: tuple[StockSolver, ...] = ("first-order", "dpmsolver++", "unipc")
 
 FIRST_ROUND = 4
 """Samples of the first round."""
@@ -88,10 +93,10 @@ class Ways(Value, frozen=True):
 
     @property
     def solvers(self) -> tuple[Solver, ...]:
-        """Solvers that may be set to the schedule's steps."""
+        """Solvers that may run the schedule's steps."""
         if self.paper or self.reuse in ("residual", "output") or self.predict not in (None, "auto"):
             return ()
-        return SOLVERS if self.solver is None or self.solver == "auto" else (self.solver,)
+        return (*STOCK_SOLVERS, "fitted") if self.solver is None or self.solver == "auto" else (self.solver,)
 
     @property
     def folds(self) -> bool:
@@ -111,7 +116,9 @@ class Ways(Value, frozen=True):
     @property
     def methods(self) -> tuple[Planner, ...]:
         """Ways to choose the steps."""
-        return ("lemica", "least-sum", "signed") if self.method is None or self.method == "auto" else (self.method,)
+        if self.method is None or self.method == "auto":
+            return ("lemica", "least-sum", "signed", "predicted")
+        return (self.method,)
 
 
 def way(plan: StepPlan) -> str:
@@ -152,9 +159,13 @@ def candidates(
     guidance_scale: float,
     grams: TrajectoryGrams | None = None,
     solver: SolverTable | None = None,
+    fitted: FittedPlan | None = None,
+    fine: SamplerTable | None = None,
     error_graph_digest: str | None = None,
 ) -> list[StepPlan]:
     """Plans of one budget, each a way; of equal plans the first.
+
+    Fitting costs runs of the plan: of several methods only one has its schedules fitted, `predicted` where it is there.
 
     Args:
         ways: what is allowed.
@@ -163,16 +174,29 @@ def candidates(
         name, guidance_scale, error_graph_digest: of the plans.
         grams: for fitted predictors; None: those are left out, unless they alone are allowed.
         solver: makes the tables of planned solvers; None: they are left out.
+        fitted: makes the plans of fitted solvers; None: they are left out.
+        fine: the same sampler at more steps, where the plans are held against that: output predictors that are not
+            fitted are integrated on it (see `fold.integrate_finely`).
 
     Raises:
         UsageError: nothing that is allowed is left.
-        UsageError, InputError, UnsupportedError: as `predict`, where a recipe was asked for by name.
+        UsageError, InputError, UnsupportedError: as `predict` and `integrate_finely`, where a recipe was asked for by
+            name.
     """
+    if ways.solver == FITTED and table.stochastic:
+        raise UnsupportedError(
+            f"{table.scheduler} draws noise at each step: a solver can be fitted to one path only",
+            fix="use a deterministic sampler (--scheduler), or leave --solver out",
+        )
     found: dict[tuple[PlanRow, ...], StepPlan] = {}
+    common: dict[str, Any] = {
+        "name": name,
+        "error_graph_digest": error_graph_digest,
+        "reference_steps": None if fine is None else fine.num_steps,
+    }
 
     def add(method: Planner, plan: StepPlan) -> None:
-        plan = msgspec.structs.replace(plan, name=name, method=method, error_graph_digest=error_graph_digest)
-        found.setdefault(plan.rows, plan)
+        found.setdefault(plan.rows, msgspec.structs.replace(plan, method=method, **common))
 
     unnamed: dict[str, Any] = {"name": name, "guidance_scale": guidance_scale, "method": ""}
     for method, chosen in schedules.items():
@@ -181,11 +205,23 @@ def candidates(
                 add(method, plan_from_schedule(schedule, table, **unnamed))
                 continue
             for predictor in predictors(ways, table, grams):
+                if method == "predicted" and predictor.of == "residual" and ways.method != method:
+                    continue  # its steps were planned for outputs
+                if fine is not None and predictor.of == "output" and not predictor.fitted:
+                    add(method, integrate_finely(schedule, table, fine, predictor, **unnamed))
+                    continue
                 prediction = predict(predictor, schedule, table, grams=grams)
                 add(method, fold(plan_from_schedule(schedule, table, prediction=prediction, **unnamed)))
             if solver is not None and table.levels is not None:
-                for kind in ways.solvers:
-                    add(method, plan_from_solver(schedule, table, solver(schedule, kind), **unnamed))
+                for kind in STOCK_SOLVERS:
+                    if kind in ways.solvers:
+                        add(method, plan_from_solver(schedule, table, solver(schedule, kind), **unnamed))
+    if fitted is not None and FITTED in ways.solvers and not table.stochastic:
+        method = "predicted" if "predicted" in schedules else next(iter(schedules))
+        plans = [fitted(schedule) for schedule in schedules[method] if schedule.budget < schedule.num_steps]
+        for plan in plans:
+            if plan is not None:
+                add(method, plan)
     if not found:
         raise UsageError(
             "no way to make a plan is left by --method, --reuse, --predict and --solver together",

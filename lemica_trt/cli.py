@@ -128,6 +128,7 @@ _model = _options(
     click.option("--denoising-steps", type=int, metavar="N", help="Sampling steps of the uncached model."),
     click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1 or less: one branch only."),
     click.option("--scheduler", metavar="CLASS", help="diffusers scheduler class instead of the pipeline's own."),
+    click.option("--flow-shift", type=float, help="Shift of the sigmas of a flow-matching scheduler."),
     click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Precision of the DiT."),
     click.option("--frames", type=int, help="Video frames."),
     click.option("--height", type=int, help="Pixels."),
@@ -186,6 +187,11 @@ _calibration = _options(
         type=click.Path(dir_okay=False, path_type=Path),
         help="Calibration prompts, one a line, instead of the profile's.",
     ),
+    click.option("--calibration-from", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
+                 help="Carry over the calibration of a bundle or work folder of this model, made by secant for other "
+                 "steps, shift or guidance: one sampling a sample."),
+    click.option("--ray", metavar="ADDRESS",
+                 help="Calibrate on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT, as ray.init has it."),
 )  # fmt: skip
 
 _planning = _options(
@@ -201,15 +207,20 @@ _planning = _options(
                  "calibration has not seen."),
     click.option("--pareto", is_flag=True,
                  help="Also look at budgets all along: quality and speed-up of each, as a table and a plot."),
-    click.option("--method", type=click.Choice(["auto", "lemica", "least-sum", "signed", "uniform", "published"]),
+    click.option("--method",
+                 type=click.Choice(["auto", "lemica", "least-sum", "signed", "predicted", "uniform", "published"]),
                  help="How the full steps are chosen; a method alone means the paper's residual reuse  "
                  "[default: auto: whatever does best in a trial]"),
     click.option("--reuse", type=click.Choice(["auto", "residual", "output", "none"]),
                  help="What a skipped step takes from full ones."),
     click.option("--predict", type=click.Choice(["auto", "none", "linear", "lsq2", "lsq3"]),
                  help="How: the last one as it is, extrapolated, or by least squares on the last two or three."),
-    click.option("--solver", type=click.Choice(["auto", "first-order", "dpmsolver++", "unipc"]),
-                 help="Skip nothing: a standard solver set to the full steps (with --reuse none)."),
+    click.option("--solver", type=click.Choice(["auto", "first-order", "dpmsolver++", "unipc", "fitted"]),
+                 help="Skip nothing: a standard solver set to the full steps, or one fitted to the model for them "
+                 "(with --reuse none)."),
+    click.option("--reference-steps", type=click.IntRange(1), metavar="M",
+                 help="Hold plans against the sampler with M steps: fit, integrate, choose and verify by that  "
+                 "[default: its own N]"),
     click.option("--schedule", type=Integers(), metavar="STEP,STEP,…",
                  help="Full steps as given; nothing is calibrated."),
 )  # fmt: skip
@@ -244,11 +255,14 @@ def build(
     reuse: Any,
     predict: Any,
     solver: Any,
+    reference_steps: int | None,
     schedule: tuple[int, ...] | None,
     error_graph: Path | None,
+    calibration_from: Path | None,
     prompts: Path | None,
     backends: tuple[str, ...],
     device: str | None,
+    ray: str | None,
     verify_samples: int,
     output: Path | None,
     repository: Path | None,
@@ -266,9 +280,10 @@ def build(
     from lemica_trt import pipeline
     from lemica_trt.report import summary
 
-    calibration = ("samples", "max_skip", "seed", "prompts")
+    calibration = ("samples", "max_skip", "seed", "prompts", "calibration", "calibration_from")
     _refuse_unused("schedule", *BUDGETS, "pareto", "method", "error_graph", *calibration)
     _refuse_unused("error_graph", *calibration)
+    _refuse_unused("calibration_from", "calibration", "samples", "seed")
     profile = _profile(model, weights, overrides)
     output = output or Path("out") / profile.name
     request = pipeline.Request(
@@ -277,11 +292,14 @@ def build(
         ways=_ways(method, reuse, predict, solver, schedule),
         schedule=schedule,
         error_graph=None if error_graph is None else str(error_graph),
+        calibration_from=None if calibration_from is None else str(calibration_from),
         prompts=None if prompts is None else str(prompts),
         device=device,
+        ray=ray,
         backends=backends,
         options=_builder_options(overrides),
         verify_samples=verify_samples,
+        reference_steps=reference_steps,
     )
     if dry_run:
         steps = pipeline.dry_run(profile, output, request)
@@ -414,7 +432,8 @@ def _print(result: Any, as_json: bool, table: Callable[[Any], Any]) -> None:
 @_options(click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Work folder."))
 @_common
 def calibrate(
-    model: str | None, weights: str | None, prompts: Path | None, device: str | None, output: Path,
+    model: str | None, weights: str | None, prompts: Path | None, device: str | None, ray: str | None,
+    calibration_from: Path | None, output: Path,
     as_json: bool, quiet: bool, debug: bool, **overrides: Any,
 ) -> None:  # fmt: skip
     """Measure the error graph: OUTPUT/error_graph.json, beside the sampler and the profile that it belongs to.
@@ -424,8 +443,9 @@ def calibrate(
     from lemica_trt import pipeline
     from lemica_trt.report import summary
 
+    _refuse_unused("calibration_from", "calibration", "samples", "seed")
     profile, work = _profile(model, weights, overrides), pipeline.Work(output)
-    graph = pipeline.calibrate_stage(profile, work, prompts, device, _reporter(quiet or as_json))
+    graph = pipeline.calibrate_stage(profile, work, prompts, device, ray, calibration_from, _reporter(quiet or as_json))
     _print({"error_graph": str(pipeline.Work(output).error_graph), "samples": graph.samples, "edges": len(graph.edges)},
            as_json, lambda _: summary.error_graph_table(graph))  # fmt: skip
 
@@ -440,7 +460,7 @@ def calibrate(
 def plan(
     target: Path, budgets: tuple[int, ...], speedups: tuple[Any, ...] | None, latencies: tuple[Any, ...] | None,
     min_psnrs: tuple[Any, ...] | None, pareto: bool, method: Any, reuse: Any, predict: Any, solver: Any,
-    schedule: tuple[int, ...] | None, default: str | None,
+    reference_steps: int | None, schedule: tuple[int, ...] | None, default: str | None,
     as_json: bool, quiet: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Make plans for TARGET, a work folder or a finished bundle, from its error graph: no PyTorch, one second.
@@ -458,7 +478,8 @@ def plan(
         schedule=schedule,
         default=default,
         pareto=pareto,
-        reporter=_reporter(True),
+        reporter=_reporter(quiet or as_json),
+        reference_steps=reference_steps,
     )
     _print(made, as_json, lambda _: summary.with_answers(summary.plans_table(made.plans), made.answers, made.front))
 

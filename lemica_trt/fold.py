@@ -103,20 +103,12 @@ def integrate_finely(
         predictor: of outputs, not fitted: there are no measurements between the N steps.
 
     Raises:
-        UsageError: M ≤ N; two full steps have one nearest fine timestep; a predictor of residuals or a fitted one; a
-            sampler that draws noise, whose every step belongs to its own path.
+        UsageError: a predictor of residuals or a fitted one; as `nearest_steps`.
     """
     if predictor.of != "output" or predictor.fitted:
         raise UsageError(f"a finer grid needs predicted outputs and no fit, got {predictor.name}")
-    if fine.stochastic:
-        raise UsageError(f"{fine.scheduler} draws noise at each step: a finer grid is another path, not a better one")
-    steps = _nearest(schedule, table, fine)
-    if fine.num_steps <= table.num_steps or len(set(steps)) < schedule.budget:
-        raise UsageError(
-            f"expected more reference steps than {table.num_steps}, the full steps apart, got {fine.num_steps}",
-            fix="use a multiple of the sampler's steps, 4 times as many say",
-        )
-    finely = Schedule(num_steps=fine.num_steps, full_steps=steps)
+    nearest = nearest_steps(table, fine)
+    finely = Schedule(num_steps=fine.num_steps, full_steps=tuple(nearest[f] for f in schedule.full_steps))
     plan = plan_from_schedule(
         finely,
         fine,
@@ -130,11 +122,24 @@ def integrate_finely(
     return relabelled(folded, schedule, table)
 
 
-def _nearest(schedule: Schedule, table: SamplerTable, fine: SamplerTable) -> tuple[int, ...]:
-    """The fine steps nearest in timestep to the full ones; the first stays the first, where the noise comes in."""
+def nearest_steps(table: SamplerTable, fine: SamplerTable) -> tuple[int, ...]:
+    """The step of a sampler with more steps that is nearest in timestep to each of N; the first stays the first, where
+    the noise comes in.
+
+    Raises:
+        UsageError: fine steps are no more than N, or two of the N have one nearest among them; the sampler draws noise,
+            so that its every step belongs to a path of its own.
+    """
+    if fine.stochastic:
+        raise UsageError(f"{fine.scheduler} draws noise at each step: a finer grid is another path, not a better one")
     there = np.array(fine.timesteps)
-    found = [int(np.abs(there - table.timesteps[f]).argmin()) for f in schedule.full_steps[1:]]
-    return (0, *found)
+    found = (0, *(int(np.abs(there - timestep).argmin()) for timestep in table.timesteps[1:]))
+    if fine.num_steps <= table.num_steps or len(set(found)) < len(found):
+        raise UsageError(
+            f"expected more reference steps than {table.num_steps}, all of these apart, got {fine.num_steps}",
+            fix="use a multiple of the sampler's steps, 4 times as many say",
+        )
+    return found
 
 
 def _shortest(k: int, updates: Sequence[Array], count: int, draws: npt.NDArray[np.int64]) -> Array:

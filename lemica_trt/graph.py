@@ -58,7 +58,8 @@ class ErrorGraph(Provenance, frozen=True, kw_only=True):
         max_skip: K, the most steps that one segment skips (j − i − 1 ≤ K).
         samples: number of (prompt, seed) pairs; model, sampler and prompts as in `Provenance`.
         metric: `l1` (eq. 4).
-        method: how the edges were obtained: `exact` = replayed one by one; `secant`, `adjoint` = estimated.
+        method: how the edges were obtained: `exact` = replayed one by one; `secant`, `adjoint` = estimated;
+            `retargeted` = estimated with the sensitivities of another calibration.
         samplings: evaluations of the DiT that one sample took, counted, in uncached samplings; absent where exact
             (there it follows from N and K, see `calibrate.cost`).
         edges: sorted by (start, stop).

@@ -12,7 +12,7 @@ from lemica_trt.values import Value, require, require_finite
 DType = Literal["fp32", "fp16", "bf16"]
 """Precision of a network, by the names that trtexec and Polygraphy use."""
 
-CalibrationMethod = Literal["exact", "secant", "adjoint"]
+CalibrationMethod = Literal["exact", "secant", "adjoint", "retargeted"]
 """How the weights of the error graph are obtained, see `lemica_trt.calibrate`."""
 
 TensorDType = Literal["fp32", "fp16", "bf16", "int64", "int32", "uint8"]
@@ -49,6 +49,7 @@ class Sampling(Value, frozen=True):
         guidance_scale: classifier-free guidance g; 1 or less: no unconditional branch at all.
         dynamic_guidance: diffusers' `use_dynamic_cfg` of CogVideoX.
         scheduler: diffusers scheduler class to use instead of the pipeline's own; made from its config.
+        flow_shift: shift of the sigmas instead of the scheduler's own; of schedulers for flow matching.
         negative_prompt: default negative prompt.
     """
 
@@ -56,9 +57,13 @@ class Sampling(Value, frozen=True):
     guidance_scale: float = 6.0
     dynamic_guidance: bool = False
     scheduler: str | None = None
+    flow_shift: float | None = None
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
+        if self.flow_shift is not None:
+            require_finite((self.flow_shift,), "flow_shift")
+            require(self.flow_shift > 0, f"flow_shift must be above 0, got {self.flow_shift}")
         require(self.steps >= 2, f"steps must be at least 2, got {self.steps}")
         require_finite((self.guidance_scale,), "guidance_scale")
 

@@ -3,9 +3,9 @@
     graphs      each graph on its engine against the torch module that it was exported from
     agreement   whole runs: the uncached plan against the diffusers pipeline itself, each plan against the same plan
                 in PyTorch, from the same noise
-    quality     each plan on held-out prompts against the uncached run: PSNR, SSIM, LPIPS where its weights are –
-                beside other ways of spending the same budget: LeMiCa as the paper has it, full steps at equal
-                distances, simply fewer sampling steps
+    quality     each plan on held-out prompts against the uncached run, or the M steps that it is held against: PSNR,
+                SSIM, LPIPS where its weights are – beside other ways of spending the same budget: LeMiCa as the paper
+                has it, full steps at equal distances, simply fewer sampling steps
     timing      a full step, a skipped step, each whole plan, and what a plan costs beyond its steps
 
 The bundle's plans go through the deployed runtime, what they are compared with through PyTorch, whose graphs take any
@@ -109,6 +109,7 @@ class Quality(Value, frozen=True):
         psnr_p5, ssim_p5: 5th percentile over clips.
         lpips: mean over clips; None where the lpips package or its weights are not here.
         each_psnr: one a clip, so that two ways can be compared clip by clip.
+        reference_steps: M, where this is against the sampler with M steps; None: against the uncached plan.
     """
 
     plan: str
@@ -120,6 +121,7 @@ class Quality(Value, frozen=True):
     ssim_p5: float
     lpips: float | None
     each_psnr: tuple[float, ...]
+    reference_steps: int | None = None
 
 
 class Clip(NamedTuple):
@@ -127,7 +129,7 @@ class Clip(NamedTuple):
 
     Attributes:
         prompt: of both.
-        uncached: by the uncached plan.
+        uncached: by the uncached plan, or the M steps that the default plan is held against.
         plan: by the bundle's default plan.
     """
 
@@ -369,6 +371,8 @@ def _measure_quality(
         graph = read_value(ErrorGraph, bundle.file(ERROR_GRAPH_FILE))
     ways = [way for plan in cached for way in [(plan.name, PLAN, plan), *baselines(plan, model, graph)]]
     default = bundle.plan()
+    against = {plan.name: plan.reference_steps for plan in cached}
+    fine = {steps: _every_step(model, steps, uncached.guidance_scale) for steps in against.values() if steps}
     clips: list[Clip] = []
     scores: list[list[tuple[float, float, float | None]]] = [[] for _ in ways]
     for done, (prompt, seed) in enumerate(requests):
@@ -382,14 +386,27 @@ def _measure_quality(
         def baseline(plan: StepPlan, embeds: torch.Tensor = torch_embeds, seed: int = seed) -> Array:
             return pipe.decode(_run(model, plan, embeds, seed))
 
-        reference = deployed(uncached)
-        for (_, way, plan), found in zip(ways, scores):
-            clip = deployed(plan) if way == PLAN else baseline(plan)
+        references = {steps: baseline(other) for steps, other in fine.items()} | {None: deployed(uncached)}
+        for (name, way, plan), found in zip(ways, scores):
+            clip, reference = deployed(plan) if way == PLAN else baseline(plan), references[against[name]]
             if way == PLAN and plan.name == default.name and len(clips) < CLIPS:
                 clips.append(Clip(prompt, reference, clip))
             found.append((psnr(clip, reference), ssim(clip, reference), lpips(clip, reference)))
         reporter.advance(done + 1, len(requests))
-    return [_quality(name, way, plan.budget, found) for (name, way, plan), found in zip(ways, scores)], clips
+    found_of = zip(ways, scores)
+    return [_quality(name, way, plan.budget, found, against[name]) for (name, way, plan), found in found_of], clips
+
+
+def _every_step(model: Model, steps: int, guidance_scale: float) -> StepPlan:
+    """The sampler with so many steps, all of them in full."""
+    table = sampler_table(model.scheduler(steps), dynamic_guidance=model.profile.sampling.dynamic_guidance)
+    return plan_from_schedule(
+        uniform(table.num_steps, table.num_steps),
+        table,
+        name="reference",
+        guidance_scale=guidance_scale,
+        method="none",
+    )
 
 
 def _run(model: Model, plan: StepPlan, embeds: torch.Tensor, seed: int) -> Array:
@@ -399,7 +416,9 @@ def _run(model: Model, plan: StepPlan, embeds: torch.Tensor, seed: int) -> Array
     return result
 
 
-def _quality(name: str, way: str, budget: int, scores: list[tuple[float, float, float | None]]) -> Quality:
+def _quality(
+    name: str, way: str, budget: int, scores: list[tuple[float, float, float | None]], reference_steps: int | None
+) -> Quality:
     psnrs, ssims, perceptual = zip(*scores)
     measured = [value for value in perceptual if value is not None]
     return Quality(
@@ -412,6 +431,7 @@ def _quality(name: str, way: str, budget: int, scores: list[tuple[float, float, 
         ssim_p5=float(np.percentile(ssims, 5)),
         lpips=float(np.mean(measured)) if measured else None,
         each_psnr=psnrs,
+        reference_steps=reference_steps,
     )
 
 

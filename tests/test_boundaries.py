@@ -27,6 +27,7 @@ HEAVY = {
     "av",
     "PIL",
     "tokenizers",
+    "ray",
 }
 HEAVY |= {
     "matplotlib",
@@ -56,6 +57,7 @@ LIGHT = [
     "lemica_trt.plan",
     "lemica_trt.fold",
     "lemica_trt.candidates",
+    "lemica_trt.sensitivity",
     "lemica_trt.builders",
     "lemica_trt.builders.onnxruntime",
     "lemica_trt.builders.tensorrt",

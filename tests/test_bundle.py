@@ -396,6 +396,9 @@ def test_add_plan(bundle: Bundle) -> None:
     assert add_plan(more, default="fast").manifest.default_plan == "fast"
     with pytest.raises(InputError, match="default_plan must be one of plans"):
         add_plan(more, default="none")
+    stranger = msgspec.structs.replace(plan_of("fast"), sampler_digest="1" * 64)
+    with pytest.raises(InputError, match="plan fast: expected a plan for the sampler 000000000000, got one for 1111"):
+        add_plan(more, stranger)
     assert names_in(bundle.path.parent) == ["b"]
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from test_fold import flow_table
 from test_predict import grams_of, samples_of
 
 from lemica_trt.candidates import PAPER, Ways, candidates, predictors, select, trial_runs, way
-from lemica_trt.errors import UsageError
+from lemica_trt.errors import UnsupportedError, UsageError
 from lemica_trt.grams import TrajectoryGrams
-from lemica_trt.plan import StepPlan
+from lemica_trt.plan import FITTED, StepPlan, plan_from_solver
 from lemica_trt.sampler import SamplerTable, first_order_table
 from lemica_trt.schedule import Schedule
 
@@ -75,7 +76,8 @@ def test_auto_is_everything_that_can_be_fitted() -> None:
     assert len(with_grams) == 11 and without == {
         name for name in with_grams if "lsq" not in name and "gains" not in name
     }
-    assert len(Ways().solvers) == 3 and Ways(method="auto").methods == ("lemica", "least-sum", "signed")
+    assert Ways().solvers == ("first-order", "dpmsolver++", "unipc", "fitted")
+    assert Ways(method="auto").methods == ("lemica", "least-sum", "signed", "predicted")
     assert Ways(method="lemica").solvers == () and Ways(reuse="none", solver="unipc").solvers == ("unipc",)
 
 
@@ -121,6 +123,55 @@ def test_what_leaves_no_way_is_refused() -> None:
         made(Ways(solver="unipc"), solver=None)
     with pytest.raises(UsageError, match="needs the Grams"):
         made(Ways(predict="lsq2", reuse="output"), grams=None)
+
+
+# --- fitted solvers, and a reference of more steps -----------------------------------------------------------------
+
+
+def fitted(schedule: Schedule) -> StepPlan:
+    """Some plan that no other way makes."""
+    table = first_order_table(TABLE, schedule.full_steps)
+    plan = plan_from_solver(schedule, TABLE, table, name="f", guidance_scale=4.0, method="")
+    rows = [*plan.rows[:-1], msgspec.structs.replace(plan.rows[-1], outputs=(0.25, 0.5))]
+    return msgspec.structs.replace(plan, rows=tuple(rows), scheduler=FITTED)
+
+
+def test_one_method_has_its_schedules_fitted() -> None:
+    """The one that plans for it where it is there; else the first."""
+    asked: list[Schedule] = []
+
+    def fit(schedule: Schedule) -> StepPlan:
+        asked.append(schedule)
+        return fitted(schedule)
+
+    common: dict[str, Any] = {"name": "b4", "guidance_scale": 4.0, "grams": grams(), "fitted": fit}
+    plans = candidates(Ways(), {"lemica": [SCHEDULE], "predicted": [OTHER]}, TABLE, **common)
+    assert asked == [OTHER] and [way(plan) for plan in plans][-1] == "predicted, fitted"
+    (plan,) = candidates(Ways(solver="fitted"), {"lemica": [SCHEDULE], "least-sum": [OTHER]}, TABLE, **common)
+    assert asked == [OTHER, SCHEDULE] and (plan.method, plan.name, way(plan)) == ("lemica", "b4", "lemica, fitted")
+    for ways in (Ways(method="lemica"), Ways(reuse="output"), Ways(predict="lsq2"), Ways(solver="unipc")):
+        candidates(ways, {"lemica": [SCHEDULE]}, TABLE, **common, solver=solver)
+    assert len(asked) == 2
+    with pytest.raises(UsageError, match="no way"):
+        candidates(Ways(solver="fitted"), {"lemica": [SCHEDULE]}, TABLE, **common | {"fitted": lambda _: None})
+    noisy = msgspec.structs.replace(
+        TABLE, rows=tuple(msgspec.structs.replace(row, noise=0.1) if i else row for i, row in enumerate(TABLE.rows))
+    )
+    common["grams"] = None
+    with pytest.raises(UnsupportedError, match="one path only"):
+        candidates(Ways(solver="fitted"), {"lemica": [SCHEDULE]}, noisy, **common)
+    assert all(plan.scheduler != FITTED for plan in candidates(Ways(), {"lemica": [SCHEDULE]}, noisy, **common))
+
+
+def test_plans_held_against_more_steps_say_so_and_are_integrated_on_them() -> None:
+    fine = flow_table(4 * N)
+    plain = {way(plan): plan for plan in made(Ways(), fitted=fitted)}
+    finely = {way(plan): plan for plan in made(Ways(), fitted=fitted, fine=fine)}
+    assert {plan.reference_steps for plan in plain.values()} == {None}
+    assert {plan.reference_steps for plan in finely.values()} == {4 * N} and finely.keys() >= plain.keys()
+    moved = {name for name in plain if finely[name].rows != plain[name].rows}
+    assert moved - {"lemica, output-reuse"} == {f"lemica, output-linear{variable}" for variable in ("", "-log-snr")}
+    assert all(plan.full_steps == SCHEDULE.full_steps for plan in finely.values())
 
 
 # --- the choice ----------------------------------------------------------------------------------------------------

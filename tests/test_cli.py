@@ -128,7 +128,7 @@ def test_cheap_calibration_says_what_it_costs_before_and_after(tmp_path: Path) -
     assert read_value(ErrorGraph, work / "error_graph.json").method == "adjoint"
     assert lemica("plan", work, "--budget", "4").returncode == 0
     (selection,) = read_value(Selections, work / "selection.json").selections
-    assert {tried.way.split(",")[0] for tried in selection.tried} == {"lemica", "least-sum", "signed"}
+    assert {tried.way.split(",")[0] for tried in selection.tried} == {"lemica", "least-sum", "signed", "predicted"}
     assert selection.samples == 2 and len(selection.tried) > 20
     done = lemica(
         "build", *SMALL, "--budget", "4", "--calibration", "adjoint", "--output", tmp_path / "b", "--dry-run", "--json"
@@ -185,7 +185,7 @@ def test_dry_run_does_nothing(tmp_path: Path) -> None:
     done = lemica("build", *SMALL, "--budget", "4", "--output", tmp_path / "bundle", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     stages = {stage["name"]: stage for stage in json.loads(done.stdout)}
-    assert list(stages) == ["calibrate", "select", "plan", "export", "engine", "bundle", "verify"]
+    assert list(stages) == ["calibrate", "fit", "select", "plan", "export", "engine", "bundle", "verify"]
     assert stages["calibrate"]["seconds"] > 0 and stages["export"]["disk"] > 1_000_000
     assert list(tmp_path.iterdir()) == []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,16 +12,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tiny
+from rich.console import Console
 
 from lemica_trt import pipeline
 from lemica_trt.bundle import Bundle
-from lemica_trt.errors import InputError
+from lemica_trt.candidates import Ways
+from lemica_trt.errors import InputError, UsageError
 from lemica_trt.fold import fold
 from lemica_trt.lower import solver_table
 from lemica_trt.models import Model, denoise
 from lemica_trt.plan import StepPlan, layout_from_plans, plan_from_schedule, plan_from_solver
 from lemica_trt.predict import LEMICA, Predictor, predict
 from lemica_trt.progress import Quiet
+from lemica_trt.report.summary import agreement_text
 from lemica_trt.runtime.denoise import RowDone
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import given, uniform
@@ -37,7 +42,8 @@ STEPS, BUDGET = 8, 3
 
 
 class Built(NamedTuple):
-    """A bundle of the random tiny CogVideoX, with a folded plan, a planned solver and the uncached plan."""
+    """A bundle of the random tiny CogVideoX, with a folded plan, a planned and a fitted solver, and the uncached plan;
+    the fitted one is held against twice the steps."""
 
     model: Model
     table: SamplerTable
@@ -59,16 +65,29 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     work, g = pipeline.Work(folder / "work"), model.profile.sampling.guidance_scale
     schedule = given([0, 2, 5], STEPS)
     solver = solver_table(table, schedule.full_steps, "dpmsolver++")
+    fine = pipeline.reference_sampler(model, table, 2 * STEPS)
+    assert fine is not None
+    fitted = pipeline.fitter(lambda: model, table, ["a cat", "a dog"], work, Quiet(), fine=fine)
+    assert fitted is not None
     plans = [
         fold(uniform_plan(table, LINEAR, name=f"b{BUDGET}")),
         plan_from_solver(schedule, table, solver, name="planned", guidance_scale=g, method="given"),
+        msgspec.structs.replace(fitted(schedule), name="fitted", method="given"),
         pipeline.uncached_plan(table, guidance_scale=g),
     ]
     layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=True)
     exported = pipeline.export(model, layout, work, Quiet())
     engines = pipeline.engines(exported.graphs, work.export, work, ["onnxruntime"], {}, Quiet())
     bundle = pipeline.assemble(
-        model.profile, table, pipeline.Findings(), plans, exported, engines, work, folder / "bundle", Quiet()
+        model.profile,
+        table,
+        pipeline.Findings(reference=fine),
+        plans,
+        exported,
+        engines,
+        work,
+        folder / "bundle",
+        Quiet(),
     )
     return Built(model, table, bundle)
 
@@ -101,8 +120,15 @@ def test_the_bundle_verifies(built: Built) -> None:
     report = pipeline.verify_bundle(built.bundle, built.model, 1, Quiet())
     ways = {(quality.plan, quality.way) for quality in report.quality}
     assert {(f"b{BUDGET}", way) for way in ("plan", "uniform", "fewer-steps")} <= ways
+    assert {(quality.plan, quality.reference_steps) for quality in report.quality} == {
+        (f"b{BUDGET}", None), ("planned", None), ("fitted", 2 * STEPS),
+    }  # fmt: skip
+    said = io.StringIO()
+    Console(file=said, width=300).print(agreement_text(report))
+    assert "against the uncached run, fitted against 16 steps" in said.getvalue()
     assert {(run.plan, run.against) for run in report.agreement} == {
-        (f"b{BUDGET}", "torch"), ("planned", "torch"), ("uncached", "torch"), ("uncached", "diffusers"),
+        (f"b{BUDGET}", "torch"), ("planned", "torch"), ("fitted", "torch"),
+        ("uncached", "torch"), ("uncached", "diffusers"),
     }  # fmt: skip
 
 
@@ -120,6 +146,28 @@ def test_runtime_oracle_and_unfolded_plan_agree(built: Built) -> None:
     found = built.bundle.pipeline().latents(model.embed(["a cat"]).numpy(), start, plan=folded)
     for latents in (found, oracle(model, folded, 5)):
         assert np.abs(latents - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_bundle_gives_a_fitted_plan_only_where_it_has_it(built: Built, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(built.bundle.path, copy)
+
+    def replanned(schedule: list[int], reference_steps: int | None = None, **ways: Any) -> StepPlan:
+        bundle, _ = pipeline.replan(
+            Bundle.open(copy), budgets=[], ways=Ways(method="given", **ways), schedule=schedule, default=None,
+            reporter=Quiet(), reference_steps=reference_steps,
+        )  # fmt: skip
+        return bundle.plan(f"b{BUDGET}")
+
+    found = replanned([0, 2, 5], solver="fitted")
+    assert found.rows == built.bundle.plan("fitted").rows and found.reference_steps == 2 * STEPS
+    for arguments in ({"schedule": [0, 2, 6]}, {"schedule": [0, 2, 5], "reference_steps": STEPS}):
+        with pytest.raises(UsageError, match="3 full steps is fitted to the model, and the bundle has none"):
+            replanned(solver="fitted", **arguments)
+    with pytest.raises(UsageError, match="expected 8 or 16, which the bundle knows, got 32"):
+        replanned([0, 2, 5], 32, reuse="output", predict="none")
+    finely, plainly = (replanned([0, 2, 5], steps, reuse="output", predict="none") for steps in (None, STEPS))
+    assert (finely.reference_steps, plainly.reference_steps) == (2 * STEPS, None) and finely.rows != plainly.rows
 
 
 def test_one_seed_is_one_video_under_a_sampler_that_draws(tmp_path: Path) -> None:

@@ -356,7 +356,9 @@ def changed_row(index: int, **changes: Any) -> tuple[PlanRow, ...]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format_version": 1}, "format_version must be 2"),
+        ({"format_version": 2}, "format_version must be 3, got 2"),
+        ({"guidance_range": (0.0, 0.5)}, "guidance_range must hold guidance_scale"),
+        ({"guidance_range": (-math.inf, 9.0)}, "guidance_range.*must be finite"),
         ({"rows": changed_row(1, draws=1, noise=(1.0, 1.0))}, r"rows\[1\]\.noise: 2 given, 1 draws until there"),
         ({"name": "../x"}, r"name must be letters, digits, - and _, got '\.\./x'"),
         ({"name": ""}, "name must be letters"),

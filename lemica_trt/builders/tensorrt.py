@@ -70,10 +70,10 @@ CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT for RTX 1.7 builds for (`ComputeCapability`)."""
 
 PROCESS_MEMORY = 300_000_000
-MEMORY_PER_BYTE = 3.2
+MEMORY_PER_BYTE = 1.5
 SECONDS_PER_BYTE = 14e-9
-"""Host memory and time by bytes of graph, measured with TensorRT for RTX 1.7 on a CogVideoX-2B of random weights in
-fp16 (benchmarks/engine_build.py): 3.7 GB take 11.6 GB, and 47 s on an idle machine."""
+"""Host memory and time by bytes of graph, measured with TensorRT for RTX 1.7 on blocks of a CogVideoX-5B in bf16: six,
+1.6 GB, take 2.4 GB and 16 s on an idle machine; 42 of repeating weights, 4.4 GB in the engine, take 7.7 GB."""
 
 _COMMON: dict[str, Option] = {
     "builder_optimization_level": 3,

@@ -12,6 +12,9 @@ them interpolated in log c over j. What ε is depends on the method:
     adjoint   ε_ij = (mean over R probes v of ⟨J_{j→N}ᵀ·v, Δ_ij⟩²/n)^½: the RMS of the linearised change of x_N,
               v random signs (`adjoint`); c_j makes L2 to L1, and what is not linear
 
+Retargeted: ε as in secant, on another grid or at another guidance; c from a calibration by secant that there is
+(`lemica_trt.sensitivity`), so that nothing is rolled out.
+
 All chains run beside the one uncached run (`Sample.trace`). A piece of work is one sample; it depends on nothing else.
 
 Held for a sample, in units of one latent and one residual (for CogVideoX-2B 4.5 MB in fp32 and 135 MB in bf16): on the
@@ -22,11 +25,9 @@ and, under adjoint, K·N latents.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping, Sequence
-from itertools import chain as chained
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,27 +35,31 @@ import torch
 from torch import Tensor
 
 from lemica_trt.calibrate.adjoint import impulses, sample_adjoints
+from lemica_trt.calibrate.inner_products import inner_products, matrix, some_tokens
 from lemica_trt.calibrate.journal import CheapMeasurement, Journal, Piece
 from lemica_trt.calibrate.measure import (
     Cost,
-    Progress,
     edge_error,
     error_graph,
     measurement_fields,
     provenance,
     require_measurable,
+    trajectory_grams,
     usual_batch,
 )
 from lemica_trt.calibrate.replay import Run, Stepper, distance
-from lemica_trt.grams import Matrix, TrajectoryGrams, gram_from_samples
+from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
+from lemica_trt.errors import UsageError
+from lemica_trt.grams import Matrix, TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.models.model import Model
 from lemica_trt.sampler import SamplerTable
+from lemica_trt.sensitivity import Sensitivity, knots_from_stops, require_retargetable
 from lemica_trt.signed import AdjointProducts
 
-CheapMethod = Literal["secant", "adjoint"]
+CheapMethod = Literal["secant", "adjoint", "retargeted"]
 
-KNOTS: dict[CheapMethod, int] = {"secant": 7, "adjoint": 3}
+KNOTS: dict[CheapMethod, int] = {"secant": 5, "adjoint": 3, "retargeted": 0}
 """Stops j whose sensitivity is measured, at equal distances, beside the first and the last ones."""
 
 TAIL = 3
@@ -72,12 +77,6 @@ PROBES = 2
 PROBE_SEED = 1 << 62
 """The probes of a sample are drawn from its seed + this: never the numbers that its noise is made of."""
 
-GRAM_ELEMENTS = 1 << 20
-"""Of larger residuals the Gram matrix takes about so many elements: whole tokens, drawn once."""
-
-CHUNK = 1 << 16
-"""Elements that inner products are summed over at a time, in float64."""
-
 Array = npt.NDArray[np.float64]
 
 
@@ -88,12 +87,14 @@ class Calibrated(NamedTuple):
         graph: estimated errors.
         grams: of the same uncached runs.
         products: for the signed planner; None without adjoints.
+        sensitivity: to retarget from; None where it was not measured.
         cost: of all samples, counted while they ran.
     """
 
     graph: ErrorGraph
     grams: TrajectoryGrams
     products: AdjointProducts | None
+    sensitivity: Sensitivity | None
     cost: Cost
 
 
@@ -104,7 +105,7 @@ def cheap_cost(num_steps: int, max_skip: int, samples: int, *, method: CheapMeth
     Args:
         checkpointed: see `adjoint.checkpoints`.
     """
-    knots = [j for s in range(samples) for j in knot_stops(num_steps, KNOTS[method], s)]
+    knots = [j for s in range(samples) for j in knot_stops(num_steps, KNOTS[method], s)] if KNOTS[method] else []
     full = samples * num_steps + sum(num_steps - j for j in knots)
     skip = samples * sum(min(max_skip, num_steps - i - 1) for i in range(num_steps - 1))
     backward = samples * num_steps * PROBES if method == "adjoint" else 0
@@ -125,48 +126,85 @@ def calibrate_cheaply(
     journal: Path,
     progress: Progress | None = None,
     batch: int | None = None,
+    workers: Workers | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> Calibrated:
     """Estimate the error graph; see the module docstring.
 
     Args:
-        model, table, prompts, samples, seed, max_skip, journal, progress, batch: as in `measure`; a unit of the
-            journal is a sample.
+        sensitivity: of another calibration; given exactly where the method is `retargeted`.
+        model, table, prompts, samples, seed, max_skip, journal, progress, batch, workers: as in `measure`; a unit of
+            the journal is a sample.
 
     Raises:
         UsageError, InputError, VerificationError: as `measure`.
+        UnsupportedError: `sensitivity` does not hold here.
     """
     require_measurable(prompts, samples=samples, max_skip=max_skip, batch=batch)
-    measurement = cheap_measurement(model, table, prompts, method=method, seed=seed, max_skip=max_skip)
+    if (method == "retargeted") != (sensitivity is not None):
+        raise UsageError(
+            f"calibration by {method}: expected {'another' if sensitivity is None else 'no other'} calibration to use",
+            fix="--calibration-from DIR, and no --calibration",
+        )
+    measurement = cheap_measurement(
+        model, table, prompts, method=method, seed=seed, max_skip=max_skip, sensitivity=sensitivity
+    )
+    if sensitivity is not None:
+        require_retargetable(sensitivity, measurement, table, samples=samples)
     book = Journal(journal, measurement, Piece)
-    stepper = Stepper(model, table, batch or usual_batch(model))
-    began, here = time.monotonic(), 0
-    for s in range(samples):
-        if s not in book.entries:
-            if progress is not None:
-                left = (time.monotonic() - began) / here * (samples - s) if here else None
-                progress(s, samples, left)
-            book.add([piece(stepper, measurement, s, prompts[s % len(prompts)])])
-            here += 1
-    if progress is not None:
-        progress(samples, samples, 0.0 if here else None)
-    return _calibrated(measurement, [book.entries[s] for s in range(samples)])
+    job = _Samples(measurement, table, tuple(prompts), batch or usual_batch(model), sensitivity)
+    missing = {s: 1.0 for s in range(samples) if s not in book.entries}
+    complete(book, range(samples), job, missing, workers or InProcess(model), progress)
+    return _calibrated(measurement, table, [book.entries[s] for s in range(samples)])
 
 
 def cheap_measurement(
-    model: Model, table: SamplerTable, prompts: Sequence[str], *, method: CheapMethod, seed: int, max_skip: int
+    model: Model,
+    table: SamplerTable,
+    prompts: Sequence[str],
+    *,
+    method: CheapMethod,
+    seed: int,
+    max_skip: int,
+    sensitivity: Sensitivity | None = None,
 ) -> CheapMeasurement:
     """What a journal of `calibrate_cheaply` is bound to; its digest names the file."""
     return CheapMeasurement(
         **measurement_fields(model, table, prompts, seed, max_skip),
         method=method,
         knots=KNOTS[method],
-        gap=GAP,
+        gap=GAP if KNOTS[method] else 0,
         probes=PROBES if method == "adjoint" else 0,
+        sensitivity=None if sensitivity is None else sensitivity.digest,
     )
 
 
-def piece(stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: str) -> Piece:
+class _Samples(NamedTuple):
+    """The job of `calibrate_cheaply`; what is done at a time is a sample."""
+
+    measurement: CheapMeasurement
+    table: SamplerTable
+    prompts: tuple[str, ...]
+    batch: int
+    sensitivity: Sensitivity | None
+
+    def start(self, model: Model) -> Callable[[int], list[Piece]]:
+        stepper = Stepper(model, self.table, self.batch)
+
+        def work(s: int) -> list[Piece]:
+            known = None if self.sensitivity is None else self.sensitivity.at(s, self.table)
+            return [piece(stepper, self.measurement, s, self.prompts[s % len(self.prompts)], known)]
+
+        return work
+
+
+def piece(
+    stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: str, known: Array | None = None
+) -> Piece:
     """One sample.
+
+    Args:
+        known: c_0 … c_N; None: they are measured.
 
     Raises:
         VerificationError: NaN or infinity; names sample and edge.
@@ -175,7 +213,7 @@ def piece(stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: 
     sample = stepper.sample(f"sample {number}", prompt, seed)
     knots = {  # stop → start
         j: max(j - min(measurement.gap, measurement.max_skip + 1), 0)
-        for j in knot_stops(measurement.num_steps, measurement.knots, number)
+        for j in (knot_stops(measurement.num_steps, measurement.knots, number) if known is None else ())
     }
     local: dict[tuple[int, int], list[Tensor]] = {}  # what the adjoints are applied to
     changes: dict[tuple[int, int], float] = {}
@@ -193,7 +231,8 @@ def piece(stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: 
 
     with torch.no_grad():
         uncached = sample.trace(measurement.max_skip, visit, keep=lambda residual: kept.append(some_tokens(residual)))
-        exact = {j: distance(final, uncached.final) for (_, j), final in sample.roll_out(branches).items()}
+        finals = sample.roll_out(branches) if branches else {}
+        exact = {j: distance(final, uncached.final) for (_, j), final in finals.items()}
     outputs = [run.outputs[0].cpu() for run in uncached.runs[1:]]
     products: list[Matrix] = []
     if measurement.probes:
@@ -201,15 +240,17 @@ def piece(stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: 
         swept = [a.cpu() for a in sample_adjoints(sample, uncached, directions)]
         root = math.sqrt(outputs[0].numel())
         for r in range(measurement.probes):
-            products.append(_matrix(inner_products([a[r] for a in swept], outputs) / root))
+            products.append(matrix(inner_products([a[r] for a in swept], outputs) / root))
         changes = {(i, j): _rms_change(swept[j:], found) for (i, j), found in local.items()}
-    sensitivity = interpolate_sensitivity({j: (exact[j], changes[i, j]) for j, i in knots.items()}, len(outputs))
+    measured = {j: exact[j] / changes[i, j] for j, i in knots.items() if exact[j] > 0 and changes[i, j] > 0}
+    sensitivity = interpolate_sensitivity(measured, len(outputs)) if known is None else known
     return Piece(
         sample=number,
         errors=tuple(edge_error(number, i, j, changes[i, j] * float(sensitivity[j])) for i, j in measurement.segments),
-        outputs=_matrix(inner_products(outputs, outputs)),
-        residuals=_matrix(inner_products(kept, kept)),
+        outputs=matrix(inner_products(outputs, outputs)),
+        residuals=matrix(inner_products(kept, kept)),
         products=tuple(products),
+        knots=tuple(sorted(measured.items())),
         full=sample.full_count,
         skip=sample.skip_count,
         backward=sample.backward_count,
@@ -224,34 +265,13 @@ def knot_stops(num_steps: int, count: int, sample: int) -> list[int]:
     return sorted({2} | {j for j in spread | set(range(last, num_steps + 1)) if first <= j <= num_steps})
 
 
-def interpolate_sensitivity(knots: Mapping[int, tuple[float, float]], num_steps: int) -> Array:
-    """c_0 … c_N from (exact error, ε) at each knot; a knot where either is 0 says nothing, and 1 where none does."""
-    known = {j: math.log(exact / change) for j, (exact, change) in sorted(knots.items()) if exact > 0 and change > 0}
-    if not known:
+def interpolate_sensitivity(knots: Mapping[int, float], num_steps: int) -> Array:
+    """c_0 … c_N from c_j = exact error / ε at the knots; 1 where there are none."""
+    if not knots:
         return np.ones(num_steps + 1)
-    interpolated: Array = np.exp(np.interp(np.arange(num_steps + 1), list(known), list(known.values())))
+    stops, values = zip(*sorted(knots.items()))
+    interpolated: Array = np.exp(np.interp(np.arange(num_steps + 1), stops, np.log(values)))
     return interpolated
-
-
-def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Array:
-    """⟨l_a, r_b⟩ of equally large tensors, float64 [len(left), len(right)], summed in float64 in a fixed order."""
-    total = torch.zeros(len(left), len(right), dtype=torch.float64)
-    parts = zip(*(torch.split(tensor.flatten(), CHUNK) for tensor in chained(left, right)))
-    for part in parts:
-        rows = torch.stack(part).double()
-        total += rows[: len(left)] @ rows[len(left) :].T
-    products: Array = total.numpy()
-    return products
-
-
-def some_tokens(residual: Tensor) -> Tensor:
-    """A residual [R, tokens, width] for its Gram matrix, on the host; of a large one always the same tokens."""
-    tokens = residual.shape[1]
-    count = max(GRAM_ELEMENTS * tokens // residual.numel(), 1)
-    if count < tokens:
-        chosen = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:count]
-        residual = residual[:, chosen.sort().values.to(residual.device)]
-    return residual.cpu()
 
 
 def signs(shape: Sequence[int], seed: int) -> Tensor:
@@ -267,27 +287,25 @@ def _rms_change(swept: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     return math.sqrt(float(np.mean(changes**2)) / found[0].numel())
 
 
-def _matrix(array: Array) -> Matrix:
-    return tuple(tuple(row) for row in array.tolist())
-
-
-def _calibrated(measurement: CheapMeasurement, pieces: Sequence[Piece]) -> Calibrated:
+def _calibrated(measurement: CheapMeasurement, table: SamplerTable, pieces: Sequence[Piece]) -> Calibrated:
     samples, common = len(pieces), provenance(measurement)
     full, skip, backward = (sum(getattr(part, name) for part in pieces) for name in ("full", "skip", "backward"))
     cost = Cost.of(samples, full, skip, backward, measurement.num_steps)
     errors = {segment: tuple(part.errors[k] for part in pieces) for k, segment in enumerate(measurement.segments)}
-    grams: dict[str, Any] = {
-        name: gram_from_samples([np.array(getattr(part, name)) for part in pieces]) for name in ("outputs", "residuals")
-    }
     return Calibrated(
         graph=error_graph(
             measurement, errors, samples=samples, method=measurement.method, samplings=cost.samplings / samples
         ),
-        grams=TrajectoryGrams(**common, samples=samples, **grams),
+        grams=trajectory_grams(measurement, pieces),
         products=AdjointProducts(
             **common, samples=samples, probes=measurement.probes, products=tuple(part.products for part in pieces)
         )
         if measurement.probes
+        else None,
+        sensitivity=Sensitivity(
+            **common, samples=samples, knots=tuple(knots_from_stops(dict(part.knots), table) for part in pieces)
+        )
+        if measurement.method == "secant" and all(part.knots for part in pieces)
         else None,
         cost=cost,
     )

@@ -20,7 +20,7 @@ from lemica_trt.provenance import Provenance
 from lemica_trt.spec import CalibrationMethod
 from lemica_trt.values import Value, require, require_finite, value_from_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Header(Provenance, frozen=True, kw_only=True):
@@ -50,26 +50,36 @@ class Measurement(Header, frozen=True, kw_only=True):
 
 
 class CheapMeasurement(Measurement, frozen=True, kw_only=True):
-    """A measurement by estimates; see `calibrate.secant` and `calibrate.adjoint`.
+    """A measurement by estimates; see `calibrate.cheap`.
 
     Attributes:
         method: how.
-        knots, gap: as in `calibrate.secant`.
-        probes: R of `calibrate.adjoint`; 0 without it.
+        knots, gap: of the sensitivities; 0 where they are those of another calibration.
+        probes: R of the adjoints; 0 without them.
+        sensitivity: digest of the `Sensitivity` of another calibration, where that is used.
     """
 
     method: CalibrationMethod
     knots: int
     gap: int
     probes: int
+    sensitivity: str | None = None
 
 
 class Unit(Value, frozen=True):
-    """One start of one sample: errors[k] is that of the segment (start, start + 2 + k)."""
+    """One start of one sample.
+
+    Attributes:
+        sample, start: which.
+        errors: errors[k] is that of the segment (start, start + 2 + k).
+        outputs, residuals: of start 0 the sample's N × N raw inner products, as in `Piece`; of others empty.
+    """
 
     sample: int
     start: int
     errors: tuple[float, ...]
+    outputs: Matrix = ()
+    residuals: Matrix = ()
 
     def __post_init__(self) -> None:
         require(self.sample >= 0, f"sample must not be negative, got {self.sample}")
@@ -81,9 +91,13 @@ class Unit(Value, frozen=True):
 
     def mismatch(self, measurement: Measurement) -> str | None:
         expected = len(measurement.stops(self.start)) if self.start in measurement.starts else 0
-        if len(self.errors) == expected != 0:
-            return None
-        return f"expected {expected} errors of start {self.start}, got {len(self.errors)}"
+        if len(self.errors) != expected or expected == 0:
+            return f"expected {expected} errors of start {self.start}, got {len(self.errors)}"
+        n = 0 if self.start else measurement.num_steps
+        matrices = (self.outputs, self.residuals)
+        if any(len(matrix) != n or any(len(row) != n for row in matrix) for matrix in matrices):
+            return f"expected matrices for {n} steps at start {self.start}, got others"
+        return None
 
 
 class Piece(Value, frozen=True):
@@ -94,6 +108,7 @@ class Piece(Value, frozen=True):
         errors: estimates of eq. 4, one a segment, in the order of `Measurement.segments`.
         outputs, residuals: N × N raw inner products, see `lemica_trt.grams.gram_from_samples`.
         products: for each probe N + 1 rows of N numbers, see `lemica_trt.signed.AdjointProducts`.
+        knots: (j, c_j) of each stop whose sensitivity was measured.
         full, skip, backward: evaluations that were made, counted as in `calibrate.Cost`.
     """
 
@@ -102,6 +117,7 @@ class Piece(Value, frozen=True):
     outputs: Matrix
     residuals: Matrix
     products: tuple[Matrix, ...]
+    knots: tuple[tuple[int, float], ...]
     full: int
     skip: int
     backward: int

@@ -1,27 +1,33 @@
-"""The error graph of a model under a sampler: all samples, all segments, resumable.
+"""The error graph of a model under a sampler: all samples, all segments, resumable; and the Grams of the same runs.
 
-A unit of work is one start of one sample. Units are run in waves of neighbouring starts, so that small models get
-large batches. Errors depend in their last digits on which runs share a call of the DiT (matrix products round
+A unit of the journal is one start of one sample. They are run in waves of neighbouring starts, so that small models
+get large batches. Errors depend in their last digits on which runs share a call of the DiT (matrix products round
 differently in another batch); who shares one with whom follows from `batch` alone, never from what was finished
-before. So an interrupted measurement that goes on gives the very bytes of one that was not interrupted.
+before, or by whom. So an interrupted measurement that goes on gives the very bytes of one that was not interrupted.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+import msgspec
+import numpy as np
 import torch
 from msgspec import UNSET, UnsetType
+from torch import Tensor
 
-from lemica_trt.calibrate.journal import Journal, Measurement, Unit
+from lemica_trt.calibrate.inner_products import inner_products, matrix, some_tokens
+from lemica_trt.calibrate.journal import Journal, Measurement, Piece, Unit
 from lemica_trt.calibrate.prompts import prompts_digest
-from lemica_trt.calibrate.replay import Run, Stepper, distance
+from lemica_trt.calibrate.replay import Run, Sample, Stepper, Uncached, distance
+from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
 from lemica_trt.errors import InputError, UsageError, VerificationError
+from lemica_trt.grams import Matrix, TrajectoryGrams, gram_from_samples
 from lemica_trt.graph import Edge, ErrorGraph
 from lemica_trt.models.model import Model
 from lemica_trt.sampler import SamplerTable
@@ -30,12 +36,6 @@ from lemica_trt.spec import CalibrationMethod
 BATCH_ELEMENTS = 2**16
 """Latent elements in one DiT call by default. The DiT of a video model is busy with one latent, the tiny one wants
 about 20; measured on it, time per latent is flat from 8 to 32 on a CPU."""
-
-
-class Progress(Protocol):
-    """Called at the beginning and after each wave; `seconds_left` is None until something was measured."""
-
-    def __call__(self, done: int, total: int, seconds_left: float | None) -> None: ...
 
 
 class Cost(NamedTuple):
@@ -59,6 +59,18 @@ class Cost(NamedTuple):
     def of(cls, units: int, full: int, skip: int, backward: int, num_steps: int) -> Cost:
         """The cost of these counts."""
         return cls(units, full, skip, (full + backward) / num_steps, backward)
+
+
+class Measured(NamedTuple):
+    """What a measurement gives.
+
+    Attributes:
+        graph: exact errors.
+        grams: of the uncached runs.
+    """
+
+    graph: ErrorGraph
+    grams: TrajectoryGrams
 
 
 def cost(num_steps: int, max_skip: int, samples: int) -> Cost:
@@ -87,8 +99,9 @@ def measure(
     journal: Path,
     progress: Progress | None = None,
     batch: int | None = None,
-) -> ErrorGraph:
-    """Measure the error graph by LeMiCa's eq. 4 (see `replay`).
+    workers: Workers | None = None,
+) -> Measured:
+    """Measure the error graph by LeMiCa's eq. 4 (see `replay`), and the Gram matrices of the same uncached runs.
 
     Args:
         model: on its device, in the dtype that is deployed; its profile gives guidance scale and negative prompt.
@@ -101,10 +114,12 @@ def measure(
             samples; with fewer, only those are used.
         progress: told what is done.
         batch: the most latents in one call of the DiT, bounded by memory; None: `BATCH_ELEMENTS`' worth.
+        workers: do the work; None: this process.
 
     Returns:
-        The graph, its edges sorted. On one machine it depends on the arguments alone, byte for byte; where a journal
-        is gone on with under another `batch`, in the last digits on both.
+        The graph, its edges sorted, and the Grams. On one kind of machine they depend on the other arguments alone,
+        byte for byte;
+        where a journal is gone on with under another `batch`, in the last digits on both.
 
     Raises:
         UsageError: samples, max_skip or batch below 1.
@@ -117,21 +132,20 @@ def measure(
     batch = batch or usual_batch(model)
     width = max(batch // measurement.max_skip, 1)
     waves = [measurement.starts[a : a + width] for a in range(0, len(measurement.starts), width)]
-    todo = {s: [wave for wave in waves if any((s, i) not in book.entries for i in wave)] for s in range(samples)}
-    clock = _Clock(measurement, samples, todo, progress)
-    clock.tell(book)
-    stepper = Stepper(model, table, batch)
-    for s, missing in todo.items():
-        if missing:
-            sample = stepper.sample(f"sample {s}", prompts[s % len(prompts)], seed + s)
-            with torch.inference_mode():
-                uncached = sample.uncached()
-                clock.spent += measurement.num_steps
-                for wave in missing:
-                    book.add(_units(measurement, s, sample.errors(uncached, wave, measurement.max_skip)))
-                    clock.spent += clock.cost(wave)
-                    clock.tell(book)
-    return _graph(measurement, book, samples)
+    costs = {
+        (s, wave): float(sum(_start_cost(table.num_steps, measurement.max_skip, i) for i in wave))
+        for s in range(samples)
+        for wave in waves
+        if any((s, i) not in book.entries for i in wave)
+    }
+    wanted = [(s, i) for s in range(samples) for i in measurement.starts]
+    job = _Waves(measurement, table, tuple(prompts), batch)
+    complete(book, wanted, job, costs, workers or InProcess(model), progress)
+    first = [book.entries[s, 0] for s in range(samples)]
+    return Measured(
+        graph=_graph(measurement, book, samples),
+        grams=trajectory_grams(measurement, first),
+    )
 
 
 def exact_edges(
@@ -197,29 +211,33 @@ def usual_batch(model: Model) -> int:
     return min(max(BATCH_ELEMENTS // math.prod(model.latent_shape), 1), 64)
 
 
-class _Clock:
-    """Tells progress; the time left by what was spent in this process, in full evaluations."""
+class _Waves(NamedTuple):
+    """The job of `measure`; what is done at a time is a wave of starts of one sample."""
 
-    def __init__(
-        self, measurement: Measurement, samples: int, todo: dict[int, list[range]], progress: Progress | None
-    ) -> None:
-        self.spent = 0
-        self._measurement = measurement
-        self._keys = [(s, i) for s in range(samples) for i in measurement.starts]
-        self._all = sum(measurement.num_steps + sum(map(self.cost, missing)) for missing in todo.values() if missing)
-        self._progress = progress
-        self._began = time.monotonic()
+    measurement: Measurement
+    table: SamplerTable
+    prompts: tuple[str, ...]
+    batch: int
 
-    def cost(self, wave: range) -> int:
-        """Full evaluations of a wave."""
-        return sum(_start_cost(self._measurement.num_steps, self._measurement.max_skip, i) for i in wave)
+    def start(self, model: Model) -> Callable[[tuple[int, range]], list[Unit]]:
+        stepper = Stepper(model, self.table, self.batch)
 
-    def tell(self, book: Journal[Unit]) -> None:
-        """Call `progress`."""
-        if self._progress is not None:
-            rate = (time.monotonic() - self._began) / self.spent if self.spent else None
-            left = None if rate is None else rate * (self._all - self.spent)
-            self._progress(sum(key in book.entries for key in self._keys), len(self._keys), left)
+        @lru_cache(maxsize=1)  # waves of one sample follow each other
+        def begun(s: int) -> tuple[Sample, Uncached, list[Tensor]]:
+            kept: list[Tensor] = []
+            sample = stepper.sample(f"sample {s}", self.prompts[s % len(self.prompts)], self.measurement.seed + s)
+            return sample, sample.uncached(keep=lambda residual: kept.append(some_tokens(residual))), kept
+
+        def work(unit: tuple[int, range]) -> list[Unit]:
+            s, wave = unit
+            with torch.inference_mode():
+                sample, uncached, kept = begun(s)
+                units = _units(self.measurement, s, sample.errors(uncached, wave, self.measurement.max_skip))
+                if 0 in wave:
+                    units[0] = msgspec.structs.replace(units[0], **_inner_products(uncached, kept))
+                return units
+
+        return work
 
 
 def _start_cost(num_steps: int, max_skip: int, start: int) -> int:
@@ -310,6 +328,24 @@ def error_graph(
         method=method,
         samplings=samplings,
     )
+
+
+def trajectory_grams(measurement: Measurement, samples: Sequence[Unit | Piece]) -> TrajectoryGrams:
+    """The Grams of samples, from the inner products of each."""
+    grams: dict[str, Any] = {
+        name: gram_from_samples([np.array(getattr(part, name)) for part in samples])
+        for name in ("outputs", "residuals")
+    }
+    return TrajectoryGrams(**provenance(measurement), samples=len(samples), **grams)
+
+
+def _inner_products(uncached: Uncached, residuals: Sequence[Tensor]) -> dict[str, Matrix]:
+    """Those fields of a `Unit`."""
+    outputs = [run.outputs[0].cpu() for run in uncached.runs[1:]]
+    return {
+        "outputs": matrix(inner_products(outputs, outputs)),
+        "residuals": matrix(inner_products(residuals, residuals)),
+    }
 
 
 def provenance(measurement: Measurement) -> dict[str, Any]:

@@ -122,13 +122,19 @@ class Sample:
     def table(self) -> SamplerTable:
         return self._stepper.table
 
-    def uncached(self) -> Uncached:
+    def uncached(self, *, keep: Callable[[Tensor], None] = lambda residual: None) -> Uncached:
         """Run all steps in full, one latent a call.
+
+        Args:
+            keep: called with the residual of each step, DiT dtype [R, tokens, width].
 
         Raises:
             VerificationError: latents are not finite; says at which step.
         """
-        runs = [self._begin, *(run for run, _ in self._walk())]
+        runs = [self._begin]
+        for run, residual in self._walk():
+            runs.append(run)
+            keep(residual)
         return Uncached(tuple(runs), self._end(runs[-1]))
 
     def trace(self, max_skip: int, visit: Visit, *, keep: Callable[[Tensor], None]) -> Uncached:

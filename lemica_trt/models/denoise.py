@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,81 @@ from torch import Tensor
 from lemica_trt.models.model import Model
 from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
 from lemica_trt.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans
+from lemica_trt.spec import StepLayout
 
 
-@torch.no_grad()
+class Rollout:
+    """b requests under way: each call takes them one row of a plan further.
+
+    Args:
+        layout: histories deep enough for the rows to come.
+        prompt_embeds: DiT dtype [R, text_length, width], from `Model.embed`.
+        noise: fp32 [b, *latent_shape], standard normal: x_{−1} of row 0.
+        guidance_scale: g, one for all or [b].
+        noise_history: how many draws a row mixes at most.
+
+    Attributes:
+        latents, outputs, residuals: histories, newest first, as deep as the layout says.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        layout: StepLayout,
+        prompt_embeds: Tensor,
+        noise: Tensor,
+        *,
+        guidance_scale: float | Tensor,
+        noise_history: int = 0,
+    ) -> None:
+        self._steps = {"full": FullStep(model, layout), "skip": SkipStep(model, layout), "none": CombineStep(layout)}
+        self._layout = layout
+        self._device = model.device
+        self._embeds = prompt_embeds.to(model.device)
+        self._noise_history = noise_history
+        self._draws: list[Tensor] = []
+        self.latents = [noise.to(model.device, torch.float32)]
+        self.outputs: list[Tensor] = []
+        self.residuals: list[Tensor] = []
+        self._scale = torch.as_tensor(guidance_scale).to(self.latents[0])
+        self._blank = torch.zeros_like(self.latents[0])
+
+    @torch.no_grad()
+    def __call__(self, row: PlanRow, draws: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+        """Run a row.
+
+        Args:
+            draws: z fp32 [b, *latent_shape] of each of the row's draws, in order.
+
+        Returns:
+            `latents`, `output`, and of full rows `residual` where the layout keeps any.
+        """
+        layout = self._layout
+        offset, factor = row.guidance
+        inputs = {
+            "coefficients": torch.from_numpy(coefficient_vector(row, layout)).to(self._device),
+            "guidance": (offset + factor * self._scale).expand(len(self._blank)),
+            "prompt_embeds": self._embeds,
+        }
+        for draw in draws:
+            self._draws = [draw.to(self._blank), *self._draws][: self._noise_history]
+        inputs["noise"] = sum((weight * z for weight, z in zip(row.noise_weights, self._draws)), self._blank)
+        for name, history, count in (
+            ("latents", self.latents, layout.latent_history),
+            ("outputs", self.outputs, layout.output_history),
+            ("residual", self.residuals, layout.residual_history),
+        ):
+            blank = torch.zeros_like(history[0]) if history else self._blank
+            for k, tensor in enumerate([*history, *[blank] * count][:count]):
+                inputs[f"{name}_{k}"] = tensor
+        result: dict[str, Tensor] = self._steps[row.graph](inputs)
+        self.latents = [result["latents"], *self.latents][: layout.latent_history]
+        self.outputs = [result["output"], *self.outputs][: layout.output_history]
+        if "residual" in result:
+            self.residuals = [result["residual"], *self.residuals][: layout.residual_history]
+        return result
+
+
 def denoise(
     model: Model,
     plan: StepPlan,
@@ -26,9 +98,8 @@ def denoise(
     """Denoise b requests by a plan.
 
     Args:
-        prompt_embeds: DiT dtype [R, text_length, width], from `Model.embed`.
-        noise: fp32 [b, *latent_shape], standard normal: x_{−1} of row 0.
-        guidance_scale: g, one for all or [b]; None: the plan's.
+        prompt_embeds, noise: as in `Rollout`.
+        guidance_scale: None: the plan's.
         fresh_noise: index of a row → z fp32 [b, *latent_shape]; called in row order, once for each draw of the row.
         on_row: called behind each row with its outputs (`latents`, `output`, and of full rows `residual` where the
             plan reads residuals).
@@ -42,37 +113,11 @@ def denoise(
     layout = layout_from_plans([plan], latent_shape=model.latent_shape, guided=model.guided)
     if layout.stochastic and fresh_noise is None:
         raise ValueError(f"{plan.scheduler} draws noise at each step: pass fresh_noise")
-    steps = {"full": FullStep(model, layout), "skip": SkipStep(model, layout), "none": CombineStep(layout)}
-    noise = noise.to(model.device, torch.float32)
-    scale = torch.as_tensor(plan.guidance_scale if guidance_scale is None else guidance_scale).to(noise)
-    latents: list[Tensor] = [noise]
-    outputs: list[Tensor] = []
-    residuals: list[Tensor] = []
-    draws: list[Tensor] = []
+    scale = plan.guidance_scale if guidance_scale is None else guidance_scale
+    rollout = Rollout(model, layout, prompt_embeds, noise, guidance_scale=scale, noise_history=plan.noise_history)
     for i, row in enumerate(plan.rows):
-        offset, factor = row.guidance
-        inputs = {
-            "coefficients": torch.from_numpy(coefficient_vector(row, layout)).to(model.device),
-            "guidance": (offset + factor * scale).expand(len(noise)),
-            "prompt_embeds": prompt_embeds.to(model.device),
-        }
-        for _ in range(row.draws):
-            assert fresh_noise is not None
-            draws = [fresh_noise(i).to(noise), *draws][: plan.noise_history]
-        inputs["noise"] = sum((weight * z for weight, z in zip(row.noise_weights, draws)), torch.zeros_like(noise))
-        for name, history, count in (
-            ("latents", latents, layout.latent_history),
-            ("outputs", outputs, layout.output_history),
-            ("residual", residuals, layout.residual_history),
-        ):
-            blank = torch.zeros_like(history[0] if history else noise)
-            for k, tensor in enumerate([*history, *[blank] * count][:count]):
-                inputs[f"{name}_{k}"] = tensor
-        result: dict[str, Tensor] = steps[row.graph](inputs)
-        latents = [result["latents"], *latents][: layout.latent_history]
-        outputs = [result["output"], *outputs][: layout.output_history]
-        if "residual" in result:
-            residuals = [result["residual"], *residuals][: layout.residual_history]
+        draws = [fresh_noise(i) for _ in range(row.draws)] if fresh_noise is not None else []
+        result = rollout(row, draws)
         if on_row is not None:
             on_row(row, result)
     return result["latents"]

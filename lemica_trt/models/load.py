@@ -113,6 +113,8 @@ def load_model(
             raise InputError(f"{profile.source}: expected a complete pipeline, got: {_line(error)}") from None
         if profile.sampling.scheduler is not None:
             pipeline.scheduler = scheduler_like(_scheduler_class(profile.sampling.scheduler), pipeline.scheduler)
+        if profile.sampling.flow_shift is not None:
+            pipeline.scheduler = _shifted(pipeline.scheduler, profile.sampling.flow_shift)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     return Model(profile, family, pipeline, folder)
@@ -168,6 +170,20 @@ def scheduler_like(kind: Any, scheduler: Any) -> Any:
         what = f"{type(scheduler).__name__} is {'' if flow else 'not '}for flow matching"
         raise UnsupportedError(f"the model's {what}, unlike {kind.__name__}")
     return kind.from_config(config)
+
+
+def _shifted(scheduler: Any, shift: float) -> Any:
+    """The same scheduler with another shift of its sigmas.
+
+    Raises:
+        UnsupportedError: it has none.
+    """
+    name = type(scheduler).__name__
+    if name.startswith("FlowMatch"):
+        return type(scheduler).from_config(scheduler.config, shift=shift)
+    if scheduler.config.get("use_flow_sigmas", False):
+        return type(scheduler).from_config(scheduler.config, flow_shift=shift)
+    raise UnsupportedError(f"expected a scheduler for flow matching to shift, got {name}", fix="leave --flow-shift out")
 
 
 def _line(error: BaseException) -> str:

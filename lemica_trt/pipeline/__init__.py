@@ -26,7 +26,7 @@ from lemica_trt.pipeline.commands import (
     verify_stage,
 )
 from lemica_trt.pipeline.compile import Request, Result, Stage, build, check_request, dry_run
-from lemica_trt.pipeline.planning import Judge, make_plans, planned_solvers, require_graph_fits
+from lemica_trt.pipeline.planning import Judge, fitter, make_plans, planned_solvers, require_graph_fits
 from lemica_trt.pipeline.stages import (
     assemble,
     calibrate,
@@ -35,6 +35,7 @@ from lemica_trt.pipeline.stages import (
     export,
     lower_sampler,
     open_model,
+    reference_sampler,
     verifiable,
     verify_bundle,
 )
@@ -65,12 +66,14 @@ __all__ = [
     "engines",
     "export",
     "export_stage",
+    "fitter",
     "lower_sampler",
     "make_plans",
     "open_model",
     "plan_stage",
     "planned_solvers",
     "profile_of_bundle",
+    "reference_sampler",
     "replan",
     "require_graph_fits",
     "uncached_plan",

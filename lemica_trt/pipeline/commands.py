@@ -15,8 +15,10 @@ from lemica_trt.builders import Option
 from lemica_trt.bundle import (
     ERROR_GRAPH_FILE,
     GRAMS_FILE,
+    REFERENCE_FILE,
     SAMPLER_FILE,
     SELECTION_FILE,
+    SENSITIVITY_FILE,
     Bundle,
     add_plan,
     plan_path,
@@ -40,7 +42,7 @@ from lemica_trt.pipeline.budgets import (
     require_searchable,
     timed,
 )
-from lemica_trt.pipeline.planning import Judge, make_plans, planned_solvers
+from lemica_trt.pipeline.planning import Judge, fitter, make_plans, planned_solvers
 from lemica_trt.pipeline.stages import (
     assemble,
     begin,
@@ -48,7 +50,10 @@ from lemica_trt.pipeline.stages import (
     calibration_prompts,
     engines,
     export,
+    hired,
     open_model,
+    reference_sampler,
+    retargeted,
     verifiable,
     verify_bundle,
 )
@@ -64,9 +69,11 @@ from lemica_trt.pipeline.work import (
     work_folder,
     write_plans,
 )
-from lemica_trt.plan import StepPlan, layout_from_plans
+from lemica_trt.plan import FITTED, StepPlan, layout_from_plans
 from lemica_trt.progress import Reporter
 from lemica_trt.sampler import SamplerTable
+from lemica_trt.schedule import Schedule
+from lemica_trt.sensitivity import Sensitivity
 from lemica_trt.spec import Profile
 from lemica_trt.values import V, Value, read_value
 
@@ -97,13 +104,18 @@ def replan(
     default: str | None,
     reporter: Reporter,
     pareto: bool = False,
+    reference_steps: int | None = None,
 ) -> tuple[Bundle, Replanned]:
     """Add plans to a bundle from what it carries of its calibration; no PyTorch, no plan is tried.
 
     Steps are timed only where a budget is in a unit of time, or a front is shown, and the reports have no times of
     this machine. A PSNR is looked up among the plans that were tried when the bundle was built.
 
+    Args:
+        reference_steps: M, the bundle's own or N; None: the bundle's own. See `Request`.
+
     Raises:
+        UsageError: another M; a fitted solver that the bundle does not have.
         UsageError, InfeasibleError, InputError: as `make_plans`, `budget.afforded`, `carried_front`, `bundle.add_plan`.
         MissingDependencyError: a time is needed, and no engine runs here.
     """
@@ -114,8 +126,21 @@ def replan(
     require_searchable(budgets, False, ways)
     table = read_value(SamplerTable, bundle.file(SAMPLER_FILE))
     graph = carried(ErrorGraph, ERROR_GRAPH_FILE)
+    fine = _carried_reference(carried(SamplerTable, REFERENCE_FILE), table, reference_steps)
     selected = carried(Selections, SELECTION_FILE)
-    before = {plan.budget: [way(plan)] for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps}
+    cached = [plan for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps]
+    before = {plan.budget: [way(plan)] for plan in cached}
+    against = None if fine is None else fine.num_steps
+    solvers = {plan.full_steps: plan for plan in cached if plan.scheduler == FITTED and plan.reference_steps == against}
+
+    def fitted(schedule: Schedule) -> StepPlan | None:
+        if schedule.full_steps not in solvers and ways.solver == FITTED:
+            raise UsageError(
+                f"a solver for {schedule.budget} full steps is fitted to the model, and the bundle has none for them",
+                fix=f"lemica-trt build … --solver fitted --budget {schedule.budget}",
+            )
+        return solvers.get(schedule.full_steps)
+
     for selection in selected.selections if selected is not None else ():
         before[selection.budget] = [tried.way for tried in selection.tried]
     looked_up = pareto or any(isinstance(budget, MinPsnr) for budget in budgets)
@@ -134,9 +159,15 @@ def replan(
             profile=bundle.manifest.profile,
             budgets=[budget],
             ways=ways,
-            findings=Findings(graph=graph, grams=carried(TrajectoryGrams, GRAMS_FILE)),
+            findings=Findings(
+                graph=graph,
+                grams=carried(TrajectoryGrams, GRAMS_FILE),
+                reference=fine,
+                sensitivity=carried(Sensitivity, SENSITIVITY_FILE),
+            ),
             schedule=schedule,
-            solver=planned_solvers(table) if ways.solver is not None else None,
+            solver=planned_solvers(table) if ways.solver not in (None, FITTED) else None,
+            fitted=fitted,
             before=before,
             graphs=bundle.manifest.graphs,
         )
@@ -155,6 +186,23 @@ def replan(
         answers=answers(budgets, planned, times, paces),
         front=front_rows(front, times) if front is not None and pareto else (),
     )
+
+
+def _carried_reference(fine: SamplerTable | None, table: SamplerTable, steps: int | None) -> SamplerTable | None:
+    """The sampler at M steps out of a bundle; None: plans are held against N.
+
+    Raises:
+        UsageError: the bundle has it for another M.
+    """
+    if steps == table.num_steps:
+        return None
+    if steps is not None and (fine is None or fine.num_steps != steps):
+        known = [table.num_steps] if fine is None else [table.num_steps, fine.num_steps]
+        raise UsageError(
+            f"--reference-steps: expected {' or '.join(map(str, known))}, which the bundle knows, got {steps}",
+            fix=f"lemica-trt build … --reference-steps {steps}",
+        )
+    return fine
 
 
 def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:
@@ -180,13 +228,25 @@ def absolute_source(source: str) -> str:
 
 
 def calibrate_stage(
-    profile: Profile, work: Work, prompts: Path | None, device: str | None, reporter: Reporter
+    profile: Profile,
+    work: Work,
+    prompts: Path | None,
+    device: str | None,
+    ray: str | None,
+    calibration_from: Path | None,
+    reporter: Reporter,
 ) -> ErrorGraph:
-    """Profile → `profile.json`, `sampler.json`, `error_graph.json` in the work folder."""
+    """Profile → `profile.json`, `sampler.json`, `error_graph.json` in the work folder.
+
+    Args:
+        calibration_from: work folder or bundle whose calibration is used; the profile is adapted to it.
+    """
+    profile, sensitivity = retargeted(profile, calibration_from)
     texts = calibration_prompts(profile, prompts)
     with work.locked():
         model, table = begin(profile, work, device, reporter)
-        graph = calibrate(model, table, texts, work, reporter).graph
+        with hired(model, ray, reporter) as workers:
+            graph = calibrate(model, table, texts, work, reporter, workers, sensitivity).graph
         assert graph is not None
         return graph
 
@@ -200,14 +260,16 @@ def plan_stage(
     default: str | None,
     reporter: Reporter,
     pareto: bool = False,
+    reference_steps: int | None = None,
 ) -> Replanned:
-    """Plans of a bundle (added to it) or of a work folder (written to `plans/`; several ways are tried there, which
-    takes the model).
+    """Plans of a bundle (added to it) or of a work folder (written to `plans/`; several ways are tried and solvers
+    fitted there, which takes the model).
 
     Args:
         budgets: None: none where the front of a bundle is asked for, else `DEFAULT_BUDGETS`.
         ways, schedule, pareto: see `Request`.
         default: the bundle's new default plan.
+        reference_steps: see `Request`; of a bundle as in `replan`.
 
     Raises:
         UsageError: `default` for a work folder: only a bundle has one; a time for a work folder: it has no engines.
@@ -223,6 +285,7 @@ def plan_stage(
             default=default,
             reporter=reporter,
             pareto=pareto,
+            reference_steps=reference_steps,
         )
         if made.front:
             from lemica_trt.report.folder import write_front
@@ -241,8 +304,11 @@ def plan_stage(
     require_searchable(budgets, pareto, ways)
     with work.locked():
         profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
-        findings = findings_in(work)
-        judge = Judge(lambda: open_model(profile, reporter), table, calibration_prompts(profile, None), work, reporter)
+        prompts = calibration_prompts(profile, None)
+        model = functools.cache(lambda: open_model(profile, reporter))
+        fine = None if reference_steps is None else reference_sampler(model(), table, reference_steps)
+        findings = findings_in(work)._replace(reference=fine)
+        judge = Judge(model, table, prompts, work, reporter, fine=fine)
         make = functools.partial(
             make_plans,
             table,
@@ -251,6 +317,7 @@ def plan_stage(
             findings=findings,
             schedule=schedule,
             solver=planned_solvers(table) if ways.solvers else None,
+            fitted=fitter(model, table, prompts, work, reporter, fine=fine),
         )
         planned = plan_budgets(
             afforded_by(budgets, None, ways, table.num_steps, None),
@@ -260,7 +327,8 @@ def plan_stage(
             num_steps=table.num_steps,
             max_skip=findings.graph.max_skip if findings.graph is not None and ways.needs_graph else None,
         )
-        write_plans(planned.plans, planned.selections, work, reporter, front=planned.front)
+        findings = findings._replace(selections=planned.selections, front=planned.front)
+        write_plans(planned.plans, findings, work, reporter)
         return Replanned(
             plans=tuple(planned.plans),
             answers=answers(budgets, planned, None, {}),

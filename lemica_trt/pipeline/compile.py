@@ -20,9 +20,10 @@ from lemica_trt.budget import (
 from lemica_trt.builders import Option, options_by_backend
 from lemica_trt.builders import check as check_engine
 from lemica_trt.builders import estimate as estimate_engine
-from lemica_trt.bundle import Bundle, move_bundle, require_replaceable
+from lemica_trt.bundle import GRAMS_FILE, Bundle, move_bundle, require_replaceable
 from lemica_trt.candidates import Ways, predictors, trial_runs
 from lemica_trt.errors import InfeasibleError
+from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.pipeline.budgets import (
     DEFAULT_BUDGETS,
@@ -38,7 +39,7 @@ from lemica_trt.pipeline.budgets import (
     scouting_cost,
     timed,
 )
-from lemica_trt.pipeline.planning import Judge, make_plans, planned_solvers, require_graph_fits
+from lemica_trt.pipeline.planning import Judge, fitter, make_plans, planned_solvers, require_graph_fits
 from lemica_trt.pipeline.stages import (
     assemble,
     begin,
@@ -47,19 +48,24 @@ from lemica_trt.pipeline.stages import (
     calibration_prompts,
     engines,
     export,
+    hired,
     lower_sampler,
     open_model,
+    reference_sampler,
+    retargeted,
     verifiable,
     verify_bundle,
 )
 from lemica_trt.pipeline.work import Findings, Work, candidate_folder, plans_in, plans_to_run, work_folder, write_plans
 from lemica_trt.plan import layout_from_plans
 from lemica_trt.progress import Quiet, Reporter
+from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import least_budget, require_feasible
 from lemica_trt.spec import Profile
 from lemica_trt.values import Value, read_value
 
 if TYPE_CHECKING:
+    from lemica_trt.models import Model
     from lemica_trt.verify import VerifyReport
 
 
@@ -71,12 +77,16 @@ class Request(Value, frozen=True):
         pareto: whether the quality of budgets all along is measured too.
         ways: how the full steps may be chosen, and what skipped steps may do; several ways are tried.
         schedule: full steps as given; then the budgets are not used and nothing is calibrated.
-        error_graph: path of an error graph to use instead of calibrating.
+        error_graph: path of an error graph to use instead of calibrating; Grams beside it (`grams.json`, as work
+            folders and bundles have them) are used too.
+        calibration_from: path of a work folder or bundle of the same model whose calibration is carried over.
         prompts: path of calibration prompts instead of the profile's.
         device: torch device that calibrates and verifies; None: a GPU where there is one.
+        ray: address of the Ray cluster that calibrates and tries plans; None: this process.
         backends: engines to build, in order of preference.
         options: builder options; each backend takes those that it has.
         verify_samples: held-out clips of the verification; 0: none at all.
+        reference_steps: M: the run that plans are held against is the sampler with M steps; None: its own N.
     """
 
     budgets: tuple[Budget, ...] = DEFAULT_BUDGETS
@@ -84,16 +94,24 @@ class Request(Value, frozen=True):
     ways: Ways = Ways()
     schedule: tuple[int, ...] | None = None
     error_graph: str | None = None
+    calibration_from: str | None = None
     prompts: str | None = None
     device: str | None = None
+    ray: str | None = None
     backends: tuple[str, ...] = ("onnxruntime",)
     options: dict[str, Option] = {}
     verify_samples: int = 8
+    reference_steps: int | None = None
 
     @property
     def calibrates(self) -> bool:
         """Whether an error graph has to be measured."""
         return self.needs_graph and self.error_graph is None
+
+    @property
+    def source(self) -> Path | None:
+        """`calibration_from`."""
+        return None if self.calibration_from is None else Path(self.calibration_from)
 
     @property
     def needs_graph(self) -> bool:
@@ -154,14 +172,17 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
         LemicaError: whatever a stage raises; finished stages stay in the work folder.
     """
     check_request(profile, output, request)
+    profile, sensitivity = retargeted(profile, request.source)
     work = Work(work_folder(output))
     with work.locked():
         model, table = begin(profile, work, request.device, reporter)
         prompts = calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
-        graph = None
+        fine = reference_sampler(model, table, request.reference_steps)
+        graph, grams = None, None
         if request.error_graph is not None:
             graph = read_value(ErrorGraph, request.error_graph)
             require_graph_fits(graph, model, table, where=request.error_graph)
+            grams = _grams_beside(request.error_graph, model, table)
         max_skip = None
         if request.needs_graph:
             max_skip = profile.calibration.max_skip if graph is None else graph.max_skip
@@ -169,32 +190,35 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
         if any(map(timed, request.budgets)):
             times = probe(model, table, work, request.ways, request.backends, request.options, reporter)
         budgets = afforded_by(request.budgets, times, request.ways, table.num_steps, max_skip)
-        findings = Findings(graph=graph)
-        if graph is not None:
-            reporter.stage("calibrate", f"{request.error_graph}: {graph.samples} samples, method {graph.method}")
-        elif request.calibrates:
-            counts = [budget for budget in budgets if isinstance(budget, int)]
-            require_feasible(table.num_steps, profile.calibration.max_skip, counts)
-            findings = calibrate(model, table, prompts, work, reporter)
-        make = functools.partial(
-            make_plans,
-            table,
-            profile=profile,
-            ways=request.ways,
-            findings=findings,
-            schedule=request.schedule,
-            solver=planned_solvers(table),
-        )
-        planned = plan_budgets(
-            budgets,
-            Scout(make, Judge(lambda: model, table, prompts, work, reporter)),
-            reporter,
-            pareto=request.pareto,
-            num_steps=table.num_steps,
-            max_skip=max_skip,
-        )
+        findings = Findings(graph=graph, grams=grams)
+        with hired(model, request.ray, reporter) as workers:
+            if graph is not None:
+                reporter.stage("calibrate", f"{request.error_graph}: {graph.samples} samples, method {graph.method}")
+            elif request.calibrates:
+                counts = [budget for budget in budgets if isinstance(budget, int)]
+                require_feasible(table.num_steps, profile.calibration.max_skip, counts)
+                findings = calibrate(model, table, prompts, work, reporter, workers, sensitivity)
+            findings = findings._replace(reference=fine)
+            make = functools.partial(
+                make_plans,
+                table,
+                profile=profile,
+                ways=request.ways,
+                findings=findings,
+                schedule=request.schedule,
+                solver=planned_solvers(table),
+                fitted=fitter(lambda: model, table, prompts, work, reporter, fine=fine),
+            )
+            planned = plan_budgets(
+                budgets,
+                Scout(make, Judge(lambda: model, table, prompts, work, reporter, fine=fine, workers=workers)),
+                reporter,
+                pareto=request.pareto,
+                num_steps=table.num_steps,
+                max_skip=max_skip,
+            )
         findings = findings._replace(selections=planned.selections, front=planned.front)
-        write_plans(planned.plans, planned.selections, work, reporter, front=planned.front)
+        write_plans(planned.plans, findings, work, reporter)
         layout = layout_from_plans(plans_to_run(work), latent_shape=model.latent_shape, guided=model.guided)
         exported = export(model, layout, work, reporter)
         entries = engines(exported.graphs, work.export, work, request.backends, request.options, reporter)
@@ -216,6 +240,20 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
             write_front(bundle, front)
         found = answers(request.budgets, planned, times or steps, paces)
         return Result(move_bundle(bundle, output), report, unverified, found, front)
+
+
+def _grams_beside(error_graph: str, model: Model, table: SamplerTable) -> TrajectoryGrams | None:
+    """The Grams of the calibration that an error graph is of, where they lie beside it.
+
+    Raises:
+        InputError: they are of something else.
+    """
+    path = Path(error_graph).with_name(Path(GRAMS_FILE).name)
+    if not path.is_file():
+        return None
+    grams = read_value(TrajectoryGrams, path)
+    require_graph_fits(grams, model, table, where=str(path))
+    return grams
 
 
 def _backends(bundle: Bundle) -> list[str]:
@@ -244,6 +282,7 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
     from lemica_trt.estimate import estimate
 
     check_request(profile, output, request)
+    profile, _ = retargeted(profile, request.source)
     model = open_model(profile, Quiet(), device="cpu")
     table = lower_sampler(model, Quiet())
     counts = [budget for budget in request.budgets if isinstance(budget, int)]
@@ -281,10 +320,25 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
             )
         )
     plans = "given schedule" if request.schedule is not None else ", ".join(map(said, request.budgets))
-    ways = len(request.ways.methods) * (len(predictors(request.ways, table, None)) + len(request.ways.solvers))
+    reference = request.reference_steps or table.num_steps
+    fitted = "fitted" in request.ways.solvers and not table.stochastic
+    if fitted:
+        full = settings.samples * (reference + sum(budgets))
+        stages.append(
+            Stage(
+                name="fit",
+                what=f"a solver for each budget, to {reference} steps on {settings.samples} samples: "
+                f"{full} full steps, {full / table.num_steps / settings.samples:.1f} samplings a sample",
+                seconds=full * expected.full_step,
+                disk=1_000 * sum(budgets),
+                memory=expected.run_memory,
+            )
+        )
+    stock = len(request.ways.solvers) - ("fitted" in request.ways.solvers)
+    ways = len(request.ways.methods) * (len(predictors(request.ways, table, None)) + stock) + fitted
     if ways > 1:
         runs = trial_runs(ways, settings.validation_samples)
-        full = settings.validation_samples * table.num_steps + runs * sum(budgets)
+        full = settings.validation_samples * reference + runs * sum(budgets)
         stages.append(
             Stage(
                 name="select",
@@ -297,6 +351,7 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
     if request.pareto or any(isinstance(budget, MinPsnr) for budget in request.budgets):
         looked_at = front_budgets(table.num_steps, max_skip)
         full = scouting_cost(looked_at, table.num_steps, ways, len(request.ways.methods), settings.validation_samples)
+        full += fitted * settings.samples * sum(looked_at)
         stages.append(
             Stage(
                 name="quality",
@@ -319,7 +374,7 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
         stages.append(Stage(name="engine", what=backend, seconds=building.seconds, memory=building.memory))
     stages.append(Stage(name="bundle", what=str(output), disk=expected.weights))
     if request.verify_samples:
-        full = request.verify_samples * (table.num_steps + 3 * sum(budgets)) + 8 * (table.num_steps + sum(budgets))
+        full = request.verify_samples * (reference + 3 * sum(budgets)) + 8 * (table.num_steps + sum(budgets))
         stages.append(
             Stage(
                 name="verify",

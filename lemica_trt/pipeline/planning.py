@@ -7,26 +7,30 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from lemica_trt.budget import Afforded
 from lemica_trt.bundle import check_plan
-from lemica_trt.candidates import Planner, Selection, SolverTable, Ways, candidates, select, way
+from lemica_trt.candidates import FittedPlan, Planner, Selection, SolverTable, Ways, candidates, select, way
 from lemica_trt.errors import InputError, UsageError
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.pipeline.work import Findings, Work, short, uncached_plan
-from lemica_trt.plan import StepPlan
+from lemica_trt.plan import StepPlan, guidance_range
+from lemica_trt.predicted import solve_predicted
 from lemica_trt.progress import Reporter
+from lemica_trt.provenance import Provenance
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule, given, least_sum, published, solve, uniform
 from lemica_trt.signed import AdjointProducts, signed_errors, solve_signed
 from lemica_trt.spec import GraphSet, Profile
 
 if TYPE_CHECKING:
-    from lemica_trt.calibrate import Trials
+    from lemica_trt.calibrate import Fitter, Trials, Workers
     from lemica_trt.models import Model
 
 
-def require_graph_fits(graph: ErrorGraph, model: Model, table: SamplerTable, *, where: str) -> None:
-    """Raise InputError unless an error graph was measured on this model, sampler and guidance."""
+def require_graph_fits(graph: Provenance, model: Model, table: SamplerTable, *, where: str) -> None:
+    """Raise InputError unless an error graph, or its Grams, were measured on this model, sampler and guidance."""
     for name, expected, got in (
         ("model revision", model.revision, graph.revision),
         ("sampler", table.digest, graph.sampler_digest),
@@ -37,7 +41,7 @@ def require_graph_fits(graph: ErrorGraph, model: Model, table: SamplerTable, *, 
     ):
         if expected != got:
             raise InputError(
-                f"{where}: expected an error graph of {name} {short(expected)}, got {short(got)}",
+                f"{where}: expected a measurement of {name} {short(expected)}, got {short(got)}",
                 fix="calibrate this model (leave --error-graph out)",
             )
 
@@ -55,6 +59,7 @@ def make_plans(
     findings: Findings,
     schedule: Sequence[int] | None = None,
     solver: SolverTable | None = None,
+    fitted: FittedPlan | None = None,
     choose: Chooser | None = None,
     before: Mapping[int, Sequence[str]] | None = None,
     graphs: GraphSet | None = None,
@@ -68,6 +73,7 @@ def make_plans(
         ways, schedule: see `Request`.
         findings: what the methods and predictors need of a calibration.
         solver: makes planned solvers; None: without them.
+        fitted: makes the plans of fitted solvers; None: without them.
         choose: tries several ways; None: the one that did best before.
         before: budget → ways, the best first; see `candidates.way`.
         graphs: what the plans must run on; None: graphs are made for them.
@@ -107,6 +113,8 @@ def make_plans(
                 guidance_scale=profile.sampling.guidance_scale,
                 grams=findings.grams,
                 solver=solver,
+                fitted=fitted if isinstance(budget, int) or count == budget.folded else None,
+                fine=findings.reference,
                 error_graph_digest=None if graph is None else graph.digest,
             )
             if isinstance(budget, int) or budget.admits(plan)
@@ -121,7 +129,19 @@ def make_plans(
             selections.append(selection)
         else:
             plans.append(_best_before(several, before or {}))
-    return plans, tuple(selections)
+    return [_limited(plan, findings) for plan in plans], tuple(selections)
+
+
+def _limited(plan: StepPlan, findings: Findings) -> StepPlan:
+    """A plan that says for which guidance it holds; where its calibration was carried over, that limits it, too."""
+    ranges = [guidance_range(plan.guidance_scale)]
+    if findings.graph is not None and findings.graph.method == "retargeted" and findings.sensitivity is not None:
+        ranges.append(guidance_range(findings.sensitivity.guidance_scale))
+    known = [found for found in ranges if found is not None]
+    if plan.budget == plan.num_steps or not known:
+        return plan
+    low, high = max(low for low, _ in known), min(high for _, high in known)
+    return msgspec.structs.replace(plan, guidance_range=(low, high))
 
 
 def _full_steps(budget: int | Afforded) -> tuple[int, ...]:
@@ -145,6 +165,11 @@ def _schedules(
             found[method] = [solve(graph, [budget])[budget]]
         elif method == "least-sum":
             found[method] = [least_sum(graph, budget)]
+        elif method == "predicted":
+            if findings.grams is not None:
+                found[method] = [solve_predicted(table, graph, findings.grams, [budget])[budget]]
+            elif ways.method == method:
+                raise UsageError("method predicted needs the Grams of uncached runs", fix="calibrate first")
         elif products is not None:
             found[method] = _signed(table, graph, products, budget)
         elif ways.method == "signed":
@@ -203,6 +228,8 @@ class Judge:
         table: its sampler.
         prompts: of the calibration.
         work: where finished runs are kept.
+        fine: the sampler at M steps, where plans are held against that.
+        workers: run the plans; None: this process.
     """
 
     def __init__(
@@ -212,16 +239,22 @@ class Judge:
         prompts: Sequence[str],
         work: Work,
         reporter: Reporter,
+        *,
+        fine: SamplerTable | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self._open, self._table, self._prompts = model, table, prompts
-        self._work, self._reporter = work, reporter
+        self._work, self._reporter, self._reference = work, reporter, fine or table
+        self._workers = workers
 
     def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
         """The best plan, see `candidates.select`."""
         run, _, samples = self._trials
         budgets = "/".join(str(budget) for budget in sorted({plan.budget for plan in plans}))
         self._reporter.stage(
-            "select", f"{len(plans)} ways to run {budgets} full steps, the best of them on {samples} samples"
+            "select",
+            f"{len(plans)} ways to run {budgets} full steps, the best of them on {samples} samples, against "
+            f"{self._reference.num_steps} steps",
         )
         plan, selection = select(plans, samples, run)
         best = selection.tried[0]
@@ -229,7 +262,7 @@ class Judge:
         return plan, selection
 
     def psnr(self, plan: StepPlan) -> tuple[float, ...]:
-        """dB of the frames of each validation sample against the uncached run."""
+        """dB of the frames of each validation sample against the reference."""
         run, journal, samples = self._trials
         return run.psnr(plan, range(samples), journal=journal)
 
@@ -243,17 +276,68 @@ class Judge:
         skip = settings.samples % len(prompts)
         fresh = [*prompts[skip:], *prompts[:skip]]
         seed = settings.seed + settings.samples
-        digest = trials_digest(model, table, fresh, seed=seed)
+        reference = uncached_plan(self._reference, guidance_scale=model.profile.sampling.guidance_scale)
+        digest = trials_digest(model, reference, table, fresh, seed=seed)
         run = Trials(
             model,
-            uncached_plan(table, guidance_scale=model.profile.sampling.guidance_scale),
+            reference,
             table,
             fresh,
             seed=seed,
             journal=self._work.trials(digest),
             progress=self._reporter.advance,
+            workers=self._workers,
         )
         return run, self._work.frames(digest), settings.validation_samples
+
+
+def fitter(
+    model: Callable[[], Model],
+    table: SamplerTable,
+    prompts: Sequence[str],
+    work: Work,
+    reporter: Reporter,
+    *,
+    fine: SamplerTable | None = None,
+) -> FittedPlan | None:
+    """Fits solvers to the model, on the samples of the calibration; None where the sampler draws noise.
+
+    Args:
+        model: opens it; called when there is something to fit.
+        fine: the sampler at M steps, where plans are held against that.
+    """
+    if table.stochastic:
+        return None
+    reference = fine or table
+
+    @functools.cache
+    def opened() -> Fitter:
+        from lemica_trt.calibrate import Fitter, fit_measurement
+
+        settings = model().profile.calibration
+        measurement = fit_measurement(model(), table, reference, prompts, settings.samples, settings.seed)
+        return Fitter(
+            model(),
+            table,
+            reference,
+            prompts,
+            samples=settings.samples,
+            seed=settings.seed,
+            journal=work.fits(measurement.digest),
+            progress=reporter.advance,
+        )
+
+    def fit(schedule: Schedule) -> StepPlan:
+        fits = opened()
+        wanted = fits.evaluations_for(schedule)
+        reporter.stage(
+            "fit",
+            f"a solver for {schedule.budget} steps, on {fits.samples} samples, to {reference.num_steps} steps: "
+            f"{wanted / table.num_steps / fits.samples:.1f} samplings a sample",
+        )
+        return fits(schedule)
+
+    return fit
 
 
 def planned_solvers(table: SamplerTable) -> SolverTable:

@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,24 +21,28 @@ from lemica_trt.bundle import (
     FRONT_FILE,
     GRAMS_FILE,
     MANIFEST,
+    REFERENCE_FILE,
     REPORTS,
     SAMPLER_FILE,
     SELECTION_FILE,
+    SENSITIVITY_FILE,
     Bundle,
     write_bundle,
 )
 from lemica_trt.candidates import Selections
 from lemica_trt.errors import MissingDependencyError, UnsupportedError
-from lemica_trt.pipeline.work import TOKENIZER_FILE, Exported, Findings, Work, exported_in
+from lemica_trt.fold import nearest_steps
+from lemica_trt.pipeline.work import TOKENIZER_FILE, Exported, Findings, Work, exported_in, sensitivity_at
 from lemica_trt.plan import StepPlan
 from lemica_trt.progress import Reporter, size
 from lemica_trt.resources import calibration_path
 from lemica_trt.sampler import SamplerTable
+from lemica_trt.sensitivity import Sensitivity
 from lemica_trt.spec import GraphSet, Profile, Role, StepLayout
 from lemica_trt.values import json_bytes, write_bytes, write_value
 
 if TYPE_CHECKING:
-    from lemica_trt.calibrate import Cost
+    from lemica_trt.calibrate import Cost, Workers
     from lemica_trt.models import Model
     from lemica_trt.verify import VerifyReport
 
@@ -84,6 +89,24 @@ def lower_sampler(model: Model, reporter: Reporter) -> SamplerTable:
     return table
 
 
+def reference_sampler(model: Model, table: SamplerTable, steps: int | None) -> SamplerTable | None:
+    """The sampler at M steps, which plans are held against; None where M is its own N.
+
+    Args:
+        steps: M; None: N.
+
+    Raises:
+        UsageError: as `fold.nearest_steps`.
+    """
+    from lemica_trt.lower import sampler_table
+
+    if steps is None or steps == table.num_steps:
+        return None
+    fine = sampler_table(model.scheduler(steps), dynamic_guidance=model.profile.sampling.dynamic_guidance)
+    nearest_steps(table, fine)
+    return fine
+
+
 def calibration_prompts(profile: Profile, file: Path | None, *, split: str = "calibration") -> tuple[str, ...]:
     """The prompts of a profile, or of a file.
 
@@ -95,8 +118,40 @@ def calibration_prompts(profile: Profile, file: Path | None, *, split: str = "ca
     return tuple(read_prompts(file or calibration_path(profile.calibration.prompts) / f"{split}.txt"))
 
 
-def calibrate(model: Model, table: SamplerTable, prompts: Sequence[str], work: Work, reporter: Reporter) -> Findings:
-    """Measure or estimate the error graph, going on from what the work folder already has."""
+@contextlib.contextmanager
+def hired(model: Model, ray: str | None, reporter: Reporter) -> Iterator[Workers]:
+    """Who runs the model: this process, or workers on the Ray cluster at an address, for as long as this lasts.
+
+    Raises:
+        MissingDependencyError: as `calibrate.cluster.RayWorkers`.
+    """
+    from lemica_trt.calibrate import InProcess
+
+    if ray is None:
+        yield InProcess(model)
+        return
+    from lemica_trt.calibrate.cluster import RayWorkers
+    from lemica_trt.models import load_model
+
+    load = partial(load_model, model.profile, device=model.device.type)
+    with RayWorkers(ray, model, load, note=reporter.note) as workers:
+        yield workers
+
+
+def calibrate(
+    model: Model,
+    table: SamplerTable,
+    prompts: Sequence[str],
+    work: Work,
+    reporter: Reporter,
+    workers: Workers,
+    sensitivity: Sensitivity | None = None,
+) -> Findings:
+    """Measure or estimate the error graph, going on from what the work folder already has.
+
+    Args:
+        sensitivity: of another calibration, where the profile's method is `retargeted`.
+    """
     from lemica_trt.calibrate import calibrate_cheaply, cheap_measurement, measure, measurement_digest
 
     settings = model.profile.calibration
@@ -106,21 +161,19 @@ def calibrate(model: Model, table: SamplerTable, prompts: Sequence[str], work: W
         f"{settings.method}: {settings.samples} samples, up to {settings.max_skip} steps skipped: "
         f"{wanted.samplings:.0f} samplings' work, {wanted.samplings / settings.samples:.1f} a sample",
     )
-    for stale in (work.grams, work.products):
+    for stale in (work.grams, work.products, work.sensitivity):
         stale.unlink(missing_ok=True)
     common: dict[str, Any] = {"seed": settings.seed, "max_skip": settings.max_skip}
+    running: dict[str, Any] = {"samples": settings.samples, "progress": reporter.advance, "workers": workers}
     if settings.method == "exact":
         journal = work.journal(measurement_digest(model, table, prompts, **common))
-        graph = measure(
-            model, table, prompts, samples=settings.samples, journal=journal, progress=reporter.advance, **common
-        )
+        graph, grams = measure(model, table, prompts, journal=journal, **running, **common)
+        write_value(grams, work.grams)
         write_value(graph, work.error_graph)
-        return Findings(graph=graph)
-    common["method"] = settings.method
+        return Findings(graph=graph, grams=grams)
+    common |= {"method": settings.method, "sensitivity": sensitivity}
     journal = work.journal(cheap_measurement(model, table, prompts, **common).digest)
-    found = calibrate_cheaply(
-        model, table, prompts, samples=settings.samples, journal=journal, progress=reporter.advance, **common
-    )
+    found = calibrate_cheaply(model, table, prompts, journal=journal, **running, **common)
     counted = found.cost
     reporter.note(
         f"{counted.full} full steps, {counted.backward} backward passes, {counted.skip} skipped steps were run: "
@@ -129,8 +182,27 @@ def calibrate(model: Model, table: SamplerTable, prompts: Sequence[str], work: W
     write_value(found.grams, work.grams)
     if found.products is not None:
         write_value(found.products, work.products)
+    known = sensitivity or found.sensitivity
+    if known is not None:
+        write_value(known, work.sensitivity)
     write_value(found.graph, work.error_graph)
-    return Findings(graph=found.graph, grams=found.grams, products=found.products)
+    return Findings(graph=found.graph, grams=found.grams, products=found.products, sensitivity=known)
+
+
+def retargeted(profile: Profile, source: Path | None) -> tuple[Profile, Sensitivity | None]:
+    """A profile calibrated from another calibration, on the samples of that; as it is where there is none.
+
+    Args:
+        source: work folder or bundle.
+
+    Raises:
+        InputError: as `sensitivity_at`.
+    """
+    if source is None:
+        return profile, None
+    known = sensitivity_at(source)
+    settings = msgspec.structs.replace(profile.calibration, method="retargeted", samples=known.samples, seed=known.seed)
+    return msgspec.structs.replace(profile, calibration=settings), known
 
 
 def calibration_cost(model: Model, table: SamplerTable) -> Cost:
@@ -253,6 +325,10 @@ def assemble(
         files[ERROR_GRAPH_FILE] = json_bytes(findings.graph)
     if findings.grams is not None:
         files[GRAMS_FILE] = json_bytes(findings.grams)
+    if findings.sensitivity is not None:
+        files[SENSITIVITY_FILE] = json_bytes(findings.sensitivity)
+    if findings.reference is not None:
+        files[REFERENCE_FILE] = json_bytes(findings.reference)
     if findings.selections:
         files[SELECTION_FILE] = json_bytes(Selections(selections=findings.selections))
     if findings.front is not None:
@@ -349,7 +425,7 @@ def verify_bundle(
 def begin(profile: Profile, work: Work, device: str | None, reporter: Reporter) -> tuple[Model, SamplerTable]:
     """Load the model and lower its sampler; what the work folder has of another profile is taken away, journals not."""
     if not work.profile.is_file() or work.profile.read_bytes() != json_bytes(profile):
-        for path in (work.error_graph, work.grams, work.products, work.selection, work.front):
+        for path in (work.error_graph, work.grams, work.products, work.sensitivity, work.selection, work.front):
             path.unlink(missing_ok=True)
         shutil.rmtree(work.plans, ignore_errors=True)
         write_value(profile, work.profile)

@@ -7,7 +7,10 @@ WORK/
   error_graph.json             ErrorGraph
   grams.json                   TrajectoryGrams        (calibration by secant or adjoint)
   products.json                AdjointProducts        (calibration by adjoint)
+  sensitivity.json             Sensitivity            (calibration by secant, or from one)
+  fits-<digest>.jsonl          solvers that were fitted so far
   trials-<digest>.jsonl        how plans did in trials so far
+  reference.json               SamplerTable of M steps    (--reference-steps)
   frames-<digest>.jsonl        how plans' frames did in trials so far
   selection.json               which ways were tried for each budget, and which won
   front.json                   Front: quality by budget (--pareto, --min-psnr)
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lemica_trt.budget import Front
+from lemica_trt.bundle import SENSITIVITY_FILE, Bundle
 from lemica_trt.candidates import Selection, Selections, way
 from lemica_trt.errors import InputError, UsageError
 from lemica_trt.grams import TrajectoryGrams
@@ -35,6 +39,7 @@ from lemica_trt.plan import StepPlan, plan_from_schedule
 from lemica_trt.progress import Reporter
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import Schedule
+from lemica_trt.sensitivity import Sensitivity
 from lemica_trt.signed import AdjointProducts
 from lemica_trt.spec import GraphSet, Profile, Shape, TextSpec
 from lemica_trt.values import V, Value, read_value, write_value
@@ -97,8 +102,16 @@ class Work:
         return self.root / "products.json"
 
     @property
+    def sensitivity(self) -> Path:
+        return self.root / "sensitivity.json"
+
+    @property
     def selection(self) -> Path:
         return self.root / "selection.json"
+
+    @property
+    def reference(self) -> Path:
+        return self.root / "reference.json"
 
     @property
     def front(self) -> Path:
@@ -119,6 +132,10 @@ class Work:
     def journal(self, digest: str) -> Path:
         """Where calibration keeps what it has measured for one kind of measurement."""
         return self.root / f"journal-{digest[:16]}.jsonl"
+
+    def fits(self, digest: str) -> Path:
+        """Where fitted solvers are kept."""
+        return self.root / f"fits-{digest[:16]}.jsonl"
 
     def trials(self, digest: str) -> Path:
         """Where trials of plans keep their scores."""
@@ -181,6 +198,8 @@ class Findings(NamedTuple):
         graph: what caching each segment costs.
         grams: for fitted predictors.
         products: for the signed planner.
+        sensitivity: for calibrations of other steps, shifts and guidance.
+        reference: the sampler at M steps, where plans are held against that; None: at its own N.
         selections: how the ways did that were tried.
         front: quality by budget.
     """
@@ -188,6 +207,8 @@ class Findings(NamedTuple):
     graph: ErrorGraph | None = None
     grams: TrajectoryGrams | None = None
     products: AdjointProducts | None = None
+    sensitivity: Sensitivity | None = None
+    reference: SamplerTable | None = None
     selections: tuple[Selection, ...] = ()
     front: Front | None = None
 
@@ -203,9 +224,30 @@ def findings_in(work: Work) -> Findings:
         graph=found(ErrorGraph, work.error_graph),
         grams=found(TrajectoryGrams, work.grams),
         products=found(AdjointProducts, work.products),
+        sensitivity=found(Sensitivity, work.sensitivity),
+        reference=found(SamplerTable, work.reference),
         selections=selections.selections if selections is not None else (),
         front=found(Front, work.front),
     )
+
+
+def sensitivity_at(path: Path) -> Sensitivity:
+    """What a work folder or a bundle knows for calibrations of other steps, shifts and guidance.
+
+    Raises:
+        InputError: it is neither, or was calibrated otherwise than by secant, or from one that was.
+    """
+    work = Work(path)
+    if work.profile.is_file():
+        file = work.sensitivity if work.sensitivity.is_file() else None
+    else:
+        bundle = Bundle.open(path)
+        file = bundle.file(SENSITIVITY_FILE) if SENSITIVITY_FILE in bundle.manifest.files else None
+    if file is None:
+        raise InputError(
+            f"{path}: expected what was calibrated by secant, it was not", fix="calibrate it with --calibration secant"
+        )
+    return read_value(Sensitivity, file)
 
 
 def uncached_plan(table: SamplerTable, *, guidance_scale: float, name: str = UNCACHED) -> StepPlan:
@@ -214,22 +256,17 @@ def uncached_plan(table: SamplerTable, *, guidance_scale: float, name: str = UNC
     return plan_from_schedule(every, table, name=name, guidance_scale=guidance_scale, method="none")
 
 
-def write_plans(
-    plans: Sequence[StepPlan],
-    selections: tuple[Selection, ...],
-    work: Work,
-    reporter: Reporter,
-    *,
-    front: Front | None = None,
-) -> None:
-    """Plans, how they were selected and compared → the work folder, in place of those that are there."""
+def write_plans(plans: Sequence[StepPlan], findings: Findings, work: Work, reporter: Reporter) -> None:
+    """Plans, how they were selected and compared, and against what → the work folder, in place of those there."""
     shutil.rmtree(work.plans, ignore_errors=True)
-    for path in (work.selection, work.front):
+    for path in (work.selection, work.front, work.reference):
         path.unlink(missing_ok=True)
-    if selections:
-        write_value(Selections(selections=selections), work.selection)
-    if front is not None:
-        write_value(front, work.front)
+    if findings.selections:
+        write_value(Selections(selections=findings.selections), work.selection)
+    if findings.front is not None:
+        write_value(findings.front, work.front)
+    if findings.reference is not None:
+        write_value(findings.reference, work.reference)
     for index, plan in enumerate(plans):
         reporter.stage("plan", f"{plan.name}: {way(plan)}; full steps {' '.join(map(str, plan.full_steps))}")
         write_value(plan, work.plans / f"{index}-{plan.name}.json")

@@ -34,7 +34,7 @@ def write_reports(bundle: Bundle, report: VerifyReport, clips: Sequence[Clip]) -
     if clips:
         rows = []
         for prompt, uncached, clip in clips:
-            rows.append((f"{prompt}  –  uncached, {default.num_steps} full steps", uncached))
+            rows.append((f"{prompt}  –  uncached, {default.reference_steps or default.num_steps} full steps", uncached))
             rows.append((f"plan {default.name}, {default.budget} full steps: {psnr(clip, uncached):.1f} dB", clip))
         contact_sheet(rows, folder / "contact_sheet.png")
     if ERROR_GRAPH_FILE in bundle.manifest.files:

@@ -18,7 +18,7 @@ from lemica_trt.errors import InputError
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.plan import StepPlan
 from lemica_trt.progress import duration, size
-from lemica_trt.report.timeline import plan_table, timeline_text
+from lemica_trt.report.timeline import guidance_text, plan_table, timeline_text
 from lemica_trt.spec import GraphSet
 from lemica_trt.values import read_value
 
@@ -129,9 +129,19 @@ def _scores(row: Quality | None, perceptual: bool) -> list[str]:
     return [*scores, "" if row.lpips is None else f"{row.lpips:.3f}"] if perceptual else scores
 
 
+def _references(report: VerifyReport) -> str:
+    """What the plans were held against."""
+    fine = {row.plan: row.reference_steps for row in report.quality if row.reference_steps is not None}
+    if fine and len(fine) == len({row.plan for row in report.quality}):
+        return f"the sampler with {' or '.join(map(str, sorted(set(fine.values()))))} steps"
+    return ", ".join(["the uncached run", *(f"{plan} against {steps} steps" for plan, steps in fine.items())])
+
+
 def agreement_text(report: VerifyReport) -> RenderableType:
     """How far runtime, PyTorch and diffusers agree, and what the loop costs beyond its steps; one line each."""
-    lines = [f"quality  {report.samples} held-out clips against the uncached run; {report.backend}, {report.machine}"]
+    lines = [
+        f"quality  {report.samples} held-out clips against {_references(report)}; {report.backend}, {report.machine}"
+    ]
     worst = max(report.graphs, key=lambda check: check.difference / max(check.scale, 1e-9), default=None)
     if worst is not None:
         lines.append(
@@ -198,10 +208,14 @@ def front_table(rows: Sequence[FrontRow]) -> Table:
 
 def plans_table(plans: Sequence[StepPlan], *, title: str | None = None) -> Table:
     """Plans as timelines."""
-    made = table("plan", ">full steps", "method", "timeline", title=title)
+    made = table("plan", ">full steps", "method", "guidance", "timeline", title=title)
     for plan in sorted(plans, key=lambda plan: -plan.budget):
         made.add_row(
-            plan.name, f"{plan.budget}/{plan.num_steps}", plan.method, timeline_text(plan, width=plan.num_steps)
+            plan.name,
+            f"{plan.budget}/{plan.num_steps}",
+            plan.method,
+            guidance_text(plan),
+            timeline_text(plan, width=plan.num_steps),
         )
     return made
 
@@ -296,7 +310,11 @@ def _bundle_table(bundle: Bundle) -> RenderableType:
             "makes",
             f"{shape.frames} frames {shape.height}×{shape.width} at {shape.fps} fps, up to {shape.max_batch} at once",
         ),
-        ("sampling", f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}, {manifest.graphs.dtype}"),
+        (
+            "sampling",
+            f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}, {manifest.graphs.dtype}, "
+            f"sampler {bundle.plan().sampler_digest[:16]}",
+        ),
         ("engines", ", ".join(f"{e.key.backend} {e.key.version} {e.key.target}" for e in manifest.engines)),
         ("default plan", manifest.default_plan),
         ("size", f"{size(total)} in {len(manifest.files)} files"),

@@ -40,6 +40,11 @@ def timeline_text(plan: StepPlan, width: int) -> str:
     return "".join(FULL if set(c) == {FULL} else MIXED if FULL in c else SKIP if SKIP in c else NONE for c in cells)
 
 
+def guidance_text(plan: StepPlan) -> str:
+    """For which guidance scales of a request a plan holds: `2 … 7`, or `any`."""
+    return "any" if plan.guidance_range is None else " … ".join(f"{scale:g}" for scale in plan.guidance_range)
+
+
 def plan_table(plan: StepPlan) -> RenderableType:
     """A plan for rich to print: what it is, its timeline, and a table of its rows, coefficients newest first.
 
@@ -47,12 +52,12 @@ def plan_table(plan: StepPlan) -> RenderableType:
     """
     title = (
         f"plan {plan.name}: {plan.budget} of {plan.num_steps} steps in full, "
-        f"{plan.scheduler}, guidance {plan.guidance_scale:g}, chosen by {plan.method}"
+        f"{plan.scheduler}, guidance {plan.guidance_scale:g} ({guidance_text(plan)}), chosen by {plan.method}"
     )
     if plan.predictor is not None:
         title += f", skipped by {plan.predictor.name}"
     if plan.reference_steps is not None:
-        title += f" on a grid of {plan.reference_steps}"
+        title += f", held against {plan.reference_steps} steps"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     rows = plan.rows
     columns = {

@@ -173,7 +173,7 @@ class Pipeline:
 
         Raises:
             UsageError: no such plan; a bad seed or guidance scale; guidance asked of an unguided bundle.
-            InputError: a prompt is not text.
+            InputError: a prompt is not text; the plan does not hold for the guidance scale.
             EngineError: an engine failed, or the result is not finite.
         """
         chosen = self._plan(plan)
@@ -222,7 +222,7 @@ class Pipeline:
             float32 [b, *latent_shape].
 
         Raises:
-            as `Denoiser.run`; EngineError: the result is not finite.
+            as `Denoiser.run`; InputError: the plan does not hold for this guidance; EngineError: not finite.
         """
         chosen = plan if isinstance(plan, StepPlan) else self._plan(plan)
         generators = [Generator(seed) for seed in seeds or ()]
@@ -319,6 +319,8 @@ class Pipeline:
         if self.bundle.manifest.graphs.layout.guided:
             scale = plan.guidance_scale if guidance_scale is None else guidance_scale
             guidance = np.broadcast_to(np.asarray(scale, np.float64), (len(noise),))
+            for each in guidance.tolist():
+                plan.require_guidance(each)
         elif guidance_scale is not None:
             raise UsageError(_UNGUIDED)
 
@@ -356,6 +358,7 @@ class Pipeline:
         scale = plan.guidance_scale if request.guidance_scale is None else request.guidance_scale
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise UsageError(f"guidance_scale must be a finite number, got {scale!r}")
+        plan.require_guidance(scale)
         negative = request.negative_prompt
         if negative is None:
             negative = self.bundle.manifest.profile.sampling.negative_prompt

@@ -218,20 +218,21 @@ def seed_from(parameters: Mapping[str, Any]) -> int:
     return seed
 
 
-def guidance_from(parameters: Mapping[str, Any], default: float, *, guided: bool) -> float:
-    """The guidance scale.
+def guidance_from(parameters: Mapping[str, Any], plan: StepPlan, *, guided: bool) -> float:
+    """The guidance scale; the plan's where none is asked for.
 
     Raises:
-        InputError: out of `GUIDANCE`, or the bundle has none.
+        InputError: out of `GUIDANCE`, or of what the plan holds for, or the bundle has none.
     """
     if "guidance_scale" not in parameters:
-        return default
+        return plan.guidance_scale
     scale = parameters["guidance_scale"]
     if not guided:
         raise InputError("this bundle was built without guidance: it takes no guidance_scale and no negative_prompt")
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if not number or not GUIDANCE[0] <= scale <= GUIDANCE[1]:
         raise InputError(f"guidance_scale must be a number from {GUIDANCE[0]:g} to {GUIDANCE[1]:g}; got {scale!r}")
+    plan.require_guidance(scale)
     return float(scale)
 
 

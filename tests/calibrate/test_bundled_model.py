@@ -31,7 +31,7 @@ def test_edges_are_plans_with_one_cached_segment(tmp_path: Path, scheduler: str 
     model = load_model(msgspec.structs.replace(profile, sampling=sampling))
     table = sampler_table(model.scheduler())
     prompts = read_prompts(calibration_path("cogvideox-tiny") / "calibration.txt")
-    graph = measure(model, table, prompts, samples=1, seed=SEED, max_skip=3, journal=tmp_path / "j")
+    graph = measure(model, table, prompts, samples=1, seed=SEED, max_skip=3, journal=tmp_path / "j").graph
     uncached = _final(model, table, prompts[0], range(6))
     assert len(graph.edges) == 12
     for edge in graph.edges[::3]:
@@ -44,7 +44,7 @@ def test_edges_are_plans_with_one_cached_segment(tmp_path: Path, scheduler: str 
 def test_estimates_rank_edges_as_exact_errors_do(tmp_path: Path, method: CheapMethod) -> None:
     model, table, prompts = _small(10)
     arguments: dict[str, Any] = {"samples": 2, "seed": SEED, "max_skip": 3}
-    exact = measure(model, table, prompts, journal=tmp_path / "e", **arguments)
+    exact = measure(model, table, prompts, journal=tmp_path / "e", **arguments).graph
     found = calibrate_cheaply(model, table, prompts, method=method, journal=tmp_path / "c", **arguments)
     ranks = [np.argsort(np.argsort([edge.error for edge in graph.edges])) for graph in (exact, found.graph)]
     assert np.corrcoef(*ranks)[0, 1] > 0.9

@@ -5,23 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from toy_model import Naive, ToyModel, awkward, euler
 
-from lemica_trt.calibrate import Calibrated, calibrate_cheaply, cheap, cheap_cost, cheap_measurement
+from lemica_trt.calibrate import Calibrated, calibrate_cheaply, cheap, cheap_cost, cheap_measurement, inner_products
 from lemica_trt.calibrate.cheap import interpolate_sensitivity, knot_stops, piece
 from lemica_trt.calibrate.journal import CheapMeasurement, Piece
 from lemica_trt.calibrate.measure import usual_batch
 from lemica_trt.calibrate.replay import Stepper
-from lemica_trt.errors import InputError, UsageError, VerificationError
+from lemica_trt.errors import InputError, UnsupportedError, UsageError, VerificationError
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.values import json_bytes, value_from_json
 
 pytestmark = pytest.mark.cpu
 
 PROMPTS = ["a cat", "a dog", "two boats"]
+HISTORIES = SamplerTable(
+    scheduler="Histories", rows=tuple(msgspec.structs.replace(row, noise=0.0) for row in awkward(12).rows)
+)
 METHODS = pytest.mark.parametrize("method", ["secant", "adjoint"])
 
 
@@ -77,8 +81,8 @@ def test_adjoints_of_small_changes_need_no_correction(tmp_path: Path, monkeypatc
     monkeypatch.setattr(cheap, "PROBES", 60)
     ratios: list[float] = []
 
-    def record(knots: dict[int, tuple[float, float]], num_steps: int) -> Any:
-        ratios.extend(exact / change for exact, change in knots.values())
+    def record(knots: dict[int, float], num_steps: int) -> Any:
+        ratios.extend(knots.values())
         return interpolate_sensitivity(knots, num_steps)
 
     monkeypatch.setattr(cheap, "interpolate_sensitivity", record)
@@ -94,9 +98,9 @@ def test_samples_average_to_the_edge(tmp_path: Path, model: ToyModel) -> None:
 
 
 def test_sensitivity_is_interpolated_in_its_logarithm() -> None:
-    found = interpolate_sensitivity({2: (4.0, 1.0), 4: (1.0, 1.0), 5: (0.0, 1.0), 6: (1.0, 0.0)}, 6)
+    found = interpolate_sensitivity({2: 4.0, 4: 1.0}, 6)
     np.testing.assert_allclose(found, [4, 4, 4, 2, 1, 1, 1])
-    np.testing.assert_array_equal(interpolate_sensitivity({2: (0.0, 0.0)}, 3), np.ones(4))
+    np.testing.assert_array_equal(interpolate_sensitivity({}, 3), np.ones(4))
 
 
 def test_knots_of_all_samples_cover_every_stop() -> None:
@@ -160,21 +164,21 @@ def test_grams_are_those_of_the_uncached_run(tmp_path: Path, model: ToyModel, me
 
 
 def test_large_residuals_are_seen_through_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cheap, "GRAM_ELEMENTS", 2 * 5 * 3)
+    monkeypatch.setattr(inner_products, "GRAM_ELEMENTS", 2 * 5 * 3)
     numbers = torch.arange(2 * 40 * 3).reshape(2, 40, 3)
-    chosen = cheap.some_tokens(numbers)
+    chosen = inner_products.some_tokens(numbers)
     assert chosen.shape == (2, 5, 3)
     rows = {tuple(row) for row in numbers[0].tolist()}
     assert all(tuple(row) in rows for row in chosen[0].tolist())
-    assert torch.equal(cheap.some_tokens(numbers + 7), chosen + 7)
-    assert cheap.some_tokens(numbers[:, :5]).shape == (2, 5, 3)
+    assert torch.equal(inner_products.some_tokens(numbers + 7), chosen + 7)
+    assert inner_products.some_tokens(numbers[:, :5]).shape == (2, 5, 3)
 
 
 def test_inner_products_do_not_depend_on_where_they_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = list(torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)))
-    expected = cheap.inner_products(vectors, vectors[:2])
-    monkeypatch.setattr(cheap, "CHUNK", 64)
-    np.testing.assert_allclose(cheap.inner_products(vectors, vectors[:2]), expected, rtol=1e-12)
+    expected = inner_products.inner_products(vectors, vectors[:2])
+    monkeypatch.setattr(inner_products, "CHUNK", 64)
+    np.testing.assert_allclose(inner_products.inner_products(vectors, vectors[:2]), expected, rtol=1e-12)
     np.testing.assert_allclose(expected[0, 1], (vectors[0].double() * vectors[1].double()).sum().item(), rtol=1e-12)
 
 
@@ -189,6 +193,43 @@ def test_products_end_in_the_probes_themselves(tmp_path: Path, model: ToyModel) 
     outputs = torch.stack([run.outputs[0] for run in uncached.runs[1:]])
     expected = torch.einsum("rab,tab->rt", probes, outputs) / 12**0.5
     np.testing.assert_allclose(found.array[0, :, 12], expected, rtol=1e-5, atol=1e-6)
+
+
+# --- another grid, another guidance --------------------------------------------------------------------------------
+
+
+def retargeted(model: ToyModel, journal: Path, known: Calibrated, **changes: Any) -> Calibrated:
+    return calibrated(model, journal, method="retargeted", sensitivity=known.sensitivity, **changes)
+
+
+@pytest.mark.parametrize("table", [euler(12), HISTORIES], ids=["euler", "histories"])
+def test_retargeted_to_where_it_came_from_nothing_changes(tmp_path: Path, model: ToyModel, table: SamplerTable) -> None:
+    source = calibrated(model, tmp_path / "s", table=table)
+    found = retargeted(model, tmp_path / "r", source, table=table)
+    for mine, theirs in zip(found.graph.edges, source.graph.edges):
+        assert mine.errors == pytest.approx(theirs.errors, rel=0.02)  # knots at equal distances in time, not in index
+    assert found.grams == source.grams
+    assert (found.graph.method, found.sensitivity) == ("retargeted", None)
+    assert found.cost == cheap_cost(12, 4, 2, method="retargeted")
+    assert (found.cost.full, found.graph.samplings) == (24, 1.0)
+
+
+def test_retargeted_to_fewer_steps_and_more_guidance_it_ranks_as_a_new_one(tmp_path: Path, model: ToyModel) -> None:
+    source = calibrated(model, tmp_path / "s")
+    other = ToyModel(guidance_scale=4.0)
+    found = retargeted(other, tmp_path / "r", source, table=euler(9)).graph
+    anew = calibrated(other, tmp_path / "n", table=euler(9)).graph
+    ranks = [np.argsort(np.argsort([edge.error for edge in graph.edges])) for graph in (found, anew)]
+    assert np.corrcoef(*ranks)[0, 1] > 0.9
+
+
+def test_retargeting_is_refused_before_anything_is_run(tmp_path: Path, model: ToyModel) -> None:
+    source = calibrated(model, tmp_path / "s")
+    toy = ToyModel(guidance_scale=6.0)
+    toy.pipeline.transformer.embed.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
+    with pytest.raises(UnsupportedError, match=r"guidance 1\.5 … 5\.25 \(3 was measured\), asked for is 6"):
+        retargeted(toy, tmp_path / "r", source)
+    assert not (tmp_path / "r").exists()
 
 
 # --- pieces and journals -------------------------------------------------------------------------------------------
@@ -250,6 +291,8 @@ def test_refuses_what_cannot_be_measured(tmp_path: Path, model: ToyModel) -> Non
         calibrated(model, tmp_path / "j", samples=0)
     with pytest.raises(InputError, match="prompts: expected at least one"):
         calibrated(model, tmp_path / "j", prompts=[])
+    with pytest.raises(UsageError, match="by retargeted: expected another calibration to use"):
+        calibrated(model, tmp_path / "j", method="retargeted")
 
 
 def test_nan_in_a_skipped_step_is_named(tmp_path: Path) -> None:

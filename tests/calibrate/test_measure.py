@@ -32,7 +32,7 @@ def model() -> ToyModel:
 
 def measured(model: ToyModel, journal: Path, **changes: Any) -> ErrorGraph:
     arguments: dict[str, Any] = {"table": euler(6), "prompts": PROMPTS, "samples": 2, "seed": 5, "max_skip": 3}
-    return measure(model, journal=journal, **arguments | changes)
+    return measure(model, journal=journal, **arguments | changes).graph
 
 
 # --- the errors themselves -----------------------------------------------------------------------------------------
@@ -294,9 +294,9 @@ KILLED = textwrap.dedent(
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
-            graph = measure(ToyModel(), awkward(12), ["a cat", "a dog"], samples=3, seed=1, max_skip=4, batch=8,
+            found = measure(ToyModel(), awkward(12), ["a cat", "a dog"], samples=3, seed=1, max_skip=4, batch=8,
                             journal=path, progress=lambda *told: os.write(write, b"%d\\n" % told[0]))
-            write_value(graph, path.with_suffix(".json"))
+            write_value(found, path.with_suffix(".json"))
             os._exit(0)
         os.close(write)
         with os.fdopen(read) as told:
@@ -329,4 +329,5 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) -> N
     assert len(set(began)) >= 4, "killed before anything was done"
     assert began[-1] > 0
     assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    assert json.loads((tmp_path / "whole.json").read_bytes())["samples"] == 3
+    graph, grams = json.loads((tmp_path / "whole.json").read_bytes())
+    assert graph["samples"] == grams["samples"] == 3

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from toy_model import ToyModel, euler
 
 from lemica_trt.calibrate import Trials, trials_digest
-from lemica_trt.calibrate.trials import SNR_CAP
+from lemica_trt.calibrate.trials import SNR_CAP, _Runs
 from lemica_trt.errors import InputError, VerificationError
 from lemica_trt.models import denoise
 from lemica_trt.pipeline import uncached_plan
@@ -55,12 +56,15 @@ def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     with (tmp_path / "t").open("ab") as file:
         file.write(b'{"plan":"torn')  # killed while it wrote
     again = trials(model, tmp_path / "t")
-    runs = []
-    run = again._run
-    monkeypatch.setattr(again, "_run", lambda s, p: runs.append((s, p.budget)) or run(s, p))
+    runs: list[int] = []
+
+    def record(model: ToyModel, plan: StepPlan, *arguments: Any, **fresh: Any) -> torch.Tensor:
+        runs.append(plan.budget)
+        return denoise(model, plan, *arguments, **fresh)
+
+    monkeypatch.setattr("lemica_trt.calibrate.trials.denoise", record)
     assert again([plan(0, 3), plan(0, 2)], range(4)) == whole
-    assert (0, 2) in runs and runs.count((2, 2)) == 2 and len([r for r in runs if r[1] == 6]) == 4
-    assert len(runs) == 4 + 6  # each uncached run once, and what was missing
+    assert runs == [6, 2, 6, 2, 6, 2, 2, 6, 2, 2]  # each uncached run once, and what was missing
     assert again([plan(0, 2)], range(4)) == [whole[1]] and len(runs) == 10
 
 
@@ -73,7 +77,7 @@ def test_psnr_is_of_the_frames_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
         clips = [frames(denoise(model, p, embeds, noise))[0].numpy() for p in (UNCACHED, plan(0, 3))]
         assert found[s] == pytest.approx(psnr(*clips))
     again = trials(model, tmp_path / "t")
-    monkeypatch.setattr(again, "_run", lambda s, p: pytest.fail("it was run before"))
+    monkeypatch.setattr("lemica_trt.calibrate.trials.denoise", lambda *_: pytest.fail("it was run before"))
     assert again.psnr(plan(0, 3), range(3), journal=tmp_path / "f") == found
     assert again.psnr(UNCACHED, range(2), journal=tmp_path / "f") == (PSNR_CAP,) * 2
 
@@ -89,17 +93,25 @@ def test_scores_of_other_prompts_are_not_taken(tmp_path: Path) -> None:
     trials(model, tmp_path / "t")([plan(0, 3)], range(1))
     with pytest.raises(InputError, match="prompts_digest"):
         trials(model, tmp_path / "t", ["a fish"])
-    digests = {trials_digest(model, TABLE, prompts, seed=seed) for prompts in (PROMPTS, ["x"]) for seed in (1, 2)}
-    assert len(digests) == 4
+    with pytest.raises(InputError, match="reference"):
+        Trials(model, uncached_plan(euler(12), guidance_scale=3.0), TABLE, PROMPTS, seed=5, journal=tmp_path / "t")
+    digests = {
+        trials_digest(model, reference, TABLE, prompts, seed=seed)
+        for reference in (UNCACHED, plan(0, 3))
+        for prompts in (PROMPTS, ["x"])
+        for seed in (1, 2)
+    }
+    assert len(digests) == 8
 
 
 def test_what_is_not_finite(tmp_path: Path) -> None:
     model = ToyModel()
-    bad = trials(model, tmp_path / "t")
-    reference = bad._run(0, UNCACHED)
-    bad._references[0] = reference
+    start = _Runs(UNCACHED, tuple(PROMPTS), 5).start(model)
+    (fine,) = start((0, plan(0, 3), False))
+    assert math.isfinite(fine.snr)
     with torch.no_grad():
         model.pipeline.transformer.head.bias.fill_(math.inf)
-    assert bad([plan(0, 3)], range(1)) == [[-SNR_CAP]]
+    (score,) = start((0, plan(0, 3), False))  # against the uncached run from before
+    assert score.snr == -SNR_CAP
     with pytest.raises(VerificationError, match="sample 1"):
-        bad([plan(0, 3)], range(1, 2))
+        trials(model, tmp_path / "t")([plan(0, 3)], range(1, 2))

@@ -129,6 +129,18 @@ def test_flow_matching_and_diffusion_do_not_mix(model_of) -> None:
             load_model(msgspec.structs.replace(profile, sampling=sampling))
 
 
+def test_another_shift_of_a_flow_scheduler(folder, model_of) -> None:
+    wan = model_of("wan").profile
+    shifted = msgspec.structs.replace(wan.sampling, flow_shift=5.0)
+    scheduler = load_model(msgspec.structs.replace(wan, sampling=shifted)).scheduler(10)
+    own = model_of("wan").scheduler(10)
+    assert (own.config.flow_shift, scheduler.config.flow_shift) == (3.0, 5.0)
+    flat = own.sigmas[1:-1] / (3 - 2 * own.sigmas[1:-1])  # σ = s·u/(1 + (s − 1)·u)
+    torch.testing.assert_close(scheduler.sigmas[1:-1], 5 * flat / (1 + 4 * flat), rtol=0.01, atol=0.0)
+    with pytest.raises(UnsupportedError, match="a scheduler for flow matching to shift, got CogVideoXDDIMScheduler"):
+        load_model(_profile(folder, flow_shift=5.0))
+
+
 @pytest.mark.parametrize(
     ("variant", "changes", "message"),
     [

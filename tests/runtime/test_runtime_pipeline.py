@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import toy
@@ -113,6 +114,21 @@ def test_settings_of_a_request(bundle: Bundle, pipe: Pipeline) -> None:
     slow = bundle.pipeline("slow")
     np.testing.assert_array_equal(slow("blue star").latents, pipe("blue star", plan="slow", guidance_scale=2).latents)
     assert (pipe("red", guidance_scale=0.0).latents != pipe("red").latents).any()
+
+
+def test_guidance_that_a_plan_does_not_hold_for_is_refused(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", tmp_path / "w")
+    limited = msgspec.structs.replace(toy.euler_plan("fs", name="limited"), guidance_range=(1.5, 5.25))
+    pipe = add_plan(bundle, limited).pipeline("limited")
+    assert np.isfinite(pipe("red", guidance_scale=5.25).latents).all()
+    says = r"plan limited holds for guidance_scale 1\.5 … 5\.25, got 6 → use the plan that skips nothing, or build with"
+    with pytest.raises(InputError, match=says):
+        pipe("red", guidance_scale=6.0)
+    assert np.isfinite(pipe("red", guidance_scale=6.0, plan="slow").latents).all()
+    noise = Generator(0).randn((2, *toy.LATENT_SHAPE))
+    embeds = np.stack([pipe.encode("red")] * 4)
+    with pytest.raises(InputError, match=says):
+        pipe.latents(embeds, noise, guidance_scale=np.array([3.0, 6.0]))
 
 
 @pytest.mark.parametrize("stochastic", [False, True])

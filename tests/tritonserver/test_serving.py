@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -153,13 +154,18 @@ def test_plans_and_steps() -> None:
 
 
 def test_guidance() -> None:
-    assert serving.guidance_from({}, 4.0, guided=True) == 4.0
-    assert serving.guidance_from({"guidance_scale": 3}, 4.0, guided=True) == 3.0
+    plan = toy.euler_plan("fr", guidance_scale=4.0)
+    assert serving.guidance_from({}, plan, guided=True) == 4.0
+    assert serving.guidance_from({"guidance_scale": 3}, plan, guided=True) == 3.0
     for bad in (float("nan"), float("inf"), 100.5, True, "3", None):
         with pytest.raises(LemicaError, match="guidance_scale must be a number from 0 to 100"):
-            serving.guidance_from({"guidance_scale": bad}, 4.0, guided=True)
+            serving.guidance_from({"guidance_scale": bad}, plan, guided=True)
     with pytest.raises(LemicaError, match="built without guidance"):
-        serving.guidance_from({"guidance_scale": 3}, 4.0, guided=False)
+        serving.guidance_from({"guidance_scale": 3}, plan, guided=False)
+    limited = msgspec.structs.replace(plan, guidance_range=(2.0, 7.0))
+    assert serving.guidance_from({"guidance_scale": 7}, limited, guided=True) == 7.0
+    with pytest.raises(LemicaError, match=r"plan default holds for guidance_scale 2 … 7, got 7\.5"):
+        serving.guidance_from({"guidance_scale": 7.5}, limited, guided=True)
 
 
 class Pipe:

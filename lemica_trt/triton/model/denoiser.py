@@ -54,7 +54,7 @@ class TritonPythonModel:
         names = ("negative_prompt_embeds", "prompt_embeds") if self.guided else ("prompt_embeds",)
         shape, kind = self.batches.embeds_shape, self.batches.embeds_dtype
         embeds = np.stack([serving.tensor_from(pb_utils, request, name, shape, kind) for name in names])
-        guidance = serving.guidance_from(parameters, plan.guidance_scale, guided=self.guided)
+        guidance = serving.guidance_from(parameters, plan, guided=self.guided)
         watch = serving.Watch(request, parameters.get("caller"))
         return serving.Job(embeds, plan, serving.seed_from(parameters), guidance, sender, watch)
 

@@ -1,0 +1,54 @@
+"""A calibration by secant, carried over to fewer steps and more guidance: the stages, with the bundled model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from lemica_trt.candidates import Ways
+from lemica_trt.errors import InputError, UnsupportedError
+from lemica_trt.graph import ErrorGraph
+from lemica_trt.pipeline import Work, calibrate_stage, plan_stage
+from lemica_trt.progress import Quiet
+from lemica_trt.resources import load_profile
+from lemica_trt.sensitivity import Sensitivity
+from lemica_trt.spec import CalibrationMethod
+from lemica_trt.values import read_value
+
+pytestmark = pytest.mark.cpu
+
+
+def calibrated(
+    root: Path, steps: int, guidance: float, *, source: Path | None = None, method: CalibrationMethod = "secant"
+) -> ErrorGraph:
+    replace, profile = msgspec.structs.replace, load_profile("cogvideox-tiny")
+    profile = replace(
+        profile,
+        sampling=replace(profile.sampling, steps=steps, guidance_scale=guidance),
+        calibration=replace(profile.calibration, samples=1, max_skip=3, method=method),
+    )
+    return calibrate_stage(profile, Work(root), None, "cpu", None, source, Quiet())
+
+
+def test_plans_for_fewer_steps_and_more_guidance_say_what_they_hold_for(tmp_path: Path) -> None:
+    source, target = Work(tmp_path / "source"), Work(tmp_path / "target")
+    before = calibrated(source.root, 8, 4.0)
+    graph = calibrated(target.root, 6, 6.0, source=source.root)
+    assert (graph.method, graph.num_steps, graph.guidance_scale, graph.samplings) == ("retargeted", 6, 6.0, 1.0)
+    assert before.samplings is not msgspec.UNSET and before.samplings > 3
+    known = read_value(Sensitivity, target.sensitivity)
+    assert (known.num_steps, known.guidance_scale) == (8, 4.0)
+    (plan,) = plan_stage(
+        target.root, budgets=(3,), ways=Ways(method="lemica"), schedule=None, default=None, reporter=Quiet()
+    ).plans
+    assert plan.guidance_range == (3.0, 7.0)  # its own half, and what the source was found to hold for
+    with pytest.raises(UnsupportedError, match=r"guidance 2 … 7 \(4 was measured\), asked for is 8"):
+        calibrated(tmp_path / "far", 6, 8.0, source=target.root)
+
+
+def test_only_a_calibration_by_secant_can_be_carried_over(tmp_path: Path) -> None:
+    calibrated(tmp_path / "exact", 4, 4.0, method="exact")
+    with pytest.raises(InputError, match="expected what was calibrated by secant, it was not → calibrate it with"):
+        calibrated(tmp_path / "other", 4, 5.0, source=tmp_path / "exact")
