@@ -167,7 +167,7 @@ def bundle(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path)
 def test_a_dry_run_tells_what_searching_costs(tmp_path: Path) -> None:
     request = pipeline.Request(budgets=(Speedup(factor=2.0), MinPsnr(decibels=30.0), 7), pareto=True)
     stages = {stage.name: stage for stage in pipeline.dry_run(load_profile("cogvideox-tiny"), tmp_path / "b", request)}
-    assert list(stages)[:4] == ["time", "calibrate", "select", "quality"]
+    assert list(stages)[:5] == ["time", "calibrate", "fit", "select", "quality"]
     assert stages["quality"].what.startswith("12 budgets of 5 … 25 ") and stages["quality"].seconds
     assert stages["plan"].what.endswith("speed-up 2×, PSNR 30 dB, 7 full steps")
     published = msgspec.structs.replace(request, ways=Ways(method="published"))

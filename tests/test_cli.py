@@ -75,8 +75,9 @@ def test_a_bundle_that_does_not_verify_replaces_none(
     candidate = Bundle.open(tmp_path / "bundle.unverified")
     assert candidate.plans == ("b3", "uncached") and (candidate.path / "reports" / "verify.json").is_file()
     monkeypatch.undo()
-    bundle, report, _ = pipeline.build(profile, output, request, Quiet())
-    assert report is not None and bundle.path == output and bundle.plans == ("b3", "uncached")
+    built_again = pipeline.build(profile, output, request, Quiet())
+    assert built_again.report is not None and built_again.bundle.path == output
+    assert built_again.bundle.plans == ("b3", "uncached")
     assert not candidate.path.exists()
 
 

@@ -596,6 +596,7 @@ def main() -> None:
     # A vendor's library may print: what it says goes to standard error, events have the descriptor to themselves.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    sys.stdout = sys.stderr  # at once: what it says comes before what ends the process
     request = msgspec.json.decode(sys.stdin.buffer.readline(), type=Probe | Job)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     lock = threading.Lock()

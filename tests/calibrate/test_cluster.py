@@ -45,6 +45,7 @@ def cluster() -> Iterator[str]:
     """Address of a cluster with room for two workers of one thread each, in a process of its own."""
     environment = {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),  # workers load this file's functions
         "RAY_USAGE_STATS_ENABLED": "0",
         # For busy hosts: a worker may take longer to start than a minute, and does not stand back behind all others.
         "RAY_worker_register_timeout_seconds": "600",
