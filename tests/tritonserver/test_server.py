@@ -208,7 +208,7 @@ def test_requests_share_batches_and_not_bits(server: Server, reference: dict[str
     prompts = ("a big red circle moves left", "a small blue square moves up", "blue")
 
     def ask(i: int, client: Any) -> Any:
-        settings = {"plan": "b6" if i % 4 == 3 else "b4", "seed": i, "guidance_scale": 1.0 + i}
+        settings = {"plan": "b6" if i % 4 == 3 else "b4", "seed": i, "guidance_scale": 2.0 + 0.4 * i}
         inputs = embeds_input(grpc, reference, prompts[i % 3])
         return client.infer("denoiser", inputs, parameters=settings).as_numpy("latents")
 
