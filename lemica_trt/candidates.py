@@ -39,8 +39,8 @@ Solver = Literal[StockSolver, "fitted"]
 SolverTable = Callable[[Schedule, StockSolver], SamplerTable]
 """A solver set to the steps of a schedule: `lower.solver_table`."""
 
-FittedPlan = Callable[[Schedule], StepPlan | None]
-"""The plan of the solver fitted for a schedule, None where there is none: `calibrate.Fitter`."""
+FittedPlans = Callable[[Sequence[Schedule]], Sequence[StepPlan]]
+"""Plans of the solvers fitted for schedules, those that there are: `calibrate.Fitter`."""
 
 STOCK_SOLVERS: tuple[StockSolver, ...] = ("first-order", "dpmsolver++", "unipc")
 
@@ -159,13 +159,14 @@ def candidates(
     guidance_scale: float,
     grams: TrajectoryGrams | None = None,
     solver: SolverTable | None = None,
-    fitted: FittedPlan | None = None,
+    fitted: FittedPlans | None = None,
     fine: SamplerTable | None = None,
     error_graph_digest: str | None = None,
 ) -> list[StepPlan]:
     """Plans of one budget, each a way; of equal plans the first.
 
-    Fitting costs runs of the plan: of several methods only one has its schedules fitted, `predicted` where it is there.
+    Fitting costs runs of the plan: of several methods only one has its schedules fitted, `predicted` where it is there;
+    of that one's schedules all but the first are for fitted solvers alone.
 
     Args:
         ways: what is allowed.
@@ -200,7 +201,7 @@ def candidates(
 
     unnamed: dict[str, Any] = {"name": name, "guidance_scale": guidance_scale, "method": ""}
     for method, chosen in schedules.items():
-        for schedule in chosen:
+        for schedule in chosen[:1] if method == "predicted" else chosen:
             if schedule.budget == schedule.num_steps:
                 add(method, plan_from_schedule(schedule, table, **unnamed))
                 continue
@@ -218,10 +219,9 @@ def candidates(
                         add(method, plan_from_solver(schedule, table, solver(schedule, kind), **unnamed))
     if fitted is not None and FITTED in ways.solvers and not table.stochastic:
         method = "predicted" if "predicted" in schedules else next(iter(schedules))
-        plans = [fitted(schedule) for schedule in schedules[method] if schedule.budget < schedule.num_steps]
-        for plan in plans:
-            if plan is not None:
-                add(method, plan)
+        wanted = [schedule for schedule in schedules[method] if schedule.budget < schedule.num_steps]
+        for plan in fitted(wanted) if wanted else ():
+            add(method, plan)
     if not found:
         raise UsageError(
             "no way to make a plan is left by --method, --reuse, --predict and --solver together",

@@ -24,6 +24,7 @@ N = 10
 TABLE = flow_table(N)
 SCHEDULE = Schedule(num_steps=N, full_steps=(0, 2, 5, 8))
 OTHER = Schedule(num_steps=N, full_steps=(0, 1, 4, 7))
+THIRD = Schedule(num_steps=N, full_steps=(0, 3, 4, 7))
 
 
 def grams() -> TrajectoryGrams:
@@ -128,32 +129,37 @@ def test_what_leaves_no_way_is_refused() -> None:
 # --- fitted solvers, and a reference of more steps -----------------------------------------------------------------
 
 
-def fitted(schedule: Schedule) -> StepPlan:
-    """Some plan that no other way makes."""
-    table = first_order_table(TABLE, schedule.full_steps)
-    plan = plan_from_solver(schedule, TABLE, table, name="f", guidance_scale=4.0, method="")
-    rows = [*plan.rows[:-1], msgspec.structs.replace(plan.rows[-1], outputs=(0.25, 0.5))]
-    return msgspec.structs.replace(plan, rows=tuple(rows), scheduler=FITTED)
+def fitted(schedules: Sequence[Schedule]) -> list[StepPlan]:
+    """Some plans that no other way makes."""
+    plans = []
+    for schedule in schedules:
+        table = first_order_table(TABLE, schedule.full_steps)
+        plan = plan_from_solver(schedule, TABLE, table, name="f", guidance_scale=4.0, method="")
+        rows = [*plan.rows[:-1], msgspec.structs.replace(plan.rows[-1], outputs=(0.25, 0.5))]
+        plans.append(msgspec.structs.replace(plan, rows=tuple(rows), scheduler=FITTED))
+    return plans
 
 
 def test_one_method_has_its_schedules_fitted() -> None:
-    """The one that plans for it where it is there; else the first."""
+    """The one that plans for it where it is there; else the first. All but its first schedule are for that alone."""
     asked: list[Schedule] = []
 
-    def fit(schedule: Schedule) -> StepPlan:
-        asked.append(schedule)
-        return fitted(schedule)
+    def fit(schedules: Sequence[Schedule]) -> list[StepPlan]:
+        asked.extend(schedules)
+        return fitted(schedules)
 
     common: dict[str, Any] = {"name": "b4", "guidance_scale": 4.0, "grams": grams(), "fitted": fit}
-    plans = candidates(Ways(), {"lemica": [SCHEDULE], "predicted": [OTHER]}, TABLE, **common)
-    assert asked == [OTHER] and [way(plan) for plan in plans][-1] == "predicted, fitted"
+    plans = candidates(Ways(), {"lemica": [SCHEDULE], "predicted": [OTHER, THIRD]}, TABLE, **common)
+    assert asked == [OTHER, THIRD] and [way(plan) for plan in plans][-2:] == 2 * ["predicted, fitted"]
+    assert [way(plan) for plan in plans if plan.full_steps == THIRD.full_steps] == ["predicted, fitted"]
     (plan,) = candidates(Ways(solver="fitted"), {"lemica": [SCHEDULE], "least-sum": [OTHER]}, TABLE, **common)
-    assert asked == [OTHER, SCHEDULE] and (plan.method, plan.name, way(plan)) == ("lemica", "b4", "lemica, fitted")
+    assert asked == [OTHER, THIRD, SCHEDULE]
+    assert (plan.method, plan.name, way(plan)) == ("lemica", "b4", "lemica, fitted")
     for ways in (Ways(method="lemica"), Ways(reuse="output"), Ways(predict="lsq2"), Ways(solver="unipc")):
         candidates(ways, {"lemica": [SCHEDULE]}, TABLE, **common, solver=solver)
-    assert len(asked) == 2
+    assert len(asked) == 3
     with pytest.raises(UsageError, match="no way"):
-        candidates(Ways(solver="fitted"), {"lemica": [SCHEDULE]}, TABLE, **common | {"fitted": lambda _: None})
+        candidates(Ways(solver="fitted"), {"lemica": [SCHEDULE]}, TABLE, **common | {"fitted": lambda _: []})
     noisy = msgspec.structs.replace(
         TABLE, rows=tuple(msgspec.structs.replace(row, noise=0.1) if i else row for i, row in enumerate(TABLE.rows))
     )

@@ -72,7 +72,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     plans = [
         fold(uniform_plan(table, LINEAR, name=f"b{BUDGET}")),
         plan_from_solver(schedule, table, solver, name="planned", guidance_scale=g, method="given"),
-        msgspec.structs.replace(fitted(schedule), name="fitted", method="given"),
+        msgspec.structs.replace(fitted([schedule])[0], name="fitted", method="given"),
         pipeline.uncached_plan(table, guidance_scale=g),
     ]
     layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=True)

@@ -12,7 +12,7 @@ from test_predict import N, grams_of, samples_of, table_of
 from lemica_trt.errors import InfeasibleError, InputError
 from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.graph import Edge, ErrorGraph
-from lemica_trt.predicted import prediction_errors, sensitivities, solve_predicted
+from lemica_trt.predicted import POWERS, prediction_errors, sensitivities, solve_predicted
 from lemica_trt.sampler import SamplerRow, SamplerTable
 
 pytestmark = pytest.mark.null
@@ -108,11 +108,12 @@ def test_errors_are_what_least_squares_leaves(table: SamplerTable) -> None:
     assert np.isinf(errors[2, 3, 0, 1]) and np.isinf(errors[2, 1, 2, 1]) and np.isinf(errors[N - 1, 1, 1, 2])
 
 
-def test_schedules_are_the_best_of_all() -> None:
+@pytest.mark.parametrize("power", POWERS)
+def test_schedules_are_the_best_of_all(power: float) -> None:
     table = two_steps(N)
     graph, grams = graph_of(table, 2), grams_for(table, outputs_of(2))
     errors = prediction_errors(table, grams, 5)
-    weights = np.square(sensitivities(table, graph, grams))
+    weights = sensitivities(table, graph, grams) ** (2 * power)
 
     def price(steps: tuple[int, ...]) -> float:
         total = 0.0
@@ -123,14 +124,14 @@ def test_schedules_are_the_best_of_all() -> None:
             total += errors[i, back, further, j - i] * weights[j] if max(j - i, back, further) <= 5 else np.inf
         return total
 
-    found = solve_predicted(table, graph, grams, [4, 6, 7])
+    found = solve_predicted(table, graph, grams, [4, 6, 7], power=power)
     for budget, schedule in found.items():
         every = [(0, *rest) for rest in combinations(range(1, N), budget - 1)]
         best = min(price(steps) for steps in every)
         assert schedule.budget == budget and np.isfinite(best)
         assert price(schedule.full_steps) == pytest.approx(best, rel=1e-12)
     # Planned together or alone, it is the same.
-    assert solve_predicted(table, graph, grams, [6]) == {6: found[6]}
+    assert solve_predicted(table, graph, grams, [6], power=power) == {6: found[6]}
 
 
 def test_sensitivity_is_error_over_what_reuse_leaves() -> None:

@@ -59,7 +59,7 @@ from lemica_trt.signed import AdjointProducts
 
 CheapMethod = Literal["secant", "adjoint", "retargeted"]
 
-KNOTS: dict[CheapMethod, int] = {"secant": 5, "adjoint": 3, "retargeted": 0}
+KNOTS: dict[CheapMethod, int] = {"secant": 4, "adjoint": 3, "retargeted": 0}
 """Stops j whose sensitivity is measured, at equal distances, beside the first and the last ones."""
 
 TAIL = 3

@@ -133,13 +133,15 @@ def replan(
     against = None if fine is None else fine.num_steps
     solvers = {plan.full_steps: plan for plan in cached if plan.scheduler == FITTED and plan.reference_steps == against}
 
-    def fitted(schedule: Schedule) -> StepPlan | None:
-        if schedule.full_steps not in solvers and ways.solver == FITTED:
+    def fitted(schedules: Sequence[Schedule]) -> list[StepPlan]:
+        found = [solvers[schedule.full_steps] for schedule in schedules if schedule.full_steps in solvers]
+        if schedules and not found and ways.solver == FITTED:
+            count = schedules[0].budget
             raise UsageError(
-                f"a solver for {schedule.budget} full steps is fitted to the model, and the bundle has none for them",
-                fix=f"lemica-trt build … --solver fitted --budget {schedule.budget}",
+                f"a solver for {count} full steps is fitted to the model, and the bundle has none for them",
+                fix=f"lemica-trt build … --solver fitted --budget {count}",
             )
-        return solvers.get(schedule.full_steps)
+        return found
 
     for selection in selected.selections if selected is not None else ():
         before[selection.budget] = [tried.way for tried in selection.tried]

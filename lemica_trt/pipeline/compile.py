@@ -57,7 +57,8 @@ from lemica_trt.pipeline.stages import (
     verify_bundle,
 )
 from lemica_trt.pipeline.work import Findings, Work, candidate_folder, plans_in, plans_to_run, work_folder, write_plans
-from lemica_trt.plan import layout_from_plans
+from lemica_trt.plan import FITTED, layout_from_plans
+from lemica_trt.predicted import POWERS
 from lemica_trt.progress import Quiet, Reporter
 from lemica_trt.sampler import SamplerTable
 from lemica_trt.schedule import least_budget, require_feasible
@@ -321,20 +322,21 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
         )
     plans = "given schedule" if request.schedule is not None else ", ".join(map(said, request.budgets))
     reference = request.reference_steps or table.num_steps
-    fitted = "fitted" in request.ways.solvers and not table.stochastic
-    if fitted:
-        full = settings.samples * (reference + sum(budgets))
+    fitted = 0  # solvers for each budget
+    if FITTED in request.ways.solvers and not table.stochastic:
+        fitted = len(POWERS) if "predicted" in request.ways.methods else 1
+        full = settings.samples * (reference + fitted * sum(budgets))
         stages.append(
             Stage(
                 name="fit",
-                what=f"a solver for each budget, to {reference} steps on {settings.samples} samples: "
+                what=f"solvers for each budget: {fitted}, to {reference} steps on {settings.samples} samples: "
                 f"{full} full steps, {full / table.num_steps / settings.samples:.1f} samplings a sample",
                 seconds=full * expected.full_step,
-                disk=1_000 * sum(budgets),
+                disk=1_000 * fitted * sum(budgets),
                 memory=expected.run_memory,
             )
         )
-    stock = len(request.ways.solvers) - ("fitted" in request.ways.solvers)
+    stock = len(request.ways.solvers) - (FITTED in request.ways.solvers)
     ways = len(request.ways.methods) * (len(predictors(request.ways, table, None)) + stock) + fitted
     if ways > 1:
         runs = trial_runs(ways, settings.validation_samples)

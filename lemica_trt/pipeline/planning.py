@@ -11,12 +11,13 @@ import msgspec
 
 from lemica_trt.budget import Afforded
 from lemica_trt.bundle import check_plan
-from lemica_trt.candidates import FittedPlan, Planner, Selection, SolverTable, Ways, candidates, select, way
+from lemica_trt.candidates import FittedPlans, Planner, Selection, SolverTable, Ways, candidates, select, way
 from lemica_trt.errors import InputError, UsageError
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.pipeline.work import Findings, Work, short, uncached_plan
+from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.plan import StepPlan, guidance_range
-from lemica_trt.predicted import solve_predicted
+from lemica_trt.predicted import POWERS, solve_predicted
 from lemica_trt.progress import Reporter
 from lemica_trt.provenance import Provenance
 from lemica_trt.sampler import SamplerTable
@@ -59,7 +60,7 @@ def make_plans(
     findings: Findings,
     schedule: Sequence[int] | None = None,
     solver: SolverTable | None = None,
-    fitted: FittedPlan | None = None,
+    fitted: FittedPlans | None = None,
     choose: Chooser | None = None,
     before: Mapping[int, Sequence[str]] | None = None,
     graphs: GraphSet | None = None,
@@ -167,7 +168,7 @@ def _schedules(
             found[method] = [least_sum(graph, budget)]
         elif method == "predicted":
             if findings.grams is not None:
-                found[method] = [solve_predicted(table, graph, findings.grams, [budget])[budget]]
+                found[method] = _predicted(table, graph, findings.grams, budget)
             elif ways.method == method:
                 raise UsageError("method predicted needs the Grams of uncached runs", fix="calibrate first")
         elif products is not None:
@@ -181,6 +182,12 @@ def _schedules(
                 fix=f"--denoising-steps {schedule.num_steps}",
             )
     return found
+
+
+def _predicted(table: SamplerTable, graph: ErrorGraph, grams: TrajectoryGrams, budget: int) -> list[Schedule]:
+    """Schedules for predicted outputs: as errors were measured, and for solvers that correct part of them."""
+    every = [solve_predicted(table, graph, grams, [budget], power=power)[budget] for power in POWERS]
+    return list({schedule.full_steps: schedule for schedule in every}.values())
 
 
 def _signed(table: SamplerTable, graph: ErrorGraph, products: AdjointProducts, budget: int) -> list[Schedule]:
@@ -299,7 +306,7 @@ def fitter(
     reporter: Reporter,
     *,
     fine: SamplerTable | None = None,
-) -> FittedPlan | None:
+) -> FittedPlans | None:
     """Fits solvers to the model, on the samples of the calibration; None where the sampler draws noise.
 
     Args:
@@ -327,15 +334,17 @@ def fitter(
             progress=reporter.advance,
         )
 
-    def fit(schedule: Schedule) -> StepPlan:
-        fits = opened()
-        wanted = fits.evaluations_for(schedule)
-        reporter.stage(
-            "fit",
-            f"a solver for {schedule.budget} steps, on {fits.samples} samples, to {reference.num_steps} steps: "
-            f"{wanted / table.num_steps / fits.samples:.1f} samplings a sample",
-        )
-        return fits(schedule)
+    def fit(schedules: Sequence[Schedule]) -> list[StepPlan]:
+        fits, plans = opened(), []
+        for schedule in schedules:
+            wanted = fits.evaluations_for(schedule)
+            reporter.stage(
+                "fit",
+                f"a solver for {schedule.budget} steps, on {fits.samples} samples, to {reference.num_steps} steps: "
+                f"{wanted / table.num_steps / fits.samples:.1f} samplings a sample",
+            )
+            plans.append(fits(schedule))
+        return plans
 
     return fit
 
