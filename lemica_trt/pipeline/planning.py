@@ -13,9 +13,9 @@ from lemica_trt.budget import Afforded
 from lemica_trt.bundle import check_plan
 from lemica_trt.candidates import FittedPlans, Planner, Selection, SolverTable, Ways, candidates, select, way
 from lemica_trt.errors import InputError, UsageError
+from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.pipeline.work import Findings, Work, short, uncached_plan
-from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.plan import StepPlan, guidance_range
 from lemica_trt.predicted import POWERS, solve_predicted
 from lemica_trt.progress import Reporter
