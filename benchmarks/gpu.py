@@ -319,7 +319,7 @@ class TorchEngine:
         self._module = module
         self._graph = graph
 
-    def bind(self, buffers: Mapping[str, Buffer]) -> TorchCalls:
+    def bind(self, buffers: Mapping[str, Buffer], *, once: bool = False) -> TorchCalls:
         check_binding(self._graph, buffers)
         return TorchCalls(self._backend, [TorchCall(self._module, self._graph, buffers)])
 

@@ -86,12 +86,30 @@ class _Group(click.Group):
                 raise
             click.echo(f"lemica-trt: {error}", err=True)
             sys.exit(error.exit_code)
+        except (MemoryError, RuntimeError) as error:
+            if debug or not _out_of_memory(error):
+                raise
+            line = next(iter(str(error).splitlines()), "no more was said")
+            click.echo(
+                f"lemica-trt: out of memory: {line} → free some, use another --device, or build fewer --frames",
+                err=True,
+            )
+            sys.exit(7)
         except OSError as error:
             if debug:
                 raise
             what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
             click.echo(f"lemica-trt: {what} → check the path, its permissions and the free disk space", err=True)
             sys.exit(7)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch or Python ran out of memory; on a CPU PyTorch raises a RuntimeError that says so."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's; nothing here imports it
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
 
 
 @click.group(
@@ -286,6 +304,10 @@ def build(
     _refuse_unused("calibration_from", "calibration", "samples", "seed")
     profile = _profile(model, weights, overrides)
     output = output or Path("out") / profile.name
+    if repository is not None:
+        from lemica_trt.triton.repository import require_repository, write_repository
+
+        require_repository(repository)
     request = pipeline.Request(
         budgets=_budget_given(speedups, latencies, min_psnrs) or budgets,
         pareto=pareto,
@@ -307,8 +329,6 @@ def build(
         return
     bundle, report, unverified, answers, front = pipeline.build(profile, output, request, _reporter(quiet or as_json))
     if repository is not None:
-        from lemica_trt.triton.repository import write_repository
-
         write_repository(bundle, repository)
     _print(
         {

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from lemica_trt.budget import StepTimes
 from lemica_trt.builders import EngineKey
+from lemica_trt.builders.tensorrt_worker import cuda_device
 from lemica_trt.bundle import STEP_TIMES, VERIFY_REPORT, Bundle
 from lemica_trt.plan import StepPlan
 from lemica_trt.runtime.denoise import RowDone
@@ -197,14 +198,15 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def machine() -> str:
-    """Processor and cores, for a report."""
+    """Processor, cores, and the first GPU with the CUDA version of its driver where there is one: what times are of."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
             name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
     except OSError:
         pass
-    return f"{name}, {os.cpu_count()} cores"
+    gpu = cuda_device()
+    return f"{name}, {os.cpu_count()} cores" + (f", {gpu.name} (driver for CUDA {gpu.driver})" if gpu else "")
 
 
 def backend_name(key: EngineKey) -> str:
@@ -228,7 +230,7 @@ def stored_steps(bundle: Bundle, backend: str) -> StepTimes | None:
     for file in (STEP_TIMES, VERIFY_REPORT):
         try:
             found = msgspec.json.decode((bundle.path / file).read_bytes(), type=Part)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             continue
         if (found.machine, found.backend) == (machine(), backend):
             return found.steps

@@ -13,8 +13,9 @@ import pytest
 from click.testing import CliRunner
 from test_budget import PLANS, K, N
 
-from lemica_trt import pipeline
+from lemica_trt import pipeline, timing
 from lemica_trt.budget import Afforded, Latency, MinPsnr, Speedup, StepTimes
+from lemica_trt.builders.tensorrt_worker import Device
 from lemica_trt.bundle import FRONT_FILE, STEP_TIMES, VERIFY_REPORT, Bundle
 from lemica_trt.candidates import Selection, Tried, Ways, way
 from lemica_trt.cli import main
@@ -83,7 +84,7 @@ def test_full_steps_are_not_looked_at() -> None:
 
 
 @pytest.mark.null
-@pytest.mark.parametrize("wanted", [12.0, 21.5, 25.0, 40.0, 49.0, 60.0])
+@pytest.mark.parametrize("wanted", [12.0, 21.5, 25.0, 40.0, 49.0])
 def test_the_fewest_full_steps_that_reach_a_psnr(wanted: float) -> None:
     fake = Fake()
     found = planned(fake, MinPsnr(decibels=wanted))
@@ -91,6 +92,22 @@ def test_the_fewest_full_steps_that_reach_a_psnr(wanted: float) -> None:
     assert found.plans[0].budget == expected
     assert len(fake.looked_at) == len(set(fake.looked_at)) <= 6
     assert found.front is not None and [p.budget for p in found.front.points] == sorted(fake.looked_at)
+
+
+@pytest.mark.null
+def test_a_psnr_that_no_budget_has() -> None:
+    """Against more steps than N, N full ones are not perfect."""
+    with pytest.raises(InfeasibleError, match=rf"{N} of {N} full steps have 50\.0 dB.*feasible is 50"):
+        planned(Fake(), MinPsnr(decibels=60.0))
+
+
+@pytest.mark.null
+def test_times_are_of_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Device(name="NVIDIA L4", compute_capability="8.9", driver="13.0")
+    monkeypatch.setattr(timing, "cuda_device", lambda: None)
+    without = machine()
+    monkeypatch.setattr(timing, "cuda_device", lambda: gpu)
+    assert machine() == f"{without}, NVIDIA L4 (driver for CUDA 13.0)"
 
 
 @pytest.mark.null

@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 from command import PAPER, SMALL, lemica
 
@@ -16,6 +18,7 @@ from lemica_trt.candidates import Selections
 from lemica_trt.errors import EXIT_CODES
 from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
+from lemica_trt.pipeline.work import work_folder
 from lemica_trt.plan import StepPlan
 from lemica_trt.signed import AdjointProducts
 from lemica_trt.values import read_value
@@ -247,6 +250,46 @@ def test_altered_bundle_is_not_loaded(built: tuple[Path, subprocess.CompletedPro
     done = lemica("run", copy, "a prompt", "-o", tmp_path / "x.mp4", "--quiet")
     assert done.returncode == 4 and "onnx/full.onnx" in done.stderr
     assert not (tmp_path / "x.mp4").exists()
+    done = lemica("verify", copy, "--samples", "2", "--quiet")  # whatever its report says
+    assert done.returncode == 4 and "onnx/full.onnx" in done.stderr
+    (copy / "manifest.json").write_bytes((copy / "manifest.json").read_bytes()[:-2] + b"\xff}")
+    done = lemica("inspect", copy)
+    assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
+
+
+def test_a_default_alone_plans_nothing(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(built[0], copy)
+    before = {name: built[0].joinpath("plans", f"{name}.json").read_bytes() for name in ("b4", "b5", "uncached")}
+    assert lemica("plan", copy, "--default", "b5", "--quiet").returncode == 0
+    assert Bundle.open(copy).plan().name == "b5"
+    assert {file.stem: file.read_bytes() for file in (copy / "plans").iterdir()} == before
+    done = lemica("plan", copy, "--default", "b6", "--quiet")
+    assert done.returncode == 3 and "b6" in done.stderr
+
+
+def test_what_a_build_would_only_find_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").write_text("x")
+    done = lemica("build", *SMALL, "--output", tmp_path / "b", "--triton", tmp_path, "--dry-run")
+    assert done.returncode == 2 and "expected a model repository" in done.stderr
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        done = lemica("build", *SMALL, "--output", tmp_path / "b", "--provider", "cuda", "--dry-run")
+        assert done.returncode == 7 and "CUDAExecutionProvider" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert work_folder(Path()) == tmp_path.with_name(f"{tmp_path.name}.work")
+
+
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB')", "MemoryError()"])
+def test_out_of_memory_is_one_line(error: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, lemica_trt.pipeline as p\nfrom lemica_trt.cli import main\n"
+        f"def fail(*_, **__): raise {error}\n"
+        "p.build = fail\nmain(['build', '--model', 'cogvideox-tiny'])\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 7 and done.stderr.startswith("lemica-trt: out of memory"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_verify_finds_a_graph_that_computes_something_else(

@@ -16,18 +16,19 @@ from rich.console import Console
 
 from lemica_trt import pipeline
 from lemica_trt.bundle import Bundle
-from lemica_trt.candidates import Ways
+from lemica_trt.candidates import Ways, candidates, way
 from lemica_trt.errors import InputError, UsageError
 from lemica_trt.fold import fold
 from lemica_trt.lower import solver_table
 from lemica_trt.models import Model, denoise
+from lemica_trt.pipeline.planning import _best_before
 from lemica_trt.plan import StepPlan, layout_from_plans, plan_from_schedule, plan_from_solver
 from lemica_trt.predict import LEMICA, Predictor, predict
 from lemica_trt.progress import Quiet
 from lemica_trt.report.summary import agreement_text
 from lemica_trt.runtime.denoise import RowDone
 from lemica_trt.sampler import SamplerTable
-from lemica_trt.schedule import given, uniform
+from lemica_trt.schedule import Schedule, given, uniform
 
 pytestmark = [
     pytest.mark.cpu,
@@ -168,6 +169,18 @@ def test_a_bundle_gives_a_fitted_plan_only_where_it_has_it(built: Built, tmp_pat
         replanned([0, 2, 5], 32, reuse="output", predict="none")
     finely, plainly = (replanned([0, 2, 5], steps, reuse="output", predict="none") for steps in (None, STEPS))
     assert (finely.reference_steps, plainly.reference_steps) == (2 * STEPS, None) and finely.rows != plainly.rows
+
+
+def test_a_given_schedule_gets_the_recipe_that_did_best(built: Built) -> None:
+    schedule = Schedule(num_steps=STEPS, full_steps=(0, 2, 5))
+    ways = Ways(method="given", reuse="output")
+    several = candidates(ways, {"given": [schedule]}, built.table, name="x", guidance_scale=4.0)
+    assert len(several) > 2
+    assert _best_before(several, {9: ["lemica, output-linear"]}) is next(
+        plan for plan in several if way(plan) == "given, output-linear"
+    )
+    with pytest.raises(UsageError, match="none was tried"):
+        _best_before(several, {9: ["lemica, residual-reuse"]})
 
 
 def test_one_seed_is_one_video_under_a_sampler_that_draws(tmp_path: Path) -> None:

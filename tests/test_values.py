@@ -134,6 +134,12 @@ def test_decoding_is_strict_and_says_where(text: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("data", [b'{"num_steps": 4, "\xff": 1}', b'{"x":' + b"[" * 100_000])
+def test_bytes_that_are_no_json_are_refused(data: bytes) -> None:
+    with pytest.raises(InputError, match="expected a valid Schedule"):
+        value_from_json(Schedule, data, where="plans/a.json")
+
+
 def test_decoding_says_which_row() -> None:
     rows = json.loads(json_bytes(table_of(4)))
     rows["rows"][3]["timestep"] = "soon"

@@ -80,13 +80,13 @@ def build(graphs: GraphSet, root: Path, out: Path, options: Mapping[str, Option]
 
 def check(dtype: DType, options: Mapping[str, Option]) -> None:
     """What can be refused before any graph is there. See `builders.check`."""
-    options_from(options, DEFAULTS, backend="onnxruntime")
+    chosen = options_from(options, DEFAULTS, backend="onnxruntime")
     if dtype == "bf16":
         raise UnsupportedError(
             "ONNX Runtime does not run bf16 graphs",
             fix="build with --dtype fp16 or fp32, or for --backend tensorrt-rtx or tensorrt",
         )
-    import_onnxruntime()
+    _provider(import_onnxruntime(), chosen)
 
 
 def import_onnxruntime() -> Any:
@@ -120,18 +120,8 @@ def open_session(graph: GraphSpec, path: Path, options: Mapping[str, Option], de
         EngineError: the file does not load, or is not the graph described.
     """
     ort = import_onnxruntime()
+    wanted = _provider(ort, options)
     provider, level, threads = options["provider"], options["optimization"], options["threads"]
-    for name, value, known in (("provider", provider, PROVIDERS), ("optimization", level, _LEVELS)):
-        if value not in known:
-            raise UsageError(f"onnxruntime has no {name} {value!r}", fix=f"use one of: {', '.join(known)}")
-    if int(threads) < 0:
-        raise UsageError(f"threads must be 0 or more, got {threads}")
-    wanted = PROVIDERS[str(provider)]
-    if wanted not in ort.get_available_providers():
-        raise MissingDependencyError(
-            f"this onnxruntime ({ort.__version__}) has no {wanted}",
-            fix="pip uninstall onnxruntime && pip install onnxruntime-gpu" if provider == "cuda" else None,
-        )
     settings = ort.SessionOptions()
     settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[str(level)])
     settings.intra_op_num_threads = int(threads) or _available_cpus()  # its own 0 also pins threads to cores
@@ -154,6 +144,27 @@ def open_session(graph: GraphSpec, path: Path, options: Mapping[str, Option], de
     if declared != described:
         raise EngineError(f"{graph.file} is not the graph described: expected {described}, got {declared}")
     return session
+
+
+def _provider(ort: Any, options: Mapping[str, Option]) -> str:
+    """ONNX Runtime's name of the provider; complete options are checked.
+
+    Raises:
+        UsageError, MissingDependencyError: as `open_session`.
+    """
+    provider, level, threads = options["provider"], options["optimization"], options["threads"]
+    for name, value, known in (("provider", provider, PROVIDERS), ("optimization", level, _LEVELS)):
+        if value not in known:
+            raise UsageError(f"onnxruntime has no {name} {value!r}", fix=f"use one of: {', '.join(known)}")
+    if int(threads) < 0:
+        raise UsageError(f"threads must be 0 or more, got {threads}")
+    wanted = PROVIDERS[str(provider)]
+    if wanted not in ort.get_available_providers():
+        raise MissingDependencyError(
+            f"this onnxruntime ({ort.__version__}) has no {wanted}",
+            fix="pip uninstall onnxruntime && pip install onnxruntime-gpu" if provider == "cuda" else None,
+        )
+    return wanted
 
 
 def _available_cpus() -> int:

@@ -288,8 +288,9 @@ class TensorRT:
                 if self.vendor.builds_on_gpu
                 else "build there, or name --compute-capabilities",
             )
-        later = "+" if chosen.get("hardware_compatibility_level") == "ampere_plus" else ""
-        return f"sm_{found.device.compute_capability.replace('.', '')}{later}"
+        if chosen.get("hardware_compatibility_level") == "ampere_plus":
+            return "sm_80+"
+        return f"sm_{found.device.compute_capability.replace('.', '')}"
 
     def _more_memory(self, expected: int | None) -> str:
         needs = "more memory" if expected is None else f"about {size(expected)} of free memory"

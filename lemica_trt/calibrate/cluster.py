@@ -87,7 +87,9 @@ class RayWorkers:
             actor, done = running.pop(ready)
             try:
                 entries = ray.get(ready)
-            except ray.exceptions.RayActorError:
+            except ray.exceptions.RayTaskError as error:  # the job's own
+                raise error.cause from None
+            except ray.exceptions.RayError:  # died, was killed for memory, lost its node, or cannot be reached
                 lost += 1
                 if lost > room + PATIENCE:
                     raise MissingDependencyError(
@@ -97,11 +99,10 @@ class RayWorkers:
                 self._note(f"Ray: a worker was lost{'' if done is None else '; its piece is given to another'}")
                 if done is not None:
                     waiting.append(done)
+                ray.kill(actor)  # one that is only out of reach would keep its room
                 self._actors[self._actors.index(actor)] = successor = self._hire()
                 running[successor.begin.remote(job)] = successor, None
                 continue
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
             idle.append(actor)
             if done is not None:
                 left, lost = left - 1, 0

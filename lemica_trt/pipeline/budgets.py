@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,8 +33,8 @@ from lemica_trt.budget import (
 from lemica_trt.builders import Option, options_by_backend
 from lemica_trt.builders import build as build_engine
 from lemica_trt.bundle import FRONT_FILE, Bundle
-from lemica_trt.candidates import Selection, Ways, trial_runs, way
-from lemica_trt.errors import MissingDependencyError, UsageError
+from lemica_trt.candidates import Selection, Ways, recipe, trial_runs, way
+from lemica_trt.errors import InfeasibleError, MissingDependencyError, UsageError
 from lemica_trt.pipeline.planning import Judge
 from lemica_trt.pipeline.stages import assemble, export, export_key, verifiable
 from lemica_trt.pipeline.work import Findings, Work, uncached_plan
@@ -320,10 +321,10 @@ class Scout:
         if not near:
             return self.plan(budget)
         best = self._every_way[min(near, key=lambda tried: abs(tried - budget))].tried[:FINALISTS]
-        recipes = {_recipe(tried.way) for tried in best}
+        recipes = {recipe(tried.way) for tried in best}
 
         def choose(plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
-            kept = [plan for plan in plans if _recipe(way(plan)) in recipes]
+            kept = [plan for plan in plans if recipe(way(plan)) in recipes]
             return self._judge(kept or plans)
 
         (plan,), selections = self._make(budgets=[budget], choose=choose)
@@ -338,11 +339,6 @@ def is_near(tried: int, budget: int) -> bool:
     return max(tried, budget) <= NEAR * min(tried, budget)
 
 
-def _recipe(way: str) -> str:
-    """What a way does in a skipped step, however its full steps are chosen."""
-    return way.split(", ", 1)[-1]
-
-
 def plan_budgets(
     budgets: Sequence[int | Afforded | MinPsnr],
     scout: Scout,
@@ -355,7 +351,7 @@ def plan_budgets(
     """A plan for each budget, and the front if it is asked for: its budgets, and those of the plans.
 
     Raises:
-        InfeasibleError: as `make_plans`.
+        InfeasibleError: as `make_plans`; no number of full steps has the PSNR that is asked for.
     """
     chosen: list[StepPlan] = []
     for budget in budgets:
@@ -364,7 +360,13 @@ def plan_budgets(
             reporter.stage("search", f"the fewest of {feasible[0]} … {num_steps} full steps that have {budget}")
             wanted = budget.decibels
             least = least_reaching(feasible, lambda b, wanted=wanted: scout.point(b, reporter).mean >= wanted)  # type: ignore[misc]
-            chosen.append(scout.point(least, reporter).plan)
+            point = scout.point(least, reporter)
+            if point.mean < wanted:  # against more steps than N even N full ones may not have it
+                raise InfeasibleError(
+                    f"{budget}: {least} of {num_steps} full steps have {point.mean:.1f} dB",
+                    fix=f"the nearest that is feasible is {math.floor(point.mean * 10) / 10:g}",
+                )
+            chosen.append(point.plan)
         else:
             chosen.append(scout.plan(budget))
     if pareto:

@@ -270,7 +270,7 @@ def plan_stage(
     Args:
         budgets: None: none where the front of a bundle is asked for, else `DEFAULT_BUDGETS`.
         ways, schedule, pareto: see `Request`.
-        default: the bundle's new default plan.
+        default: the bundle's new default plan; with nothing else, nothing is planned.
         reference_steps: see `Request`; of a bundle as in `replan`.
 
     Raises:
@@ -279,8 +279,12 @@ def plan_stage(
     """
     work = Work(target)
     if not work.profile.is_file():
+        opened = Bundle.open(target)
+        if default is not None and budgets is None and schedule is None and not pareto and ways == Ways():
+            opened = add_plan(opened, default=default)
+            return Replanned(plans=tuple(opened.plan(name) for name in opened.plans), answers=(), front=())
         bundle, made = replan(
-            Bundle.open(target),
+            opened,
             budgets=budgets if budgets is not None else () if pareto else DEFAULT_BUDGETS,
             ways=ways,
             schedule=schedule,

@@ -229,7 +229,7 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
         if request.verify_samples:
             backend, unverified = verifiable(bundle)
             if backend is not None:
-                report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend)
+                report = verify_bundle(bundle, model, request.verify_samples, reporter, backend=backend, anew=False)
         if report is not None:
             steps, paces = report.steps, paces_of(report)
         else:

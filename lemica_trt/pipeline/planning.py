@@ -11,7 +11,7 @@ import msgspec
 
 from lemica_trt.budget import Afforded
 from lemica_trt.bundle import check_plan
-from lemica_trt.candidates import FittedPlans, Planner, Selection, SolverTable, Ways, candidates, select, way
+from lemica_trt.candidates import FittedPlans, Planner, Selection, SolverTable, Ways, candidates, recipe, select, way
 from lemica_trt.errors import InputError, UsageError
 from lemica_trt.grams import TrajectoryGrams
 from lemica_trt.graph import ErrorGraph
@@ -209,7 +209,7 @@ def _runs_on(plan: StepPlan, graphs: GraphSet) -> bool:
 
 
 def _best_before(plans: Sequence[StepPlan], before: Mapping[int, Sequence[str]]) -> StepPlan:
-    """The plan whose way did best at the nearest budget.
+    """The plan whose way did best at the nearest budget; of a schedule that was given, whose recipe did.
 
     Raises:
         UsageError: nothing was tried.
@@ -217,11 +217,11 @@ def _best_before(plans: Sequence[StepPlan], before: Mapping[int, Sequence[str]])
     for budget in sorted(before, key=lambda budget: abs(budget - plans[0].budget)):
         for best in before[budget]:
             for plan in plans:
-                if way(plan) == best:
+                if way(plan) == best or (plan.method == "given" and recipe(way(plan)) == recipe(best)):
                     return plan
     raise UsageError(
         f"{len(plans)} ways to run {plans[0].budget} full steps are allowed, and none was tried on this model",
-        fix="name one, for example --method lemica, or let `lemica-trt build` try them",
+        fix="name one, for example --reuse output --predict none, or let `lemica-trt build` try them",
     )
 
 

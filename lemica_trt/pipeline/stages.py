@@ -397,22 +397,31 @@ def verifiable(bundle: Bundle) -> tuple[str | None, dict[str, str]]:
 
 
 def verify_bundle(
-    bundle: Bundle, model: Model, samples: int, reporter: Reporter, *, backend: str | None = None
+    bundle: Bundle,
+    model: Model,
+    samples: int,
+    reporter: Reporter,
+    *,
+    backend: str | None = None,
+    anew: bool = True,
 ) -> VerifyReport:
     """Verify, store the report and its pictures in the bundle, and fail if something is not as it must be.
 
     Args:
         backend: which engines; None: the preferred ones.
+        anew: False: of a bundle that is whole, and was verified on this machine, the report is taken as it is.
 
     Raises:
+        IntegrityError: the bundle is not whole.
         MissingDependencyError, UnsupportedError: these engines cannot run here.
         VerificationError: after the report was stored.
     """
     from lemica_trt.report.folder import write_reports
     from lemica_trt.verify import held_out, require_verified, stored_report, verify
 
+    bundle.check()
     requests = held_out(calibration_prompts(model.profile, None, split="held_out"), samples)
-    report = stored_report(bundle)
+    report = None if anew else stored_report(bundle)
     if report is not None and report.is_of(bundle, samples, backend) and not report.failures():
         reporter.stage("verify", "unchanged")
         return report

@@ -172,7 +172,8 @@ class Work:
 
 def work_folder(output: Path) -> Path:
     """The work folder that belongs to a bundle: beside it."""
-    return output.parent / f"{output.name}.work"
+    folder = output.resolve()
+    return folder.with_name(f"{folder.name}.work")
 
 
 def candidate_folder(output: Path) -> Path:

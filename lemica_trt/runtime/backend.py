@@ -78,8 +78,11 @@ class InOrder:
 class Engine(Protocol):
     """A loaded graph."""
 
-    def bind(self, buffers: Mapping[str, Buffer]) -> Call:
+    def bind(self, buffers: Mapping[str, Buffer], *, once: bool = False) -> Call:
         """Bind all inputs and outputs, by name; see `check_binding` for what is required.
+
+        Args:
+            once: the call is run one time: nothing is prepared for more.
 
         Raises:
             EngineError: the buffers do not fit the graph.

@@ -57,7 +57,7 @@ class OrtEngine:
         self._session = session
         self._graph = graph
 
-    def bind(self, buffers: Mapping[str, Buffer]) -> OrtCall:
+    def bind(self, buffers: Mapping[str, Buffer], *, once: bool = False) -> OrtCall:
         check_binding(self._graph, buffers)
         binding = self._session.io_binding()
         for tensor in self._graph.inputs:

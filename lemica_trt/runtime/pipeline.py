@@ -274,7 +274,7 @@ class Pipeline:
             for tensor in graph.outputs:
                 shape = tuple(size if isinstance(size, int) else sizes[size] for size in tensor.shape)
                 buffers[tensor.name] = self._backend.empty(shape, tensor.dtype)
-            self._engines[role].bind(buffers).run()
+            self._engines[role].bind(buffers, once=True).run()
             return {
                 tensor.name: decode(self._backend.download(buffers[tensor.name]), tensor.dtype)
                 for tensor in graph.outputs

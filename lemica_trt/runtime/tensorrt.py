@@ -193,13 +193,13 @@ class TensorRTEngine:
         self._cache = cache
         self._contexts: dict[Shapes, Context] = {}
 
-    def bind(self, buffers: Mapping[str, Buffer]) -> TensorRTCall:
+    def bind(self, buffers: Mapping[str, Buffer], *, once: bool = False) -> TensorRTCall:
         check_binding(self._graph, buffers)
         shapes = tuple(buffers[tensor.name].shape for tensor in self._graph.inputs)
         if shapes not in self._contexts:
             self._contexts[shapes] = self._backend.make_context(self._engine, self._graph, shapes, self._cache)
         bound = {name: cast(DeviceBuffer, buffer) for name, buffer in buffers.items()}
-        return TensorRTCall(self._backend, (Binding(self._contexts[shapes], bound),))
+        return TensorRTCall(self._backend, (Binding(self._contexts[shapes], bound),), capture=not once)
 
 
 class Binding(NamedTuple):
@@ -213,9 +213,10 @@ class TensorRTCall:
     """Bindings that run one after the other: enqueued at first, captured as one graph when their contexts have run,
     and launched from then on; captured again when the block of activations has moved."""
 
-    def __init__(self, backend: TensorRTBackend, bindings: Sequence[Binding]) -> None:
+    def __init__(self, backend: TensorRTBackend, bindings: Sequence[Binding], *, capture: bool = True) -> None:
         self.bindings = tuple(bindings)
         self._backend = backend
+        self._capture = capture and backend.capture != "none"
         self._graph: Graph | None = None
         self._moves = 0
         """Of the activations, when the graph was captured."""
@@ -223,7 +224,7 @@ class TensorRTCall:
     def run(self) -> None:
         backend = self._backend
         backend.device.use()
-        if backend.capture != "none" and (self._graph is None or self._moves != backend.moves):
+        if self._capture and (self._graph is None or self._moves != backend.moves):
             self._graph = None
             if all(backend.capturable(binding.context) for binding in self.bindings):
                 self._graph = backend.device.capture(self._enqueue)

@@ -79,7 +79,11 @@ def _findings(folder: Path, bundle: Bundle, parse: Any) -> Iterator[Finding]:
         if model not in expected:
             yield Finding(path=relative, message="not a model that lemica-trt writes for this bundle", note=True)
             continue
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as broken:
+            yield Finding(path=relative, message=f"expected Triton's ModelConfig, got: {broken}")
+            continue
         config, error = parse(text)
         if error:
             yield Finding(path=relative, message=f"expected Triton's ModelConfig, got: {error}")

@@ -95,12 +95,15 @@ def generate(
         client.close()
 
 
+_REFUSED = re.compile(
+    r"unknown parameter|plan \S+ holds for |this bundle was built without |\w+(, the number of full steps,)? must be "
+)
+
+
 def _error(error: Any, url: str) -> Exception:
     """tritonclient's exception as one of ours."""
     status, message = str(error.status() or ""), " ".join(str(error.message()).split())
     # A stream's errors carry no status: what is wrong with a request is known by how the models say it.
-    if "INVALID_ARGUMENT" in status or re.match(
-        r"unknown parameter|\w+(, the number of full steps,)? must be ", message
-    ):
+    if "INVALID_ARGUMENT" in status or _REFUSED.match(message):
         return InputError(message)
     return EngineError(f"the server at {url}: {message}")

@@ -75,12 +75,8 @@ def write_repository(
         IntegrityError: the bundle is not whole.
     """
     settings = settings or Settings()
+    require_repository(target)
     folder = Path(target)
-    if folder.exists() and not (folder / BUNDLE).is_dir() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(
-            f"{target}: expected a model repository of lemica-trt, an empty folder or nothing, got something else",
-            fix="give another output folder",
-        )
     found = interfaces(bundle.manifest)
     copy_bundle(bundle, folder / BUNDLE)
     gpu, cpu = bundle.engine(), _cpu_engine(bundle)
@@ -94,6 +90,16 @@ def write_repository(
             path.unlink(missing_ok=True)
     write_bytes(_readme(bundle, tuple(found), cpu is not None).encode(), folder / "README.md")
     return tuple(found)
+
+
+def require_repository(target: str | os.PathLike[str]) -> None:
+    """Raise UsageError unless `write_repository` would write there."""
+    folder = Path(target)
+    if folder.exists() and not (folder / BUNDLE).is_dir() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(
+            f"{target}: expected a model repository of lemica-trt, an empty folder or nothing, got something else",
+            fix="give another output folder",
+        )
 
 
 def model_file(model: str) -> bytes:

@@ -22,6 +22,7 @@ import os
 import queue
 import re
 import secrets
+import stat
 import tempfile
 import threading
 import time
@@ -35,7 +36,7 @@ import numpy as np
 
 from lemica_trt import __version__
 from lemica_trt.bundle import Bundle
-from lemica_trt.errors import InputError, LemicaError, UnsupportedError, UsageError
+from lemica_trt.errors import EngineError, InputError, LemicaError, UnsupportedError, UsageError
 from lemica_trt.plan import PlanRow, StepPlan
 from lemica_trt.runtime.backend import Array
 from lemica_trt.runtime.denoise import Cancelled, OnRow, RowDone
@@ -298,8 +299,10 @@ class Watch:
         # The caller's file says which process works for it.
         self._alive = None if alive is None else _calls() / str(alive)
         if self._alive is not None:
-            with suppress(FileNotFoundError), self._alive.open("r+") as file:
-                file.write(str(os.getpid()))
+            with suppress(FileNotFoundError):
+                handle = os.open(self._alive, os.O_WRONLY | os.O_NOFOLLOW)
+                with open(handle, "w", encoding="ascii") as file:  # noqa: PTH123
+                    file.write(str(os.getpid()))
 
     def ended(self, where: str) -> Ended | None:
         """Why the request is over; None while it is not."""
@@ -319,6 +322,9 @@ def calling() -> Iterator[Path]:
     """
     folder = _calls()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise EngineError(f"{folder}: expected a folder of this user alone, got another", fix="remove it")
     file = folder / secrets.token_hex(16)
     file.touch()
     try:

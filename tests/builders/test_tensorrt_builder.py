@@ -161,7 +161,7 @@ def test_targets() -> None:
     assert TENSORRT_RTX._target({**rtx, "compute_capabilities": "8.6,12.0"}, nothing) == "sm_86,sm_120"
     assert TENSORRT_RTX._target({**rtx, "compute_capabilities": "current"}, h100) == "sm_90"
     assert TENSORRT._target(own, h100) == "sm_90"
-    for level, target in (("ampere_plus", "sm_90+"), ("same_compute_capability", "sm_90")):
+    for level, target in (("ampere_plus", "sm_80+"), ("same_compute_capability", "sm_90")):
         assert TENSORRT._target({**own, "hardware_compatibility_level": level}, h100) == target
     with pytest.raises(MissingDependencyError, match=r"builds for the GPU of this machine.*--backend tensorrt-rtx"):
         TENSORRT._target(own, nothing)

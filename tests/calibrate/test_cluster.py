@@ -139,7 +139,8 @@ def test_a_cluster_without_room_for_a_worker(tmp_path: Path, cluster: str) -> No
 
 
 @needs_ray
-def test_workers_that_all_die_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loss", ["RayActorError", "OutOfMemoryError", "NodeDiedError"])
+def test_workers_that_all_die_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
     pool, hired = workers("local"), []
 
     class Dying:
@@ -151,7 +152,7 @@ def test_workers_that_all_die_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
             return running[:num_returns], running[num_returns:]
 
         def get(self, reference: Any) -> None:
-            raise self.exceptions.RayActorError
+            raise getattr(self.exceptions, loss)
 
         def kill(self, actor: Any) -> None:
             hired.remove(actor)

@@ -423,6 +423,16 @@ def test_a_vendor_that_refuses_is_quoted(tmp_path: Path) -> None:
     machine.backend.synchronize()
 
 
+def test_a_call_that_is_run_once_is_not_captured(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    engine, buffers = machine.load("combine"), machine.buffers("combine", 1)
+    for _ in range(3):
+        engine.bind(buffers, once=True).run()
+    assert not any(entry.startswith("capture") for entry in machine.device.log)
+    engine.bind(buffers).run()
+    assert "capture 1" in machine.device.log
+
+
 def test_a_failure_on_the_device_is_told_by_whoever_waits(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     engine, buffers = machine.load("combine"), machine.buffers("combine", 1)

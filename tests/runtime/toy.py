@@ -222,7 +222,7 @@ class NullEngine:
     def __init__(self, backend: NullBackend, graph: GraphSpec) -> None:
         self.backend, self.graph = backend, graph
 
-    def bind(self, buffers: Mapping[str, Any]) -> Any:
+    def bind(self, buffers: Mapping[str, Any], *, once: bool = False) -> Any:
         check_binding(self.graph, buffers)
         self.backend.log.append(("bind", self.graph.role))
         return NullCall(self, dict(buffers))

@@ -71,6 +71,8 @@ def test_broken_files(repository: Path, tmp_path: Path) -> None:
         "pipeline/1/model.py": "expected a model, it is missing",
         "vae_decoder/config.pbtxt": "expected a config, it is missing",
     }
+    cpu.write_bytes(b"\xff")
+    assert "utf-8" in next(found.message for found in check_repository(repository) if found.path.endswith("cpu.pbtxt"))
     plan = repository / "denoiser/bundle/plans/slow.json"
     plan.write_bytes(plan.read_bytes()[:-1])
     (finding,) = check_repository(repository)

@@ -21,9 +21,10 @@ import toy
 from test_repository import make_bundle
 
 from lemica_trt.bundle import Bundle
-from lemica_trt.errors import IntegrityError, LemicaError, UnsupportedError, UsageError
+from lemica_trt.errors import EngineError, InputError, IntegrityError, LemicaError, UnsupportedError, UsageError
 from lemica_trt.runtime.denoise import Denoiser
 from lemica_trt.triton import serving
+from lemica_trt.triton.client import _error
 from lemica_trt.triton.repository import write_repository
 
 pytestmark = pytest.mark.null
@@ -228,6 +229,34 @@ def test_a_caller_that_goes_away_and_a_worker_that_dies() -> None:
     time.sleep(0.002)
     ended = watch.ended("after step 1")
     assert ended is not None and ended.code == "UNAVAILABLE"
+
+
+def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = SimpleNamespace(is_cancelled=lambda: False, timeout=lambda: 0)
+    monkeypatch.setattr(serving.tempfile, "gettempdir", lambda: str(tmp_path))
+    with serving.calling() as file:
+        (tmp_path / "victim").write_text("mine")
+        file.unlink()
+        file.symlink_to(tmp_path / "victim")
+        with pytest.raises(OSError, match="symbolic link"):
+            serving.Watch(request, file.name)
+        assert (tmp_path / "victim").read_text() == "mine"
+    file.parent.chmod(0o777)
+    with pytest.raises(EngineError, match="expected a folder of this user alone"), serving.calling():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("plan b15 holds for guidance_scale 2 … 7, got 100 → use the plan that skips nothing", InputError),
+        ("this bundle was built without guidance", InputError),
+        ("steps, the number of full steps, must be one of 10, 15; got 3", InputError),
+        ("the denoiser has died", EngineError),
+    ],
+)
+def test_clients_know_what_was_their_mistake(message: str, kind: type[LemicaError]) -> None:
+    assert type(_error(SimpleNamespace(status=lambda: None, message=lambda: message), "localhost:1")) is kind
 
 
 def test_answers_that_never_come_are_given_up() -> None:
