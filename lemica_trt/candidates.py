@@ -45,8 +45,8 @@ FittedPlans = Callable[[Sequence[Schedule]], Sequence[StepPlan]]
 STOCK_SOLVERS: tuple[StockSolver, ...] = ("first-order", "dpmsolver++", "unipc")
 
 FIRST_ROUND = 2
-"""Samples of the first round. All ways run the same samples, so that few tell the worse half: of ten selections that
-began with 4 samples, each had its winner first after 1."""
+"""Samples of the first round. All ways run the same samples, so that few tell the worse half: of eleven selections
+that began with 4 samples, each would have had the same winner."""
 
 PAPER = "lemica, residual-reuse"
 """What LeMiCa does (arXiv 2511.00090), as `way` has it."""

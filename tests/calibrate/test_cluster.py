@@ -152,7 +152,7 @@ def test_workers_that_all_die_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
             return running[:num_returns], running[num_returns:]
 
         def get(self, reference: Any) -> None:
-            raise getattr(self.exceptions, loss)
+            raise getattr(self.exceptions, loss)(*["killed"][: loss != "RayActorError"])
 
         def kill(self, actor: Any) -> None:
             hired.remove(actor)
