@@ -6,7 +6,7 @@
     │   └── IntegrityError      4   a bundle file is missing, altered or not listed
     ├── UnsupportedError        5   understood, but this tool cannot do it (non-linear sampler, unknown family)
     ├── InfeasibleError         6   no schedule exists under the budget and skip limit asked for
-    ├── MissingDependencyError  7   a library, driver, device or disk space is missing
+    ├── MissingDependencyError  7   a library, driver, device, memory or disk space is missing
     ├── EngineError             8   building or running an engine failed
     └── VerificationError       9   a built bundle does not do what it must
 
@@ -66,7 +66,7 @@ class InfeasibleError(LemicaError):
 
 
 class MissingDependencyError(LemicaError):
-    """A library, driver, device or disk space that this needs is not here."""
+    """A library, driver, device, memory or disk space that this needs is not here."""
 
     exit_code = 7
 
