@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py                 the bundled model
     python benchmarks/speed.py --large         a random CogVideoX of 8 layers × 512, about 2000 tokens
-    python benchmarks/speed.py --folded        plans that extrapolate outputs: B engine calls, no skipped steps
+    python benchmarks/speed.py --folded        plans that reuse outputs, folded: B engine calls, no skipped steps
 
 Denoising loop only, one request of two branches; the text encoder and the VAE run outside of it in every row.
 Plans have full steps at equal distances: where they lie does not change the time.
@@ -72,7 +72,7 @@ def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true", help="the random model instead of the bundled one")
-    parser.add_argument("--folded", action="store_true", help="extrapolated outputs, not reused residuals")
+    parser.add_argument("--folded", action="store_true", help="reused outputs, folded, not reused residuals")
     parser.add_argument("--budgets", type=int, nargs="+", default=[10, 15, 20, 25], help="full steps of the plans")
     parser.add_argument("--repeats", type=int, default=3, help="runs of which the best counts")
     arguments = parser.parse_args()
@@ -81,7 +81,7 @@ def main() -> None:
         profile = large_profile(root / "model") if arguments.large else load_profile("cogvideox-tiny")
         ways = Ways(method="uniform")
         if arguments.folded:
-            ways = Ways(method="uniform", reuse="output", predict="linear")
+            ways = Ways(method="uniform", reuse="output", predict="none")  # one way: nothing is tried
         request = Request(budgets=tuple(arguments.budgets), ways=ways, verify_samples=0)
         bundle = build(profile, root / "bundle", request, Quiet()).bundle
         seconds = eager(profile, arguments.repeats)
