@@ -230,7 +230,7 @@ def stored_steps(bundle: Bundle, backend: str) -> StepTimes | None:
     for file in (STEP_TIMES, VERIFY_REPORT):
         try:
             found = msgspec.json.decode((bundle.path / file).read_bytes(), type=Part)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
         if (found.machine, found.backend) == (machine(), backend):
             return found.steps

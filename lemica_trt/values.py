@@ -46,7 +46,7 @@ def value_from_json(cls: type[V], data: bytes, *, where: str) -> V:
     """
     try:
         return msgspec.json.decode(data, type=cls, strict=True)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: expected a valid {cls.__name__}, got: {error}") from None
 
 

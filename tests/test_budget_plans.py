@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -108,6 +109,15 @@ def test_times_are_of_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     without = machine()
     monkeypatch.setattr(timing, "cuda_device", lambda: gpu)
     assert machine() == f"{without}, NVIDIA L4 (driver for CUDA 13.0)"
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("damaged", [b"{", b'{"x": "\xff"}', b'{"x":' + b"[" * 100_000])
+def test_damaged_reports_have_no_times(tmp_path: Path, damaged: bytes) -> None:
+    for file in (STEP_TIMES, VERIFY_REPORT):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(damaged)
+    assert stored_steps(SimpleNamespace(path=tmp_path), "x") is None  # type: ignore[arg-type]
 
 
 @pytest.mark.null

@@ -180,7 +180,7 @@ def replan(
     if times is None and looked_up:
         with contextlib.suppress(MissingDependencyError):  # a front is worth showing where no engine runs
             times = clock.steps
-    if chosen:
+    if chosen or default is not None:
         bundle = add_plan(bundle, *{plan.name: plan for plan in chosen}.values(), default=default)
     planned = Planned(chosen, tuple(plan.name for plan in chosen), (), front)
     return bundle, Replanned(
@@ -268,9 +268,9 @@ def plan_stage(
     fitted there, which takes the model).
 
     Args:
-        budgets: None: none where the front of a bundle is asked for, else `DEFAULT_BUDGETS`.
+        budgets: None: none where only a bundle's front or another default is asked for, else `DEFAULT_BUDGETS`.
         ways, schedule, pareto: see `Request`.
-        default: the bundle's new default plan; with nothing else, nothing is planned.
+        default: the bundle's new default plan.
         reference_steps: see `Request`; of a bundle as in `replan`.
 
     Raises:
@@ -279,13 +279,12 @@ def plan_stage(
     """
     work = Work(target)
     if not work.profile.is_file():
-        opened = Bundle.open(target)
-        if default is not None and budgets is None and schedule is None and not pareto and ways == Ways():
-            opened = add_plan(opened, default=default)
-            return Replanned(plans=tuple(opened.plan(name) for name in opened.plans), answers=(), front=())
+        if budgets is None:
+            alone = default is not None and schedule is None and reference_steps is None and ways == Ways()
+            budgets = () if pareto or alone else DEFAULT_BUDGETS
         bundle, made = replan(
-            opened,
-            budgets=budgets if budgets is not None else () if pareto else DEFAULT_BUDGETS,
+            Bundle.open(target),
+            budgets=budgets,
             ways=ways,
             schedule=schedule,
             default=default,
