@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from lemica_trt.sampler import (
     NoiseLevels,
     SamplerRow,
     SamplerTable,
+    Setting,
     first_order_table,
     newest_first,
     require_levels,
@@ -121,7 +123,12 @@ def sampler_table(scheduler: Any, *, dynamic_guidance: bool = False) -> SamplerT
     _check_fresh(scheduler)
     _check_supported(scheduler)
     rows, draws = _rows(scheduler, dynamic_guidance)
-    table = SamplerTable(scheduler=type(scheduler).__name__, rows=rows, levels=_noise_levels(scheduler, rows))
+    table = SamplerTable(
+        scheduler=type(scheduler).__name__,
+        rows=rows,
+        settings=_settings(scheduler) | ({"use_dynamic_cfg": True} if dynamic_guidance else {}),
+        levels=_noise_levels(scheduler, rows),
+    )
     _check_against(scheduler, table, draws)
     return table
 
@@ -478,6 +485,23 @@ def _check_supported(scheduler: Any) -> None:
             f"{type(scheduler).__name__} takes its noise from a Brownian tree, correlated between steps",
             fix='use DPMSolverMultistepScheduler with algorithm_type="sde-dpmsolver++"',
         )
+
+
+def _settings(scheduler: Any) -> dict[str, Setting]:
+    """The scheduler's configuration as far as it differs from the defaults of its class.
+
+    A release of diffusers that adds a setting with a default does not change what older schedulers are; one that
+    changes a default shows in the table's numbers.
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(type(scheduler)).parameters.items()}
+    found: dict[str, Setting] = {}
+    for name, value in sorted(_config(scheduler).items()):
+        if name.startswith("_") or name not in defaults or value is defaults[name]:
+            continue
+        plain = json.dumps(value.tolist() if hasattr(value, "tolist") else value, default=str)
+        if plain != json.dumps(defaults[name], default=str):
+            found[name] = value if isinstance(value, (bool, int, float, str)) or value is None else plain
+    return found
 
 
 def _config(scheduler: Any) -> Mapping[str, Any]:

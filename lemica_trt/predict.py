@@ -193,7 +193,7 @@ def squared_error(gram: Array, t: int, steps: Sequence[int], weights: Sequence[f
 def _gram(predictor: Predictor, table: SamplerTable, grams: TrajectoryGrams | None) -> Array:
     if grams is None:
         raise UsageError(f"predictor {predictor.name} needs the Grams of uncached runs", fix="calibrate first")
-    if grams.sampler_digest != table.digest:
+    if not grams.is_of(table):
         raise InputError("expected Grams of this sampler, got some that were measured with another", fix="calibrate")
     matrix = grams.residuals if predictor.of == "residual" else grams.outputs
     if not matrix:

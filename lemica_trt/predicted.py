@@ -61,8 +61,8 @@ def solve_predicted(
         InfeasibleError: no schedule has this budget.
         InputError: graph or Grams of another sampler.
     """
-    for name, digest in (("an error graph", graph.sampler_digest), ("Grams", grams.sampler_digest)):
-        if digest != table.digest:
+    for name, measured in (("an error graph", graph), ("Grams", grams)):
+        if not measured.is_of(table):
             raise InputError(f"expected {name} of this sampler, got another's", fix="calibrate")
     n, span = table.num_steps, graph.max_skip + 1
     require_feasible(n, graph.max_skip, budgets)

@@ -5,8 +5,13 @@ Knows values only.
 
 from __future__ import annotations
 
+import hashlib
+
+import msgspec
+
+from lemica_trt.sampler import SamplerTable, probes_agree
 from lemica_trt.spec import DType
-from lemica_trt.values import Value, require, require_finite
+from lemica_trt.values import Value, json_bytes, require, require_finite
 
 
 class Provenance(Value, frozen=True, kw_only=True):
@@ -16,7 +21,8 @@ class Provenance(Value, frozen=True, kw_only=True):
         model: family name or source of the model, e.g. `cogvideox-tiny`.
         revision: digest of the weights, or the hub commit.
         scheduler: diffusers scheduler class.
-        sampler_digest: digest of the `SamplerTable`; a plan on another table is refused.
+        sampler_digest: digest of the `SamplerTable`: which sampler it is; a plan on another one is refused.
+        sampler_probe: the table's numbers in short (`SamplerTable.probe`); no part of any digest.
         num_steps: N.
         dtype: precision of the DiT.
         guidance_scale: g of the runs.
@@ -32,6 +38,7 @@ class Provenance(Value, frozen=True, kw_only=True):
     dtype: DType
     scheduler: str
     sampler_digest: str
+    sampler_probe: tuple[float, ...]
     num_steps: int
     guidance_scale: float
     negative_prompt: str
@@ -43,4 +50,14 @@ class Provenance(Value, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_finite((self.guidance_scale,), "guidance_scale")
+        require_finite(self.sampler_probe, "sampler_probe")
         require(self.num_steps >= 2, f"num_steps must be at least 2, got {self.num_steps}")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON without `sampler_probe`, whose last bits are those of a processor."""
+        return hashlib.sha256(json_bytes(msgspec.structs.replace(self, sampler_probe=()))).hexdigest()
+
+    def is_of(self, table: SamplerTable) -> bool:
+        """Whether it was measured on this sampler: the same identity, and numbers that agree."""
+        return self.sampler_digest == table.digest and probes_agree(self.sampler_probe, table.probe)

@@ -31,6 +31,13 @@ Array = npt.NDArray[np.float64]
 Target = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 """What the model predicts, by diffusers' names."""
 
+Setting = bool | int | float | str | None
+"""One setting of a sampler; lists and the like as JSON text."""
+
+SAMPLER_TOLERANCE = 1e-5
+"""Largest relative difference between the `probe`s of one sampler on two machines. diffusers computes noise schedules
+in float32, and processors round its last bits (1e-7) differently."""
+
 
 class SamplerRow(Value, frozen=True):
     """One step: coefficients of the combination, and what the model is called with.
@@ -99,15 +106,21 @@ class NoiseLevels(Value, frozen=True):
 class SamplerTable(Value, frozen=True, omit_defaults=True):
     """All steps of one sampler at one number of steps.
 
+    Two tables are of the same sampler if their `digest` is equal and their numbers agree to `SAMPLER_TOLERANCE`
+    (`probe`). The digest covers what a sampler *is*, and none of its coefficients: their last bits differ between
+    processors.
+
     Attributes:
         scheduler: class name of the diffusers scheduler that it was lowered from.
         rows: N + 1 rows; see the module docstring.
-        levels: the noise level of each row; None where the sampler's is not known. They say nothing of what is
-            computed that the rows do not say, so that they are no part of the digest.
+        settings: the scheduler's configuration where it differs from the class's defaults, and conventions of the
+            pipeline (`use_dynamic_cfg`).
+        levels: the noise level of each row; None where the sampler's is not known.
     """
 
     scheduler: str
     rows: tuple[SamplerRow, ...]
+    settings: dict[str, Setting] = {}
     levels: NoiseLevels | None = None
 
     def __post_init__(self) -> None:
@@ -123,8 +136,20 @@ class SamplerTable(Value, frozen=True, omit_defaults=True):
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the canonical JSON without `levels`."""
-        return hashlib.sha256(json_bytes(msgspec.structs.replace(self, levels=None))).hexdigest()
+        """SHA-256 (hex) of the sampler's identity: class, settings, number of steps. The same on every machine."""
+        identity = {"scheduler": self.scheduler, "settings": self.settings, "num_steps": self.num_steps}
+        return hashlib.sha256(json_bytes(identity)).hexdigest()
+
+    @property
+    def probe(self) -> tuple[float, ...]:
+        """`PROBES` fixed linear combinations of all coefficients, timesteps (in thousands) and scales of the rows."""
+        sums = np.zeros(PROBES)
+        for i, row in enumerate(self.rows):
+            numbers = (*row.guidance, row.in_scale, row.noise, (row.timestep or 0.0) / 1000)
+            for first, part in ((0, numbers), (8, row.latents), (32, row.outputs)):
+                places = 64 * i + first + np.arange(len(part))
+                sums += np.cos(np.outer(np.arange(1, PROBES + 1), places)) @ np.array(part)
+        return tuple(sums.tolist())
 
     @property
     def num_steps(self) -> int:
@@ -150,6 +175,18 @@ class SamplerTable(Value, frozen=True, omit_defaults=True):
     def stochastic(self) -> bool:
         """Whether any step draws fresh noise."""
         return any(row.noise != 0.0 for row in self.rows)
+
+
+PROBES = 4
+"""Numbers in a `SamplerTable.probe`."""
+
+
+def probes_agree(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether two `SamplerTable.probe`s are of the same numbers, to `SAMPLER_TOLERANCE` of the largest."""
+    if len(first) != len(second):
+        return False
+    scale = max(map(abs, (*first, *second)), default=0.0)
+    return all(abs(a - b) <= SAMPLER_TOLERANCE * scale for a, b in zip(first, second))
 
 
 def require_levels(table: SamplerTable) -> NoiseLevels:

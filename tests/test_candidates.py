@@ -29,7 +29,7 @@ THIRD = Schedule(num_steps=N, full_steps=(0, 3, 4, 7))
 
 def grams() -> TrajectoryGrams:
     smooth = samples_of(0, size=40)
-    return grams_of(smooth, smooth, sampler_digest=TABLE.digest)
+    return grams_of(smooth, smooth, sampler_digest=TABLE.digest, sampler_probe=TABLE.probe)
 
 
 def made(ways: Ways, **changes: Any) -> list[StepPlan]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from lemica_trt.candidates import Ways
+from lemica_trt.errors import InputError
 from lemica_trt.graph import ErrorGraph
 from lemica_trt.lower import sampler_table
 from lemica_trt.models import Model, denoise, load_model
@@ -78,3 +80,41 @@ def test_plans_beat_equal_distances_on_held_out_prompts(model: Model, table: Sam
             scores.append([psnr(a, b) for a, b in zip(_frames(model, plan, requests), reference)])
         gain = np.mean(scores[0]) - np.mean(scores[1])
         assert gain >= margin, f"B={budget}: {gain:.2f} dB"
+
+
+def perturbed(scheduler: Any) -> Any:
+    """The scheduler as another processor might compute it: numbers differ by 1e-7, the last bit of a float32."""
+    for name, value in vars(scheduler).items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 1:
+            away = 1 + 1e-7 * (-1.0) ** torch.arange(len(value), dtype=torch.float64)
+            inside = (value > 0) & (value < 1)  # 0 and 1 are exact on every machine
+            setattr(scheduler, name, torch.where(inside, value.double() * away, value.double()))
+    return scheduler
+
+
+def test_a_calibration_holds_on_another_processor(model: Model, table: SamplerTable, graph: ErrorGraph) -> None:
+    """Same identity, other last bits: the committed graph fits and gives the same plans."""
+    other = sampler_table(perturbed(model.scheduler()))
+    assert other.rows != table.rows
+    assert other.digest == table.digest
+    require_graph_fits(graph, model, other, where="error_graph.json")
+    for budget in (10, 15, 25):
+        plans = [
+            make_plans(
+                sampler,
+                profile=model.profile,
+                budgets=[budget],
+                ways=Ways(method="lemica"),
+                findings=Findings(graph=graph),
+            )[0][0]
+            for sampler in (table, other)
+        ]
+        assert plans[0].full_steps == plans[1].full_steps
+        assert plans[0].sampler_digest == plans[1].sampler_digest
+
+
+def test_a_calibration_of_other_numbers_is_refused(model: Model, graph: ErrorGraph) -> None:
+    scheduler = model.scheduler()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**1.001
+    with pytest.raises(InputError, match="same settings whose coefficients differ by more than 1e-05"):
+        require_graph_fits(graph, model, sampler_table(scheduler), where="error_graph.json")

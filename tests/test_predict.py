@@ -60,6 +60,7 @@ def grams_of(outputs: Array, residuals: Array | None = None, **changes: Any) -> 
         "revision": "0",
         "scheduler": "FlowToy",
         "sampler_digest": table_of().digest,
+        "sampler_probe": table_of().probe,
         "num_steps": N,
         "dtype": "fp32",
         "guidance_scale": 4.0,

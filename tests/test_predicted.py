@@ -54,7 +54,7 @@ def graph_of(table: SamplerTable, seed: int, max_skip: int = 4) -> ErrorGraph:
 
 
 def grams_for(table: SamplerTable, outputs: Array) -> TrajectoryGrams:
-    return grams_of(outputs, sampler_digest=table.digest)
+    return grams_of(outputs, sampler_digest=table.digest, sampler_probe=table.probe)
 
 
 def outputs_of(seed: int) -> Array:

@@ -35,11 +35,22 @@ def euler(num_steps: int, *, top: float = 1000.0, **last: Any) -> SamplerTable:
 
 
 def known(knots: tuple[tuple[float, float], ...] = ((RESULT, 1.0), (500.0, 2.0), (960.0, 8.0))) -> Sensitivity:
-    return Sensitivity(**SAME, sampler_digest="s", num_steps=50, guidance_scale=4.0, samples=2, knots=(knots, knots))
+    return Sensitivity(
+        **SAME, sampler_digest="s", sampler_probe=(), num_steps=50, guidance_scale=4.0, samples=2, knots=(knots, knots)
+    )
 
 
 def wanted(table: SamplerTable, **changes: Any) -> Provenance:
-    fields = SAME | {"sampler_digest": table.digest, "num_steps": table.num_steps, "guidance_scale": 4.0} | changes
+    fields = (
+        SAME
+        | {
+            "sampler_digest": table.digest,
+            "sampler_probe": table.probe,
+            "num_steps": table.num_steps,
+            "guidance_scale": 4.0,
+        }
+        | changes
+    )
     return Provenance(**fields)
 
 

@@ -202,6 +202,7 @@ def products_of(**changes: Any) -> AdjointProducts:
         "revision": "0",
         "scheduler": "Toy",
         "sampler_digest": "0",
+        "sampler_probe": (),
         "num_steps": 2,
         "dtype": "fp32",
         "guidance_scale": 1.0,

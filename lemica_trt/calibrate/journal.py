@@ -17,6 +17,7 @@ import msgspec
 from lemica_trt.errors import InputError
 from lemica_trt.grams import Matrix
 from lemica_trt.provenance import Provenance
+from lemica_trt.sampler import probes_agree
 from lemica_trt.spec import CalibrationMethod
 from lemica_trt.values import Value, require, require_finite, value_from_json
 
@@ -207,7 +208,13 @@ class Journal(Generic[E]):
     def _check_header(self, line: bytes) -> None:
         mine = self._measurement
         found = value_from_json(type(mine), line, where=f"{self._path}, line 1")
-        changed = [name for name in mine.__struct_fields__ if getattr(found, name) != getattr(mine, name)]
+        changed = [
+            name
+            for name in mine.__struct_fields__
+            if name != "sampler_probe" and getattr(found, name) != getattr(mine, name)
+        ]
+        if not probes_agree(found.sampler_probe, mine.sampler_probe):
+            changed.append("sampler_probe")
         if changed:
             details = ", ".join(f"{name} ({getattr(found, name)!r} there)" for name in changed)
             asked = ", ".join(repr(getattr(mine, name)) for name in changed)

@@ -254,6 +254,7 @@ def provenance_of(model: Model, table: SamplerTable, prompts: Sequence[str], see
         "dtype": profile.dtype,
         "scheduler": table.scheduler,
         "sampler_digest": table.digest,
+        "sampler_probe": table.probe,
         "num_steps": table.num_steps,
         "guidance_scale": float(profile.sampling.guidance_scale),
         "negative_prompt": profile.sampling.negative_prompt,

@@ -20,7 +20,7 @@ from lemica_trt.plan import StepPlan, guidance_range
 from lemica_trt.predicted import POWERS, solve_predicted
 from lemica_trt.progress import Reporter
 from lemica_trt.provenance import Provenance
-from lemica_trt.sampler import SamplerTable
+from lemica_trt.sampler import SAMPLER_TOLERANCE, SamplerTable
 from lemica_trt.schedule import Schedule, given, least_sum, published, solve, uniform
 from lemica_trt.signed import AdjointProducts, signed_errors, solve_signed
 from lemica_trt.spec import GraphSet, Profile
@@ -45,6 +45,12 @@ def require_graph_fits(graph: Provenance, model: Model, table: SamplerTable, *, 
                 f"{where}: expected a measurement of {name} {short(expected)}, got {short(got)}",
                 fix="calibrate this model (leave --error-graph out)",
             )
+    if not graph.is_of(table):
+        raise InputError(
+            f"{where}: expected a measurement of this {table.scheduler}, got one of the same settings whose "
+            f"coefficients differ by more than {SAMPLER_TOLERANCE:g}",
+            fix="calibrate with this release of diffusers (leave --error-graph out)",
+        )
 
 
 Chooser = Callable[[Sequence[StepPlan]], tuple[StepPlan, Selection]]
@@ -88,7 +94,7 @@ def make_plans(
         InfeasibleError, InputError: as `schedule` and `predict`.
     """
     graph = findings.graph
-    if graph is not None and graph.sampler_digest != table.digest:
+    if graph is not None and not graph.is_of(table):
         raise InputError(
             "expected an error graph of this sampler, got one that was measured with another", fix="calibrate first"
         )

@@ -24,6 +24,7 @@ def error_graph(num_steps: int = 50, max_skip: int = 9) -> ErrorGraph:
         revision="0" * 8,
         scheduler="CogVideoXDDIMScheduler",
         sampler_digest="1" * 8,
+        sampler_probe=(),
         num_steps=num_steps,
         max_skip=max_skip,
         dtype="fp32",
