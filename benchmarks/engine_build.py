@@ -25,12 +25,13 @@ from time import perf_counter
 
 import msgspec
 
-from lemica_trt import builders
-from lemica_trt.builders.tensorrt_worker import HostMemory
-from lemica_trt.progress import duration, reporter, size
-from lemica_trt.resources import load_profile, zoo_path
-from lemica_trt.spec import GraphSet, Profile, StepLayout
-from lemica_trt.values import Value, read_value, write_value
+from lemica_trt.backends import builders
+from lemica_trt.backends.tensorrt.worker import HostMemory
+from lemica_trt.core.progress import duration, reporter, size
+from lemica_trt.core.values import Value, read_value, write_value
+from lemica_trt.ir.graphs import GraphSet, StepLayout
+from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.resources import load_profile, zoo_path
 
 PROFILES = {"2b": "cogvideox", "5b": "cogvideox-5b"}
 

@@ -49,17 +49,19 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project as it lies here, installed or not
 
-from lemica_trt.builders import EngineEntry, EngineKey, build
-from lemica_trt.candidates import Ways
-from lemica_trt.errors import LemicaError
-from lemica_trt.plan import StepPlan, layout_from_plans
-from lemica_trt.progress import Quiet
-from lemica_trt.resources import load_profile, zoo_path
-from lemica_trt.runtime.backend import Array, Backend, Buffer, Call, Capture, InOrder, Settings, check_binding
+from lemica_trt.backends.base import Array, Backend, Buffer, Call, Capture, InOrder, Settings, check_binding
+from lemica_trt.backends.builders import build
+from lemica_trt.core.errors import LemicaError
+from lemica_trt.core.progress import Quiet
+from lemica_trt.core.values import read_value, write_bytes, write_value
+from lemica_trt.ir.engine import EngineEntry, EngineKey
+from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role, StepLayout, TensorSpec
+from lemica_trt.ir.plan import StepPlan, layout_from_plans
+from lemica_trt.ir.profile import Profile, Shape
+from lemica_trt.ir.resources import load_profile, zoo_path
+from lemica_trt.planning.candidates import Ways
 from lemica_trt.runtime.denoise import Denoiser, RowDone
 from lemica_trt.runtime.random import Generator
-from lemica_trt.spec import GraphSet, GraphSpec, Profile, Role, Shape, StepLayout, TensorSpec
-from lemica_trt.values import read_value, write_bytes, write_value
 
 BACKEND = "tensorrt-rtx"
 STEP_ROLES: tuple[Role, ...] = ("combine", "full", "skip")
@@ -169,8 +171,8 @@ def large_model(part: Part, device: str) -> Any:
 
 def plans_of(model: Any, budgets: Sequence[int]) -> list[StepPlan]:
     """Plans with full steps at equal distances – where they lie does not change the time –, and the uncached one."""
-    from lemica_trt.lower import sampler_table
-    from lemica_trt.pipeline import Findings, make_plans, uncached_plan
+    from lemica_trt.compiler import Findings, make_plans, uncached_plan
+    from lemica_trt.models.scheduler import sampler_table
 
     table = sampler_table(model.scheduler())
     plans, _ = make_plans(
@@ -199,7 +201,7 @@ def build_engines(part: Part, graphs: GraphSet, root: Path, target: str) -> Engi
     if not part.null:
         options = {"compute_capabilities": target} if target else {}
         return build(BACKEND, graphs, root, root, options, Quiet())
-    from lemica_trt.runtime.null import VERSION, NullPlan, write_engine
+    from lemica_trt.testing.null import VERSION, NullPlan, write_engine
 
     files: dict[Role, str] = {graph.role: f"engines/{graph.role}.engine" for graph in graphs.graphs}
     for graph in graphs.graphs:
@@ -213,13 +215,13 @@ def open_engines(part: Part, graphs: GraphSet, entry: EngineEntry, root: Path, c
     settings = Settings(capture=capture, cache=root / "cache")
     backend: Backend
     if part.null:
-        from lemica_trt.runtime.null import NullDevice, null_vendor
-        from lemica_trt.runtime.tensorrt import TensorRTBackend
+        from lemica_trt.backends.tensorrt.run import TensorRTBackend
+        from lemica_trt.testing.null import NullDevice, null_vendor
 
         device = NullDevice()
         backend = TensorRTBackend(null_vendor(device), device, entry.key, settings)
     else:
-        from lemica_trt.runtime.backend import open_backend
+        from lemica_trt.backends.base import open_backend
 
         backend = open_backend(entry.key, settings)
     engines = {graph.role: backend.load(graph, root / entry.files[graph.role]) for graph in graphs.graphs}
@@ -501,9 +503,9 @@ def machine(part: Part) -> None:
 
     def device() -> dict[str, Any]:
         if part.null:
-            from lemica_trt.runtime.null import NullDevice as Device
+            from lemica_trt.testing.null import NullDevice as Device
         else:
-            from lemica_trt.runtime.cuda import CudaDevice as Device  # type: ignore[assignment]
+            from lemica_trt.backends.tensorrt.cuda import CudaDevice as Device
         opened = Device()
         opened.use()
         free, total = opened.memory_info()

@@ -21,17 +21,18 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from lemica_trt.bundle import ERROR_GRAPH_FILE, Bundle
-from lemica_trt.candidates import way
-from lemica_trt.errors import UnsupportedError
-from lemica_trt.graph import ErrorGraph
-from lemica_trt.lower import sampler_table
+from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.compiler import calibration_prompts, profile_of_bundle, uncached_plan
+from lemica_trt.core.errors import UnsupportedError
+from lemica_trt.core.metrics import psnr, ssim
+from lemica_trt.core.values import read_value
+from lemica_trt.evaluate.verify import baselines, held_out
+from lemica_trt.ir.calibration import ErrorGraph
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.trials import way
 from lemica_trt.models import Model, denoise, load_model, scheduler_like
-from lemica_trt.pipeline import calibration_prompts, profile_of_bundle, uncached_plan
-from lemica_trt.plan import StepPlan
-from lemica_trt.quality import psnr, ssim
-from lemica_trt.values import read_value
-from lemica_trt.verify import baselines, held_out
+from lemica_trt.models.scheduler import sampler_table
 
 RESAMPLES = 10_000
 BATCH = 8

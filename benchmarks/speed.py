@@ -20,13 +20,14 @@ import msgspec
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from lemica_trt.candidates import Ways
+from lemica_trt.compiler import Request, build
+from lemica_trt.core.progress import Quiet
+from lemica_trt.evaluate.timing import machine, measure_timing
+from lemica_trt.ir.profile import Profile, Shape
+from lemica_trt.ir.resources import load_profile, zoo_path
 from lemica_trt.models import load_model
-from lemica_trt.pipeline import Request, build
-from lemica_trt.progress import Quiet
-from lemica_trt.resources import load_profile, zoo_path
-from lemica_trt.spec import Profile, Shape
-from lemica_trt.timing import machine, measure_timing
+from lemica_trt.planning.candidates import Ways
+from lemica_trt.runtime.pipeline import Pipeline
 
 
 def large_profile(folder: Path) -> Profile:
@@ -86,7 +87,7 @@ def main() -> None:
         bundle = build(profile, root / "bundle", request, Quiet()).bundle
         seconds = eager(profile, arguments.repeats)
         plans = [bundle.plan(name) for name in bundle.plans]
-        timings = measure_timing(bundle.pipeline(), plans, repeats=arguments.repeats)
+        timings = measure_timing(Pipeline(bundle), plans, repeats=arguments.repeats)
     print(f"{profile.name}, {profile.sampling.steps} steps, {profile.dtype}, {machine()}\n")
     print("| | full steps | seconds | speed-up | full step | skipped step | beyond its steps |")
     print("|---|---|---|---|---|---|---|")

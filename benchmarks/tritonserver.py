@@ -26,15 +26,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "tritonserver"))
 
 from triton_server import CACHE, ROOT, Server, serving
 
-from lemica_trt.bundle import Bundle
+from lemica_trt.bundle.reading import Bundle
 from lemica_trt.triton.repository import write_repository
 
 PROMPT = "a big red circle moves left"
 
 IN_PROCESS = """
 import json, sys, time
-from lemica_trt.bundle import Bundle
-pipe = Bundle.open(sys.argv[1]).pipeline(sys.argv[2])
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.runtime.pipeline import Pipeline
+pipe = Pipeline(Bundle.open(sys.argv[1]), sys.argv[2])
 pipe(sys.argv[3], seed=1)
 rows = []
 for seed in range(int(sys.argv[4])):

@@ -1,46 +1,55 @@
 """lemica-trt: a deployment compiler for diffusion transformers.
 
-Source: a diffusion pipeline (a DiT, its sampler, a few prompts). Target: a bundle – engines, and a static step
-plan that says when to call them. The rooms, each below those that it imports:
+Source: a diffusion pipeline (a DiT, its sampler, a few prompts). Target: a bundle – engines, and a static step plan
+that says when to call them.
 
-    errors      the exception tree and the exit codes
-    values      base of all values: frozen, strict JSON
-    spec        Profile, StepLayout, GraphSet: what is built, by name, shape and dtype
-    text        what is done to a prompt before it is tokenised
-    resources   what ships with the package: profiles, prompts, published schedules, the bundled models
-    progress    what a running stage tells: a bar, lines, or nothing
-    quality     how alike two clips are: PSNR, SSIM, LPIPS
-    sampler     SamplerTable: a sampler as a table of coefficients
-    provenance  what a measurement was made on
-    graph       ErrorGraph: what caching each segment costs
-    grams       TrajectoryGrams: inner products of residuals and outputs along uncached runs
-    schedule    ErrorGraph, B → Schedule, by lexicographic minimax path search
-    signed      AdjointProducts, B → Schedule for extrapolated outputs, by signed errors
-    predicted   ErrorGraph, TrajectoryGrams, B → Schedule for predicted outputs, by what prediction leaves
-    predict     Predictor, Schedule, TrajectoryGrams → Prediction: what a skipped step computes
-    plan        Schedule, SamplerTable, Prediction → StepPlan
-    sensitivity  Sensitivity: what of a calibration holds for other steps, shifts and guidance
-    fold        StepPlan → StepPlan without the rows that run no graph
-    candidates  the ways to spend a budget, and the choice between them by trial
-    models/     one small file a family: where the DiT's trunk begins and ends           torch, diffusers
-    lower       diffusers scheduler → SamplerTable                                       torch, diffusers
-    calibrate/  model, prompts → ErrorGraph, by replaying segments or by estimates       torch
-    export/     model, StepLayout → GraphSet, ONNX files                                 torch, onnx
-    builders/   ONNX → engine, one file a vendor                                         vendor SDKs
+    load(path)     a bundle, ready to run: prompts in, frames out; no PyTorch
+    build(…)       a model → a bundle
+    Bundle         a bundle on disk, to look into
+
+The packages, each below those that import it (`docs/architecture.md`; `tests/test_architecture.py` holds it):
+
+    core        knows nothing of diffusion: errors, values, progress, metrics, files
+    ir          nouns: frozen values; every on-disk format has its version here
+    planning    verbs on numbers: planners, searches, folding, budgets
+    models      diffusers pipelines: loading, splitting, step modules, scheduler lowering           torch, diffusers
+    calibrate   model, prompts → error graph, Grams, sensitivities, fitted solvers                  torch
+    export      model, layout → ONNX graphs                                                         torch, onnx
+    backends    one folder a vendor: engines built and run                                          vendor SDKs
     bundle      the folder that is deployed: manifest, digests, atomic writing
-    runtime/    runs a StepPlan on engines, numpy in and out                             one vendor SDK a file
-    budget      speed-up, latency or PSNR → full steps B; the Pareto front of them
-    timing      what steps and plans take on the engines of this machine
-    verify      does the bundle do what it must? how good is the plan?                   torch where it compares
-    diagnosis   what is on this machine
-    report/     tables, contact sheets and plots that a person looks at
-    estimate    what calibrating a model would cost                                      torch
-    triton/     Bundle → model repository of Triton Inference Server; what runs in it; a client     tritonclient
-    pipeline    the ordered list of stages; the only place that joins them
-    cli         parse, call `pipeline`, print, exit code
-
-Imports point upwards in this list, stages never import each other, and nothing that runs a bundle imports torch
-(`tests/test_boundaries.py` and ruff's banned-api rules hold that).
+    runtime     runs a step plan on engines, numpy in and out
+    evaluate    runs plans and scores what they make: trials, timing, verification                  torch
+    report      tables, contact sheets and plots that a person looks at
+    compiler    the stages of a build, and the loop that runs them
+    triton      bundle → model repository of Triton Inference Server; what runs in it; a client     tritonclient
+    cli         parse, call `compiler`, print, exit code
+    testing     a null GPU, oracles and builders of small values for tests
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+__all__ = ["Bundle", "__version__", "build", "load"]
+
+if TYPE_CHECKING:
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.compiler import build
+    from lemica_trt.runtime.pipeline import load
+
+_FACE = {"Bundle": "lemica_trt.bundle.reading", "build": "lemica_trt.compiler", "load": "lemica_trt.runtime.pipeline"}
+"""Name → module that has it; imported when it is first asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_FACE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

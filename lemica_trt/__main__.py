@@ -1,5 +1,5 @@
 """`python -m lemica_trt`."""
 
-from lemica_trt.cli import main
+from lemica_trt.cli.main import main
 
 main()

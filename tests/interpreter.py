@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lemica_trt.plan import PlanRow, StepPlan
-from lemica_trt.schedule import Schedule
+from lemica_trt.ir.plan import PlanRow, StepPlan
+from lemica_trt.ir.schedule import Schedule
 
 Array = npt.NDArray[np.float64]
 

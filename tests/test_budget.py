@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fold import flow_table
 
-from lemica_trt.budget import (
+from lemica_trt.compiler import uncached_plan
+from lemica_trt.core.errors import InfeasibleError
+from lemica_trt.evaluate.timing import shortened
+from lemica_trt.ir.budget import (
     Afforded,
     Budget,
     Front,
@@ -19,24 +22,20 @@ from lemica_trt.budget import (
     Point,
     Speedup,
     StepTimes,
-    afforded,
-    dominated,
-    front_budgets,
-    front_rows,
     latency_from_text,
-    least_reaching,
     min_psnr_from_text,
     said,
     skipped_steps,
     speedup_from_text,
 )
-from lemica_trt.errors import InfeasibleError
-from lemica_trt.fold import fold
-from lemica_trt.pipeline import uncached_plan
-from lemica_trt.plan import StepPlan, plan_from_schedule
-from lemica_trt.predict import Predictor, predict
-from lemica_trt.schedule import least_budget, uniform
-from lemica_trt.timing import shortened
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.prediction import Predictor
+from lemica_trt.planning.budget import afforded, dominated, front_budgets, front_rows, least_reaching
+from lemica_trt.planning.fold import fold
+from lemica_trt.planning.minimax import least_budget
+from lemica_trt.planning.prediction import predict
+from lemica_trt.planning.schedules import uniform
+from lemica_trt.planning.step_plan import plan_from_schedule
 
 pytestmark = pytest.mark.null
 

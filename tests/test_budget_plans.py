@@ -14,20 +14,23 @@ import pytest
 from click.testing import CliRunner
 from test_budget import PLANS, K, N
 
-from lemica_trt import pipeline, timing
-from lemica_trt.budget import Afforded, Latency, MinPsnr, Speedup, StepTimes
-from lemica_trt.builders.tensorrt_worker import Device
-from lemica_trt.bundle import FRONT_FILE, STEP_TIMES, VERIFY_REPORT, Bundle
-from lemica_trt.candidates import Selection, Tried, Ways, way
-from lemica_trt.cli import main
-from lemica_trt.errors import InfeasibleError, UsageError
-from lemica_trt.pipeline.budgets import Planned, Scout, answers, plan_budgets, scouting_cost
-from lemica_trt.plan import StepPlan
-from lemica_trt.progress import Quiet
-from lemica_trt.resources import load_profile
-from lemica_trt.spec import Profile
-from lemica_trt.timing import backend_name, machine, stored_steps
-from lemica_trt.values import read_value, write_value
+from lemica_trt import compiler as pipeline
+from lemica_trt.backends.tensorrt.worker import Device
+from lemica_trt.bundle.manifest import FRONT_FILE, STEP_TIMES, VERIFY_REPORT
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.cli.main import main
+from lemica_trt.compiler.budgets import Planned, Scout, answers, plan_budgets, scouting_cost
+from lemica_trt.core.errors import InfeasibleError, UsageError
+from lemica_trt.core.progress import Quiet
+from lemica_trt.core.values import read_value, write_value
+from lemica_trt.evaluate import timing
+from lemica_trt.evaluate.timing import backend_name, machine, stored_steps
+from lemica_trt.ir.budget import Afforded, Latency, MinPsnr, Speedup, StepTimes
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.resources import load_profile
+from lemica_trt.ir.trials import Selection, Tried, way
+from lemica_trt.planning.candidates import Ways
 
 PAPER = Ways(method="lemica")
 

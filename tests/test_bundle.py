@@ -17,22 +17,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from lemica_trt.builders import EngineEntry, EngineKey
-from lemica_trt.bundle import (
-    Bundle,
-    FileEntry,
-    add_plan,
-    check_plan,
-    move_bundle,
-    plan_path,
-    portable_source,
-    require_relative,
-    write_bundle,
-)
-from lemica_trt.errors import InputError, IntegrityError, LemicaError, MissingDependencyError, UsageError
-from lemica_trt.plan import PlanRow, StepPlan
-from lemica_trt.spec import GraphSet, GraphSpec, Profile, Shape, StepLayout, TextSpec
-from lemica_trt.values import write_bytes
+from lemica_trt.bundle.manifest import FileEntry, plan_path, portable_source, require_relative
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.writing import add_plan, move_bundle, write_bundle
+from lemica_trt.core.errors import InputError, IntegrityError, LemicaError, MissingDependencyError, UsageError
+from lemica_trt.core.values import write_bytes
+from lemica_trt.ir.engine import EngineEntry, EngineKey
+from lemica_trt.ir.graphs import GraphSet, GraphSpec, StepLayout, TextSpec
+from lemica_trt.ir.plan import PlanRow, StepPlan, check_plan
+from lemica_trt.ir.profile import Profile, Shape
 
 pytestmark = pytest.mark.null
 

@@ -11,12 +11,15 @@ import pytest
 from test_fold import flow_table
 from test_predict import grams_of, samples_of
 
-from lemica_trt.candidates import PAPER, Ways, candidates, predictors, select, trial_runs, way
-from lemica_trt.errors import UnsupportedError, UsageError
-from lemica_trt.grams import TrajectoryGrams
-from lemica_trt.plan import FITTED, StepPlan, plan_from_solver
-from lemica_trt.sampler import SamplerTable, first_order_table
-from lemica_trt.schedule import Schedule
+from lemica_trt.core.errors import UnsupportedError, UsageError
+from lemica_trt.ir.calibration import TrajectoryGrams
+from lemica_trt.ir.plan import FITTED, StepPlan
+from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.ir.schedule import Schedule
+from lemica_trt.ir.trials import PAPER, way
+from lemica_trt.planning.candidates import Ways, candidates, predictors, select, trial_runs
+from lemica_trt.planning.solvers import first_order_table
+from lemica_trt.planning.step_plan import plan_from_solver
 
 pytestmark = pytest.mark.null
 

@@ -9,9 +9,9 @@ import pytest
 import tiny
 from command import lemica
 
-from lemica_trt.bundle import Bundle
-from lemica_trt.candidates import Selections, way
-from lemica_trt.values import read_value
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.core.values import read_value
+from lemica_trt.ir.trials import Selections, way
 
 pytestmark = pytest.mark.cpu
 

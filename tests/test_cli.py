@@ -13,15 +13,14 @@ import onnxruntime
 import pytest
 from command import PAPER, SMALL, lemica
 
-from lemica_trt.bundle import Bundle
-from lemica_trt.candidates import Selections
-from lemica_trt.errors import EXIT_CODES
-from lemica_trt.grams import TrajectoryGrams
-from lemica_trt.graph import ErrorGraph
-from lemica_trt.pipeline.work import work_folder
-from lemica_trt.plan import StepPlan
-from lemica_trt.signed import AdjointProducts
-from lemica_trt.values import read_value
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.compiler.work import work_folder
+from lemica_trt.core.errors import EXIT_CODES
+from lemica_trt.core.values import read_value
+from lemica_trt.ir.calibration import ErrorGraph, TrajectoryGrams
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.trials import Selections
+from lemica_trt.planning.signed import AdjointProducts
 
 pytestmark = pytest.mark.cpu
 
@@ -61,10 +60,11 @@ def test_a_bundle_that_does_not_verify_replaces_none(
     built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old one stays as it is, the new one lies beside it with its report."""
-    from lemica_trt import pipeline, verify
-    from lemica_trt.candidates import Ways
-    from lemica_trt.errors import VerificationError
-    from lemica_trt.progress import Quiet
+    from lemica_trt import compiler as pipeline
+    from lemica_trt.core.errors import VerificationError
+    from lemica_trt.core.progress import Quiet
+    from lemica_trt.evaluate import verify
+    from lemica_trt.planning.candidates import Ways
 
     output = tmp_path / "bundle"
     shutil.copytree(built[0], output)
@@ -283,7 +283,7 @@ def test_what_a_build_would_only_find_at_its_end(tmp_path: Path, monkeypatch: py
 def test_out_of_memory_is_one_line(error: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import torch, lemica_trt.pipeline as p\nfrom lemica_trt.cli import main\n"
+        "import torch, lemica_trt.compiler as p\nfrom lemica_trt.cli.main import main\n"
         f"def fail(*_, **__): raise {error}\n"
         "p.build = fail\nmain(['build', '--model', 'cogvideox-tiny'])\n"
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lemica_trt import diagnosis
-from lemica_trt.builders import onnxruntime
-from lemica_trt.errors import MissingDependencyError
+from lemica_trt.backends.onnxruntime import build as onnxruntime
+from lemica_trt.compiler import diagnosis
+from lemica_trt.core.errors import MissingDependencyError
 
 pytestmark = pytest.mark.null
 

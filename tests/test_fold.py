@@ -9,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import deviation, run_plan, schedule_of
 
-from lemica_trt.errors import UnsupportedError, UsageError
-from lemica_trt.fold import fold, integrate_finely
-from lemica_trt.plan import Graph, PlanRow, StepPlan, plan_from_schedule
-from lemica_trt.predict import Prediction, Predictor, predict
-from lemica_trt.sampler import NoiseLevels, SamplerRow, SamplerTable, first_order_table, require_levels
+from lemica_trt.core.errors import UnsupportedError, UsageError
+from lemica_trt.ir.plan import Graph, PlanRow, StepPlan
+from lemica_trt.ir.prediction import Prediction, Predictor
+from lemica_trt.ir.sampler import NoiseLevels, SamplerRow, SamplerTable, require_levels
+from lemica_trt.planning.fold import fold, integrate_finely
+from lemica_trt.planning.prediction import predict
+from lemica_trt.planning.solvers import first_order_table
+from lemica_trt.planning.step_plan import plan_from_schedule
 
 pytestmark = pytest.mark.null
 

@@ -14,21 +14,26 @@ import pytest
 import tiny
 from rich.console import Console
 
-from lemica_trt import pipeline
-from lemica_trt.bundle import Bundle
-from lemica_trt.candidates import Ways, candidates, way
-from lemica_trt.errors import InputError, UsageError
-from lemica_trt.fold import fold
-from lemica_trt.lower import solver_table
+from lemica_trt import compiler as pipeline
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.compiler.planning import _best_before
+from lemica_trt.core.errors import InputError, UsageError
+from lemica_trt.core.progress import Quiet
+from lemica_trt.ir.plan import StepPlan, layout_from_plans
+from lemica_trt.ir.prediction import LEMICA, Predictor
+from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.ir.schedule import Schedule
+from lemica_trt.ir.trials import way
 from lemica_trt.models import Model, denoise
-from lemica_trt.pipeline.planning import _best_before
-from lemica_trt.plan import StepPlan, layout_from_plans, plan_from_schedule, plan_from_solver
-from lemica_trt.predict import LEMICA, Predictor, predict
-from lemica_trt.progress import Quiet
+from lemica_trt.models.scheduler import solver_table
+from lemica_trt.planning.candidates import Ways, candidates
+from lemica_trt.planning.fold import fold
+from lemica_trt.planning.prediction import predict
+from lemica_trt.planning.schedules import given, uniform
+from lemica_trt.planning.step_plan import plan_from_schedule, plan_from_solver
 from lemica_trt.report.summary import agreement_text
 from lemica_trt.runtime.denoise import RowDone
-from lemica_trt.sampler import SamplerTable
-from lemica_trt.schedule import Schedule, given, uniform
+from lemica_trt.runtime.pipeline import Pipeline
 
 pytestmark = [
     pytest.mark.cpu,
@@ -134,7 +139,7 @@ def test_the_bundle_verifies(built: Built) -> None:
 
 
 def test_a_folded_plan_is_its_full_steps_and_nothing_else(built: Built) -> None:
-    pipe, rows = built.bundle.pipeline(), list[RowDone]()
+    pipe, rows = Pipeline(built.bundle), list[RowDone]()
     embeds = built.model.embed(["a cat"]).numpy()
     pipe.latents(embeds, built.model.noise(0)[None].numpy(), plan=f"b{BUDGET}", on_step=rows.append)
     assert [(row.graph, row.step) for row in rows] == [("full", 0), ("full", 3), ("full", 5), ("none", STEPS)]
@@ -144,7 +149,7 @@ def test_runtime_oracle_and_unfolded_plan_agree(built: Built) -> None:
     model, folded = built.model, built.bundle.plan(f"b{BUDGET}")
     expected = oracle(model, uniform_plan(built.table, LINEAR), 5)
     start = model.noise(5)[None].numpy()
-    found = built.bundle.pipeline().latents(model.embed(["a cat"]).numpy(), start, plan=folded)
+    found = Pipeline(built.bundle).latents(model.embed(["a cat"]).numpy(), start, plan=folded)
     for latents in (found, oracle(model, folded, 5)):
         assert np.abs(latents - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -196,4 +201,4 @@ def test_one_seed_is_one_video_under_a_sampler_that_draws(tmp_path: Path) -> Non
 def test_plans_of_residuals_are_refused_by_such_a_bundle(built: Built) -> None:
     plan, noise = uniform_plan(built.table, LEMICA), built.model.noise(0)[None].numpy()
     with pytest.raises(InputError, match="plan unfolded needs the graphs combine, full, skip, the bundle has"):
-        built.bundle.pipeline().latents(built.model.embed(["a"]).numpy(), noise, plan=plan)
+        Pipeline(built.bundle).latents(built.model.embed(["a"]).numpy(), noise, plan=plan)

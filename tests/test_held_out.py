@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from lemica_trt.candidates import Ways
-from lemica_trt.errors import InputError
-from lemica_trt.graph import ErrorGraph
-from lemica_trt.lower import sampler_table
+from lemica_trt.compiler import Findings, calibration_prompts, make_plans, require_graph_fits, uncached_plan
+from lemica_trt.core.errors import InputError
+from lemica_trt.core.metrics import psnr
+from lemica_trt.core.values import read_value
+from lemica_trt.evaluate.verify import held_out
+from lemica_trt.ir.calibration import ErrorGraph
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.resources import calibration_path, load_profile
+from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.models import Model, denoise, load_model
-from lemica_trt.pipeline import Findings, calibration_prompts, make_plans, require_graph_fits, uncached_plan
-from lemica_trt.plan import StepPlan
-from lemica_trt.quality import psnr
-from lemica_trt.resources import calibration_path, load_profile
-from lemica_trt.sampler import SamplerTable
-from lemica_trt.values import read_value
-from lemica_trt.verify import held_out
+from lemica_trt.models.scheduler import sampler_table
+from lemica_trt.planning.candidates import Ways
 
 pytestmark = pytest.mark.cpu
 

@@ -22,14 +22,15 @@ from interpreter import deviation as run_deviation
 from interpreter import run_plan, schedule_of
 from torch.overrides import TorchFunctionMode
 
-from lemica_trt import lower
-from lemica_trt.errors import InputError, UnsupportedError
-from lemica_trt.fold import fold
-from lemica_trt.lower import sampler_table, solver_table, support_matrix
-from lemica_trt.plan import plan_from_schedule
-from lemica_trt.predict import Predictor, predict
-from lemica_trt.sampler import SamplerTable, require_levels
-from lemica_trt.values import json_bytes, value_from_json
+from lemica_trt.core.errors import InputError, UnsupportedError
+from lemica_trt.core.values import json_bytes, value_from_json
+from lemica_trt.ir.prediction import Predictor
+from lemica_trt.ir.sampler import SamplerTable, require_levels
+from lemica_trt.models import scheduler as lower
+from lemica_trt.models.scheduler import sampler_table, solver_table, support_matrix
+from lemica_trt.planning.fold import fold
+from lemica_trt.planning.prediction import predict
+from lemica_trt.planning.step_plan import plan_from_schedule
 
 pytestmark = [
     pytest.mark.cpu,

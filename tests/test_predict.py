@@ -12,20 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import schedule_of
 
-from lemica_trt.errors import InputError, UnsupportedError, UsageError
-from lemica_trt.grams import TrajectoryGrams, gram_from_samples
-from lemica_trt.plan import plan_from_schedule
-from lemica_trt.predict import (
-    LEMICA,
-    Prediction,
-    Predictor,
-    fitted_gain,
-    least_squares,
-    predict,
-    squared_error,
-)
-from lemica_trt.sampler import NoiseLevels, SamplerRow, SamplerTable
-from lemica_trt.values import json_bytes, value_from_json
+from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
+from lemica_trt.core.values import json_bytes, value_from_json
+from lemica_trt.ir.calibration import TrajectoryGrams, gram_from_samples
+from lemica_trt.ir.prediction import LEMICA, Prediction, Predictor
+from lemica_trt.ir.sampler import NoiseLevels, SamplerRow, SamplerTable
+from lemica_trt.planning.prediction import fitted_gain, least_squares, predict, squared_error
+from lemica_trt.planning.step_plan import plan_from_schedule
 
 pytestmark = pytest.mark.null
 

@@ -9,11 +9,10 @@ import numpy.typing as npt
 import pytest
 from test_predict import N, grams_of, samples_of, table_of
 
-from lemica_trt.errors import InfeasibleError, InputError
-from lemica_trt.grams import TrajectoryGrams
-from lemica_trt.graph import Edge, ErrorGraph
-from lemica_trt.predicted import POWERS, prediction_errors, sensitivities, solve_predicted
-from lemica_trt.sampler import SamplerRow, SamplerTable
+from lemica_trt.core.errors import InfeasibleError, InputError
+from lemica_trt.ir.calibration import Edge, ErrorGraph, TrajectoryGrams
+from lemica_trt.ir.sampler import SamplerRow, SamplerTable
+from lemica_trt.planning.prediction_path import POWERS, prediction_errors, sensitivities, solve_predicted
 
 pytestmark = pytest.mark.null
 

@@ -7,7 +7,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from lemica_trt.progress import Bars, Lines, Quiet, Reporter, duration, size
+from lemica_trt.core.progress import Bars, Lines, Quiet, Reporter, duration, size
 
 pytestmark = pytest.mark.null
 

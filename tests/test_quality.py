@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lemica_trt import quality
-from lemica_trt.quality import lpips, psnr, ssim
+from lemica_trt.core import metrics as quality
+from lemica_trt.core.metrics import lpips, psnr, ssim
 
 pytestmark = pytest.mark.null
 

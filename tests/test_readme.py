@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lemica_trt.cli import main
-from lemica_trt.errors import EXIT_CODES
-from lemica_trt.resources import load_profile, profile_names
+from lemica_trt.cli.main import main
+from lemica_trt.core.errors import EXIT_CODES
+from lemica_trt.ir.resources import load_profile, profile_names
 
 pytestmark = pytest.mark.cpu
 

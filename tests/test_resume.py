@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lemica_trt.bundle import Bundle
+from lemica_trt.bundle.reading import Bundle
 
 pytestmark = pytest.mark.cpu
 

@@ -7,15 +7,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from lemica_trt.candidates import Ways
-from lemica_trt.errors import InputError, UnsupportedError
-from lemica_trt.graph import ErrorGraph
-from lemica_trt.pipeline import Work, calibrate_stage, plan_stage
-from lemica_trt.progress import Quiet
-from lemica_trt.resources import load_profile
-from lemica_trt.sensitivity import Sensitivity
-from lemica_trt.spec import CalibrationMethod
-from lemica_trt.values import read_value
+from lemica_trt.compiler import Work, calibrate_stage, plan_stage
+from lemica_trt.core.errors import InputError, UnsupportedError
+from lemica_trt.core.progress import Quiet
+from lemica_trt.core.values import read_value
+from lemica_trt.ir.calibration import ErrorGraph, Sensitivity
+from lemica_trt.ir.profile import CalibrationMethod
+from lemica_trt.ir.resources import load_profile
+from lemica_trt.planning.candidates import Ways
 
 pytestmark = pytest.mark.cpu
 

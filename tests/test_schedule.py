@@ -13,25 +13,22 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from lemica_trt.errors import InfeasibleError, InputError
-from lemica_trt.graph import Edge, ErrorGraph
-from lemica_trt.resources import calibration_path
-from lemica_trt.schedule import (
+from lemica_trt.core.errors import InfeasibleError, InputError
+from lemica_trt.core.values import json_bytes, read_value, value_from_json
+from lemica_trt.ir.calibration import Edge, ErrorGraph
+from lemica_trt.ir.resources import calibration_path
+from lemica_trt.ir.schedule import Schedule
+from lemica_trt.planning.minimax import (
     Edges,
-    PublishedSchedules,
-    Schedule,
     edges_from_tuples,
-    given,
     least_sum,
     minimax_paths,
     path_costs,
-    published,
     require_feasible,
     solve,
     solve_lazily,
-    uniform,
 )
-from lemica_trt.values import json_bytes, read_value, value_from_json
+from lemica_trt.planning.schedules import PublishedSchedules, given, published, uniform
 
 pytestmark = pytest.mark.null
 

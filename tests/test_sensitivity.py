@@ -8,11 +8,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from lemica_trt.errors import UnsupportedError
-from lemica_trt.plan import guidance_range
-from lemica_trt.provenance import Provenance
-from lemica_trt.sampler import SamplerRow, SamplerTable
-from lemica_trt.sensitivity import RESULT, Sensitivity, knots_from_stops, require_retargetable
+from lemica_trt.core.errors import UnsupportedError
+from lemica_trt.ir.calibration import RESULT, Provenance, Sensitivity
+from lemica_trt.ir.plan import guidance_range
+from lemica_trt.ir.sampler import SamplerRow, SamplerTable
+from lemica_trt.planning.transfer import knots_from_stops, require_retargetable
 
 pytestmark = pytest.mark.null
 

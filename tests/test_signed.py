@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lemica_trt.errors import InfeasibleError, InputError
-from lemica_trt.sampler import SamplerRow, SamplerTable
-from lemica_trt.schedule import Schedule, uniform
-from lemica_trt.signed import (
+from lemica_trt.core.errors import InfeasibleError, InputError
+from lemica_trt.core.values import json_bytes, value_from_json
+from lemica_trt.ir.sampler import SamplerRow, SamplerTable
+from lemica_trt.ir.schedule import Schedule
+from lemica_trt.planning.schedules import uniform
+from lemica_trt.planning.signed import (
     DOUBT,
     AdjointProducts,
     output_adjoints,
@@ -22,7 +24,6 @@ from lemica_trt.signed import (
     signed_objective,
     solve_signed,
 )
-from lemica_trt.values import json_bytes, value_from_json
 
 pytestmark = pytest.mark.null
 

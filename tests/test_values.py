@@ -13,14 +13,16 @@ import pytest
 from hypothesis import given as forall
 from hypothesis import strategies as st
 
-from lemica_trt import errors, values
-from lemica_trt.errors import InputError
-from lemica_trt.graph import Edge, ErrorGraph
-from lemica_trt.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans, plan_from_schedule
-from lemica_trt.sampler import SamplerRow, SamplerTable
-from lemica_trt.schedule import Schedule
-from lemica_trt.spec import Calibration, Sampling, Shape, StepLayout
-from lemica_trt.values import json_bytes, read_value, value_from_json, write_bytes, write_value
+from lemica_trt.core import errors, values
+from lemica_trt.core.errors import InputError
+from lemica_trt.core.values import json_bytes, read_value, value_from_json, write_bytes, write_value
+from lemica_trt.ir.calibration import Edge, ErrorGraph
+from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.ir.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans
+from lemica_trt.ir.profile import Calibration, Sampling, Shape
+from lemica_trt.ir.sampler import SamplerRow, SamplerTable
+from lemica_trt.ir.schedule import Schedule
+from lemica_trt.planning.step_plan import plan_from_schedule
 
 pytestmark = pytest.mark.null
 

@@ -15,7 +15,7 @@ SCRIPT = """
 import sys
 for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors", "accelerate"):
     sys.modules[name] = None
-from lemica_trt.cli import main
+from lemica_trt.cli.main import main
 main()
 """
 

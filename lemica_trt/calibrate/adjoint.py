@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lemica_trt.calibrate.replay import Run, Sample, Uncached
+from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.models.model import Model
-from lemica_trt.sampler import SamplerTable
 
 CHECKPOINT_PARAMETERS = 100_000_000
 """DiTs with more parameters run under gradient checkpointing: one more run of the trunk for each backward pass."""

@@ -22,7 +22,7 @@ import torch
 
 from lemica_trt import __version__
 from lemica_trt.calibrate.workers import E, InProcess, Job, U
-from lemica_trt.errors import InputError, MissingDependencyError
+from lemica_trt.core.errors import InputError, MissingDependencyError
 from lemica_trt.models.model import Model
 
 PATIENCE = 2

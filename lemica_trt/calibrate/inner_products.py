@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lemica_trt.grams import Matrix
+from lemica_trt.ir.calibration import Matrix
 
 GRAM_ELEMENTS = 1 << 20
 """Of larger residuals the Gram matrix takes about so many elements: whole tokens, drawn once."""

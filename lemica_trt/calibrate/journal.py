@@ -14,20 +14,19 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from lemica_trt.errors import InputError
-from lemica_trt.grams import Matrix
-from lemica_trt.provenance import Provenance
-from lemica_trt.sampler import probes_agree
-from lemica_trt.spec import CalibrationMethod
-from lemica_trt.values import Value, require, require_finite, value_from_json
+from lemica_trt.core.errors import InputError
+from lemica_trt.core.values import Value, require, require_finite, value_from_json
+from lemica_trt.ir.calibration import Matrix, Provenance
+from lemica_trt.ir.profile import CalibrationMethod
+from lemica_trt.ir.sampler import probes_agree
 
-FORMAT_VERSION = 2
+JOURNAL_FORMAT = 2
 
 
 class Header(Provenance, frozen=True, kw_only=True):
     """First line of a journal."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = JOURNAL_FORMAT
 
 
 class Measurement(Header, frozen=True, kw_only=True):
@@ -107,8 +106,8 @@ class Piece(Value, frozen=True):
     Attributes:
         sample: its number.
         errors: estimates of eq. 4, one a segment, in the order of `Measurement.segments`.
-        outputs, residuals: N × N raw inner products, see `lemica_trt.grams.gram_from_samples`.
-        products: for each probe N + 1 rows of N numbers, see `lemica_trt.signed.AdjointProducts`.
+        outputs, residuals: N × N raw inner products, see `lemica_trt.ir.calibration.gram_from_samples`.
+        products: for each probe N + 1 rows of N numbers, see `lemica_trt.planning.signed.AdjointProducts`.
         knots: (j, c_j) of each stop whose sensitivity was measured.
         full, skip, backward: evaluations that were made, counted as in `calibrate.Cost`.
     """

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lemica_trt.errors import InputError
+from lemica_trt.core.errors import InputError
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:

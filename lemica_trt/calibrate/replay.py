@@ -18,12 +18,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lemica_trt.errors import VerificationError
+from lemica_trt.core.errors import VerificationError
+from lemica_trt.ir.plan import coefficient_vector, layout_from_plans
+from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models.model import Model
 from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
-from lemica_trt.plan import coefficient_vector, layout_from_plans, plan_from_schedule
-from lemica_trt.sampler import SamplerTable
-from lemica_trt.schedule import Schedule
+from lemica_trt.planning.step_plan import plan_from_schedule
 
 T = TypeVar("T")
 
@@ -299,7 +300,7 @@ class Sample:
         return [items[len(items) * k // count : len(items) * (k + 1) // count] for k in range(count)]
 
     def _inputs(self, t: int, runs: Sequence[Run]) -> dict[str, Tensor]:
-        """Inputs of a step module, all but residuals; see `lemica_trt.spec.StepLayout`."""
+        """Inputs of a step module, all but residuals; see `lemica_trt.ir.graphs.StepLayout`."""
         stepper, count = self._stepper, len(runs)
         offset, factor = stepper.table.rows[t].guidance
         scale = offset + factor * stepper.model.profile.sampling.guidance_scale

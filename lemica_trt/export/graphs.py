@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lemica_trt.errors import UnsupportedError
-from lemica_trt.export.clean import clean_model
+from lemica_trt.core.errors import UnsupportedError
+from lemica_trt.core.values import require, write_bytes
+from lemica_trt.export.passes import clean_model
+from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role, StepLayout, TensorDType, TensorSpec
 from lemica_trt.models import Model
 from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
-from lemica_trt.spec import GraphSet, GraphSpec, Role, StepLayout, TensorDType, TensorSpec
-from lemica_trt.values import require, write_bytes
 
 ROLES: tuple[Role, ...] = ("combine", "full", "skip", "text_encoder", "vae_decoder")
 

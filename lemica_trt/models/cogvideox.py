@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lemica_trt.ir.profile import Profile, Shape
 from lemica_trt.models.family import DTYPES, Family, require_multiple
-from lemica_trt.spec import Profile, Shape
 
 
 class CogVideoX(Family):

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.ir.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans
 from lemica_trt.models.model import Model
 from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
-from lemica_trt.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans
-from lemica_trt.spec import StepLayout
 
 
 class Rollout:

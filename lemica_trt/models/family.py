@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lemica_trt.errors import InputError, UnsupportedError
-from lemica_trt.spec import DType, Profile, Shape
+from lemica_trt.core.errors import InputError, UnsupportedError
+from lemica_trt.ir.profile import DType, Profile, Shape
 
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

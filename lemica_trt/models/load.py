@@ -17,13 +17,13 @@ import safetensors
 import torch
 import transformers
 
-from lemica_trt.errors import InputError, MissingDependencyError, UnsupportedError
+from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError
+from lemica_trt.ir.profile import DType, Profile
+from lemica_trt.ir.resources import zoo_path
 from lemica_trt.models.cogvideox import CogVideoX
 from lemica_trt.models.family import DTYPES, Family
 from lemica_trt.models.model import Model
 from lemica_trt.models.wan import Wan
-from lemica_trt.resources import zoo_path
-from lemica_trt.spec import DType, Profile
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (CogVideoX(), Wan())}
 """All families, by name."""

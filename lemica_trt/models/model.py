@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemica_trt.errors import InputError
+from lemica_trt.core.errors import InputError
+from lemica_trt.core.text import basic_clean
+from lemica_trt.ir.graphs import TextSpec
+from lemica_trt.ir.profile import Profile
 from lemica_trt.models.family import DTYPES, Family, TextEncoder, VideoDecoder
 from lemica_trt.models.split import SplitTransformer, split_transformer
-from lemica_trt.spec import Profile, TextSpec
-from lemica_trt.text import basic_clean
 
 WEIGHT_FILES = (".json", ".safetensors", ".model", ".txt")
 """Endings of the files of a pipeline folder that decide what it computes."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lemica_trt.errors import UnsupportedError
+from lemica_trt.core.errors import UnsupportedError
 
 STREAM = "hidden_states"
 """Name of the hidden stream where diffusers passes it to a block by keyword; otherwise it is the first argument."""

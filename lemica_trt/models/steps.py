@@ -1,6 +1,6 @@
 """The step graphs as torch modules: what is exported, and what the exported graphs are compared with.
 
-All take one dict of tensors and return one; names, dtypes and shapes are those of `lemica_trt.spec.StepLayout`.
+All take one dict of tensors and return one; names, dtypes and shapes are those of `lemica_trt.ir.graphs.StepLayout`.
 Everything around the DiT – the combination, guidance, the mix of residuals – is fp32.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lemica_trt.ir.graphs import StepLayout
 from lemica_trt.models.model import Model
-from lemica_trt.spec import StepLayout
 
 
 class CombineStep(nn.Module):

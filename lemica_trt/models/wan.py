@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemica_trt.errors import UnsupportedError
+from lemica_trt.core.errors import UnsupportedError
+from lemica_trt.ir.profile import Profile, Shape
 from lemica_trt.models.family import Family, require_multiple
-from lemica_trt.spec import Profile, Shape
 
 
 class Wan(Family):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from lemica_trt.errors import MissingDependencyError
+from lemica_trt.core.errors import MissingDependencyError
 
 BACKGROUND = (250, 250, 247)
 INK = (38, 38, 38)

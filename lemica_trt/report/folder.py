@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lemica_trt.budget import FrontRow
-from lemica_trt.bundle import ERROR_GRAPH_FILE, REPORTS, VERIFY_REPORT, Bundle
-from lemica_trt.graph import ErrorGraph
-from lemica_trt.quality import psnr
+from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE, REPORTS, VERIFY_REPORT
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.core.metrics import psnr
+from lemica_trt.core.values import value_from_json, write_value
+from lemica_trt.ir.budget import FrontRow
+from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.report.contact_sheet import contact_sheet
 from lemica_trt.report.plots import plot_front, plot_schedules
-from lemica_trt.values import value_from_json, write_value
 
 if TYPE_CHECKING:
-    from lemica_trt.verify import Clip, VerifyReport
+    from lemica_trt.ir.report import Clip, VerifyReport
 
 
 def write_reports(bundle: Bundle, report: VerifyReport, clips: Sequence[Clip]) -> None:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lemica_trt.errors import MissingDependencyError
-from lemica_trt.graph import ErrorGraph
-from lemica_trt.plan import StepPlan
+from lemica_trt.core.errors import MissingDependencyError
+from lemica_trt.ir.calibration import ErrorGraph
+from lemica_trt.ir.plan import StepPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lemica_trt.budget import FrontRow
+    from lemica_trt.ir.budget import FrontRow
 
 DPI = 150
 WIDTH = 8.0

@@ -11,21 +11,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lemica_trt.budget import FrontRow, said_seconds
-from lemica_trt.builders import EngineEntry
-from lemica_trt.bundle import REPORTS, Bundle
-from lemica_trt.errors import InputError
-from lemica_trt.graph import ErrorGraph
-from lemica_trt.plan import StepPlan
-from lemica_trt.progress import duration, size
+from lemica_trt.bundle.manifest import REPORTS
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.core.errors import InputError
+from lemica_trt.core.progress import duration, size
+from lemica_trt.core.values import read_value
+from lemica_trt.ir.budget import FrontRow, said_seconds
+from lemica_trt.ir.calibration import ErrorGraph
+from lemica_trt.ir.engine import EngineEntry
+from lemica_trt.ir.graphs import GraphSet
+from lemica_trt.ir.plan import StepPlan
 from lemica_trt.report.timeline import guidance_text, plan_table, timeline_text
-from lemica_trt.spec import GraphSet
-from lemica_trt.values import read_value
 
 if TYPE_CHECKING:
-    from lemica_trt.diagnosis import Finding
-    from lemica_trt.pipeline import Answer, Stage
-    from lemica_trt.verify import Quality, VerifyReport
+    from lemica_trt.ir.report import Answer, Finding, Quality, Stage, VerifyReport
 
 WAYS = {"plan": "", "lemica": "LeMiCa", "uniform": "uniform", "fewer-steps": "fewer steps"}
 """How a way of sampling is called in a table; the plan itself by its name."""

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lemica_trt.plan import PlanRow, StepPlan
+from lemica_trt.ir.plan import PlanRow, StepPlan
 
 FULL, MIXED, SKIP, NONE = "■", "▪", "·", " "
 """Marks of a timeline: the whole DiT; several steps a mark, some of them full; the skip graph; no graph at all."""

@@ -20,11 +20,10 @@ from time import perf_counter
 
 import numpy as np
 
-from lemica_trt.bundle import check_plan
-from lemica_trt.errors import InputError, UsageError
-from lemica_trt.plan import Graph, StepPlan, coefficient_vector
-from lemica_trt.runtime.backend import NUMPY_DTYPES, Array, Backend, Buffer, Call, Engine, decode, encode
-from lemica_trt.spec import GraphSet, Role, TensorDType, TensorSpec
+from lemica_trt.backends.base import NUMPY_DTYPES, Array, Backend, Buffer, Call, Engine, decode, encode
+from lemica_trt.core.errors import InputError, UsageError
+from lemica_trt.ir.graphs import GraphSet, Role, TensorDType, TensorSpec
+from lemica_trt.ir.plan import Graph, StepPlan, check_plan, coefficient_vector
 
 PROGRAMS = 16
 """How many (plan, batch) pairs stay prepared; the one used longest ago goes first."""

@@ -1,6 +1,6 @@
 """Prompt → frames: a bundle, loaded.
 
-    pipe = Bundle.open("engines/cogvideox-tiny").pipeline()
+    pipe = Pipeline(Bundle.open("engines/cogvideox-tiny"))
     clip = pipe("a big red circle moves left", seed=7)
     write_video(clip.frames, "clip.mp4", fps=pipe.fps)
 
@@ -11,26 +11,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, SupportsIndex, cast, overload
+from typing import Any, SupportsIndex, cast, overload
 
 import numpy as np
 
-from lemica_trt.bundle import CACHE
-from lemica_trt.errors import EngineError, InputError, UsageError
-from lemica_trt.plan import StepPlan
-from lemica_trt.runtime.backend import Array, Buffer, Capture, Engine, Settings, decode, encode, open_backend
+from lemica_trt.backends.base import Array, Buffer, Capture, Engine, Settings, decode, encode, open_backend
+from lemica_trt.bundle.manifest import CACHE
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.rebuild import rebuild_command
+from lemica_trt.core.errors import EngineError, InputError, UsageError
+from lemica_trt.ir.graphs import Role
+from lemica_trt.ir.plan import StepPlan
 from lemica_trt.runtime.denoise import Denoiser, OnRow, RowDone
 from lemica_trt.runtime.random import Generator
-from lemica_trt.runtime.rebuild import rebuild_command
 from lemica_trt.runtime.text import PromptTokenizer
-from lemica_trt.spec import Role
-
-if TYPE_CHECKING:
-    from lemica_trt.bundle import Bundle
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,32 @@ class Result:
 
 
 class Pipeline:
-    """The engines of a bundle, loaded once; see `Bundle.pipeline`, which makes it.
+    """The engines of a bundle, loaded once: a callable from prompts to frames.
 
     Calls of several threads are correct, but wait for each other; batch requests, or use one pipeline a thread.
 
+    Args:
+        bundle: opened.
+        plan: the plan of requests that name none; None: the bundle's default.
+        backend: which engines; None: the first set.
+        device: which GPU, as CUDA counts those that it sees.
+        threads: CPU threads within an operator, 0: one for each CPU; None: as built. For ONNX Runtime.
+        capture: what becomes a CUDA graph: the `plan`, each `step` (always so while a request reports progress), or
+            `none`. For TensorRT.
+        roles: which engines; None: all.
+
     Raises:
-        as `Bundle.pipeline`.
+        UsageError, IntegrityError: as `Bundle.plan`, `Bundle.engine` and `Bundle.file`.
+        MissingDependencyError: the backend's package, driver or device is not here.
+        UnsupportedError: the engines are for another machine; says the command that builds them for this one.
+        EngineError: an engine does not load.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        *,
         plan: str | None = None,
+        *,
         backend: str | None = None,
         device: int = 0,
         threads: int | None = None,
@@ -376,3 +388,18 @@ def _offset(on_step: OnRow, chunk: int, chunks: int) -> OnRow:
         on_step(dataclasses.replace(row, index=row.index + chunk * row.rows, rows=row.rows * chunks))
 
     return count
+
+
+def load(path: str | os.PathLike[str], plan: str | None = None, **options: Any) -> Pipeline:
+    """Open a bundle and load its engines: `lemica_trt.load("out/tiny")("a big red circle moves left")`.
+
+    Args:
+        path: the bundle's folder.
+        plan: the plan of requests that name none; None: the bundle's default.
+        options: as `Pipeline` takes them.
+
+    Raises:
+        IntegrityError: no bundle, or a damaged one.
+        LemicaError: as `Pipeline`.
+    """
+    return Pipeline(Bundle.open(path), plan=plan, **options)

@@ -14,7 +14,7 @@ from typing import SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from lemica_trt.errors import UsageError
+from lemica_trt.core.errors import UsageError
 
 Floats = npt.NDArray[np.float32]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lemica_trt.errors import InputError
-from lemica_trt.spec import TextSpec
-from lemica_trt.text import basic_clean
+from lemica_trt.core.errors import InputError
+from lemica_trt.core.text import basic_clean
+from lemica_trt.ir.graphs import TextSpec
 
 Ids = npt.NDArray[np.int64]
 

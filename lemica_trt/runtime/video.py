@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lemica_trt.errors import InputError, MissingDependencyError, UsageError
+from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
 
 Frames = npt.NDArray[np.uint8]
 

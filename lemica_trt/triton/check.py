@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from lemica_trt import __version__
-from lemica_trt.bundle import Bundle
-from lemica_trt.errors import LemicaError, MissingDependencyError, UsageError, VerificationError
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.core.errors import LemicaError, MissingDependencyError, UsageError, VerificationError
+from lemica_trt.core.values import Value
 from lemica_trt.triton.interface import CACHED, MODELS, STREAMS, Interface, Port, interfaces
 from lemica_trt.triton.repository import BUNDLE, model_file
-from lemica_trt.values import Value
 
 
 class Finding(Value, frozen=True):

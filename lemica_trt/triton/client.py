@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lemica_trt.errors import EngineError, InputError, MissingDependencyError
+from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError
 
 MODEL = "pipeline_stream"
 

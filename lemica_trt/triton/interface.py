@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lemica_trt.bundle import Manifest
-from lemica_trt.spec import GraphSet, Role
+from lemica_trt.bundle.manifest import Manifest
+from lemica_trt.ir.graphs import GraphSet, Role
 
 MODELS: dict[str, str] = {
     "text_encoder": "text_encoder.py",

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lemica_trt import __version__
-from lemica_trt.builders import EngineEntry
-from lemica_trt.bundle import Bundle, copy_bundle
-from lemica_trt.errors import UsageError
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.writing import copy_bundle
+from lemica_trt.core.errors import UsageError
+from lemica_trt.core.values import write_bytes
+from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.triton.interface import CACHED, MODELS, STREAMS, Interface, Port, interfaces
-from lemica_trt.values import write_bytes
 
 BUNDLE = "denoiser/bundle"
 """Where the bundle lies in a repository: a folder of a model that is not a version is none of Triton's business."""

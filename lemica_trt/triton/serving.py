@@ -35,14 +35,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lemica_trt import __version__
-from lemica_trt.bundle import Bundle
-from lemica_trt.errors import EngineError, InputError, LemicaError, UnsupportedError, UsageError
-from lemica_trt.plan import PlanRow, StepPlan
-from lemica_trt.runtime.backend import Array
+from lemica_trt.backends.base import Array
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.core.errors import EngineError, InputError, LemicaError, UnsupportedError, UsageError
+from lemica_trt.ir.graphs import Role
+from lemica_trt.ir.plan import PlanRow, StepPlan
 from lemica_trt.runtime.denoise import Cancelled, OnRow, RowDone
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.runtime.random import Generator
-from lemica_trt.spec import Role
 from lemica_trt.triton.interface import embeds_of
 
 SERVER = (2, 51)
@@ -90,7 +90,7 @@ def start(pb_utils: Any, args: Mapping[str, str], roles: Collection[Role]) -> tu
     # Not by CUDA_VISIBLE_DEVICES: the backend names devices to this process as the server counts them.
     device = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else 0
     threads = int(parameters["threads"]) or None
-    return bundle.pipeline(backend=parameters["backend"], device=device, threads=threads, roles=roles), parameters
+    return Pipeline(bundle, backend=parameters["backend"], device=device, threads=threads, roles=roles), parameters
 
 
 def open_bundle(pb_utils: Any, args: Mapping[str, str]) -> tuple[Bundle, dict[str, str]]:

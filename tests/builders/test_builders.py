@@ -8,10 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from lemica_trt import builders
-from lemica_trt.builders import EngineBuild, EngineEntry, EngineKey, graphs_digest, options_from, sha256_of
-from lemica_trt.errors import EngineError, InputError, MissingDependencyError, UnsupportedError, UsageError
-from lemica_trt.spec import GraphSet, GraphSpec, StepLayout, TensorSpec
+from lemica_trt.backends import builders
+from lemica_trt.backends.builders import graphs_digest, options_from
+from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError, UnsupportedError, UsageError
+from lemica_trt.core.files import sha256_of
+from lemica_trt.ir.engine import EngineBuild, EngineEntry, EngineKey
+from lemica_trt.ir.graphs import GraphSet, GraphSpec, StepLayout, TensorSpec
 
 
 def graphs_of(folder: Path) -> GraphSet:

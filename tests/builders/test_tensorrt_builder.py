@@ -23,16 +23,19 @@ from unittest.mock import MagicMock
 import msgspec
 import pytest
 
-from lemica_trt import builders
-from lemica_trt.builders import BACKENDS, EngineBuild, EngineEntry, options_by_backend
-from lemica_trt.builders import tensorrt_worker as worker
-from lemica_trt.builders.tensorrt import TENSORRT, TENSORRT_RTX
-from lemica_trt.builders.tensorrt_program import Layers, program_layers
-from lemica_trt.builders.tensorrt_worker import Device, Found, Job, WorkerError
-from lemica_trt.bundle import Bundle
-from lemica_trt.candidates import Ways
-from lemica_trt.errors import EngineError, MissingDependencyError, UsageError
-from lemica_trt.spec import DType, GraphSet, GraphSpec, Role, StepLayout, TensorSpec
+from lemica_trt.backends import builders
+from lemica_trt.backends.builders import BACKENDS, options_by_backend
+from lemica_trt.backends.tensorrt import worker as worker
+from lemica_trt.backends.tensorrt.build import TENSORRT, TENSORRT_RTX
+from lemica_trt.backends.tensorrt.program import Layers, program_layers
+from lemica_trt.backends.tensorrt.worker import Device, Found, Job, WorkerError
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.core.errors import EngineError, MissingDependencyError, UsageError
+from lemica_trt.core.files import mapped
+from lemica_trt.ir.engine import EngineBuild, EngineEntry
+from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role, StepLayout, TensorSpec
+from lemica_trt.ir.profile import DType
+from lemica_trt.planning.candidates import Ways
 
 ROOT = Path(__file__).parents[2]
 
@@ -442,8 +445,8 @@ def test_no_build_outlives_who_asked_for_it(
     graphs.write_bytes(msgspec.json.encode(prepared(tmp_path)))
     script = f"""
 import msgspec, pathlib
-from lemica_trt import builders
-from lemica_trt.spec import GraphSet
+from lemica_trt.backends import builders
+from lemica_trt.ir.graphs import GraphSet
 folder = pathlib.Path({str(tmp_path)!r})
 graphs = msgspec.json.decode((folder / "graphs.json").read_bytes(), type=GraphSet)
 builders.build("tensorrt-rtx", graphs, folder, folder)
@@ -571,7 +574,7 @@ def test_the_peak_is_of_memory_that_only_this_process_has(tmp_path: Path) -> Non
     file.write_bytes(bytes(80 << 20))
     with worker.HostMemory() as before:
         pass
-    with worker.HostMemory() as mapping, builders.mapped(file) as data:
+    with worker.HostMemory() as mapping, mapped(file) as data:
         assert data.find(b"x") < 0
     assert mapping.peak - before.peak < 20 << 20
     with worker.HostMemory() as own:
@@ -621,9 +624,9 @@ def test_a_build_without_memory_is_one_line(tmp_path: Path) -> None:
     graphs.write_bytes(msgspec.json.encode(write_graphs(tmp_path, "fp16")))
     script = f"""
 import msgspec, pathlib, resource
-from lemica_trt import builders
-from lemica_trt.builders import tensorrt
-from lemica_trt.spec import GraphSet
+from lemica_trt.backends import builders
+from lemica_trt.backends.tensorrt import build as tensorrt
+from lemica_trt.ir.graphs import GraphSet
 folder = pathlib.Path({str(tmp_path)!r})
 graphs = msgspec.json.decode((folder / "graphs.json").read_bytes(), type=GraphSet)
 found = tensorrt.TENSORRT_RTX._probe()
@@ -645,12 +648,13 @@ def test_bf16_is_built_where_nothing_can_run_it(tmp_path: Path, monkeypatch: pyt
     """As cogvideox-5b and wan2.1 are: the whole pipeline, and it says that what was built was not verified."""
     from tiny import make_variant
 
-    from lemica_trt import pipeline
+    from lemica_trt import compiler as pipeline
+    from lemica_trt.runtime.pipeline import Pipeline
 
     def no_driver(*_: Any, **__: Any) -> None:
         raise MissingDependencyError("no CUDA driver")
 
-    monkeypatch.setattr(Bundle, "pipeline", no_driver)
+    monkeypatch.setattr(Pipeline, "__init__", no_driver)
     profile = make_variant("wan", tmp_path / "model", layers=1)
     shape = msgspec.structs.replace(profile.shape, max_batch=1)
     profile = msgspec.structs.replace(profile, dtype="bf16", shape=shape)
@@ -694,7 +698,7 @@ def test_one_command_builds_for_two_backends(
 @pytest.mark.null
 def test_the_worker_needs_no_torch() -> None:
     """Whatever the machine has: the process that builds holds none of it."""
-    script = "import sys, lemica_trt.builders.tensorrt_worker; print(*{name.split('.')[0] for name in sys.modules})"
+    script = "import sys, lemica_trt.backends.tensorrt.worker; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     heavy = {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "rich", "numpy"}
     assert not heavy & set(done.stdout.split())

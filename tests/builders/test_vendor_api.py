@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 from vendor_api import Use, complaints, find_uses
 
-from lemica_trt.builders import tensorrt as parent
-from lemica_trt.builders import tensorrt_worker as worker
-from lemica_trt.runtime.tensorrt import LEAN
+from lemica_trt.backends.tensorrt import build as parent
+from lemica_trt.backends.tensorrt import worker as worker
+from lemica_trt.backends.tensorrt.run import LEAN
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "tensorrt"
 
-WORKER = ROOT / "lemica_trt/builders/tensorrt_worker.py"
-EXECUTOR = ROOT / "lemica_trt/runtime/tensorrt.py"
+WORKER = ROOT / "lemica_trt/backends/tensorrt/worker.py"
+EXECUTOR = ROOT / "lemica_trt/backends/tensorrt/run.py"
 FILES = [WORKER, EXECUTOR]
 """All code that touches a vendor's module."""
 

@@ -8,7 +8,7 @@ from toy_model import LATENT_SHAPE, Naive, ToyModel, awkward, euler
 
 from lemica_trt.calibrate.adjoint import adjoints, impulses, sample_adjoints
 from lemica_trt.calibrate.replay import Run, Stepper
-from lemica_trt.sampler import SamplerTable
+from lemica_trt.ir.sampler import SamplerTable
 
 pytestmark = pytest.mark.cpu
 

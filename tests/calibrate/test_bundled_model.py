@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from lemica_trt.calibrate import CheapMethod, adjoint, calibrate_cheaply, cheap_cost, measure, read_prompts
-from lemica_trt.lower import sampler_table
+from lemica_trt.calibrate import adjoint
+from lemica_trt.calibrate.estimate import CheapMethod, calibrate_cheaply, cheap_cost
+from lemica_trt.calibrate.exact import measure
+from lemica_trt.calibrate.prompts import read_prompts
+from lemica_trt.ir.resources import calibration_path, load_profile
+from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models import Model, denoise, load_model
-from lemica_trt.plan import plan_from_schedule
-from lemica_trt.resources import calibration_path, load_profile
-from lemica_trt.sampler import SamplerTable
-from lemica_trt.schedule import Schedule
+from lemica_trt.models.scheduler import sampler_table
+from lemica_trt.planning.step_plan import plan_from_schedule
 
 pytestmark = pytest.mark.cpu
 

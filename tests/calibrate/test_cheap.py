@@ -11,14 +11,23 @@ import pytest
 import torch
 from toy_model import Naive, ToyModel, awkward, euler
 
-from lemica_trt.calibrate import Calibrated, calibrate_cheaply, cheap, cheap_cost, cheap_measurement, inner_products
-from lemica_trt.calibrate.cheap import interpolate_sensitivity, knot_stops, piece
+from lemica_trt.calibrate import estimate as cheap
+from lemica_trt.calibrate import inner_products
+from lemica_trt.calibrate.estimate import (
+    Calibrated,
+    calibrate_cheaply,
+    cheap_cost,
+    cheap_measurement,
+    interpolate_sensitivity,
+    knot_stops,
+    piece,
+)
+from lemica_trt.calibrate.exact import usual_batch
 from lemica_trt.calibrate.journal import CheapMeasurement, Piece
-from lemica_trt.calibrate.measure import usual_batch
 from lemica_trt.calibrate.replay import Stepper
-from lemica_trt.errors import InputError, UnsupportedError, UsageError, VerificationError
-from lemica_trt.sampler import SamplerTable
-from lemica_trt.values import json_bytes, value_from_json
+from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, VerificationError
+from lemica_trt.core.values import json_bytes, value_from_json
+from lemica_trt.ir.sampler import SamplerTable
 
 pytestmark = pytest.mark.cpu
 

@@ -17,13 +17,15 @@ import pytest
 import torch
 from toy_model import ToyModel, euler
 
-from lemica_trt.calibrate import Trials, calibrate_cheaply, measure
 from lemica_trt.calibrate.cluster import RayWorkers
-from lemica_trt.errors import InputError, MissingDependencyError
-from lemica_trt.pipeline import uncached_plan
-from lemica_trt.plan import plan_from_schedule
-from lemica_trt.schedule import Schedule
-from lemica_trt.values import json_bytes
+from lemica_trt.calibrate.estimate import calibrate_cheaply
+from lemica_trt.calibrate.exact import measure
+from lemica_trt.compiler import uncached_plan
+from lemica_trt.core.errors import InputError, MissingDependencyError
+from lemica_trt.core.values import json_bytes
+from lemica_trt.evaluate.trials import Trials
+from lemica_trt.ir.schedule import Schedule
+from lemica_trt.planning.step_plan import plan_from_schedule
 
 pytestmark = pytest.mark.cpu
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_model import LATENT_SHAPE, ToyModel, awkward, euler
 
-from lemica_trt.calibrate import Fitter
-from lemica_trt.calibrate.fitted import FLOOR, START, closest_combination
-from lemica_trt.errors import InputError, UnsupportedError, UsageError, VerificationError
-from lemica_trt.fold import fold
+from lemica_trt.calibrate.fit import FLOOR, START, Fitter, closest_combination
+from lemica_trt.compiler import uncached_plan
+from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, VerificationError
+from lemica_trt.ir.plan import FITTED, PlanRow, StepPlan, layout_from_plans
+from lemica_trt.ir.sampler import SamplerRow, SamplerTable
+from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models import denoise
 from lemica_trt.models.denoise import Rollout
-from lemica_trt.pipeline import uncached_plan
-from lemica_trt.plan import FITTED, PlanRow, StepPlan, layout_from_plans, plan_from_schedule
-from lemica_trt.predict import predict
-from lemica_trt.sampler import SamplerRow, SamplerTable
-from lemica_trt.schedule import Schedule
+from lemica_trt.planning.fold import fold
+from lemica_trt.planning.prediction import predict
+from lemica_trt.planning.step_plan import plan_from_schedule
 
 pytestmark = pytest.mark.cpu
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lemica_trt.calibrate import prompts_digest, read_prompts
-from lemica_trt.errors import InputError
+from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
+from lemica_trt.core.errors import InputError
 
 pytestmark = pytest.mark.cpu
 

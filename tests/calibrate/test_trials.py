@@ -10,14 +10,14 @@ import pytest
 import torch
 from toy_model import ToyModel, euler
 
-from lemica_trt.calibrate import Trials, trials_digest
-from lemica_trt.calibrate.trials import SNR_CAP, _Runs
-from lemica_trt.errors import InputError, VerificationError
+from lemica_trt.compiler import uncached_plan
+from lemica_trt.core.errors import InputError, VerificationError
+from lemica_trt.core.metrics import PSNR_CAP, psnr
+from lemica_trt.evaluate.trials import SNR_CAP, Trials, _Runs, trials_digest
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models import denoise
-from lemica_trt.pipeline import uncached_plan
-from lemica_trt.plan import StepPlan, plan_from_schedule
-from lemica_trt.quality import PSNR_CAP, psnr
-from lemica_trt.schedule import Schedule
+from lemica_trt.planning.step_plan import plan_from_schedule
 
 pytestmark = pytest.mark.cpu
 
@@ -62,7 +62,7 @@ def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
         runs.append(plan.budget)
         return denoise(model, plan, *arguments, **fresh)
 
-    monkeypatch.setattr("lemica_trt.calibrate.trials.denoise", record)
+    monkeypatch.setattr("lemica_trt.evaluate.trials.denoise", record)
     assert again([plan(0, 3), plan(0, 2)], range(4)) == whole
     assert runs == [6, 2, 6, 2, 6, 2, 2, 6, 2, 2]  # each uncached run once, and what was missing
     assert again([plan(0, 2)], range(4)) == [whole[1]] and len(runs) == 10
@@ -77,7 +77,7 @@ def test_psnr_is_of_the_frames_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
         clips = [frames(denoise(model, p, embeds, noise))[0].numpy() for p in (UNCACHED, plan(0, 3))]
         assert found[s] == pytest.approx(psnr(*clips))
     again = trials(model, tmp_path / "t")
-    monkeypatch.setattr("lemica_trt.calibrate.trials.denoise", lambda *_: pytest.fail("it was run before"))
+    monkeypatch.setattr("lemica_trt.evaluate.trials.denoise", lambda *_: pytest.fail("it was run before"))
     assert again.psnr(plan(0, 3), range(3), journal=tmp_path / "f") == found
     assert again.psnr(UNCACHED, range(2), journal=tmp_path / "f") == (PSNR_CAP,) * 2
 

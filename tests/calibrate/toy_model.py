@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lemica_trt.ir.profile import Profile, Sampling, Shape
+from lemica_trt.ir.sampler import SamplerRow, SamplerTable
 from lemica_trt.models.family import Family
 from lemica_trt.models.model import Model
-from lemica_trt.sampler import SamplerRow, SamplerTable
-from lemica_trt.spec import Profile, Sampling, Shape
 
 LATENT_SHAPE = (3, 4)
 WIDTH = 8

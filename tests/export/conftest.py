@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import tiny
 
 from lemica_trt.export import export_graphs
+from lemica_trt.ir.graphs import GraphSet, StepLayout
 from lemica_trt.models import Model, load_model
-from lemica_trt.spec import GraphSet, StepLayout
 
 
 class Exported(NamedTuple):

@@ -16,11 +16,12 @@ import pytest
 import torch
 from conftest import CASES, Exported, layout_of
 
-from lemica_trt.errors import UnsupportedError
-from lemica_trt.export import ROLES, clean, export_graphs, graphs
+from lemica_trt.core.errors import UnsupportedError
+from lemica_trt.export import ROLES, export_graphs, graphs
+from lemica_trt.export import passes as clean
+from lemica_trt.ir.graphs import GraphSpec, TensorSpec
 from lemica_trt.models import load_model
 from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
-from lemica_trt.spec import GraphSpec, TensorSpec
 
 pytestmark = pytest.mark.cpu
 
@@ -171,7 +172,7 @@ sys.path[:0] = [{str(Path(__file__).parent)!r}]
 from conftest import layout_of
 from lemica_trt.export import export_graphs
 from lemica_trt.models import load_model
-from lemica_trt.spec import Profile
+from lemica_trt.ir.profile import Profile
 folder = pathlib.Path({str(tmp_path)!r})
 model = load_model(msgspec.json.decode((folder / "profile.json").read_bytes(), type=Profile))
 export_graphs(model, layout_of(model), folder / "other", roles={roles!r})

@@ -6,12 +6,13 @@ import msgspec
 import pytest
 import torch
 
+from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.ir.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans
+from lemica_trt.ir.sampler import SamplerRow, SamplerTable
+from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models import Model, denoise, load_model
 from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
-from lemica_trt.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans, plan_from_schedule
-from lemica_trt.sampler import SamplerRow, SamplerTable
-from lemica_trt.schedule import Schedule
-from lemica_trt.spec import StepLayout
+from lemica_trt.planning.step_plan import plan_from_schedule
 
 pytestmark = pytest.mark.cpu
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from lemica_trt.errors import InputError, UnsupportedError
+from lemica_trt.core.errors import InputError, UnsupportedError
 from lemica_trt.models import FAMILIES, family_from_name, family_from_pipeline, load_model, scheduler_like
 
 pytestmark = pytest.mark.cpu

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 import torch
 
-from lemica_trt.errors import InputError
+from lemica_trt.core.errors import InputError
 from lemica_trt.models import Model, load_model
 
 pytestmark = pytest.mark.cpu

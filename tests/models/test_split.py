@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lemica_trt.errors import UnsupportedError
+from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.models import Model
 from lemica_trt.models.split import split_transformer
 

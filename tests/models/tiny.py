@@ -9,7 +9,7 @@ import diffusers
 import torch
 from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from lemica_trt.spec import Profile, Sampling, Shape
+from lemica_trt.ir.profile import Profile, Sampling, Shape
 
 TEXT_LENGTH = 8
 WIDTH = 32

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lemica_trt.graph import Edge, ErrorGraph
-from lemica_trt.plan import StepPlan, plan_from_schedule
-from lemica_trt.sampler import SamplerRow, SamplerTable
-from lemica_trt.schedule import Schedule
+from lemica_trt.ir.calibration import Edge, ErrorGraph
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.sampler import SamplerRow, SamplerTable
+from lemica_trt.ir.schedule import Schedule
+from lemica_trt.planning.step_plan import plan_from_schedule
 
 
 def error_graph(num_steps: int = 50, max_skip: int = 9) -> ErrorGraph:

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from report_data import error_graph, plan
 
-from lemica_trt.budget import FrontRow, front_budgets
-from lemica_trt.errors import MissingDependencyError
+from lemica_trt.core.errors import MissingDependencyError
+from lemica_trt.ir.budget import FrontRow
+from lemica_trt.planning.budget import front_budgets
 from lemica_trt.report.plots import plot_error_graph, plot_front, plot_quality, plot_schedules
 
 pytest.importorskip("matplotlib")

@@ -8,7 +8,7 @@ import pytest
 from report_data import plan
 from rich.console import Console
 
-from lemica_trt.plan import PlanRow, StepPlan
+from lemica_trt.ir.plan import PlanRow, StepPlan
 from lemica_trt.report.timeline import plan_table, timeline_text
 
 pytestmark = pytest.mark.null

@@ -10,9 +10,9 @@ import toy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lemica_trt.builders import EngineKey
-from lemica_trt.errors import EngineError, UnsupportedError
-from lemica_trt.runtime.backend import check_binding, decode, encode, open_backend
+from lemica_trt.backends.base import check_binding, decode, encode, open_backend
+from lemica_trt.core.errors import EngineError, UnsupportedError
+from lemica_trt.ir.engine import EngineKey
 
 
 @pytest.mark.null

@@ -11,10 +11,10 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lemica_trt.errors import EngineError, InputError, UsageError
-from lemica_trt.plan import PlanRow, StepPlan
+from lemica_trt.core.errors import EngineError, InputError, UsageError
+from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.ir.plan import PlanRow, StepPlan
 from lemica_trt.runtime.denoise import PROGRAMS, Cancelled, Denoiser, RowDone
-from lemica_trt.spec import StepLayout
 
 pytestmark = pytest.mark.null
 

@@ -11,13 +11,13 @@ import pytest
 import toy
 from test_loop import inputs_of, noises
 
-from lemica_trt import builders
-from lemica_trt.builders import EngineEntry
-from lemica_trt.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError
-from lemica_trt.plan import PlanRow
-from lemica_trt.runtime.backend import Settings, open_backend
+from lemica_trt.backends import builders
+from lemica_trt.backends.base import Settings, open_backend
+from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError
+from lemica_trt.ir.engine import EngineEntry
+from lemica_trt.ir.graphs import GraphSet
+from lemica_trt.ir.plan import PlanRow
 from lemica_trt.runtime.denoise import Denoiser, RowDone
-from lemica_trt.spec import GraphSet
 
 pytestmark = pytest.mark.cpu
 

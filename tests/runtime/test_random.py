@@ -8,7 +8,7 @@ from time import perf_counter
 import numpy as np
 import pytest
 
-from lemica_trt.errors import UsageError
+from lemica_trt.core.errors import UsageError
 from lemica_trt.runtime.random import Generator
 
 

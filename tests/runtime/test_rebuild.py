@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from command import lemica
 
-from lemica_trt.bundle import Bundle
-from lemica_trt.runtime.rebuild import rebuild_command
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.rebuild import rebuild_command
 
 
 @pytest.mark.cpu

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import toy
 
-from lemica_trt import builders
-from lemica_trt.bundle import Bundle, add_plan, write_bundle
-from lemica_trt.errors import EngineError, InputError, IntegrityError, UsageError
-from lemica_trt.plan import PlanRow
+from lemica_trt.backends import builders
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.writing import add_plan, write_bundle
+from lemica_trt.core.errors import EngineError, InputError, IntegrityError, UsageError
+from lemica_trt.ir.graphs import GraphSet, TextSpec
+from lemica_trt.ir.plan import PlanRow
+from lemica_trt.ir.profile import Profile, Sampling, Shape
 from lemica_trt.runtime.denoise import Cancelled, RowDone
 from lemica_trt.runtime.pipeline import Pipeline, Request
 from lemica_trt.runtime.random import Generator
-from lemica_trt.spec import GraphSet, Profile, Sampling, Shape, TextSpec
 
 pytestmark = pytest.mark.cpu
 
@@ -78,7 +80,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def pipe(bundle: Bundle) -> Pipeline:
-    return bundle.pipeline()
+    return Pipeline(bundle)
 
 
 def ids_of(prompt: str) -> list[int]:
@@ -111,7 +113,7 @@ def test_settings_of_a_request(bundle: Bundle, pipe: Pipeline) -> None:
     clip = pipe("blue star", seed=6, guidance_scale=1.5, negative_prompt="big blue", plan="slow")
     latents, _ = expected(bundle, "blue star", 6, 1.5, "big blue", "slow")
     np.testing.assert_allclose(clip.latents, latents, rtol=1e-5, atol=1e-5)
-    slow = bundle.pipeline("slow")
+    slow = Pipeline(bundle, "slow")
     np.testing.assert_array_equal(slow("blue star").latents, pipe("blue star", plan="slow", guidance_scale=2).latents)
     assert (pipe("red", guidance_scale=0.0).latents != pipe("red").latents).any()
 
@@ -119,7 +121,7 @@ def test_settings_of_a_request(bundle: Bundle, pipe: Pipeline) -> None:
 def test_guidance_that_a_plan_does_not_hold_for_is_refused(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "b", tmp_path / "w")
     limited = msgspec.structs.replace(toy.euler_plan("fs", name="limited"), guidance_range=(1.5, 5.25))
-    pipe = add_plan(bundle, limited).pipeline("limited")
+    pipe = Pipeline(add_plan(bundle, limited), "limited")
     assert np.isfinite(pipe("red", guidance_scale=5.25).latents).all()
     says = r"plan limited holds for guidance_scale 1\.5 … 5\.25, got 6 → use the plan that skips nothing, or build with"
     with pytest.raises(InputError, match=says):
@@ -133,7 +135,7 @@ def test_guidance_that_a_plan_does_not_hold_for_is_refused(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_a_request_does_not_see_its_batch(tmp_path: Path, stochastic: bool) -> None:
-    pipe = make_bundle(tmp_path / "b", tmp_path / "w", stochastic=stochastic).pipeline()
+    pipe = Pipeline(make_bundle(tmp_path / "b", tmp_path / "w", stochastic=stochastic))
     plan = "noisy" if stochastic else None
     requests = [
         Request("a big red circle", 1),
@@ -158,7 +160,7 @@ def test_lists(pipe: Pipeline) -> None:
 
 def test_stochastic_plans_draw_from_the_seed(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "b", tmp_path / "w", stochastic=True)
-    pipe = bundle.pipeline("noisy")
+    pipe = Pipeline(bundle, "noisy")
     generator = Generator(4)
     noise = generator.randn((1, *toy.LATENT_SHAPE))
     embeds = np.stack([toy.TABLE[ids_of("small")], toy.TABLE[ids_of("red")]])
@@ -224,7 +226,7 @@ def test_progress_and_cancellation(pipe: Pipeline) -> None:
 
 
 def test_mask_and_no_guidance(tmp_path: Path) -> None:
-    pipe = make_bundle(tmp_path / "b", tmp_path / "w", guided=False, mask=True).pipeline(threads=2)
+    pipe = Pipeline(make_bundle(tmp_path / "b", tmp_path / "w", guided=False, mask=True), threads=2)
     assert (pipe.encode("red")[2:] == 0).all(), "padding is masked"
     assert pipe("red").frames.shape == (2, 4, 4, 3)
     for setting in ({"guidance_scale": 2.0}, {"negative_prompt": ""}):
@@ -250,24 +252,24 @@ def test_bad_values_are_one_line(bundle: Bundle, pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="a prompt must be a string"):
         pipe([None])  # type: ignore[list-item]
     with pytest.raises(UsageError, match="no engines for 'tensorrt' → use one of: onnxruntime"):
-        bundle.pipeline(backend="tensorrt")
+        Pipeline(bundle, backend="tensorrt")
 
 
 def test_moved_and_altered(bundle: Bundle, pipe: Pipeline, tmp_path: Path) -> None:
     """A bundle runs from anywhere; with one bit changed in any file that is loaded it does not."""
     moved = tmp_path / "elsewhere"
     shutil.copytree(bundle.path, moved)
-    np.testing.assert_array_equal(Bundle.open(moved).pipeline()("red").latents, pipe("red").latents)
+    np.testing.assert_array_equal(Pipeline(Bundle.open(moved))("red").latents, pipe("red").latents)
     for name in sorted(bundle.manifest.files):
         data = bytearray((moved / name).read_bytes())
         data[len(data) // 2] ^= 1
         (moved / name).write_bytes(data)
         if name != "plans/slow.json":  # read only when it is asked for
             with pytest.raises(IntegrityError, match="altered"):
-                Bundle.open(moved).pipeline()
+                Pipeline(Bundle.open(moved))
         data[len(data) // 2] ^= 1
         (moved / name).write_bytes(data)
-    assert Bundle.open(moved).pipeline()
+    assert Pipeline(Bundle.open(moved))
 
 
 def test_a_plan_joins_later(bundle: Bundle, tmp_path: Path) -> None:
@@ -275,5 +277,5 @@ def test_a_plan_joins_later(bundle: Bundle, tmp_path: Path) -> None:
     more = add_plan(Bundle.open(tmp_path / "b"), toy.euler_plan("fr", name="fast"), default="fast")
     assert more.plans == ("default", "fast", "slow")
     rows: list[RowDone] = []
-    more.pipeline()("red", on_step=rows.append)
+    Pipeline(more)("red", on_step=rows.append)
     assert [row.graph for row in rows] == ["full", "none", "none"]

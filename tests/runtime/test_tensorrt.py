@@ -15,15 +15,16 @@ import pytest
 import toy
 from test_loop import inputs_of, noises
 
-from lemica_trt.builders import EngineKey
-from lemica_trt.errors import EngineError, InputError, MissingDependencyError, UnsupportedError
-from lemica_trt.plan import PlanRow, StepPlan
-from lemica_trt.runtime import cuda, null
-from lemica_trt.runtime.backend import Capture, Settings, decode, encode, open_backend
+from lemica_trt.backends.base import Capture, Settings, decode, encode, open_backend
+from lemica_trt.backends.tensorrt import cuda
+from lemica_trt.backends.tensorrt.run import VENDORS, TensorRTBackend, import_vendor
+from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError, UnsupportedError
+from lemica_trt.ir.engine import EngineKey
+from lemica_trt.ir.graphs import GraphSet, StepLayout
+from lemica_trt.ir.plan import PlanRow, StepPlan
 from lemica_trt.runtime.denoise import Cancelled, Denoiser, RowDone
-from lemica_trt.runtime.null import NullDevice, NullPlan, null_vendor, write_engine
-from lemica_trt.runtime.tensorrt import VENDORS, TensorRTBackend, import_vendor
-from lemica_trt.spec import GraphSet, StepLayout
+from lemica_trt.testing import null
+from lemica_trt.testing.null import NullDevice, NullPlan, null_vendor, write_engine
 
 pytestmark = pytest.mark.cpu
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lemica_trt.errors import InputError
+from lemica_trt.core.errors import InputError
+from lemica_trt.core.text import basic_clean
+from lemica_trt.ir.graphs import TextSpec
 from lemica_trt.runtime.text import PromptTokenizer
-from lemica_trt.spec import TextSpec
-from lemica_trt.text import basic_clean
 
 pytestmark = pytest.mark.cpu
 

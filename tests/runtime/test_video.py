@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lemica_trt.errors import InputError, MissingDependencyError, UsageError
+from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.runtime.video import check_suffix, write_video
 
 pytestmark = pytest.mark.cpu

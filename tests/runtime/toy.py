@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lemica_trt.errors import EngineError
-from lemica_trt.plan import PlanRow, StepPlan
-from lemica_trt.runtime.backend import NUMPY_DTYPES, InOrder, check_binding
-from lemica_trt.spec import GraphSet, GraphSpec, StepLayout, TensorSpec
+from lemica_trt.backends.base import NUMPY_DTYPES, InOrder, check_binding
+from lemica_trt.core.errors import EngineError
+from lemica_trt.ir.graphs import GraphSet, GraphSpec, StepLayout, TensorSpec
+from lemica_trt.ir.plan import PlanRow, StepPlan
 
 LATENT_SHAPE = (2, 3, 4, 4)
 TOKENS, WIDTH, TEXT_LENGTH, VOCABULARY = 8, 12, 5, 11

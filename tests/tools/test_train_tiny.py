@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lemica_trt.ir.resources import load_profile
 from lemica_trt.models import family_from_name, load_model
-from lemica_trt.resources import load_profile
 
 pytestmark = pytest.mark.cpu
 

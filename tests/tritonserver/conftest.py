@@ -59,7 +59,7 @@ def reference(tritonserver: Path, tiny: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def server(tritonserver: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    from lemica_trt.bundle import Bundle
+    from lemica_trt.bundle.reading import Bundle
     from lemica_trt.triton.repository import write_repository
 
     folder = tmp_path_factory.mktemp("triton")

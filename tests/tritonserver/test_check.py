@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_repository import make_bundle
 
-from lemica_trt.errors import UsageError, VerificationError
+from lemica_trt.core.errors import UsageError, VerificationError
 from lemica_trt.triton.check import check_repository, require_sound
 from lemica_trt.triton.repository import write_repository
 

@@ -13,10 +13,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 import toy
 
 from lemica_trt import __version__
-from lemica_trt.builders import EngineEntry, EngineKey
-from lemica_trt.bundle import Bundle, write_bundle
-from lemica_trt.errors import IntegrityError, UsageError
-from lemica_trt.spec import Profile, Role, Shape, TextSpec
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.writing import write_bundle
+from lemica_trt.core.errors import IntegrityError, UsageError
+from lemica_trt.ir.engine import EngineEntry, EngineKey
+from lemica_trt.ir.graphs import Role, TextSpec
+from lemica_trt.ir.profile import Profile, Shape
 from lemica_trt.triton.interface import MODELS, interfaces
 from lemica_trt.triton.repository import BUNDLE, Settings, model_file, write_repository
 

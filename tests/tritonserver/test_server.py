@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from triton_server import CACHE, CASES, ROOT, STEPS, Server, ServerEnded, serving
 
-from lemica_trt.bundle import Bundle
-from lemica_trt.errors import EngineError, InputError, MissingDependencyError
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError
 from lemica_trt.triton.check import check_repository
 from lemica_trt.triton.repository import Settings, write_repository
 

@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 import toy
 from test_repository import make_bundle
 
-from lemica_trt.bundle import Bundle
-from lemica_trt.errors import EngineError, InputError, IntegrityError, LemicaError, UnsupportedError, UsageError
+from lemica_trt.core.errors import EngineError, InputError, IntegrityError, LemicaError, UnsupportedError, UsageError
 from lemica_trt.runtime.denoise import Denoiser
 from lemica_trt.triton import serving
 from lemica_trt.triton.client import _error
@@ -114,7 +113,7 @@ def test_an_instance_has_its_own_device(
     write_repository(make_bundle(tmp_path / "bundle", ("tensorrt-rtx", "sm_89")), tmp_path / "repository")
     assert "KIND_GPU" in (tmp_path / "repository/denoiser/config.pbtxt").read_text()
     seen = []
-    monkeypatch.setattr(Bundle, "pipeline", lambda *_, device, **__: seen.append(device))
+    monkeypatch.setattr(serving, "Pipeline", lambda *_, device, **__: seen.append(device))
     args = {**load_args(tmp_path / "repository"), "model_instance_kind": kind, "model_instance_device_id": "1"}
     serving.start(pb_utils(), args, serving.STEP_ROLES)
     assert seen == [expected]

@@ -45,8 +45,9 @@ CASES: tuple[dict[str, Any], ...] = tuple(
 REFERENCE = """
 import json, sys
 import numpy as np
-from lemica_trt.bundle import Bundle
-pipe = Bundle.open(sys.argv[1]).pipeline()
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.runtime.pipeline import Pipeline
+pipe = Pipeline(Bundle.open(sys.argv[1]))
 found = {}
 for i, case in enumerate(json.loads(sys.argv[2])):
     result = pipe(case.pop("prompt"), **case)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lemica_trt.resources import load_profile
+from lemica_trt.ir.resources import load_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = ROOT / "lemica_trt" / "zoo"

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from lemica_trt.errors import LemicaError
+from lemica_trt.core.errors import LemicaError
 from lemica_trt.runtime.denoise import Cancelled
 from lemica_trt.triton import serving
 

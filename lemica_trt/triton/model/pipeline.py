@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from lemica_trt.errors import InputError, LemicaError
+from lemica_trt.core.errors import InputError, LemicaError
 from lemica_trt.runtime.video import write_video
 from lemica_trt.triton import serving
 

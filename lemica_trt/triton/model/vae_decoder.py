@@ -7,7 +7,7 @@ PyTorch) with the engine library of the bundle. All parameters are explained in 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from lemica_trt.errors import LemicaError
+from lemica_trt.core.errors import LemicaError
 from lemica_trt.triton import serving
 
 

@@ -1,0 +1,1 @@
+"""One folder a vendor, its build half and its run half together."""

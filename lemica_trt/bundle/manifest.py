@@ -1,0 +1,162 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath, PureWindowsPath
+
+import msgspec
+
+from lemica_trt.core.errors import InputError, IntegrityError
+from lemica_trt.core.values import Value, require, value_from_json
+from lemica_trt.ir.engine import EngineEntry
+from lemica_trt.ir.graphs import GraphSet, TextSpec
+from lemica_trt.ir.profile import Profile
+
+BUNDLE_FORMAT = 1
+
+
+MANIFEST = "manifest.json"
+
+
+REPORTS = "reports"
+
+
+CACHE = "cache"
+
+
+UNLISTED = (REPORTS, CACHE)
+"""Folders that no manifest lists files of."""
+
+
+SAMPLER_FILE = "calibration/sampler.json"
+
+
+ERROR_GRAPH_FILE = "calibration/error_graph.json"
+
+
+GRAMS_FILE = "calibration/grams.json"
+
+
+SENSITIVITY_FILE = "calibration/sensitivity.json"
+
+
+SELECTION_FILE = "calibration/selection.json"
+
+
+REFERENCE_FILE = "calibration/reference.json"
+
+
+FRONT_FILE = "calibration/front.json"
+"""Where a bundle keeps what its plans were made from, so that `plan BUNDLE` can make others without PyTorch, and
+other builds can be calibrated from it."""
+
+
+VERIFY_REPORT = f"{REPORTS}/verify.json"
+
+
+STEP_TIMES = f"{REPORTS}/step_times.json"
+
+
+REBUILD = "copy the bundle again, or rebuild it"
+
+
+class FileEntry(Value, frozen=True):
+    """A listed file: SHA-256 (hex) and size in bytes."""
+
+    sha256: str
+    size: int
+
+    def __post_init__(self) -> None:
+        require(bool(re.fullmatch("[0-9a-f]{64}", self.sha256)), f"sha256 must be 64 hex digits, got {self.sha256!r}")
+        require(self.size >= 0, f"size must be at least 0, got {self.size}")
+
+
+class Manifest(Value, frozen=True):
+    """All about a bundle that is not in its files.
+
+    Attributes:
+        profile: what it was built as; family, dtype, shape and sampling are read from here at run time. `source` is
+            what the user gave, or only its last part where that was a path of one machine (`portable_source`).
+        revision: revision of the model; None where it has none.
+        graphs: all graphs that were exported.
+        plans: names, sorted; plan NAME lies in `plans/NAME.json`.
+        default_plan: the plan of a request that names none.
+        text: how a prompt becomes ids.
+        engines: sets of engines, in order of preference.
+        files: path relative to the bundle, with `/` → digest and size. `manifest.json` and `UNLISTED` are not listed.
+        versions: library → version, as built.
+        format_version: 1.
+    """
+
+    profile: Profile
+    graphs: GraphSet
+    plans: tuple[str, ...]
+    default_plan: str
+    text: TextSpec
+    engines: tuple[EngineEntry, ...]
+    files: dict[str, FileEntry]
+    revision: str | None = None
+    versions: dict[str, str] = {}
+    format_version: int = BUNDLE_FORMAT
+
+    def __post_init__(self) -> None:
+        require(
+            self.format_version == BUNDLE_FORMAT, f"format_version must be {BUNDLE_FORMAT}, got {self.format_version}"
+        )
+        source = self.profile.source
+        require(source == portable_source(source), f"profile.source must not be an absolute path, got {source!r}")
+        for path in self.files:
+            require_relative(path)
+            require(path != MANIFEST and PurePosixPath(path).parts[0] not in UNLISTED, f"{path} must not be listed")
+        require(list(self.plans) == sorted(set(self.plans)), "plans must be sorted names")
+        require(self.default_plan in self.plans, f"default_plan must be one of plans, got {self.default_plan!r}")
+        require(bool(self.engines), "engines must not be empty")
+        loaded = [plan_path(name) for name in self.plans] + [self.text.tokenizer]
+        loaded += [path for entry in self.engines for path in entry.files.values()]
+        loaded += [path for graph in self.graphs.graphs for path in (graph.file, *graph.data_files)]
+        for path in loaded:
+            require(path in self.files, f"files must list {path}")
+
+
+def manifest_from_json(data: bytes, *, where: str) -> Manifest:
+    """Decode a manifest strictly.
+
+    Raises:
+        IntegrityError: it is damaged, or of a newer format.
+    """
+
+    class Version(msgspec.Struct):
+        format_version: int
+
+    try:
+        version = value_from_json(Version, data, where=where).format_version
+        if version > BUNDLE_FORMAT:
+            raise IntegrityError(
+                f"{where}: expected bundle format {BUNDLE_FORMAT} or older, got {version}",
+                fix="pip install --upgrade lemica-trt",
+            )
+        return value_from_json(Manifest, data, where=where)
+    except IntegrityError:
+        raise
+    except InputError as error:
+        raise IntegrityError(error.what, fix=REBUILD) from None
+
+
+def plan_path(name: str) -> str:
+    """Where plan `name` lies in a bundle."""
+    return f"plans/{name}.json"
+
+
+def portable_source(source: str) -> str:
+    """A model's source without the path of one machine: absolute paths, `~` and `..` keep their last part only."""
+    path = PureWindowsPath(source) if re.match(r"[A-Za-z]:[\\/]|\\\\", source) else PurePosixPath(source)
+    local = path.is_absolute() or source.startswith(("~", "file:")) or ".." in path.parts
+    return path.name if local else source
+
+
+def require_relative(path: str) -> None:
+    """Raise ValueError unless `path` is plain, relative, `/`-separated and stays below its folder."""
+    parts = path.split("/")
+    plain = not any(part in ("", ".", "..") for part in parts) and not re.search(r"[\\:\x00-\x1f]", path)
+    require(plain, f"expected a relative path inside the bundle, got {path!r}")

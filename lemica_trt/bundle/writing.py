@@ -1,0 +1,272 @@
+"""Writing a bundle so that it is whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import msgspec
+
+from lemica_trt.bundle.manifest import (
+    MANIFEST,
+    REPORTS,
+    UNLISTED,
+    FileEntry,
+    Manifest,
+    plan_path,
+    portable_source,
+    require_relative,
+)
+from lemica_trt.bundle.reading import Bundle, files_below
+from lemica_trt.core.atomic_folder import remove_leftovers, restore, swap, sync_folder, temporary_beside
+from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
+from lemica_trt.core.values import json_bytes
+from lemica_trt.ir.engine import EngineEntry
+from lemica_trt.ir.graphs import GraphSet, TextSpec
+from lemica_trt.ir.plan import StepPlan, check_plan
+from lemica_trt.ir.profile import Profile
+
+
+def write_bundle(
+    target: str | os.PathLike[str],
+    *,
+    profile: Profile,
+    graphs: GraphSet,
+    plans: Iterable[StepPlan],
+    default_plan: str,
+    text: TextSpec,
+    engines: Iterable[EngineEntry],
+    files: Mapping[str, Path | bytes],
+    reports: Mapping[str, Path | bytes] | None = None,
+    revision: str | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Bundle:
+    """Write a bundle, replacing an older one at `target` at the very end.
+
+    Args:
+        target: the folder; made with its parents. One writer at a time.
+        files: path in the bundle → a file to copy, or its content. Plans are not among them.
+        reports: the same, below `reports/`.
+        profile, graphs, default_plan, text, engines, revision, versions: see `Manifest`; an absolute
+            `profile.source` is shortened.
+        plans: at least one; names must differ.
+
+    Returns:
+        The new bundle, opened.
+
+    Raises:
+        UsageError: `target` is something else than a bundle or an empty folder.
+        InputError: a file cannot be read, a plan does not fit the graphs, or the values do not make a manifest.
+        MissingDependencyError: there is not enough disk space.
+    """
+    by_name = {plan.name: plan for plan in plans}
+    for plan in by_name.values():
+        check_plan(plan, graphs)
+    contents: dict[str, Path | bytes] = dict(files)
+    contents.update({plan_path(name): json_bytes(plan) for name, plan in by_name.items()})
+    with _replacing(Path(target)) as (folder, staged):
+        _require_space(staged, [*contents.values(), *(reports or {}).values()])
+        try:
+            entries = {}
+            for path, content in sorted(contents.items()):
+                require_relative(path)
+                entries[path] = _store(content, staged / path)
+            for path, content in (reports or {}).items():
+                require_relative(path)
+                _store(content, staged / REPORTS / path)
+            manifest = Manifest(
+                profile=msgspec.structs.replace(profile, source=portable_source(profile.source)),
+                revision=revision,
+                graphs=graphs,
+                plans=tuple(sorted(by_name)),
+                default_plan=default_plan,
+                text=text,
+                engines=tuple(engines),
+                files=entries,
+                versions=dict(versions or {}),
+            )
+        except ValueError as error:
+            raise InputError(f"{target}: cannot make a bundle: {error}") from None
+        _store(json_bytes(manifest), staged / MANIFEST)
+    return Bundle.open(folder)
+
+
+def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bundle:
+    """Add plans to a bundle, replacing those of the same name; as atomic as `write_bundle`.
+
+    Files that stay are linked, not copied, where the file system can.
+
+    Args:
+        bundle: stays as it was read; use the returned one.
+        plans: what to add.
+        default: the new default plan; None: as before.
+
+    Raises:
+        InputError: a plan does not fit the graphs, or is for another sampler, or `default` is not there.
+        IntegrityError: the bundle is not whole.
+    """
+    sampler = bundle.plan().sampler_digest
+    for plan in plans:
+        check_plan(plan, bundle.manifest.graphs)
+        if plan.sampler_digest != sampler:
+            raise InputError(
+                f"plan {plan.name}: expected a plan for the sampler {sampler[:12]}, got one for "
+                f"{plan.sampler_digest[:12]} ({plan.scheduler}, {plan.num_steps} steps)",
+                fix="build another bundle for it; `--calibration-from` saves most of the calibration",
+            )
+    changed = {plan_path(plan.name): json_bytes(plan) for plan in plans}
+    bundle.check()
+    with _replacing(bundle.path) as (folder, staged):
+        entries = dict(bundle.manifest.files)
+        unlisted = [path for path in files_below(folder) if PurePosixPath(path).parts[0] in UNLISTED]
+        for path in (*(path for path in bundle.manifest.files if path not in changed), *unlisted):
+            _link(folder / path, staged / path)
+        for path, data in changed.items():
+            entries[path] = _store(data, staged / path)
+        try:
+            manifest = msgspec.structs.replace(
+                bundle.manifest,
+                plans=tuple(sorted({*bundle.plans, *(plan.name for plan in plans)})),
+                default_plan=default or bundle.manifest.default_plan,
+                files=entries,
+            )
+            manifest.__post_init__()
+        except ValueError as error:
+            raise InputError(f"{bundle.path.name}: cannot add plans: {error}") from None
+        _store(json_bytes(manifest), staged / MANIFEST)
+    return Bundle.open(folder)
+
+
+def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
+    """A second folder with the same bundle, without `UNLISTED`; as atomic as `write_bundle`.
+
+    Files are linked, not copied, where the file system can; plans, which somebody may edit, are copied.
+
+    Raises:
+        IntegrityError, InputError: the bundle is not whole.
+        UsageError: `target` is something else than a bundle or an empty folder.
+    """
+    bundle.check()
+    with _replacing(Path(target)) as (folder, staged):
+        edited = {MANIFEST, *(plan_path(name) for name in bundle.plans)}
+        for path in (*sorted(bundle.manifest.files), MANIFEST):
+            (_store if path in edited else _link)(bundle.path / path, staged / path)
+    return Bundle.open(folder)
+
+
+def move_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
+    """Give a bundle's folder, whatever is in it, another name, in place of an older bundle; at the very end, as
+    `write_bundle`.
+
+    Args:
+        bundle: not to be used any more.
+        target: on the same file system.
+
+    Raises:
+        UsageError: `target` is something else than a bundle or an empty folder.
+    """
+    with _replacing(Path(target)) as (folder, staged):
+        staged.rmdir()
+        bundle.path.rename(staged)
+    return Bundle.open(folder)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[tuple[Path, Path]]:
+    """Gives (target, an empty folder beside it); on leaving without an error, the folder takes the target's place.
+
+    Three names: `.NAME.tmp-PID-…` is unfinished or on its way to be removed, `.NAME.old` is the old bundle, whole, in
+    the moment between the two renames. Whoever finds `.NAME.old` and no NAME renames it back (`restore`).
+    """
+    folder = Path(os.path.realpath(target))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    restore(folder)
+    remove_leftovers(folder)
+    require_replaceable(folder)
+    staged = temporary_beside(folder)
+    staged.mkdir()
+    try:
+        yield folder, staged
+        for inside in sorted((path for path in staged.rglob("*") if path.is_dir()), reverse=True):
+            sync_folder(inside)
+        sync_folder(staged)
+        swap(staged, folder)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    remove_leftovers(folder)
+
+
+def require_replaceable(target: Path) -> None:
+    """Ask before the work is done whether a bundle can be written there.
+
+    Raises:
+        UsageError: `target` is something else than a bundle, an empty folder, or nothing.
+    """
+    if target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir())):
+        return
+    if target.exists():
+        raise UsageError(
+            f"{target}: expected a bundle to replace, an empty folder or nothing, got something else",
+            fix="give another output folder",
+        )
+
+
+def _store(content: Path | bytes, path: Path) -> FileEntry:
+    """Write one file of a staged bundle, synced; its digest and size.
+
+    Raises:
+        InputError: the source cannot be read.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+            digest, size = hashlib.sha256(content), len(content)
+        else:
+            digest, size = hashlib.sha256(), 0
+            with _open_source(content) as source:
+                while piece := source.read(1 << 22):
+                    file.write(piece)
+                    digest.update(piece)
+                    size += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    path.chmod(0o644)
+    return FileEntry(sha256=digest.hexdigest(), size=size)
+
+
+def _open_source(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable file for the bundle, got: {error.strerror}") from None
+
+
+def _link(source: Path, path: Path) -> None:
+    """A hard link, or a copy where there are none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:
+        _store(source, path)
+
+
+def _require_space(folder: Path, contents: Iterable[Path | bytes]) -> None:
+    needed = 0
+    for content in contents:
+        if isinstance(content, bytes):
+            needed += len(content)
+        elif content.is_file():
+            needed += content.stat().st_size
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise MissingDependencyError(
+            f"the bundle needs {needed / 1e9:.1f} GB beside {folder.parent}, {free / 1e9:.1f} GB are free",
+            fix="free disk space, or give another output folder",
+        )

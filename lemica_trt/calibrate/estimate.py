@@ -1,0 +1,310 @@
+"""The error graph from a few samplings a sample instead of 180; and, from the same runs, Gram matrices and adjoints.
+
+The error of segment (i, j) is estimated as
+
+    e_ij = ε_ij · c_j
+
+ε_ij is what its chain of skipped steps does at j, seen without any further evaluation; c_j, the sensitivity, is
+exact / ε on one segment (j − gap, j) for each of a few *knots* j, whose run is rolled out to the end, and between
+them interpolated in log c over j. What ε is depends on the method:
+
+    secant    ε_ij = ‖Δ_ij‖₁/n, Δ_ij the change of x_j (under a multistep sampler: all that its history changes)
+    adjoint   ε_ij = (mean over R probes v of ⟨J_{j→N}ᵀ·v, Δ_ij⟩²/n)^½: the RMS of the linearised change of x_N,
+              v random signs (`adjoint`); c_j makes L2 to L1, and what is not linear
+
+Retargeted: ε as in secant, on another grid or at another guidance; c from a calibration by secant that there is
+(`lemica_trt.sensitivity`), so that nothing is rolled out.
+
+All chains run beside the one uncached run (`Sample.trace`). A piece of work is one sample; it depends on nothing else.
+
+Held for a sample, in units of one latent and one residual (for CogVideoX-2B 4.5 MB in fp32 and 135 MB in bf16): on the
+device K residuals, 2·N latents, under adjoint R·N more; on the host N of `GRAM_ELEMENTS` elements of the residuals
+and, under adjoint, K·N latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lemica_trt.calibrate.adjoint import impulses, sample_adjoints
+from lemica_trt.calibrate.exact import (
+    Cost,
+    edge_error,
+    error_graph,
+    measurement_fields,
+    provenance,
+    require_measurable,
+    trajectory_grams,
+    usual_batch,
+)
+from lemica_trt.calibrate.inner_products import inner_products, matrix, some_tokens
+from lemica_trt.calibrate.journal import CheapMeasurement, Journal, Piece
+from lemica_trt.calibrate.replay import Run, Stepper, distance
+from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
+from lemica_trt.core.errors import UsageError
+from lemica_trt.ir.calibration import ErrorGraph, Matrix, Sensitivity, TrajectoryGrams
+from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.models.model import Model
+from lemica_trt.planning.signed import AdjointProducts
+from lemica_trt.planning.transfer import knots_from_stops, require_retargetable
+
+CheapMethod = Literal["secant", "adjoint", "retargeted"]
+
+KNOTS: dict[CheapMethod, int] = {"secant": 4, "adjoint": 3, "retargeted": 0}
+"""Stops j whose sensitivity is measured, at equal distances, beside the first and the last ones."""
+
+TAIL = 3
+"""N − 3 … N are knots in any case: they cost next to nothing, and sensitivity jumps there. See `knot_stops`."""
+
+STAGGER = (math.sqrt(5) - 1) / 2
+"""Knots of sample s + 1 lie this part of their distance behind those of sample s: together they see every j."""
+
+GAP = 5
+"""Length of the segments that it is measured on, where K and j allow."""
+
+PROBES = 2
+"""R."""
+
+PROBE_SEED = 1 << 62
+"""The probes of a sample are drawn from its seed + this: never the numbers that its noise is made of."""
+
+Array = npt.NDArray[np.float64]
+
+
+class Calibrated(NamedTuple):
+    """What a cheap calibration gives.
+
+    Attributes:
+        graph: estimated errors.
+        grams: of the same uncached runs.
+        products: for the signed planner; None without adjoints.
+        sensitivity: to retarget from; None where it was not measured.
+        cost: of all samples, counted while they ran.
+    """
+
+    graph: ErrorGraph
+    grams: TrajectoryGrams
+    products: AdjointProducts | None
+    sensitivity: Sensitivity | None
+    cost: Cost
+
+
+def cheap_cost(num_steps: int, max_skip: int, samples: int, *, method: CheapMethod, checkpointed: bool = False) -> Cost:
+    """Cost from the beginning, exact: N evaluations, N − j for each knot j, a skipped step for each in every chain;
+    adjoint: N evaluations and R·N backward passes more, under gradient checkpointing R·N evaluations on top.
+
+    Args:
+        checkpointed: see `adjoint.checkpoints`.
+    """
+    knots = [j for s in range(samples) for j in knot_stops(num_steps, KNOTS[method], s)] if KNOTS[method] else []
+    full = samples * num_steps + sum(num_steps - j for j in knots)
+    skip = samples * sum(min(max_skip, num_steps - i - 1) for i in range(num_steps - 1))
+    backward = samples * num_steps * PROBES if method == "adjoint" else 0
+    if method == "adjoint":
+        full += samples * num_steps + checkpointed * backward
+    return Cost.of(samples, full, skip, backward, num_steps)
+
+
+def calibrate_cheaply(
+    model: Model,
+    table: SamplerTable,
+    prompts: Sequence[str],
+    *,
+    method: CheapMethod,
+    samples: int,
+    seed: int,
+    max_skip: int,
+    journal: Path,
+    progress: Progress | None = None,
+    batch: int | None = None,
+    workers: Workers | None = None,
+    sensitivity: Sensitivity | None = None,
+) -> Calibrated:
+    """Estimate the error graph; see the module docstring.
+
+    Args:
+        sensitivity: of another calibration; given exactly where the method is `retargeted`.
+        model, table, prompts, samples, seed, max_skip, journal, progress, batch, workers: as in `measure`; a unit of
+            the journal is a sample.
+
+    Raises:
+        UsageError, InputError, VerificationError: as `measure`.
+        UnsupportedError: `sensitivity` does not hold here.
+    """
+    require_measurable(prompts, samples=samples, max_skip=max_skip, batch=batch)
+    if (method == "retargeted") != (sensitivity is not None):
+        raise UsageError(
+            f"calibration by {method}: expected {'another' if sensitivity is None else 'no other'} calibration to use",
+            fix="--calibration-from DIR, and no --calibration",
+        )
+    measurement = cheap_measurement(
+        model, table, prompts, method=method, seed=seed, max_skip=max_skip, sensitivity=sensitivity
+    )
+    if sensitivity is not None:
+        require_retargetable(sensitivity, measurement, table, samples=samples)
+    book = Journal(journal, measurement, Piece)
+    job = _Samples(measurement, table, tuple(prompts), batch or usual_batch(model), sensitivity)
+    missing = {s: 1.0 for s in range(samples) if s not in book.entries}
+    complete(book, range(samples), job, missing, workers or InProcess(model), progress)
+    return _calibrated(measurement, table, [book.entries[s] for s in range(samples)])
+
+
+def cheap_measurement(
+    model: Model,
+    table: SamplerTable,
+    prompts: Sequence[str],
+    *,
+    method: CheapMethod,
+    seed: int,
+    max_skip: int,
+    sensitivity: Sensitivity | None = None,
+) -> CheapMeasurement:
+    """What a journal of `calibrate_cheaply` is bound to; its digest names the file."""
+    return CheapMeasurement(
+        **measurement_fields(model, table, prompts, seed, max_skip),
+        method=method,
+        knots=KNOTS[method],
+        gap=GAP if KNOTS[method] else 0,
+        probes=PROBES if method == "adjoint" else 0,
+        sensitivity=None if sensitivity is None else sensitivity.digest,
+    )
+
+
+class _Samples(NamedTuple):
+    """The job of `calibrate_cheaply`; what is done at a time is a sample."""
+
+    measurement: CheapMeasurement
+    table: SamplerTable
+    prompts: tuple[str, ...]
+    batch: int
+    sensitivity: Sensitivity | None
+
+    def start(self, model: Model) -> Callable[[int], list[Piece]]:
+        stepper = Stepper(model, self.table, self.batch)
+
+        def work(s: int) -> list[Piece]:
+            known = None if self.sensitivity is None else self.sensitivity.at(s, self.table)
+            return [piece(stepper, self.measurement, s, self.prompts[s % len(self.prompts)], known)]
+
+        return work
+
+
+def piece(
+    stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: str, known: Array | None = None
+) -> Piece:
+    """One sample.
+
+    Args:
+        known: c_0 … c_N; None: they are measured.
+
+    Raises:
+        VerificationError: NaN or infinity; names sample and edge.
+    """
+    seed = measurement.seed + number
+    sample = stepper.sample(f"sample {number}", prompt, seed)
+    knots = {  # stop → start
+        j: max(j - min(measurement.gap, measurement.max_skip + 1), 0)
+        for j in (knot_stops(measurement.num_steps, measurement.knots, number) if known is None else ())
+    }
+    local: dict[tuple[int, int], list[Tensor]] = {}  # what the adjoints are applied to
+    changes: dict[tuple[int, int], float] = {}
+    branches: dict[tuple[int, int], Run] = {}
+    kept: list[Tensor] = []
+
+    def visit(i: int, j: int, chain: Run, run: Run) -> None:
+        found = impulses(stepper.table, j, chain, run)
+        if measurement.probes:
+            local[i, j] = [impulse.cpu() for impulse in found]
+        else:
+            changes[i, j] = sum(found[1:], found[0]).abs().mean(dtype=torch.float64).item()
+        if knots.get(j) == i:
+            branches[i, j] = chain
+
+    with torch.no_grad():
+        uncached = sample.trace(measurement.max_skip, visit, keep=lambda residual: kept.append(some_tokens(residual)))
+        finals = sample.roll_out(branches) if branches else {}
+        exact = {j: distance(final, uncached.final) for (_, j), final in finals.items()}
+    outputs = [run.outputs[0].cpu() for run in uncached.runs[1:]]
+    products: list[Matrix] = []
+    if measurement.probes:
+        directions = signs((measurement.probes, *measurement.latent_shape), seed).to(uncached.final)
+        swept = [a.cpu() for a in sample_adjoints(sample, uncached, directions)]
+        root = math.sqrt(outputs[0].numel())
+        for r in range(measurement.probes):
+            products.append(matrix(inner_products([a[r] for a in swept], outputs) / root))
+        changes = {(i, j): _rms_change(swept[j:], found) for (i, j), found in local.items()}
+    measured = {j: exact[j] / changes[i, j] for j, i in knots.items() if exact[j] > 0 and changes[i, j] > 0}
+    sensitivity = interpolate_sensitivity(measured, len(outputs)) if known is None else known
+    return Piece(
+        sample=number,
+        errors=tuple(edge_error(number, i, j, changes[i, j] * float(sensitivity[j])) for i, j in measurement.segments),
+        outputs=matrix(inner_products(outputs, outputs)),
+        residuals=matrix(inner_products(kept, kept)),
+        products=tuple(products),
+        knots=tuple(sorted(measured.items())),
+        full=sample.full_count,
+        skip=sample.skip_count,
+        backward=sample.backward_count,
+    )
+
+
+def knot_stops(num_steps: int, count: int, sample: int) -> list[int]:
+    """Stops of a sample: 2, `count` at equal distances in 3 … N − 4, and N − 3 … N; fewer where N is small."""
+    first, last = 3, num_steps - TAIL
+    shift = (0.5 + sample * STAGGER) % 1.0
+    spread = {int(first + (last - first) * (k + shift) / count) for k in range(count)}
+    return sorted({2} | {j for j in spread | set(range(last, num_steps + 1)) if first <= j <= num_steps})
+
+
+def interpolate_sensitivity(knots: Mapping[int, float], num_steps: int) -> Array:
+    """c_0 … c_N from c_j = exact error / ε at the knots; 1 where there are none."""
+    if not knots:
+        return np.ones(num_steps + 1)
+    stops, values = zip(*sorted(knots.items()))
+    interpolated: Array = np.exp(np.interp(np.arange(num_steps + 1), stops, np.log(values)))
+    return interpolated
+
+
+def signs(shape: Sequence[int], seed: int) -> Tensor:
+    """The probes of the sample with this seed: fp32, each element 1 or −1."""
+    generator = torch.Generator("cpu").manual_seed(PROBE_SEED + seed)
+    return torch.randint(2, tuple(shape), generator=generator).float() * 2 - 1
+
+
+def _rms_change(swept: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """RMS over the elements of x_N of its linearised change: from adjoints a_j, … [R, …] and impulses Δ_j, …"""
+    products = [inner_products(list(a), [impulse])[:, 0] for a, impulse in zip(swept, found)]
+    changes = np.sum(products, axis=0)
+    return math.sqrt(float(np.mean(changes**2)) / found[0].numel())
+
+
+def _calibrated(measurement: CheapMeasurement, table: SamplerTable, pieces: Sequence[Piece]) -> Calibrated:
+    samples, common = len(pieces), provenance(measurement)
+    full, skip, backward = (sum(getattr(part, name) for part in pieces) for name in ("full", "skip", "backward"))
+    cost = Cost.of(samples, full, skip, backward, measurement.num_steps)
+    errors = {segment: tuple(part.errors[k] for part in pieces) for k, segment in enumerate(measurement.segments)}
+    return Calibrated(
+        graph=error_graph(
+            measurement, errors, samples=samples, method=measurement.method, samplings=cost.samplings / samples
+        ),
+        grams=trajectory_grams(measurement, pieces),
+        products=AdjointProducts(
+            **common, samples=samples, probes=measurement.probes, products=tuple(part.products for part in pieces)
+        )
+        if measurement.probes
+        else None,
+        sensitivity=Sensitivity(
+            **common, samples=samples, knots=tuple(knots_from_stops(dict(part.knots), table) for part in pieces)
+        )
+        if measurement.method == "secant" and all(part.knots for part in pieces)
+        else None,
+        cost=cost,
+    )

@@ -1,0 +1,342 @@
+"""A multistep solver fitted to the model: B steps of its own that end where the reference ends.
+
+A plan may weigh whatever latents and outputs its rows have made (see `plan`), with other weights in every row: the
+non-stationary solvers of Shaul et al. 2024 (arXiv 2403.01329), of which every linear multistep solver, DPM-Solver++ and
+UniPC among them, is one, and every folded plan. The weights are fitted row by row while the plan itself runs on some
+samples: row k gets those with which its latents come closest to the reference's there,
+
+    x̂_k = Σ_j latents[j]·x̂_{k−1−j} + Σ_l outputs[l]·m̂_{k−1−l},    minimising Σ_s log ‖x̂_k − x_k‖²  over samples s,
+
+and the run goes on from x̂_k, so that the next row sees and corrects what this one left. (Shaul et al. optimise all
+rows at once by gradient descent; row by row it takes B evaluations a sample, no backward pass, and least squares.)
+The logarithm is what the score of a plan has, dB: no single chaotic sample decides. Each row begins with the
+linearly extrapolated, folded one, and never fits worse than that one would, from the same latents.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lemica_trt.calibrate.exact import provenance_of
+from lemica_trt.calibrate.inner_products import inner_products
+from lemica_trt.calibrate.journal import Header, Journal
+from lemica_trt.calibrate.workers import Progress
+from lemica_trt.core.errors import InputError, UnsupportedError, VerificationError
+from lemica_trt.core.values import Value, require_finite
+from lemica_trt.ir.plan import FITTED, PlanRow, StepPlan, layout_from_plans
+from lemica_trt.ir.prediction import Predictor
+from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.ir.schedule import Schedule
+from lemica_trt.models.denoise import Rollout, denoise
+from lemica_trt.models.model import Model
+from lemica_trt.planning.fold import fold, nearest_steps
+from lemica_trt.planning.prediction import predict
+from lemica_trt.planning.step_plan import plan_from_schedule, relabelled
+
+OUTPUTS = 6
+"""Model outputs that a row reads back, where there are as many; and at least what the extrapolated row reads."""
+
+RIDGE = 1e-9
+"""Least squares: penalty on the distance from the extrapolated row, in units of each term's own power."""
+
+ROUNDS = 8
+"""Times that the samples are weighed anew, each by 1/its error: what makes least squares minimise the logarithm."""
+
+FLOOR = 1e-13
+"""Errors below this part of a sample's power are rounding: none counts for more because it has less of it."""
+
+START = Predictor(of="output", method="linear")
+"""What stands in for the outputs of skipped steps in the rows that the fit begins with."""
+
+Array = npt.NDArray[np.float64]
+
+
+class FitMeasurement(Header, frozen=True, kw_only=True):
+    """What a journal of fits is bound to.
+
+    Attributes:
+        samples: number of (prompt, seed) pairs that are fitted to.
+        reference: digest of the reference's sampler table.
+        outputs, ridge, rounds: see the constants.
+    """
+
+    samples: int
+    reference: str
+    outputs: int = OUTPUTS
+    ridge: float = RIDGE
+    rounds: int = ROUNDS
+
+
+class FittedRow(Value, frozen=True):
+    """Weights of one row, as in `PlanRow`."""
+
+    latents: tuple[float, ...]
+    outputs: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        require_finite(self.latents, "latents")
+        require_finite(self.outputs, "outputs")
+
+
+class Fit(Value, frozen=True):
+    """One fitted solver.
+
+    Attributes:
+        full_steps: of the N; what it was fitted for.
+        rows: one for each full step but the first, and the last row.
+    """
+
+    full_steps: tuple[int, ...]
+    rows: tuple[FittedRow, ...]
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        return self.full_steps
+
+    def mismatch(self, measurement: FitMeasurement) -> str | None:
+        """What is wrong with it as an entry."""
+        if len(self.rows) == len(self.full_steps):
+            return None
+        return f"expected {len(self.full_steps)} rows, got {len(self.rows)}"
+
+
+class _Fitting(NamedTuple):
+    """A sample under way: its run of the plan, and the reference's latents at each of the N steps and at the end."""
+
+    rollout: Rollout
+    reference: Sequence[Tensor]
+
+
+class Fitter:
+    """Fits solvers to a model, on numbered samples.
+
+    Args:
+        model: on its device.
+        table: the sampler, N steps; it draws no noise.
+        reference: what the fitted runs shall end where it ends: the same table, or the sampler with more steps.
+        prompts: sample s uses prompt s mod len(prompts), and seed + s for its noise.
+        samples: how many.
+        seed: of sample 0.
+        journal: file of finished fits; a fit under way is lost with its process.
+        progress: told what is done, in evaluations of the DiT.
+
+    Raises:
+        UnsupportedError: the sampler draws noise.
+        UsageError: as `nearest_steps`, where the reference is not the table.
+        InputError: no prompts, or the journal is of something else.
+
+    Attributes:
+        samples: how many.
+        evaluations: of the DiT for one latent that were made so far.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        table: SamplerTable,
+        reference: SamplerTable,
+        prompts: Sequence[str],
+        *,
+        samples: int,
+        seed: int,
+        journal: Path,
+        progress: Progress | None = None,
+    ) -> None:
+        if table.stochastic:
+            raise UnsupportedError(
+                f"{table.scheduler} draws noise at each step: a solver can be fitted to one path only",
+                fix="use a deterministic sampler (--scheduler), or leave --solver out",
+            )
+        if not prompts:
+            raise InputError("prompts: expected at least one, got none")
+        self._model, self._table, self._reference = model, table, reference
+        self._steps = tuple(range(table.num_steps))
+        if reference.digest != table.digest:
+            self._steps = nearest_steps(table, reference)
+        self.samples, self._prompts, self._seed = samples, prompts, seed
+        self._progress = progress
+        self._book = Journal(journal, fit_measurement(model, table, reference, prompts, samples, seed), Fit)
+        self._paths: list[list[Tensor]] = []
+        self.evaluations = 0
+
+    def __call__(self, schedule: Schedule) -> StepPlan:
+        """The plan that runs the schedule's full steps under the solver fitted for them, and nothing else.
+
+        Raises:
+            VerificationError: a run is not finite.
+        """
+        start = self._start(schedule)
+        if schedule.full_steps not in self._book.entries:
+            self._book.add([Fit(full_steps=schedule.full_steps, rows=tuple(self._fit(start, schedule)))])
+        rows = [
+            msgspec.structs.replace(row, latents=fitted.latents, outputs=fitted.outputs)
+            for row, fitted in zip(start.rows[1:], self._book.entries[schedule.full_steps].rows)
+        ]
+        fine = self._reference.num_steps
+        plan = msgspec.structs.replace(
+            start,
+            rows=(start.rows[0], *rows),
+            scheduler=FITTED,
+            predictor=None,
+            reference_steps=fine if fine > self._table.num_steps else None,
+        )
+        return relabelled(plan, schedule, self._table)
+
+    def evaluations_for(self, schedule: Schedule) -> int:
+        """Evaluations of the DiT that a call would make now: none where the journal has the fit; else the reference,
+        the first time, and the plan, each on every sample."""
+        if schedule.full_steps in self._book.entries:
+            return 0
+        paths = self.samples - len(self._paths)
+        return paths * self._reference.num_steps + self.samples * schedule.budget
+
+    def _start(self, schedule: Schedule) -> StepPlan:
+        """The extrapolated plan that the fit begins with, in steps of the reference, folded."""
+        finely = Schedule(
+            num_steps=self._reference.num_steps, full_steps=tuple(self._steps[f] for f in schedule.full_steps)
+        )
+        return fold(
+            plan_from_schedule(
+                finely,
+                self._reference,
+                name=FITTED,
+                guidance_scale=self._model.profile.sampling.guidance_scale,
+                method="",
+                prediction=predict(START, finely, self._reference),
+            )
+        )
+
+    def _fit(self, start: StepPlan, schedule: Schedule) -> list[FittedRow]:
+        """Run the plan on all samples, row by row, each row fitted before it runs."""
+        began, before, todo = time.monotonic(), self.evaluations, self.evaluations_for(schedule)
+
+        def tell() -> None:
+            if self._progress is not None:
+                done = self.evaluations - before
+                self._progress(done, todo, (time.monotonic() - began) / done * (todo - done) if done else None)
+
+        tell()
+        for s in range(len(self._paths), self.samples):
+            self._paths.append(self._path(s))
+            tell()
+        layout = layout_from_plans([start], latent_shape=self._model.latent_shape, guided=self._model.guided)
+        depth = max(OUTPUTS, layout.output_history)
+        layout = msgspec.structs.replace(layout, output_history=min(depth, schedule.budget), residual_history=0)
+        under_way = [
+            _Fitting(
+                Rollout(
+                    self._model,
+                    layout,
+                    self._model.embed([self._prompts[s % len(self._prompts)]]),
+                    self._model.noise(self._seed + s)[None],
+                    guidance_scale=start.guidance_scale,
+                ),
+                self._paths[s],
+            )
+            for s in range(self.samples)
+        ]
+        stops = [*schedule.full_steps[1:], self._table.num_steps]
+        fitted: list[FittedRow] = []
+        for number, row in enumerate(start.rows):
+            if number > 0:
+                weights = _fitted_row(row, [(run.rollout, run.reference[stops[number - 1]]) for run in under_way])
+                row = msgspec.structs.replace(row, latents=weights.latents, outputs=weights.outputs)
+                fitted.append(weights)
+            for s, run in enumerate(under_way):
+                _require_finite(run.rollout(row)["latents"], f"sample {s}, the fitted run at step {row.step}")
+                self.evaluations += row.graph == "full"
+                tell()
+        return fitted
+
+    def _path(self, s: int) -> list[Tensor]:
+        """The reference's latents at each of the N steps and at the end, on the host: fp32 [1, *latent_shape]."""
+        end = self._reference.num_steps
+        plan = plan_from_schedule(
+            Schedule(num_steps=end, full_steps=tuple(range(end))),
+            self._reference,
+            name="reference",
+            guidance_scale=self._model.profile.sampling.guidance_scale,
+            method="none",
+        )
+        steps = (*self._steps, end)
+        kept: dict[int, Tensor] = {}
+
+        def keep(row: PlanRow, result: dict[str, Tensor]) -> None:
+            self.evaluations += row.graph == "full"
+            if row.step in steps:
+                kept[row.step] = result["latents"].cpu()
+
+        embeds = self._model.embed([self._prompts[s % len(self._prompts)]])
+        final = denoise(self._model, plan, embeds, self._model.noise(self._seed + s)[None], on_row=keep)
+        _require_finite(final, f"sample {s}, the reference")
+        return [kept[step] for step in steps]
+
+
+def fit_measurement(
+    model: Model, table: SamplerTable, reference: SamplerTable, prompts: Sequence[str], samples: int, seed: int
+) -> FitMeasurement:
+    """What a journal of fits is bound to; its digest names the file."""
+    return FitMeasurement(**provenance_of(model, table, prompts, seed), samples=samples, reference=reference.digest)
+
+
+def closest_combination(grams: Array, start: Array, *, ridge: float = RIDGE, rounds: int = ROUNDS) -> Array:
+    """Weights c of some vectors b_0 … b_{n−1} whose sum comes closest to a vector t, over several samples.
+
+    Minimises Σ_s log(‖t − Σ_i c_i·b_i‖²_s + FLOOR·‖t‖²_s) by least squares under weights that are 1/these errors, time
+    and again (majorisation: the logarithm lies below its tangents), drawn to `start` by the ridge. The best of all
+    rounds, the start among them.
+
+    Args:
+        grams: inner products of b_0 … b_{n−1}, t: float64 [samples, n + 1, n + 1].
+        start: float64 [n].
+        ridge: penalty on (c_i − start_i)², in units of the weighed ‖b_i‖².
+
+    Returns:
+        float64 [n].
+    """
+    basis, along, power = grams[:, :-1, :-1], grams[:, :-1, -1], grams[:, -1, -1]
+
+    def errors(weights: Array) -> Array:
+        squares = power - 2 * along @ weights + np.einsum("i,sij,j->s", weights, basis, weights)
+        found: Array = np.maximum(squares, 0.0) + FLOOR * power
+        return found
+
+    best, least = start, float(np.log(errors(start)).sum())
+    current = start
+    for _ in range(rounds):
+        inverse = 1 / errors(current)
+        matrix = np.einsum("s,sij->ij", inverse, basis)
+        penalty = ridge * np.diag(matrix)
+        right = inverse @ along + penalty * start
+        current = np.linalg.lstsq(matrix + np.diag(penalty), right, rcond=None)[0]
+        reached = float(np.log(errors(current)).sum())
+        if reached < least:
+            best, least = current, reached
+    return best
+
+
+def _fitted_row(row: PlanRow, runs: Sequence[tuple[Rollout, Tensor]]) -> FittedRow:
+    """The weights with which a row comes closest to the target of each run, from the histories that the runs have."""
+    grams, count = [], max(1, len(row.latents))
+    for run, target in runs:
+        vectors = [vector.cpu() for vector in (*run.latents[:count], *run.outputs, target)]
+        grams.append(inner_products(vectors, vectors))
+    start = np.zeros(count + len(runs[0][0].outputs))
+    start[: len(row.latents)] = row.latents
+    start[count : count + len(row.outputs)] = row.outputs
+    weights = closest_combination(np.array(grams), start).tolist()
+    return FittedRow(latents=tuple(weights[:count]), outputs=tuple(weights[count:]))
+
+
+def _require_finite(latents: Tensor, where: str) -> None:
+    if not bool(torch.isfinite(latents).all()):
+        raise VerificationError(f"{where}: expected finite latents", fix="build with another --dtype, or --solver")

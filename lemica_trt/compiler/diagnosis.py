@@ -1,0 +1,75 @@
+"""What is on this machine, as far as building and running bundles goes: `lemica-trt doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+from pathlib import Path
+
+from lemica_trt import __version__
+from lemica_trt.backends.builders import BACKENDS
+from lemica_trt.core.errors import LemicaError
+from lemica_trt.core.progress import size
+from lemica_trt.ir.report import Finding
+from lemica_trt.ir.resources import load_profile, profile_names
+
+LIBRARIES = {
+    "onnxruntime": "runs bundles on CPU and CUDA: pip install 'lemica-trt[onnxruntime]'",
+    "tensorrt": "builds and runs engines on an NVIDIA GPU: pip install 'lemica-trt[tensorrt]'",
+    "tensorrt_lean": "runs version-compatible engines: pip install tensorrt-lean, at the version that built them",
+    "tensorrt_rtx": "builds engines on any machine, runs them on an RTX GPU: pip install 'lemica-trt[rtx]'",
+    "av": "writes .mp4: pip install 'lemica-trt[video]'",
+    "torch": "builds bundles: pip install 'lemica-trt[build]'",
+    "diffusers": "builds bundles: pip install 'lemica-trt[build]'",
+    "onnx": "builds bundles: pip install 'lemica-trt[build]'",
+}
+"""Optional libraries, and what for."""
+
+
+def examine() -> list[Finding]:
+    """Look around. Imports no heavy library but onnxruntime."""
+    findings = [
+        Finding(what="lemica-trt", found=__version__),
+        Finding(what="Python", found=f"{platform.python_version()} on {platform.platform(terse=True)}"),
+        Finding(what="free disk here", found=size(shutil.disk_usage(Path.cwd()).free)),
+    ]
+    for name, purpose in LIBRARIES.items():
+        here = importlib.util.find_spec(name) is not None
+        findings.append(Finding(what=name, found=_version(name) if here else purpose, ok=here))
+    if importlib.util.find_spec("onnxruntime") is not None:
+        from lemica_trt.backends.onnxruntime.build import import_onnxruntime
+
+        try:
+            providers = import_onnxruntime().get_available_providers()
+        except Exception as error:  # a broken installation raises anything; saying so is what this is for
+            findings.append(Finding(what="onnxruntime providers", found=str(error), ok=False))
+        else:
+            findings.append(Finding(what="onnxruntime providers", found=", ".join(providers)))
+    findings.append(Finding(what="NVIDIA driver", found=_driver(), ok=None))
+    findings.append(Finding(what="backends", found=", ".join(sorted(BACKENDS))))
+    for name in profile_names():
+        try:
+            profile = load_profile(name)
+        except LemicaError as error:
+            findings.append(Finding(what=f"model {name}", found=str(error), ok=False))
+        else:
+            shape = profile.shape
+            text = f"{profile.source}, {shape.frames} frames {shape.height}×{shape.width}, {profile.dtype}"
+            findings.append(Finding(what=f"model {name}", found=text))
+    return findings
+
+
+def _version(module: str) -> str:
+    for name in importlib.metadata.packages_distributions().get(module, [module]):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "present, version unknown"
+
+
+def _driver() -> str:
+    path = Path("/proc/driver/nvidia/version")
+    return path.read_text().splitlines()[0] if path.is_file() else "none"

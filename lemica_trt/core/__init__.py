@@ -1,0 +1,1 @@
+"""What knows nothing of diffusion: errors, values, progress, metrics, files."""

@@ -1,0 +1,98 @@
+"""Base of the values that flow between stages: frozen, strict, JSON in and out.
+
+A value is a `msgspec.Struct`: immutable, typed, refusing unknown keys; its invariants live in
+`__post_init__` (raise ValueError, saying where). JSON is canonical – sorted keys, two-space indent, shortest
+round-trip floats, newline at the end – so that equal values are equal bytes and a digest means something.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from lemica_trt.core.errors import InputError
+
+
+class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A frozen value; subclasses add fields and check them in `__post_init__`."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON."""
+        return hashlib.sha256(json_bytes(self)).hexdigest()
+
+
+V = TypeVar("V")
+
+
+def json_bytes(value: object) -> bytes:
+    """Canonical JSON of any value: sorted keys, indent 2, trailing newline. UTF-8."""
+    return msgspec.json.format(msgspec.json.encode(value, order="sorted"), indent=2) + b"\n"
+
+
+def value_from_json(cls: type[V], data: bytes, *, where: str) -> V:
+    """Decode strictly. `where` names the source (a path) in the error.
+
+    Raises:
+        InputError: not JSON, wrong type, unknown or missing key, NaN, or an invariant of `cls` broken; the
+            message carries the JSON path (`$.rows[3].timestep`).
+    """
+    try:
+        return msgspec.json.decode(data, type=cls, strict=True)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}: expected a valid {cls.__name__}, got: {error}") from None
+
+
+def read_value(cls: type[V], path: str | os.PathLike[str]) -> V:
+    """Read a value from a JSON file.
+
+    Raises:
+        InputError: the file cannot be read, or `value_from_json` refuses it.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable {cls.__name__} file, got: {error.strerror}") from None
+    return value_from_json(cls, data, where=str(path))
+
+
+def write_value(value: object, path: str | os.PathLike[str]) -> None:
+    """Write canonical JSON atomically (temporary file beside it, fsync, rename)."""
+    write_bytes(json_bytes(value), path)
+
+
+def write_bytes(data: bytes, path: str | os.PathLike[str]) -> None:
+    """Write a file atomically: a killed process leaves the old file or the new one, never half of one."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink()
+        raise
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition`; for `__post_init__`."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_finite(values: Iterable[float], name: str) -> None:
+    """Raise ValueError unless every number is finite."""
+    for index, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ValueError(f"{name}[{index}] must be finite, got {value}")

@@ -1,0 +1,1 @@
+"""Runs plans and scores what they make: trials, timing, verification."""

@@ -1,0 +1,209 @@
+"""What plans and their steps take on the engines of this machine. No PyTorch.
+
+    measure_timing   whole plans, and their rows: what `verify` reports
+    measure_steps    a full step, a skipped one and the rest, in the time of a few steps: what a time affords
+
+One request of the bundle's shape, its denoising loop: the text encoder and the VAE are not in it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from lemica_trt.backends.tensorrt.worker import cuda_device
+from lemica_trt.bundle.manifest import STEP_TIMES, VERIFY_REPORT
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.core.values import write_value
+from lemica_trt.ir.budget import StepTimes
+from lemica_trt.ir.engine import EngineKey
+from lemica_trt.ir.graphs import Role
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.report import Measured, Timing
+from lemica_trt.runtime.denoise import RowDone
+from lemica_trt.runtime.pipeline import Pipeline
+from lemica_trt.runtime.random import Generator
+
+Array = npt.NDArray[Any]
+
+
+STEP_ROLES: tuple[Role, ...] = ("full", "skip", "combine")
+"""The engines that timing needs."""
+
+
+SHORT = 4
+"""Full rows of the plan that steps are timed on, and skipped ones."""
+
+
+SHORT_RUNS, SHORT_SECONDS = (3, 25), 1.0
+"""Least and most runs of it, and the seconds after which no further one begins."""
+
+
+def measure_timing(pipe: Pipeline, plans: Sequence[StepPlan], *, repeats: int = 5) -> list[Timing]:
+    """Time whole plans and their rows, one request, after one warm-up of each.
+
+    Row times, and what a run takes beyond them, come from runs that wait for the device after every row; totals from
+    runs that do not; medians of both. A run is only compared with its own rows: machines drift between runs.
+    """
+    timings = []
+    for plan in sorted(plans, key=lambda plan: -plan.budget):
+        run = request(pipe, plan)
+        run()
+        totals, overheads, ratios = [], [], []
+        full: list[float] = []
+        skipped: list[float] = []
+        for _ in range(repeats):
+            totals.append(_seconds(run))
+            whole, rows = _row_by_row(run)
+            overheads.append(whole / (sum(rows["full"]) + sum(rows["skip"])) - 1)
+            ratios.append(whole / (plan.budget * median(rows["full"])))
+            full += rows["full"]
+            skipped += rows["skip"]
+        timings.append(
+            Timing(
+                plan=plan.name,
+                budget=plan.budget,
+                full_step=median(full),
+                skipped_step=median(skipped) if skipped else None,
+                total=median(totals),
+                overhead=median(overheads),
+                ratio=median(ratios),
+                speedup=None,
+            )
+        )
+    uncached = next((plan.name for plan in plans if plan.budget == plan.num_steps), None)
+    reference = next((timing.total for timing in timings if timing.plan == uncached), None)
+    return [
+        timing if reference is None else msgspec.structs.replace(timing, speedup=reference / timing.total)
+        for timing in timings
+    ]
+
+
+def measure_steps(pipe: Pipeline) -> StepTimes:
+    """Time single steps on a plan cut short, so that a model of many slow steps is measured in a few of them.
+
+    Medians over all rows and runs, after a warm-up, waiting for the device after every row: where a plan runs as one
+    CUDA graph it is a little faster than these steps say, not slower. A skipped step that came out slower than a full
+    one is taken to be as slow.
+    """
+    bundle = pipe.bundle
+    uncached = next(plan for plan in map(bundle.plan, bundle.plans) if plan.budget == plan.num_steps)
+    skips = any(graph.role == "skip" for graph in bundle.manifest.graphs.graphs)
+    run = request(pipe, shortened(uncached, skips=skips))
+    began = perf_counter()
+    run()
+    full: list[float] = []
+    skipped: list[float] = []
+    rest: list[float] = []
+    least, most = SHORT_RUNS
+    while len(rest) < least or (len(rest) < most and perf_counter() - began < SHORT_SECONDS):
+        whole, rows = _row_by_row(run)
+        full += rows["full"]
+        skipped += rows["skip"]
+        rest.append(whole - sum(rows["full"]) - sum(rows["skip"]))
+    step = median(full)
+    return StepTimes(full=step, skipped=min(median(skipped), step) if skipped else None, rest=max(median(rest), 0.0))
+
+
+def shortened(uncached: StepPlan, *, skips: bool) -> StepPlan:
+    """At most `SHORT` full rows, as many skipped ones, and the last: it runs on the graphs that the uncached plan runs
+    on, and the skip graph. What it computes means nothing; what its rows take is what they take in any plan.
+
+    Args:
+        uncached: the plan of all steps.
+        skips: whether there is a skip graph.
+    """
+    *steps, last = uncached.rows
+    count = min(SHORT, max(1, len(steps) // 2)) if skips else min(SHORT, len(steps))
+    rows = [row if i < count else msgspec.structs.replace(row, graph="skip", residuals=(1.0,))
+            for i, row in enumerate(steps[: 2 * count if skips else count])]  # fmt: skip
+    end = msgspec.structs.replace(
+        last,
+        latents=last.latents[: len(rows) + 1],
+        outputs=last.outputs[: len(rows)],
+        noise=last.noise[: last.draws + sum(row.draws for row in rows)],
+    )
+    return msgspec.structs.replace(uncached, name="short", rows=(*rows, end))
+
+
+def measure_total(pipe: Pipeline, plan: StepPlan, *, repeats: int = 3) -> float:
+    """Seconds of a whole plan: median of some runs, after a warm-up."""
+    run = request(pipe, plan)
+    run()
+    return median(_seconds(run) for _ in range(repeats))
+
+
+def request(pipe: Pipeline, plan: StepPlan) -> Callable[..., object]:
+    """One request, ready to run: random noise and embeddings, the time does not depend on them."""
+    graphs = pipe.bundle.manifest.graphs
+    (embeds,) = (spec for spec in graphs.graph("full").inputs if spec.name == "prompt_embeds")
+    random = np.float32(0.1) * np.random.default_rng(0).standard_normal(embeds.at(1), np.float32)
+    noise = Generator(0).randn((1, *graphs.layout.latent_shape))
+    return partial(pipe.latents, random, noise, plan=plan, seeds=[0] if plan.stochastic else None)
+
+
+def _row_by_row(run: Callable[..., object]) -> tuple[float, dict[str, list[float]]]:
+    """Seconds of a run, and of its rows that run the full or the skip graph."""
+    rows: list[RowDone] = []
+    whole = _seconds(partial(run, on_step=rows.append))
+    return whole, {graph: [row.seconds for row in rows if row.graph == graph] for graph in ("full", "skip")}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = perf_counter()
+    run()
+    return perf_counter() - start
+
+
+def machine() -> str:
+    """Processor, cores, and the first GPU with the CUDA version of its driver where there is one: what times are of."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    except OSError:
+        pass
+    gpu = cuda_device()
+    return f"{name}, {os.cpu_count()} cores" + (f", {gpu.name} (driver for CUDA {gpu.driver})" if gpu else "")
+
+
+def backend_name(key: EngineKey) -> str:
+    """Backend, its version and target: with `machine` what a time is of."""
+    return f"{key.backend} {key.version} {key.target}"
+
+
+def stored_steps(bundle: Bundle, backend: str) -> StepTimes | None:
+    """Step times of these engines on this machine that lie in the bundle's reports, by `plan` or `verify`; None: none.
+
+    Reports stay with the engines that they are of: a bundle that is built again loses them.
+    """
+
+    class Part(msgspec.Struct):
+        """What both files have."""
+
+        machine: str
+        backend: str
+        steps: StepTimes
+
+    for file in (STEP_TIMES, VERIFY_REPORT):
+        try:
+            found = msgspec.json.decode((bundle.path / file).read_bytes(), type=Part)
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+        if (found.machine, found.backend) == (machine(), backend):
+            return found.steps
+    return None
+
+
+def store_steps(bundle: Bundle, measured: Measured) -> None:
+    """Put step times into the bundle's reports."""
+    write_value(measured, bundle.path / STEP_TIMES)

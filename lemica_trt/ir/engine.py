@@ -1,0 +1,75 @@
+"""Which engine it is, what it was built from, and what building it took."""
+
+from __future__ import annotations
+
+from lemica_trt.core.values import Value, require
+from lemica_trt.ir.graphs import Role
+from lemica_trt.ir.profile import DType
+
+Option = str | int | bool
+"""Value of one builder option."""
+
+
+class EngineKey(Value, frozen=True):
+    """Everything that changes an engine: equal keys, equal engines; the key's digest may name a cache entry.
+
+    Attributes:
+        backend: name in `BACKENDS`.
+        version: version of the backend's package that built it.
+        target: what it runs on: `cpu`, `cuda`, an architecture (`sm_89`), several (`sm_86,sm_89`), or one and all
+            later ones (`sm_80+`).
+        dtype: precision of the DiT.
+        graphs_digest: see `graphs_digest`; covers names, shapes, dtypes, batch range and every byte of the ONNX files.
+        options: all of the builder's options, defaults written out.
+        device: the GPU that kernels were chosen on, by its product name; None: on none.
+        driver: highest CUDA version of the driver that they were chosen with (`13.0`); None: with none.
+    """
+
+    backend: str
+    version: str
+    target: str
+    dtype: DType
+    graphs_digest: str
+    options: dict[str, Option] = {}
+    device: str | None = None
+    driver: str | None = None
+
+
+class EngineBuild(Value, frozen=True):
+    """What building one engine took, and what is in it.
+
+    Attributes:
+        seconds: wall-clock time.
+        host_memory: peak of the building process's own memory, bytes; pages of mapped files are not counted.
+        device_memory: peak that the builder allocated on the GPU, bytes; None: it does not say.
+        precisions: dtype → computing layers of the network (matrix products, convolutions, attention) with that result.
+        engine_precisions: the same of the finished engine, after fusion; None where it could not be looked into.
+        attentions: of the network.
+        fused_attention: attentions that the engine runs as one kernel; None where it could not be looked into.
+    """
+
+    seconds: float
+    host_memory: int
+    device_memory: int | None = None
+    precisions: dict[str, int] = {}
+    engine_precisions: dict[str, int] | None = None
+    attentions: int = 0
+    fused_attention: int | None = None
+
+
+class EngineEntry(Value, frozen=True):
+    """One set of engines of a bundle.
+
+    Attributes:
+        key: what it is.
+        files: by role, the file to load, relative to the bundle.
+        builds: by role, what building it took; nothing for backends that load the ONNX files.
+    """
+
+    key: EngineKey
+    files: dict[Role, str]
+    builds: dict[Role, EngineBuild] = {}
+
+    def __post_init__(self) -> None:
+        require("full" in self.files and "combine" in self.files, "engines need at least the roles full and combine")
+        require(set(self.builds) <= set(self.files), "builds must be of roles in files")

@@ -1,0 +1,287 @@
+"""The static step plan: what the runtime does, row by row, with every decision already taken.
+
+A plan is a sampler table whose rows also say *which graph runs* and with which reuse coefficients:
+
+    graph   latents x_i                    model output m_i
+    ------  -----------------------------  ------------------------------------------------------------
+    full    combination (see `sampler`)    the whole DiT; its trunk residual r joins the residual history
+    skip    combination                    head(embed(x_i, t_i) + Σ_k residuals[k]·r_{f_k})
+    none    combination                    Σ_k reuse[k]·m_{i−1−k}; in the last row nothing at all
+
+f_k is the k-th last full row. LeMiCa (arXiv 2511.00090) reuses one residual as it is: residuals = (1.0,).
+Histories count *rows*, that of the noise counts *draws*: where skipped steps are folded into the coefficients of the
+next row (see `fold`), a plan has fewer rows than the sampler has steps, a row may draw several times, and the runtime
+does not notice. Each step's noise is drawn in the same order, so that one seed means one video however it is run.
+
+Knows values only: nothing of torch, engines, or how a plan is found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lemica_trt.core.errors import InputError
+from lemica_trt.core.values import Value, json_bytes, require, require_finite
+from lemica_trt.ir.graphs import GraphSet, StepLayout
+from lemica_trt.ir.prediction import Predictor
+
+PLAN_FORMAT = 3
+
+
+GUIDANCE_RANGE = (0.5, 1.75)
+"""Guidance scales, in that of the runs that a plan was made from, up to which it was found to hold: on tiny models of
+both kinds, plans made at 4 lose at most 0.6 dB at 2 and at 7 against plans made there."""
+
+
+Graph = Literal["full", "skip", "none"]
+
+
+FITTED = "fitted"
+"""`StepPlan.scheduler` where the solver was fitted; see `calibrate.fitted`."""
+
+
+class PlanRow(Value, frozen=True):
+    """One row; `latents`, `outputs`, `timestep`, `in_scale`, `guidance` as in `SamplerRow`.
+
+    Attributes:
+        graph: which step graph runs on the combined latents.
+        step: the denoising step, 0 … N, that the row stands for (N: the result).
+        draws: how often fresh noise is drawn before the row.
+        noise: coefficient of the k-th last draw at index k, this row's draws being the last.
+        residuals: full and none: empty; skip: coefficient of the k-th last full row's residual.
+        reuse: none: coefficient of m_{i−1−k}, empty in the last row; full and skip: empty.
+    """
+
+    graph: Graph
+    step: int
+    latents: tuple[float, ...]
+    outputs: tuple[float, ...] = ()
+    draws: int = 0
+    noise: tuple[float, ...] = ()
+    timestep: float | None = None
+    in_scale: float = 1.0
+    guidance: tuple[float, float] = (0.0, 1.0)
+    residuals: tuple[float, ...] = ()
+    reuse: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("latents", "outputs", "noise", "residuals", "reuse", "guidance"):
+            require_finite(getattr(self, name), name)
+        require_finite((self.in_scale, self.timestep or 0.0), "in_scale, timestep")
+        require(self.draws >= 0, f"step {self.step}: draws must not be negative, got {self.draws}")
+        require(bool(self.residuals) == (self.graph == "skip"), f"step {self.step}: residuals belong to skip rows")
+        require(not self.reuse or self.graph == "none", f"step {self.step}: reuse belongs to rows without a graph")
+        require(self.graph == "none" or self.timestep is not None, f"step {self.step}: {self.graph} needs a timestep")
+
+    @property
+    def noise_scale(self) -> float:
+        """Standard deviation of the noise that the row adds, with the sign of the newest draw's coefficient."""
+        return math.copysign(math.hypot(*self.noise), self.noise[0]) if self.noise else 0.0
+
+    @property
+    def noise_weights(self) -> tuple[float, ...]:
+        """Weights that mix the draws into one standard normal z, `noise_scale`·z being the noise added."""
+        scale = self.noise_scale
+        return tuple(c / scale for c in self.noise) if scale else ()
+
+
+class StepPlan(Value, frozen=True):
+    """A plan for one request: rows, and what they were made from.
+
+    Attributes:
+        name: what a request asks for (`default`, `fast`, …).
+        num_steps: N, the sampler's number of steps.
+        guidance_scale: default guidance scale g of a request.
+        rows: see the module docstring; the last one has step N and gives the result.
+        scheduler: diffusers scheduler class that the rows were lowered from; of a planned solver, its own;
+            `FITTED` where the solver was fitted.
+        sampler_digest: digest of the N-step `SamplerTable` that the plan stands in for.
+        method: how the full steps were chosen (`lemica`, `least-sum`, `predicted`, `uniform`, `given`, `none`, …).
+        error_graph_digest: digest of the `ErrorGraph` behind it; None where none was used.
+        predictor: what skipped steps do; None where there are none.
+        reference_steps: M > N, where the run that the plan is held against is the sampler with M steps: what it was
+            fitted to, integrated on (see `fold`), and chosen by. None: the N steps.
+        guidance_range: lowest and highest guidance scale of a request; None: any.
+        format_version: 3.
+    """
+
+    name: str
+    num_steps: int
+    guidance_scale: float
+    rows: tuple[PlanRow, ...]
+    scheduler: str
+    sampler_digest: str
+    method: str
+    error_graph_digest: str | None = None
+    predictor: Predictor | None = None
+    reference_steps: int | None = None
+    guidance_range: tuple[float, float] | None = None
+    format_version: int = PLAN_FORMAT
+
+    def __post_init__(self) -> None:
+        require(self.format_version == PLAN_FORMAT, f"format_version must be {PLAN_FORMAT}, got {self.format_version}")
+        require(
+            self.name.replace("-", "").replace("_", "").isalnum(),
+            f"name must be letters, digits, - and _, got {self.name!r}",
+        )
+        require_finite((self.guidance_scale, *(self.guidance_range or ())), "guidance_scale, guidance_range")
+        low, high = self.guidance_range or (self.guidance_scale, self.guidance_scale)
+        require(
+            low <= self.guidance_scale <= high,
+            f"guidance_range must hold guidance_scale {self.guidance_scale:g}, is {low:g} … {high:g}",
+        )
+        require(len(self.rows) >= 2, f"a plan needs at least 2 rows, got {len(self.rows)}")
+        previous, full, draws = -1, 0, 0
+        for i, row in enumerate(self.rows):
+            where = f"rows[{i}]"
+            last = i == len(self.rows) - 1
+            require(
+                previous < row.step <= self.num_steps,
+                f"{where}.step must rise from 0 to {self.num_steps}, got {row.step} after {previous}",
+            )
+            require(
+                1 <= len(row.latents) <= i + 1 or (not row.latents and i > 0),
+                f"{where}.latents: {len(row.latents)} given, {i + 1} exist there",
+            )
+            require(len(row.outputs) <= i, f"{where}.outputs: {len(row.outputs)} given, {i} exist there")
+            require(len(row.reuse) <= i, f"{where}.reuse: {len(row.reuse)} given, {i} exist there")
+            require(
+                len(row.residuals) <= full, f"{where}.residuals: {len(row.residuals)} given, {full} full rows before it"
+            )
+            draws += row.draws
+            require(len(row.noise) <= draws, f"{where}.noise: {len(row.noise)} given, {draws} draws until there")
+            require(
+                (row.step == self.num_steps) == last, f"{where}: the last row, and only it, has step {self.num_steps}"
+            )
+            require(not last or (row.graph == "none" and not row.reuse), f"{where}: the last row only combines")
+            require(last or row.graph != "none" or bool(row.reuse), f"{where}: a row without a graph needs reuse")
+            previous, full = row.step, full + (row.graph == "full")
+        require(self.rows[0].graph == "full", "rows[0].graph must be full: there is nothing to reuse yet")
+
+    @property
+    def rows_digest(self) -> str:
+        """SHA-256 (hex) of the rows: what is computed, by whatever name."""
+        return hashlib.sha256(json_bytes(self.rows)).hexdigest()
+
+    @property
+    def full_steps(self) -> tuple[int, ...]:
+        """The denoising steps that run the whole DiT."""
+        return tuple(row.step for row in self.rows if row.graph == "full")
+
+    @property
+    def budget(self) -> int:
+        """B, the number of full steps."""
+        return len(self.full_steps)
+
+    def require_guidance(self, scale: float) -> None:
+        """Raise InputError unless the plan holds for a request's guidance scale."""
+        if self.guidance_range is not None and not self.guidance_range[0] <= scale <= self.guidance_range[1]:
+            low, high = self.guidance_range
+            raise InputError(
+                f"plan {self.name} holds for guidance_scale {low:g} … {high:g}, got {scale:g}",
+                fix=f"use the plan that skips nothing, or build with --guidance-scale {scale:g}",
+            )
+
+    @property
+    def latent_history(self) -> int:
+        return max(len(row.latents) for row in self.rows)
+
+    @property
+    def output_history(self) -> int:
+        return max(max(len(row.outputs), len(row.reuse)) for row in self.rows)
+
+    @property
+    def residual_history(self) -> int:
+        return max(len(row.residuals) for row in self.rows)
+
+    @property
+    def noise_history(self) -> int:
+        return max(len(row.noise) for row in self.rows)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether fresh noise is drawn."""
+        return any(row.draws for row in self.rows)
+
+
+def guidance_range(guidance_scale: float) -> tuple[float, float] | None:
+    """Where a plan holds that was made from runs at this guidance scale; None: they were not guided, there is none."""
+    if guidance_scale <= 1.0:
+        return None
+    return GUIDANCE_RANGE[0] * guidance_scale, GUIDANCE_RANGE[1] * guidance_scale
+
+
+def layout_from_plans(plans: Sequence[StepPlan], *, latent_shape: tuple[int, ...], guided: bool) -> StepLayout:
+    """The smallest step layout that can run these plans; histories of latents and outputs at least 1 deep.
+
+    Where no plan has a row that reads residuals, `residual_history` is 0: no skip graph is needed, and the full graph
+    gives no residual away.
+
+    Args:
+        plans: at least one.
+        latent_shape: shape of the latents of one sample, without batch.
+        guided: whether each request runs two branches.
+    """
+    return StepLayout(
+        latent_shape=latent_shape,
+        latent_history=max(1, *(plan.latent_history for plan in plans)),
+        output_history=max(1, *(plan.output_history for plan in plans)),
+        residual_history=max(plan.residual_history for plan in plans),
+        stochastic=any(plan.stochastic for plan in plans),
+        guided=guided,
+    )
+
+
+def coefficient_vector(row: PlanRow, layout: StepLayout) -> npt.NDArray[np.float32]:
+    """The row's `coefficients` input for every step graph, zero-padded to the layout's histories.
+
+    The graphs take one noise, the row's draws mixed by `noise_weights`; its coefficient is `noise_scale`.
+
+    Returns:
+        float32 [C]; see `StepLayout.offsets`.
+
+    Raises:
+        ValueError: the row reads further back than the layout's graphs can, or draws noise they do not take.
+    """
+    values = {
+        "latents": row.latents,
+        "outputs": row.outputs,
+        "noise": (row.noise_scale,),
+        "in_scale": (row.in_scale,),
+        "timestep": (0.0 if row.timestep is None else row.timestep,),
+        "residuals": row.residuals,
+        "reuse": row.reuse,
+    }
+    offsets = layout.offsets
+    vector = np.zeros(max(part.stop for part in offsets.values()), np.float32)
+    for name, numbers in values.items():
+        part = offsets[name]
+        require(
+            len(numbers) <= part.stop - part.start,
+            f"step {row.step}: {len(numbers)} {name} coefficients, the graphs take {part.stop - part.start}",
+        )
+        vector[part.start : part.start + len(numbers)] = numbers
+    require(layout.stochastic or not row.noise, f"step {row.step} draws noise, the graphs take none")
+    return vector
+
+
+def check_plan(plan: StepPlan, graphs: GraphSet) -> None:
+    """Raise InputError unless these graphs can run the plan: their histories are deep enough and none is missing."""
+    roles = {graph.role for graph in graphs.graphs}
+    needed = {"combine"} | {row.graph for row in plan.rows if row.graph != "none"}
+    if not needed <= roles:
+        raise InputError(
+            f"plan {plan.name} needs the graphs {', '.join(sorted(needed))}, the bundle has {', '.join(sorted(roles))}",
+            fix="rebuild the bundle for this plan",
+        )
+    try:
+        for row in plan.rows:
+            coefficient_vector(row, graphs.layout)
+    except ValueError as error:
+        raise InputError(f"plan {plan.name}: {error}", fix="rebuild the bundle for this plan") from None

@@ -1,0 +1,121 @@
+"""The build profile: everything about a model that is not its weights. One TOML file in `engines/`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lemica_trt.core.values import Value, require, require_finite
+
+DType = Literal["fp32", "fp16", "bf16"]
+"""Precision of a network, by the names that trtexec and Polygraphy use."""
+
+
+CalibrationMethod = Literal["exact", "secant", "adjoint", "retargeted"]
+"""How the weights of the error graph are obtained, see `lemica_trt.calibrate`."""
+
+
+class Shape(Value, frozen=True):
+    """The shape bucket that a bundle serves.
+
+    Attributes:
+        frames: video frames; 1 for an image.
+        height, width: pixels.
+        fps: frames a second of the written video.
+        max_batch: largest number of requests in one engine call (each is two samples under guidance).
+    """
+
+    frames: int
+    height: int
+    width: int
+    fps: int = 8
+    max_batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width", "fps", "max_batch"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Sampling(Value, frozen=True):
+    """How the uncached model is sampled: the reference that a plan is measured against.
+
+    Attributes:
+        steps: N, denoising steps.
+        guidance_scale: classifier-free guidance g; 1 or less: no unconditional branch at all.
+        dynamic_guidance: diffusers' `use_dynamic_cfg` of CogVideoX.
+        scheduler: diffusers scheduler class to use instead of the pipeline's own; made from its config.
+        flow_shift: shift of the sigmas instead of the scheduler's own; of schedulers for flow matching.
+        negative_prompt: default negative prompt.
+    """
+
+    steps: int = 50
+    guidance_scale: float = 6.0
+    dynamic_guidance: bool = False
+    scheduler: str | None = None
+    flow_shift: float | None = None
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if self.flow_shift is not None:
+            require_finite((self.flow_shift,), "flow_shift")
+            require(self.flow_shift > 0, f"flow_shift must be above 0, got {self.flow_shift}")
+        require(self.steps >= 2, f"steps must be at least 2, got {self.steps}")
+        require_finite((self.guidance_scale,), "guidance_scale")
+
+    @property
+    def guided(self) -> bool:
+        """Whether each request runs two branches."""
+        return self.guidance_scale > 1.0
+
+
+class Calibration(Value, frozen=True):
+    """How the error graph is measured.
+
+    Attributes:
+        prompts: name of a folder below `calibration/` with `calibration.txt` and `held_out.txt`.
+        samples: (prompt, seed) pairs.
+        max_skip: K, the most steps that one segment skips.
+        seed: seed of sample 0.
+        method: how edges are weighed.
+        validation_samples: (prompt, seed) pairs, others than those, that the best of several ways is chosen on.
+    """
+
+    prompts: str = "video"
+    samples: int = 8
+    max_skip: int = 9
+    seed: int = 0
+    method: CalibrationMethod = "secant"
+    validation_samples: int = 32
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")
+        require(self.validation_samples >= 1, f"validation_samples must be at least 1, got {self.validation_samples}")
+        require(self.max_skip >= 1, f"max_skip must be at least 1, got {self.max_skip}")
+        require(0 <= self.seed < 1 << 62, f"seed must be 0 … 2^62 - 1, got {self.seed}")
+
+
+class Profile(Value, frozen=True):
+    """A build profile, one TOML file in `engines/`: everything about a model that is not its weights.
+
+    Attributes:
+        name: file name without `.toml`; what `--model` takes.
+        family: name of the family in `lemica_trt.models`.
+        source: hub id, local folder, or `package:NAME` for the model that ships with this package.
+        dtype: precision of the DiT.
+        text_length: tokens of a prompt, padded.
+        shape, sampling, calibration: see there.
+        opset: ONNX opset, 18 … 23 (20 is what the tests run; TensorRT decides what it takes).
+    """
+
+    name: str
+    family: str
+    source: str
+    dtype: DType
+    text_length: int
+    shape: Shape
+    sampling: Sampling = Sampling()
+    calibration: Calibration = Calibration()
+    opset: int = 20
+
+    def __post_init__(self) -> None:
+        require(self.text_length >= 1, f"text_length must be at least 1, got {self.text_length}")
+        require(18 <= self.opset <= 23, f"opset must be 18 … 23, got {self.opset}")

@@ -1,0 +1,257 @@
+"""What verification and diagnosis find, as values."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
+
+from lemica_trt.core.values import Value
+from lemica_trt.ir.budget import FrontRow, StepTimes
+
+
+class Timing(Value, frozen=True):
+    """Wall-clock time of one plan, one request, seconds.
+
+    Attributes:
+        plan: its name.
+        budget: full steps.
+        full_step, skipped_step: median of a row that runs the full or the skip graph; None where there is none.
+        total: the whole denoising loop, median of the runs.
+        overhead: what a run takes beyond its full and skipped steps, as a fraction of them: in each run that is
+            timed row by row, its whole time against its own rows; median of the runs.
+        ratio: in the same runs, whole time / (budget · its median full step): 1 would be skipping at no cost at all.
+        speedup: total of the uncached plan / total; None where the bundle has no uncached plan.
+    """
+
+    plan: str
+    budget: int
+    full_step: float
+    skipped_step: float | None
+    total: float
+    overhead: float
+    ratio: float
+    speedup: float | None
+
+
+class Measured(Value, frozen=True):
+    """Step times, and what they are of; `reports/step_times.json`.
+
+    Attributes:
+        machine: see there.
+        backend: see `backend_name`.
+        steps: the times.
+    """
+
+    machine: str
+    backend: str
+    steps: StepTimes
+
+
+Array = npt.NDArray[Any]
+
+PLAN = "plan"
+"""The way of a bundle's own plan in a `Quality`."""
+
+
+GRAPH_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-1}
+"""Largest difference between an engine and its torch module, as a part of the largest number in the result."""
+
+
+ONE_LEVEL = 1.0
+"""Frames are rounded to 8 bits: what lies on the edge between two levels may fall to either side."""
+
+
+RUN_TOLERANCE = 1e-4
+"""Largest absolute difference of final latents in fp32. A whole run amplifies rounding, so that half precision runs
+are held to the quality of their frames instead: `HALF_PSNR`."""
+
+
+HALF_PSNR = 30.0
+"""Half precision: lowest PSNR (dB) of frames decoded from a whole run against the same run in PyTorch."""
+
+
+class GraphCheck(Value, frozen=True):
+    """One graph against its torch module on random input.
+
+    Attributes:
+        role: of the graph.
+        difference: largest absolute difference over all outputs.
+        scale: largest absolute number in the torch result.
+    """
+
+    role: str
+    difference: float
+    scale: float
+
+
+class Agreement(Value, frozen=True):
+    """One whole run against another.
+
+    Attributes:
+        plan: its name.
+        against: `diffusers` or `torch`.
+        difference: largest absolute difference of the final latents.
+        psnr: of the decoded frames, dB.
+    """
+
+    plan: str
+    against: str
+    difference: float
+    psnr: float
+
+
+class Quality(Value, frozen=True):
+    """Held-out quality of one way of sampling against the uncached run.
+
+    Attributes:
+        plan: the bundle's plan, or the plan whose budget a baseline has.
+        way: `PLAN`, or see `baselines`.
+        budget: full steps.
+        psnr, ssim: mean over clips (dB; 1 is best).
+        psnr_p5, ssim_p5: 5th percentile over clips.
+        lpips: mean over clips; None where the lpips package or its weights are not here.
+        each_psnr: one a clip, so that two ways can be compared clip by clip.
+        reference_steps: M, where this is against the sampler with M steps; None: against the uncached plan.
+    """
+
+    plan: str
+    way: str
+    budget: int
+    psnr: float
+    psnr_p5: float
+    ssim: float
+    ssim_p5: float
+    lpips: float | None
+    each_psnr: tuple[float, ...]
+    reference_steps: int | None = None
+
+
+class Clip(NamedTuple):
+    """A held-out clip to look at: uint8 [F, H, W, 3] each.
+
+    Attributes:
+        prompt: of both.
+        uncached: by the uncached plan, or the M steps that the default plan is held against.
+        plan: by the bundle's default plan.
+    """
+
+    prompt: str
+    uncached: Array
+    plan: Array
+
+
+class VerifyReport(Value, frozen=True):
+    """Everything that was verified, `reports/verify.json`.
+
+    Attributes:
+        manifest_digest: SHA-256 of the bundle's manifest: of what all this was said.
+        samples: held-out clips behind `quality`.
+        machine: what it ran on.
+        backend: backend and version.
+        graphs, agreement, quality, timing: see there.
+        steps: what budgets in seconds are made from; None in reports of versions before there were any.
+    """
+
+    manifest_digest: str
+    samples: int
+    machine: str
+    backend: str
+    dtype: str
+    graphs: tuple[GraphCheck, ...]
+    agreement: tuple[Agreement, ...]
+    quality: tuple[Quality, ...]
+    timing: tuple[Timing, ...]
+    steps: StepTimes | None = None
+
+    def is_of(self, *, manifest_digest: str, backend: str, samples: int, machine: str) -> bool:
+        """Whether this is what `verify` would find out again: same bundle, engines, samples, machine."""
+        asked = (manifest_digest, backend, samples, machine)
+        return (self.manifest_digest, self.backend, self.samples, self.machine) == asked
+
+    def failures(self) -> list[str]:
+        """What is not as it must be; empty when all is well. A number that is not finite fails every comparison."""
+        found = []
+        compared = {run.plan for run in self.agreement}
+        found += [
+            f"plan {timing.plan} was compared with nothing" for timing in self.timing if timing.plan not in compared
+        ]
+        for graph in self.graphs:
+            limit = max(GRAPH_TOLERANCE[self.dtype] * max(graph.scale, 1.0), ONE_LEVEL * (graph.role == "vae_decoder"))
+            if not graph.difference <= limit:
+                found.append(f"graph {graph.role} differs from PyTorch by {graph.difference:.1e}, allowed {limit:.1e}")
+        for run in self.agreement:
+            if self.dtype == "fp32" and not run.difference <= RUN_TOLERANCE:
+                found.append(
+                    f"plan {run.plan} differs from {run.against} by {run.difference:.1e}, allowed {RUN_TOLERANCE:.0e}"
+                )
+            if not run.psnr >= HALF_PSNR:
+                found.append(
+                    f"frames of plan {run.plan} have {run.psnr:.1f} dB against {run.against}, {HALF_PSNR} needed"
+                )
+        return found
+
+
+class Finding(Value, frozen=True):
+    """One line of a diagnosis.
+
+    Attributes:
+        what: what was looked for.
+        found: what there is, or what to do.
+        ok: False: something is missing; None: merely told.
+    """
+
+    what: str
+    found: str
+    ok: bool | None = None
+
+
+class Pace(Value, frozen=True):
+    """Time of one request's denoising loop.
+
+    Attributes:
+        seconds: of the loop.
+        speedup: against the uncached plan.
+    """
+
+    seconds: float
+    speedup: float
+
+
+class Answer(Value, frozen=True):
+    """A budget that is no number of full steps, and the plan that came of it.
+
+    Attributes:
+        asked: in words.
+        plan: its name.
+        full_steps: B.
+        predicted: from the times of single steps; None where those are not known.
+        measured: of the whole plan; None where its engines do not run here.
+        quality: of the plan on validation clips, where they were run.
+        kept: whether what was measured is within what was asked; None where nothing was.
+    """
+
+    asked: str
+    plan: str
+    full_steps: int
+    predicted: Pace | None
+    measured: Pace | None
+    quality: FrontRow | None
+    kept: bool | None
+
+
+class Stage(Value, frozen=True):
+    """One stage of a build that has not run yet; estimates, None where there is none.
+
+    Attributes:
+        name: of the stage.
+        what: what it would do.
+        seconds: wall-clock time on this machine.
+        disk, memory: bytes; memory is the peak of the process.
+    """
+
+    name: str
+    what: str
+    seconds: float | None = None
+    disk: int | None = None
+    memory: int | None = None

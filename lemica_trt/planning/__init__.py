@@ -1,0 +1,1 @@
+"""Verbs on numbers: schedules, predictions, folding, budgets. No torch, no files."""

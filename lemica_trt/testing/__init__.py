@@ -1,0 +1,1 @@
+"""What tests of this package and of others need: a null GPU, oracles, builders of small values."""

@@ -1,0 +1,155 @@
+"""Who may import whom, and what importing each module pulls in: derived from one list."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lemica_trt
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lemica_trt"
+
+LAYERS: dict[str, tuple[str, ...]] = {
+    "core": (),
+    "ir": ("core",),
+    "planning": ("ir",),
+    "models": ("planning",),
+    "calibrate": ("models",),
+    "export": ("models",),
+    "backends": ("ir",),
+    "bundle": ("ir",),
+    "runtime": ("backends", "bundle"),
+    "evaluate": ("calibrate", "runtime"),
+    "report": ("ir", "bundle"),
+    "compiler": ("evaluate", "export", "report"),
+    "triton": ("runtime",),
+    "cli": ("compiler", "triton"),
+    "testing": ("runtime", "models"),
+}
+"""Package → the packages right below it. A package may import those, and all that lies below them."""
+
+HEAVY = {
+    "PIL", "accelerate", "av", "cuda", "diffusers", "huggingface_hub", "matplotlib", "onnx", "onnxruntime",
+    "onnxscript", "pickletools", "ray", "safetensors", "scipy", "sentencepiece", "tensorrt", "tensorrt_rtx",
+    "tokenizers", "torch", "transformers",
+}  # fmt: skip
+"""Libraries that no light module may import when it is loaded."""
+
+MAY_BE_HEAVY = (
+    "models",
+    "calibrate",
+    "export",
+    "evaluate",
+    "testing",
+    "report.contact_sheet",
+    "report.folder",
+    "report.plots",
+    "triton.model",
+    "zoo",
+)
+"""Modules that need such libraries themselves; every other module is light."""
+
+NO_TORCH = ("core", "ir", "planning", "backends", "bundle", "runtime", "report", "triton", "cli")
+"""Packages whose modules load where PyTorch, diffusers, transformers and ONNX cannot be imported."""
+
+
+@functools.cache
+def below(package: str) -> frozenset[str]:
+    """All packages that a package may import, itself included."""
+    return frozenset({package}.union(*(below(name) for name in LAYERS[package])))
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name → file, of every module of the package."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Packages of this project that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: name the package"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for top, _, rest in (name.partition(".") for name in names):
+            if top == "lemica_trt":
+                found.add(rest.partition(".")[0])
+    return found
+
+
+def is_light(module: str) -> bool:
+    rest = module.partition(".")[2]
+    return not any(rest == name or rest.startswith(f"{name}.") for name in MAY_BE_HEAVY)
+
+
+@pytest.mark.null
+def test_every_package_is_in_the_list_and_on_the_map() -> None:
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert packages == set(LAYERS)
+    assert sorted(path.name for path in PACKAGE.glob("*.py")) == ["__init__.py", "__main__.py"]
+    for package in LAYERS:
+        assert f"\n    {package} " in (lemica_trt.__doc__ or ""), f"{package} is not on the map"
+
+
+@pytest.mark.null
+def test_imports_point_downwards() -> None:
+    wrong = []
+    for module, path in modules().items():
+        package = module.partition(".")[2].partition(".")[0]
+        if package in LAYERS:  # the face and `__main__` may import everything
+            wrong += [f"{module} imports {name}" for name in imports(path) & set(LAYERS) - below(package)]
+    assert not wrong, "\n".join(wrong)
+
+
+SCRIPT = """
+import importlib, json, sys
+names, heavy = json.loads(sys.argv[1]), set(json.loads(sys.argv[2]))
+for name in names:
+    importlib.import_module(name)
+    loaded = heavy & {loaded.partition(".")[0] for loaded in sys.modules}
+    if loaded:
+        sys.exit(f"{name} imports {sorted(loaded)}")
+"""
+
+
+@pytest.mark.null
+def test_light_modules_import_no_heavy_library() -> None:
+    light = [name for name in modules() if is_light(name) and name != "lemica_trt.__main__"]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(light), json.dumps(sorted(HEAVY))]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.null
+def test_what_runs_a_bundle_needs_no_torch() -> None:
+    names = [name for name in modules() if name.startswith(tuple(f"lemica_trt.{package}" for package in NO_TORCH))]
+    names = [name for name in names if is_light(name)]
+    script = (
+        "import importlib, sys\n"
+        "for name in ('torch', 'diffusers', 'transformers', 'onnx', 'safetensors'): sys.modules[name] = None\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "import lemica_trt; lemica_trt.load, lemica_trt.Bundle\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.cpu
+def test_ruff_holds_the_rest() -> None:
+    """The banned-api rules of pyproject.toml: who may import torch, diffusers, transformers, onnxruntime, pickle."""
+    command = [sys.executable, "-m", "ruff", "check", "--select", "TID251", "--no-cache", "lemica_trt"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
