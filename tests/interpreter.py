@@ -48,14 +48,14 @@ def run_plan(plan: StepPlan, seed: int = 0, dtype: Any = np.float64) -> list[Arr
         draws += [random.standard_normal(SIZE).astype(dtype) for _ in range(row.draws)]
         x = mix(row.latents, latents) + mix(row.outputs, outputs) + mix(row.noise, draws)
         latents.append(x)
-        if row.graph == "none":
+        if row.variant is None:
             outputs.append(mix(row.reuse, outputs))
             continue
         kept.append(x)
         scaled = dtype(row.in_scale) * x
-        if row.graph == "full":
+        if row.full:
             residuals.append(trunk(scaled, row))
-        residual = residuals[-1] if row.graph == "full" else mix(row.residuals, residuals)
+        residual = residuals[-1] if row.full else mix(row.caches[0].weights, residuals)
         outputs.append(head(scaled, residual))
     return [*kept, latents[-1]]
 

@@ -13,7 +13,7 @@ from test_predict import grams_of, samples_of
 
 from lemica_trt.core.errors import UnsupportedError, UsageError
 from lemica_trt.ir.calibration import TrajectoryGrams
-from lemica_trt.ir.plan import FITTED, StepPlan
+from lemica_trt.ir.plan import FITTED, StepPlan, trunk_reads
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.ir.trials import PAPER, way
@@ -50,7 +50,7 @@ def solver(schedule: Schedule, kind: str) -> SamplerTable:
 @pytest.mark.parametrize("method", ["lemica", "least-sum", "uniform", "published", "given", "signed"])
 def test_a_method_alone_is_the_paper(method: Any) -> None:
     (plan,) = made(Ways(method=method))
-    assert [row.residuals for row in plan.rows if row.graph == "skip"] == [(1.0,)] * 6
+    assert [row.caches for row in plan.rows if row.cached] == [trunk_reads(1.0)] * 6
     assert plan.full_steps == SCHEDULE.full_steps
 
 

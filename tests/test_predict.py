@@ -15,6 +15,7 @@ from interpreter import schedule_of
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
 from lemica_trt.core.values import json_bytes, value_from_json
 from lemica_trt.ir.calibration import TrajectoryGrams, gram_from_samples
+from lemica_trt.ir.plan import trunk_reads
 from lemica_trt.ir.prediction import LEMICA, Prediction, Predictor
 from lemica_trt.ir.sampler import NoiseLevels, SamplerRow, SamplerTable
 from lemica_trt.planning.prediction import fitted_gain, least_squares, predict, squared_error
@@ -248,7 +249,7 @@ def test_reuse_is_the_paper() -> None:
     assert plan == plan_from_schedule(
         schedule, table_of(), name="a", guidance_scale=1.0, method="lemica", prediction=prediction
     )
-    assert {row.residuals for row in plan.rows} == {(), (1.0,)}
+    assert {row.caches for row in plan.rows} == {(), trunk_reads(1.0)}
 
 
 def test_before_the_second_full_step_there_is_nothing_to_extrapolate() -> None:
@@ -295,7 +296,7 @@ def test_output_rows_weigh_the_outputs_of_full_rows() -> None:
         method="x",
         prediction=predict(linear, schedule_of(6, 0, 3), small_table(6)),
     )
-    assert [row.graph for row in plan.rows] == ["full", "none", "none", "full", "none", "none", "none"]
+    assert [row.variant for row in plan.rows] == ["full", None, None, "full", None, None, None]
     assert [row.reuse for row in plan.rows[:4]] == [(), (1.0,), (0.0, 1.0), ()]
     assert plan.rows[4].reuse == pytest.approx((4 / 3, 0, 0, -1 / 3))
     assert plan.rows[5].reuse == pytest.approx((0, 5 / 3, 0, 0, -2 / 3))

@@ -35,7 +35,7 @@ from lemica_trt.ir.graphs import TensorSpec
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.models import denoise
 from lemica_trt.models.scheduler import sampler_table
-from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
+from lemica_trt.models.steps import step_modules
 from lemica_trt.planning.minimax import solve
 from lemica_trt.planning.schedules import uniform
 from lemica_trt.planning.step_plan import plan_from_schedule
@@ -127,9 +127,7 @@ def _check_graphs(bundle: Bundle, pipe: Pipeline, model: Model) -> list[GraphChe
     """Every graph on random input of batch 1, drawn from one seed."""
     layout = bundle.manifest.graphs.layout
     modules = {
-        "full": FullStep(model, layout),
-        "skip": SkipStep(model, layout),
-        "combine": CombineStep(layout),
+        **step_modules(model, layout),
         "text_encoder": model.text_encoder,
         "vae_decoder": model.vae_decoder,
     }
@@ -178,7 +176,7 @@ def _check_runs(bundle: Bundle, pipe: Pipeline, model: Model, request: tuple[str
     checks = []
     for name in bundle.plans:
         plan = bundle.plan(name)
-        got = pipe.latents(_embeds(pipe, prompt), noise, plan=plan, seeds=[seed] if plan.stochastic else None)
+        got = pipe.latents(_conditions(pipe, prompt), noise, plan=plan, seeds=[seed] if plan.stochastic else None)
         fresh = model.noises(seed)
         next(fresh)  # the initial noise
         start = torch.from_numpy(noise)
@@ -213,11 +211,12 @@ def _largest(array: Array) -> float:
     return float(np.abs(array).max())
 
 
-def _embeds(pipe: Pipeline, prompt: str) -> Array:
-    """[R, text_length, width] of one prompt, the unconditional branch first."""
+def _conditions(pipe: Pipeline, prompt: str) -> dict[str, Array]:
+    """The conditions of one prompt by name, first dimension R, the unconditional branch first."""
     manifest = pipe.bundle.manifest
     branches = [manifest.profile.sampling.negative_prompt, prompt] if manifest.graphs.layout.guided else [prompt]
-    return np.stack([pipe.encode(text) for text in branches])
+    encoded = [pipe.encode(text) for text in branches]
+    return {name: np.stack([each[name] for each in encoded]) for name in encoded[0]}
 
 
 def _measure_quality(
@@ -239,10 +238,12 @@ def _measure_quality(
     scores: list[list[tuple[float, float, float | None]]] = [[] for _ in ways]
     for done, (prompt, seed) in enumerate(requests):
         noise = Generator(seed).randn((1, *bundle.manifest.graphs.layout.latent_shape))
-        embeds = _embeds(pipe, prompt)
+        embeds = _conditions(pipe, prompt)
         torch_embeds = model.embed([prompt])
 
-        def deployed(plan: StepPlan, embeds: Array = embeds, noise: Array = noise, seed: int = seed) -> Array:
+        def deployed(
+            plan: StepPlan, embeds: dict[str, Array] = embeds, noise: Array = noise, seed: int = seed
+        ) -> Array:
             return pipe.decode(pipe.latents(embeds, noise, plan=plan, seeds=[seed] if plan.stochastic else None)[0])
 
         def baseline(plan: StepPlan, embeds: torch.Tensor = torch_embeds, seed: int = seed) -> Array:

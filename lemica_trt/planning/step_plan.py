@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import msgspec
 
 from lemica_trt.core.values import require
-from lemica_trt.ir.plan import Graph, PlanRow, StepPlan
+from lemica_trt.ir.graphs import FULL, SKIP
+from lemica_trt.ir.plan import PlanRow, StepPlan, trunk_reads
 from lemica_trt.ir.prediction import LEMICA, Prediction
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
@@ -46,11 +47,12 @@ def plan_from_schedule(
     rows, before = [], list[int]()
     for i, row in enumerate(table.rows):
         skipped = i < table.num_steps and i not in full
-        graph: Graph = "full" if i in full else "skip" if skipped and of == "residual" else "none"
+        cached = skipped and of == "residual"
+        variant = FULL.name if i in full else SKIP.name if cached else None
         rows.append(
             PlanRow(
-                graph=graph,
                 step=i,
+                variant=variant,
                 latents=row.latents,
                 outputs=row.outputs,
                 draws=int(row.noise != 0.0),
@@ -58,8 +60,8 @@ def plan_from_schedule(
                 timestep=row.timestep,
                 in_scale=row.in_scale,
                 guidance=row.guidance,
-                residuals=weights[i] if graph == "skip" else (),
-                reuse=_reuse(weights[i], before, i) if skipped and graph == "none" else (),
+                caches=trunk_reads(*weights[i]) if cached else (),
+                reuse=_reuse(weights[i], before, i) if skipped and not cached else (),
             )
         )
         if i in full:
