@@ -278,3 +278,35 @@ class Sensitivity(Provenance, frozen=True, kw_only=True):
         known, values = np.array(self.knots[sample]).T
         found: Array = np.exp(np.interp([*table.timesteps, RESULT], known, np.log(values)))
         return found
+
+
+class Calibration(Value, frozen=True):
+    """What is known of a model under a sampler, as one value: all parts belong together.
+
+    Attributes:
+        graph: what reuse over each segment costs.
+        grams: of the uncached runs, where they were kept.
+        sensitivity: from which calibrations at other steps, shifts and guidance scales can be made. Of a retargeted
+            graph, that of the calibration which it was made from: of the same model, but another sampler or guidance.
+
+    Raises:
+        ValueError: parts of different models, samplers or guidance scales.
+    """
+
+    graph: ErrorGraph
+    grams: TrajectoryGrams | None = None
+    sensitivity: Sensitivity | None = None
+
+    def __post_init__(self) -> None:
+        moved = self.graph.method == "retargeted"
+        for name, part, fields in (
+            ("grams", self.grams, ("revision", "sampler_digest", "guidance_scale")),
+            ("sensitivity", self.sensitivity, ("revision", *(() if moved else ("sampler_digest", "guidance_scale")))),
+        ):
+            for field in fields if part is not None else ():
+                expected, got = getattr(self.graph, field), getattr(part, field)
+                require(expected == got, f"{name}: expected {field} {expected}, which the graph has, got {got}")
+
+    def is_of(self, table: SamplerTable) -> bool:
+        """Whether it was measured on this sampler; see `Provenance.is_of`."""
+        return self.graph.is_of(table) and (self.grams is None or self.grams.is_of(table))
