@@ -7,10 +7,10 @@ outputs (`planning.prediction_path`) where the Gram matrices are known, else LeM
 from __future__ import annotations
 
 from lemica_trt.ir.plan import StepPlan
+from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.minimax import solve
 from lemica_trt.planning.planner import Planner, Problem
 from lemica_trt.planning.prediction_path import solve_predicted
-from lemica_trt.planning.step_plan import linear_plan
 
 
 def make(problem: Problem, budget: int) -> StepPlan:

@@ -1,5 +1,7 @@
-"""The full steps that LeMiCa's authors published for a model (their repository, `calibration/published_schedules.json`),
-residuals reused."""
+"""The full steps that LeMiCa's authors published for a model, residuals reused.
+
+From their repository; see `calibration/published_schedules.json`.
+"""
 
 from __future__ import annotations
 
