@@ -390,7 +390,7 @@ def test_levels_are_the_textbook_ones() -> None:
     alphas = scheduler.alphas_cumprod.double().numpy()[scheduler.timesteps.numpy()]
     assert levels.signal == pytest.approx([*np.sqrt(alphas), 1.0], rel=1e-7)
     assert levels.noise == pytest.approx([*np.sqrt(1 - alphas), 0.0], rel=1e-7)
-    assert levels.target == "v_prediction" and levels.log_snr[0] == -math.inf
+    assert levels.target == "v_prediction" and levels.signal[0] == 0
     flow = require_levels(lowered("FlowMatchEuler, shift 3", 10))
     sigmas = made("FlowMatchEuler, shift 3", 10).sigmas.tolist()
     assert (flow.target, flow.noise) == ("flow_prediction", tuple(sigmas))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 from small_problems import N, flow_table
 
@@ -24,9 +23,8 @@ def test_levels_are_no_part_of_the_digest() -> None:
     assert value_from_json(SamplerTable, json_bytes(bare), where="test").levels is None
 
 
-def test_log_snr_and_outputs() -> None:
+def test_what_a_perfect_model_gives() -> None:
     levels = NoiseLevels(target="v_prediction", signal=(0.0, 3.0, 1.0), noise=(1.0, 4.0, 0.0))
-    assert levels.log_snr == (-np.inf, pytest.approx(2 * np.log(0.75)), np.inf)
     assert levels.output(1) == (-0.8, 0.6)
     for target, expected in (("epsilon", (0, 1)), ("sample", (1, 0)), ("flow_prediction", (-1, 1))):
         assert NoiseLevels(target=target, signal=(1.0,), noise=(2.0,)).output(0) == expected

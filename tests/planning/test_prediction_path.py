@@ -12,7 +12,7 @@ from small_problems import N, flow_table, grams_of, graph_of
 from lemica_trt.core.errors import InfeasibleError, InputError
 from lemica_trt.ir.calibration import Edge, ErrorGraph
 from lemica_trt.ir.sampler import SamplerRow, SamplerTable
-from lemica_trt.planning.prediction_path import prediction_errors, sensitivities, solve_predicted
+from lemica_trt.planning.prediction_path import prediction_errors, sensitivities, solve_prediction_path
 
 pytestmark = pytest.mark.null
 
@@ -103,14 +103,14 @@ def test_schedules_are_the_best_of_all(power: float) -> None:
             total += errors[i, back, further, j - i] * weights[j] if max(j - i, back, further) <= 5 else np.inf
         return total
 
-    found = solve_predicted(table, graph, grams, [4, 6, 7], power=power)
+    found = solve_prediction_path(table, graph, grams, [4, 6, 7], power=power)
     for budget, schedule in found.items():
         every = [(0, *rest) for rest in combinations(range(1, N), budget - 1)]
         best = min(price(steps) for steps in every)
         assert schedule.budget == budget and np.isfinite(best)
         assert price(schedule.full_steps) == pytest.approx(best, rel=1e-12)
     # Planned together or alone, it is the same.
-    assert solve_predicted(table, graph, grams, [6], power=power) == {6: found[6]}
+    assert solve_prediction_path(table, graph, grams, [6], power=power) == {6: found[6]}
 
 
 def test_sensitivity_is_error_over_what_reuse_leaves() -> None:
@@ -137,8 +137,8 @@ def test_what_does_not_fit_is_refused() -> None:
     table = flow_table()
     graph, grams = graph_of(table, 0), grams_of(outputs_of(0), table)
     with pytest.raises(InfeasibleError, match="got 3"):
-        solve_predicted(table, graph, grams, [3])
+        solve_prediction_path(table, graph, grams, [3])
     with pytest.raises(InputError, match="error graph of this sampler"):
-        solve_predicted(table, graph_of(two_steps(N), 0), grams, [8])
+        solve_prediction_path(table, graph_of(two_steps(N), 0), grams, [8])
     with pytest.raises(InputError, match="Grams of this sampler"):
-        solve_predicted(table, graph, grams_of(outputs_of(0), two_steps(N)), [8])
+        solve_prediction_path(table, graph, grams_of(outputs_of(0), two_steps(N)), [8])
