@@ -36,7 +36,7 @@ def test_build_makes_a_verified_bundle(built: tuple[Path, subprocess.CompletedPr
     differences = {(run["plan"], run["against"]): run["difference"] for run in report["agreement"]}
     assert set(differences) == {("b4", "torch"), ("b5", "torch"), ("uncached", "diffusers"), ("uncached", "torch")}
     assert max(differences.values()) <= 1e-4
-    assert {(row["plan"], row["way"]) for row in report["quality"]} == {
+    assert {(row["plan"], row["method"]) for row in report["quality"]} == {
         (plan, way) for plan in ("b4", "b5") for way in ("plan", "uniform", "fewer-steps")
     }
     assert (output / "reports" / "contact_sheet.png").stat().st_size > 1000
@@ -60,6 +60,7 @@ def test_a_bundle_that_does_not_verify_replaces_none(
     built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old one stays as it is, the new one lies beside it with its report."""
+
     from lemica_trt import compiler as pipeline
     from lemica_trt.core.errors import VerificationError
     from lemica_trt.core.progress import Quiet

@@ -118,7 +118,7 @@ def test_no_plan_needs_a_skip_graph_and_none_is_built(built: Built) -> None:
 def test_the_bundle_verifies(built: Built) -> None:
     """Every plan against PyTorch, the uncached one against diffusers, and the baselines that these graphs can run."""
     report = pipeline.verify_bundle(built.bundle, built.model, 1, Quiet())
-    ways = {(quality.plan, quality.way) for quality in report.quality}
+    ways = {(quality.plan, quality.method) for quality in report.quality}
     assert {(f"b{BUDGET}", way) for way in ("plan", "uniform", "fewer-steps")} <= ways
     assert {(quality.plan, quality.reference_steps) for quality in report.quality} == {
         (f"b{BUDGET}", None), ("planned", None), ("fitted", 2 * STEPS),

@@ -25,7 +25,7 @@ from lemica_trt.compiler.commands import (
     verify_stage,
 )
 from lemica_trt.compiler.compile import Request, Result, build, check_request, dry_run
-from lemica_trt.compiler.planning import Judge, fitter, make_plans, planned_solvers, require_graph_fits
+from lemica_trt.compiler.planning import fitter, make_plans, planned_solvers, require_graph_fits
 from lemica_trt.compiler.stages import (
     assemble,
     calibrate,
@@ -40,15 +40,12 @@ from lemica_trt.compiler.stages import (
 )
 from lemica_trt.compiler.work import TOKENIZER_FILE, Exported, Findings, Work, work_folder
 from lemica_trt.ir.report import Answer, Pace, Stage
-from lemica_trt.planning.step_plan import UNCACHED, uncached_plan
 
 __all__ = [
     "TOKENIZER_FILE",
-    "UNCACHED",
     "Answer",
     "Exported",
     "Findings",
-    "Judge",
     "Pace",
     "Replanned",
     "Request",
@@ -77,7 +74,6 @@ __all__ = [
     "reference_sampler",
     "replan",
     "require_graph_fits",
-    "uncached_plan",
     "verifiable",
     "verify_bundle",
     "verify_stage",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lemica_trt.compiler.work import Findings, Work, short
@@ -28,14 +27,10 @@ from lemica_trt.planning.planner import (
     candidates,
     choose_planners,
     plan_given,
-    select,
 )
-from lemica_trt.planning.step_plan import uncached_plan
 
 if TYPE_CHECKING:
     from lemica_trt.calibrate.fit import Fitter
-    from lemica_trt.calibrate.workers import Workers
-    from lemica_trt.evaluate.trials import Trials
     from lemica_trt.models import Model
 
 
@@ -155,78 +150,6 @@ def _runs_on(plan: StepPlan, graphs: GraphSet) -> bool:
     except InputError:
         return False
     return True
-
-
-class Judge:
-    """Tries plans on the model: on prompts behind those of the calibration, and other seeds. A `Chooser`.
-
-    Uncached runs are kept for all plans that it is asked about.
-
-    Args:
-        model: opens it; called when there is something to run.
-        table: its sampler.
-        prompts: of the calibration.
-        work: where finished runs are kept.
-        fine: the sampler at M steps, where plans are held against that.
-        workers: run the plans; None: this process.
-    """
-
-    def __init__(
-        self,
-        model: Callable[[], Model],
-        table: SamplerTable,
-        prompts: Sequence[str],
-        work: Work,
-        reporter: Reporter,
-        *,
-        fine: SamplerTable | None = None,
-        workers: Workers | None = None,
-    ) -> None:
-        self._open, self._table, self._prompts = model, table, prompts
-        self._work, self._reporter, self._reference = work, reporter, fine or table
-        self._workers = workers
-
-    def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, TrialTable]:
-        """The best plan, see `planner.select`."""
-        run, _, samples = self._trials
-        budgets = "/".join(str(budget) for budget in sorted({plan.budget for plan in plans}))
-        self._reporter.stage(
-            "select",
-            f"{len(plans)} plans of {budgets} full steps, the best of them on {samples} samples, against "
-            f"{self._reference.num_steps} steps",
-        )
-        plan, table = select(plans, samples, run)
-        self._reporter.note(f"{table.best.label}: {table.best.mean:.1f} dB")
-        return plan, table
-
-    def psnr(self, plan: StepPlan) -> tuple[float, ...]:
-        """dB of the frames of each validation sample against the reference."""
-        run, journal, samples = self._trials
-        return run.psnr(plan, range(samples), journal=journal)
-
-    @functools.cached_property
-    def _trials(self) -> tuple[Trials, Path, int]:
-        """What runs plans, the journal of frames, and the number of samples."""
-        from lemica_trt.evaluate.trials import Trials, trials_digest
-
-        model = self._open()
-        settings, table, prompts = model.profile.calibration, self._table, self._prompts
-        skip = settings.samples % len(prompts)
-        fresh = [*prompts[skip:], *prompts[:skip]]
-        seed = settings.seed + settings.samples
-        reference = uncached_plan(self._reference, guidance_scale=model.profile.sampling.guidance_scale)
-        digest = trials_digest(model, reference, table, fresh, seed=seed)
-        run = Trials(
-            model,
-            reference,
-            table,
-            fresh,
-            seed=seed,
-            journal=self._work.trials(digest),
-            progress=self._reporter.advance,
-            workers=self._workers,
-        )
-        return run, self._work.frames(digest), settings.validation_samples
 
 
 def fitter(

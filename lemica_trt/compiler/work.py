@@ -128,14 +128,6 @@ class Work:
         """Where fitted solvers are kept."""
         return self.root / f"fits-{digest[:16]}.jsonl"
 
-    def trials(self, digest: str) -> Path:
-        """Where trials of plans keep their scores."""
-        return self.root / f"trials-{digest[:16]}.jsonl"
-
-    def frames(self, digest: str) -> Path:
-        """Where trials of plans keep the scores of their frames."""
-        return self.root / f"frames-{digest[:16]}.jsonl"
-
     def step_times(self, digest: str) -> Path:
         """Where the times of steps are kept that engines of these graphs were measured to take."""
         return self.root / f"steps-{digest[:16]}.json"

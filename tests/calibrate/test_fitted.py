@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_model import LATENT_SHAPE, ToyModel, awkward, euler
 
 from lemica_trt.calibrate.fit import FLOOR, Fitter, closest_combination
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, VerificationError
@@ -22,6 +21,7 @@ from lemica_trt.models import denoise
 from lemica_trt.models.denoise import Rollout
 from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.step_plan import uncached_plan
+from lemica_trt.testing.toy_model import LATENT_SHAPE, ToyModel, awkward, euler
 
 pytestmark = pytest.mark.cpu
 
