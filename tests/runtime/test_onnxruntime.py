@@ -93,7 +93,7 @@ def test_the_host_adds_little(tmp_path: Path) -> None:
         best = min(best, (perf_counter() - start) / len(plan.rows))
     assert best < 2e-3  # about 0.1 ms alone on one core
     rows: list[RowDone] = []
-    denoiser.run(plan, **inputs, on_row=rows.append)
+    denoiser.run(plan, **inputs, on_step=rows.append)
     assert len(rows) == 51
 
 
