@@ -34,7 +34,7 @@ import msgspec
 
 from lemica_trt.bundle.limits import require_bounded
 from lemica_trt.core.errors import InputError, IntegrityError
-from lemica_trt.core.values import Value, require, value_from_json
+from lemica_trt.core.values import Value, json_bytes, require, value_from_json
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import GraphSet, TextSpec
 from lemica_trt.ir.profile import Profile
@@ -147,6 +147,17 @@ def manifest_from_json(data: bytes, *, where: str) -> Manifest:
 def manifest_digest_line(manifest: bytes) -> bytes:
     """Content of `manifest.sha256` beside a `manifest.json` with this content."""
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
+
+
+def manifest_files(manifest: Manifest) -> dict[str, bytes]:
+    """`manifest.json` and `manifest.sha256` with their content.
+
+    Raises:
+        InputError: no reader would accept it.
+    """
+    data = json_bytes(manifest)
+    value_from_json(Manifest, data, where=MANIFEST)
+    return {MANIFEST: data, MANIFEST_DIGEST: manifest_digest_line(data)}
 
 
 def plan_path(name: str) -> str:

@@ -14,11 +14,10 @@ import msgspec
 from lemica_trt.bundle.limits import require_runnable
 from lemica_trt.bundle.manifest import (
     MANIFEST,
-    MANIFEST_DIGEST,
     REPORTS,
     FileEntry,
     Manifest,
-    manifest_digest_line,
+    manifest_files,
     plan_path,
     portable_source,
     require_relative,
@@ -28,7 +27,7 @@ from lemica_trt.core.atomic_folder import replacing
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.core.files import PIECE_BYTES, PartedDigest
 from lemica_trt.core.progress import size
-from lemica_trt.core.values import json_bytes, value_from_json
+from lemica_trt.core.values import json_bytes
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import GraphSet, TextSpec
 from lemica_trt.ir.plan import StepPlan
@@ -93,7 +92,8 @@ def write_bundle(
             )
         except ValueError as error:
             raise InputError(f"{target}: cannot make a bundle: {error}") from None
-        _store_manifest(manifest, staged)
+        for path, data in manifest_files(manifest).items():
+            _store(data, staged / path)
     return Bundle.open(folder)
 
 
@@ -137,7 +137,8 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
             manifest.__post_init__()
         except ValueError as error:
             raise InputError(f"{bundle.path.name}: cannot add plans: {error}") from None
-        _store_manifest(manifest, staged)
+        for path, data in manifest_files(manifest).items():
+            _store(data, staged / path)
     return Bundle.open(folder)
 
 
@@ -155,7 +156,8 @@ def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
         edited = {plan_path(name) for name in bundle.plans}
         for path in sorted(bundle.manifest.files):
             (_store if path in edited else _link)(bundle.path / path, staged / path)
-        _store_manifest(bundle.manifest, staged)
+        for path, data in manifest_files(bundle.manifest).items():
+            _store(data, staged / path)
     return Bundle.open(folder)
 
 
@@ -188,18 +190,6 @@ def require_replaceable(target: Path) -> None:
             f"{target}: expected a bundle to replace, an empty folder or nothing, got something else",
             fix="give another output folder",
         )
-
-
-def _store_manifest(manifest: Manifest, staged: Path) -> None:
-    """Write the manifest and its digest.
-
-    Raises:
-        InputError: no reader would accept it.
-    """
-    data = json_bytes(manifest)
-    value_from_json(Manifest, data, where=MANIFEST)
-    _store(data, staged / MANIFEST)
-    _store(manifest_digest_line(data), staged / MANIFEST_DIGEST)
 
 
 def _store(content: Path | bytes, path: Path) -> FileEntry:

@@ -69,8 +69,8 @@ that is damaged is refused, and the old one keeps serving.
 
 
 def _plan_table(bundle: Bundle) -> str:
-    plans = {name: bundle.plan(name) for name in bundle.plans}
-    return "\n".join(
-        f"| `{name}`{' (default)' if name == bundle.manifest.default_plan else ''} | {plan.budget} of {plan.num_steps} |"
-        for name, plan in plans.items()
-    )
+    rows = []
+    for plan in map(bundle.plan, bundle.plans):
+        default = " (default)" if plan.name == bundle.manifest.default_plan else ""
+        rows.append(f"| `{plan.name}`{default} | {plan.budget} of {plan.num_steps} |")
+    return "\n".join(rows)
