@@ -425,9 +425,9 @@ def row_times(denoiser: Denoiser, plan: StepPlan, request: Mapping[str, Any], re
             rows[row.graph].append(row.seconds)
 
     denoiser.run(plan, **request)
-    denoiser.run(plan, **request, on_row=lambda row: None)
+    denoiser.run(plan, **request, on_step=lambda row: None)
     for _ in range(repeats):
-        denoiser.run(plan, **request, on_row=note)
+        denoiser.run(plan, **request, on_step=note)
     return {name: median(seconds) for name, seconds in rows.items() if seconds}
 
 

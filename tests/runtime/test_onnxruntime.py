@@ -13,7 +13,7 @@ from test_loop import inputs_of, noises
 
 from lemica_trt.backends import builders
 from lemica_trt.backends.base import Settings, open_backend
-from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError
+from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import GraphSet
 from lemica_trt.ir.plan import CacheRead, PlanRow
@@ -117,7 +117,7 @@ def test_the_host_adds_little(tmp_path: Path) -> None:
         best = min(best, (perf_counter() - start) / len(plan.rows))
     assert best < 2e-3  # about 0.1 ms alone on one core
     rows: list[RowDone] = []
-    denoiser.run(plan, **inputs, on_row=rows.append)
+    denoiser.run(plan, **inputs, on_step=rows.append)
     assert len(rows) == 51
 
 
@@ -128,6 +128,9 @@ def test_engine_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match=r"onnx/skip\.onnx is not the graph described"):
         backend.load(graphs.graph("skip"), tmp_path / "onnx/full.onnx")
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
+    with pytest.raises(InputError, match=r"onnx/full\.onnx: expected an ONNX file"):
+        backend.load(graphs.graph("full"), tmp_path / "broken.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"")
     with pytest.raises(EngineError, match=r"ONNX Runtime cannot load onnx/full\.onnx"):
         backend.load(graphs.graph("full"), tmp_path / "broken.onnx")
     with pytest.raises(UnsupportedError, match="bf16"):

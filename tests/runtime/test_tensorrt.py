@@ -147,7 +147,7 @@ def test_the_loop_is_the_plan(tmp_path: Path, vendor: str, capture: Capture) -> 
     for batch, listens in ((1, False), (3, False), (1, True), (3, False), (2, True), (1, False), (2, False)):
         inputs = inputs_of(layout, batch, seed=batch)
         rows: list[RowDone] = []
-        found = denoiser.run(plan, **inputs, draw=noises(batch), on_row=rows.append if listens else None)
+        found = denoiser.run(plan, **inputs, draw=noises(batch), on_step=rows.append if listens else None)
         expected = toy.interpret(plan, layout, **inputs, draw=noises(batch))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
         assert [row.index for row in rows] == (list(range(len(plan.rows))) if listens else [])
@@ -178,7 +178,7 @@ def test_steps_are_launched_one_by_one_where_somebody_listens(tmp_path: Path) ->
     expected = denoiser.run(plan, **inputs)
     for _ in range(2):
         start = len(machine.device.log)
-        found = denoiser.run(plan, **inputs, on_row=lambda row: None)
+        found = denoiser.run(plan, **inputs, on_step=lambda row: None)
         np.testing.assert_array_equal(found, expected)
     assert machine.request(start)[3:] == ["launch", "synchronize"] * 5 + ["copy_out", "synchronize"]
 
@@ -187,7 +187,7 @@ def test_steps_are_launched_one_by_one_where_somebody_listens(tmp_path: Path) ->
 
     start = len(machine.device.log)
     with pytest.raises(Cancelled):
-        denoiser.run(plan, **inputs_of(machine.layout, 2, seed=3), on_row=cancel)
+        denoiser.run(plan, **inputs_of(machine.layout, 2, seed=3), on_step=cancel)
     assert machine.request(start).count("launch") == 1
     np.testing.assert_array_equal(denoiser.run(plan, **inputs), expected)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lemica_trt.backends.builders import Estimate, graphs_digest, options_from
+from lemica_trt.backends.onnx_file import require_plain
 from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.ir.engine import EngineEntry, EngineKey, Option
 from lemica_trt.ir.graphs import GraphSet, GraphSpec
@@ -97,6 +98,7 @@ def import_onnxruntime() -> Any:
     Raises:
         MissingDependencyError: it is not installed.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.31 on it writes a device id and calls home
     try:
         import onnxruntime  # noqa: TID251
     except ImportError as error:
@@ -119,8 +121,10 @@ def open_session(graph: GraphSpec, path: Path, options: Mapping[str, Option], de
     Raises:
         UsageError: an option has no such value.
         MissingDependencyError: the provider is not in this build of ONNX Runtime, or its libraries do not load.
+        InputError: the file asks for what no export does, see `onnx_file`.
         EngineError: the file does not load, or is not the graph described.
     """
+    require_plain(graph, path)
     ort = import_onnxruntime()
     wanted = _provider(ort, options)
     provider, level, threads = options["provider"], options["optimization"], options["threads"]
@@ -130,6 +134,7 @@ def open_session(graph: GraphSpec, path: Path, options: Mapping[str, Option], de
     settings.inter_op_num_threads = 1
     # Each graph's session has threads of its own; by default they spin between two calls, against the graph that runs.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked, whatever it is called
     settings.log_severity_level = 3
     try:
         chosen = (wanted, {"device_id": device}) if provider == "cuda" else wanted
