@@ -23,13 +23,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE, VERIFY_REPORT
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import InfeasibleError, InputError, UnsupportedError, VerificationError
 from lemica_trt.core.metrics import lpips, psnr, ssim
 from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import read_value
-from lemica_trt.evaluate.timing import backend_name, machine, measure_steps, measure_timing
+from lemica_trt.evaluate.timing import backend_name, measure_steps, measure_timing
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.graphs import TensorSpec
 from lemica_trt.ir.plan import StepPlan
@@ -104,7 +105,7 @@ def verify(
     report = VerifyReport(
         manifest_digest=bundle.manifest.digest,
         samples=len(requests),
-        machine=machine(),
+        machine=describe_machine(),
         backend=backend_name(key),
         dtype=bundle.manifest.profile.dtype,
         graphs=tuple(graphs),
