@@ -25,7 +25,7 @@ from time import perf_counter
 
 import msgspec
 
-from lemica_trt.backends import builders
+from lemica_trt.backends.build import build, check
 from lemica_trt.backends.tensorrt.worker import HostMemory
 from lemica_trt.core.progress import duration, reporter, size
 from lemica_trt.core.values import Value, read_value, write_value
@@ -122,17 +122,17 @@ def exported(profile: Profile, config: dict[str, int | bool], folder: Path) -> E
 
 def rows(backend: str, made: Exported, folder: Path) -> Iterator[tuple[object, ...]]:
     """Build the engines; the table's rows."""
-    entry = builders.build(backend, made.graphs, folder, folder, {}, reporter())
+    entry = build(backend, made.graphs, folder, folder, {}, reporter())
     opset = made.profile.opset
     onnx = sum(path.stat().st_size for path in (folder / "onnx").iterdir())
     yield opset, "export", duration(made.seconds), size(made.memory), size(onnx), "", ""
-    for role, build in entry.builds.items():
+    for role, built in entry.builds.items():
         engine = (folder / entry.files[role]).stat().st_size
-        counts = build.precisions if build.engine_precisions is None else build.engine_precisions
+        counts = built.precisions if built.engine_precisions is None else built.engine_precisions
         layers = ", ".join(f"{count} {dtype}" for dtype, count in sorted(counts.items()))
-        fused = "not looked into" if build.fused_attention is None else f"{build.fused_attention} of {build.attentions}"
+        fused = "not looked into" if built.fused_attention is None else f"{built.fused_attention} of {built.attentions}"
         what = f"{role} engine, {backend} {entry.key.version}"
-        yield opset, what, duration(build.seconds), size(build.host_memory), size(engine), layers, fused
+        yield opset, what, duration(built.seconds), size(built.host_memory), size(engine), layers, fused
 
 
 def main() -> None:
@@ -150,7 +150,7 @@ def main() -> None:
     shape = msgspec.structs.replace(profile.shape, frames=given.frames or profile.shape.frames)
     profile = msgspec.structs.replace(profile, dtype=given.dtype or profile.dtype, shape=shape)
     config = {**CONFIGS[given.size], **({"num_layers": given.layers} if given.layers else {})}
-    builders.check(given.backend, profile.dtype)
+    check(given.backend, profile.dtype)
     folder = given.output or Path(tempfile.mkdtemp(prefix="engine_build_"))
     table: list[tuple[object, ...]] = []
     try:

@@ -20,9 +20,10 @@ import msgspec
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
+from lemica_trt.backends.machine import describe_machine
 from lemica_trt.compiler import Request, build
 from lemica_trt.core.progress import Quiet
-from lemica_trt.evaluate.timing import machine, measure_timing
+from lemica_trt.evaluate.timing import measure_timing
 from lemica_trt.ir.profile import Profile, Shape
 from lemica_trt.ir.resources import load_profile, zoo_path
 from lemica_trt.models import load_model
@@ -85,7 +86,7 @@ def main() -> None:
         seconds = eager(profile, arguments.repeats)
         plans = [bundle.plan(name) for name in bundle.plans]
         timings = measure_timing(Pipeline(bundle), plans, repeats=arguments.repeats)
-    print(f"{profile.name}, {profile.sampling.steps} steps, {profile.dtype}, {machine()}\n")
+    print(f"{profile.name}, {profile.sampling.steps} steps, {profile.dtype}, {describe_machine()}\n")
     print("| | full steps | seconds | speed-up | full step | skipped step | beyond its steps |")
     print("|---|---|---|---|---|---|---|")
     print(f"| eager diffusers | {profile.sampling.steps} | {seconds:.2f} | 1.00× | | | |")

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from lemica_trt import __version__
+from lemica_trt.backends.options import builder_names
+from lemica_trt.cli.engine_flags import given_options, option_flags
 from lemica_trt.core.errors import EXIT_CODES, LemicaError, UsageError
 
 if TYPE_CHECKING:
@@ -160,37 +162,10 @@ _device = click.option(
 )
 _engine = _options(
     click.option("--backend", "backends", multiple=True, default=("onnxruntime",), show_default=True,
-                 help="Engines to build; repeat for several, the first is preferred."),
-    click.option("--provider", type=click.Choice(["cpu", "cuda"]),
-                 help="Execution provider of ONNX Runtime  [default: cpu]"),
-    click.option("--builder-optimization-level", type=click.IntRange(0, 5),
-                 help="TensorRT: how long to look for better kernels  [default: 3]"),
-    click.option("--mem-pool-size", metavar="POOL:SIZE[,…]",
-                 help="TensorRT: limits of the builder's memory pools, for example workspace:4G."),
-    click.option("--weight-streaming", is_flag=True, default=None,
-                 help="TensorRT: weights may stay in host memory when the engine runs."),
-    click.option("--compute-capabilities", metavar="X.Y[,…]|current",
-                 help="TensorRT for RTX: GPUs to build for  [default: 8.0 and later]"),
-    click.option("--version-compatible", is_flag=True, default=None,
-                 help="TensorRT: the engine also runs on the lean runtime of that version."),
-    click.option("--hardware-compatibility-level",
-                 type=click.Choice(["none", "ampere_plus", "same_compute_capability"]),
-                 help="TensorRT: which other GPUs run the engine  [default: none]"),
-    click.option("--profiling-verbosity", type=click.Choice(["layer_names_only", "detailed", "none"]),
-                 help="TensorRT: what the engine tells of its layers  [default: detailed]"),
+                 help=f"Engines to build, of {', '.join(builder_names())}; repeat for several, the first is "
+                 "preferred."),
+    *option_flags(),
 )  # fmt: skip
-
-ENGINE_OPTIONS = (
-    "provider",
-    "builder_optimization_level",
-    "mem_pool_size",
-    "weight_streaming",
-    "compute_capabilities",
-    "version_compatible",
-    "hardware_compatibility_level",
-    "profiling_verbosity",
-)
-"""Flags of `_engine` that are builder options, by their names there."""
 _bundle = click.argument("bundle", type=click.Path(path_type=Path))
 
 _calibration = _options(
@@ -307,7 +282,7 @@ def build(
         device=device,
         ray=ray,
         backends=backends,
-        options=_builder_options(overrides),
+        options=given_options(overrides),
         verify_samples=verify_samples,
         reference_steps=reference_steps,
     )
@@ -394,11 +369,6 @@ def _profile(model: str | None, weights: str | None, overrides: dict[str, Any]) 
         return replace(profile, **parts, **top)
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-def _builder_options(flags: dict[str, Any]) -> dict[str, Any]:
-    """The builder options among the flags, as far as they were given."""
-    return {name: flags[name] for name in ENGINE_OPTIONS if flags[name] is not None}
 
 
 def _reporter(quiet: bool) -> Reporter:
@@ -507,7 +477,7 @@ def engine(
     from lemica_trt import compiler as pipeline
     from lemica_trt.report import summary
 
-    options = _builder_options(flags)
+    options = given_options(flags)
     bundle = pipeline.engine_stage(target, output, backends, options, _reporter(quiet or as_json))
     _print(bundle.manifest, as_json, lambda _: summary.build_table(bundle, None, output))
 

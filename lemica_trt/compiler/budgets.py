@@ -13,8 +13,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from lemica_trt.backends.builders import build as build_engine
-from lemica_trt.backends.builders import options_by_backend
+from lemica_trt.backends.build import build as build_engine
+from lemica_trt.backends.machine import describe_machine
+from lemica_trt.backends.options import options_by_backend
 from lemica_trt.bundle.manifest import FRONT_FILE
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.compiler.stages import assemble, export, export_key, verifiable
@@ -24,7 +25,6 @@ from lemica_trt.core.progress import Quiet, Reporter
 from lemica_trt.core.values import json_bytes, read_value, write_value
 from lemica_trt.evaluate.timing import (
     backend_name,
-    machine,
     measure_steps,
     measure_total,
     store_steps,
@@ -146,9 +146,11 @@ class Clock:
         found = stored_steps(self._bundle, self.name)
         if found is None:
             found = measure_steps(self._pipe)
-            store_steps(self._bundle, Measured(machine=machine(), backend=self.name, steps=found))
+            store_steps(self._bundle, Measured(machine=describe_machine(), backend=self.name, steps=found))
         skipped = "" if found.skipped is None else f", a skipped one {said_seconds(found.skipped)}"
-        self._reporter.stage("time", f"a full step takes {said_seconds(found.full)}{skipped}; {self.name}, {machine()}")
+        self._reporter.stage(
+            "time", f"a full step takes {said_seconds(found.full)}{skipped}; {self.name}, {describe_machine()}"
+        )
         return found
 
     def paces(self, plans: Sequence[StepPlan], times: StepTimes) -> dict[str, Pace]:
@@ -188,7 +190,7 @@ def probe(
         "graphs": export_key(model.profile, model.revision, layout),
         "backends": list(backends),
         "options": options,
-        "machine": machine(),
+        "machine": describe_machine(),
     }
     file = work.step_times(hashlib.sha256(json_bytes(key)).hexdigest())
     if file.is_file():
@@ -208,7 +210,7 @@ def probe(
             clock = Clock(bundle, reporter, backend=backend)
             times = clock.steps
             shutil.rmtree(folder)
-            write_value(Measured(machine=machine(), backend=clock.name, steps=times), file)
+            write_value(Measured(machine=describe_machine(), backend=clock.name, steps=times), file)
             return times
         shutil.rmtree(folder)
         reasons.update(why)

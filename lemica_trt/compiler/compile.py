@@ -7,9 +7,9 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lemica_trt.backends.builders import check as check_engine
-from lemica_trt.backends.builders import estimate as estimate_engine
-from lemica_trt.backends.builders import options_by_backend
+from lemica_trt.backends.build import check as check_engine
+from lemica_trt.backends.build import estimate as estimate_engine
+from lemica_trt.backends.options import options_by_backend
 from lemica_trt.bundle.manifest import GRAMS_FILE
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.writing import move_bundle, require_replaceable
@@ -119,7 +119,7 @@ def check_request(profile: Profile, output: Path, request: Request) -> None:
     Raises:
         UsageError: unknown backend or option; `output` is something else than a bundle; budgets to be searched of a
             method that has only its own.
-        UnsupportedError, MissingDependencyError: as `builders.check`.
+        UnsupportedError, MissingDependencyError: as `backends.build.check`.
         InputError: a prompt file or error graph cannot be read.
     """
     require_replaceable(output)

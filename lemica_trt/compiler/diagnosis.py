@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from lemica_trt import __version__
-from lemica_trt.backends.builders import BACKENDS
+from lemica_trt.backends.options import backend_names
 from lemica_trt.core.errors import LemicaError
 from lemica_trt.core.progress import size
 from lemica_trt.ir.report import Finding
@@ -48,7 +48,7 @@ def examine() -> list[Finding]:
         else:
             findings.append(Finding(what="onnxruntime providers", found=", ".join(providers)))
     findings.append(Finding(what="NVIDIA driver", found=_driver(), ok=None))
-    findings.append(Finding(what="backends", found=", ".join(sorted(BACKENDS))))
+    findings.append(Finding(what="backends", found=", ".join(backend_names())))
     for name in profile_names():
         try:
             profile = load_profile(name)

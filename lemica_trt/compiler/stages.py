@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lemica_trt import __version__
-from lemica_trt.backends.builders import build as build_engine
-from lemica_trt.backends.builders import options_by_backend, prune
+from lemica_trt.backends.build import build as build_engine
+from lemica_trt.backends.build import prune
+from lemica_trt.backends.machine import describe_machine
+from lemica_trt.backends.options import options_by_backend
 from lemica_trt.bundle.manifest import (
     ERROR_GRAPH_FILE,
     FRONT_FILE,
@@ -437,13 +439,13 @@ def verify_bundle(
 
 
 def _is_current(report: VerifyReport, bundle: Bundle, samples: int, backend: str | None) -> bool:
-    from lemica_trt.evaluate.timing import backend_name, machine
+    from lemica_trt.evaluate.timing import backend_name
 
     return report.is_of(
         manifest_digest=bundle.manifest.digest,
         backend=backend_name(bundle.engine(backend).key),
         samples=samples,
-        machine=machine(),
+        machine=describe_machine(),
     )
 
 

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import toy
-from test_loop import inputs_of, noises
+from test_loop import inputs_of
 
-from lemica_trt.backends import builders
 from lemica_trt.backends.base import Settings, open_backend
+from lemica_trt.backends.build import build
 from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import GraphSet
-from lemica_trt.ir.plan import CacheRead, PlanRow
 from lemica_trt.runtime.denoise import Denoiser, RowDone
 
 pytestmark = pytest.mark.cpu
@@ -24,73 +23,10 @@ pytestmark = pytest.mark.cpu
 
 def denoiser_of(graphs: GraphSet, folder: Path, **options: Any) -> tuple[Denoiser, EngineEntry]:
     toy.write_onnx(graphs, folder)
-    entry = builders.build("onnxruntime", graphs, folder, folder, {"threads": 1, **options})
+    entry = build("onnxruntime", graphs, folder, folder, {"threads": 1, **options})
     backend = open_backend(entry.key)
     engines = {graph.role: backend.load(graph, folder / graph.file) for graph in graphs.graphs}
     return Denoiser(backend, graphs, engines), entry
-
-
-@pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("optimization", ["disabled", "all"])
-def test_the_loop_is_the_plan(tmp_path: Path, guided: bool, optimization: str) -> None:
-    """All that a plan can hold: histories of 3, folded rows, reuse, fresh noise, guidance of each request."""
-    layout = toy.layout_of(3, 3, 3, stochastic=True, guided=guided)
-    denoiser, _ = denoiser_of(toy.graphs_of(layout, data_file=True), tmp_path, optimization=optimization)
-    plan = toy.plan_of(
-        PlanRow(variant="full", step=0, latents=(1.0,), timestep=0.9, in_scale=0.5),
-        PlanRow(variant="full", step=1, latents=(0.9, 0.1), outputs=(-0.2,), timestep=0.7, guidance=(1.0, 0.5)),
-        PlanRow(
-            variant="skip",
-            step=2,
-            latents=(1.0,),
-            outputs=(-0.3, 0.1),
-            timestep=0.6,
-            caches=(
-                CacheRead(
-                    slot="trunk",
-                    weights=(
-                        1.5,
-                        -0.5,
-                    ),
-                ),
-            ),
-        ),
-        PlanRow(
-            variant=None,
-            step=4,
-            latents=(1.0, 0.0, 0.1),
-            outputs=(-0.1,),
-            draws=2,
-            noise=(0.3, -0.4),
-            reuse=(1.5, -0.5),
-        ),
-        PlanRow(variant="full", step=7, latents=(), outputs=(0.5, 0.2, 0.1), timestep=0.3),
-        PlanRow(
-            variant="skip",
-            step=8,
-            latents=(1.0,),
-            outputs=(-0.1,),
-            timestep=0.2,
-            caches=(
-                CacheRead(
-                    slot="trunk",
-                    weights=(
-                        0.5,
-                        0.3,
-                        0.2,
-                    ),
-                ),
-            ),
-            draws=1,
-            noise=(1.0, 0.5),
-        ),
-        PlanRow(variant=None, step=9, latents=(1.0, 0.2), outputs=(-0.1, 0.1, -0.2)),
-    )
-    for batch in (1, 3, 2):
-        inputs = inputs_of(layout, batch, seed=batch)
-        expected = toy.interpret(plan, layout, **inputs, draw=noises(batch))
-        found = denoiser.run(plan, **inputs, draw=noises(batch))
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_every_call_repeats_to_the_bit(tmp_path: Path) -> None:
@@ -103,6 +39,7 @@ def test_every_call_repeats_to_the_bit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(denoiser.run(plan, **inputs), first)
 
 
+@pytest.mark.benchmark
 def test_the_host_adds_little(tmp_path: Path) -> None:
     """Python between two rows costs microseconds; the toy graphs themselves are most of a row."""
     layout = toy.layout_of()
@@ -141,8 +78,8 @@ def test_engine_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         backend.empty((1 << 60,), "fp32")
     if "CUDAExecutionProvider" not in __import__("onnxruntime").get_available_providers():
         with pytest.raises(MissingDependencyError, match="CUDAExecutionProvider → pip uninstall onnxruntime && pip"):
-            builders.build("onnxruntime", graphs, tmp_path, tmp_path, {"provider": "cuda"})
-    with pytest.raises(UsageError, match="no provider 'tpu' → use one of: cpu, cuda"):
-        builders.build("onnxruntime", graphs, tmp_path, tmp_path, {"provider": "tpu"})
-    with pytest.raises(UsageError, match="threads must be 0 or more"):
-        builders.build("onnxruntime", graphs, tmp_path, tmp_path, {"threads": -1})
+            build("onnxruntime", graphs, tmp_path, tmp_path, {"provider": "cuda"})
+    with pytest.raises(UsageError, match="--provider must be one of cpu, cuda, got 'tpu'"):
+        build("onnxruntime", graphs, tmp_path, tmp_path, {"provider": "tpu"})
+    with pytest.raises(UsageError, match="--threads must be an integer, 0 or more, got -1"):
+        build("onnxruntime", graphs, tmp_path, tmp_path, {"threads": -1})
