@@ -32,15 +32,14 @@ from lemica_trt.calibrate.journal import Header, Journal
 from lemica_trt.calibrate.workers import Progress
 from lemica_trt.core.errors import InputError, UnsupportedError, VerificationError
 from lemica_trt.core.values import Value, require_finite
-from lemica_trt.ir.plan import FITTED, PlanRow, StepPlan, layout_from_plans
-from lemica_trt.ir.prediction import Predictor
+from lemica_trt.ir.plan import PlanRow, StepPlan, layout_from_plans
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models.denoise import Rollout, denoise
 from lemica_trt.models.model import Model
-from lemica_trt.planning.fold import fold, nearest_steps
-from lemica_trt.planning.prediction import predict
-from lemica_trt.planning.step_plan import plan_from_schedule, relabelled
+from lemica_trt.planning.extrapolation import linear_plan
+from lemica_trt.planning.fold import nearest_steps
+from lemica_trt.planning.step_plan import moved_to, uncached_plan
 
 OUTPUTS = 6
 """Model outputs that a row reads back, where there are as many; and at least what the extrapolated row reads."""
@@ -53,9 +52,6 @@ ROUNDS = 8
 
 FLOOR = 1e-13
 """Errors below this part of a sample's power are rounding: none counts for more because it has less of it."""
-
-START = Predictor(of="output", method="linear")
-"""What stands in for the outputs of skipped steps in the rows that the fit begins with."""
 
 Array = npt.NDArray[np.float64]
 
@@ -154,7 +150,7 @@ class Fitter:
         if table.stochastic:
             raise UnsupportedError(
                 f"{table.scheduler} draws noise at each step: a solver can be fitted to one path only",
-                fix="use a deterministic sampler (--scheduler), or leave --solver out",
+                fix="use a deterministic sampler (--scheduler), or another --method",
             )
         if not prompts:
             raise InputError("prompts: expected at least one, got none")
@@ -185,11 +181,9 @@ class Fitter:
         plan = msgspec.structs.replace(
             start,
             rows=(start.rows[0], *rows),
-            scheduler=FITTED,
-            predictor=None,
             reference_steps=fine if fine > self._table.num_steps else None,
         )
-        return relabelled(plan, schedule, self._table)
+        return moved_to(plan, schedule, self._table)
 
     def evaluations_for(self, schedule: Schedule) -> int:
         """Evaluations of the DiT that a call would make now: none where the journal has the fit; else the reference,
@@ -204,16 +198,8 @@ class Fitter:
         finely = Schedule(
             num_steps=self._reference.num_steps, full_steps=tuple(self._steps[f] for f in schedule.full_steps)
         )
-        return fold(
-            plan_from_schedule(
-                finely,
-                self._reference,
-                name=FITTED,
-                guidance_scale=self._model.profile.sampling.guidance_scale,
-                method="",
-                prediction=predict(START, finely, self._reference),
-            )
-        )
+        guidance_scale = self._model.profile.sampling.guidance_scale
+        return linear_plan(finely, self._reference, guidance_scale=guidance_scale, name="fitted", method="fitted")
 
     def _fit(self, start: StepPlan, schedule: Schedule) -> list[FittedRow]:
         """Run the plan on all samples, row by row, each row fitted before it runs."""
@@ -260,13 +246,7 @@ class Fitter:
     def _path(self, s: int) -> list[Tensor]:
         """The reference's latents at each of the N steps and at the end, on the host: fp32 [1, *latent_shape]."""
         end = self._reference.num_steps
-        plan = plan_from_schedule(
-            Schedule(num_steps=end, full_steps=tuple(range(end))),
-            self._reference,
-            name="reference",
-            guidance_scale=self._model.profile.sampling.guidance_scale,
-            method="none",
-        )
+        plan = uncached_plan(self._reference, guidance_scale=self._model.profile.sampling.guidance_scale)
         steps = (*self._steps, end)
         kept: dict[int, Tensor] = {}
 
@@ -339,4 +319,4 @@ def _fitted_row(row: PlanRow, runs: Sequence[tuple[Rollout, Tensor]]) -> FittedR
 
 def _require_finite(latents: Tensor, where: str) -> None:
     if not bool(torch.isfinite(latents).all()):
-        raise VerificationError(f"{where}: expected finite latents", fix="build with another --dtype, or --solver")
+        raise VerificationError(f"{where}: expected finite latents", fix="build with another --dtype, or --method")

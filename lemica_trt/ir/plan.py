@@ -29,7 +29,6 @@ import numpy.typing as npt
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import Value, json_bytes, require, require_finite
 from lemica_trt.ir.graphs import GraphSet, StepLayout
-from lemica_trt.ir.prediction import Predictor
 
 PLAN_FORMAT = 3
 
@@ -40,10 +39,6 @@ both kinds, plans made at 4 lose at most 0.6 dB at 2 and at 7 against plans made
 
 
 Graph = Literal["full", "skip", "none"]
-
-
-FITTED = "fitted"
-"""`StepPlan.scheduler` where the solver was fitted; see `calibrate.fitted`."""
 
 
 class PlanRow(Value, frozen=True):
@@ -99,12 +94,11 @@ class StepPlan(Value, frozen=True):
         num_steps: N, the sampler's number of steps.
         guidance_scale: default guidance scale g of a request.
         rows: see the module docstring; the last one has step N and gives the result.
-        scheduler: diffusers scheduler class that the rows were lowered from; of a planned solver, its own;
-            `FITTED` where the solver was fitted.
-        sampler_digest: digest of the N-step `SamplerTable` that the plan stands in for.
-        method: how the full steps were chosen (`lemica`, `least-sum`, `predicted`, `uniform`, `given`, `none`, …).
-        error_graph_digest: digest of the `ErrorGraph` behind it; None where none was used.
-        predictor: what skipped steps do; None where there are none.
+        scheduler: diffusers scheduler class of the N-step sampler that the plan stands in for.
+        sampler_digest: digest of that sampler's `SamplerTable`.
+        method: name of the planner that made it (`lemica`, `fitted`, `stock:unipc`, …; see `planning.planners`);
+            `given` of the user's own steps, `uncached` where nothing is skipped.
+        error_graph_digest: digest of the `ErrorGraph` that it was made from; None where none was used.
         reference_steps: M > N, where the run that the plan is held against is the sampler with M steps: what it was
             fitted to, integrated on (see `fold`), and chosen by. None: the N steps.
         guidance_range: lowest and highest guidance scale of a request; None: any.
@@ -119,7 +113,6 @@ class StepPlan(Value, frozen=True):
     sampler_digest: str
     method: str
     error_graph_digest: str | None = None
-    predictor: Predictor | None = None
     reference_steps: int | None = None
     guidance_range: tuple[float, float] | None = None
     format_version: int = PLAN_FORMAT

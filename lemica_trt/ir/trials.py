@@ -5,34 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from lemica_trt.core.values import Value, require, require_finite
-from lemica_trt.ir.plan import StepPlan
-
-PAPER = "lemica, residual-reuse"
-"""What LeMiCa does (arXiv 2511.00090), as `way` has it."""
 
 
-def way(plan: StepPlan) -> str:
-    """What a plan does, for tables: `lemica, output-linear`, `signed, UniPCMultistepScheduler`."""
-    if plan.budget == plan.num_steps:
-        return "uncached"
-    return f"{plan.method}, {plan.scheduler if plan.predictor is None else plan.predictor.name}"
-
-
-def recipe(name: str) -> str:
-    """What a way does in a skipped step, however its full steps are chosen: `output-linear` of them all."""
-    return name.split(", ", 1)[-1]
-
-
-class Tried(Value, frozen=True):
-    """How one way did.
+class Trial(Value, frozen=True):
+    """One candidate.
 
     Attributes:
-        way: see there.
+        label: of its plan: the name of the planner that made it (`StepPlan.method`).
         full_steps: of its plan.
-        snr: dB of each sample that it was tried on, the first of all samples; see `calibrate.trials`.
+        snr: dB of each sample that it ran on, the first of all samples; see `PlanEvaluator.scores`.
     """
 
-    way: str
+    label: str
     full_steps: tuple[int, ...]
     snr: tuple[float, ...]
 
@@ -42,27 +26,32 @@ class Tried(Value, frozen=True):
         return float(np.mean(self.snr))
 
 
-class Selection(Value, frozen=True):
-    """All ways that were tried for one budget.
+class TrialTable(Value, frozen=True):
+    """All candidates of one budget.
 
     Attributes:
-        budget: B, of the winner; where a time was asked for, others may have some full steps more or less.
-        samples: of the last round.
-        tried: the winner first; then by the number of samples that they lasted for, then by their mean.
+        budget: B of the winner; where a time was asked for, others may have some full steps more or less.
+        samples: how many the last round ran on.
+        trials: the winner first; then by the number of samples that they lasted for, then by their mean.
     """
 
     budget: int
     samples: int
-    tried: tuple[Tried, ...]
+    trials: tuple[Trial, ...]
 
     def __post_init__(self) -> None:
-        require(len(self.tried) > 0, "nothing was tried")
-        for tried in self.tried:
-            require(0 < len(tried.snr) <= self.samples, f"{tried.way} was tried on {len(tried.snr)} samples")
-            require_finite(tried.snr, f"{tried.way}: snr")
+        require(len(self.trials) > 0, "nothing was tried")
+        for trial in self.trials:
+            require(0 < len(trial.snr) <= self.samples, f"{trial.label} was tried on {len(trial.snr)} samples")
+            require_finite(trial.snr, f"{trial.label}: snr")
+
+    @property
+    def best(self) -> Trial:
+        """The winner."""
+        return self.trials[0]
 
 
-class Selections(Value, frozen=True):
-    """Of all budgets of a build."""
+class TrialTables(Value, frozen=True):
+    """Those of all budgets of a build."""
 
-    selections: tuple[Selection, ...]
+    tables: tuple[TrialTable, ...]

@@ -23,12 +23,8 @@ import numpy.typing as npt
 
 from lemica_trt.core.errors import UsageError
 from lemica_trt.ir.plan import PlanRow, StepPlan
-from lemica_trt.ir.prediction import Predictor
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.elimination import newest_first, shortest_combination
-from lemica_trt.planning.prediction import predict
-from lemica_trt.planning.step_plan import plan_from_schedule, relabelled
 
 Array = npt.NDArray[np.float64]
 
@@ -81,48 +77,6 @@ def fold(plan: StepPlan) -> StepPlan:
         latents.append(basis[1 + k])
         outputs.append(basis[1 + count + k])
     return msgspec.structs.replace(plan, rows=tuple(folded))
-
-
-def integrate_finely(
-    schedule: Schedule,
-    table: SamplerTable,
-    fine: SamplerTable,
-    predictor: Predictor,
-    *,
-    name: str,
-    guidance_scale: float,
-    method: str,
-    error_graph_digest: str | None = None,
-) -> StepPlan:
-    """A folded plan whose skipped steps are taken on a finer grid than the sampler's N steps; it costs no engine call.
-
-    The schedule's full steps run at the nearest of the M fine timesteps, and between them the predicted outputs are
-    integrated with the M-step sampler: closer to the exact solution than N steps, and away from what N steps give.
-
-    Args:
-        schedule: full steps of N.
-        table: the sampler at N steps.
-        fine: the same sampler at M > N steps.
-        predictor: of outputs, not fitted: there are no measurements between the N steps.
-
-    Raises:
-        UsageError: a predictor of residuals or a fitted one; as `nearest_steps`.
-    """
-    if predictor.of != "output" or predictor.fitted:
-        raise UsageError(f"a finer grid needs predicted outputs and no fit, got {predictor.name}")
-    nearest = nearest_steps(table, fine)
-    finely = Schedule(num_steps=fine.num_steps, full_steps=tuple(nearest[f] for f in schedule.full_steps))
-    plan = plan_from_schedule(
-        finely,
-        fine,
-        name=name,
-        guidance_scale=guidance_scale,
-        method=method,
-        error_graph_digest=error_graph_digest,
-        prediction=predict(predictor, finely, fine),
-    )
-    folded = msgspec.structs.replace(fold(plan), reference_steps=fine.num_steps)
-    return relabelled(folded, schedule, table)
 
 
 def nearest_steps(table: SamplerTable, fine: SamplerTable) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 The edges of an `ErrorGraph` are errors of reuse: large where outputs move. A plan that predicts outputs errs where they
 bend. With q < p < i the last full steps before the skipped ones i < t < j, and g_t what the sampler makes of m_t in the
-latents behind (`signed.output_adjoints`), prediction leaves at j, at its best, the mean over samples of
+latents behind (`output_adjoints`), prediction leaves at j, at its best, the mean over samples of
 
     ε²(q, p, i, j) = min_b ‖Σ_{i<t<j} g_t·m_t − b_0·m_i − b_1·m_p − b_2·m_q‖²
 
@@ -31,14 +31,9 @@ from lemica_trt.ir.calibration import ErrorGraph, TrajectoryGrams
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.minimax import require_feasible
-from lemica_trt.planning.signed import output_adjoints
 
 GAP = 5
 """The longest segments that sensitivities are taken from: longer ones are less linear."""
-
-POWERS = (1.0, 0.85)
-"""Of c: 1 as it was measured, less for what corrects itself. Of powers from 0.5 to 1.3, the better of these two was the
-best, or within 0.6 dB of it, at 10, 15, 20 and 25 of 50 steps (cogvideox-tiny, fitted solvers, 48 held-out clips)."""
 
 RIDGE = 1e-8
 """Part of an output's power below which what it has beyond another is rounding."""
@@ -142,6 +137,25 @@ def _segments(table: SamplerTable, span: int) -> list[tuple[int, int, Array]]:
         weights[first:j] = output_adjoints(table, first, j).sum(1)
         found += [(i, j, np.where(np.arange(n) > i, weights, 0.0)) for i in range(first, j)]
     return found
+
+
+def output_adjoints(table: SamplerTable, first: int, stop: int) -> Array:
+    """γ[t − first, s]: what the output of step t, first ≤ t < stop, puts into the latents of row s ≥ stop directly or
+    through the latents and outputs of rows before `stop`, none of which runs the DiT.
+
+    For a one-step sampler x_{t+1} = A_t·x_t + B_t·m_t it is B_t·Π_{s=t+1}^{stop−1} A_s at s = stop, 0 elsewhere.
+
+    Returns:
+        [stop − first, N + 1]; 0 for s < stop.
+    """
+    n = table.num_steps
+    latents = np.eye(n + 1)  # row t: what x_t puts into rows `stop` …
+    outputs = np.zeros((n, n + 1))
+    for t in range(stop - 1, first - 1, -1):
+        later = list(enumerate(table.rows[t + 1 :]))
+        outputs[t] = sum(row.outputs[k] * latents[t + 1 + k] for k, row in later if k < len(row.outputs))
+        latents[t] = sum(row.latents[k] * latents[t + 1 + k] for k, row in later if k < len(row.latents))
+    return outputs[first:stop]
 
 
 def _stops(n: int, span: int) -> npt.NDArray[np.intp]:

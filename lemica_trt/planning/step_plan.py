@@ -8,10 +8,14 @@ import msgspec
 
 from lemica_trt.core.values import require
 from lemica_trt.ir.plan import Graph, PlanRow, StepPlan
-from lemica_trt.ir.prediction import LEMICA, Prediction
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
-from lemica_trt.planning.prediction import predict
+
+UNCACHED = "uncached"
+"""Name, and method, of the plan that runs every step in full; every bundle has it: others are measured against it."""
+
+OutputWeights = Sequence[tuple[float, ...]]
+"""For each step 0 … N − 1 the weight of the k-th last full step's output at index k; empty exactly at full steps."""
 
 
 def plan_from_schedule(
@@ -21,32 +25,28 @@ def plan_from_schedule(
     name: str,
     guidance_scale: float,
     method: str,
-    error_graph_digest: str | None = None,
-    prediction: Prediction | None = None,
+    output_weights: OutputWeights | None = None,
 ) -> StepPlan:
-    """Join a schedule and a sampler: full rows where the schedule says so, skipped ones as predicted elsewhere.
+    """Join a schedule and a sampler: full rows where the schedule says so, reuse elsewhere.
 
     Args:
-        prediction: made for this schedule; None: LeMiCa's residual reuse.
+        output_weights: skipped steps take a combination of outputs and run no graph; None: they run what is left of
+            the model on the last full step's residual, which is LeMiCa (arXiv 2511.00090).
 
     Raises:
-        ValueError: schedule, sampler and prediction do not belong together.
+        ValueError: schedule, sampler and weights do not belong together.
     """
+    n, full = table.num_steps, set(schedule.full_steps)
+    require(schedule.num_steps == n, f"the schedule is for {schedule.num_steps} steps, the sampler has {n}")
     require(
-        schedule.num_steps == table.num_steps,
-        f"the schedule is for {schedule.num_steps} steps, the sampler has {table.num_steps}",
-    )
-    prediction = predict(LEMICA, schedule, table) if prediction is None else prediction
-    of, weights = prediction.predictor.of, prediction.weights
-    full = set(schedule.full_steps)
-    require(
-        len(weights) == table.num_steps and all((not weights[t]) == (t in full) for t in range(table.num_steps)),
-        "the prediction was made for another schedule",
+        output_weights is None
+        or (len(output_weights) == n and all((not output_weights[t]) == (t in full) for t in range(n))),
+        "the weights were made for another schedule",
     )
     rows, before = [], list[int]()
     for i, row in enumerate(table.rows):
-        skipped = i < table.num_steps and i not in full
-        graph: Graph = "full" if i in full else "skip" if skipped and of == "residual" else "none"
+        skipped = i < n and i not in full
+        graph: Graph = "full" if i in full else "skip" if skipped and output_weights is None else "none"
         rows.append(
             PlanRow(
                 graph=graph,
@@ -58,57 +58,46 @@ def plan_from_schedule(
                 timestep=row.timestep,
                 in_scale=row.in_scale,
                 guidance=row.guidance,
-                residuals=weights[i] if graph == "skip" else (),
-                reuse=_reuse(weights[i], before, i) if skipped and graph == "none" else (),
+                residuals=(1.0,) if graph == "skip" else (),
+                reuse=_reuse(output_weights[i], before, i) if skipped and output_weights is not None else (),
             )
         )
         if i in full:
             before.insert(0, i)
     return StepPlan(
         name=name,
-        num_steps=table.num_steps,
+        num_steps=n,
         guidance_scale=guidance_scale,
         rows=tuple(rows),
         scheduler=table.scheduler,
         sampler_digest=table.digest,
         method=method,
-        error_graph_digest=error_graph_digest,
-        predictor=prediction.predictor if len(full) < table.num_steps else None,
     )
 
 
+def uncached_plan(table: SamplerTable, *, guidance_scale: float, name: str = UNCACHED) -> StepPlan:
+    """The plan that runs every step in full."""
+    every = Schedule(num_steps=table.num_steps, full_steps=tuple(range(table.num_steps)))
+    return plan_from_schedule(every, table, name=name, guidance_scale=guidance_scale, method=UNCACHED)
+
+
 def plan_from_solver(
-    schedule: Schedule,
-    table: SamplerTable,
-    solver: SamplerTable,
-    *,
-    name: str,
-    guidance_scale: float,
-    method: str,
-    error_graph_digest: str | None = None,
+    schedule: Schedule, table: SamplerTable, solver: SamplerTable, *, name: str, guidance_scale: float, method: str
 ) -> StepPlan:
     """The plan of a solver that has the schedule's full steps for its own and skips none.
 
     Args:
         table: the N-step sampler that the schedule is for.
-        solver: B model calls, see `sampler.first_order_table` and `lower.solver_table`.
+        solver: B model calls, see `solvers.first_order_table` and `models.scheduler.solver_table`.
 
     Raises:
         ValueError: B differs.
     """
-    every = Schedule(num_steps=solver.num_steps, full_steps=tuple(range(solver.num_steps)))
-    plan = plan_from_schedule(
-        every,
-        solver,
-        name=name,
-        guidance_scale=guidance_scale,
-        method=method,
-        error_graph_digest=error_graph_digest,
-    )
-    return relabelled(plan, schedule, table)
+    plan = uncached_plan(solver, guidance_scale=guidance_scale, name=name)
+    return moved_to(msgspec.structs.replace(plan, method=method), schedule, table)
 
 
-def relabelled(plan: StepPlan, schedule: Schedule, table: SamplerTable) -> StepPlan:
+def moved_to(plan: StepPlan, schedule: Schedule, table: SamplerTable) -> StepPlan:
     """The same plan, its B full rows standing for the full steps of a schedule of an N-step sampler.
 
     Raises:
@@ -126,6 +115,7 @@ def relabelled(plan: StepPlan, schedule: Schedule, table: SamplerTable) -> StepP
     return msgspec.structs.replace(
         plan,
         num_steps=schedule.num_steps,
+        scheduler=table.scheduler,
         sampler_digest=table.digest,
         rows=tuple(msgspec.structs.replace(row, step=step) for row, step in rows),
     )
