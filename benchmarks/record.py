@@ -17,9 +17,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
+from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import Value, read_value, require, write_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -341,10 +343,23 @@ def _rounded(value: object) -> object:
     return value
 
 
+class _Kind(msgspec.Struct):
+    """What every result has."""
+
+    kind: str
+
+
 def read_results(folder: Path = RESULTS) -> list[Result]:
     """All results of a folder, by file name.
 
     Raises:
         InputError: a file is not a result.
     """
-    return [read_value(Result, path) for path in sorted(folder.glob("*.json"))]  # type: ignore[arg-type]
+    kinds: dict[str, type[Result]] = {str(kind.__struct_config__.tag): kind for kind in get_args(Result)}
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        kind = read_value(_Kind, path).kind
+        if kind not in kinds:
+            raise InputError(f"{path}: expected a result of kind {', '.join(kinds)}, got {kind!r}")
+        found.append(read_value(kinds[kind], path))
+    return found
