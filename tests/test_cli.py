@@ -12,6 +12,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 from command import PAPER, SMALL, lemica
+from lemica_trt.planning.signed import AdjointProducts
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.compiler.work import work_folder
@@ -20,7 +21,6 @@ from lemica_trt.core.values import read_value
 from lemica_trt.ir.calibration import ErrorGraph, TrajectoryGrams
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.trials import Selections
-from lemica_trt.planning.signed import AdjointProducts
 
 pytestmark = pytest.mark.cpu
 
@@ -36,7 +36,7 @@ def test_build_makes_a_verified_bundle(built: tuple[Path, subprocess.CompletedPr
     differences = {(run["plan"], run["against"]): run["difference"] for run in report["agreement"]}
     assert set(differences) == {("b4", "torch"), ("b5", "torch"), ("uncached", "diffusers"), ("uncached", "torch")}
     assert max(differences.values()) <= 1e-4
-    assert {(row["plan"], row["way"]) for row in report["quality"]} == {
+    assert {(row["plan"], row["method"]) for row in report["quality"]} == {
         (plan, way) for plan in ("b4", "b5") for way in ("plan", "uniform", "fewer-steps")
     }
     assert (output / "reports" / "contact_sheet.png").stat().st_size > 1000
@@ -60,11 +60,12 @@ def test_a_bundle_that_does_not_verify_replaces_none(
     built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old one stays as it is, the new one lies beside it with its report."""
+    from lemica_trt.planning.candidates import Ways
+
     from lemica_trt import compiler as pipeline
     from lemica_trt.core.errors import VerificationError
     from lemica_trt.core.progress import Quiet
     from lemica_trt.evaluate import verify
-    from lemica_trt.planning.candidates import Ways
 
     output = tmp_path / "bundle"
     shutil.copytree(built[0], output)

@@ -12,6 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tiny
+from lemica_trt.ir.prediction import LEMICA, Predictor
+from lemica_trt.planning.candidates import Ways, candidates
+from lemica_trt.planning.prediction import predict
 from rich.console import Console
 
 from lemica_trt import compiler as pipeline
@@ -20,15 +23,12 @@ from lemica_trt.compiler.planning import _best_before
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.progress import Quiet
 from lemica_trt.ir.plan import StepPlan, layout_from_plans
-from lemica_trt.ir.prediction import LEMICA, Predictor
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.ir.trials import way
 from lemica_trt.models import Model, denoise
 from lemica_trt.models.scheduler import solver_table
-from lemica_trt.planning.candidates import Ways, candidates
 from lemica_trt.planning.fold import fold
-from lemica_trt.planning.prediction import predict
 from lemica_trt.planning.schedules import given, uniform
 from lemica_trt.planning.step_plan import plan_from_schedule, plan_from_solver
 from lemica_trt.report.summary import agreement_text
@@ -124,7 +124,7 @@ def test_no_plan_needs_a_skip_graph_and_none_is_built(built: Built) -> None:
 def test_the_bundle_verifies(built: Built) -> None:
     """Every plan against PyTorch, the uncached one against diffusers, and the baselines that these graphs can run."""
     report = pipeline.verify_bundle(built.bundle, built.model, 1, Quiet())
-    ways = {(quality.plan, quality.way) for quality in report.quality}
+    ways = {(quality.plan, quality.method) for quality in report.quality}
     assert {(f"b{BUDGET}", way) for way in ("plan", "uniform", "fewer-steps")} <= ways
     assert {(quality.plan, quality.reference_steps) for quality in report.quality} == {
         (f"b{BUDGET}", None), ("planned", None), ("fitted", 2 * STEPS),

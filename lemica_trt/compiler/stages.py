@@ -420,16 +420,17 @@ def verify_bundle(
         MissingDependencyError, UnsupportedError: these engines cannot run here.
         VerificationError: after the report was stored.
     """
-    from lemica_trt.evaluate.verify import held_out, require_verified, stored_report, verify
+    from lemica_trt.evaluate.evaluator import held_out_samples
+    from lemica_trt.evaluate.verify import require_verified, stored_report, verify
     from lemica_trt.report.folder import write_reports
 
-    requests = held_out(calibration_prompts(model.profile, None, split="held_out"), samples)
+    held_out = held_out_samples(calibration_prompts(model.profile, None, split="held_out"), samples)
     report = None if anew else stored_report(bundle)
     if report is not None and _is_current(report, bundle, samples, backend) and not report.failures():
         bundle.check()
         reporter.stage("verify", "unchanged")
         return report
-    report, clips = verify(bundle, model, requests, reporter=reporter, backend=backend)
+    report, clips = verify(bundle, model, held_out, reporter=reporter, backend=backend)
     write_reports(bundle, report, clips)
     require_verified(report, bundle.path)
     return report
