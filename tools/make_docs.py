@@ -28,6 +28,7 @@ from record import EngineBuild, Quality, Result, Serving, Speed, read_results
 from tables import described, summary_table, table
 
 from lemica_trt.cli.main import main as cli
+from lemica_trt.compiler.stages import STAGES
 from lemica_trt.core.errors import EXIT_CODES
 from lemica_trt.ir.resources import load_profile, profile_names
 from lemica_trt.planning.planner import AUTO, planners
@@ -119,6 +120,15 @@ def profiles() -> str:
     return table(["profile", "model", "family", "shape", "precision"], rows, "left")
 
 
+def stages() -> str:
+    """A row a stage of a build, in order."""
+    rows = []
+    for stage in STAGES:
+        reads = dict.fromkeys(name.partition(".")[0] for name in stage.reads)
+        rows.append([f"`{stage.name}`", ", ".join(reads), ", ".join(stage.writes), ", ".join(stage.packages)])
+    return table(["stage", "reads", "writes", "packages"], rows, "left")
+
+
 def methods() -> str:
     """A row a planner, by name."""
     rows = []
@@ -135,6 +145,7 @@ def _results(kind: type[Result]) -> Callable[[Sequence[Result]], str]:
 PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "commands": lambda _: commands(),
     "exit-codes": lambda _: exit_codes(),
+    "stages": lambda _: stages(),
     "methods": lambda _: methods(),
     "profiles": lambda _: profiles(),
     "summary": summary_table,
