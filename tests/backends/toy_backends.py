@@ -81,14 +81,16 @@ def full_plan() -> StepPlan:
     return toy.plan_of(
         PlanRow(variant="full", step=0, latents=(1.0,), timestep=0.9, in_scale=0.5),
         PlanRow(variant="full", step=1, latents=(0.9, 0.1), outputs=(-0.2,), timestep=0.7, guidance=(1.0, 0.5)),
-        PlanRow(variant="skip", step=2, latents=(1.0,), outputs=(-0.3, 0.1), timestep=0.6, caches=trunk_reads(1.5, -0.5)),
+        PlanRow(variant="skip", step=2, latents=(1.0,), outputs=(-0.3, 0.1), timestep=0.6,
+                caches=trunk_reads(1.5, -0.5)),
         PlanRow(
             step=4, latents=(1.0, 0.0, 0.1), outputs=(-0.1,), draws=2, noise=(0.3, -0.4),
             reuse=(1.5, -0.5),
         ),
         PlanRow(variant="full", step=7, latents=(), outputs=(0.5, 0.2, 0.1), timestep=0.3),
         PlanRow(
-            variant="skip", step=8, latents=(1.0,), outputs=(-0.1,), timestep=0.2, caches=trunk_reads(0.5, 0.3, 0.2), draws=1,
+            variant="skip", step=8, latents=(1.0,), outputs=(-0.1,), timestep=0.2, draws=1,
+            caches=trunk_reads(0.5, 0.3, 0.2),
             noise=(1.0, 0.5),
         ),
         PlanRow(step=9, latents=(1.0, 0.2), outputs=(-0.1, 0.1, -0.2)),
