@@ -171,8 +171,9 @@ def large_model(part: Part, device: str) -> Any:
 
 def plans_of(model: Any, budgets: Sequence[int]) -> list[StepPlan]:
     """Plans with full steps at equal distances – where they lie does not change the time –, and the uncached one."""
-    from lemica_trt.compiler import Findings, make_plans, uncached_plan
+    from lemica_trt.compiler import Findings, make_plans
     from lemica_trt.models.scheduler import sampler_table
+    from lemica_trt.planning.step_plan import uncached_plan
 
     table = sampler_table(model.scheduler())
     plans, _ = make_plans(

@@ -23,7 +23,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.compiler import calibration_prompts, profile_of_bundle, uncached_plan
+from lemica_trt.compiler import calibration_prompts, profile_of_bundle
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.metrics import psnr, ssim
 from lemica_trt.core.values import read_value
@@ -33,6 +33,7 @@ from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.trials import way
 from lemica_trt.models import Model, denoise, load_model, scheduler_like
 from lemica_trt.models.scheduler import sampler_table
+from lemica_trt.planning.step_plan import uncached_plan
 
 RESAMPLES = 10_000
 BATCH = 8

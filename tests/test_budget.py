@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fold import flow_table
 
-from lemica_trt.compiler import uncached_plan
 from lemica_trt.core.errors import InfeasibleError
 from lemica_trt.evaluate.timing import shortened
 from lemica_trt.ir.budget import (
@@ -35,7 +34,7 @@ from lemica_trt.planning.fold import fold
 from lemica_trt.planning.minimax import least_budget
 from lemica_trt.planning.prediction import predict
 from lemica_trt.planning.schedules import uniform
-from lemica_trt.planning.step_plan import plan_from_schedule
+from lemica_trt.planning.step_plan import plan_from_schedule, uncached_plan
 
 pytestmark = pytest.mark.null
 

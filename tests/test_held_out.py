@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lemica_trt.compiler import Findings, calibration_prompts, make_plans, require_graph_fits, uncached_plan
+from lemica_trt.compiler import Findings, calibration_prompts, make_plans, require_graph_fits
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.metrics import psnr
 from lemica_trt.core.values import read_value
@@ -21,6 +21,7 @@ from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.models import Model, denoise, load_model
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.planning.candidates import Ways
+from lemica_trt.planning.step_plan import uncached_plan
 
 pytestmark = pytest.mark.cpu
 

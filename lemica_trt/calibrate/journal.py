@@ -161,7 +161,7 @@ class Journal(Generic[E]):
     """An open journal.
 
     Args:
-        path: the file; made if it is not there, with its folder.
+        path: the file; made if it is not there, with its folder. None: entries are kept in memory only.
         measurement: what is to be measured.
         kind: class of its entries.
 
@@ -173,11 +173,13 @@ class Journal(Generic[E]):
         entries: all finished ones, by key.
     """
 
-    def __init__(self, path: Path, measurement: Header, kind: type[E]) -> None:
+    def __init__(self, path: Path | None, measurement: Header, kind: type[E]) -> None:
         self.entries: dict[Hashable, E] = {}
         self._path = path
         self._measurement = measurement
         self._kind = kind
+        if path is None:
+            return
         header = _line(measurement)
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
@@ -199,6 +201,8 @@ class Journal(Generic[E]):
         self.entries.update({entry.key: entry for entry in new})
 
     def _append(self, data: bytes) -> None:
+        if self._path is None:
+            return
         with self._path.open("ab") as file:
             file.write(data)
             file.flush()

@@ -25,7 +25,7 @@ from lemica_trt.compiler.commands import (
     verify_stage,
 )
 from lemica_trt.compiler.compile import Request, Result, build, check_request, dry_run
-from lemica_trt.compiler.planning import Judge, fitter, make_plans, planned_solvers, require_graph_fits
+from lemica_trt.compiler.planning import fitter, make_plans, planned_solvers, require_graph_fits
 from lemica_trt.compiler.stages import (
     assemble,
     calibrate,
@@ -38,16 +38,14 @@ from lemica_trt.compiler.stages import (
     verifiable,
     verify_bundle,
 )
-from lemica_trt.compiler.work import TOKENIZER_FILE, UNCACHED, Exported, Findings, Work, uncached_plan, work_folder
+from lemica_trt.compiler.work import TOKENIZER_FILE, Exported, Findings, Work, work_folder
 from lemica_trt.ir.report import Answer, Pace, Stage
 
 __all__ = [
     "TOKENIZER_FILE",
-    "UNCACHED",
     "Answer",
     "Exported",
     "Findings",
-    "Judge",
     "Pace",
     "Replanned",
     "Request",
@@ -76,7 +74,6 @@ __all__ = [
     "reference_sampler",
     "replan",
     "require_graph_fits",
-    "uncached_plan",
     "verifiable",
     "verify_bundle",
     "verify_stage",

@@ -17,9 +17,8 @@ from lemica_trt.backends.builders import build as build_engine
 from lemica_trt.backends.builders import options_by_backend
 from lemica_trt.bundle.manifest import FRONT_FILE
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.compiler.planning import Judge
 from lemica_trt.compiler.stages import assemble, export, export_key, verifiable
-from lemica_trt.compiler.work import Findings, Work, uncached_plan
+from lemica_trt.compiler.work import Findings, Work
 from lemica_trt.core.errors import InfeasibleError, MissingDependencyError, UsageError
 from lemica_trt.core.progress import Quiet, Reporter
 from lemica_trt.core.values import json_bytes, read_value, write_value
@@ -53,10 +52,11 @@ from lemica_trt.planning.budget import afforded, front_budgets, front_rows, leas
 from lemica_trt.planning.candidates import Ways, trial_runs
 from lemica_trt.planning.minimax import least_budget
 from lemica_trt.planning.schedules import uniform
-from lemica_trt.planning.step_plan import plan_from_schedule
+from lemica_trt.planning.step_plan import plan_from_schedule, uncached_plan
 from lemica_trt.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
+    from lemica_trt.evaluate.evaluator import PlanEvaluator
     from lemica_trt.ir.report import VerifyReport
     from lemica_trt.models import Model
 
@@ -250,11 +250,11 @@ class Scout:
 
     Args:
         make: makes a plan.
-        judge: tries plans, and looks at their frames.
+        evaluator: tries plans, and looks at their frames.
     """
 
-    def __init__(self, make: Make, judge: Judge) -> None:
-        self._make, self._judge = make, judge
+    def __init__(self, make: Make, evaluator: PlanEvaluator) -> None:
+        self._make, self._evaluator = make, evaluator
         self._plans: dict[int, StepPlan] = {}
         self._every_way: dict[int, Selection] = {}
         self._points: dict[int, Point] = {}
@@ -267,7 +267,7 @@ class Scout:
 
     def plan(self, budget: int | Afforded) -> StepPlan:
         """The best plan of a budget; every way is tried."""
-        (plan,), selections = self._make(budgets=[budget], choose=self._judge)
+        (plan,), selections = self._make(budgets=[budget], choose=self._evaluator)
         self._plans[plan.budget] = plan
         for selection in selections:
             self._every_way[plan.budget] = self.selections[plan.budget] = selection
@@ -278,7 +278,7 @@ class Scout:
         if budget not in self._points:
             plan = self._plans.get(budget) or self._looked_at(budget)
             reporter.stage("quality", f"{plan.name}: {way(plan)}")
-            point = Point(plan=plan, way=way(plan), psnr=self._judge.psnr(plan))
+            point = Point(plan=plan, way=way(plan), psnr=self._evaluator.psnr(plan))
             self._points[budget] = point
             reporter.note(f"{point.mean:.1f} dB")
         return self._points[budget]
@@ -292,7 +292,7 @@ class Scout:
 
         def choose(plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
             kept = [plan for plan in plans if recipe(way(plan)) in recipes]
-            return self._judge(kept or plans)
+            return self._evaluator(kept or plans)
 
         (plan,), selections = self._make(budgets=[budget], choose=choose)
         for selection in selections:

@@ -33,7 +33,7 @@ from lemica_trt.compiler.budgets import (
     require_searchable,
     timed,
 )
-from lemica_trt.compiler.planning import Judge, fitter, make_plans, planned_solvers
+from lemica_trt.compiler.planning import fitter, make_plans, planned_solvers
 from lemica_trt.compiler.stages import (
     assemble,
     begin,
@@ -305,13 +305,22 @@ def plan_stage(
             fix="give it to `lemica-trt build`, or to `lemica-trt plan` with the bundle",
         )
     require_searchable(budgets, pareto, ways)
+    from lemica_trt.evaluate.evaluator import PlanEvaluator, validation_samples
+
     with work.locked():
         profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
         prompts = calibration_prompts(profile, None)
         model = functools.cache(lambda: open_model(profile, reporter))
         fine = None if reference_steps is None else reference_sampler(model(), table, reference_steps)
         findings = findings_in(work)._replace(reference=fine)
-        judge = Judge(model, table, prompts, work, reporter, fine=fine)
+        evaluator = PlanEvaluator(
+            model,
+            table,
+            validation_samples(prompts, profile.calibration),
+            reference=fine,
+            folder=work.root,
+            reporter=reporter,
+        )
         make = functools.partial(
             make_plans,
             table,
@@ -324,7 +333,7 @@ def plan_stage(
         )
         planned = plan_budgets(
             afforded_by(budgets, None, ways, table.num_steps, None),
-            Scout(make, judge),
+            Scout(make, evaluator),
             reporter,
             pareto=pareto,
             num_steps=table.num_steps,

@@ -26,7 +26,7 @@ from lemica_trt.compiler.budgets import (
     scouting_cost,
     timed,
 )
-from lemica_trt.compiler.planning import Judge, fitter, make_plans, planned_solvers, require_graph_fits
+from lemica_trt.compiler.planning import fitter, make_plans, planned_solvers, require_graph_fits
 from lemica_trt.compiler.stages import (
     assemble,
     begin,
@@ -204,9 +204,20 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
                 solver=planned_solvers(table),
                 fitted=fitter(lambda: model, table, prompts, work, reporter, fine=fine),
             )
+            from lemica_trt.evaluate.evaluator import PlanEvaluator, validation_samples
+
+            evaluator = PlanEvaluator(
+                lambda: model,
+                table,
+                validation_samples(prompts, profile.calibration),
+                reference=fine,
+                folder=work.root,
+                reporter=reporter,
+                workers=workers,
+            )
             planned = plan_budgets(
                 budgets,
-                Scout(make, Judge(lambda: model, table, prompts, work, reporter, fine=fine, workers=workers)),
+                Scout(make, evaluator),
                 reporter,
                 pareto=request.pareto,
                 num_steps=table.num_steps,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from lemica_trt.compiler.work import Findings, Work, short, uncached_plan
+from lemica_trt.compiler.work import Findings, Work, short
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.ir.budget import Afforded
@@ -20,7 +19,7 @@ from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.sampler import SAMPLER_TOLERANCE, SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.ir.trials import Selection, recipe, way
-from lemica_trt.planning.candidates import FittedPlans, Planner, SolverTable, Ways, candidates, select
+from lemica_trt.planning.candidates import FittedPlans, Planner, SolverTable, Ways, candidates
 from lemica_trt.planning.minimax import least_sum, solve
 from lemica_trt.planning.prediction_path import POWERS, solve_predicted
 from lemica_trt.planning.schedules import given, published, uniform
@@ -28,8 +27,6 @@ from lemica_trt.planning.signed import AdjointProducts, signed_errors, solve_sig
 
 if TYPE_CHECKING:
     from lemica_trt.calibrate.fit import Fitter
-    from lemica_trt.calibrate.workers import Workers
-    from lemica_trt.evaluate.trials import Trials
     from lemica_trt.models import Model
 
 
@@ -232,79 +229,6 @@ def _best_before(plans: Sequence[StepPlan], before: Mapping[int, Sequence[str]])
         f"{len(plans)} ways to run {plans[0].budget} full steps are allowed, and none was tried on this model",
         fix="name one, for example --reuse output --predict none, or let `lemica-trt build` try them",
     )
-
-
-class Judge:
-    """Tries plans on the model: on prompts behind those of the calibration, and other seeds. A `Chooser`.
-
-    Uncached runs are kept for all plans that it is asked about.
-
-    Args:
-        model: opens it; called when there is something to run.
-        table: its sampler.
-        prompts: of the calibration.
-        work: where finished runs are kept.
-        fine: the sampler at M steps, where plans are held against that.
-        workers: run the plans; None: this process.
-    """
-
-    def __init__(
-        self,
-        model: Callable[[], Model],
-        table: SamplerTable,
-        prompts: Sequence[str],
-        work: Work,
-        reporter: Reporter,
-        *,
-        fine: SamplerTable | None = None,
-        workers: Workers | None = None,
-    ) -> None:
-        self._open, self._table, self._prompts = model, table, prompts
-        self._work, self._reporter, self._reference = work, reporter, fine or table
-        self._workers = workers
-
-    def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
-        """The best plan, see `candidates.select`."""
-        run, _, samples = self._trials
-        budgets = "/".join(str(budget) for budget in sorted({plan.budget for plan in plans}))
-        self._reporter.stage(
-            "select",
-            f"{len(plans)} ways to run {budgets} full steps, the best of them on {samples} samples, against "
-            f"{self._reference.num_steps} steps",
-        )
-        plan, selection = select(plans, samples, run)
-        best = selection.tried[0]
-        self._reporter.note(f"{best.way}: {best.mean:.1f} dB")
-        return plan, selection
-
-    def psnr(self, plan: StepPlan) -> tuple[float, ...]:
-        """dB of the frames of each validation sample against the reference."""
-        run, journal, samples = self._trials
-        return run.psnr(plan, range(samples), journal=journal)
-
-    @functools.cached_property
-    def _trials(self) -> tuple[Trials, Path, int]:
-        """What runs plans, the journal of frames, and the number of samples."""
-        from lemica_trt.evaluate.trials import Trials, trials_digest
-
-        model = self._open()
-        settings, table, prompts = model.profile.calibration, self._table, self._prompts
-        skip = settings.samples % len(prompts)
-        fresh = [*prompts[skip:], *prompts[:skip]]
-        seed = settings.seed + settings.samples
-        reference = uncached_plan(self._reference, guidance_scale=model.profile.sampling.guidance_scale)
-        digest = trials_digest(model, reference, table, fresh, seed=seed)
-        run = Trials(
-            model,
-            reference,
-            table,
-            fresh,
-            seed=seed,
-            journal=self._work.trials(digest),
-            progress=self._reporter.advance,
-            workers=self._workers,
-        )
-        return run, self._work.frames(digest), settings.validation_samples
 
 
 def fitter(

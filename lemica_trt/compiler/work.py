@@ -40,15 +40,11 @@ from lemica_trt.ir.graphs import GraphSet, TextSpec
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile, Shape
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.ir.schedule import Schedule
 from lemica_trt.ir.trials import Selection, Selections, way
 from lemica_trt.planning.signed import AdjointProducts
-from lemica_trt.planning.step_plan import plan_from_schedule
+from lemica_trt.planning.step_plan import uncached_plan
 
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
-
-UNCACHED = "uncached"
-"""Name of the plan that runs every step in full; every bundle has it: it is what the others are measured against."""
 
 
 class Exported(Value, frozen=True):
@@ -137,14 +133,6 @@ class Work:
     def fits(self, digest: str) -> Path:
         """Where fitted solvers are kept."""
         return self.root / f"fits-{digest[:16]}.jsonl"
-
-    def trials(self, digest: str) -> Path:
-        """Where trials of plans keep their scores."""
-        return self.root / f"trials-{digest[:16]}.jsonl"
-
-    def frames(self, digest: str) -> Path:
-        """Where trials of plans keep the scores of their frames."""
-        return self.root / f"frames-{digest[:16]}.jsonl"
 
     def step_times(self, digest: str) -> Path:
         """Where the times of steps are kept that engines of these graphs were measured to take."""
@@ -250,12 +238,6 @@ def sensitivity_at(path: Path) -> Sensitivity:
             f"{path}: expected what was calibrated by secant, it was not", fix="calibrate it with --calibration secant"
         )
     return read_value(Sensitivity, file)
-
-
-def uncached_plan(table: SamplerTable, *, guidance_scale: float, name: str = UNCACHED) -> StepPlan:
-    """The plan that runs every step in full."""
-    every = Schedule(num_steps=table.num_steps, full_steps=tuple(range(table.num_steps)))
-    return plan_from_schedule(every, table, name=name, guidance_scale=guidance_scale, method="none")
 
 
 def write_plans(plans: Sequence[StepPlan], findings: Findings, work: Work, reporter: Reporter) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_model import LATENT_SHAPE, Naive, ToyModel, awkward, euler
 
 from lemica_trt.calibrate.adjoint import adjoints, impulses, sample_adjoints
 from lemica_trt.calibrate.replay import Run, Stepper
 from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.testing.toy_model import LATENT_SHAPE, Naive, ToyModel, awkward, euler
 
 pytestmark = pytest.mark.cpu
 

@@ -9,7 +9,6 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from toy_model import Naive, ToyModel, awkward, euler
 
 from lemica_trt.calibrate import estimate as cheap
 from lemica_trt.calibrate import inner_products
@@ -28,6 +27,7 @@ from lemica_trt.calibrate.replay import Stepper
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, VerificationError
 from lemica_trt.core.values import json_bytes, value_from_json
 from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.testing.toy_model import Naive, ToyModel, awkward, euler
 
 pytestmark = pytest.mark.cpu
 

@@ -15,17 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from toy_model import ToyModel, euler
 
 from lemica_trt.calibrate.cluster import RayWorkers
 from lemica_trt.calibrate.estimate import calibrate_cheaply
 from lemica_trt.calibrate.exact import measure
-from lemica_trt.compiler import uncached_plan
 from lemica_trt.core.errors import InputError, MissingDependencyError
 from lemica_trt.core.values import json_bytes
-from lemica_trt.evaluate.trials import Trials
+from lemica_trt.evaluate.evaluator import PlanEvaluator, Samples
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.step_plan import plan_from_schedule
+from lemica_trt.testing.toy_model import ToyModel, euler
 
 pytestmark = pytest.mark.cpu
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
@@ -108,8 +107,8 @@ def test_two_workers_one_of_them_lost_give_the_same_bits(tmp_path: Path, cluster
             )
             for full in ((0, 3, 6), (0, 2, 4))
         ]
-        run = partial(Trials, model, uncached_plan(euler(8), guidance_scale=3.0), euler(8), ["a cat"], seed=1)
-        scores = run(journal=tmp_path / "t", workers=pool)(plans, range(3))
+        evaluator = partial(PlanEvaluator, lambda: model, euler(8), Samples(prompts=("a cat",), seed=1, count=3))
+        scores = evaluator(folder=tmp_path / "t", workers=pool).scores(plans)
     assert (tmp_path / "killed").exists()
     assert notes.count("Ray: a worker was lost; its piece is given to another") == 1
     assert notes[0] == "Ray: 2 workers, 1 threads each"
@@ -118,9 +117,10 @@ def test_two_workers_one_of_them_lost_give_the_same_bits(tmp_path: Path, cluster
     assert json_bytes(exact) == json_bytes(here)
     estimated = calibrate_cheaply(model, euler(8), method="adjoint", journal=tmp_path / "c0", **ARGUMENTS)
     assert json_bytes(cheap) == json_bytes(estimated)
-    assert scores == run(journal=tmp_path / "t0")(plans, range(3))
-    for name in "ect":  # every piece was finished once, whoever did it
-        mine, theirs = ((tmp_path / file).read_bytes().splitlines() for file in (name, f"{name}0"))
+    assert scores == evaluator(folder=tmp_path / "t0").scores(plans)
+    (trials,) = (path.name for path in (tmp_path / "t").iterdir())
+    for name, other in (("e", "e0"), ("c", "c0"), (f"t/{trials}", f"t0/{trials}")):  # every piece was finished once
+        mine, theirs = ((tmp_path / file).read_bytes().splitlines() for file in (name, other))
         assert sorted(mine) == sorted(theirs)
 
 

@@ -11,10 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_model import LATENT_SHAPE, ToyModel, awkward, euler
 
 from lemica_trt.calibrate.fit import FLOOR, START, Fitter, closest_combination
-from lemica_trt.compiler import uncached_plan
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, VerificationError
 from lemica_trt.ir.plan import FITTED, PlanRow, StepPlan, layout_from_plans
 from lemica_trt.ir.sampler import SamplerRow, SamplerTable
@@ -23,7 +21,8 @@ from lemica_trt.models import denoise
 from lemica_trt.models.denoise import Rollout
 from lemica_trt.planning.fold import fold
 from lemica_trt.planning.prediction import predict
-from lemica_trt.planning.step_plan import plan_from_schedule
+from lemica_trt.planning.step_plan import plan_from_schedule, uncached_plan
+from lemica_trt.testing.toy_model import LATENT_SHAPE, ToyModel, awkward, euler
 
 pytestmark = pytest.mark.cpu
 

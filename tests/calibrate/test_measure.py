@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from toy_model import LATENT_SHAPE, Naive, ToyModel, awkward, euler
 
 from lemica_trt.calibrate.exact import cost, exact_edges, measure, measurement_digest
 from lemica_trt.core.errors import InputError, UsageError, VerificationError
 from lemica_trt.core.values import json_bytes
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.testing.toy_model import LATENT_SHAPE, Naive, ToyModel, awkward, euler
 
 pytestmark = pytest.mark.cpu
 
@@ -284,7 +284,7 @@ KILLED = textwrap.dedent(
     import os, random, signal, sys, time, torch
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
-    from toy_model import ToyModel, awkward
+    from lemica_trt.testing.toy_model import ToyModel, awkward
     from lemica_trt.calibrate.exact import measure
     from lemica_trt.core.values import write_value
     torch.set_num_threads(1)  # no threads, so that this process can be forked: imports take longest by far

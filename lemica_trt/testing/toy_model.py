@@ -43,7 +43,8 @@ class ToyTransformer(nn.Module):
 
     def before(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         conditions = self.time(timestep[:, None] / 1000) + self.text(text.mean(1))
-        return self.embed(x.transpose(1, 2)) + conditions[:, None]
+        embedded: Tensor = self.embed(x.transpose(1, 2)) + conditions[:, None]
+        return embedded
 
     def trunk(self, h: Tensor) -> Tensor:
         for block in self.blocks:
@@ -51,7 +52,8 @@ class ToyTransformer(nn.Module):
         return h
 
     def behind(self, h: Tensor) -> Tensor:
-        return self.head(self.norm_final(h)).transpose(1, 2)
+        output: Tensor = self.head(self.norm_final(h)).transpose(1, 2)
+        return output
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool
@@ -137,7 +139,7 @@ class Naive:
     @torch.no_grad()
     def final(self, start: int = 0, stop: int = 0) -> Tensor:
         """x_N where steps start < t < stop reuse the residual of step `start`."""
-        latents, outputs = [self.start], []
+        latents, outputs = [self.start], list[Tensor]()
         kept: list[Tensor] = []  # the residual of step `start`, by branch
         for t, row in enumerate(self.table.rows):
             x = row.noise * self.fresh[t]
