@@ -59,7 +59,6 @@ from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role, StepLayout, TensorSp
 from lemica_trt.ir.plan import StepPlan, layout_from_plans
 from lemica_trt.ir.profile import Profile, Shape
 from lemica_trt.ir.resources import load_profile, zoo_path
-from lemica_trt.planning.candidates import Ways
 from lemica_trt.runtime.denoise import Denoiser, RowDone
 from lemica_trt.runtime.random import Generator
 
@@ -176,9 +175,7 @@ def plans_of(model: Any, budgets: Sequence[int]) -> list[StepPlan]:
     from lemica_trt.planning.step_plan import uncached_plan
 
     table = sampler_table(model.scheduler())
-    plans, _ = make_plans(
-        table, profile=model.profile, budgets=budgets, ways=Ways(method="uniform"), findings=Findings()
-    )
+    plans, _ = make_plans(table, profile=model.profile, budgets=budgets, methods=("uniform",), findings=Findings())
     return [*plans, uncached_plan(table, guidance_scale=GUIDANCE)]
 
 

@@ -30,7 +30,6 @@ from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.verify import baselines, held_out
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.trials import way
 from lemica_trt.models import Model, denoise, load_model, scheduler_like
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.planning.step_plan import uncached_plan
@@ -80,7 +79,7 @@ def ways(bundle: Bundle, model: Model, plan: StepPlan) -> dict[str, StepPlan]:
     if ERROR_GRAPH_FILE in bundle.manifest.files:
         graph = read_value(ErrorGraph, bundle.file(ERROR_GRAPH_FILE))
     held = f", held against {plan.reference_steps} steps" if plan.reference_steps else ""
-    found = {f"**the plan** ({way(plan)}{held})": plan}
+    found = {f"**the plan** ({plan.method}{held})": plan}
     found |= {NAMES[name]: other for _, name, other in baselines(plan, model, graph)}
     for solver, name in SOLVERS.items():  # as a user changes the scheduler of a diffusers pipeline
         if solver is type(model.pipeline.scheduler):  # "the sampler, fewer steps"

@@ -26,7 +26,6 @@ from lemica_trt.evaluate.timing import machine, measure_timing
 from lemica_trt.ir.profile import Profile, Shape
 from lemica_trt.ir.resources import load_profile, zoo_path
 from lemica_trt.models import load_model
-from lemica_trt.planning.candidates import Ways
 from lemica_trt.runtime.pipeline import Pipeline
 
 
@@ -73,17 +72,15 @@ def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true", help="the random model instead of the bundled one")
-    parser.add_argument("--folded", action="store_true", help="reused outputs, folded, not reused residuals")
+    parser.add_argument("--folded", action="store_true", help="plans that run full steps only, not reused residuals")
     parser.add_argument("--budgets", type=int, nargs="+", default=[10, 15, 20, 25], help="full steps of the plans")
     parser.add_argument("--repeats", type=int, default=3, help="runs of which the best counts")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         profile = large_profile(root / "model") if arguments.large else load_profile("cogvideox-tiny")
-        ways = Ways(method="uniform")
-        if arguments.folded:
-            ways = Ways(method="uniform", reuse="output", predict="none")  # one way: nothing is tried
-        request = Request(budgets=tuple(arguments.budgets), ways=ways, verify_samples=0)
+        methods = ("stock:first-order",) if arguments.folded else ("uniform",)  # one method: nothing is tried
+        request = Request(budgets=tuple(arguments.budgets), methods=methods, verify_samples=0)
         bundle = build(profile, root / "bundle", request, Quiet()).bundle
         seconds = eager(profile, arguments.repeats)
         plans = [bundle.plan(name) for name in bundle.plans]

@@ -1,25 +1,21 @@
-"""The error graph from a few samplings a sample instead of 180; and, from the same runs, Gram matrices and adjoints.
+"""The error graph from a few samplings a sample instead of 180; and, from the same runs, Gram matrices.
 
 The error of segment (i, j) is estimated as
 
-    e_ij = ε_ij · c_j
+    e_ij = ε_ij · c_j,    ε_ij = ‖Δ_ij‖₁/n
 
-ε_ij is what its chain of skipped steps does at j, seen without any further evaluation; c_j, the sensitivity, is
-exact / ε on one segment (j − gap, j) for each of a few *knots* j, whose run is rolled out to the end, and between
-them interpolated in log c over j. What ε is depends on the method:
+Δ_ij is the change of x_j by the segment's chain of skipped steps (under a multistep sampler: of all rows behind j that
+read its history), seen without any further evaluation; c_j, the sensitivity, is exact / ε on one segment (j − gap, j)
+for each of a few *knots* j, whose run is rolled out to the end, and between them interpolated in log c over j: the
+secant of the result over the latents at j.
 
-    secant    ε_ij = ‖Δ_ij‖₁/n, Δ_ij the change of x_j (under a multistep sampler: all that its history changes)
-    adjoint   ε_ij = (mean over R probes v of ⟨J_{j→N}ᵀ·v, Δ_ij⟩²/n)^½: the RMS of the linearised change of x_N,
-              v random signs (`adjoint`); c_j makes L2 to L1, and what is not linear
-
-Retargeted: ε as in secant, on another grid or at another guidance; c from a calibration by secant that there is
-(`lemica_trt.sensitivity`), so that nothing is rolled out.
+Retargeted: ε on another grid or at another guidance scale; c from a calibration by secant that there is
+(`planning.transfer`), so that nothing is rolled out.
 
 All chains run beside the one uncached run (`Sample.trace`). A piece of work is one sample; it depends on nothing else.
 
 Held for a sample, in units of one latent and one residual (for CogVideoX-2B 4.5 MB in fp32 and 135 MB in bf16): on the
-device K residuals, 2·N latents, under adjoint R·N more; on the host N of `GRAM_ELEMENTS` elements of the residuals
-and, under adjoint, K·N latents.
+device K residuals and 2·N latents.
 """
 
 from __future__ import annotations
@@ -32,33 +28,30 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from lemica_trt.calibrate.adjoint import impulses, sample_adjoints
 from lemica_trt.calibrate.exact import (
     Cost,
     edge_error,
     error_graph,
     measurement_fields,
+    output_products,
     provenance,
     require_measurable,
     trajectory_grams,
     usual_batch,
 )
-from lemica_trt.calibrate.inner_products import inner_products, matrix, some_tokens
 from lemica_trt.calibrate.journal import CheapMeasurement, Journal, Piece
 from lemica_trt.calibrate.replay import Run, Stepper, distance
 from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
 from lemica_trt.core.errors import UsageError
-from lemica_trt.ir.calibration import ErrorGraph, Matrix, Sensitivity, TrajectoryGrams
+from lemica_trt.ir.calibration import ErrorGraph, Sensitivity, TrajectoryGrams
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.models.model import Model
-from lemica_trt.planning.signed import AdjointProducts
 from lemica_trt.planning.transfer import knots_from_stops, require_retargetable
 
-CheapMethod = Literal["secant", "adjoint", "retargeted"]
+CheapMethod = Literal["secant", "retargeted"]
 
-KNOTS: dict[CheapMethod, int] = {"secant": 4, "adjoint": 3, "retargeted": 0}
+KNOTS: dict[CheapMethod, int] = {"secant": 4, "retargeted": 0}
 """Stops j whose sensitivity is measured, at equal distances, beside the first and the last ones."""
 
 TAIL = 3
@@ -70,12 +63,6 @@ STAGGER = (math.sqrt(5) - 1) / 2
 GAP = 5
 """Length of the segments that it is measured on, where K and j allow."""
 
-PROBES = 2
-"""R."""
-
-PROBE_SEED = 1 << 62
-"""The probes of a sample are drawn from its seed + this: never the numbers that its noise is made of."""
-
 Array = npt.NDArray[np.float64]
 
 
@@ -85,32 +72,22 @@ class Calibrated(NamedTuple):
     Attributes:
         graph: estimated errors.
         grams: of the same uncached runs.
-        products: for the signed planner; None without adjoints.
         sensitivity: to retarget from; None where it was not measured.
         cost: of all samples, counted while they ran.
     """
 
     graph: ErrorGraph
     grams: TrajectoryGrams
-    products: AdjointProducts | None
     sensitivity: Sensitivity | None
     cost: Cost
 
 
-def cheap_cost(num_steps: int, max_skip: int, samples: int, *, method: CheapMethod, checkpointed: bool = False) -> Cost:
-    """Cost from the beginning, exact: N evaluations, N − j for each knot j, a skipped step for each in every chain;
-    adjoint: N evaluations and R·N backward passes more, under gradient checkpointing R·N evaluations on top.
-
-    Args:
-        checkpointed: see `adjoint.checkpoints`.
-    """
+def cheap_cost(num_steps: int, max_skip: int, samples: int, *, method: CheapMethod) -> Cost:
+    """Cost from the beginning, exact: N evaluations, N − j for each knot j, a skipped step for each in every chain."""
     knots = [j for s in range(samples) for j in knot_stops(num_steps, KNOTS[method], s)] if KNOTS[method] else []
     full = samples * num_steps + sum(num_steps - j for j in knots)
     skip = samples * sum(min(max_skip, num_steps - i - 1) for i in range(num_steps - 1))
-    backward = samples * num_steps * PROBES if method == "adjoint" else 0
-    if method == "adjoint":
-        full += samples * num_steps + checkpointed * backward
-    return Cost.of(samples, full, skip, backward, num_steps)
+    return Cost.of(samples, full, skip, num_steps)
 
 
 def calibrate_cheaply(
@@ -173,7 +150,6 @@ def cheap_measurement(
         method=method,
         knots=KNOTS[method],
         gap=GAP if KNOTS[method] else 0,
-        probes=PROBES if method == "adjoint" else 0,
         sensitivity=None if sensitivity is None else sensitivity.digest,
     )
 
@@ -214,45 +190,27 @@ def piece(
         j: max(j - min(measurement.gap, measurement.max_skip + 1), 0)
         for j in (knot_stops(measurement.num_steps, measurement.knots, number) if known is None else ())
     }
-    local: dict[tuple[int, int], list[Tensor]] = {}  # what the adjoints are applied to
     changes: dict[tuple[int, int], float] = {}
     branches: dict[tuple[int, int], Run] = {}
-    kept: list[Tensor] = []
 
     def visit(i: int, j: int, chain: Run, run: Run) -> None:
-        found = impulses(stepper.table, j, chain, run)
-        if measurement.probes:
-            local[i, j] = [impulse.cpu() for impulse in found]
-        else:
-            changes[i, j] = sum(found[1:], found[0]).abs().mean(dtype=torch.float64).item()
+        changes[i, j] = distance_behind(stepper.table, j, chain, run)
         if knots.get(j) == i:
             branches[i, j] = chain
 
     with torch.no_grad():
-        uncached = sample.trace(measurement.max_skip, visit, keep=lambda residual: kept.append(some_tokens(residual)))
+        uncached = sample.trace(measurement.max_skip, visit)
         finals = sample.roll_out(branches) if branches else {}
         exact = {j: distance(final, uncached.final) for (_, j), final in finals.items()}
-    outputs = [run.outputs[0].cpu() for run in uncached.runs[1:]]
-    products: list[Matrix] = []
-    if measurement.probes:
-        directions = signs((measurement.probes, *measurement.latent_shape), seed).to(uncached.final)
-        swept = [a.cpu() for a in sample_adjoints(sample, uncached, directions)]
-        root = math.sqrt(outputs[0].numel())
-        for r in range(measurement.probes):
-            products.append(matrix(inner_products([a[r] for a in swept], outputs) / root))
-        changes = {(i, j): _rms_change(swept[j:], found) for (i, j), found in local.items()}
     measured = {j: exact[j] / changes[i, j] for j, i in knots.items() if exact[j] > 0 and changes[i, j] > 0}
-    sensitivity = interpolate_sensitivity(measured, len(outputs)) if known is None else known
+    sensitivity = interpolate_sensitivity(measured, measurement.num_steps) if known is None else known
     return Piece(
         sample=number,
         errors=tuple(edge_error(number, i, j, changes[i, j] * float(sensitivity[j])) for i, j in measurement.segments),
-        outputs=matrix(inner_products(outputs, outputs)),
-        residuals=matrix(inner_products(kept, kept)),
-        products=tuple(products),
+        outputs=output_products(uncached),
         knots=tuple(sorted(measured.items())),
         full=sample.full_count,
         skip=sample.skip_count,
-        backward=sample.backward_count,
     )
 
 
@@ -273,34 +231,33 @@ def interpolate_sensitivity(knots: Mapping[int, float], num_steps: int) -> Array
     return interpolated
 
 
-def signs(shape: Sequence[int], seed: int) -> Tensor:
-    """The probes of the sample with this seed: fp32, each element 1 or −1."""
-    generator = torch.Generator("cpu").manual_seed(PROBE_SEED + seed)
-    return torch.randint(2, tuple(shape), generator=generator).float() * 2 - 1
+def distance_behind(table: SamplerTable, stop: int, changed: Run, run: Run) -> float:
+    """ε: the mean absolute change of what the histories behind which step `stop` begins put into rows `stop` and later.
 
-
-def _rms_change(swept: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """RMS over the elements of x_N of its linearised change: from adjoints a_j, … [R, …] and impulses Δ_j, …"""
-    products = [inner_products(list(a), [impulse])[:, 0] for a, impulse in zip(swept, found)]
-    changes = np.sum(products, axis=0)
-    return math.sqrt(float(np.mean(changes**2)) / found[0].numel())
+    Args:
+        changed, run: the histories of the chain, and of the uncached run.
+    """
+    latents = [a - b for a, b in zip(changed.latents, run.latents)]
+    outputs = [a - b for a, b in zip(changed.outputs, run.outputs)]
+    depth = max(table.latent_history, table.output_history)
+    changes = []
+    for age, row in enumerate(table.rows[stop : stop + depth]):
+        terms = [c * d for c, d in zip(row.latents[age:], latents)]
+        terms += [c * d for c, d in zip(row.outputs[age:], outputs)]
+        changes.append(sum(terms, torch.zeros_like(latents[0])))
+    return sum(changes[1:], changes[0]).abs().mean(dtype=torch.float64).item()
 
 
 def _calibrated(measurement: CheapMeasurement, table: SamplerTable, pieces: Sequence[Piece]) -> Calibrated:
     samples, common = len(pieces), provenance(measurement)
-    full, skip, backward = (sum(getattr(part, name) for part in pieces) for name in ("full", "skip", "backward"))
-    cost = Cost.of(samples, full, skip, backward, measurement.num_steps)
+    full, skip = (sum(getattr(part, name) for part in pieces) for name in ("full", "skip"))
+    cost = Cost.of(samples, full, skip, measurement.num_steps)
     errors = {segment: tuple(part.errors[k] for part in pieces) for k, segment in enumerate(measurement.segments)}
     return Calibrated(
         graph=error_graph(
             measurement, errors, samples=samples, method=measurement.method, samplings=cost.samplings / samples
         ),
         grams=trajectory_grams(measurement, pieces),
-        products=AdjointProducts(
-            **common, samples=samples, probes=measurement.probes, products=tuple(part.products for part in pieces)
-        )
-        if measurement.probes
-        else None,
         sensitivity=Sensitivity(
             **common, samples=samples, knots=tuple(knots_from_stops(dict(part.knots), table) for part in pieces)
         )

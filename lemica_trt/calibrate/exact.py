@@ -19,12 +19,11 @@ import msgspec
 import numpy as np
 import torch
 from msgspec import UNSET, UnsetType
-from torch import Tensor
 
-from lemica_trt.calibrate.inner_products import inner_products, matrix, some_tokens
+from lemica_trt.calibrate.inner_products import inner_products, matrix
 from lemica_trt.calibrate.journal import Journal, Measurement, Piece, Unit
 from lemica_trt.calibrate.prompts import prompts_digest
-from lemica_trt.calibrate.replay import Run, Sample, Stepper, Uncached, distance
+from lemica_trt.calibrate.replay import Sample, Stepper, Uncached
 from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
 from lemica_trt.core.errors import InputError, UsageError, VerificationError
 from lemica_trt.ir.calibration import Edge, ErrorGraph, Matrix, TrajectoryGrams, gram_from_samples
@@ -44,20 +43,18 @@ class Cost(NamedTuple):
         units: (sample, start) pairs.
         full: evaluations of the whole DiT.
         skip: evaluations without its trunk: a few percent of a full one each.
-        samplings: uncached samplings that do the same number of full evaluations and backward passes.
-        backward: backward passes through the whole DiT, for its input alone: about the work of a full evaluation.
+        samplings: uncached samplings that do the same number of full evaluations.
     """
 
     units: int
     full: int
     skip: int
     samplings: float
-    backward: int = 0
 
     @classmethod
-    def of(cls, units: int, full: int, skip: int, backward: int, num_steps: int) -> Cost:
+    def of(cls, units: int, full: int, skip: int, num_steps: int) -> Cost:
         """The cost of these counts."""
-        return cls(units, full, skip, (full + backward) / num_steps, backward)
+        return cls(units, full, skip, full / num_steps)
 
 
 class Measured(NamedTuple):
@@ -84,7 +81,7 @@ def cost(num_steps: int, max_skip: int, samples: int) -> Cost:
     starts = range(num_steps - 1)
     full = samples * (num_steps + sum(_start_cost(num_steps, max_skip, i) for i in starts))
     skip = samples * sum(min(max_skip, num_steps - i - 1) for i in starts)
-    return Cost.of(samples * len(starts), full, skip, 0, num_steps)
+    return Cost.of(samples * len(starts), full, skip, num_steps)
 
 
 def measure(
@@ -147,46 +144,6 @@ def measure(
     )
 
 
-def exact_edges(
-    model: Model,
-    table: SamplerTable,
-    prompts: Sequence[str],
-    segments: Sequence[tuple[int, int]],
-    *,
-    samples: int,
-    seed: int,
-    batch: int | None = None,
-) -> list[Edge]:
-    """Eq. 4 for some segments only, as `schedule.solve_lazily` asks for them: N + Σ (N − j) evaluations a sample.
-
-    Args:
-        model, table, prompts, samples, seed, batch: as in `measure`.
-        segments: (i, j), j ≥ i + 2, at least one; in the order of the result.
-
-    Returns:
-        The edges; they differ from those of `measure` in the last digits, as runs share calls of the DiT otherwise.
-
-    Raises:
-        VerificationError: as `measure`.
-    """
-    stepper = Stepper(model, table, batch or usual_batch(model))
-    errors: dict[tuple[int, int], list[float]] = {segment: [] for segment in segments}
-    for s in range(samples):
-        branches: dict[tuple[int, int], Run] = {}
-
-        def visit(i: int, j: int, chain: Run, run: Run, branches: dict[tuple[int, int], Run] = branches) -> None:
-            if (i, j) in errors:
-                branches[i, j] = chain
-
-        sample = stepper.sample(f"sample {s}", prompts[s % len(prompts)], seed + s)
-        with torch.inference_mode():
-            longest = max(j - i - 1 for i, j in segments)
-            uncached = sample.trace(longest, visit, keep=lambda residual: None)
-            for (i, j), final in sample.roll_out(branches).items():
-                errors[i, j].append(edge_error(s, i, j, distance(final, uncached.final)))
-    return [Edge(start=i, stop=j, errors=tuple(errors[i, j])) for i, j in segments]
-
-
 def measurement_digest(model: Model, table: SamplerTable, prompts: Sequence[str], *, seed: int, max_skip: int) -> str:
     """SHA-256 (hex) of everything that a journal is bound to; who names journals by it never meets another's."""
     return _measurement(model, table, prompts, seed, max_skip).digest
@@ -222,18 +179,17 @@ class _Waves(NamedTuple):
         stepper = Stepper(model, self.table, self.batch)
 
         @lru_cache(maxsize=1)  # waves of one sample follow each other
-        def begun(s: int) -> tuple[Sample, Uncached, list[Tensor]]:
-            kept: list[Tensor] = []
+        def begun(s: int) -> tuple[Sample, Uncached]:
             sample = stepper.sample(f"sample {s}", self.prompts[s % len(self.prompts)], self.measurement.seed + s)
-            return sample, sample.uncached(keep=lambda residual: kept.append(some_tokens(residual))), kept
+            return sample, sample.uncached()
 
         def work(unit: tuple[int, range]) -> list[Unit]:
             s, wave = unit
             with torch.inference_mode():
-                sample, uncached, kept = begun(s)
+                sample, uncached = begun(s)
                 units = _units(self.measurement, s, sample.errors(uncached, wave, self.measurement.max_skip))
                 if 0 in wave:
-                    units[0] = msgspec.structs.replace(units[0], **_inner_products(uncached, kept))
+                    units[0] = msgspec.structs.replace(units[0], outputs=output_products(uncached))
                 return units
 
         return work
@@ -332,20 +288,14 @@ def error_graph(
 
 def trajectory_grams(measurement: Measurement, samples: Sequence[Unit | Piece]) -> TrajectoryGrams:
     """The Grams of samples, from the inner products of each."""
-    grams: dict[str, Any] = {
-        name: gram_from_samples([np.array(getattr(part, name)) for part in samples])
-        for name in ("outputs", "residuals")
-    }
-    return TrajectoryGrams(**provenance(measurement), samples=len(samples), **grams)
+    outputs = gram_from_samples([np.array(part.outputs) for part in samples])
+    return TrajectoryGrams(**provenance(measurement), samples=len(samples), outputs=outputs)
 
 
-def _inner_products(uncached: Uncached, residuals: Sequence[Tensor]) -> dict[str, Matrix]:
-    """Those fields of a `Unit`."""
+def output_products(uncached: Uncached) -> Matrix:
+    """Inner products of the guided outputs m_0 … m_{N−1} of an uncached run."""
     outputs = [run.outputs[0].cpu() for run in uncached.runs[1:]]
-    return {
-        "outputs": matrix(inner_products(outputs, outputs)),
-        "residuals": matrix(inner_products(residuals, residuals)),
-    }
+    return matrix(inner_products(outputs, outputs))
 
 
 def provenance(measurement: Measurement) -> dict[str, Any]:

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from lemica_trt.ir.calibration import Matrix
 
-GRAM_ELEMENTS = 1 << 20
-"""Of larger residuals the Gram matrix takes about so many elements: whole tokens, drawn once."""
-
 CHUNK = 1 << 16
 """Elements that inner products are summed over at a time, in float64."""
 
@@ -30,16 +27,6 @@ def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Array:
         total += rows[: len(left)] @ rows[len(left) :].T
     products: Array = total.numpy()
     return products
-
-
-def some_tokens(residual: Tensor) -> Tensor:
-    """A residual [R, tokens, width] for its Gram matrix, on the host; of a large one always the same tokens."""
-    tokens = residual.shape[1]
-    count = max(GRAM_ELEMENTS * tokens // residual.numel(), 1)
-    if count < tokens:
-        chosen = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:count]
-        residual = residual[:, chosen.sort().values.to(residual.device)]
-    return residual.cpu()
 
 
 def matrix(array: Array) -> Matrix:

@@ -20,7 +20,7 @@ from lemica_trt.ir.calibration import Matrix, Provenance
 from lemica_trt.ir.profile import CalibrationMethod
 from lemica_trt.ir.sampler import probes_agree
 
-JOURNAL_FORMAT = 2
+JOURNAL_FORMAT = 3
 
 
 class Header(Provenance, frozen=True, kw_only=True):
@@ -50,19 +50,17 @@ class Measurement(Header, frozen=True, kw_only=True):
 
 
 class CheapMeasurement(Measurement, frozen=True, kw_only=True):
-    """A measurement by estimates; see `calibrate.cheap`.
+    """A measurement by estimates; see `calibrate.estimate`.
 
     Attributes:
         method: how.
         knots, gap: of the sensitivities; 0 where they are those of another calibration.
-        probes: R of the adjoints; 0 without them.
         sensitivity: digest of the `Sensitivity` of another calibration, where that is used.
     """
 
     method: CalibrationMethod
     knots: int
     gap: int
-    probes: int
     sensitivity: str | None = None
 
 
@@ -72,14 +70,13 @@ class Unit(Value, frozen=True):
     Attributes:
         sample, start: which.
         errors: errors[k] is that of the segment (start, start + 2 + k).
-        outputs, residuals: of start 0 the sample's N × N raw inner products, as in `Piece`; of others empty.
+        outputs: of start 0 the sample's N × N raw inner products, as in `Piece`; of others empty.
     """
 
     sample: int
     start: int
     errors: tuple[float, ...]
     outputs: Matrix = ()
-    residuals: Matrix = ()
 
     def __post_init__(self) -> None:
         require(self.sample >= 0, f"sample must not be negative, got {self.sample}")
@@ -94,9 +91,8 @@ class Unit(Value, frozen=True):
         if len(self.errors) != expected or expected == 0:
             return f"expected {expected} errors of start {self.start}, got {len(self.errors)}"
         n = 0 if self.start else measurement.num_steps
-        matrices = (self.outputs, self.residuals)
-        if any(len(matrix) != n or any(len(row) != n for row in matrix) for matrix in matrices):
-            return f"expected matrices for {n} steps at start {self.start}, got others"
+        if len(self.outputs) != n or any(len(row) != n for row in self.outputs):
+            return f"expected inner products of {n} steps at start {self.start}, got others"
         return None
 
 
@@ -106,21 +102,17 @@ class Piece(Value, frozen=True):
     Attributes:
         sample: its number.
         errors: estimates of eq. 4, one a segment, in the order of `Measurement.segments`.
-        outputs, residuals: N × N raw inner products, see `lemica_trt.ir.calibration.gram_from_samples`.
-        products: for each probe N + 1 rows of N numbers, see `lemica_trt.planning.signed.AdjointProducts`.
+        outputs: N × N raw inner products, see `lemica_trt.ir.calibration.gram_from_samples`.
         knots: (j, c_j) of each stop whose sensitivity was measured.
-        full, skip, backward: evaluations that were made, counted as in `calibrate.Cost`.
+        full, skip: evaluations that were made, counted as in `calibrate.Cost`.
     """
 
     sample: int
     errors: tuple[float, ...]
     outputs: Matrix
-    residuals: Matrix
-    products: tuple[Matrix, ...]
     knots: tuple[tuple[int, float], ...]
     full: int
     skip: int
-    backward: int
 
     def __post_init__(self) -> None:
         require(self.sample >= 0, f"sample must not be negative, got {self.sample}")
@@ -134,9 +126,8 @@ class Piece(Value, frozen=True):
         n, expected = measurement.num_steps, len(measurement.segments)
         if len(self.errors) != expected:
             return f"expected {expected} errors, got {len(self.errors)}"
-        matrices = [(self.outputs, n), (self.residuals, n), *((part, n + 1) for part in self.products)]
-        if any(len(matrix) != rows or any(len(row) != n for row in matrix) for matrix, rows in matrices):
-            return f"expected matrices for {n} steps, got others"
+        if len(self.outputs) != n or any(len(row) != n for row in self.outputs):
+            return f"expected inner products of {n} steps, got others"
         return None
 
 

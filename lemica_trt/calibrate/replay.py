@@ -101,14 +101,13 @@ class Sample:
 
     Attributes:
         name: as given.
-        full_count, skip_count, backward_count: evaluations and backward passes made so far, counted for one latent,
-            both branches of the guidance together.
+        full_count, skip_count: evaluations made so far, counted for one latent, both branches of the guidance together.
     """
 
     def __init__(self, stepper: Stepper, name: str, embeds: Tensor, noise: Tensor, fresh: dict[int, Tensor]) -> None:
         self._stepper = stepper
         self.name = name
-        self.full_count = self.skip_count = self.backward_count = 0
+        self.full_count = self.skip_count = 0
         self._embeds = embeds
         self._fresh = fresh
         layout = stepper.layout
@@ -123,22 +122,16 @@ class Sample:
     def table(self) -> SamplerTable:
         return self._stepper.table
 
-    def uncached(self, *, keep: Callable[[Tensor], None] = lambda residual: None) -> Uncached:
+    def uncached(self) -> Uncached:
         """Run all steps in full, one latent a call.
-
-        Args:
-            keep: called with the residual of each step, DiT dtype [R, tokens, width].
 
         Raises:
             VerificationError: latents are not finite; says at which step.
         """
-        runs = [self._begin]
-        for run, residual in self._walk():
-            runs.append(run)
-            keep(residual)
+        runs = [self._begin, *(run for run, _ in self._walk())]
         return Uncached(tuple(runs), self._end(runs[-1]))
 
-    def trace(self, max_skip: int, visit: Visit, *, keep: Callable[[Tensor], None]) -> Uncached:
+    def trace(self, max_skip: int, visit: Visit) -> Uncached:
         """The uncached run with the chains of skipped steps of all starts beside it.
 
         Each full step is run once: its residual serves the chain that begins there, and is dropped with it. So K
@@ -147,7 +140,6 @@ class Sample:
         Args:
             max_skip: K.
             visit: called for every segment, j rising.
-            keep: called with the residual of each step, DiT dtype [R, tokens, width].
 
         Raises:
             VerificationError: as `uncached`.
@@ -160,7 +152,6 @@ class Sample:
             chains = dict(zip(chains, self.skip(t, list(chains.values()), list(residuals.values()))))
             chains[t], residuals[t] = run, residual
             runs.append(run)
-            keep(residual)
             for i in list(chains):
                 if t > i:
                     visit(i, t + 1, chains[i], run)
@@ -259,32 +250,6 @@ class Sample:
             inputs["residual_0"] = torch.stack(list(mine), 1).flatten(0, 1)
             stepped += _stepped(part, self._stepper.skip(inputs))
         return stepped
-
-    def vjp(self, t: int, run: Run, vectors: Tensor, *, checkpointed: bool) -> Tensor:
-        """D_tᵀ·b for each b, D_t the Jacobian of the guided output m_t in x_t.
-
-        One evaluation, and a backward pass for each vector.
-
-        Args:
-            run: history behind which step t begins; no inference tensors.
-            vectors: fp32 [R, *latent_shape].
-            checkpointed: whether each backward pass evaluates the DiT again; it is counted then.
-
-        Returns:
-            fp32 [R, *latent_shape].
-        """
-        count = len(vectors)
-        self.full_count += 1 + count * checkpointed
-        self.backward_count += count
-        with torch.enable_grad():
-            inputs = self._inputs(t, [run])
-            inputs["latents_0"].requires_grad_()
-            result = self._stepper.full(inputs)
-            gradients = [
-                torch.autograd.grad(result["output"], result["latents"], vector[None], retain_graph=r < count - 1)[0]
-                for r, vector in enumerate(vectors)
-            ]
-        return torch.cat(gradients)
 
     def combine(self, t: int, runs: Sequence[Run]) -> list[Tensor]:
         """Only the latents of step t: fp32 latent_shape each."""

@@ -194,7 +194,7 @@ ENGINE_OPTIONS = (
 _bundle = click.argument("bundle", type=click.Path(path_type=Path))
 
 _calibration = _options(
-    click.option("--calibration", type=click.Choice(["exact", "secant", "adjoint"]),
+    click.option("--calibration", type=click.Choice(["exact", "secant"]),
                  help="How edges are weighed: each one replayed, or estimated from few samplings  [default: secant]"),
     click.option("--samples", type=int, help="Calibration samples: (prompt, seed) pairs."),
     click.option("--validation-samples", type=int, help="Samples that the best of several ways is chosen on."),
@@ -225,17 +225,8 @@ _planning = _options(
                  "calibration has not seen."),
     click.option("--pareto", is_flag=True,
                  help="Also look at budgets all along: quality and speed-up of each, as a table and a plot."),
-    click.option("--method",
-                 type=click.Choice(["auto", "lemica", "least-sum", "signed", "predicted", "uniform", "published"]),
-                 help="How the full steps are chosen; a method alone means the paper's residual reuse  "
-                 "[default: auto: whatever does best in a trial]"),
-    click.option("--reuse", type=click.Choice(["auto", "residual", "output", "none"]),
-                 help="What a skipped step takes from full ones."),
-    click.option("--predict", type=click.Choice(["auto", "none", "linear", "lsq2", "lsq3"]),
-                 help="How: the last one as it is, extrapolated, or by least squares on the last two or three."),
-    click.option("--solver", type=click.Choice(["auto", "first-order", "dpmsolver++", "unipc", "fitted"]),
-                 help="Skip nothing: a standard solver set to the full steps, or one fitted to the model for them "
-                 "(with --reuse none)."),
+    click.option("--method", "methods", default="auto", show_default=True, metavar="NAME[,NAME…]",
+                 help="How plans are made; of several the best is found by trial."),
     click.option("--reference-steps", type=click.IntRange(1), metavar="M",
                  help="Hold plans against the sampler with M steps: fit, integrate, choose and verify by that  "
                  "[default: its own N]"),
@@ -269,10 +260,7 @@ def build(
     latencies: tuple[Any, ...] | None,
     min_psnrs: tuple[Any, ...] | None,
     pareto: bool,
-    method: Any,
-    reuse: Any,
-    predict: Any,
-    solver: Any,
+    methods: str,
     reference_steps: int | None,
     schedule: tuple[int, ...] | None,
     error_graph: Path | None,
@@ -299,7 +287,7 @@ def build(
     from lemica_trt.report import summary
 
     calibration = ("samples", "max_skip", "seed", "prompts", "calibration", "calibration_from")
-    _refuse_unused("schedule", *BUDGETS, "pareto", "method", "error_graph", *calibration)
+    _refuse_unused("schedule", *BUDGETS, "pareto", "methods", "error_graph", *calibration)
     _refuse_unused("error_graph", *calibration)
     _refuse_unused("calibration_from", "calibration", "samples", "seed")
     profile = _profile(model, weights, overrides)
@@ -311,7 +299,7 @@ def build(
     request = pipeline.Request(
         budgets=_budget_given(speedups, latencies, min_psnrs) or budgets,
         pareto=pareto,
-        ways=_ways(method, reuse, predict, solver, schedule),
+        methods=tuple(methods.split(",")),
         schedule=schedule,
         error_graph=None if error_graph is None else str(error_graph),
         calibration_from=None if calibration_from is None else str(calibration_from),
@@ -357,15 +345,6 @@ def _budget_given(*others: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     for index, flag in enumerate(BUDGETS):
         _refuse_unused(flag, *BUDGETS[index + 1 :])
     return next((given for given in others if given is not None), None)
-
-
-def _ways(method: Any, reuse: Any, predict: Any, solver: Any, schedule: tuple[int, ...] | None) -> Any:
-    from lemica_trt.planning.candidates import Ways
-
-    try:
-        return Ways(method="given" if schedule is not None else method, reuse=reuse, predict=predict, solver=solver)
-    except ValueError as error:
-        raise UsageError(str(error), fix="leave one of the flags out") from None
 
 
 def _refuse_unused(flag: str, *others: str) -> None:
@@ -479,7 +458,7 @@ def calibrate(
 @_common
 def plan(
     target: Path, budgets: tuple[int, ...], speedups: tuple[Any, ...] | None, latencies: tuple[Any, ...] | None,
-    min_psnrs: tuple[Any, ...] | None, pareto: bool, method: Any, reuse: Any, predict: Any, solver: Any,
+    min_psnrs: tuple[Any, ...] | None, pareto: bool, methods: str,
     reference_steps: int | None, schedule: tuple[int, ...] | None, default: str | None,
     as_json: bool, quiet: bool, debug: bool,
 ) -> None:  # fmt: skip
@@ -490,11 +469,11 @@ def plan(
     from lemica_trt import compiler as pipeline
     from lemica_trt.report import summary
 
-    _refuse_unused("schedule", *BUDGETS, "pareto", "method")
+    _refuse_unused("schedule", *BUDGETS, "pareto", "methods")
     made = pipeline.plan_stage(
         target,
         budgets=_budget_given(speedups, latencies, min_psnrs) or (budgets if _given("budgets") else None),
-        ways=_ways(method, reuse, predict, solver, schedule),
+        methods=tuple(methods.split(",")),
         schedule=schedule,
         default=default,
         pareto=pareto,

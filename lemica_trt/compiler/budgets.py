@@ -17,6 +17,7 @@ from lemica_trt.backends.builders import build as build_engine
 from lemica_trt.backends.builders import options_by_backend
 from lemica_trt.bundle.manifest import FRONT_FILE
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.compiler.planning import Judge
 from lemica_trt.compiler.stages import assemble, export, export_key, verifiable
 from lemica_trt.compiler.work import Findings, Work
 from lemica_trt.core.errors import InfeasibleError, MissingDependencyError, UsageError
@@ -47,26 +48,25 @@ from lemica_trt.ir.engine import Option
 from lemica_trt.ir.plan import StepPlan, layout_from_plans
 from lemica_trt.ir.report import Answer, Measured, Pace
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.ir.trials import Selection, recipe, way
+from lemica_trt.ir.trials import TrialTable
 from lemica_trt.planning.budget import afforded, front_budgets, front_rows, least_reaching
-from lemica_trt.planning.candidates import Ways, trial_runs
 from lemica_trt.planning.minimax import least_budget
+from lemica_trt.planning.planner import planners_named, trial_runs
 from lemica_trt.planning.schedules import uniform
 from lemica_trt.planning.step_plan import plan_from_schedule, uncached_plan
 from lemica_trt.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
-    from lemica_trt.evaluate.evaluator import PlanEvaluator
     from lemica_trt.ir.report import VerifyReport
     from lemica_trt.models import Model
 
 DEFAULT_BUDGETS: tuple[Budget, ...] = (15,)
 
 FINALISTS = 3
-"""The best ways of a budget whose recipes near budgets try."""
+"""The best methods of a budget, which near budgets try."""
 
 NEAR = 2.0
-"""Budgets within this factor of one that tried every way are near it."""
+"""Budgets within this factor of one that tried every method are near it."""
 
 
 def timed(budget: Budget) -> bool:
@@ -74,14 +74,14 @@ def timed(budget: Budget) -> bool:
     return isinstance(budget, (Speedup, Latency))
 
 
-def require_searchable(budgets: Sequence[Budget], pareto: bool, ways: Ways) -> None:
+def require_searchable(budgets: Sequence[Budget], pareto: bool, methods: Sequence[str]) -> None:
     """Raise UsageError where budgets have to be searched and the method has only its own."""
-    if "published" in ways.methods and (pareto or not all(isinstance(budget, int) for budget in budgets)):
+    if "published" in methods and (pareto or not all(isinstance(budget, int) for budget in budgets)):
         raise UsageError("published schedules have budgets of their own", fix="name one of them with --budget")
 
 
 def afforded_by(
-    budgets: Sequence[Budget], times: StepTimes | None, ways: Ways, num_steps: int, max_skip: int | None
+    budgets: Sequence[Budget], times: StepTimes | None, methods: Sequence[str], num_steps: int, max_skip: int | None
 ) -> list[int | Afforded | MinPsnr]:
     """Budgets, those in units of time as full steps.
 
@@ -92,10 +92,11 @@ def afforded_by(
         InfeasibleError: as `budget.afforded`.
     """
     found: list[int | Afforded | MinPsnr] = []
+    kinds = {planner.folds for planner in planners_named(methods)}
     for budget in budgets:
         if isinstance(budget, (Speedup, Latency)):
             assert times is not None
-            found.append(afforded(budget, times, num_steps, max_skip, folds=ways.folds, skips=ways.skips))
+            found.append(afforded(budget, times, num_steps, max_skip, folds=True in kinds, skips=False in kinds))
         else:
             found.append(budget)
     return found
@@ -164,7 +165,7 @@ def probe(
     model: Model,
     table: SamplerTable,
     work: Work,
-    ways: Ways,
+    methods: Sequence[str],
     backends: Sequence[str],
     options: dict[str, Option],
     reporter: Reporter,
@@ -180,7 +181,7 @@ def probe(
     """
     guidance = model.profile.sampling.guidance_scale
     plans = [uncached_plan(table, guidance_scale=guidance)]
-    if ways.skips:
+    if any(not planner.folds for planner in planners_named(methods)):
         schedule = uniform(table.num_steps, -(-table.num_steps // 2))
         plans.append(plan_from_schedule(schedule, table, name="reuse", guidance_scale=guidance, method="uniform"))
     layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided)
@@ -227,38 +228,37 @@ class Planned(NamedTuple):
     Attributes:
         plans: of different names, in the order asked for.
         names: the plan of each budget.
-        selections: how ways did, one for each budget that tried several.
+        selections: how plans did, one for each budget that tried several.
         front: the quality of every plan whose frames were looked at; None: of none.
     """
 
     plans: list[StepPlan]
     names: tuple[str, ...]
-    selections: tuple[Selection, ...]
+    selections: tuple[TrialTable, ...]
     front: Front | None
 
 
-Make = Callable[..., tuple[list[StepPlan], tuple[Selection, ...]]]
+Make = Callable[..., tuple[list[StepPlan], tuple[TrialTable, ...]]]
 """`make_plans` but for its `budgets` and `choose`."""
 
 
 class Scout:
     """Plans of any number of budgets, and the quality of each on validation clips.
 
-    A budget that a plan is asked for tries every way. One that is only looked at – along the front, or by bisection –
-    does so if none within the factor `NEAR` did; else it tries the recipes for a skipped step of that one's best
-    `FINALISTS` ways, with every schedule: recipes that fail at 10 full steps do not win at 12.
+    A budget that a plan is asked for tries every method. One that is only looked at – along the front, or by bisection
+    – does so if none within the factor `NEAR` did; else it tries the best `FINALISTS` of that one.
 
     Args:
         make: makes a plan.
-        evaluator: tries plans, and looks at their frames.
+        judge: tries plans, and looks at their frames.
     """
 
-    def __init__(self, make: Make, evaluator: PlanEvaluator) -> None:
-        self._make, self._evaluator = make, evaluator
+    def __init__(self, make: Make, judge: Judge) -> None:
+        self._make, self._judge = make, judge
         self._plans: dict[int, StepPlan] = {}
-        self._every_way: dict[int, Selection] = {}
+        self._whole: dict[int, TrialTable] = {}
         self._points: dict[int, Point] = {}
-        self.selections: dict[int, Selection] = {}
+        self.selections: dict[int, TrialTable] = {}
 
     @property
     def front(self) -> Front | None:
@@ -266,33 +266,33 @@ class Scout:
         return Front(points=tuple(self._points[b] for b in sorted(self._points))) if self._points else None
 
     def plan(self, budget: int | Afforded) -> StepPlan:
-        """The best plan of a budget; every way is tried."""
-        (plan,), selections = self._make(budgets=[budget], choose=self._evaluator)
+        """The best plan of a budget; every method is tried."""
+        (plan,), selections = self._make(budgets=[budget], choose=self._judge)
         self._plans[plan.budget] = plan
         for selection in selections:
-            self._every_way[plan.budget] = self.selections[plan.budget] = selection
+            self._whole[plan.budget] = self.selections[plan.budget] = selection
         return plan
 
     def point(self, budget: int, reporter: Reporter) -> Point:
         """A plan of a budget, and the PSNR of its frames."""
         if budget not in self._points:
             plan = self._plans.get(budget) or self._looked_at(budget)
-            reporter.stage("quality", f"{plan.name}: {way(plan)}")
-            point = Point(plan=plan, way=way(plan), psnr=self._evaluator.psnr(plan))
+            reporter.stage("quality", f"{plan.name}: {plan.method}")
+            point = Point(plan=plan, psnr=self._judge.psnr(plan))
             self._points[budget] = point
             reporter.note(f"{point.mean:.1f} dB")
         return self._points[budget]
 
     def _looked_at(self, budget: int) -> StepPlan:
-        near = [tried for tried in self._every_way if is_near(tried, budget)]
+        near = [tried for tried in self._whole if is_near(tried, budget)]
         if not near:
             return self.plan(budget)
-        best = self._every_way[min(near, key=lambda tried: abs(tried - budget))].tried[:FINALISTS]
-        recipes = {recipe(tried.way) for tried in best}
+        best = self._whole[min(near, key=lambda tried: abs(tried - budget))].trials[:FINALISTS]
+        labels = {trial.label for trial in best}
 
-        def choose(plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
-            kept = [plan for plan in plans if recipe(way(plan)) in recipes]
-            return self._evaluator(kept or plans)
+        def choose(plans: Sequence[StepPlan]) -> tuple[StepPlan, TrialTable]:
+            kept = [plan for plan in plans if plan.method in labels]
+            return self._judge(kept or plans)
 
         (plan,), selections = self._make(budgets=[budget], choose=choose)
         for selection in selections:
@@ -302,7 +302,7 @@ class Scout:
 
 
 def is_near(tried: int, budget: int) -> bool:
-    """Whether two budgets may share what is known of recipes."""
+    """Whether two budgets may share what is known of methods."""
     return max(tried, budget) <= NEAR * min(tried, budget)
 
 
@@ -347,14 +347,14 @@ def plan_budgets(
     )
 
 
-def scouting_cost(budgets: Sequence[int], num_steps: int, ways: int, methods: int, samples: int) -> int:
+def scouting_cost(budgets: Sequence[int], num_steps: int, methods: int, samples: int) -> int:
     """Full steps of looking at budgets in order, but for the uncached runs: about."""
     total, whole = 0, list[int]()
     for budget in budgets:
-        tried = min(ways, FINALISTS * methods)
+        tried = min(methods, FINALISTS)
         if not any(is_near(other, budget) for other in whole):
             whole.append(budget)
-            tried = ways
+            tried = methods
         runs = trial_runs(tried, samples) if tried > 1 else 0
         total += budget * (runs + samples)
     return total + samples * num_steps

@@ -33,7 +33,7 @@ from lemica_trt.compiler.budgets import (
     require_searchable,
     timed,
 )
-from lemica_trt.compiler.planning import fitter, make_plans, planned_solvers
+from lemica_trt.compiler.planning import Judge, fitter, make_plans, planned_solvers
 from lemica_trt.compiler.stages import (
     assemble,
     begin,
@@ -66,14 +66,14 @@ from lemica_trt.core.values import V, Value, read_value
 from lemica_trt.ir.budget import Budget, FrontRow, MinPsnr
 from lemica_trt.ir.calibration import ErrorGraph, Sensitivity, TrajectoryGrams
 from lemica_trt.ir.engine import Option
-from lemica_trt.ir.plan import FITTED, StepPlan, layout_from_plans
+from lemica_trt.ir.plan import StepPlan, layout_from_plans
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.report import Answer
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
-from lemica_trt.ir.trials import Selections, way
+from lemica_trt.ir.trials import TrialTables
 from lemica_trt.planning.budget import front_rows
-from lemica_trt.planning.candidates import Ways
+from lemica_trt.planning.planner import planners, planners_named
 
 if TYPE_CHECKING:
     from lemica_trt.ir.report import VerifyReport
@@ -97,7 +97,7 @@ def replan(
     bundle: Bundle,
     *,
     budgets: Sequence[Budget],
-    ways: Ways,
+    methods: Sequence[str],
     schedule: Sequence[int] | None,
     default: str | None,
     reporter: Reporter,
@@ -121,35 +121,35 @@ def replan(
     def carried(kind: type[V], file: str) -> V | None:
         return read_value(kind, bundle.file(file)) if file in bundle.manifest.files else None
 
-    require_searchable(budgets, False, ways)
+    require_searchable(budgets, False, methods)
     table = read_value(SamplerTable, bundle.file(SAMPLER_FILE))
     graph = carried(ErrorGraph, ERROR_GRAPH_FILE)
     fine = _carried_reference(carried(SamplerTable, REFERENCE_FILE), table, reference_steps)
-    selected = carried(Selections, SELECTION_FILE)
+    selected = carried(TrialTables, SELECTION_FILE)
     cached = [plan for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps]
-    before = {plan.budget: [way(plan)] for plan in cached}
+    before = {plan.budget: [plan.method] for plan in cached}
     against = None if fine is None else fine.num_steps
-    solvers = {plan.full_steps: plan for plan in cached if plan.scheduler == FITTED and plan.reference_steps == against}
+    by_fit = {name for name, planner in planners().items() if "fit" in planner.needs}
+    solvers = {plan.full_steps: plan for plan in cached if plan.method in by_fit and plan.reference_steps == against}
 
-    def fitted(schedules: Sequence[Schedule]) -> list[StepPlan]:
-        found = [solvers[schedule.full_steps] for schedule in schedules if schedule.full_steps in solvers]
-        if schedules and not found and ways.solver == FITTED:
-            count = schedules[0].budget
+    def fit(schedule: Schedule) -> StepPlan:
+        if schedule.full_steps not in solvers:
             raise UsageError(
-                f"a solver for {count} full steps is fitted to the model, and the bundle has none for them",
-                fix=f"lemica-trt build … --solver fitted --budget {count}",
+                f"a solver for {schedule.budget} full steps is fitted to the model, and the bundle has none for them",
+                fix=f"lemica-trt build … --budget {schedule.budget}",
             )
-        return found
+        return solvers[schedule.full_steps]
 
-    for selection in selected.selections if selected is not None else ():
-        before[selection.budget] = [tried.way for tried in selection.tried]
+    for trials in selected.tables if selected is not None else ():
+        before[trials.budget] = [trial.label for trial in trials.trials]
     looked_up = pareto or any(isinstance(budget, MinPsnr) for budget in budgets)
     front = carried_front(bundle) if looked_up else None
+    searches = schedule is None and any("error-graph" in planner.needs for planner in planners_named(methods))
     clock = Clock(bundle, reporter)
     times = clock.steps if any(map(timed, budgets)) else None
-    max_skip = graph.max_skip if graph is not None and ways.needs_graph else None
+    max_skip = graph.max_skip if graph is not None and searches else None
     chosen: list[StepPlan] = []
-    for budget in afforded_by(budgets, times, ways, table.num_steps, max_skip):
+    for budget in afforded_by(budgets, times, methods, table.num_steps, max_skip):
         if isinstance(budget, MinPsnr):
             assert front is not None
             chosen.append(front.least(budget).plan)
@@ -158,7 +158,7 @@ def replan(
             table,
             profile=bundle.manifest.profile,
             budgets=[budget],
-            ways=ways,
+            methods=methods,
             findings=Findings(
                 graph=graph,
                 grams=carried(TrajectoryGrams, GRAMS_FILE),
@@ -166,8 +166,8 @@ def replan(
                 sensitivity=carried(Sensitivity, SENSITIVITY_FILE),
             ),
             schedule=schedule,
-            solver=planned_solvers(table) if ways.solver not in (None, FITTED) else None,
-            fitted=fitted,
+            solver=planned_solvers(table) if any(method.startswith("stock:") for method in methods) else None,
+            fit=fit,
             before=before,
             graphs=bundle.manifest.graphs,
         )
@@ -255,19 +255,19 @@ def plan_stage(
     target: Path,
     *,
     budgets: Sequence[Budget] | None,
-    ways: Ways,
+    methods: Sequence[str],
     schedule: Sequence[int] | None,
     default: str | None,
     reporter: Reporter,
     pareto: bool = False,
     reference_steps: int | None = None,
 ) -> Replanned:
-    """Plans of a bundle (added to it) or of a work folder (written to `plans/`; several ways are tried and solvers
+    """Plans of a bundle (added to it) or of a work folder (written to `plans/`; several plans are tried and solvers
     fitted there, which takes the model).
 
     Args:
         budgets: None: none where only a bundle's front or another default is asked for, else `DEFAULT_BUDGETS`.
-        ways, schedule, pareto: see `Request`.
+        methods, schedule, pareto: see `Request`.
         default: the bundle's new default plan.
         reference_steps: see `Request`; of a bundle as in `replan`.
 
@@ -278,12 +278,12 @@ def plan_stage(
     work = Work(target)
     if not work.profile.is_file():
         if budgets is None:
-            alone = default is not None and schedule is None and reference_steps is None and ways == Ways()
+            alone = default is not None and schedule is None and reference_steps is None and methods == ("auto",)
             budgets = () if pareto or alone else DEFAULT_BUDGETS
         bundle, made = replan(
             Bundle.open(target),
             budgets=budgets,
-            ways=ways,
+            methods=methods,
             schedule=schedule,
             default=default,
             reporter=reporter,
@@ -304,40 +304,31 @@ def plan_stage(
             "a time needs engines, and a work folder has none that are finished",
             fix="give it to `lemica-trt build`, or to `lemica-trt plan` with the bundle",
         )
-    require_searchable(budgets, pareto, ways)
-    from lemica_trt.evaluate.evaluator import PlanEvaluator, validation_samples
-
+    require_searchable(budgets, pareto, methods)
     with work.locked():
         profile, table = read_value(Profile, work.profile), read_value(SamplerTable, work.sampler)
         prompts = calibration_prompts(profile, None)
         model = functools.cache(lambda: open_model(profile, reporter))
         fine = None if reference_steps is None else reference_sampler(model(), table, reference_steps)
         findings = findings_in(work)._replace(reference=fine)
-        evaluator = PlanEvaluator(
-            model,
-            table,
-            validation_samples(prompts, profile.calibration),
-            reference=fine,
-            folder=work.root,
-            reporter=reporter,
-        )
+        judge = Judge(model, table, prompts, work, reporter, fine=fine)
         make = functools.partial(
             make_plans,
             table,
             profile=profile,
-            ways=ways,
+            methods=methods,
             findings=findings,
             schedule=schedule,
-            solver=planned_solvers(table) if ways.solvers else None,
-            fitted=fitter(model, table, prompts, work, reporter, fine=fine),
+            solver=planned_solvers(table),
+            fit=fitter(model, table, prompts, work, reporter, fine=fine),
         )
         planned = plan_budgets(
-            afforded_by(budgets, None, ways, table.num_steps, None),
-            Scout(make, evaluator),
+            afforded_by(budgets, None, methods, table.num_steps, None),
+            Scout(make, judge),
             reporter,
             pareto=pareto,
             num_steps=table.num_steps,
-            max_skip=findings.graph.max_skip if findings.graph is not None and ways.needs_graph else None,
+            max_skip=None if findings.graph is None else findings.graph.max_skip,
         )
         findings = findings._replace(selections=planned.selections, front=planned.front)
         write_plans(planned.plans, findings, work, reporter)

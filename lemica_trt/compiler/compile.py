@@ -50,14 +50,13 @@ from lemica_trt.core.values import Value, read_value
 from lemica_trt.ir.budget import Budget, FrontRow, MinPsnr, StepTimes, said
 from lemica_trt.ir.calibration import ErrorGraph, TrajectoryGrams
 from lemica_trt.ir.engine import Option
-from lemica_trt.ir.plan import FITTED, layout_from_plans
+from lemica_trt.ir.plan import layout_from_plans
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.report import Answer, Stage
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.planning.budget import afforded, front_budgets, front_rows
-from lemica_trt.planning.candidates import Ways, predictors, trial_runs
 from lemica_trt.planning.minimax import least_budget, require_feasible
-from lemica_trt.planning.prediction_path import POWERS
+from lemica_trt.planning.planner import AUTO, UNFITTED, Planner, planners_named, trial_runs
 
 if TYPE_CHECKING:
     from lemica_trt.ir.report import VerifyReport
@@ -70,7 +69,7 @@ class Request(Value, frozen=True):
     Attributes:
         budgets: of each plan, full steps or in another unit; the first plan is the default.
         pareto: whether the quality of budgets all along is measured too.
-        ways: how the full steps may be chosen, and what skipped steps may do; several ways are tried.
+        methods: names of planners, or `auto`; the plans of several are tried.
         schedule: full steps as given; then the budgets are not used and nothing is calibrated.
         error_graph: path of an error graph to use instead of calibrating; Grams beside it (`grams.json`, as work
             folders and bundles have them) are used too.
@@ -86,7 +85,7 @@ class Request(Value, frozen=True):
 
     budgets: tuple[Budget, ...] = DEFAULT_BUDGETS
     pareto: bool = False
-    ways: Ways = Ways()
+    methods: tuple[str, ...] = ("auto",)
     schedule: tuple[int, ...] | None = None
     error_graph: str | None = None
     calibration_from: str | None = None
@@ -111,7 +110,7 @@ class Request(Value, frozen=True):
     @property
     def needs_graph(self) -> bool:
         """Whether a method searches an error graph."""
-        return self.schedule is None and self.ways.needs_graph
+        return self.schedule is None and any("error-graph" in planner.needs for planner in planners_named(self.methods))
 
 
 def check_request(profile: Profile, output: Path, request: Request) -> None:
@@ -124,7 +123,7 @@ def check_request(profile: Profile, output: Path, request: Request) -> None:
         InputError: a prompt file or error graph cannot be read.
     """
     require_replaceable(output)
-    require_searchable(request.budgets, request.pareto, request.ways)
+    require_searchable(request.budgets, request.pareto, request.methods)
     for backend, options in options_by_backend(request.backends, request.options).items():
         check_engine(backend, profile.dtype, options)
     calibration_prompts(profile, Path(request.prompts) if request.prompts else None)
@@ -183,8 +182,8 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
             max_skip = profile.calibration.max_skip if graph is None else graph.max_skip
         times = None
         if any(map(timed, request.budgets)):
-            times = probe(model, table, work, request.ways, request.backends, request.options, reporter)
-        budgets = afforded_by(request.budgets, times, request.ways, table.num_steps, max_skip)
+            times = probe(model, table, work, request.methods, request.backends, request.options, reporter)
+        budgets = afforded_by(request.budgets, times, request.methods, table.num_steps, max_skip)
         findings = Findings(graph=graph, grams=grams)
         with hired(model, request.ray, reporter) as workers:
             if graph is not None:
@@ -198,11 +197,11 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
                 make_plans,
                 table,
                 profile=profile,
-                ways=request.ways,
+                methods=request.methods,
                 findings=findings,
                 schedule=request.schedule,
                 solver=planned_solvers(table),
-                fitted=fitter(lambda: model, table, prompts, work, reporter, fine=fine),
+                fit=fitter(lambda: model, table, prompts, work, reporter, fine=fine),
             )
             from lemica_trt.evaluate.evaluator import PlanEvaluator, validation_samples
 
@@ -301,9 +300,9 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
             Stage(
                 name="calibrate",
                 what=f"{settings.method}, {settings.samples} samples: {calls.full} full steps, "
-                f"{calls.backward} backward passes, {calls.skip} skipped steps, {calls.samplings:.0f} samplings' work, "
+                f"{calls.skip} skipped steps, {calls.samplings:.0f} samplings' work, "
                 "at most; finished units are not done again",
-                seconds=(calls.full + calls.backward) * expected.full_step + calls.skip * expected.skipped_step,
+                seconds=calls.full * expected.full_step + calls.skip * expected.skipped_step,
                 disk=calls.units * 200,
                 memory=expected.run_memory,
             )
@@ -311,8 +310,9 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
     plans = "given schedule" if request.schedule is not None else ", ".join(map(said, request.budgets))
     reference = request.reference_steps or table.num_steps
     fitted = 0  # solvers for each budget
-    if FITTED in request.ways.solvers and not table.stochastic:
-        fitted = len(POWERS) if "predicted" in request.ways.methods else 1
+    tried = _tried(request, table)
+    fitted = sum("fit" in planner.needs for planner in tried)
+    if fitted:
         full = settings.samples * (reference + fitted * sum(budgets))
         stages.append(
             Stage(
@@ -324,15 +324,13 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
                 memory=expected.run_memory,
             )
         )
-    stock = len(request.ways.solvers) - (FITTED in request.ways.solvers)
-    ways = len(request.ways.methods) * (len(predictors(request.ways, table, None)) + stock) + fitted
-    if ways > 1:
-        runs = trial_runs(ways, settings.validation_samples)
+    if len(tried) > 1:
+        runs = trial_runs(len(tried), settings.validation_samples)
         full = settings.validation_samples * reference + runs * sum(budgets)
         stages.append(
             Stage(
                 name="select",
-                what=f"about {ways} ways to run each budget, tried in about {full} full steps",
+                what=f"{len(tried)} plans of each budget, tried in about {full} full steps",
                 seconds=full * expected.full_step,
                 disk=runs * 150,
                 memory=expected.run_memory,
@@ -340,7 +338,7 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
         )
     if request.pareto or any(isinstance(budget, MinPsnr) for budget in request.budgets):
         looked_at = front_budgets(table.num_steps, max_skip)
-        full = scouting_cost(looked_at, table.num_steps, ways, len(request.ways.methods), settings.validation_samples)
+        full = scouting_cost(looked_at, table.num_steps, len(tried), settings.validation_samples)
         full += fitted * settings.samples * sum(looked_at)
         stages.append(
             Stage(
@@ -350,7 +348,7 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
                 memory=expected.run_memory,
             )
         )
-    stages.append(Stage(name="plan", what=f"{', '.join(request.ways.methods)}; {plans}", seconds=0.1, disk=20_000))
+    stages.append(Stage(name="plan", what=f"{', '.join(request.methods)}; {plans}", seconds=0.1, disk=20_000))
     stages.append(
         Stage(
             name="export",
@@ -374,6 +372,14 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
             )
         )
     return stages
+
+
+def _tried(request: Request, table: SamplerTable) -> list[Planner]:
+    """The planners whose plans are tried."""
+    if request.schedule is not None:
+        return []
+    auto = UNFITTED if table.stochastic else AUTO
+    return planners_named([name for method in request.methods for name in (auto if method == "auto" else (method,))])
 
 
 def _about(budget: Budget, times: StepTimes, num_steps: int, max_skip: int | None) -> int:

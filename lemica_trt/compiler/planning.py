@@ -1,32 +1,41 @@
-"""What is known of a model → plans: schedules by every method allowed, ways to run them, the best by trial."""
+"""What is known of a model → plans: those of every method that is asked for, the best by trial."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-import msgspec
 
 from lemica_trt.compiler.work import Findings, Work, short
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.ir.budget import Afforded
-from lemica_trt.ir.calibration import ErrorGraph, Provenance, TrajectoryGrams
+from lemica_trt.ir.calibration import Provenance
 from lemica_trt.ir.graphs import GraphSet
-from lemica_trt.ir.plan import StepPlan, check_plan, guidance_range
+from lemica_trt.ir.plan import StepPlan, check_plan
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.sampler import SAMPLER_TOLERANCE, SamplerTable
 from lemica_trt.ir.schedule import Schedule
-from lemica_trt.ir.trials import Selection, recipe, way
-from lemica_trt.planning.candidates import FittedPlans, Planner, SolverTable, Ways, candidates
-from lemica_trt.planning.minimax import least_sum, solve
-from lemica_trt.planning.prediction_path import POWERS, solve_predicted
-from lemica_trt.planning.schedules import given, published, uniform
-from lemica_trt.planning.signed import AdjointProducts, signed_errors, solve_signed
+from lemica_trt.ir.trials import TrialTable
+from lemica_trt.planning.planner import (
+    Chooser,
+    Fit,
+    Planner,
+    Problem,
+    SolverTable,
+    candidates,
+    choose_planners,
+    plan_given,
+    select,
+)
+from lemica_trt.planning.step_plan import uncached_plan
 
 if TYPE_CHECKING:
     from lemica_trt.calibrate.fit import Fitter
+    from lemica_trt.calibrate.workers import Workers
+    from lemica_trt.evaluate.trials import Trials
     from lemica_trt.models import Model
 
 
@@ -53,157 +62,91 @@ def require_graph_fits(graph: Provenance, model: Model, table: SamplerTable, *, 
         )
 
 
-Chooser = Callable[[Sequence[StepPlan]], tuple[StepPlan, Selection]]
-"""Plans of one budget, or of one time, → the best of them, and how all did."""
-
-
 def make_plans(
     table: SamplerTable,
     *,
     profile: Profile,
     budgets: Sequence[int | Afforded],
-    ways: Ways,
+    methods: Sequence[str],
     findings: Findings,
     schedule: Sequence[int] | None = None,
     solver: SolverTable | None = None,
-    fitted: FittedPlans | None = None,
+    fit: Fit | None = None,
     choose: Chooser | None = None,
     before: Mapping[int, Sequence[str]] | None = None,
     graphs: GraphSet | None = None,
-) -> tuple[list[StepPlan], tuple[Selection, ...]]:
+) -> tuple[list[StepPlan], tuple[TrialTable, ...]]:
     """Plans `bB` for each budget, in the order given; or one for a given schedule.
 
     Args:
         table: the sampler.
         profile: gives the default guidance scale, and the model's name for published schedules.
-        budgets: full steps, or what a time affords: then ways that run the skip graph have others than ways that fold.
-        ways, schedule: see `Request`.
-        findings: what the methods and predictors need of a calibration.
-        solver: makes planned solvers; None: without them.
-        fitted: makes the plans of fitted solvers; None: without them.
-        choose: tries several ways; None: the one that did best before.
-        before: budget → ways, the best first; see `candidates.way`.
+        budgets: full steps, or what a time allows.
+        methods, schedule: see `Request`.
+        findings: what is known of a calibration.
+        solver, fit: see `Problem`.
+        choose: tries several plans; None: the one that did best before.
+        before: budget → methods, the best first.
         graphs: what the plans must run on; None: graphs are made for them.
 
     Returns:
-        The plans, and how all ways did that were tried now.
+        The plans, and how all did that were tried now.
 
     Raises:
         UsageError: what is asked for needs a calibration, or a trial, and there is none.
-        InputError: the error graph or a published schedule is of another sampler.
-        InfeasibleError, InputError: as `schedule` and `predict`.
+        InputError: the calibration or a published schedule is of another sampler.
     """
-    graph = findings.graph
-    if graph is not None and not graph.is_of(table):
-        raise InputError(
-            "expected an error graph of this sampler, got one that was measured with another", fix="calibrate first"
-        )
-    plans, selections = [], []
+    problem = Problem(
+        table=table,
+        guidance_scale=profile.sampling.guidance_scale,
+        calibration=findings.calibration,
+        reference=findings.reference,
+        model=profile.name,
+        fit=fit,
+        solver=solver,
+    )
     if schedule is not None:
-        chosen = given(schedule, table.num_steps)
-        found: list[dict[int, dict[Planner, list[Schedule]]]] = [{chosen.budget: {"given": [chosen]}}]
-        budgets = [chosen.budget]
-    else:
-        found = [
-            {count: _schedules(table, profile, count, ways, findings) for count in _full_steps(budget)}
-            for budget in budgets
-        ]
-    for budget, schedules in zip(budgets, found):
-        several = [
-            plan
-            for count, of_count in schedules.items()
-            for plan in candidates(
-                ways,
-                of_count,
-                table,
-                name=f"b{count}",
-                guidance_scale=profile.sampling.guidance_scale,
-                grams=findings.grams,
-                solver=solver,
-                fitted=fitted if isinstance(budget, int) or count == budget.folded else None,
-                fine=findings.reference,
-                error_graph_digest=None if graph is None else graph.digest,
-            )
-            if isinstance(budget, int) or budget.admits(plan)
-        ]
-        if graphs is not None and len(several) > 1:
-            several = [plan for plan in several if _runs_on(plan, graphs)] or several[:1]
-        if len(several) == 1:
-            plans += several
-        elif choose is not None:
-            plan, selection = choose(several)
-            plans.append(plan)
-            selections.append(selection)
-        else:
-            plans.append(_best_before(several, before or {}))
-    return [_limited(plan, findings) for plan in plans], tuple(selections)
+        return [plan_given(problem, schedule)], ()
+    planners = choose_planners(methods, problem)
+    plans, tables = [], []
+    for budget in budgets:
+        if choose is None and len(planners) > 1:
+            plans.append(_best_before(planners, problem, budget, before or {}, graphs))
+            continue
+        several = candidates(planners, problem, budget)
+        if len(several) == 1 or choose is None:
+            plans.append(several[0])
+            continue
+        plan, trials = choose(several)
+        plans.append(plan)
+        tables.append(trials)
+    return plans, tuple(tables)
 
 
-def _limited(plan: StepPlan, findings: Findings) -> StepPlan:
-    """A plan that says for which guidance it holds; where its calibration was carried over, that limits it, too."""
-    ranges = [guidance_range(plan.guidance_scale)]
-    if findings.graph is not None and findings.graph.method == "retargeted" and findings.sensitivity is not None:
-        ranges.append(guidance_range(findings.sensitivity.guidance_scale))
-    known = [found for found in ranges if found is not None]
-    if plan.budget == plan.num_steps or not known:
-        return plan
-    low, high = max(low for low, _ in known), min(high for _, high in known)
-    return msgspec.structs.replace(plan, guidance_range=(low, high))
+def _best_before(
+    planners: Sequence[Planner],
+    problem: Problem,
+    budget: int | Afforded,
+    before: Mapping[int, Sequence[str]],
+    graphs: GraphSet | None,
+) -> StepPlan:
+    """The plan of the method that did best at the nearest budget, of those that can make one here.
 
-
-def _full_steps(budget: int | Afforded) -> tuple[int, ...]:
-    return (budget,) if isinstance(budget, int) else budget.budgets
-
-
-def _schedules(
-    table: SamplerTable, profile: Profile, budget: int, ways: Ways, findings: Findings
-) -> dict[Planner, list[Schedule]]:
-    """Schedules of a budget by every method that is allowed and can be used here."""
-    graph, products = findings.graph, findings.products
-    found: dict[Planner, list[Schedule]] = {}
-    for method in ways.methods:
-        if method == "uniform":
-            found[method] = [uniform(table.num_steps, budget)]
-        elif method == "published":
-            found[method] = [published(profile.name, budget)]
-        elif graph is None:
-            raise UsageError(f"method {method} needs an error graph", fix="calibrate first, or use --method uniform")
-        elif method == "lemica":
-            found[method] = [solve(graph, [budget])[budget]]
-        elif method == "least-sum":
-            found[method] = [least_sum(graph, budget)]
-        elif method == "predicted":
-            if findings.grams is not None:
-                found[method] = _predicted(table, graph, findings.grams, budget)
-            elif ways.method == method:
-                raise UsageError("method predicted needs the Grams of uncached runs", fix="calibrate first")
-        elif products is not None:
-            found[method] = _signed(table, graph, products, budget)
-        elif ways.method == "signed":
-            raise UsageError("method signed needs adjoint products", fix="calibrate with --calibration adjoint")
-    for schedule in (schedule for schedules in found.values() for schedule in schedules):
-        if schedule.num_steps != table.num_steps:
-            raise InputError(
-                f"expected a schedule for {table.num_steps} steps, got one for {schedule.num_steps}",
-                fix=f"--denoising-steps {schedule.num_steps}",
-            )
-    return found
-
-
-def _predicted(table: SamplerTable, graph: ErrorGraph, grams: TrajectoryGrams, budget: int) -> list[Schedule]:
-    """Schedules for predicted outputs: as errors were measured, and for solvers that correct part of them."""
-    every = [solve_predicted(table, graph, grams, [budget], power=power)[budget] for power in POWERS]
-    return list({schedule.full_steps: schedule for schedule in every}.values())
-
-
-def _signed(table: SamplerTable, graph: ErrorGraph, products: AdjointProducts, budget: int) -> list[Schedule]:
-    """Signed schedules for outputs that are extrapolated in the step index, and in log-SNR where it is known."""
-    seeds = [solve(graph, [budget])[budget], least_sum(graph, budget)]
-    times = [None] if table.levels is None else [None, table.levels.log_snr[: table.num_steps]]
-    return [
-        solve_signed(signed_errors(table, products.array, max_skip=graph.max_skip, times=time), budget, seeds=seeds)
-        for time in times
-    ]
+    Raises:
+        UsageError: nothing was tried.
+    """
+    count = budget if isinstance(budget, int) else budget.budgets[0]
+    known = {planner.name: planner for planner in planners}
+    for tried in sorted(before, key=lambda tried: abs(tried - count)):
+        for planner in (known[method] for method in before[tried] if method in known):
+            with contextlib.suppress(UsageError):
+                (plan,) = candidates([planner], problem, budget)
+                if graphs is None or _runs_on(plan, graphs):
+                    return plan
+    raise UsageError(
+        f"{len(planners)} methods are allowed for {count} full steps, and none that is possible here was tried",
+        fix="name one, for example --method linear, or let `lemica-trt build` try them",
+    )
 
 
 def _runs_on(plan: StepPlan, graphs: GraphSet) -> bool:
@@ -214,21 +157,76 @@ def _runs_on(plan: StepPlan, graphs: GraphSet) -> bool:
     return True
 
 
-def _best_before(plans: Sequence[StepPlan], before: Mapping[int, Sequence[str]]) -> StepPlan:
-    """The plan whose way did best at the nearest budget; of a schedule that was given, whose recipe did.
+class Judge:
+    """Tries plans on the model: on prompts behind those of the calibration, and other seeds. A `Chooser`.
 
-    Raises:
-        UsageError: nothing was tried.
+    Uncached runs are kept for all plans that it is asked about.
+
+    Args:
+        model: opens it; called when there is something to run.
+        table: its sampler.
+        prompts: of the calibration.
+        work: where finished runs are kept.
+        fine: the sampler at M steps, where plans are held against that.
+        workers: run the plans; None: this process.
     """
-    for budget in sorted(before, key=lambda budget: abs(budget - plans[0].budget)):
-        for best in before[budget]:
-            for plan in plans:
-                if way(plan) == best or (plan.method == "given" and recipe(way(plan)) == recipe(best)):
-                    return plan
-    raise UsageError(
-        f"{len(plans)} ways to run {plans[0].budget} full steps are allowed, and none was tried on this model",
-        fix="name one, for example --reuse output --predict none, or let `lemica-trt build` try them",
-    )
+
+    def __init__(
+        self,
+        model: Callable[[], Model],
+        table: SamplerTable,
+        prompts: Sequence[str],
+        work: Work,
+        reporter: Reporter,
+        *,
+        fine: SamplerTable | None = None,
+        workers: Workers | None = None,
+    ) -> None:
+        self._open, self._table, self._prompts = model, table, prompts
+        self._work, self._reporter, self._reference = work, reporter, fine or table
+        self._workers = workers
+
+    def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, TrialTable]:
+        """The best plan, see `planner.select`."""
+        run, _, samples = self._trials
+        budgets = "/".join(str(budget) for budget in sorted({plan.budget for plan in plans}))
+        self._reporter.stage(
+            "select",
+            f"{len(plans)} plans of {budgets} full steps, the best of them on {samples} samples, against "
+            f"{self._reference.num_steps} steps",
+        )
+        plan, table = select(plans, samples, run)
+        self._reporter.note(f"{table.best.label}: {table.best.mean:.1f} dB")
+        return plan, table
+
+    def psnr(self, plan: StepPlan) -> tuple[float, ...]:
+        """dB of the frames of each validation sample against the reference."""
+        run, journal, samples = self._trials
+        return run.psnr(plan, range(samples), journal=journal)
+
+    @functools.cached_property
+    def _trials(self) -> tuple[Trials, Path, int]:
+        """What runs plans, the journal of frames, and the number of samples."""
+        from lemica_trt.evaluate.trials import Trials, trials_digest
+
+        model = self._open()
+        settings, table, prompts = model.profile.calibration, self._table, self._prompts
+        skip = settings.samples % len(prompts)
+        fresh = [*prompts[skip:], *prompts[:skip]]
+        seed = settings.seed + settings.samples
+        reference = uncached_plan(self._reference, guidance_scale=model.profile.sampling.guidance_scale)
+        digest = trials_digest(model, reference, table, fresh, seed=seed)
+        run = Trials(
+            model,
+            reference,
+            table,
+            fresh,
+            seed=seed,
+            journal=self._work.trials(digest),
+            progress=self._reporter.advance,
+            workers=self._workers,
+        )
+        return run, self._work.frames(digest), settings.validation_samples
 
 
 def fitter(
@@ -239,7 +237,7 @@ def fitter(
     reporter: Reporter,
     *,
     fine: SamplerTable | None = None,
-) -> FittedPlans | None:
+) -> Fit | None:
     """Fits solvers to the model, on the samples of the calibration; None where the sampler draws noise.
 
     Args:
@@ -267,17 +265,15 @@ def fitter(
             progress=reporter.advance,
         )
 
-    def fit(schedules: Sequence[Schedule]) -> list[StepPlan]:
-        fits, plans = opened(), []
-        for schedule in schedules:
-            wanted = fits.evaluations_for(schedule)
-            reporter.stage(
-                "fit",
-                f"a solver for {schedule.budget} steps, on {fits.samples} samples, to {reference.num_steps} steps: "
-                f"{wanted / table.num_steps / fits.samples:.1f} samplings a sample",
-            )
-            plans.append(fits(schedule))
-        return plans
+    def fit(schedule: Schedule) -> StepPlan:
+        fits = opened()
+        wanted = fits.evaluations_for(schedule)
+        reporter.stage(
+            "fit",
+            f"a solver for {schedule.budget} steps, on {fits.samples} samples, to {reference.num_steps} steps: "
+            f"{wanted / table.num_steps / fits.samples:.1f} samplings a sample",
+        )
+        return fits(schedule)
 
     return fit
 

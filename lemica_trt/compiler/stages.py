@@ -40,7 +40,7 @@ from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.resources import calibration_path
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.ir.trials import Selections
+from lemica_trt.ir.trials import TrialTables
 from lemica_trt.planning.fold import nearest_steps
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def calibrate(
         f"{settings.method}: {settings.samples} samples, up to {settings.max_skip} steps skipped: "
         f"{wanted.samplings:.0f} samplings' work, {wanted.samplings / settings.samples:.1f} a sample",
     )
-    for stale in (work.grams, work.products, work.sensitivity):
+    for stale in (work.grams, work.sensitivity):
         stale.unlink(missing_ok=True)
     common: dict[str, Any] = {"seed": settings.seed, "max_skip": settings.max_skip}
     running: dict[str, Any] = {"samples": settings.samples, "progress": reporter.advance, "workers": workers}
@@ -180,17 +180,15 @@ def calibrate(
     found = calibrate_cheaply(model, table, prompts, journal=journal, **running, **common)
     counted = found.cost
     reporter.note(
-        f"{counted.full} full steps, {counted.backward} backward passes, {counted.skip} skipped steps were run: "
+        f"{counted.full} full steps, {counted.skip} skipped steps were run: "
         f"{counted.samplings / settings.samples:.1f} samplings a sample"
     )
     write_value(found.grams, work.grams)
-    if found.products is not None:
-        write_value(found.products, work.products)
     known = sensitivity or found.sensitivity
     if known is not None:
         write_value(known, work.sensitivity)
     write_value(found.graph, work.error_graph)
-    return Findings(graph=found.graph, grams=found.grams, products=found.products, sensitivity=known)
+    return Findings(graph=found.graph, grams=found.grams, sensitivity=known)
 
 
 def retargeted(profile: Profile, source: Path | None) -> tuple[Profile, Sensitivity | None]:
@@ -211,7 +209,6 @@ def retargeted(profile: Profile, source: Path | None) -> tuple[Profile, Sensitiv
 
 def calibration_cost(model: Model, table: SamplerTable) -> Cost:
     """What the profile's calibration costs from its beginning."""
-    from lemica_trt.calibrate.adjoint import checkpoints
     from lemica_trt.calibrate.estimate import cheap_cost
     from lemica_trt.calibrate.exact import cost
 
@@ -223,7 +220,6 @@ def calibration_cost(model: Model, table: SamplerTable) -> Cost:
         settings.max_skip,
         settings.samples,
         method=settings.method,
-        checkpointed=checkpoints(model),
     )
 
 
@@ -336,7 +332,7 @@ def assemble(
     if findings.reference is not None:
         files[REFERENCE_FILE] = json_bytes(findings.reference)
     if findings.selections:
-        files[SELECTION_FILE] = json_bytes(Selections(selections=findings.selections))
+        files[SELECTION_FILE] = json_bytes(TrialTables(tables=findings.selections))
     if findings.front is not None:
         files[FRONT_FILE] = json_bytes(findings.front)
     for spec in exported.graphs.graphs:
@@ -453,7 +449,7 @@ def _is_current(report: VerifyReport, bundle: Bundle, samples: int, backend: str
 def begin(profile: Profile, work: Work, device: str | None, reporter: Reporter) -> tuple[Model, SamplerTable]:
     """Load the model and lower its sampler; what the work folder has of another profile is taken away, journals not."""
     if not work.profile.is_file() or work.profile.read_bytes() != json_bytes(profile):
-        for path in (work.error_graph, work.grams, work.products, work.sensitivity, work.selection, work.front):
+        for path in (work.error_graph, work.grams, work.sensitivity, work.selection, work.front):
             path.unlink(missing_ok=True)
         shutil.rmtree(work.plans, ignore_errors=True)
         write_value(profile, work.profile)

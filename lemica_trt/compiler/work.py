@@ -5,14 +5,13 @@ WORK/
   sampler.json                 SamplerTable
   journal-<digest>.jsonl       what calibration has measured so far
   error_graph.json             ErrorGraph
-  grams.json                   TrajectoryGrams        (calibration by secant or adjoint)
-  products.json                AdjointProducts        (calibration by adjoint)
+  grams.json                   TrajectoryGrams
   sensitivity.json             Sensitivity            (calibration by secant, or from one)
   fits-<digest>.jsonl          solvers that were fitted so far
   trials-<digest>.jsonl        how plans did in trials so far
   reference.json               SamplerTable of M steps    (--reference-steps)
   frames-<digest>.jsonl        how plans' frames did in trials so far
-  selection.json               which ways were tried for each budget, and which won
+  selection.json               TrialTables: what was tried for each budget, and what won
   front.json                   Front: quality by budget (--pareto, --min-psnr)
   steps-<digest>.json          what steps take on this machine's engines (--latency, --speedup)
   plans/<index>-<name>.json    StepPlans, in the order asked for
@@ -35,13 +34,12 @@ from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import V, Value, read_value, write_value
 from lemica_trt.ir.budget import Front
-from lemica_trt.ir.calibration import ErrorGraph, Sensitivity, TrajectoryGrams
+from lemica_trt.ir.calibration import Calibration, ErrorGraph, Sensitivity, TrajectoryGrams
 from lemica_trt.ir.graphs import GraphSet, TextSpec
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile, Shape
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.ir.trials import Selection, Selections, way
-from lemica_trt.planning.signed import AdjointProducts
+from lemica_trt.ir.trials import TrialTable, TrialTables
 from lemica_trt.planning.step_plan import uncached_plan
 
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
@@ -95,10 +93,6 @@ class Work:
         return self.root / "grams.json"
 
     @property
-    def products(self) -> Path:
-        return self.root / "products.json"
-
-    @property
     def sensitivity(self) -> Path:
         return self.root / "sensitivity.json"
 
@@ -133,6 +127,14 @@ class Work:
     def fits(self, digest: str) -> Path:
         """Where fitted solvers are kept."""
         return self.root / f"fits-{digest[:16]}.jsonl"
+
+    def trials(self, digest: str) -> Path:
+        """Where trials of plans keep their scores."""
+        return self.root / f"trials-{digest[:16]}.jsonl"
+
+    def frames(self, digest: str) -> Path:
+        """Where trials of plans keep the scores of their frames."""
+        return self.root / f"frames-{digest[:16]}.jsonl"
 
     def step_times(self, digest: str) -> Path:
         """Where the times of steps are kept that engines of these graphs were measured to take."""
@@ -187,19 +189,27 @@ class Findings(NamedTuple):
     Attributes:
         graph: what caching each segment costs.
         grams: for fitted predictors.
-        products: for the signed planner.
         sensitivity: for calibrations of other steps, shifts and guidance.
         reference: the sampler at M steps, where plans are held against that; None: at its own N.
-        selections: how the ways did that were tried.
+        selections: how the plans did that were tried.
         front: quality by budget.
     """
 
     graph: ErrorGraph | None = None
     grams: TrajectoryGrams | None = None
-    products: AdjointProducts | None = None
     sensitivity: Sensitivity | None = None
     reference: SamplerTable | None = None
-    selections: tuple[Selection, ...] = ()
+    selections: tuple[TrialTable, ...] = ()
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What was calibrated, as one value."""
+        return (
+            None
+            if self.graph is None
+            else Calibration(graph=self.graph, grams=self.grams, sensitivity=self.sensitivity)
+        )
+
     front: Front | None = None
 
 
@@ -209,14 +219,13 @@ def findings_in(work: Work) -> Findings:
     def found(kind: type[V], path: Path) -> V | None:
         return read_value(kind, path) if path.is_file() else None
 
-    selections = found(Selections, work.selection)
+    selections = found(TrialTables, work.selection)
     return Findings(
         graph=found(ErrorGraph, work.error_graph),
         grams=found(TrajectoryGrams, work.grams),
-        products=found(AdjointProducts, work.products),
         sensitivity=found(Sensitivity, work.sensitivity),
         reference=found(SamplerTable, work.reference),
-        selections=selections.selections if selections is not None else (),
+        selections=selections.tables if selections is not None else (),
         front=found(Front, work.front),
     )
 
@@ -246,13 +255,13 @@ def write_plans(plans: Sequence[StepPlan], findings: Findings, work: Work, repor
     for path in (work.selection, work.front, work.reference):
         path.unlink(missing_ok=True)
     if findings.selections:
-        write_value(Selections(selections=findings.selections), work.selection)
+        write_value(TrialTables(tables=findings.selections), work.selection)
     if findings.front is not None:
         write_value(findings.front, work.front)
     if findings.reference is not None:
         write_value(findings.reference, work.reference)
     for index, plan in enumerate(plans):
-        reporter.stage("plan", f"{plan.name}: {way(plan)}; full steps {' '.join(map(str, plan.full_steps))}")
+        reporter.stage("plan", f"{plan.name}: {plan.method}; full steps {' '.join(map(str, plan.full_steps))}")
         write_value(plan, work.plans / f"{index}-{plan.name}.json")
 
 

@@ -179,14 +179,12 @@ class Point(Value, frozen=True):
     """One budget's plan, and how good it is.
 
     Attributes:
-        plan: the best of the ways that were tried.
-        way: see `candidates.way`.
-        psnr: dB of each validation clip against the uncached run. The way was chosen on the same samples, by the
+        plan: the best of those that were tried.
+        psnr: dB of each validation clip against the uncached run. The plan was chosen on the same samples, by the
             signal-to-noise ratio of their latents; `verify` measures others.
     """
 
     plan: StepPlan
-    way: str
     psnr: tuple[float, ...]
 
     def __post_init__(self) -> None:
@@ -247,14 +245,14 @@ class FrontRow(Value, frozen=True):
     """A point as it is shown.
 
     Attributes:
-        plan, way, budget: of the point.
+        plan, method, budget: of the point's plan.
         psnr, psnr_low, psnr_p5: dB; see `Point`.
         seconds, speedup: predicted from step times; None where those are not known.
         dominated: another point takes no longer and is no worse, and not equal in both.
     """
 
     plan: str
-    way: str
+    method: str
     budget: int
     psnr: float
     psnr_low: float | None

@@ -6,15 +6,14 @@ difference of the final latents between the run in which only this segment is ca
 L1_glob(i→j) = (1/n)·‖x0^{cache(i→j)} − x0^{original}‖₁, averaged over samples (a sample: a prompt and a seed). Edges
 of length 1 cache nothing: they have no entry and weigh 0.
 
-With a_t the trunk residual r_t (both branches of the guidance as one vector), or the guided output m_t, of step t, the
-trajectory Grams are
+With m_t the guided output of step t, the trajectory Gram matrix is
 
-    G[k, l] = mean over samples of ⟨a_k, a_l⟩ / ((1/N)·Σ_t ⟨a_t, a_t⟩)
+    G[k, l] = mean over samples of ⟨m_k, m_l⟩ / ((1/N)·Σ_t ⟨m_t, m_t⟩)
 
 Each sample is divided by its own mean square first, so that none counts for more because it is louder. Every least
-squares fit of a step by any other steps – coefficients, and the error that is left – needs only this matrix:
+squares fit of an output by any others – coefficients, and the error that is left – needs only this matrix:
 
-    mean ‖a_t − Σ_k c_k·a_k‖² = G[t, t] − 2·Σ_k c_k·G[k, t] + Σ_kl c_k·c_l·G[k, l]
+    mean ‖m_t − Σ_k c_k·m_k‖² = G[t, t] − 2·Σ_k c_k·G[k, t] + Σ_kl c_k·c_l·G[k, l]
 
 so that one pass over some uncached runs serves every schedule. What is left of a good fit is 1e-4 … 1e-6 of G[t, t]:
 inner products must be summed in float64."""
@@ -124,7 +123,7 @@ class ErrorGraph(Provenance, frozen=True, kw_only=True):
         max_skip: K, the most steps that one segment skips (j − i − 1 ≤ K).
         samples: number of (prompt, seed) pairs; model, sampler and prompts as in `Provenance`.
         metric: `l1` (eq. 4).
-        method: how the edges were obtained: `exact` = replayed one by one; `secant`, `adjoint` = estimated;
+        method: how the edges were obtained: `exact` = replayed one by one; `secant` = estimated;
             `retargeted` = estimated with the sensitivities of another calibration.
         samplings: evaluations of the DiT that one sample took, counted, in uncached samplings; absent where exact
             (there it follows from N and K, see `calibrate.cost`).
@@ -172,18 +171,16 @@ Array = npt.NDArray[np.float64]
 
 
 class TrajectoryGrams(Provenance, frozen=True, kw_only=True):
-    """Gram matrices of the residuals and of the outputs of uncached runs, and what they were measured on.
+    """Gram matrix of the outputs of uncached runs, and what it was measured on.
 
     Attributes:
         samples: number of (prompt, seed) pairs; all else as in `Provenance`.
         outputs: N rows of N numbers: G of the guided outputs m_0 … m_{N−1}.
-        residuals: the same of the trunk residuals; empty where they were not kept.
         format_version: 1.
     """
 
     samples: int
     outputs: Matrix
-    residuals: Matrix = ()
     format_version: int = GRAMS_FORMAT
 
     def __post_init__(self) -> None:
@@ -193,8 +190,6 @@ class TrajectoryGrams(Provenance, frozen=True, kw_only=True):
         )
         require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")
         _require_gram(self.outputs, self.num_steps, "outputs")
-        if self.residuals:
-            _require_gram(self.residuals, self.num_steps, "residuals")
 
 
 def gram_from_samples(grams: Sequence[Array] | Array) -> Matrix:

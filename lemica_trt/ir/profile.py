@@ -10,7 +10,7 @@ DType = Literal["fp32", "fp16", "bf16"]
 """Precision of a network, by the names that trtexec and Polygraphy use."""
 
 
-CalibrationMethod = Literal["exact", "secant", "adjoint", "retargeted"]
+CalibrationMethod = Literal["exact", "secant", "retargeted"]
 """How the weights of the error graph are obtained, see `lemica_trt.calibrate`."""
 
 
@@ -67,7 +67,7 @@ class Sampling(Value, frozen=True):
         return self.guidance_scale > 1.0
 
 
-class Calibration(Value, frozen=True):
+class CalibrationSettings(Value, frozen=True):
     """How the error graph is measured.
 
     Attributes:
@@ -76,7 +76,7 @@ class Calibration(Value, frozen=True):
         max_skip: K, the most steps that one segment skips.
         seed: seed of sample 0.
         method: how edges are weighed.
-        validation_samples: (prompt, seed) pairs, others than those, that the best of several ways is chosen on.
+        validation_samples: (prompt, seed) pairs, others than those, that the best of several plans is chosen on.
     """
 
     prompts: str = "video"
@@ -113,7 +113,7 @@ class Profile(Value, frozen=True):
     text_length: int
     shape: Shape
     sampling: Sampling = Sampling()
-    calibration: Calibration = Calibration()
+    calibration: CalibrationSettings = CalibrationSettings()
     opset: int = 20
 
     def __post_init__(self) -> None:

@@ -6,8 +6,8 @@
     `MinPsnr`    the least B whose plan reaches it, found by bisection (`least_reaching`), or stored (`Front`)
 
 The time of a plan is a sum over its steps as they were measured, t = B·full + S·skipped + rest (`StepTimes`): S counts
-the steps that run the skip graph, none where skipped steps are folded away. So a time affords ways that fold and ways
-that do not different numbers of full steps (`Afforded`), and the best of all plans within the time is looked for.
+the steps that run the skip graph, none where skipped steps are folded away. So a time allows plans that fold and plans
+that do not different numbers of full steps (`Afforded`); the best of all plans within the time is looked for.
 
 Pure values and functions: nothing of how times or qualities are measured.
 """
@@ -64,7 +64,7 @@ def afforded(
     if not found:
         raise InfeasibleError(
             f"{budget}: only plans that run the skip graph are asked for, and there is none",
-            fix="rebuild the bundle with --reuse residual, or leave --reuse and --method out",
+            fix="rebuild the bundle with --method lemica, or name a method that folds",
         )
     if max(found.values()) < least:
         needed = min(times.total(least, (num_steps - least) * kind) for kind in found)
@@ -117,7 +117,7 @@ def front_rows(front: Front, times: StepTimes | None) -> tuple[FrontRow, ...]:
     return tuple(
         FrontRow(
             plan=point.plan.name,
-            way=point.way,
+            method=point.plan.method,
             budget=point.budget,
             psnr=point.mean,
             psnr_low=point.low,

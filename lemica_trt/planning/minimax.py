@@ -1,8 +1,7 @@
-"""Which steps run in full: the `Schedule` value and the searches that make one.
+"""LeMiCa's search: the lexicographic minimax path through an error graph (NeurIPS 2025, arXiv 2511.00090, eq. 5).
 
-`solve` is LeMiCa's (NeurIPS 2025, arXiv 2511.00090, eq. 5): among all paths 0 → N of the error graph with exactly
-B full steps, the one whose edge errors, sorted descending, are lexicographically least. `least_sum` (shortest
-path) and `uniform` are what the paper compares with; `given` and `published` take a list from elsewhere.
+Among all paths 0 → N of the error graph with exactly B full steps, the one whose edge errors, sorted descending, are
+lexicographically least. `minimax_paths` is the search on bare arrays; it takes parallel edges of different cost.
 
 Knows the error graph and numbers only.
 """
@@ -10,18 +9,15 @@ Knows the error graph and numbers only.
 from __future__ import annotations
 
 import bisect
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from msgspec.structs import replace
 
 from lemica_trt.core.errors import InfeasibleError
-from lemica_trt.core.values import require
-from lemica_trt.ir.calibration import Edge, ErrorGraph
+from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.schedule import Schedule
 
 IntArray = npt.NDArray[np.int64]
@@ -30,15 +26,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 
-Weight = Literal["mean", "max", "geometric"]
-"""How the errors of an edge's samples become one number: `mean` is the paper's."""
-
-
-LAZY_SLACK = 0.8
-"""Cheap estimates times this bounded the exact errors from below for all but a few edges (design: 405 edges)."""
-
-
-def solve(graph: ErrorGraph, budgets: Sequence[int] | None = None, *, weight: Weight = "mean") -> dict[int, Schedule]:
+def solve(graph: ErrorGraph, budgets: Sequence[int] | None = None) -> dict[int, Schedule]:
     """The lexicographic minimax schedule of every budget (LeMiCa eq. 5), exact.
 
     Paths run 0 → N. An edge (i, i + 1) weighs 0 and costs 1; a cached edge weighs its error and costs
@@ -49,7 +37,6 @@ def solve(graph: ErrorGraph, budgets: Sequence[int] | None = None, *, weight: We
     Args:
         graph: measured edges; an edge that is missing cannot be taken.
         budgets: each B asked for; None: every feasible one.
-        weight: see `Weight`.
 
     Returns:
         Budget → schedule, rising.
@@ -57,85 +44,9 @@ def solve(graph: ErrorGraph, budgets: Sequence[int] | None = None, *, weight: We
     Raises:
         InfeasibleError: a budget lies outside 1 … N, or no path costs exactly that.
     """
-    edges = _edges_from_graph(graph, weight)
+    edges = _edges_from_graph(graph)
     paths = minimax_paths(edges, graph.num_steps, _feasible_budgets(edges, graph, budgets))
     return {budget: _schedule_from_path(edges, path, graph.num_steps) for budget, path in paths.items()}
-
-
-class LazySolution(NamedTuple):
-    """What `solve_lazily` found.
-
-    Attributes:
-        schedules: by budget.
-        measured: the edges that were asked for, sorted by (start, stop).
-    """
-
-    schedules: dict[int, Schedule]
-    measured: tuple[Edge, ...]
-
-
-def solve_lazily(
-    estimate: ErrorGraph,
-    measure: Callable[[Sequence[tuple[int, int]]], Iterable[Edge]],
-    budgets: Sequence[int],
-    *,
-    slack: float = LAZY_SLACK,
-) -> LazySolution:
-    """`solve` on exact edges, of which only those are measured that the search needs.
-
-    An edge that is not measured weighs `slack` times its estimate. While a best path holds such edges, they are
-    measured and it is searched again. Where every edge weighs at least what it weighed before it was measured, the
-    result is that of `solve` on the exact graph, ties and all: no path can have a lesser key than the one found.
-
-    Args:
-        estimate: a cheap graph; its edges, costs and number of samples are those of the exact one.
-        measure: (start, stop) pairs → their exact edges.
-        budgets: each B.
-        slack: what makes an estimate a lower bound.
-
-    Raises:
-        InfeasibleError: as `solve`.
-        ValueError: an edge was asked for and not measured, or with another number of samples.
-    """
-    exact: dict[tuple[int, int], Edge] = {}
-    lowered = {
-        (edge.start, edge.stop): replace(edge, errors=tuple(slack * error for error in edge.errors))
-        for edge in estimate.edges
-    }
-    while True:
-        mixed = replace(estimate, edges=tuple((lowered | exact).values()))
-        schedules = solve(mixed, budgets)
-        taken = {segment for schedule in schedules.values() for segment in schedule.segments}
-        wanted = sorted(taken & lowered.keys() - exact.keys())
-        if not wanted:
-            return LazySolution(schedules, tuple(edge for _, edge in sorted(exact.items())))
-        found = {(edge.start, edge.stop): edge for edge in measure(wanted)}
-        require(found.keys() >= set(wanted), f"expected the edges {wanted}, got {sorted(found)}")
-        exact |= {segment: found[segment] for segment in wanted}
-
-
-def least_sum(graph: ErrorGraph, budget: int, *, weight: Weight = "mean") -> Schedule:
-    """The schedule with the least sum of errors: the shortest path that LeMiCa argues against.
-
-    Ties as far as float sums show them: the earlier next full step.
-
-    Raises:
-        InfeasibleError: as `solve`.
-    """
-    edges = _edges_from_graph(graph, weight)
-    _feasible_budgets(edges, graph, (budget,))
-    total = np.full((budget + 1, graph.num_steps + 1), np.inf)  # [cost, node], of the best path node → N
-    total[0, graph.num_steps] = 0.0
-    choice = np.full(total.shape, -1)
-    for cost in range(1, budget + 1):
-        layer = cost - edges.costs
-        alive = np.flatnonzero((layer >= 0) & np.isfinite(total[layer, edges.stops]))
-        sums = edges.weights[alive] + total[layer[alive], edges.stops[alive]]
-        order = alive[np.lexsort((alive, sums, edges.starts[alive]))]
-        best = order[_heads(edges.starts[order])]
-        choice[cost, edges.starts[best]] = best
-        total[cost, edges.starts[best]] = edges.weights[best] + total[layer[best], edges.stops[best]]
-    return _schedule_from_path(edges, _path(edges, choice, budget), graph.num_steps)
 
 
 class Edges(NamedTuple):
@@ -290,22 +201,14 @@ def _ranges(numbers: Sequence[int]) -> str:
     return " or ".join(str(run[0]) if len(run) == 1 else f"{run[0]} … {run[-1]}" for run in runs)
 
 
-def _edges_from_graph(graph: ErrorGraph, weight: Weight) -> Edges:
+def _edges_from_graph(graph: ErrorGraph) -> Edges:
     """All edges of a graph, with those of length 1, which weigh 0 and cost 1."""
-    reduce = _WEIGHTS[weight]
     return edges_from_tuples(
         chain(
             ((i, i + 1, 0.0, 1) for i in range(graph.num_steps)),
-            ((edge.start, edge.stop, reduce(edge), edge.cost) for edge in graph.edges),
+            ((edge.start, edge.stop, edge.error, edge.cost) for edge in graph.edges),
         )
     )
-
-
-_WEIGHTS: dict[Weight, Callable[[Edge], float]] = {
-    "mean": lambda edge: edge.error,
-    "max": lambda edge: max(edge.errors),
-    "geometric": lambda edge: math.prod(error ** (1 / len(edge.errors)) for error in edge.errors),
-}
 
 
 def _heads(owner: IntArray) -> IntArray:

@@ -226,6 +226,20 @@ def planners() -> dict[str, Planner]:
     return {planner.name: planner for planner in sorted(found, key=lambda planner: planner.name)}
 
 
+def planners_named(methods: Sequence[str]) -> list[Planner]:
+    """All planners that the methods may come to, whatever the problem has: what there must be before a build begins.
+
+    Raises:
+        UsageError: no such planner.
+    """
+    known = planners()
+    names = [name for method in methods for name in ((*AUTO, *UNFITTED) if method == "auto" else (method,))]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"method: expected auto or one of {', '.join(known)}, got {name!r}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
 def choose_planners(methods: Sequence[str], problem: Problem) -> list[Planner]:
     """The planners named, in that order, each once; `auto` is those of `AUTO` (or `UNFITTED`) that are possible.
 
@@ -235,15 +249,14 @@ def choose_planners(methods: Sequence[str], problem: Problem) -> list[Planner]:
     Raises:
         UsageError: no such planner, or a named one needs what the problem does not have; `auto` finds none.
     """
-    known, chosen = planners(), list[Planner]()
+    chosen: list[Planner] = []
     for method in methods:
         if method == "auto":
             chosen += _possible(problem)
-        elif method in known:
-            known[method].require_needs(problem)
-            chosen.append(known[method])
-        else:
-            raise UsageError(f"method: expected auto or one of {', '.join(known)}, got {method!r}")
+            continue
+        (planner,) = planners_named([method])
+        planner.require_needs(problem)
+        chosen.append(planner)
     if not chosen:
         raise UsageError("no method is possible: there is no calibration and no standard solver", fix="calibrate first")
     return list(dict.fromkeys(chosen))

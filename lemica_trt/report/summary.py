@@ -185,7 +185,7 @@ def front_table(rows: Sequence[FrontRow]) -> Table:
         ">5th pct.",
         ">predicted",
         ">speed-up",
-        "way",
+        "method",
         "",
         title="Quality on validation clips by budget",
     )
@@ -198,7 +198,7 @@ def front_table(rows: Sequence[FrontRow]) -> Table:
             f"{row.psnr_p5:.1f}",
             "" if row.seconds is None else said_seconds(row.seconds),
             "" if row.speedup is None else f"{row.speedup:.2f}×",
-            row.way,
+            row.method,
             "dominated" if row.dominated else "",
             style="dim" if row.dominated else "",
         )

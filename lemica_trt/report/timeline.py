@@ -52,10 +52,8 @@ def plan_table(plan: StepPlan) -> RenderableType:
     """
     title = (
         f"plan {plan.name}: {plan.budget} of {plan.num_steps} steps in full, "
-        f"{plan.scheduler}, guidance {plan.guidance_scale:g} ({guidance_text(plan)}), chosen by {plan.method}"
+        f"{plan.scheduler}, guidance {plan.guidance_scale:g} ({guidance_text(plan)}), by {plan.method}"
     )
-    if plan.predictor is not None:
-        title += f", skipped by {plan.predictor.name}"
     if plan.reference_steps is not None:
         title += f", held against {plan.reference_steps} steps"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
