@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import deviation, run_plan, schedule_of
 
 from lemica_trt.core.errors import UnsupportedError, UsageError
 from lemica_trt.ir.plan import Graph, PlanRow, StepPlan
@@ -17,6 +16,8 @@ from lemica_trt.planning.fold import fold, integrate_finely
 from lemica_trt.planning.prediction import predict
 from lemica_trt.planning.solvers import first_order_table
 from lemica_trt.planning.step_plan import plan_from_schedule
+from lemica_trt.testing.interpreter import deviation, run_plan
+from lemica_trt.testing.values import schedule_of
 
 pytestmark = pytest.mark.null
 

@@ -18,19 +18,21 @@ import torch
 from diffusers import CogVideoXPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import deviation as run_deviation
-from interpreter import run_plan, schedule_of
 from torch.overrides import TorchFunctionMode
 
 from lemica_trt.core.errors import InputError, UnsupportedError
 from lemica_trt.core.values import json_bytes, value_from_json
+from lemica_trt.ir.plan import PlanRow
 from lemica_trt.ir.prediction import Predictor
 from lemica_trt.ir.sampler import SamplerTable, require_levels
 from lemica_trt.models import scheduler as lower
 from lemica_trt.models.scheduler import sampler_table, solver_table, support_matrix
 from lemica_trt.planning.fold import fold
 from lemica_trt.planning.prediction import predict
-from lemica_trt.planning.step_plan import plan_from_schedule
+from lemica_trt.planning.step_plan import plan_from_schedule, uncached_plan
+from lemica_trt.testing.interpreter import deviation as run_deviation
+from lemica_trt.testing.interpreter import interpret, run_plan
+from lemica_trt.testing.values import schedule_of
 
 pytestmark = [
     pytest.mark.cpu,
@@ -228,20 +230,17 @@ def run_scheduler(
 def run_table(
     table: SamplerTable, start: torch.Tensor, noise: torch.Tensor, predict: Callable[[torch.Tensor, int], torch.Tensor]
 ) -> torch.Tensor:
-    """What `sampler`'s docstring says, and nothing else."""
-    latents, outputs = [start], list[torch.Tensor]()
-    for i, row in enumerate(table.rows):
-        x = torch.zeros_like(start)
-        for j, a in enumerate(row.latents):
-            x = x + a * latents[-1 - j]
-        for k, b in enumerate(row.outputs):
-            x = x + b * outputs[-1 - k]
-        if row.noise:
-            x = x + row.noise * noise[i - 1]
-        latents.append(x)
-        if row.timestep is not None:
-            outputs.append(predict(row.in_scale * x, i))
-    return latents[-1]
+    """A table by the oracle of plans: every step in full."""
+
+    class Predict:
+        def full(self, row: PlanRow, sample: Any) -> tuple[Any, None]:
+            return predict(sample, row.step), None
+
+        def head(self, row: PlanRow, sample: Any, residual: Any) -> Any:
+            raise AssertionError("no step is skipped")
+
+    plan = uncached_plan(table, guidance_scale=1.0)
+    return interpret(plan, Predict(), start, lambda row: noise[row.step - 1])[-1][1]
 
 
 def data(num_calls: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import schedule_of
 
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
 from lemica_trt.core.values import json_bytes, value_from_json
@@ -19,6 +18,7 @@ from lemica_trt.ir.prediction import LEMICA, Prediction, Predictor
 from lemica_trt.ir.sampler import NoiseLevels, SamplerRow, SamplerTable
 from lemica_trt.planning.prediction import fitted_gain, least_squares, predict, squared_error
 from lemica_trt.planning.step_plan import plan_from_schedule
+from lemica_trt.testing.values import schedule_of
 
 pytestmark = pytest.mark.null
 

@@ -40,7 +40,6 @@ from lemica_trt.compiler.stages import (
 )
 from lemica_trt.compiler.work import TOKENIZER_FILE, Exported, Findings, Work, work_folder
 from lemica_trt.ir.report import Answer, Pace, Stage
-from lemica_trt.planning.step_plan import UNCACHED, uncached_plan
 
 __all__ = [
     "TOKENIZER_FILE",

@@ -29,11 +29,11 @@ from lemica_trt.core.metrics import PSNR_CAP, Frames, lpips, psnr, ssim
 from lemica_trt.core.progress import Quiet, Reporter
 from lemica_trt.core.values import Value, require, require_finite
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.profile import Calibration
+from lemica_trt.ir.profile import CalibrationSettings
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.ir.trials import Selection
+from lemica_trt.ir.trials import TrialTable
 from lemica_trt.models import Model, denoise
-from lemica_trt.planning.candidates import select
+from lemica_trt.planning.planner import select
 from lemica_trt.planning.step_plan import uncached_plan
 
 SNR_CAP_DB = 120.0
@@ -65,7 +65,7 @@ class Samples(Value, frozen=True):
         return self.prompts[number % len(self.prompts)], self.seed + number
 
 
-def validation_samples(prompts: Sequence[str], settings: Calibration) -> Samples:
+def validation_samples(prompts: Sequence[str], settings: CalibrationSettings) -> Samples:
     """The samples that candidates are compared on: prompts and seeds behind those of the calibration.
 
     Args:
@@ -207,18 +207,17 @@ class PlanEvaluator:
         self._open, self._table, self._reference = model, table, reference or table
         self._folder, self._reporter, self._given_workers = folder, reporter or Quiet(), workers
 
-    def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
-        """Choose the best of several plans by successive halving; see `planning.candidates.select`."""
+    def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, TrialTable]:
+        """Choose the best of several plans by successive halving; see `planning.planner.select`."""
         budgets = "/".join(str(budget) for budget in sorted({plan.budget for plan in plans}))
         self._reporter.stage(
             "select",
             f"{len(plans)} candidates for {budgets} full steps, compared on {self.samples.count} samples with "
             f"{self._reference.num_steps} uncached steps",
         )
-        plan, selection = select(plans, self.samples.count, self.scores)
-        best = selection.tried[0]
-        self._reporter.note(f"{best.way}: {best.mean:.1f} dB")
-        return plan, selection
+        plan, trials = select(plans, self.samples.count, self.scores)
+        self._reporter.note(f"{trials.best.label}: {trials.best.mean:.1f} dB")
+        return plan, trials
 
     def scores(self, plans: Sequence[StepPlan], samples: range | None = None) -> list[list[float]]:
         """Signal-to-noise ratio of the latents of each plan on each sample, dB.

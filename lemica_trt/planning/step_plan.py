@@ -17,15 +17,6 @@ UNCACHED = "uncached"
 OutputWeights = Sequence[tuple[float, ...]]
 """For each step 0 … N − 1 the weight of the k-th last full step's output at index k; empty exactly at full steps."""
 
-UNCACHED = "uncached"
-"""Name of the plan that runs every step in full; every bundle has it: it is what the others are compared with."""
-
-
-def uncached_plan(table: SamplerTable, *, guidance_scale: float, name: str = UNCACHED) -> StepPlan:
-    """The plan that runs every step in full."""
-    every = Schedule(num_steps=table.num_steps, full_steps=tuple(range(table.num_steps)))
-    return plan_from_schedule(every, table, name=name, guidance_scale=guidance_scale, method="none")
-
 
 def plan_from_schedule(
     schedule: Schedule,

@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lemica_trt.ir.plan import PlanRow
 from lemica_trt.ir.profile import Profile, Sampling, Shape
 from lemica_trt.ir.sampler import SamplerRow, SamplerTable
+from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models.family import Family
 from lemica_trt.models.model import Model
+from lemica_trt.planning.step_plan import plan_from_schedule
+from lemica_trt.testing.interpreter import interpret
 
 LATENT_SHAPE = (3, 4)
 WIDTH = 8
@@ -139,33 +143,29 @@ class Naive:
     @torch.no_grad()
     def final(self, start: int = 0, stop: int = 0) -> Tensor:
         """x_N where steps start < t < stop reuse the residual of step `start`."""
-        latents, outputs = [self.start], list[Tensor]()
-        kept: list[Tensor] = []  # the residual of step `start`, by branch
-        for t, row in enumerate(self.table.rows):
-            x = row.noise * self.fresh[t]
-            for c, old in zip(row.latents, latents):
-                x = x + c * old
-            for c, old in zip(row.outputs, outputs):
-                x = x + c * old
-            latents.insert(0, x)
-            if row.timestep is None:
-                return x
-            branches = []
-            for k, text in enumerate(self.text):
-                time = torch.tensor([row.timestep], dtype=torch.float64)
-                h = self.dit.before(row.in_scale * x[None], time, text[None])
-                if start < t < stop:
-                    branches.append(self.dit.behind(h + kept[k])[0])
-                else:
-                    after = self.dit.trunk(h)
-                    branches.append(self.dit.behind(after)[0])
-                    if t == start:
-                        kept.append(after - h)
-            offset, factor = row.guidance
-            scale = offset + factor * self.scale
-            m = branches[0] + scale * (branches[1] - branches[0]) if self.guided else branches[0]
-            outputs.insert(0, m)
-        raise AssertionError("a table ends with a row without timestep")
+        full = tuple(t for t in range(self.table.num_steps) if not start < t < stop)
+        schedule = Schedule(num_steps=self.table.num_steps, full_steps=full)
+        plan = plan_from_schedule(schedule, self.table, name="naive", guidance_scale=self.scale, method="given")
+        result: Tensor = interpret(plan, self, self.start, lambda row: self.fresh[row.step])[-1][1]
+        return result
+
+    def full(self, row: PlanRow, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """See `testing.interpreter.Network`."""
+        hidden = self._before(row, sample)
+        residual = torch.stack([self.dit.trunk(h) - h for h in hidden])
+        return self.head(row, sample, residual), residual
+
+    def head(self, row: PlanRow, sample: Tensor, residual: Tensor) -> Tensor:
+        """See `testing.interpreter.Network`."""
+        branches = [self.dit.behind(h + r)[0] for h, r in zip(self._before(row, sample), residual)]
+        offset, factor = row.guidance
+        scale = offset + factor * self.scale
+        output: Tensor = branches[0] + scale * (branches[1] - branches[0]) if self.guided else branches[0]
+        return output
+
+    def _before(self, row: PlanRow, sample: Tensor) -> list[Tensor]:
+        time = torch.tensor([row.timestep], dtype=torch.float64)
+        return [self.dit.before(sample[None], time, text[None]) for text in self.text]
 
     def error(self, start: int, stop: int) -> float:
         return (self.final(start, stop) - self.final()).abs().mean().item()

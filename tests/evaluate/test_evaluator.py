@@ -21,7 +21,7 @@ from lemica_trt.evaluate.evaluator import (
     validation_samples,
 )
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.profile import Calibration
+from lemica_trt.ir.profile import CalibrationSettings
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models import denoise
 from lemica_trt.planning.step_plan import plan_from_schedule, uncached_plan
@@ -116,10 +116,10 @@ def frames(latents: torch.Tensor) -> torch.Tensor:
 def test_the_best_plan_is_chosen() -> None:
     candidates = [plan(0, 5), plan(0, 3), plan(0, 2)]
     model = ToyModel()
-    chosen, selection = evaluator(model)(candidates)
+    chosen, trials = evaluator(model)(candidates)
     means = [sum(scores) for scores in evaluator(model).scores(candidates)]
     assert chosen == candidates[means.index(max(means))]
-    assert selection.tried[0].full_steps == chosen.full_steps and len(selection.tried[0].snr) == 4
+    assert trials.best.full_steps == chosen.full_steps and len(trials.best.snr) == 4
 
 
 def test_scores_of_something_else_are_not_taken(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_scores_of_something_else_are_not_taken(tmp_path: Path) -> None:
 
 def test_samples_of_each_kind_are_others() -> None:
     prompts = ("a", "b", "c")
-    settings = Calibration(samples=4, seed=10, validation_samples=3)
+    settings = CalibrationSettings(samples=4, seed=10, validation_samples=3)
     calibration = [(prompts[s % 3], 10 + s) for s in range(4)]
     validation = validation_samples(prompts, settings)
     assert [validation[s] for s in range(validation.count)] == [("b", 14), ("c", 15), ("a", 16)]

@@ -18,6 +18,7 @@ from lemica_trt.backends.base import NUMPY_DTYPES, InOrder, check_binding
 from lemica_trt.core.errors import EngineError
 from lemica_trt.ir.graphs import GraphSet, GraphSpec, StepLayout, TensorSpec
 from lemica_trt.ir.plan import PlanRow, StepPlan
+from lemica_trt.testing import interpreter
 
 LATENT_SHAPE = (2, 3, 4, 4)
 TOKENS, WIDTH, TEXT_LENGTH, VOCABULARY = 8, 12, 5, 11
@@ -137,37 +138,32 @@ def step(role: str, layout: StepLayout, inputs: Arrays) -> dict[str, Any]:
     return {"latents": latents, "output": output, **({"residual": residual} if role == "full" else {})}
 
 
+class Dit:
+    """The DiT of one request for `testing.interpreter`; arguments as of a request."""
+
+    def __init__(self, layout: StepLayout, prompt_embeds: Any, guidance: Any) -> None:
+        self.guided, self.prompt_embeds, self.guidance = layout.guided, prompt_embeds, guidance
+
+    def full(self, row: PlanRow, sample: Any) -> tuple[Any, Any]:
+        residual = residual_of(self._embed(row, sample))
+        return self.head(row, sample, residual), residual
+
+    def head(self, row: PlanRow, sample: Any, residual: Any) -> Any:
+        output = (self._embed(row, sample) + residual).reshape(-1, *LATENT_SHAPE)
+        if not self.guided:
+            return output
+        offset, factor = row.guidance
+        return guide(output, (offset + factor * self.guidance).astype(np.float32))
+
+    def _embed(self, row: PlanRow, sample: Any) -> Any:
+        return embed(np.concatenate([sample] * (1 + self.guided)), row.timestep, self.prompt_embeds)
+
+
 def interpret(
     plan: StepPlan, layout: StepLayout, prompt_embeds: Any, noise: Any, guidance: Any, draw: Callable[[], Any]
 ) -> Any:
-    """A plan as its docstring reads: lists that grow, no rings, no graphs, no padding. float32."""
-    latents, outputs, residuals, draws = [noise], [], [], []
-
-    def combination(weights: tuple[float, ...], history: list[Any]) -> Any:
-        return mix(weights, history[::-1]) if weights else np.zeros_like(noise)
-
-    for row in plan.rows:
-        x = combination(row.latents, latents) + combination(row.outputs, outputs)
-        draws += [draw() for _ in range(row.draws)]
-        if row.noise:
-            x = x + np.float32(row.noise_scale) * mix(row.noise_weights, draws[::-1])
-        latents.append(x)
-        if row.graph == "none":
-            outputs.append(combination(row.reuse, outputs))
-            continue
-        sample = np.float32(row.in_scale) * x
-        hidden = embed(np.concatenate([sample] * (1 + layout.guided)), row.timestep, prompt_embeds)
-        if row.graph == "full":
-            residuals.append(residual_of(hidden))
-            added = residuals[-1]
-        else:
-            added = mix(row.residuals, residuals[::-1])
-        output = (hidden + added).reshape(-1, *LATENT_SHAPE)
-        if layout.guided:
-            offset, factor = row.guidance
-            output = guide(output, (offset + factor * guidance).astype(np.float32))
-        outputs.append(output)
-    return latents[-1]
+    """The latents of a plan, float32, by the oracle."""
+    return interpreter.interpret(plan, Dit(layout, prompt_embeds, guidance), noise, lambda row: draw())[-1][1]
 
 
 # ---------------------------------------------------------------- a backend that records
