@@ -97,12 +97,13 @@ def run_stages(stages: Sequence[Stage], context: Context, *, only: Collection[st
         if stage.name not in may_run:
             _require_finished(stage, context)
     for stage in stages:
-        if stage.name in may_run:
-            if is_unchanged(stage, context):
-                context.reporter.stage(stage.name, "unchanged")
-            else:
-                _run_again_what_is_damaged(stage, stages, may_run, context)
-                _run(stage, context)
+        if stage.name not in may_run:
+            continue
+        if is_unchanged(stage, context):
+            context.reporter.stage(stage.name, "unchanged")
+        else:
+            _run_again_what_is_damaged(stage, stages, may_run, context)
+            _run(stage, context)
         stage.ensures(context)
 
 
