@@ -20,7 +20,6 @@ from lemica_trt.ir.resources import calibration_path, load_profile
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.models import Model, denoise, load_model
 from lemica_trt.models.scheduler import sampler_table
-from lemica_trt.planning.candidates import Ways
 from lemica_trt.planning.step_plan import uncached_plan
 
 pytestmark = pytest.mark.cpu
@@ -76,7 +75,7 @@ def test_plans_beat_equal_distances_on_held_out_prompts(model: Model, table: Sam
         scores = []
         for method in ("lemica", "uniform"):
             (plan,), _ = make_plans(
-                table, profile=profile, budgets=[budget], ways=Ways(method=method), findings=Findings(graph=graph)
+                table, profile=profile, budgets=[budget], methods=(method,), findings=Findings(graph=graph)
             )
             scores.append([psnr(a, b) for a, b in zip(_frames(model, plan, requests), reference)])
         gain = np.mean(scores[0]) - np.mean(scores[1])
@@ -105,7 +104,7 @@ def test_a_calibration_holds_on_another_processor(model: Model, table: SamplerTa
                 sampler,
                 profile=model.profile,
                 budgets=[budget],
-                ways=Ways(method="lemica"),
+                methods=("lemica",),
                 findings=Findings(graph=graph),
             )[0][0]
             for sampler in (table, other)

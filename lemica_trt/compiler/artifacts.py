@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from lemica_trt.core.values import Value
 from lemica_trt.ir.engine import EngineEntry
-from lemica_trt.ir.graphs import GraphSet, TextSpec
+from lemica_trt.ir.graphs import EncoderSpec, GraphSet, TensorSpec
 
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 MODEL_FILE = "model.json"
@@ -35,13 +35,14 @@ class ModelFacts(Value, frozen=True):
     revision: str
     latent_shape: tuple[int, ...]
     guided: bool
+    conditions: tuple[TensorSpec, ...]
 
 
 class Exported(Value, frozen=True):
-    """The graphs, how a prompt becomes ids, and versions of the libraries that exported."""
+    """The graphs, how a prompt becomes conditions, and versions of the libraries that exported."""
 
     graphs: GraphSet
-    text: TextSpec
+    encoder: EncoderSpec
     versions: dict[str, str]
 
 

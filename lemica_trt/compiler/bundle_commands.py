@@ -260,11 +260,16 @@ def _take_over(bundle: Bundle, context: Context) -> None:
     manifest, work = bundle.manifest, context.work
     graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
     plans = tuple(dict.fromkeys((manifest.default_plan, *(name for name in manifest.plans if name != UNCACHED))))
-    shape, guided = manifest.graphs.layout.latent_shape, manifest.graphs.layout.guided
+    layout, (encoder,) = manifest.graphs.layout, manifest.encoders
     values: dict[str, Any] = {
-        artifacts.MODEL_FILE: ModelFacts(revision=manifest.revision or "", latent_shape=shape, guided=guided),
-        artifacts.LAYOUT_FILE: manifest.graphs.layout,
-        artifacts.EXPORT_FILE: Exported(graphs=manifest.graphs, text=manifest.text, versions=manifest.versions),
+        artifacts.MODEL_FILE: ModelFacts(
+            revision=manifest.revision or "",
+            latent_shape=layout.latent_shape,
+            guided=layout.guided,
+            conditions=layout.conditions,
+        ),
+        artifacts.LAYOUT_FILE: layout,
+        artifacts.EXPORT_FILE: Exported(graphs=manifest.graphs, encoder=encoder, versions=manifest.versions),
         artifacts.PLANS_FILE: PlanIndex(plans=plans, budgets=()),
     }
     carried = [path for path in bundle.listed if path.startswith("calibration/")]
@@ -274,7 +279,7 @@ def _take_over(bundle: Bundle, context: Context) -> None:
         "sampler": [SAMPLER_FILE],
         "uncached": [plan_path(UNCACHED)],
         "layout": [artifacts.LAYOUT_FILE],
-        "graphs": [artifacts.EXPORT_FILE, manifest.text.tokenizer, *sorted(graphs)],
+        "graphs": [artifacts.EXPORT_FILE, encoder.tokenizer, *sorted(graphs)],
         "calibration": [path for path in carried if path not in about_plans],
         "plans": [artifacts.PLANS_FILE, *(plan_path(name) for name in plans if name != UNCACHED)],
         **{

@@ -41,7 +41,7 @@ def run_bundle(context: Context, folder: Path) -> Writes:
         graphs=exported.graphs,
         plans=[context.read(StepPlan, plan_path(name)) for name in dict.fromkeys((*index.plans, UNCACHED))],
         default_plan=index.plans[0],
-        text=exported.text,
+        encoders=(exported.encoder,),
         engines=context.read(Engines, artifacts.ENGINES_FILE).entries,
         files={path: context.work.root / path for path in bundle_files(context)},
         revision=context.read(ModelFacts, artifacts.MODEL_FILE).revision,
@@ -106,10 +106,11 @@ def verify_bundle(
         MissingDependencyError, UnsupportedError: these engines cannot run here.
         VerificationError: after the report was stored.
     """
-    from lemica_trt.evaluate.verify import held_out, require_verified, verify
+    from lemica_trt.evaluate.evaluator import held_out_samples
+    from lemica_trt.evaluate.verify import require_verified, verify
     from lemica_trt.report.folder import write_reports
 
-    report, clips = verify(bundle, model, held_out(prompts, samples), reporter=reporter, backend=backend)
+    report, clips = verify(bundle, model, held_out_samples(prompts, samples), reporter=reporter, backend=backend)
     write_reports(bundle, report, clips)
     require_verified(report, bundle.path)
     return report

@@ -7,7 +7,16 @@ from pathlib import Path
 import msgspec
 
 from lemica_trt.backends import builders
-from lemica_trt.bundle.manifest import REFERENCE_FILE, SAMPLER_FILE, FileEntry, Manifest, plan_path, portable_source
+from lemica_trt.bundle.manifest import (
+    REFERENCE_FILE,
+    SAMPLER_FILE,
+    Bucket,
+    FileEntry,
+    Manifest,
+    bucket_name,
+    plan_path,
+    portable_source,
+)
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts
@@ -37,7 +46,12 @@ def run_lower(context: Context, folder: Path) -> Writes:
         f"{table.scheduler}, {table.num_steps} steps, {kind}; reads {table.latent_history} latents and "
         f"{table.output_history} outputs back",
     )
-    facts = ModelFacts(revision=model.revision, latent_shape=tuple(model.latent_shape), guided=model.guided)
+    facts = ModelFacts(
+        revision=model.revision,
+        latent_shape=tuple(model.latent_shape),
+        guided=model.guided,
+        conditions=model.conditions,
+    )
     write_value(facts, folder / artifacts.MODEL_FILE)
     write_value(table, folder / SAMPLER_FILE)
     write_value(uncached_plan(table, guidance_scale=sampling.guidance_scale), folder / plan_path(UNCACHED))
@@ -81,12 +95,16 @@ def run_layout(context: Context, folder: Path) -> Writes:
     """Sampler, methods → the interface that all step graphs share."""
     facts = context.read(ModelFacts, artifacts.MODEL_FILE)
     layout = layout_for_methods(
-        context.problem(None), context.inputs.request.planners, latent_shape=facts.latent_shape, guided=facts.guided
+        context.problem(None),
+        context.inputs.request.planners,
+        latent_shape=facts.latent_shape,
+        guided=facts.guided,
+        conditions=facts.conditions,
     )
     context.reporter.stage(
         "layout",
         f"plans read at most {layout.latent_history} latents and {layout.output_history} outputs back"
-        + (", and the last residual" if layout.residual_history else ""),
+        + (f", and caches {', '.join(slot.name for slot in layout.caches)}" if layout.caches else ""),
     )
     write_value(layout, folder / artifacts.LAYOUT_FILE)
     return {"layout": [artifacts.LAYOUT_FILE]}
@@ -102,8 +120,8 @@ def run_export(context: Context, folder: Path) -> Writes:
     tokenizer = folder / artifacts.TOKENIZER_FILE
     tokenizer.parent.mkdir(parents=True)
     tokenizer.write_bytes(model.tokenizer_json())
-    text = model.text_spec(artifacts.TOKENIZER_FILE)
-    write_value(Exported(graphs=graphs, text=text, versions=library_versions()), folder / artifacts.EXPORT_FILE)
+    encoder = model.text_spec(artifacts.TOKENIZER_FILE)
+    write_value(Exported(graphs=graphs, encoder=encoder, versions=library_versions()), folder / artifacts.EXPORT_FILE)
     files = [artifacts.EXPORT_FILE, artifacts.TOKENIZER_FILE]
     for graph in graphs.graphs:
         names = [graph.file, *graph.data_files]
@@ -132,11 +150,16 @@ def run_time(context: Context, folder: Path) -> Writes:
     uncached = plan_path(UNCACHED)
     manifest = Manifest(
         profile=msgspec.structs.replace(profile, source=portable_source(profile.source)),
-        graphs=exported.graphs,
+        buckets={
+            bucket_name(profile.shape): Bucket(
+                shape=profile.shape,
+                graphs=exported.graphs,
+                engines=context.read(Engines, artifacts.ENGINES_FILE).entries,
+            )
+        },
         plans=(UNCACHED,),
         default_plan=UNCACHED,
-        text=exported.text,
-        engines=context.read(Engines, artifacts.ENGINES_FILE).entries,
+        encoders=(exported.encoder,),
         files=bundle_files(context) | {uncached: context.view.listed[uncached]},
     )
     measured = StepTimer(Bundle(context.work.root.resolve(), manifest), context.reporter).measured

@@ -85,16 +85,21 @@ def held_out_samples(prompts: Sequence[str], count: int) -> Samples:
     return Samples(prompts=tuple(prompts), seed=HELD_OUT_SEED, count=count)
 
 
-def run_plan(model: Model, plan: StepPlan, prompt: str, seed: int) -> Tensor:
+def run_plan(model: Model, plan: StepPlan, prompt: str, seed: int, *, start: Tensor | None = None) -> Tensor:
     """Run one request by a plan; noise as diffusers draws it from the seed.
+
+    Args:
+        start: fp32 latent_shape, used in place of the initial noise that the seed gives.
 
     Returns:
         x_N, fp32 latent_shape on the CPU; not checked for NaN.
     """
     noises = (noise[None] for noise in model.noises(seed))
+    first = next(noises)
+    start = first if start is None else start[None]
     with torch.inference_mode():
         embeds = model.embed([prompt])
-        return denoise(model, plan, embeds, next(noises), fresh_noise=lambda _: next(noises))[0].cpu()
+        return denoise(model, plan, embeds, start, fresh_noise=lambda _: next(noises))[0].cpu()
 
 
 def decode(model: Model, latents: Tensor) -> Frames:

@@ -9,7 +9,6 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import MissingDependencyError, UnsupportedError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.evaluate.timing import (
-    STEP_ROLES,
     backend_name,
     machine,
     measure_steps,
@@ -18,12 +17,12 @@ from lemica_trt.evaluate.timing import (
     stored_steps,
 )
 from lemica_trt.ir.budget import StepTimes, said_seconds
-from lemica_trt.ir.graphs import Role
+from lemica_trt.ir.graphs import COMBINE
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import Measured, Speed, VerifyReport
 from lemica_trt.runtime.pipeline import Pipeline
 
-SMALLEST: tuple[Role, ...] = ("combine",)
+SMALLEST = (COMBINE,)
 """Engines that are loaded to see whether those of a backend run here: one speaks for all of them."""
 
 
@@ -81,7 +80,7 @@ class StepTimer:
 
     @functools.cached_property
     def _pipe(self) -> Pipeline:
-        return Pipeline(self._bundle, backend=self._backend, roles=STEP_ROLES)
+        return Pipeline(self._bundle, backend=self._backend, roles=self._bundle.manifest.graphs.layout.step_graphs)
 
     @functools.cached_property
     def measured(self) -> Measured:

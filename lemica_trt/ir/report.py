@@ -51,7 +51,7 @@ class Measured(Value, frozen=True):
 Array = npt.NDArray[Any]
 
 PLAN = "plan"
-"""The way of a bundle's own plan in a `Quality`."""
+"""The method of a bundle's own plan in a `Quality`."""
 
 
 GRAPH_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-1}
@@ -102,21 +102,21 @@ class Agreement(Value, frozen=True):
 
 
 class Quality(Value, frozen=True):
-    """Held-out quality of one way of sampling against the uncached run.
+    """Held-out quality of a bundle's plan, or of another method that spends the same budget.
 
     Attributes:
         plan: the bundle's plan, or the plan whose budget a baseline has.
-        way: `PLAN`, or see `baselines`.
+        method: `PLAN`, or see `evaluate.quality.baselines`.
         budget: full steps.
         psnr, ssim: mean over clips (dB; 1 is best).
         psnr_p5, ssim_p5: 5th percentile over clips.
         lpips: mean over clips; None where the lpips package or its weights are not here.
-        each_psnr: one a clip, so that two ways can be compared clip by clip.
+        each_psnr: one a clip, so that two methods can be compared clip by clip.
         reference_steps: M, where this is against the sampler with M steps; None: against the uncached plan.
     """
 
     plan: str
-    way: str
+    method: str
     budget: int
     psnr: float
     psnr_p5: float
@@ -125,6 +125,11 @@ class Quality(Value, frozen=True):
     lpips: float | None
     each_psnr: tuple[float, ...]
     reference_steps: int | None = None
+
+    @property
+    def psnr_worst(self) -> float:
+        """dB of the worst clip."""
+        return min(self.each_psnr)
 
 
 class Clip(NamedTuple):

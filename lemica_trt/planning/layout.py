@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import msgspec
 
 from lemica_trt.core.errors import UnsupportedError
-from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.ir.graphs import StepLayout, TensorSpec
 from lemica_trt.ir.plan import StepPlan, coefficient_vector, layout_from_plans
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.planning.extrapolation import linear_plan
-from lemica_trt.planning.planner import Planner, Problem
+from lemica_trt.planning.planner import Planner, Problem, plan_given
 from lemica_trt.planning.schedules import uniform
 from lemica_trt.planning.step_plan import uncached_plan
 
@@ -24,14 +24,19 @@ OUTPUT_HISTORY = 6
 
 
 def layout_for_methods(
-    problem: Problem, planners: Sequence[Planner], *, latent_shape: tuple[int, ...], guided: bool
+    problem: Problem,
+    planners: Sequence[Planner],
+    *,
+    latent_shape: tuple[int, ...],
+    guided: bool,
+    conditions: tuple[TensorSpec, ...],
 ) -> StepLayout:
     """The layout of graphs on which the plans of some planners run, of any number of full steps.
 
     Args:
         problem: sampler, reference and solvers; a calibration is not needed.
-        planners: none where full steps are given by the user, which reuse residuals.
-        latent_shape, guided: as in `StepLayout`.
+        planners: none where full steps are given by the user, which reuse what is cached.
+        latent_shape, guided, conditions: as in `StepLayout`.
     """
     scale = problem.guidance_scale
     plans = [uncached_plan(problem.table, guidance_scale=scale)]
@@ -41,11 +46,10 @@ def layout_for_methods(
     for planner in planners:
         if planner.needs == {"solver"} <= problem.has:
             plans += _solver_plans(planner, problem)
-    layout = layout_from_plans(plans, latent_shape=latent_shape, guided=guided)
-    reuses = not planners or any(not planner.folds for planner in planners)
-    return msgspec.structs.replace(
-        layout, output_history=max(OUTPUT_HISTORY, layout.output_history), residual_history=int(reuses)
-    )
+    if not planners or any(not planner.folds for planner in planners):
+        plans.append(plan_given(problem, (0,)))  # reuses the cache in every other step
+    layout = layout_from_plans(plans, latent_shape=latent_shape, guided=guided, conditions=conditions)
+    return msgspec.structs.replace(layout, output_history=max(OUTPUT_HISTORY, layout.output_history))
 
 
 def _budgets(table: SamplerTable) -> list[int]:

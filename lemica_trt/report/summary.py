@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -21,13 +21,11 @@ from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import GraphSet
 from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.report import PLAN, BudgetOutcome, Check, Quality, StageEstimate, VerifyReport
 from lemica_trt.report.timeline import guidance_text, plan_table, timeline_text
 
-if TYPE_CHECKING:
-    from lemica_trt.ir.report import BudgetOutcome, Check, Quality, StageEstimate, VerifyReport
-
-WAYS = {"plan": "", "lemica": "LeMiCa", "uniform": "uniform", "fewer-steps": "fewer steps"}
-"""How a way of sampling is called in a table; the plan itself by its name."""
+BASELINES = {"lemica": "LeMiCa", "uniform": "uniform", "fewer-steps": "fewer steps"}
+"""Method of a baseline → what a table calls it."""
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -111,13 +109,12 @@ def quality_table(report: VerifyReport, *, title: str | None = None) -> Table:
         speed = "" if timing.speedup is None else f"{timing.speedup:.2f}×"
         skipped = "" if timing.skipped_step is None else duration(timing.skipped_step)
         head = [timing.plan, str(timing.budget), duration(timing.total), speed, duration(timing.full_step), skipped]
-        plan = next((row for row in rows if row.way == "plan"), None)
+        plan = next((row for row in rows if row.method == PLAN), None)
         made.add_row(*head, *_scores(plan, perceptual), style="bold" if plan else "")
         for row in rows:
-            if row.way != "plan":
-                made.add_row(
-                    f"  {WAYS[row.way]}", str(row.budget), "", "", "", "", *_scores(row, perceptual), style="dim"
-                )
+            if row.method != PLAN:
+                cells = [f"  {BASELINES[row.method]}", str(row.budget), "", "", "", ""]
+                made.add_row(*cells, *_scores(row, perceptual), style="dim")
     return made
 
 

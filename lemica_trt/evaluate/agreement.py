@@ -1,0 +1,144 @@
+"""Whether a bundle's engines compute what PyTorch does: graph by graph, and in whole runs.
+
+graphs   each graph on its engine against the torch module that it was exported from
+runs     the uncached plan against the diffusers pipeline itself, every plan against the same plan in PyTorch, all
+         from the same noise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lemica_trt.core.errors import VerificationError
+from lemica_trt.core.metrics import psnr
+from lemica_trt.evaluate.evaluator import run_plan
+from lemica_trt.ir.graphs import GraphSpec, StepLayout, TensorSpec
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.report import Agreement, GraphCheck
+from lemica_trt.models import Model
+from lemica_trt.models.family import DTYPES
+from lemica_trt.models.steps import step_modules
+from lemica_trt.runtime.pipeline import Pipeline
+from lemica_trt.runtime.random import Generator
+
+Array = npt.NDArray[Any]
+Module = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def modules_by_role(model: Model, layout: StepLayout) -> dict[str, Module]:
+    """Role of a graph → the torch module that it is exported from."""
+    return {
+        **step_modules(model, layout),
+        "text_encoder": model.text_encoder,
+        "vae_decoder": model.vae_decoder,
+    }
+
+
+def check_graphs(pipe: Pipeline, model: Model) -> list[GraphCheck]:
+    """Compare every graph with its torch module, on random input of batch 1 that is drawn from one seed."""
+    graphs = pipe.bundle.manifest.graphs
+    modules = modules_by_role(model, graphs.layout)
+    # What a graph does not depend on is pruned from it (Wan's skip graph reads no prompt); its module still takes it.
+    known = {spec.name: spec for graph in graphs.graphs for spec in graph.inputs if spec.name != "latents"}
+    random = np.random.default_rng(0)
+    return [_check_graph(graph, modules[graph.role], known, random, pipe, model) for graph in graphs.graphs]
+
+
+def _check_graph(
+    graph: GraphSpec,
+    module: Module,
+    known: Mapping[str, TensorSpec],
+    random: np.random.Generator,
+    pipe: Pipeline,
+    model: Model,
+) -> GraphCheck:
+    inputs = {spec.name: _random_input(spec, random, model) for spec in graph.inputs}
+    specs = {**known, **{spec.name: spec for spec in graph.inputs}}
+    unread = {name: np.zeros(spec.at(1), np.float32) for name, spec in specs.items() if name not in inputs}
+    with torch.inference_mode():
+        expected = module(_tensors({**unread, **inputs}, specs, model.device))
+    got = pipe.run_graph(graph.role, inputs)
+    references = {spec.name: expected[spec.name].float().cpu().numpy() for spec in graph.outputs}
+    return GraphCheck(
+        role=graph.role,
+        difference=_largest(*(np.float32(got[name]) - reference for name, reference in references.items())),
+        scale=_largest(*references.values()),
+    )
+
+
+def _random_input(spec: TensorSpec, random: np.random.Generator, model: Model) -> Array:
+    shape = spec.at(1)
+    if spec.name in ("input_ids", "attention_mask"):
+        return np.tile(model.tokens(["a prompt"])[spec.name].cpu().numpy(), (shape[0], 1))
+    if spec.name == "coefficients":  # timesteps are large numbers, all others about one
+        return random.uniform(0.5, 1.0, shape).astype(np.float32)
+    return random.standard_normal(shape).astype(np.float32)
+
+
+def _tensors(
+    inputs: Mapping[str, Array], specs: Mapping[str, TensorSpec], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Arrays as torch tensors of the dtypes that the graph declares for floating-point inputs."""
+    floats = {str(name): dtype for name, dtype in DTYPES.items()}
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+    return {name: tensor.to(floats.get(specs[name].dtype, tensor.dtype)) for name, tensor in tensors.items()}
+
+
+def check_runs(pipe: Pipeline, model: Model, prompt: str, seed: int) -> list[Agreement]:
+    """Compare whole runs of every plan on one request.
+
+    Raises:
+        VerificationError: a result of the model itself is not finite.
+    """
+    found = []
+    for name in pipe.bundle.plans:
+        plan = pipe.bundle.plan(name)
+        got = deployed_latents(pipe, plan, prompt, seed)
+        for against, expected in _torch_runs(model, plan, prompt, seed).items():
+            if not np.isfinite(expected).all():
+                raise VerificationError(
+                    f"the model itself gives numbers that are not finite in {model.profile.dtype}",
+                    fix="build with another --dtype",
+                )
+            found.append(
+                Agreement(
+                    plan=name,
+                    against=against,
+                    difference=_largest(got - expected),
+                    psnr=psnr(pipe.decode(got), pipe.decode(expected)),
+                )
+            )
+    return found
+
+
+def _torch_runs(model: Model, plan: StepPlan, prompt: str, seed: int) -> dict[str, Array]:
+    """What a plan is compared with → its latents."""
+    noise = torch.from_numpy(
+        Generator(seed).randn((1, *model.latent_shape))
+    )  # the runtime's, which differs in rounding
+    runs = {"torch": run_plan(model, plan, prompt, seed, start=noise[0]).numpy()}
+    # A stochastic scheduler may draw more than it uses: the pipeline's noise is then not the plan's.
+    if plan.budget == plan.num_steps and not plan.stochastic:
+        runs["diffusers"] = model.reference([prompt], noise)[0].numpy()
+    return runs
+
+
+def deployed_latents(pipe: Pipeline, plan: StepPlan, prompt: str, seed: int) -> Array:
+    """One request on the bundle's engines: x_N, fp32 latent_shape."""
+    manifest = pipe.bundle.manifest
+    negative = [manifest.profile.sampling.negative_prompt] if manifest.graphs.layout.guided else []
+    encoded = [pipe.encode(text) for text in (*negative, prompt)]
+    conditions = {name: np.stack([each[name] for each in encoded]) for name in encoded[0]}
+    noise = Generator(seed).randn((1, *manifest.graphs.layout.latent_shape))
+    latents: Array = pipe.latents(conditions, noise, plan=plan, seeds=[seed] if plan.stochastic else None)[0]
+    return latents
+
+
+def _largest(*arrays: Array) -> float:
+    """Largest absolute value; NaN if any is."""
+    return float(np.max([np.abs(array).max() for array in arrays]))
