@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fold import flow_table
 
 from lemica_trt.core.errors import InfeasibleError
 from lemica_trt.evaluate.timing import shortened
@@ -28,13 +27,12 @@ from lemica_trt.ir.budget import (
     speedup_from_text,
 )
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.prediction import Predictor
 from lemica_trt.planning.budget import afforded, dominated, front_budgets, front_rows, least_reaching
-from lemica_trt.planning.fold import fold
+from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.minimax import least_budget
-from lemica_trt.planning.prediction import predict
 from lemica_trt.planning.schedules import uniform
 from lemica_trt.planning.step_plan import plan_from_schedule, uncached_plan
+from lemica_trt.testing.values import flow_table
 
 pytestmark = pytest.mark.null
 
@@ -51,11 +49,8 @@ step_times = st.builds(
 
 def plan(budget: int, *, folds: bool) -> StepPlan:
     schedule = uniform(N, budget)
-    prediction = predict(Predictor(of="output" if folds else "residual"), schedule, TABLE)
-    made = plan_from_schedule(
-        schedule, TABLE, name=f"b{budget}", guidance_scale=4.0, method="uniform", prediction=prediction
-    )
-    return fold(made)
+    made = linear_plan if folds else plan_from_schedule
+    return made(schedule, TABLE, name=f"b{budget}", guidance_scale=4.0, method="linear" if folds else "uniform")
 
 
 quick = settings(max_examples=50, deadline=None)
@@ -243,7 +238,7 @@ def front() -> Front:
     """Three budgets; the plan of 8 full steps runs the skip graph and is worse than that of 7."""
     points = []
     for budget, folds, psnr in ((5, True, (30.0, 34.0)), (7, True, (39.0, 41.0)), (8, False, (38.0, 41.0))):
-        points.append(Point(plan=PLANS[budget, folds], way=f"uniform, {folds}", psnr=psnr))
+        points.append(Point(plan=PLANS[budget, folds], psnr=psnr))
     return Front(points=tuple(points))
 
 
@@ -262,7 +257,7 @@ def test_rows_of_a_front() -> None:
     assert low == pytest.approx(32 - 1.96 * np.std([30, 34], ddof=1) / np.sqrt(2)) and rows[0].psnr_p5 == 30.2
     for times in (None, StepTimes(full=1.0, skipped=None, rest=0.0)):  # one of the plans has no time
         assert all(row.seconds is row.speedup is None for row in front_rows(front(), times))
-    single = Point(plan=PLANS[5, True], way="", psnr=(30.0,))
+    single = Point(plan=PLANS[5, True], psnr=(30.0,))
     assert single.low is None and single.mean == single.p5 == 30.0
 
 

@@ -1,4 +1,4 @@
-"""Budgets in any unit → plans: which budgets and ways are looked at, and the whole chain on a small bundle."""
+"""Budgets in any unit → plans: which budgets and methods are looked at, and the whole chain on a small bundle."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ from lemica_trt.ir.budget import Afforded, Latency, MinPsnr, Speedup, StepTimes
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.resources import load_profile
-from lemica_trt.ir.trials import Selection, Tried, way
-from lemica_trt.planning.candidates import Ways
+from lemica_trt.ir.trials import Trial, TrialTable
 
-PAPER = Ways(method="lemica")
+PAPER = ("lemica",)
 
 
-# --- which budgets and ways are looked at --------------------------------------------------------------------------
+# --- which budgets and methods are looked at --------------------------------------------------------------------------
 
 
 class Fake:
@@ -45,7 +44,7 @@ class Fake:
         self.tried: list[tuple[int, int]] = []
         self.looked_at: list[int] = []
 
-    def make(self, *, budgets: list[Any], choose: Any) -> tuple[list[StepPlan], tuple[Selection, ...]]:
+    def make(self, *, budgets: list[Any], choose: Any) -> tuple[list[StepPlan], tuple[TrialTable, ...]]:
         (budget,) = budgets
         several = [
             plan
@@ -57,12 +56,14 @@ class Fake:
         plan, selection = choose(several)
         return [plan], (selection,)
 
-    def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, Selection]:
+    def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, TrialTable]:
         self.tried.append((plans[0].budget, len(plans)))
         best = max(plans, key=self.quality)
         order = sorted(plans, key=self.quality, reverse=True)[:1]
-        tried = tuple(Tried(way=way(plan), full_steps=plan.full_steps, snr=(self.quality(plan),)) for plan in order)
-        return best, Selection(budget=best.budget, samples=1, tried=tried)
+        trials = tuple(
+            Trial(label=plan.method, full_steps=plan.full_steps, snr=(self.quality(plan),)) for plan in order
+        )
+        return best, TrialTable(budget=best.budget, samples=1, trials=trials)
 
     @staticmethod
     def quality(plan: StepPlan) -> float:
@@ -124,17 +125,17 @@ def test_damaged_reports_have_no_times(tmp_path: Path, damaged: bytes) -> None:
 
 
 @pytest.mark.null
-def test_near_budgets_try_the_recipes_that_were_best() -> None:
+def test_near_budgets_try_the_methods_that_were_best() -> None:
     fake = Fake()
     found = planned(fake, 8, pareto=True)
     assert found.front is not None and [point.budget for point in found.front.points] == [4, 5, 6, 7, 8, 9, 10]
     assert dict(fake.tried) == {8: 2, 4: 1, 5: 1, 6: 1, 7: 1, 9: 1, 10: 1}
-    assert {point.way for point in found.front.points} == {"uniform, output-reuse"}
+    assert {point.plan.method for point in found.front.points} == {"linear"}
     alone = Fake()
-    planned(alone, 20, pareto=True)  # 20 has one way; 4 is the first to try both, 9 is more than twice that
+    planned(alone, 20, pareto=True)  # 20 has one method; 4 is the first to try both, 9 is more than twice that
     assert dict(alone.tried) == {4: 2, 5: 1, 6: 1, 7: 1, 8: 1, 9: 2, 10: 1}
-    # Counted as it is done: two ways where none is near, one recipe elsewhere.
-    assert scouting_cost([4, 5, 9], N, 2, 1, 8) == 8 * N + 8 * (4 + 5 + 9) + 4 * 16 + 5 * 16 + 9 * 16
+    # Counted as it is done: two methods where none is near, the best elsewhere.
+    assert scouting_cost([4, 5, 9], N, 2, 8) == 8 * N + 8 * (4 + 5 + 9) + 4 * 16 + 5 * 16 + 9 * 16
 
 
 @pytest.mark.null
@@ -184,7 +185,7 @@ def test_flags_that_do_not_fit_together_are_refused(
 
 def replanned(bundle: Path, *budgets: Any, pareto: bool = False) -> pipeline.Replanned:
     return pipeline.plan_stage(
-        bundle, budgets=budgets, ways=PAPER, schedule=None, default=None, reporter=Quiet(), pareto=pareto
+        bundle, budgets=budgets, methods=PAPER, schedule=None, default=None, reporter=Quiet(), pareto=pareto
     )
 
 
@@ -200,7 +201,7 @@ def test_a_dry_run_tells_what_searching_costs(tmp_path: Path) -> None:
     assert list(stages)[:5] == ["time", "calibrate", "fit", "select", "quality"]
     assert stages["quality"].what.startswith("12 budgets of 5 … 25 ") and stages["quality"].seconds
     assert stages["plan"].what.endswith("speed-up 2×, PSNR 30 dB, 7 full steps")
-    published = msgspec.structs.replace(request, ways=Ways(method="published"))
+    published = msgspec.structs.replace(request, methods=("published",))
     with pytest.raises(UsageError, match="budgets of their own"):
         pipeline.check_request(load_profile("cogvideox-tiny"), tmp_path / "b", published)
 

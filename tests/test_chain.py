@@ -11,7 +11,7 @@ from command import lemica
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.values import read_value
-from lemica_trt.ir.trials import Selections, way
+from lemica_trt.ir.trials import TrialTables
 
 pytestmark = pytest.mark.cpu
 
@@ -40,15 +40,15 @@ def test_wan_from_folder_to_verified_bundle_and_clip(tmp_path: Path) -> None:
     profile = tmp_path / "wan-random.toml"
     profile.write_text(PROFILE.format(source=json.dumps(str(folder)), length=tiny.TEXT_LENGTH))
     output = tmp_path / "bundle"
-    done = lemica("build", "--model", profile, "--budget", "4", "--reuse", "output", "--verify-samples", "1",
-                  "--output", output)  # fmt: skip
+    done = lemica("build", "--model", profile, "--budget", "4", "--method", "linear,stock:unipc",
+                  "--verify-samples", "1", "--output", output)  # fmt: skip
     assert done.returncode == 0, done.stderr
     bundle = Bundle.open(output)
     assert bundle.plan().scheduler == "UniPCMultistepScheduler"
     # A multistep sampler, folded: as many rows as full steps and the last, which read outputs far back.
     assert len(bundle.plan().rows) == 5 and bundle.plan().output_history >= 3
-    selection = read_value(Selections, output / "calibration" / "selection.json").selections[0]
-    assert selection.tried[0].way == way(bundle.plan()) and len(selection.tried) > 5
+    trials = read_value(TrialTables, output / "calibration" / "selection.json").tables[0]
+    assert trials.best.label == bundle.plan().method and len(trials.trials) == 2
     assert bundle.manifest.profile.source == "wan"  # no path of this machine
     assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in output.rglob("*") if path.is_file())
     report = json.loads((output / "reports" / "verify.json").read_text())

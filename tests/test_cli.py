@@ -12,7 +12,6 @@ from pathlib import Path
 import onnxruntime
 import pytest
 from command import PAPER, SMALL, lemica
-from lemica_trt.planning.signed import AdjointProducts
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.compiler.work import work_folder
@@ -20,7 +19,8 @@ from lemica_trt.core.errors import EXIT_CODES
 from lemica_trt.core.values import read_value
 from lemica_trt.ir.calibration import ErrorGraph, TrajectoryGrams
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.trials import Selections
+from lemica_trt.ir.trials import TrialTables
+from lemica_trt.planning.planner import AUTO
 
 pytestmark = pytest.mark.cpu
 
@@ -60,7 +60,6 @@ def test_a_bundle_that_does_not_verify_replaces_none(
     built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old one stays as it is, the new one lies beside it with its report."""
-    from lemica_trt.planning.candidates import Ways
 
     from lemica_trt import compiler as pipeline
     from lemica_trt.core.errors import VerificationError
@@ -71,7 +70,7 @@ def test_a_bundle_that_does_not_verify_replaces_none(
     shutil.copytree(built[0], output)
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     profile = Bundle.open(output).manifest.profile
-    request = pipeline.Request(budgets=(3,), ways=Ways(method="uniform"), verify_samples=1)
+    request = pipeline.Request(budgets=(3,), methods=("uniform",), verify_samples=1)
     monkeypatch.setattr(verify.VerifyReport, "failures", lambda report: ["the graphs differ"])
     with pytest.raises(VerificationError, match=rf"the graphs differ → do not deploy {output}\.unverified; report it"):
         pipeline.build(profile, output, request, Quiet())
@@ -121,24 +120,14 @@ def test_cheap_calibration_says_what_it_costs_before_and_after(tmp_path: Path) -
     done = lemica("calibrate", *SMALL, "--calibration", "secant", "--output", work)
     assert done.returncode == 0, done.stderr
     assert re.search(r"calibrate +secant: 1 samples, up to 3 steps skipped: \d+ samplings' work", done.stderr)
-    counted = re.search(r"(\d+) full steps, 0 backward passes, \d+ skipped steps were run: ([\d.]+) samp", done.stderr)
+    counted = re.search(r"(\d+) full steps, \d+ skipped steps were run: ([\d.]+) samp", done.stderr)
     assert counted is not None and float(counted[2]) == pytest.approx(int(counted[1]) / 8, abs=0.05)
     graph = read_value(ErrorGraph, work / "error_graph.json")
     assert (graph.method, graph.samplings) == ("secant", int(counted[1]) / 8)
     assert read_value(TrajectoryGrams, work / "grams.json").sampler_digest == graph.sampler_digest
-    assert not (work / "products.json").exists()
-    done = lemica("calibrate", *SMALL, "--calibration", "adjoint", "--validation-samples", "2", "--output", work)
-    assert done.returncode == 0, done.stderr
-    assert read_value(AdjointProducts, work / "products.json").samples == 1
-    assert read_value(ErrorGraph, work / "error_graph.json").method == "adjoint"
     assert lemica("plan", work, "--budget", "4").returncode == 0
-    (selection,) = read_value(Selections, work / "selection.json").selections
-    assert {tried.way.split(",")[0] for tried in selection.tried} == {"lemica", "least-sum", "signed", "predicted"}
-    assert selection.samples == 2 and len(selection.tried) > 20
-    done = lemica(
-        "build", *SMALL, "--budget", "4", "--calibration", "adjoint", "--output", tmp_path / "b", "--dry-run", "--json"
-    )
-    assert "adjoint, 1 samples" in json.loads(done.stdout)[0]["what"]
+    (trials,) = read_value(TrialTables, work / "selection.json").tables
+    assert {trial.label for trial in trials.trials} <= set(AUTO) and "lemica" in {t.label for t in trials.trials}
 
 
 def test_plan_adds_to_a_bundle_without_torch(

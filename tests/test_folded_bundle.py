@@ -12,22 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tiny
-from lemica_trt.ir.prediction import LEMICA, Predictor
-from lemica_trt.planning.candidates import Ways, candidates
-from lemica_trt.planning.prediction import predict
 from rich.console import Console
 
 from lemica_trt import compiler as pipeline
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.compiler.planning import _best_before
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.progress import Quiet
 from lemica_trt.ir.plan import StepPlan, layout_from_plans
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.ir.schedule import Schedule
-from lemica_trt.ir.trials import way
 from lemica_trt.models import Model, denoise
 from lemica_trt.models.scheduler import solver_table
+from lemica_trt.planning.extrapolation import linear_weights
 from lemica_trt.planning.fold import fold
 from lemica_trt.planning.schedules import given, uniform
 from lemica_trt.planning.step_plan import plan_from_schedule, plan_from_solver
@@ -43,7 +38,6 @@ pytestmark = [
 
 Array = npt.NDArray[Any]
 
-LINEAR = Predictor(of="output", method="linear")
 STEPS, BUDGET = 8, 3
 
 
@@ -73,12 +67,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     solver = solver_table(table, schedule.full_steps, "dpmsolver++")
     fine = pipeline.reference_sampler(model, table, 2 * STEPS)
     assert fine is not None
-    fitted = pipeline.fitter(lambda: model, table, ["a cat", "a dog"], work, Quiet(), fine=fine)
-    assert fitted is not None
+    fit = pipeline.fitter(lambda: model, table, ["a cat", "a dog"], work, Quiet(), fine=fine)
+    assert fit is not None
     plans = [
-        fold(uniform_plan(table, LINEAR, name=f"b{BUDGET}")),
+        fold(uniform_plan(table, name=f"b{BUDGET}")),
         plan_from_solver(schedule, table, solver, name="planned", guidance_scale=g, method="given"),
-        msgspec.structs.replace(fitted([schedule])[0], name="fitted", method="given"),
+        msgspec.structs.replace(fit(schedule), name="fitted"),
         pipeline.uncached_plan(table, guidance_scale=g),
     ]
     layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=True)
@@ -98,12 +92,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(model, table, bundle)
 
 
-def uniform_plan(table: SamplerTable, predictor: Predictor, name: str = "unfolded") -> StepPlan:
+def uniform_plan(table: SamplerTable, name: str = "unfolded", *, residuals: bool = False) -> StepPlan:
     """Not folded."""
     schedule = uniform(STEPS, BUDGET)
     return plan_from_schedule(
         schedule, table, name=name, guidance_scale=3.0, method="uniform",
-        prediction=predict(predictor, schedule, table),
+        output_weights=None if residuals else linear_weights(schedule),
     )  # fmt: skip
 
 
@@ -147,58 +141,48 @@ def test_a_folded_plan_is_its_full_steps_and_nothing_else(built: Built) -> None:
 
 def test_runtime_oracle_and_unfolded_plan_agree(built: Built) -> None:
     model, folded = built.model, built.bundle.plan(f"b{BUDGET}")
-    expected = oracle(model, uniform_plan(built.table, LINEAR), 5)
+    expected = oracle(model, uniform_plan(built.table), 5)
     start = model.noise(5)[None].numpy()
     found = Pipeline(built.bundle).latents(model.embed(["a cat"]).numpy(), start, plan=folded)
     for latents in (found, oracle(model, folded, 5)):
         assert np.abs(latents - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_a_bundle_gives_a_fitted_plan_only_where_it_has_it(built: Built, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lemica", "linear", "fitted", "auto"])
+def test_a_bundle_without_a_calibration_plans_nothing_that_needs_one(built: Built, method: str) -> None:
+    with pytest.raises(UsageError, match=r"needs an error graph|no method is possible"):
+        pipeline.replan(
+            built.bundle, budgets=[BUDGET], methods=(method,), schedule=None, default=None, reporter=Quiet()
+        )
+
+
+def test_a_bundle_knows_the_reference_that_it_was_made_against(built: Built, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(built.bundle.path, copy)
 
-    def replanned(schedule: list[int], reference_steps: int | None = None, **ways: Any) -> StepPlan:
+    def replanned(reference_steps: int | None) -> StepPlan:
         bundle, _ = pipeline.replan(
-            Bundle.open(copy), budgets=[BUDGET], ways=Ways(method="given", **ways), schedule=schedule, default=None,
+            Bundle.open(copy), budgets=[BUDGET], methods=("stock:first-order",), schedule=None, default=None,
             reporter=Quiet(), reference_steps=reference_steps,
         )  # fmt: skip
         return bundle.plan(f"b{BUDGET}")
 
-    found = replanned([0, 2, 5], solver="fitted")
-    assert found.rows == built.bundle.plan("fitted").rows and found.reference_steps == 2 * STEPS
-    for arguments in ({"schedule": [0, 2, 6]}, {"schedule": [0, 2, 5], "reference_steps": STEPS}):
-        with pytest.raises(UsageError, match="3 full steps is fitted to the model, and the bundle has none"):
-            replanned(solver="fitted", **arguments)
+    assert (replanned(None).reference_steps, replanned(STEPS).reference_steps) == (2 * STEPS, None)
     with pytest.raises(UsageError, match="expected 8 or 16, which the bundle knows, got 32"):
-        replanned([0, 2, 5], 32, reuse="output", predict="none")
-    finely, plainly = (replanned([0, 2, 5], steps, reuse="output", predict="none") for steps in (None, STEPS))
-    assert (finely.reference_steps, plainly.reference_steps) == (2 * STEPS, None) and finely.rows != plainly.rows
-
-
-def test_a_given_schedule_gets_the_recipe_that_did_best(built: Built) -> None:
-    schedule = Schedule(num_steps=STEPS, full_steps=(0, 2, 5))
-    ways = Ways(method="given", reuse="output")
-    several = candidates(ways, {"given": [schedule]}, built.table, name="x", guidance_scale=4.0)
-    assert len(several) > 2
-    assert _best_before(several, {9: ["lemica, output-linear"]}) is next(
-        plan for plan in several if way(plan) == "given, output-linear"
-    )
-    with pytest.raises(UsageError, match="none was tried"):
-        _best_before(several, {9: ["lemica, residual-reuse"]})
+        replanned(32)
 
 
 def test_one_seed_is_one_video_under_a_sampler_that_draws(tmp_path: Path) -> None:
     """CogVideoXDPM: of second order, and the noise of two or three steps goes into one row."""
     model, table = open_tiny(tmp_path, "CogVideoXDPMScheduler")
-    folded = fold(uniform_plan(table, LINEAR))
+    folded = fold(uniform_plan(table))
     assert max(row.draws for row in folded.rows) == 3 and folded.latent_history > 1
-    expected = oracle(model, uniform_plan(table, LINEAR), 5)
+    expected = oracle(model, uniform_plan(table), 5)
     assert np.abs(oracle(model, folded, 5) - expected).max() <= 1e-5 * np.abs(expected).max()
     assert np.abs(oracle(model, folded, 6) - expected).max() > 0.1 * np.abs(expected).max()
 
 
 def test_plans_of_residuals_are_refused_by_such_a_bundle(built: Built) -> None:
-    plan, noise = uniform_plan(built.table, LEMICA), built.model.noise(0)[None].numpy()
+    plan, noise = uniform_plan(built.table, residuals=True), built.model.noise(0)[None].numpy()
     with pytest.raises(InputError, match="plan unfolded needs the graphs combine, full, skip, the bundle has"):
         Pipeline(built.bundle).latents(built.model.embed(["a"]).numpy(), noise, plan=plan)

@@ -23,12 +23,11 @@ from torch.overrides import TorchFunctionMode
 from lemica_trt.core.errors import InputError, UnsupportedError
 from lemica_trt.core.values import json_bytes, value_from_json
 from lemica_trt.ir.plan import PlanRow
-from lemica_trt.ir.prediction import Predictor
 from lemica_trt.ir.sampler import SamplerTable, require_levels
 from lemica_trt.models import scheduler as lower
 from lemica_trt.models.scheduler import sampler_table, solver_table, support_matrix
+from lemica_trt.planning.extrapolation import linear_weights
 from lemica_trt.planning.fold import fold
-from lemica_trt.planning.prediction import predict
 from lemica_trt.planning.step_plan import plan_from_schedule, uncached_plan
 from lemica_trt.testing.interpreter import deviation as run_deviation
 from lemica_trt.testing.interpreter import interpret, run_plan
@@ -390,7 +389,7 @@ def test_levels_are_the_textbook_ones() -> None:
     alphas = scheduler.alphas_cumprod.double().numpy()[scheduler.timesteps.numpy()]
     assert levels.signal == pytest.approx([*np.sqrt(alphas), 1.0], rel=1e-7)
     assert levels.noise == pytest.approx([*np.sqrt(1 - alphas), 0.0], rel=1e-7)
-    assert levels.target == "v_prediction" and levels.log_snr[0] == -math.inf
+    assert levels.target == "v_prediction" and levels.signal[0] == 0
     flow = require_levels(lowered("FlowMatchEuler, shift 3", 10))
     sigmas = made("FlowMatchEuler, shift 3", 10).sigmas.tolist()
     assert (flow.target, flow.noise) == ("flow_prediction", tuple(sigmas))
@@ -515,15 +514,14 @@ def test_planned_solvers_need_levels_apart() -> None:
 # Folding
 
 
-@pytest.mark.parametrize("method", ["reuse", "linear"])
 @pytest.mark.parametrize("label", SUPPORTED)
-def test_plans_of_every_sampler_fold(label: str, method: Any) -> None:
+def test_plans_of_every_sampler_fold(label: str) -> None:
     table = lowered(label, 10)
     full = sorted({0, 1, *np.random.default_rng(len(label)).choice(table.num_steps, 4).tolist()})
     schedule = schedule_of(table.num_steps, *full)
     plan = plan_from_schedule(
         schedule, table, name="test", guidance_scale=1.0, method="given",
-        prediction=predict(Predictor(of="output", method=method), schedule, table),
+        output_weights=linear_weights(schedule),
     )  # fmt: skip
     folded = fold(plan)
     assert len(folded.rows) == len(full) + 1

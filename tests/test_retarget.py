@@ -14,7 +14,6 @@ from lemica_trt.core.values import read_value
 from lemica_trt.ir.calibration import ErrorGraph, Sensitivity
 from lemica_trt.ir.profile import CalibrationMethod
 from lemica_trt.ir.resources import load_profile
-from lemica_trt.planning.candidates import Ways
 
 pytestmark = pytest.mark.cpu
 
@@ -40,7 +39,7 @@ def test_plans_for_fewer_steps_and_more_guidance_say_what_they_hold_for(tmp_path
     known = read_value(Sensitivity, target.sensitivity)
     assert (known.num_steps, known.guidance_scale) == (8, 4.0)
     (plan,) = plan_stage(
-        target.root, budgets=(3,), ways=Ways(method="lemica"), schedule=None, default=None, reporter=Quiet()
+        target.root, budgets=(3,), methods=("lemica",), schedule=None, default=None, reporter=Quiet()
     ).plans
     assert plan.guidance_range == (3.0, 7.0)  # its own half, and what the source was found to hold for
     with pytest.raises(UnsupportedError, match=r"guidance 2 … 7 \(4 was measured\), asked for is 8"):

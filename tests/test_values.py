@@ -19,7 +19,7 @@ from lemica_trt.core.values import json_bytes, read_value, value_from_json, writ
 from lemica_trt.ir.calibration import Edge, ErrorGraph
 from lemica_trt.ir.graphs import StepLayout
 from lemica_trt.ir.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans
-from lemica_trt.ir.profile import Calibration, Sampling, Shape
+from lemica_trt.ir.profile import CalibrationSettings, Sampling, Shape
 from lemica_trt.ir.sampler import SamplerRow, SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.step_plan import plan_from_schedule
@@ -199,8 +199,8 @@ def test_exit_codes_are_distinct_and_documented() -> None:
         (lambda: Shape(frames=1, height=8, width=8, max_batch=0), "max_batch must be at least 1"),
         (lambda: Sampling(steps=1), "steps must be at least 2, got 1"),
         (lambda: Sampling(guidance_scale=math.nan), r"guidance_scale\[0\] must be finite"),
-        (lambda: Calibration(samples=0), "samples must be at least 1"),
-        (lambda: Calibration(max_skip=0), "max_skip must be at least 1"),
+        (lambda: CalibrationSettings(samples=0), "samples must be at least 1"),
+        (lambda: CalibrationSettings(max_skip=0), "max_skip must be at least 1"),
     ],
 )
 def test_spec_refuses(make: Any, says: str) -> None:

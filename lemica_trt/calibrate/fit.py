@@ -39,7 +39,7 @@ from lemica_trt.models.denoise import Rollout, denoise
 from lemica_trt.models.model import Model
 from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.fold import nearest_steps
-from lemica_trt.planning.step_plan import moved_to, uncached_plan
+from lemica_trt.planning.step_plan import assign_steps, uncached_plan
 
 OUTPUTS = 6
 """Model outputs that a row reads back, where there are as many; and at least what the extrapolated row reads."""
@@ -183,7 +183,7 @@ class Fitter:
             rows=(start.rows[0], *rows),
             reference_steps=fine if fine > self._table.num_steps else None,
         )
-        return moved_to(plan, schedule, self._table)
+        return assign_steps(plan, schedule, self._table)
 
     def evaluations_for(self, schedule: Schedule) -> int:
         """Evaluations of the DiT that a call would make now: none where the journal has the fit; else the reference,

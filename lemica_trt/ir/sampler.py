@@ -87,12 +87,6 @@ class NoiseLevels(Value, frozen=True):
             require(min(getattr(self, name), default=0.0) >= 0, f"{name} must not be negative")
         require(all(a + s > 0 for a, s in zip(self.signal, self.noise)), "signal and noise must not both be 0")
 
-    @property
-    def log_snr(self) -> tuple[float, ...]:
-        """log(signal²/noise²) of each row; −inf and inf where one of them is 0."""
-        ratios = [(a / s if s else math.inf) for a, s in zip(self.signal, self.noise)]
-        return tuple(2 * math.log(ratio) if ratio else -math.inf for ratio in ratios)
-
     def output(self, i: int) -> tuple[float, float]:
         """(p, q) of row i: a perfect model's output is m_i = p·x0 + q·ε."""
         if self.target == "epsilon":
@@ -200,6 +194,6 @@ def require_levels(table: SamplerTable) -> NoiseLevels:
     if table.levels is None:
         raise UnsupportedError(
             f"expected the noise level of each step of {table.scheduler}, its table has none",
-            fix="lower the sampler again; or, if that does not tell them, do without log-SNR and other solvers",
+            fix="lower the sampler again; if it still has none, use a --method without a standard solver",
         )
     return table.levels

@@ -36,7 +36,7 @@ ZERO = 1e-13
 
 
 def fold(plan: StepPlan) -> StepPlan:
-    """Take away the rows that run no graph, but for the last; exact to float64.
+    """Take away the rows that run no graph, except the last; exact to float64.
 
     Returns:
         A plan of the same steps, latents and draws; the same plan where there is nothing to fold.

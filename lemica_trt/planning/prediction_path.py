@@ -1,22 +1,23 @@
-"""Plans for predicted outputs: full steps between which the last three outputs tell the others best.
+"""Full steps between which the last three outputs tell the others best: schedules for plans that predict outputs.
 
 The edges of an `ErrorGraph` are errors of reuse: large where outputs move. A plan that predicts outputs errs where they
 bend. With q < p < i the last full steps before the skipped ones i < t < j, and g_t what the sampler makes of m_t in the
-latents behind (`output_adjoints`), prediction leaves at j, at its best, the mean over samples of
+latents behind j (`output_gains`), what prediction leaves at j, at its best, is the mean over samples of
 
     ε²(q, p, i, j) = min_b ‖Σ_{i<t<j} g_t·m_t − b_0·m_i − b_1·m_p − b_2·m_q‖²
 
-which follows from the Gram matrix of the outputs alone (`grams`). What an error at j does to the result is told by the
-error graph: its sensitivity c_j is the geometric mean, over segments (i, j) of at most `GAP` steps, of their measured
-error over what reuse leaves there by the same formula (b_0 = Σ g_t, b_1 = b_2 = 0). The schedule minimises
+which follows from the Gram matrix of the outputs alone (`TrajectoryGrams`). What an error at j does to the result is
+taken from the error graph: the sensitivity c_j is the geometric mean, over segments (i, j) of at most
+`SENSITIVITY_SPAN` steps, of their measured error over what reuse leaves there by the same formula (b_0 = Σ g_t,
+b_1 = b_2 = 0). The schedule minimises
 
     Σ (c_j·ε(q, p, i, j))²        over its segments
 
-as if errors of different segments had nothing to do with each other; exact, by dynamic programming over (q, p, i).
-A solver that is fitted row by row corrects part of what its earlier rows left, so that early errors matter less than c
-tells: c may be taken to a power below 1. No evaluation of the DiT. (design of lemica-trt)
+as if errors of different segments were independent; exact, by dynamic programming over (q, p, i), without any
+evaluation of the DiT. A solver that is fitted row by row corrects part of what its earlier rows left, so that early
+errors matter less than c says: c may be taken to a power below 1.
 
-Knows numbers only.
+Our own method, from no paper. Knows numbers only.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.minimax import require_feasible
 
-GAP = 5
+SENSITIVITY_SPAN = 5
 """The longest segments that sensitivities are taken from: longer ones are less linear."""
 
-RIDGE = 1e-8
+OUTPUT_RIDGE = 1e-8
 """Part of an output's power below which what it has beyond another is rounding."""
 
 Array = npt.NDArray[np.float64]
 
 
-def solve_predicted(
+def solve_prediction_path(
     table: SamplerTable, graph: ErrorGraph, grams: TrajectoryGrams, budgets: Sequence[int], *, power: float = 1.0
 ) -> dict[int, Schedule]:
     """The schedule of each budget with the least sum of squares; see the module docstring.
@@ -95,7 +96,7 @@ def prediction_errors(table: SamplerTable, grams: TrajectoryGrams, span: int) ->
         held = float(skipped @ along - along[i] ** 2 / gram[i, i])
         # What outputs and target have beyond m_i.
         left = along - gram[i] * along[i] / gram[i, i]
-        beyond = gram - np.outer(gram[i], gram[i]) / gram[i, i] + RIDGE * np.diag(np.diag(gram))
+        beyond = gram - np.outer(gram[i], gram[i]) / gram[i, i] + OUTPUT_RIDGE * np.diag(np.diag(gram))
         errors[i, 0, 0, j - i] = held
         for p in range(max(i - span, 0), i):
             told = left[p] ** 2 / beyond[p, p]
@@ -113,7 +114,7 @@ def sensitivities(table: SamplerTable, graph: ErrorGraph, grams: TrajectoryGrams
     gram = np.array(grams.outputs)
     errors = {(edge.start, edge.stop): edge.errors for edge in graph.edges}
     known: dict[int, list[float]] = {}
-    for i, j, skipped in _segments(table, min(graph.max_skip + 1, GAP)):
+    for i, j, skipped in _segments(table, min(graph.max_skip + 1, SENSITIVITY_SPAN)):
         reused = skipped.copy()
         reused[i] -= skipped.sum()
         left = float(reused @ gram @ reused)
@@ -134,12 +135,12 @@ def _segments(table: SamplerTable, span: int) -> list[tuple[int, int, Array]]:
     for j in range(1, n + 1):
         first = max(j - span, 0)
         weights = np.zeros(n)
-        weights[first:j] = output_adjoints(table, first, j).sum(1)
+        weights[first:j] = output_gains(table, first, j).sum(1)
         found += [(i, j, np.where(np.arange(n) > i, weights, 0.0)) for i in range(first, j)]
     return found
 
 
-def output_adjoints(table: SamplerTable, first: int, stop: int) -> Array:
+def output_gains(table: SamplerTable, first: int, stop: int) -> Array:
     """γ[t − first, s]: what the output of step t, first ≤ t < stop, puts into the latents of row s ≥ stop directly or
     through the latents and outputs of rows before `stop`, none of which runs the DiT.
 

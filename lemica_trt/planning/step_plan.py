@@ -94,10 +94,10 @@ def plan_from_solver(
         ValueError: B differs.
     """
     plan = uncached_plan(solver, guidance_scale=guidance_scale, name=name)
-    return moved_to(msgspec.structs.replace(plan, method=method), schedule, table)
+    return assign_steps(msgspec.structs.replace(plan, method=method), schedule, table)
 
 
-def moved_to(plan: StepPlan, schedule: Schedule, table: SamplerTable) -> StepPlan:
+def assign_steps(plan: StepPlan, schedule: Schedule, table: SamplerTable) -> StepPlan:
     """The same plan, its B full rows standing for the full steps of a schedule of an N-step sampler.
 
     Raises:

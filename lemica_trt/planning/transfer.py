@@ -16,11 +16,11 @@ STEPS_RANGE = (0.5, 1.5)
 """Numbers of steps, in those of the calibration, that it is carried over to."""
 
 
-MARGIN = 0.02
+TIMESTEP_MARGIN = 0.02
 """How far above the highest timestep that was measured one may lie, as a part of it; the sensitivity is that one's."""
 
 
-FIX = "calibrate anew: leave --calibration-from out"
+CALIBRATE_ANEW = "calibrate anew: leave --calibration-from out"
 
 
 Array = npt.NDArray[np.float64]
@@ -68,11 +68,11 @@ def require_retargetable(known: Sensitivity, target: Provenance, table: SamplerT
         raise _refused(
             f"guidance {lowest:g} … {highest:g} ({known.guidance_scale:g} was measured)", f"{target.guidance_scale:g}"
         )
-    highest_known = min(knots[-1][0] for knots in known.knots) * (1 + MARGIN)
+    highest_known = min(knots[-1][0] for knots in known.knots) * (1 + TIMESTEP_MARGIN)
     highest_wanted = max(table.timesteps[2:], default=RESULT)
     if highest_wanted > highest_known:
         raise _refused(f"timesteps up to {highest_known:.0f} behind the second step", f"{highest_wanted:.0f}")
 
 
 def _refused(expected: str, got: str) -> UnsupportedError:
-    return UnsupportedError(f"the calibration holds for {expected}, asked for is {got}", fix=FIX)
+    return UnsupportedError(f"the calibration holds for {expected}, asked for is {got}", fix=CALIBRATE_ANEW)

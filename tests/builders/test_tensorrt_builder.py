@@ -35,7 +35,6 @@ from lemica_trt.core.files import mapped
 from lemica_trt.ir.engine import EngineBuild, EngineEntry
 from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role, StepLayout, TensorSpec
 from lemica_trt.ir.profile import DType
-from lemica_trt.planning.candidates import Ways
 
 ROOT = Path(__file__).parents[2]
 
@@ -658,7 +657,7 @@ def test_bf16_is_built_where_nothing_can_run_it(tmp_path: Path, monkeypatch: pyt
     profile = make_variant("wan", tmp_path / "model", layers=1)
     shape = msgspec.structs.replace(profile.shape, max_batch=1)
     profile = msgspec.structs.replace(profile, dtype="bf16", shape=shape)
-    request = pipeline.Request(budgets=(2,), ways=Ways(method="uniform"), backends=("tensorrt-rtx",), verify_samples=1)
+    request = pipeline.Request(budgets=(2,), methods=("uniform",), backends=("tensorrt-rtx",), verify_samples=1)
     bundle, report, unverified, *_ = pipeline.build(profile, tmp_path / "bundle", request, Told())
     assert report is None and unverified == {"tensorrt-rtx": "no CUDA driver"}
     with pytest.raises(MissingDependencyError, match=r"expected engines that run .* tensorrt-rtx: no CUDA driver"):

@@ -35,7 +35,6 @@ PROMPTS = ["a cat", "a dog", "two boats"]
 HISTORIES = SamplerTable(
     scheduler="Histories", rows=tuple(msgspec.structs.replace(row, noise=0.0) for row in awkward(12).rows)
 )
-METHODS = pytest.mark.parametrize("method", ["secant", "adjoint"])
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +47,25 @@ def calibrated(model: ToyModel, journal: Path, **changes: Any) -> Calibrated:
     return calibrate_cheaply(model, journal=journal, **{"method": "secant"} | arguments | changes)
 
 
-def measurement(model: ToyModel, table: SamplerTable, method: Any) -> CheapMeasurement:
-    return cheap_measurement(model, table, PROMPTS, method=method, seed=5, max_skip=4)
+def measurement(model: ToyModel, table: SamplerTable) -> CheapMeasurement:
+    return cheap_measurement(model, table, PROMPTS, method="secant", seed=5, max_skip=4)
 
 
 def parts(result: Calibrated) -> bytes:
-    return json_bytes([result.graph, result.grams, result.products, result.cost])
+    return json_bytes([result.graph, result.grams, result.cost])
 
 
 # --- the estimates -------------------------------------------------------------------------------------------------
 
 
-@METHODS
 @pytest.mark.parametrize("table", [euler(12), awkward(12)], ids=["euler", "awkward"])
-def test_estimates_are_exact_at_knots(tmp_path: Path, model: ToyModel, table: SamplerTable, method: Any) -> None:
-    graph = calibrated(model, tmp_path / "j", table=table, method=method).graph
+def test_estimates_are_exact_at_knots(tmp_path: Path, model: ToyModel, table: SamplerTable) -> None:
+    graph = calibrated(model, tmp_path / "j", table=table).graph
     errors = {(edge.start, edge.stop): edge.errors for edge in graph.edges}
     assert list(errors) == [(i, j) for i in range(11) for j in range(i + 2, min(i + 5, 12) + 1)]
     for s in range(2):
         naive = Naive(model, table, PROMPTS[s], 5 + s)
-        for j in knot_stops(12, cheap.KNOTS[method], s):
+        for j in knot_stops(12, cheap.KNOTS["secant"], s):
             i = max(j - 5, 0)
             assert errors[i, j][s] == pytest.approx(naive.error(i, j), rel=1e-3, abs=3e-6)
 
@@ -80,24 +78,6 @@ def test_secants_to_the_end_are_exact(tmp_path: Path, model: ToyModel, table: Sa
     assert len(last) == 4
     for edge in last:
         assert edge.errors[0] == pytest.approx(naive.error(edge.start, 12), rel=1e-3, abs=3e-6)
-
-
-def test_adjoints_of_small_changes_need_no_correction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With as many probes as it takes, ε is the RMS of the linearised error: knots then only change L2 to L1."""
-    toy = ToyModel()
-    for block in toy.pipeline.transformer.blocks:  # residuals that hardly change: small segments' errors are linear
-        block.linear.weight.data *= 0.05
-    monkeypatch.setattr(cheap, "PROBES", 60)
-    ratios: list[float] = []
-
-    def record(knots: dict[int, float], num_steps: int) -> Any:
-        ratios.extend(knots.values())
-        return interpolate_sensitivity(knots, num_steps)
-
-    monkeypatch.setattr(cheap, "interpolate_sensitivity", record)
-    calibrated(toy, tmp_path / "j", method="adjoint", samples=1)
-    assert len(ratios) == len(knot_stops(12, cheap.KNOTS["adjoint"], 0))
-    assert all(0.5 < ratio < 1.2 for ratio in ratios), "L1 of 12 elements is 0.6 … 1 of L2; probes add 20 %"
 
 
 def test_samples_average_to_the_edge(tmp_path: Path, model: ToyModel) -> None:
@@ -123,9 +103,8 @@ def test_knots_of_all_samples_cover_every_stop() -> None:
 # --- what it costs -------------------------------------------------------------------------------------------------
 
 
-@METHODS
 @pytest.mark.parametrize(("num_steps", "max_skip", "batch"), [(12, 4, None), (7, 6, 1), (2, 1, None)])
-def test_cost_is_what_is_run(tmp_path: Path, method: Any, num_steps: int, max_skip: int, batch: int | None) -> None:
+def test_cost_is_what_is_run(tmp_path: Path, num_steps: int, max_skip: int, batch: int | None) -> None:
     toy = ToyModel()
     rows = {"all": 0, "full": 0}
 
@@ -137,50 +116,30 @@ def test_cost_is_what_is_run(tmp_path: Path, method: Any, num_steps: int, max_sk
 
     toy.pipeline.transformer.embed.register_forward_pre_hook(count("all"))
     toy.pipeline.transformer.blocks[0].register_forward_pre_hook(count("full"))
-    found = calibrated(
-        toy, tmp_path / "j", table=euler(num_steps), max_skip=max_skip, batch=batch, samples=3, method=method
-    )
-    expected = cheap_cost(num_steps, max_skip, 3, method=method)
+    found = calibrated(toy, tmp_path / "j", table=euler(num_steps), max_skip=max_skip, batch=batch, samples=3)
+    expected = cheap_cost(num_steps, max_skip, 3, method="secant")
     assert found.cost == expected
     assert expected.full == rows["full"] / 2  # two branches
     assert expected.skip == (rows["all"] - rows["full"]) / 2
-    assert expected.backward == (3 * num_steps * cheap.PROBES if method == "adjoint" else 0)
-    assert found.graph.samplings == (expected.full + expected.backward) / num_steps / 3
-    assert found.graph.method == method
+    assert found.graph.samplings == expected.full / num_steps / 3
+    assert found.graph.method == "secant"
 
 
-def test_the_usual_cost_is_below_seven_samplings() -> None:
+def test_the_usual_cost_is_below_six_samplings() -> None:
     assert cheap_cost(50, 9, 8, method="secant").samplings / 8 < 6
-    assert cheap_cost(50, 9, 8, method="adjoint").samplings / 8 < 7
 
 
-# --- Grams and products of the same runs ---------------------------------------------------------------------------
+# --- Grams of the same runs ------------ ---------------------------------------------------------------------------
 
 
-@METHODS
-def test_grams_are_those_of_the_uncached_run(tmp_path: Path, model: ToyModel, method: Any) -> None:
-    found = calibrated(model, tmp_path / "j", samples=1, method=method)
-    sample = Stepper(model, euler(12), 1).sample("sample 0", PROMPTS[0], 5)
-    residuals: list[torch.Tensor] = []
+def test_grams_are_those_of_the_uncached_run(tmp_path: Path, model: ToyModel) -> None:
+    found = calibrated(model, tmp_path / "j", samples=1)
     with torch.no_grad():
-        uncached = sample.trace(1, lambda *_: None, keep=residuals.append)
-    outputs = [run.outputs[0] for run in uncached.runs[1:]]
-    for matrix, vectors in ((found.grams.residuals, residuals), (found.grams.outputs, outputs)):
-        stacked = torch.stack(vectors).flatten(1).double().numpy()
-        raw = stacked @ stacked.T
-        np.testing.assert_allclose(matrix, raw / np.trace(raw) * 12, rtol=1e-9)
+        uncached = Stepper(model, euler(12), 1).sample("sample 0", PROMPTS[0], 5).uncached()
+    stacked = torch.stack([run.outputs[0] for run in uncached.runs[1:]]).flatten(1).double().numpy()
+    raw = stacked @ stacked.T
+    np.testing.assert_allclose(found.grams.outputs, raw / np.trace(raw) * 12, rtol=1e-9)
     assert (found.grams.samples, found.grams.sampler_digest) == (1, found.graph.sampler_digest)
-
-
-def test_large_residuals_are_seen_through_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inner_products, "GRAM_ELEMENTS", 2 * 5 * 3)
-    numbers = torch.arange(2 * 40 * 3).reshape(2, 40, 3)
-    chosen = inner_products.some_tokens(numbers)
-    assert chosen.shape == (2, 5, 3)
-    rows = {tuple(row) for row in numbers[0].tolist()}
-    assert all(tuple(row) in rows for row in chosen[0].tolist())
-    assert torch.equal(inner_products.some_tokens(numbers + 7), chosen + 7)
-    assert inner_products.some_tokens(numbers[:, :5]).shape == (2, 5, 3)
 
 
 def test_inner_products_do_not_depend_on_where_they_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,19 +148,6 @@ def test_inner_products_do_not_depend_on_where_they_are_cut(monkeypatch: pytest.
     monkeypatch.setattr(inner_products, "CHUNK", 64)
     np.testing.assert_allclose(inner_products.inner_products(vectors, vectors[:2]), expected, rtol=1e-12)
     np.testing.assert_allclose(expected[0, 1], (vectors[0].double() * vectors[1].double()).sum().item(), rtol=1e-12)
-
-
-def test_products_end_in_the_probes_themselves(tmp_path: Path, model: ToyModel) -> None:
-    found = calibrated(model, tmp_path / "j", samples=1, method="adjoint").products
-    assert found is not None
-    assert found.array.shape == (1, cheap.PROBES, 13, 12)
-    with torch.no_grad():
-        uncached = Stepper(model, euler(12), 1).sample("sample 0", PROMPTS[0], 5).uncached()
-    probes = cheap.signs((cheap.PROBES, 3, 4), 5)
-    assert set(probes.flatten().tolist()) == {-1.0, 1.0}
-    outputs = torch.stack([run.outputs[0] for run in uncached.runs[1:]])
-    expected = torch.einsum("rab,tab->rt", probes, outputs) / 12**0.5
-    np.testing.assert_allclose(found.array[0, :, 12], expected, rtol=1e-5, atol=1e-6)
 
 
 # --- another grid, another guidance --------------------------------------------------------------------------------
@@ -244,23 +190,21 @@ def test_retargeting_is_refused_before_anything_is_run(tmp_path: Path, model: To
 # --- pieces and journals -------------------------------------------------------------------------------------------
 
 
-@METHODS
-def test_a_piece_depends_on_its_sample_alone(tmp_path: Path, model: ToyModel, method: Any) -> None:
-    calibrated(model, tmp_path / "j", samples=3, method=method)
+def test_a_piece_depends_on_its_sample_alone(tmp_path: Path, model: ToyModel) -> None:
+    calibrated(model, tmp_path / "j", samples=3)
     lines = (tmp_path / "j").read_bytes().splitlines()
     stepper = Stepper(model, euler(12), usual_batch(model))
-    alone = piece(stepper, measurement(model, euler(12), method), 2, PROMPTS[2])
+    alone = piece(stepper, measurement(model, euler(12)), 2, PROMPTS[2])
     assert alone == value_from_json(Piece, lines[3], where="j")
 
 
-@METHODS
-def test_cut_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, model: ToyModel, method: Any) -> None:
-    whole = parts(calibrated(model, tmp_path / "whole", method=method))
+def test_cut_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, model: ToyModel) -> None:
+    whole = parts(calibrated(model, tmp_path / "whole"))
     data = (tmp_path / "whole").read_bytes()
     header = data.index(b"\n")
     for cut in (0, 1, header, header + 1, header + 9, len(data) // 2, len(data) - 1):
         (tmp_path / "cut").write_bytes(data[:cut])
-        assert parts(calibrated(model, tmp_path / "cut", method=method)) == whole, cut
+        assert parts(calibrated(model, tmp_path / "cut")) == whole, cut
         assert (tmp_path / "cut").read_bytes() == data
 
 
@@ -275,10 +219,9 @@ def test_more_samples_extend_and_a_finished_journal_needs_no_model(tmp_path: Pat
 
 
 def test_journals_of_other_methods_are_refused(tmp_path: Path, model: ToyModel) -> None:
-    calibrated(model, tmp_path / "j")
+    source = calibrated(model, tmp_path / "j")
     with pytest.raises(InputError, match=r"another method \('secant' there\)"):
-        calibrated(model, tmp_path / "j", method="adjoint")
-    assert measurement(model, euler(12), "secant").digest != measurement(model, euler(12), "adjoint").digest
+        retargeted(model, tmp_path / "j", source)
 
 
 def test_a_damaged_piece_is_named(tmp_path: Path, model: ToyModel) -> None:
@@ -288,7 +231,7 @@ def test_a_damaged_piece_is_named(tmp_path: Path, model: ToyModel) -> None:
     with pytest.raises(InputError, match="line 2: expected 38 errors, got 39"):
         calibrated(model, tmp_path / "j", samples=1)
     (tmp_path / "j").write_bytes(data.replace(b'"outputs":[[', b'"outputs":[[1.0,'))
-    with pytest.raises(InputError, match="line 2: expected matrices for 12 steps, got others"):
+    with pytest.raises(InputError, match="line 2: expected inner products of 12 steps, got others"):
         calibrated(model, tmp_path / "j", samples=1)
 
 

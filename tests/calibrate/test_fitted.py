@@ -12,16 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lemica_trt.calibrate.fit import FLOOR, START, Fitter, closest_combination
+from lemica_trt.calibrate.fit import FLOOR, Fitter, closest_combination
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, VerificationError
-from lemica_trt.ir.plan import FITTED, PlanRow, StepPlan, layout_from_plans
+from lemica_trt.ir.plan import PlanRow, StepPlan, layout_from_plans
 from lemica_trt.ir.sampler import SamplerRow, SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models import denoise
 from lemica_trt.models.denoise import Rollout
-from lemica_trt.planning.fold import fold
-from lemica_trt.planning.prediction import predict
-from lemica_trt.planning.step_plan import plan_from_schedule, uncached_plan
+from lemica_trt.planning.extrapolation import linear_plan
+from lemica_trt.planning.step_plan import uncached_plan
 from lemica_trt.testing.toy_model import LATENT_SHAPE, ToyModel, awkward, euler
 
 pytestmark = pytest.mark.cpu
@@ -134,11 +133,7 @@ def test_a_linear_model_is_solved_exactly_once_enough_is_read(
     model.split = model.split._replace(full=Linear(eigenvalues))
     plan = fitter(model, tmp_path / "j", table=table)(SCHEDULE)
     reference = uncached_plan(table, guidance_scale=1.0)
-    start = fold(
-        plan_from_schedule(
-            SCHEDULE, table, name="b5", guidance_scale=1.0, method="", prediction=predict(START, SCHEDULE, table)
-        )
-    )
+    start = linear_plan(SCHEDULE, table, guidance_scale=1.0)
     fitted, extrapolated = (squared_errors(model, p, reference).max() for p in (plan, start))
     assert fitted < 1e-8 and extrapolated > 1e-2
 
@@ -146,8 +141,7 @@ def test_a_linear_model_is_solved_exactly_once_enough_is_read(
 def test_each_row_is_nearer_than_the_extrapolated_row_from_there(tmp_path: Path) -> None:
     model, table = ToyModel(), multistep(N)
     plan = fitter(model, tmp_path / "j", table=table)(SCHEDULE)
-    prediction = predict(START, SCHEDULE, table)
-    start = fold(plan_from_schedule(SCHEDULE, table, name="s", guidance_scale=3.0, method="", prediction=prediction))
+    start = linear_plan(SCHEDULE, table, guidance_scale=3.0)
     layout = layout_from_plans([plan, start], latent_shape=LATENT_SHAPE, guided=True)
     logs = np.zeros((2, len(plan.rows)))
     for s in range(SAMPLES):
@@ -185,7 +179,7 @@ def test_fitted_plans_are_what_the_fit_ran(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Rollout, "__call__", watched)
     plan = fits(SCHEDULE)
     monkeypatch.undo()
-    assert (plan.full_steps, plan.scheduler, plan.predictor) == (SCHEDULE.full_steps, FITTED, None)
+    assert (plan.full_steps, plan.scheduler, plan.method) == (SCHEDULE.full_steps, "Euler", "fitted")
     assert plan.reference_steps is None and plan.sampler_digest == euler(N).digest
     assert len(finals) == 2 * SAMPLES  # of the references first
     for s, final in enumerate(finals[SAMPLES:]):

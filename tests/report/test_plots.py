@@ -126,7 +126,7 @@ def test_quality_curves_are_sorted_and_named(figures: list[Any], tmp_path: Path)
 def front_row(budget: int, psnr: float, dominated: bool = False, timed: bool = True) -> FrontRow:
     return FrontRow(
         plan=f"b{budget}",
-        way="lemica, output-lsq2",
+        method="fitted",
         budget=budget,
         psnr=psnr,
         psnr_low=psnr - 1,

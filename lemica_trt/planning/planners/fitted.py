@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.planning.planner import Need, Planner, Problem
-from lemica_trt.planning.prediction_path import solve_predicted
+from lemica_trt.planning.prediction_path import solve_prediction_path
 
 FLAT = 0.85
 """Power of the sensitivities. Of powers from 0.5 to 1.3, the better of this and 1 was the best, or within 0.6 dB of it,
@@ -20,7 +20,9 @@ at 10, 15, 20 and 25 of 50 steps (cogvideox-tiny, 48 held-out clips)."""
 def fitted(problem: Problem, budget: int, power: float) -> StepPlan:
     """The fitted solver on the steps planned under sensitivities to a power."""
     assert problem.fit is not None
-    return problem.fit(solve_predicted(problem.table, problem.graph, problem.grams, [budget], power=power)[budget])
+    return problem.fit(
+        solve_prediction_path(problem.table, problem.graph, problem.grams, [budget], power=power)[budget]
+    )
 
 
 NEEDS: frozenset[Need] = frozenset({"error-graph", "grams", "fit"})

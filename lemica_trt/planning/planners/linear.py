@@ -10,12 +10,12 @@ from lemica_trt.ir.plan import StepPlan
 from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.minimax import solve
 from lemica_trt.planning.planner import Planner, Problem
-from lemica_trt.planning.prediction_path import solve_predicted
+from lemica_trt.planning.prediction_path import solve_prediction_path
 
 
 def make(problem: Problem, budget: int) -> StepPlan:
     if "grams" in problem.has:
-        schedule = solve_predicted(problem.table, problem.graph, problem.grams, [budget])[budget]
+        schedule = solve_prediction_path(problem.table, problem.graph, problem.grams, [budget])[budget]
     else:
         schedule = solve(problem.graph, [budget])[budget]
     return linear_plan(schedule, problem.table, guidance_scale=problem.guidance_scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import numpy as np
 import pytest
@@ -10,19 +12,16 @@ from hypothesis import strategies as st
 
 from lemica_trt.core.errors import UnsupportedError, UsageError
 from lemica_trt.ir.plan import Graph, PlanRow, StepPlan
-from lemica_trt.ir.prediction import Prediction, Predictor
-from lemica_trt.ir.sampler import NoiseLevels, SamplerRow, SamplerTable, require_levels
-from lemica_trt.planning.fold import fold, integrate_finely
-from lemica_trt.planning.prediction import predict
+from lemica_trt.ir.sampler import SamplerTable, require_levels
+from lemica_trt.ir.schedule import Schedule
+from lemica_trt.planning.extrapolation import linear_plan, linear_weights
+from lemica_trt.planning.fold import fold, nearest_steps
 from lemica_trt.planning.solvers import first_order_table
-from lemica_trt.planning.step_plan import plan_from_schedule
+from lemica_trt.planning.step_plan import OutputWeights, plan_from_schedule
 from lemica_trt.testing.interpreter import deviation, run_plan
-from lemica_trt.testing.values import schedule_of
+from lemica_trt.testing.values import flow_table, recurrence, schedule_of
 
 pytestmark = pytest.mark.null
-
-REUSE = Predictor(of="output")
-LINEAR = Predictor(of="output", method="linear")
 
 
 def plan_of(*rows: PlanRow) -> StepPlan:
@@ -81,46 +80,24 @@ def test_folded_plans_run_as_the_plans_they_come_from(plan: StepPlan, seed: int)
     assert fold(folded) == folded
 
 
-def table_of(num_steps: int, *, outputs: int = 1, latents: int = 1, noise: float = 0.0) -> SamplerTable:
-    """A stable recurrence with levels that mean nothing."""
-    rows = [SamplerRow(latents=(1.0,), timestep=1000.0)]
-    for i in range(1, num_steps + 1):
-        rows.append(
-            SamplerRow(
-                latents=(0.9, 0.2, -0.1)[: min(latents, i)],
-                outputs=(-0.3, 0.1, 0.05)[: min(outputs, i)],
-                noise=noise,
-                timestep=None if i == num_steps else 1000.0 * (1 - i / num_steps),
-            )
-        )
-    return SamplerTable(scheduler="Toy", rows=tuple(rows))
-
-
-def flow_table(num_steps: int) -> SamplerTable:
-    """Flow matching with a shift of 3, explicit Euler."""
-    raw = 1 - np.arange(num_steps + 1) / num_steps
-    sigma = (3 * raw / (1 + 2 * raw)).tolist()
-    levels = NoiseLevels(target="flow_prediction", signal=tuple(1 - s for s in sigma), noise=tuple(sigma))
-    rows = [SamplerRow(latents=(1.0,), timestep=1000.0)]
-    for i in range(1, num_steps + 1):
-        timestep = None if i == num_steps else 1000 * sigma[i]
-        rows.append(SamplerRow(latents=(1.0,), outputs=(sigma[i] - sigma[i - 1],), timestep=timestep))
-    return SamplerTable(scheduler="FlowToy", rows=tuple(rows), levels=levels)
-
-
-def unfolded(table: SamplerTable, predictor: Predictor, *full: int) -> StepPlan:
+def unfolded(table: SamplerTable, weights: Callable[[Schedule], OutputWeights], *full: int) -> StepPlan:
     schedule = schedule_of(table.num_steps, *full)
     return plan_from_schedule(
-        schedule, table, name="test", guidance_scale=1.0, method="given", prediction=predict(predictor, schedule, table)
+        schedule, table, name="test", guidance_scale=1.0, method="given", output_weights=weights(schedule)
     )
+
+
+def reused(schedule: Schedule) -> OutputWeights:
+    """The last full step's output as it is."""
+    return [() if t in schedule.full_steps else (1.0,) for t in range(schedule.num_steps)]
 
 
 @pytest.mark.parametrize("latents", [1, 2, 3])
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_histories_of_folded_plans_are_short(latents: int, noise: float) -> None:
     """However long the plan: a window of rows, not of all that was."""
-    table = table_of(40, outputs=latents, latents=latents, noise=noise)
-    plan = unfolded(table, LINEAR, 0, 1, 4, 9, 14, 16, 22, 28, 33, 37)
+    table = recurrence(40, outputs=latents, latents=latents, noise=noise)
+    plan = unfolded(table, linear_weights, 0, 1, 4, 9, 14, 16, 22, 28, 33, 37)
     folded = fold(plan)
     assert len(folded.rows) == 11
     assert folded.latent_history <= latents + 1
@@ -131,14 +108,21 @@ def test_histories_of_folded_plans_are_short(latents: int, noise: float) -> None
 
 def test_first_order_folds_to_one_latent_and_as_many_outputs_as_are_predicted_from() -> None:
     table, full = flow_table(50), (0, 1, 4, 9, 20, 35)
-    folded = fold(unfolded(table, LINEAR, *full))
+    folded = fold(unfolded(table, linear_weights, *full))
     assert (folded.latent_history, folded.output_history, folded.noise_history) == (1, 2, 0)
     schedule = schedule_of(50, *full)
     weights = tuple(() if t in full else (3.0, -3.0, 1.0)[: sum(f < t for f in full)] for t in range(50))
-    parabola = Prediction(predictor=Predictor(of="output", method="lsq3"), weights=weights)
-    plan = plan_from_schedule(schedule, table, name="a", guidance_scale=1.0, method="given", prediction=parabola)
+    plan = plan_from_schedule(schedule, table, name="a", guidance_scale=1.0, method="given", output_weights=weights)
     assert (fold(plan).latent_history, fold(plan).output_history) == (1, 3)
     assert deviation(run_plan(fold(plan)), run_plan(plan)) <= 1e-12
+
+
+def test_linear_plans_are_folded() -> None:
+    table, full = recurrence(40, outputs=2, latents=2), (0, 1, 4, 9, 14, 22, 33)
+    schedule = schedule_of(40, *full)
+    folded = linear_plan(schedule, table, guidance_scale=1.0, name="test", method="given")
+    assert folded == fold(unfolded(table, linear_weights, *full))
+    assert [row.step for row in folded.rows] == [*full, 40]
 
 
 def test_folding_by_hand() -> None:
@@ -168,7 +152,7 @@ def test_draws_that_do_not_count_are_drawn_all_the_same() -> None:
 
 
 def test_skipped_rows_stay() -> None:
-    plan = unfolded(table_of(6), Predictor(method="linear"), 0, 2, 3)
+    plan = plan_from_schedule(schedule_of(6, 0, 2, 3), recurrence(6), name="a", guidance_scale=1.0, method="given")
     assert fold(plan) == plan
 
 
@@ -180,7 +164,7 @@ def test_output_reuse_under_euler_is_euler_on_the_full_steps(full: set[int], see
     solver = first_order_table(table, steps)
     every = schedule_of(len(steps), *range(len(steps)))
     alone = plan_from_schedule(every, solver, name="test", guidance_scale=1.0, method="given")
-    assert deviation(run_plan(fold(unfolded(table, REUSE, *steps)), seed), run_plan(alone, seed)) <= 1e-12
+    assert deviation(run_plan(fold(unfolded(table, reused, *steps)), seed), run_plan(alone, seed)) <= 1e-12
 
 
 def test_first_order_on_all_steps_is_the_sampler() -> None:
@@ -194,7 +178,7 @@ def test_first_order_on_all_steps_is_the_sampler() -> None:
 
 def test_first_order_needs_a_signal_and_levels() -> None:
     with pytest.raises(UnsupportedError, match="its table has none"):
-        first_order_table(table_of(4), [0, 2])
+        first_order_table(recurrence(4), [0, 2])
     table = flow_table(4)
     blind = msgspec.structs.replace(table, levels=msgspec.structs.replace(require_levels(table), target="epsilon"))
     with pytest.raises(UnsupportedError, match="step 0 of FlowToy has no signal"):
@@ -204,42 +188,18 @@ def test_first_order_needs_a_signal_and_levels() -> None:
 # --- a finer grid ---------------------------------------------------------------------------------------------------
 
 
-def finely(table: SamplerTable, fine: SamplerTable, predictor: Predictor, *full: int) -> StepPlan:
-    schedule = schedule_of(table.num_steps, *full)
-    return integrate_finely(schedule, table, fine, predictor, name="test", guidance_scale=1.0, method="given")
-
-
-def test_a_finer_grid_costs_no_rows() -> None:
-    table, fine = flow_table(10), flow_table(40)
-    plan = finely(table, fine, LINEAR, 0, 2, 3, 7)
-    assert [row.step for row in plan.rows] == [0, 2, 3, 7, 10]
-    assert (plan.full_steps, plan.num_steps, plan.reference_steps) == ((0, 2, 3, 7), 10, 40)
-    assert (plan.latent_history, plan.output_history) == (1, 2)
-    assert plan.sampler_digest == table.digest
-    assert [row.timestep for row in plan.rows[:-1]] == [table.timesteps[f] for f in (0, 2, 3, 7)]
-    fine_plan = unfolded(fine, LINEAR, 0, 8, 12, 28)
-    assert deviation(run_plan(plan), run_plan(fine_plan)) <= 1e-12
-
-
-def test_a_finer_grid_changes_nothing_for_reused_outputs_under_euler() -> None:
-    """Euler with a constant output is exact on any grid; extrapolated outputs are where the grid counts."""
-    table, fine = flow_table(10), flow_table(40)
-    coarse = fold(unfolded(table, REUSE, 0, 2, 3, 7))
-    assert deviation(run_plan(finely(table, fine, REUSE, 0, 2, 3, 7)), run_plan(coarse)) <= 1e-13
-    coarse = fold(unfolded(table, LINEAR, 0, 2, 3, 7))
-    assert deviation(run_plan(finely(table, fine, LINEAR, 0, 2, 3, 7)), run_plan(coarse)) > 1e-3
+def test_the_nearest_steps_of_a_finer_grid() -> None:
+    assert nearest_steps(flow_table(10), flow_table(40)) == tuple(range(0, 40, 4))
 
 
 @pytest.mark.parametrize(
-    ("fine", "predictor", "says"),
+    ("fine", "says"),
     [
-        (flow_table(10), LINEAR, "more reference steps than 10"),
-        (flow_table(8), LINEAR, "more reference steps than 10"),
-        (flow_table(40), Predictor(), "predicted outputs and no fit, got residual-reuse"),
-        (flow_table(40), Predictor(of="output", method="lsq2"), "no fit, got output-lsq2"),
-        (table_of(40, noise=0.1), LINEAR, "Toy draws noise at each step"),
+        (flow_table(10), "more reference steps than 10"),
+        (flow_table(8), "more reference steps than 10"),
+        (recurrence(40, noise=0.1), "Toy draws noise at each step"),
     ],
 )
-def test_a_finer_grid_is_refused(fine: SamplerTable, predictor: Predictor, says: str) -> None:
+def test_a_finer_grid_is_refused(fine: SamplerTable, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        finely(flow_table(10), fine, predictor, 0, 2, 3)
+        nearest_steps(flow_table(10), fine)

@@ -1,34 +1,28 @@
-"""The searches: against brute force, and the theorems that hold for them."""
+"""The minimax search: against brute force, and the theorems that hold for it."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given as forall
 from hypothesis import settings
 from hypothesis import strategies as st
-from msgspec.structs import replace
 
-from lemica_trt.core.errors import InfeasibleError, InputError
-from lemica_trt.core.values import json_bytes, read_value, value_from_json
+from lemica_trt.core.errors import InfeasibleError
+from lemica_trt.core.values import json_bytes, value_from_json
 from lemica_trt.ir.calibration import Edge, ErrorGraph
-from lemica_trt.ir.resources import calibration_path
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.minimax import (
     Edges,
     edges_from_tuples,
-    least_sum,
     minimax_paths,
     path_costs,
     require_feasible,
     solve,
-    solve_lazily,
 )
-from lemica_trt.planning.schedules import PublishedSchedules, given, published, uniform
 
 pytestmark = pytest.mark.null
 
@@ -148,26 +142,6 @@ def test_edge_costs_of_a_graph_count() -> None:
     assert {b: s.full_steps for b, s in solve(graph).items()} == {2: (0, 1), 3: (0, 3), 4: (0, 1, 2, 3)}
 
 
-@forall(graphs())
-def test_largest_edge_is_at_most_that_of_the_least_sum(graph: ErrorGraph) -> None:
-    for budget, schedule in solve(graph).items():
-        assert max(schedule.bottleneck, default=0.0) <= max(least_sum(graph, budget).bottleneck, default=0.0)
-
-
-@forall(graphs())
-def test_least_sum_is_brute_force(graph: ErrorGraph) -> None:
-    weights = {(edge.start, edge.stop): edge.error for edge in graph.edges}  # dyadic: sums are exact
-    weights |= {(i, i + 1): 0.0 for i in range(graph.num_steps)}
-    for budget in solve(graph):
-        sums = []
-        for rest in itertools.combinations(range(1, graph.num_steps), budget - 1):
-            segments = list(zip((0, *rest), (*rest, graph.num_steps)))
-            if all(segment in weights for segment in segments):
-                sums.append((sum(weights[segment] for segment in segments), (0, *rest)))
-        schedule = least_sum(graph, budget)
-        assert (sum(schedule.bottleneck), schedule.full_steps) == min(sums)
-
-
 @forall(graphs(), st.integers(1, 8))
 def test_more_skipping_never_worsens(graph: ErrorGraph, max_skip: int) -> None:
     short = {(e.start, e.stop): e.errors for e in graph.edges if e.stop - e.start - 1 <= max_skip}
@@ -209,24 +183,15 @@ def test_ties_take_full_steps_early() -> None:
     assert solve(graph, [7])[7].full_steps == (0, 1, 2, 3, 4, 5, 6)
 
 
-def test_weights() -> None:
-    graph = graph_of({(0, 2): (0.0, 4.0), (1, 3): (1.0, 4.0), (0, 3): (1.0, 9.0)}, 3, 2)
-    assert solve(graph)[2] == Schedule(num_steps=3, full_steps=(0, 2), bottleneck=(2.0,))
-    assert solve(graph, weight="max")[2] == Schedule(num_steps=3, full_steps=(0, 1), bottleneck=(4.0,))
-    assert solve(graph, weight="geometric")[2] == Schedule(num_steps=3, full_steps=(0, 2), bottleneck=(0.0,))
-    assert solve(graph, [1], weight="geometric")[1].bottleneck == pytest.approx((3.0,))
-
-
 @pytest.mark.parametrize(("budget", "says"), [(4, "got 4"), (0, "got 0"), (51, "got 51"), (-1, "got -1")])
 def test_infeasible_budget_is_one_clear_line(budget: int, says: str) -> None:
     graph = graph_of({span: (1.0,) for span in spans(50, 9)}, 50, 9)
-    for search in (lambda: solve(graph, [budget]), lambda: least_sum(graph, budget)):
-        with pytest.raises(InfeasibleError) as caught:
-            search()
-        message = str(caught.value)
-        assert says in message
-        assert "ask for 5 … 50" in message
-        assert "\n" not in message
+    with pytest.raises(InfeasibleError) as caught:
+        solve(graph, [budget])
+    message = str(caught.value)
+    assert says in message
+    assert "ask for 5 … 50" in message
+    assert "\n" not in message
 
 
 def test_infeasible_budget_names_gaps() -> None:
@@ -245,6 +210,7 @@ def smooth(num_steps: int, max_skip: int) -> list[tuple[int, int, float, int]]:
     return edges
 
 
+@pytest.mark.benchmark
 def test_speed() -> None:
     """Milliseconds where models live, seconds at a thousand steps (limits leave room for a busy machine)."""
     usual, large = edges_from_tuples(smooth(50, 9)), edges_from_tuples(smooth(1000, 50))
@@ -255,74 +221,6 @@ def test_speed() -> None:
     path = minimax_paths(large, 1000, [200])[200]
     assert time.process_time() - began < 10.0
     assert len(path) == 200
-
-
-@forall(st.integers(1, 200), st.data())
-def test_uniform(num_steps: int, data: st.DataObject) -> None:
-    budget = data.draw(st.integers(1, num_steps))
-    schedule = uniform(num_steps, budget)
-    lengths = [j - i for i, j in schedule.segments]
-    assert schedule.budget == budget
-    assert max(lengths) - min(lengths) <= 1
-    assert schedule.full_steps == tuple(int(i * num_steps / budget + 0.5) for i in range(budget))
-
-
-def test_uniform_out_of_range() -> None:
-    assert uniform(50, 15).full_steps == (0, 3, 7, 10, 13, 17, 20, 23, 27, 30, 33, 37, 40, 43, 47)
-    for budget in (0, 51):
-        with pytest.raises(InfeasibleError, match=r"1 … 50 full steps"):
-            uniform(50, budget)
-
-
-@pytest.mark.parametrize(
-    ("steps", "says"),
-    [
-        ([], r"schedule\[0\]: expected step 0, got nothing"),
-        ([1, 2], r"schedule\[0\]: expected step 0, got 1"),
-        ([0, 2, 2], r"schedule\[2\]: expected a step after 2"),
-        ([0, 5, 3], r"schedule\[2\]: expected a step after 5"),
-        ([0, 5, 50], r"schedule\[2\]: expected a step of 0 … 49, got 50"),
-        ([0, -1], r"schedule\[1\]: expected a step of 0 … 49, got -1"),
-    ],
-)
-def test_given_names_the_index(steps: list[int], says: str) -> None:
-    with pytest.raises(InputError, match=says):
-        given(steps, 50)
-
-
-def test_given() -> None:
-    assert given([0, 1, 9], 10).segments == ((0, 1), (1, 9), (9, 10))
-
-
-def test_published() -> None:
-    assert published("wan2.1-t2v-1.3b", 17).full_steps == (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 18, 25, 32, 39, 46, 49)
-    lists = read_value(PublishedSchedules, calibration_path("published_schedules.json"))
-    assert len(lists.schedules) == 29
-    assert len({(entry.model, entry.budget) for entry in lists.schedules}) == 29
-    for entry in lists.schedules:
-        assert len(entry.full_steps) == entry.budget
-        if entry.model == "z-image-turbo":
-            with pytest.raises(InputError, match=r"z-image-turbo with \d full steps.*expected a step of 0 … 8, got 9"):
-                published(entry.model, entry.budget)
-        else:
-            schedule = published(entry.model, entry.budget)
-            assert (schedule.num_steps, schedule.budget) == (entry.num_steps, entry.budget)
-
-
-def test_published_unknown() -> None:
-    with pytest.raises(InputError, match=r"got 'sora' → use one of flux\.1-dev, "):
-        published("sora", 20)
-    with pytest.raises(InputError, match="got 18 → use 14 or 17 or 20 or 25"):
-        published("wan2.1-t2v-1.3b", 18)
-
-
-@pytest.mark.parametrize(
-    ("steps", "says"),
-    [((), "begin with step 0"), ((1, 2), "begin with step 0"), ((0, 2, 2), "must rise"), ((0, 10), r"0 … 9, got 10")],
-)
-def test_schedule_refuses(steps: tuple[int, ...], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Schedule(num_steps=10, full_steps=steps)
 
 
 @forall(graphs())
@@ -342,62 +240,3 @@ def test_what_is_feasible_is_known_before_calibration(num_steps: int, max_skip: 
         else:
             with pytest.raises(InfeasibleError, match=f"got {budget}"):
                 require_feasible(num_steps, max_skip, [budget])
-
-
-# --- lazy search ---------------------------------------------------------------------------------------------------
-
-
-class Oracle:
-    """Gives exact edges, each at most once."""
-
-    def __init__(self, graph: ErrorGraph) -> None:
-        self.left = {(edge.start, edge.stop): edge for edge in graph.edges}
-
-    def __call__(self, segments: Sequence[tuple[int, int]]) -> list[Edge]:
-        return [self.left.pop(segment) for segment in segments]
-
-
-def estimate_of(graph: ErrorGraph, factors: Iterable[float]) -> ErrorGraph:
-    edges = [
-        replace(edge, errors=tuple(error * factor for error in edge.errors))
-        for edge, factor in zip(graph.edges, factors)
-    ]
-    return replace(graph, edges=tuple(edges))
-
-
-@settings(deadline=None)
-@forall(graphs(), st.data())
-def test_lazy_search_is_exact_where_the_bounds_hold(graph: ErrorGraph, data: st.DataObject) -> None:
-    factors = st.sampled_from([0.0, 0.3, 1.0, 1.25])
-    estimate = estimate_of(graph, [data.draw(factors) for _ in graph.edges])
-    budgets = list(solve(graph))
-    found = solve_lazily(estimate, Oracle(graph), budgets, slack=0.8)
-    assert found.schedules == solve(graph)
-    assert set(found.measured) <= set(graph.edges)
-
-
-def test_lazy_search_measures_few_edges_of_a_usual_graph() -> None:
-    """Errors that grow with length and are largest early, estimated within 20 %."""
-    random = np.random.default_rng(0)
-    weights = {
-        (i, j): (float((j - i - 1) ** 1.5 * (1 + 20 / (i + 1)) * random.uniform(0.9, 1.1)),) for i, j in spans(50, 9)
-    }
-    graph = graph_of(weights, 50, 9)
-    estimate = estimate_of(graph, random.uniform(0.8, 1.2, len(graph.edges)).tolist())
-    found = solve_lazily(estimate, Oracle(graph), [10, 15, 20])
-    assert found.schedules == solve(graph, [10, 15, 20])
-    assert len(found.measured) < len(graph.edges) / 3
-
-
-def test_lazy_search_keeps_to_the_bottlenecks_that_were_measured() -> None:
-    graph = graph_of({(0, 2): (3.0,), (1, 3): (1.0,), (2, 4): (2.0,)}, 4, 1)
-    found = solve_lazily(estimate_of(graph, [0.1, 0.1, 0.1]), Oracle(graph), [3])
-    assert found.schedules[3].full_steps == (0, 1, 3)
-    assert found.schedules[3].bottleneck == (1.0,)
-    assert graph.edges[1] in found.measured
-
-
-def test_lazy_search_names_edges_that_were_not_measured() -> None:
-    graph = graph_of({(0, 2): (3.0,)}, 2, 1)
-    with pytest.raises(ValueError, match=r"expected the edges \[\(0, 2\)\], got \[\]"):
-        solve_lazily(graph, lambda segments: [], [1])
