@@ -29,7 +29,7 @@ from lemica_trt.backends import builders
 from lemica_trt.backends.tensorrt.worker import HostMemory
 from lemica_trt.core.progress import duration, reporter, size
 from lemica_trt.core.values import Value, read_value, write_value
-from lemica_trt.ir.graphs import GraphSet, StepLayout
+from lemica_trt.ir.graphs import GraphSet, step_layout
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.resources import load_profile, zoo_path
 
@@ -101,7 +101,7 @@ def _export(profile: Profile, config: dict[str, int | bool], folder: Path) -> tu
     )
     torch.set_default_dtype(torch.float32)
     model = Model(profile, family_from_name(profile.family), pipeline, folder)
-    layout = StepLayout(latent_shape=model.latent_shape, latent_history=1, output_history=1, guided=model.guided)
+    layout = step_layout(latent_shape=model.latent_shape, latent_history=1, output_history=1, guided=model.guided)
     graphs = export_graphs(model, layout, folder, roles=("combine", "full", "skip"))
     return graphs, sum(weights.numel() for weights in pipeline.transformer.parameters())
 

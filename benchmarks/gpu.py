@@ -181,14 +181,14 @@ def plans_of(model: Any, budgets: Sequence[int]) -> list[StepPlan]:
 
 def layout_of(model: Any, plans: Sequence[StepPlan]) -> StepLayout:
     """The layout of a model's step graphs."""
-    return layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided)
+    return layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided, conditions=model.conditions)
 
 
 def request_of(model: Any, layout: StepLayout) -> dict[str, Array]:
     """Arguments of `Denoiser.run` for one request."""
     embeds = model.embed(["a big red circle moves left"]).float().cpu().numpy()
     noise = Generator(7).randn((1, *layout.latent_shape))
-    return {"prompt_embeds": embeds, "noise": noise, "guidance": np.array([GUIDANCE])}
+    return {"conditions": {"prompt_embeds": embeds}, "noise": noise, "guidance": np.array([GUIDANCE])}
 
 
 # ---------------------------------------------------------------- engines
@@ -599,7 +599,7 @@ def reference(model: Any, plan: StepPlan, request: Mapping[str, Any]) -> Array:
 
     from lemica_trt.models.denoise import denoise
 
-    embeds = torch.from_numpy(request["prompt_embeds"]).to(model.device, model.dtype)
+    embeds = torch.from_numpy(request["conditions"]["prompt_embeds"]).to(model.device, model.dtype)
     latents = denoise(model, plan, embeds, torch.from_numpy(request["noise"]), guidance_scale=GUIDANCE)
     found: Array = latents.cpu().numpy()
     return found
@@ -633,7 +633,7 @@ def sanitized(part: Part) -> None:
     spec = next(spec for spec in graphs.graph("full").inputs if spec.name == "prompt_embeds")
     random = np.random.default_rng(0)
     request = {
-        "prompt_embeds": random.standard_normal([int(n) for n in spec.shape]),
+        "conditions": {"prompt_embeds": random.standard_normal([int(n) for n in spec.shape])},
         "noise": random.standard_normal((1, *graphs.layout.latent_shape)).astype(np.float32),
         "guidance": np.array([GUIDANCE]),
     }

@@ -26,6 +26,7 @@ from lemica_trt.ir.budget import (
     skipped_steps,
     speedup_from_text,
 )
+from lemica_trt.ir.graphs import StepLayout, step_layout
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.planning.budget import afforded, dominated, front_budgets, front_rows, least_reaching
 from lemica_trt.planning.extrapolation import linear_plan
@@ -188,11 +189,15 @@ def test_times_that_cannot_be_are_refused(full: float, skipped: float, rest: flo
         StepTimes(full=full, skipped=skipped, rest=rest)
 
 
+def _layout(skips: bool) -> StepLayout:
+    return step_layout(latent_shape=(4,), latent_history=1, output_history=1, trunk_depth=int(skips))
+
+
 @pytest.mark.parametrize("skips", [True, False])
 @pytest.mark.parametrize("steps", [2, 3, 20])
 def test_the_plan_that_steps_are_timed_on_is_short(steps: int, skips: bool) -> None:
     table = flow_table(steps)
-    short = shortened(uncached_plan(table, guidance_scale=4.0), skips=skips)
+    short = shortened(uncached_plan(table, guidance_scale=4.0), _layout(skips))
     assert short.budget <= 4 and skipped_steps(short) <= 4
     assert bool(skipped_steps(short)) == skips and len(short.rows) - 1 == short.budget + skipped_steps(short)
 

@@ -23,8 +23,8 @@ from lemica_trt.bundle.writing import add_plan, move_bundle, write_bundle
 from lemica_trt.core.errors import InputError, IntegrityError, LemicaError, MissingDependencyError, UsageError
 from lemica_trt.core.values import write_bytes
 from lemica_trt.ir.engine import EngineEntry, EngineKey
-from lemica_trt.ir.graphs import GraphSet, GraphSpec, StepLayout, TextSpec
-from lemica_trt.ir.plan import PlanRow, StepPlan, check_plan
+from lemica_trt.ir.graphs import EncoderSpec, GraphSet, GraphSpec, step_layout
+from lemica_trt.ir.plan import PlanRow, StepPlan, check_plan, trunk_reads
 from lemica_trt.ir.profile import Profile, Shape
 
 pytestmark = pytest.mark.null
@@ -37,20 +37,27 @@ PROFILE = Profile(
     text_length=4,
     shape=Shape(frames=1, height=8, width=8),
 )
-LAYOUT = StepLayout(latent_shape=(4, 4), latent_history=1, output_history=1)
+LAYOUT = step_layout(latent_shape=(4, 4), latent_history=1, output_history=1)
 ROLES = ("combine", "full", "skip")
 
 
 def plan_of(name: str = "default", skip: bool = True, guidance_scale: float = 3.0) -> StepPlan:
-    middle = PlanRow(graph="skip", step=1, latents=(1.0,), outputs=(-0.5,), timestep=0.5, residuals=(1.0,))
+    middle = PlanRow(
+        variant="skip",
+        step=1,
+        latents=(1.0,),
+        outputs=(-0.5,),
+        timestep=0.5,
+        caches=trunk_reads(1.0),
+    )
     return StepPlan(
         name=name,
         num_steps=2,
         guidance_scale=guidance_scale,
         rows=(
-            PlanRow(graph="full", step=0, latents=(1.0,), timestep=1.0),
+            PlanRow(variant="full", step=0, latents=(1.0,), timestep=1.0),
             *((middle,) if skip else ()),
-            PlanRow(graph="none", step=2, latents=(1.0,), outputs=(-0.5,)),
+            PlanRow(variant=None, step=2, latents=(1.0,), outputs=(-0.5,)),
         ),
         scheduler="Toy",
         sampler_digest="0" * 64,
@@ -78,7 +85,7 @@ def write(target: Path, content: str = "1", count: int = 0, **changes: Any) -> B
         "graphs": graphs_of(*ROLES),
         "plans": [plan_of("slow"), plan_of()],
         "default_plan": "default",
-        "text": TextSpec(tokenizer="tokenizer/tokenizer.json", length=4, pad_id=0),
+        "encoders": [EncoderSpec(tokenizer="tokenizer/tokenizer.json", length=4, pad_id=0)],
         "engines": [entry_of()],
         "files": files,
         "reports": {"report.html": content.encode()},
@@ -245,10 +252,10 @@ def rename_file(name: str) -> Callable[[Any], None]:
     ("edit", "message"),
     [
         (
-            lambda data: data.update(format_version=2),
-            "expected bundle format 1 or older, got 2 → pip install --upgrade",
+            lambda data: data.update(format_version=5),
+            "expected bundle format 4 or older, got 5 → pip install --upgrade",
         ),
-        (lambda data: data.update(format_version=2, new="field"), "expected bundle format 1 or older, got 2"),
+        (lambda data: data.update(format_version=5, new="field"), "expected bundle format 4 or older, got 5"),
         (lambda data: data.update(format_version="1"), r"Expected `int`, got `str` - at `\$.format_version`"),
         (lambda data: data.pop("format_version"), "missing required field `format_version`"),
         (lambda data: data.update(new="field"), "unknown field `new`"),
@@ -264,7 +271,7 @@ def rename_file(name: str) -> Callable[[Any], None]:
         (lambda data: data["files"]["onnx/full.onnx"].update(size=-1), "size must be at least 0"),
         (lambda data: data.update(default_plan="fast"), "default_plan must be one of plans, got 'fast'"),
         (lambda data: data.update(plans=["slow", "default"]), "plans must be sorted names"),
-        (lambda data: data.update(engines=[]), "engines must not be empty"),
+        (lambda data: data["buckets"]["1x8x8"].update(engines=[]), "engines must not be empty"),
         (lambda data: data["profile"].update(source="/home/me/model"), "source must not be an absolute path"),
     ],
 )
@@ -292,7 +299,7 @@ def test_plans_that_do_not_fit(tmp_path: Path) -> None:
         check_plan(plan_of(), graphs_of("combine", "full"))
     check_plan(plan_of(skip=False), graphs_of("combine", "full"))
     deep = msgspec.structs.replace(
-        plan_of(), rows=(*plan_of().rows[:2], PlanRow(graph="none", step=2, latents=(1.0, 0.5)))
+        plan_of(), rows=(*plan_of().rows[:2], PlanRow(variant=None, step=2, latents=(1.0, 0.5)))
     )
     with pytest.raises(InputError, match="plan default: step 2: 2 latents coefficients, the graphs take 1 → rebuild"):
         write(tmp_path / "b", plans=[deep])

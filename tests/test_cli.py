@@ -138,7 +138,7 @@ def test_plan_adds_to_a_bundle_without_torch(
     done = lemica("plan", copy, "--budget", "6", "--default", "b6", "--json")
     assert done.returncode == 0, done.stderr
     assert Bundle.open(copy).plan().full_steps[0] == 0
-    assert Bundle.open(copy).plan().budget == 6 and "skip" in {row.graph for row in Bundle.open(copy).plan().rows}
+    assert Bundle.open(copy).plan().budget == 6 and "skip" in {row.variant for row in Bundle.open(copy).plan().rows}
     assert {plan["name"] for plan in json.loads(done.stdout)["plans"]} == {"b4", "b5", "b6", "uncached"}
 
 
@@ -296,9 +296,9 @@ def test_verify_finds_a_graph_that_computes_something_else(
     model = onnx.load(file)
     for node in model.graph.node:
         for index, name in enumerate(node.input):
-            if name == "residual_0":
+            if name == "trunk_0":
                 node.input[index] = "doubled"
-    model.graph.node.insert(0, onnx.helper.make_node("Add", ["residual_0", "residual_0"], ["doubled"]))
+    model.graph.node.insert(0, onnx.helper.make_node("Add", ["trunk_0", "trunk_0"], ["doubled"]))
     data = model.SerializeToString()
     file.write_bytes(data)
     manifest = json.loads((copy / "manifest.json").read_text())

@@ -75,7 +75,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         msgspec.structs.replace(fit(schedule), name="fitted"),
         pipeline.uncached_plan(table, guidance_scale=g),
     ]
-    layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=True)
+    layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=True, conditions=model.conditions)
     exported = pipeline.export(model, layout, work, Quiet())
     engines = pipeline.engines(exported.graphs, work.export, work, ["onnxruntime"], {}, Quiet())
     bundle = pipeline.assemble(
@@ -110,7 +110,7 @@ def oracle(model: Model, plan: StepPlan, seed: int) -> Array:
 def test_no_plan_needs_a_skip_graph_and_none_is_built(built: Built) -> None:
     graphs = built.bundle.manifest.graphs
     assert sorted(graph.role for graph in graphs.graphs) == ["combine", "full", "text_encoder", "vae_decoder"]
-    assert graphs.layout.residual_history == 0
+    assert graphs.layout.caches == ()
     assert [tensor.name for tensor in graphs.graph("full").outputs] == ["latents", "output"]
     assert not list(built.bundle.path.rglob("skip*"))
 
@@ -136,7 +136,7 @@ def test_a_folded_plan_is_its_full_steps_and_nothing_else(built: Built) -> None:
     pipe, rows = Pipeline(built.bundle), list[RowDone]()
     embeds = built.model.embed(["a cat"]).numpy()
     pipe.latents(embeds, built.model.noise(0)[None].numpy(), plan=f"b{BUDGET}", on_step=rows.append)
-    assert [(row.graph, row.step) for row in rows] == [("full", 0), ("full", 3), ("full", 5), ("none", STEPS)]
+    assert [(row.variant, row.step) for row in rows] == [("full", 0), ("full", 3), ("full", 5), ("none", STEPS)]
 
 
 def test_runtime_oracle_and_unfolded_plan_agree(built: Built) -> None:

@@ -17,8 +17,8 @@ from lemica_trt.core import errors, values
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import json_bytes, read_value, value_from_json, write_bytes, write_value
 from lemica_trt.ir.calibration import Edge, ErrorGraph
-from lemica_trt.ir.graphs import StepLayout
-from lemica_trt.ir.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans
+from lemica_trt.ir.graphs import step_layout
+from lemica_trt.ir.plan import CacheRead, PlanRow, StepPlan, coefficient_vector, layout_from_plans, trunk_reads
 from lemica_trt.ir.profile import CalibrationSettings, Sampling, Shape
 from lemica_trt.ir.sampler import SamplerRow, SamplerTable
 from lemica_trt.ir.schedule import Schedule
@@ -64,9 +64,16 @@ def graph_fields(**changes: Any) -> dict[str, Any]:
 
 def plan_fields(**changes: Any) -> dict[str, Any]:
     rows = (
-        PlanRow(graph="full", step=0, latents=(1.0,), timestep=2.0),
-        PlanRow(graph="skip", step=1, latents=(1.0,), outputs=(0.5,), timestep=1.0, residuals=(1.0,)),
-        PlanRow(graph="none", step=2, latents=(1.0,), outputs=(0.5,)),
+        PlanRow(variant="full", step=0, latents=(1.0,), timestep=2.0),
+        PlanRow(
+            variant="skip",
+            step=1,
+            latents=(1.0,),
+            outputs=(0.5,),
+            timestep=1.0,
+            caches=trunk_reads(1.0),
+        ),
+        PlanRow(variant=None, step=2, latents=(1.0,), outputs=(0.5,)),
     )
     fields: dict[str, Any] = {
         "name": "default",
@@ -209,7 +216,7 @@ def test_spec_refuses(make: Any, says: str) -> None:
 
 
 def test_offsets_tile_the_vector() -> None:
-    layout = StepLayout(latent_shape=(4,), latent_history=2, output_history=3, residual_history=2)
+    layout = step_layout(latent_shape=(4,), latent_history=2, output_history=3, trunk_depth=2)
     parts = list(layout.offsets.values())
     assert [(part.start, part.stop) for part in parts] == [(0, 2), (2, 5), (5, 6), (6, 7), (7, 8), (8, 10), (10, 13)]
 
@@ -252,7 +259,7 @@ def test_rows_refuse_numbers_that_are_not_finite(row: Any, field: str, bad: floa
     scalars = ("in_scale", "timestep") if row is PlanRow else ("noise", "in_scale", "timestep")
     fields[field] = bad if field in scalars else (1.0, bad)
     with pytest.raises(ValueError, match=rf"{field}.*must be finite, got"):
-        row(**fields, **({"graph": "full", "step": 0} if row is PlanRow else {}))
+        row(**fields, **({"variant": "full", "step": 0} if row is PlanRow else {}))
 
 
 # --- error graph ---------------------------------------------------------------------------------------------------
@@ -308,7 +315,7 @@ def test_plan_from_schedule_keeps_the_sampler(num_steps: int, data: st.DataObjec
     assert plan.full_steps == schedule.full_steps
     assert plan.budget == schedule.budget
     assert plan.sampler_digest == table.digest
-    assert [row.graph for row in plan.rows] == ["full" if i in full else "skip" for i in range(num_steps)] + ["none"]
+    assert [row.variant for row in plan.rows] == ["full" if i in full else "skip" for i in range(num_steps)] + [None]
     for row, source in zip(plan.rows, table.rows):
         same = set(SamplerRow.__struct_fields__) - {"noise"}
         assert all(getattr(row, name) == getattr(source, name) for name in same)
@@ -324,16 +331,16 @@ def test_plan_from_schedule_of_another_length() -> None:
 
 def test_plan_properties() -> None:
     plan = StepPlan(**plan_fields())
-    assert (plan.budget, plan.latent_history, plan.output_history, plan.residual_history) == (1, 1, 1, 1)
+    assert (plan.budget, plan.latent_history, plan.output_history, plan.cache_depths) == (1, 1, 1, {"trunk": 1})
     assert not plan.stochastic
 
 
 def test_folded_plan_is_a_plan() -> None:
     """Histories count rows: skipped steps are folded away, steps jump."""
     rows = (
-        PlanRow(graph="full", step=0, latents=(1.0,), timestep=4.0),
-        PlanRow(graph="full", step=3, latents=(1.0,), outputs=(1.5,), timestep=1.0),
-        PlanRow(graph="none", step=4, latents=(1.0,), outputs=(0.5, 0.25)),
+        PlanRow(variant="full", step=0, latents=(1.0,), timestep=4.0),
+        PlanRow(variant="full", step=3, latents=(1.0,), outputs=(1.5,), timestep=1.0),
+        PlanRow(variant=None, step=4, latents=(1.0,), outputs=(0.5, 0.25)),
     )
     assert StepPlan(**plan_fields(rows=rows, num_steps=4)).full_steps == (0, 3)
 
@@ -341,13 +348,15 @@ def test_folded_plan_is_a_plan() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"graph": "full", "residuals": (1.0,)}, "step 1: residuals belong to skip rows"),
-        ({"graph": "skip"}, "step 1: residuals belong to skip rows"),
-        ({"graph": "skip", "residuals": (1.0,), "reuse": (1.0,)}, "step 1: reuse belongs to rows without a graph"),
-        ({"graph": "full", "timestep": None}, "step 1: full needs a timestep"),
-        ({"graph": "none", "reuse": (math.nan,)}, r"reuse\[0\] must be finite"),
-        ({"graph": "skip", "residuals": (math.inf,)}, r"residuals\[0\] must be finite"),
-        ({"graph": "full", "draws": -1}, "step 1: draws must not be negative, got -1"),
+        ({"caches": trunk_reads(1.0), "reuse": (1.0,)}, "step 1: caches belong to rows with a variant"),
+        ({"variant": "skip", "caches": trunk_reads(1.0) * 2}, "step 1: a cache slot is read twice"),
+        (
+            {"variant": "skip", "caches": trunk_reads(1.0), "reuse": (1.0,)},
+            "step 1: reuse belongs to rows",
+        ),
+        ({"variant": "full", "timestep": None}, "step 1: variant full needs a timestep"),
+        ({"reuse": (math.nan,)}, r"reuse\[0\] must be finite"),
+        ({"variant": "full", "draws": -1}, "step 1: draws must not be negative, got -1"),
     ],
 )
 def test_plan_row_refuses(fields: dict[str, Any], says: str) -> None:
@@ -364,7 +373,7 @@ def changed_row(index: int, **changes: Any) -> tuple[PlanRow, ...]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format_version": 2}, "format_version must be 3, got 2"),
+        ({"format_version": 2}, "format_version must be 4, got 2"),
         ({"guidance_range": (0.0, 0.5)}, "guidance_range must hold guidance_scale"),
         ({"guidance_range": (-math.inf, 9.0)}, "guidance_range.*must be finite"),
         ({"rows": changed_row(1, draws=1, noise=(1.0, 1.0))}, r"rows\[1\]\.noise: 2 given, 1 draws until there"),
@@ -379,16 +388,19 @@ def changed_row(index: int, **changes: Any) -> tuple[PlanRow, ...]:
         ({"rows": changed_row(0, latents=())}, r"rows\[0\]\.latents: 0 given, 1 exist"),
         ({"rows": changed_row(1, latents=(1.0, 1.0, 1.0))}, r"rows\[1\]\.latents: 3 given, 2 exist"),
         ({"rows": changed_row(0, outputs=(1.0,))}, r"rows\[0\]\.outputs: 1 given, 0 exist"),
-        ({"rows": changed_row(1, residuals=(1.0, 1.0))}, r"rows\[1\]\.residuals: 2 given, 1 full rows before it"),
-        ({"rows": changed_row(1, graph="none", residuals=())}, r"rows\[1\]: a row without a graph needs reuse"),
         (
-            {"rows": changed_row(1, graph="none", residuals=(), reuse=(1.0, 1.0))},
+            {"rows": changed_row(1, caches=trunk_reads(1.0, 1.0))},
+            r"rows\[1\]: reads trunk 2 full rows back, 1 are",
+        ),
+        ({"rows": changed_row(1, variant=None, caches=())}, r"rows\[1\]: a row without a variant needs reuse"),
+        (
+            {"rows": changed_row(1, variant=None, caches=(), reuse=(1.0, 1.0))},
             r"rows\[1\]\.reuse: 2 given, 1 exist",
         ),
         ({"rows": changed_row(2, reuse=(1.0,))}, r"rows\[2\]: the last row only combines"),
-        ({"rows": changed_row(2, graph="full", timestep=1.0)}, r"rows\[2\]: the last row only combines"),
+        ({"rows": changed_row(2, variant="full", timestep=1.0)}, r"rows\[2\]: the last row only combines"),
         (
-            {"rows": (PlanRow(graph="none", step=0, latents=(1.0,), reuse=(1.0,)), *plan_fields()["rows"][1:])},
+            {"rows": (PlanRow(variant=None, step=0, latents=(1.0,), reuse=(1.0,)), *plan_fields()["rows"][1:])},
             r"rows\[0\]\.reuse: 1 given, 0 exist",
         ),
     ],
@@ -400,29 +412,45 @@ def test_plan_refuses(changes: dict[str, Any], says: str) -> None:
 
 def test_layout_from_plans_is_the_smallest_that_takes_all() -> None:
     rows = (
-        PlanRow(graph="full", step=0, latents=(1.0,), timestep=9.0),
-        PlanRow(graph="full", step=1, latents=(1.0, 0.5), timestep=8.0),
-        PlanRow(graph="skip", step=2, latents=(1.0,), timestep=7.0, residuals=(0.5, 0.5), draws=1, noise=(0.1,)),
-        PlanRow(graph="none", step=3, latents=(1.0,), reuse=(1.0, 0.0, 2.0)),
-        PlanRow(graph="none", step=4, latents=(1.0,), outputs=(1.0, 1.0)),
+        PlanRow(variant="full", step=0, latents=(1.0,), timestep=9.0),
+        PlanRow(variant="full", step=1, latents=(1.0, 0.5), timestep=8.0),
+        PlanRow(
+            variant="skip",
+            step=2,
+            latents=(1.0,),
+            timestep=7.0,
+            caches=(
+                CacheRead(
+                    slot="trunk",
+                    weights=(
+                        0.5,
+                        0.5,
+                    ),
+                ),
+            ),
+            draws=1,
+            noise=(0.1,),
+        ),
+        PlanRow(variant=None, step=3, latents=(1.0,), reuse=(1.0, 0.0, 2.0)),
+        PlanRow(variant=None, step=4, latents=(1.0,), outputs=(1.0, 1.0)),
     )
     deep = StepPlan(**plan_fields(rows=rows, num_steps=4))
-    flat = StepPlan(**plan_fields(rows=(rows[0], PlanRow(graph="none", step=4, latents=(1.0,))), num_steps=4))
-    assert layout_from_plans([flat], latent_shape=(4,), guided=False) == StepLayout(
-        latent_shape=(4,), latent_history=1, output_history=1, residual_history=0, stochastic=False, guided=False
+    flat = StepPlan(**plan_fields(rows=(rows[0], PlanRow(variant=None, step=4, latents=(1.0,))), num_steps=4))
+    assert layout_from_plans([flat], latent_shape=(4,), guided=False) == step_layout(
+        latent_shape=(4,), latent_history=1, output_history=1, trunk_depth=0, stochastic=False, guided=False
     )
     layout = layout_from_plans([flat, deep], latent_shape=(4,), guided=True)
-    assert layout == StepLayout(
-        latent_shape=(4,), latent_history=2, output_history=3, residual_history=2, stochastic=True, guided=True
+    assert layout == step_layout(
+        latent_shape=(4,), latent_history=2, output_history=3, trunk_depth=2, stochastic=True, guided=True
     )
     for row in (*flat.rows, *deep.rows):
         coefficient_vector(row, layout)
 
 
 def test_coefficient_vector() -> None:
-    layout = StepLayout(latent_shape=(4,), latent_history=2, output_history=2, residual_history=2, stochastic=True)
+    layout = step_layout(latent_shape=(4,), latent_history=2, output_history=2, trunk_depth=2, stochastic=True)
     row = PlanRow(
-        graph="skip",
+        variant="skip",
         step=1,
         latents=(0.5,),
         outputs=(0.25, 0.125),
@@ -430,18 +458,18 @@ def test_coefficient_vector() -> None:
         noise=(1.2, -1.6),
         timestep=7.0,
         in_scale=3.0,
-        residuals=(1.0,),
+        caches=trunk_reads(1.0),
     )
     vector = coefficient_vector(row, layout)
     assert vector.dtype == np.float32
     assert vector.tolist() == [0.5, 0, 0.25, 0.125, 2, 3, 7, 1, 0, 0, 0]
-    reuse = coefficient_vector(PlanRow(graph="none", step=1, latents=(1.0,), reuse=(2.0, -1.0)), layout)
+    reuse = coefficient_vector(PlanRow(variant=None, step=1, latents=(1.0,), reuse=(2.0, -1.0)), layout)
     assert reuse.tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 0, 2, -1]
 
 
 @forall(st.lists(st.floats(-1e3, 1e3, allow_subnormal=False), max_size=4))
 def test_draws_are_mixed_into_one_standard_normal(noise: list[float]) -> None:
-    row = PlanRow(graph="none", step=1, latents=(1.0,), draws=len(noise), noise=tuple(noise))
+    row = PlanRow(variant=None, step=1, latents=(1.0,), draws=len(noise), noise=tuple(noise))
     mixed = [row.noise_scale * weight for weight in row.noise_weights] or [0.0] * len(noise)
     assert mixed == pytest.approx(noise, rel=1e-12)
     assert not row.noise_weights or math.hypot(*row.noise_weights) == pytest.approx(1)
@@ -460,8 +488,8 @@ def test_stochastic_steps_draw_once() -> None:
 
 
 def test_coefficient_vector_refuses() -> None:
-    layout = StepLayout(latent_shape=(4,), latent_history=1, output_history=1)
+    layout = step_layout(latent_shape=(4,), latent_history=1, output_history=1)
     with pytest.raises(ValueError, match="step 3: 2 outputs coefficients, the graphs take 1"):
-        coefficient_vector(PlanRow(graph="none", step=3, latents=(1.0,), outputs=(1.0, 1.0)), layout)
+        coefficient_vector(PlanRow(variant=None, step=3, latents=(1.0,), outputs=(1.0, 1.0)), layout)
     with pytest.raises(ValueError, match="step 3 draws noise, the graphs take none"):
-        coefficient_vector(PlanRow(graph="none", step=3, latents=(1.0,), draws=1, noise=(1.0,)), layout)
+        coefficient_vector(PlanRow(variant=None, step=3, latents=(1.0,), draws=1, noise=(1.0,)), layout)

@@ -10,10 +10,10 @@ import msgspec
 from lemica_trt.core.errors import InputError, IntegrityError
 from lemica_trt.core.values import Value, require, value_from_json
 from lemica_trt.ir.engine import EngineEntry
-from lemica_trt.ir.graphs import GraphSet, TextSpec
-from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.graphs import EncoderSpec, GraphSet
+from lemica_trt.ir.profile import Profile, Shape
 
-BUNDLE_FORMAT = 1
+BUNDLE_FORMAT = 4
 
 
 MANIFEST = "manifest.json"
@@ -72,6 +72,28 @@ class FileEntry(Value, frozen=True):
         require(self.size >= 0, f"size must be at least 0, got {self.size}")
 
 
+class Bucket(Value, frozen=True):
+    """What a bundle has for one shape. Step plans hold no shape: all buckets share them.
+
+    Attributes:
+        shape: what it serves.
+        graphs: all graphs that were exported.
+        engines: sets of engines, in order of preference.
+    """
+
+    shape: Shape
+    graphs: GraphSet
+    engines: tuple[EngineEntry, ...]
+
+    def __post_init__(self) -> None:
+        require(bool(self.engines), "engines must not be empty")
+
+
+def bucket_name(shape: Shape) -> str:
+    """The name of the bucket of a shape: `49x480x720`."""
+    return f"{shape.frames}x{shape.height}x{shape.width}"
+
+
 class Manifest(Value, frozen=True):
     """All about a bundle that is not in its files.
 
@@ -79,22 +101,20 @@ class Manifest(Value, frozen=True):
         profile: what it was built as; family, dtype, shape and sampling are read from here at run time. `source` is
             what the user gave, or only its last part where that was a path of one machine (`portable_source`).
         revision: revision of the model; None where it has none.
-        graphs: all graphs that were exported.
+        buckets: what there is for each shape, by name; the profile's shape has one.
         plans: names, sorted; plan NAME lies in `plans/NAME.json`.
         default_plan: the plan of a request that names none.
-        text: how a prompt becomes ids.
-        engines: sets of engines, in order of preference.
+        encoders: how a prompt becomes conditions, one for each text encoder.
         files: path relative to the bundle, with `/` → digest and size. `manifest.json` and `UNLISTED` are not listed.
         versions: library → version, as built.
-        format_version: 1.
+        format_version: 4.
     """
 
     profile: Profile
-    graphs: GraphSet
+    buckets: dict[str, Bucket]
     plans: tuple[str, ...]
     default_plan: str
-    text: TextSpec
-    engines: tuple[EngineEntry, ...]
+    encoders: tuple[EncoderSpec, ...]
     files: dict[str, FileEntry]
     revision: str | None = None
     versions: dict[str, str] = {}
@@ -111,12 +131,39 @@ class Manifest(Value, frozen=True):
             require(path != MANIFEST and PurePosixPath(path).parts[0] not in UNLISTED, f"{path} must not be listed")
         require(list(self.plans) == sorted(set(self.plans)), "plans must be sorted names")
         require(self.default_plan in self.plans, f"default_plan must be one of plans, got {self.default_plan!r}")
-        require(bool(self.engines), "engines must not be empty")
-        loaded = [plan_path(name) for name in self.plans] + [self.text.tokenizer]
-        loaded += [path for entry in self.engines for path in entry.files.values()]
-        loaded += [path for graph in self.graphs.graphs for path in (graph.file, *graph.data_files)]
+        require(self.default_bucket in self.buckets, f"buckets must have one for {self.default_bucket}")
+        loaded = [plan_path(name) for name in self.plans] + [encoder.tokenizer for encoder in self.encoders]
+        for bucket in self.buckets.values():
+            loaded += [path for entry in bucket.engines for path in entry.files.values()]
+            loaded += [path for graph in bucket.graphs.graphs for path in (graph.file, *graph.data_files)]
         for path in loaded:
             require(path in self.files, f"files must list {path}")
+
+    @property
+    def default_bucket(self) -> str:
+        """Name of the bucket of the profile's shape."""
+        return bucket_name(self.profile.shape)
+
+    @property
+    def graphs(self) -> GraphSet:
+        """The graphs of the default bucket."""
+        return self.buckets[self.default_bucket].graphs
+
+    @property
+    def engines(self) -> tuple[EngineEntry, ...]:
+        """The engines of the default bucket, in order of preference."""
+        return self.buckets[self.default_bucket].engines
+
+
+class _Named(msgspec.Struct, frozen=True):
+    name: str = "NAME"
+
+
+class _Version(msgspec.Struct, frozen=True):
+    """What every manifest has had since the first format."""
+
+    format_version: int
+    profile: _Named = _Named()
 
 
 def manifest_from_json(data: bytes, *, where: str) -> Manifest:
@@ -126,15 +173,18 @@ def manifest_from_json(data: bytes, *, where: str) -> Manifest:
         IntegrityError: it is damaged, or of a newer format.
     """
 
-    class Version(msgspec.Struct):
-        format_version: int
-
     try:
-        version = value_from_json(Version, data, where=where).format_version
+        found = value_from_json(_Version, data, where=where)
+        version = found.format_version
         if version > BUNDLE_FORMAT:
             raise IntegrityError(
                 f"{where}: expected bundle format {BUNDLE_FORMAT} or older, got {version}",
                 fix="pip install --upgrade lemica-trt",
+            )
+        if version < BUNDLE_FORMAT:
+            raise IntegrityError(
+                f"{where}: expected bundle format {BUNDLE_FORMAT}, got {version}, of an older lemica-trt",
+                fix=f"build it again: lemica-trt build --model {found.profile.name} --budget 15",
             )
         return value_from_json(Manifest, data, where=where)
     except IntegrityError:

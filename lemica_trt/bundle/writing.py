@@ -16,8 +16,10 @@ from lemica_trt.bundle.manifest import (
     MANIFEST,
     REPORTS,
     UNLISTED,
+    Bucket,
     FileEntry,
     Manifest,
+    bucket_name,
     plan_path,
     portable_source,
     require_relative,
@@ -27,7 +29,7 @@ from lemica_trt.core.atomic_folder import remove_leftovers, restore, swap, sync_
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.core.values import json_bytes
 from lemica_trt.ir.engine import EngineEntry
-from lemica_trt.ir.graphs import GraphSet, TextSpec
+from lemica_trt.ir.graphs import EncoderSpec, GraphSet
 from lemica_trt.ir.plan import StepPlan, check_plan
 from lemica_trt.ir.profile import Profile
 
@@ -39,7 +41,7 @@ def write_bundle(
     graphs: GraphSet,
     plans: Iterable[StepPlan],
     default_plan: str,
-    text: TextSpec,
+    encoders: Iterable[EncoderSpec],
     engines: Iterable[EngineEntry],
     files: Mapping[str, Path | bytes],
     reports: Mapping[str, Path | bytes] | None = None,
@@ -52,7 +54,7 @@ def write_bundle(
         target: the folder; made with its parents. One writer at a time.
         files: path in the bundle → a file to copy, or its content. Plans are not among them.
         reports: the same, below `reports/`.
-        profile, graphs, default_plan, text, engines, revision, versions: see `Manifest`; an absolute
+        profile, graphs, default_plan, encoders, engines, revision, versions: see `Manifest`; an absolute
             `profile.source` is shortened.
         plans: at least one; names must differ.
 
@@ -82,11 +84,12 @@ def write_bundle(
             manifest = Manifest(
                 profile=msgspec.structs.replace(profile, source=portable_source(profile.source)),
                 revision=revision,
-                graphs=graphs,
+                buckets={
+                    bucket_name(profile.shape): Bucket(shape=profile.shape, graphs=graphs, engines=tuple(engines))
+                },
                 plans=tuple(sorted(by_name)),
                 default_plan=default_plan,
-                text=text,
-                engines=tuple(engines),
+                encoders=tuple(encoders),
                 files=entries,
                 versions=dict(versions or {}),
             )

@@ -216,7 +216,7 @@ class Fitter:
             tell()
         layout = layout_from_plans([start], latent_shape=self._model.latent_shape, guided=self._model.guided)
         depth = max(OUTPUTS, layout.output_history)
-        layout = msgspec.structs.replace(layout, output_history=min(depth, schedule.budget), residual_history=0)
+        layout = msgspec.structs.replace(layout, output_history=min(depth, schedule.budget))
         under_way = [
             _Fitting(
                 Rollout(
@@ -239,7 +239,7 @@ class Fitter:
                 fitted.append(weights)
             for s, run in enumerate(under_way):
                 _require_finite(run.rollout(row)["latents"], f"sample {s}, the fitted run at step {row.step}")
-                self.evaluations += row.graph == "full"
+                self.evaluations += row.full
                 tell()
         return fitted
 
@@ -251,7 +251,7 @@ class Fitter:
         kept: dict[int, Tensor] = {}
 
         def keep(row: PlanRow, result: dict[str, Tensor]) -> None:
-            self.evaluations += row.graph == "full"
+            self.evaluations += row.full
             if row.step in steps:
                 kept[row.step] = result["latents"].cpu()
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from lemica_trt.core.errors import VerificationError
+from lemica_trt.ir.graphs import COMBINE, FULL, SKIP, TRUNK
 from lemica_trt.ir.plan import coefficient_vector, layout_from_plans
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models.model import Model
-from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
+from lemica_trt.models.steps import step_modules
 from lemica_trt.planning.step_plan import plan_from_schedule
 
 T = TypeVar("T")
@@ -69,9 +70,8 @@ class Stepper:
             method="none",
         )
         self.layout = layout_from_plans([plan], latent_shape=model.latent_shape, guided=model.guided)
-        self.full = FullStep(model, self.layout)
-        self.skip = SkipStep(model, self.layout)
-        self.combine = CombineStep(self.layout)
+        modules = step_modules(model, self.layout)
+        self.full, self.skip, self.combine = modules[FULL.name], modules[SKIP.name], modules[COMBINE]
         # One vector serves every graph: a full step ignores the residual's coefficient.
         self.coefficients = [
             torch.from_numpy(coefficient_vector(row, self.layout)).to(model.device) for row in plan.rows
@@ -237,7 +237,7 @@ class Sample:
         self.full_count += len(runs)
         for part in self._parts(runs):
             result = self._stepper.full(self._inputs(t, part))
-            residuals = result["residual"].unflatten(0, (-1, len(part))).unbind(1)
+            residuals = result[TRUNK].unflatten(0, (-1, len(part))).unbind(1)
             stepped += zip(_stepped(part, result), residuals)
         return stepped
 
@@ -247,7 +247,7 @@ class Sample:
         stepped: list[Run] = []
         for part, mine in zip(self._parts(runs), self._parts(residuals)):
             inputs = self._inputs(t, part)
-            inputs["residual_0"] = torch.stack(list(mine), 1).flatten(0, 1)
+            inputs[f"{TRUNK}_0"] = torch.stack(list(mine), 1).flatten(0, 1)
             stepped += _stepped(part, self._stepper.skip(inputs))
         return stepped
 

@@ -23,7 +23,6 @@ from lemica_trt.core.errors import InfeasibleError, MissingDependencyError, Usag
 from lemica_trt.core.progress import Quiet, Reporter
 from lemica_trt.core.values import json_bytes, read_value, write_value
 from lemica_trt.evaluate.timing import (
-    STEP_ROLES,
     backend_name,
     machine,
     measure_steps,
@@ -130,7 +129,7 @@ class Clock:
 
     @functools.cached_property
     def _pipe(self) -> Pipeline:
-        return Pipeline(self._bundle, backend=self._backend, roles=STEP_ROLES)
+        return Pipeline(self._bundle, backend=self._backend, roles=self._bundle.manifest.graphs.layout.step_graphs)
 
     @property
     def name(self) -> str:
@@ -184,7 +183,7 @@ def probe(
     if any(not planner.folds for planner in planners_named(methods)):
         schedule = uniform(table.num_steps, -(-table.num_steps // 2))
         plans.append(plan_from_schedule(schedule, table, name="reuse", guidance_scale=guidance, method="uniform"))
-    layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided)
+    layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided, conditions=model.conditions)
     key = {
         "graphs": export_key(model.profile, model.revision, layout),
         "backends": list(backends),

@@ -353,7 +353,9 @@ def export_stage(work: Work, reporter: Reporter) -> Exported:
     with work.locked():
         plans = plans_to_run(work)
         model = open_model(read_value(Profile, work.profile), reporter)
-        layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided)
+        layout = layout_from_plans(
+            plans, latent_shape=model.latent_shape, guided=model.guided, conditions=model.conditions
+        )
         return export(model, layout, work, reporter)
 
 
@@ -420,7 +422,7 @@ def reengine(
             graphs=manifest.graphs,
             plans=[bundle.plan(name) for name in manifest.plans],
             default_plan=manifest.default_plan,
-            text=manifest.text,
+            encoders=manifest.encoders,
             engines=entries,
             files=files,
             revision=manifest.revision,

@@ -224,7 +224,9 @@ def build(profile: Profile, output: Path, request: Request, reporter: Reporter) 
             )
         findings = findings._replace(selections=planned.selections, front=planned.front)
         write_plans(planned.plans, findings, work, reporter)
-        layout = layout_from_plans(plans_to_run(work), latent_shape=model.latent_shape, guided=model.guided)
+        layout = layout_from_plans(
+            plans_to_run(work), latent_shape=model.latent_shape, guided=model.guided, conditions=model.conditions
+        )
         exported = export(model, layout, work, reporter)
         entries = engines(exported.graphs, work.export, work, request.backends, request.options, reporter)
         plans, candidate = plans_in(work), candidate_folder(output)
@@ -352,7 +354,7 @@ def dry_run(profile: Profile, output: Path, request: Request) -> list[Stage]:
     stages.append(
         Stage(
             name="export",
-            what=f"full, skip, combine, text encoder, VAE decoder to ONNX, opset {profile.opset}, {profile.dtype}",
+            what=f"step graphs, text encoder, VAE decoder to ONNX, opset {profile.opset}, {profile.dtype}",
             disk=expected.weights,
             memory=expected.export_memory,
         )

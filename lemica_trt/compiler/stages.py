@@ -35,7 +35,7 @@ from lemica_trt.core.progress import Reporter, size
 from lemica_trt.core.values import json_bytes, write_bytes, write_value
 from lemica_trt.ir.calibration import Sensitivity
 from lemica_trt.ir.engine import EngineEntry, Option
-from lemica_trt.ir.graphs import GraphSet, Role, StepLayout
+from lemica_trt.ir.graphs import COMBINE, GraphSet, StepLayout
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.resources import calibration_path
@@ -249,7 +249,7 @@ def export(model: Model, layout: StepLayout, work: Work, reporter: Reporter) -> 
         shape=profile.shape,
         versions=library_versions(),
         graphs=graphs,
-        text=model.text_spec(TOKENIZER_FILE),
+        encoder=model.text_spec(TOKENIZER_FILE),
     )
     write_value(exported, staged / work.export_record.name)
     # Only a folder that is whole has a record: a kill before the rename leaves `export.tmp`, or an `export` without.
@@ -346,7 +346,7 @@ def assemble(
         graphs=exported.graphs,
         plans=plans,
         default_plan=plans[0].name,
-        text=exported.text,
+        encoders=(exported.encoder,),
         engines=entries,
         files=files,
         revision=exported.revision,
@@ -385,7 +385,7 @@ def verifiable(bundle: Bundle) -> tuple[str | None, dict[str, str]]:
     """
     from lemica_trt.runtime.pipeline import Pipeline
 
-    smallest: tuple[Role, ...] = ("combine",)  # its engine speaks for all of them
+    smallest = (COMBINE,)  # its engine speaks for all of them
     chosen, reasons = None, {}
     for entry in bundle.manifest.engines:
         name = entry.key.backend

@@ -35,7 +35,7 @@ from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import V, Value, read_value, write_value
 from lemica_trt.ir.budget import Front
 from lemica_trt.ir.calibration import Calibration, ErrorGraph, Sensitivity, TrajectoryGrams
-from lemica_trt.ir.graphs import GraphSet, TextSpec
+from lemica_trt.ir.graphs import EncoderSpec, GraphSet
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile, Shape
 from lemica_trt.ir.sampler import SamplerTable
@@ -53,7 +53,7 @@ class Exported(Value, frozen=True):
         source, shape: of the profile.
         revision: of the model.
         graphs: what was exported.
-        text: how a prompt becomes ids.
+        encoder: how a prompt becomes conditions.
         versions: of the libraries that exported.
     """
 
@@ -63,7 +63,7 @@ class Exported(Value, frozen=True):
     shape: Shape
     versions: dict[str, str]
     graphs: GraphSet
-    text: TextSpec
+    encoder: EncoderSpec
 
 
 class Work:

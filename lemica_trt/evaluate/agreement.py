@@ -22,7 +22,7 @@ from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import Agreement, GraphCheck
 from lemica_trt.models import Model
 from lemica_trt.models.family import DTYPES
-from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
+from lemica_trt.models.steps import step_modules
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.runtime.random import Generator
 
@@ -33,9 +33,7 @@ Module = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 def modules_by_role(model: Model, layout: StepLayout) -> dict[str, Module]:
     """Role of a graph → the torch module that it is exported from."""
     return {
-        "full": FullStep(model, layout),
-        "skip": SkipStep(model, layout),
-        "combine": CombineStep(layout),
+        **step_modules(model, layout),
         "text_encoder": model.text_encoder,
         "vae_decoder": model.vae_decoder,
     }
@@ -134,9 +132,10 @@ def deployed_latents(pipe: Pipeline, plan: StepPlan, prompt: str, seed: int) -> 
     """One request on the bundle's engines: x_N, fp32 latent_shape."""
     manifest = pipe.bundle.manifest
     negative = [manifest.profile.sampling.negative_prompt] if manifest.graphs.layout.guided else []
-    embeds = np.stack([pipe.encode(text) for text in (*negative, prompt)])
+    encoded = [pipe.encode(text) for text in (*negative, prompt)]
+    conditions = {name: np.stack([each[name] for each in encoded]) for name in encoded[0]}
     noise = Generator(seed).randn((1, *manifest.graphs.layout.latent_shape))
-    latents: Array = pipe.latents(embeds, noise, plan=plan, seeds=[seed] if plan.stochastic else None)[0]
+    latents: Array = pipe.latents(conditions, noise, plan=plan, seeds=[seed] if plan.stochastic else None)[0]
     return latents
 
 

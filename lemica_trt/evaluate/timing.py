@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,18 +26,14 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.values import write_value
 from lemica_trt.ir.budget import StepTimes
 from lemica_trt.ir.engine import EngineKey
-from lemica_trt.ir.graphs import Role
-from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.ir.plan import CacheRead, StepPlan
 from lemica_trt.ir.report import Measured, Timing
 from lemica_trt.runtime.denoise import RowDone
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.runtime.random import Generator
 
 Array = npt.NDArray[Any]
-
-
-STEP_ROLES: tuple[Role, ...] = ("full", "skip", "combine")
-"""The engines that timing needs."""
 
 
 SHORT = 4
@@ -64,10 +60,10 @@ def measure_timing(pipe: Pipeline, plans: Sequence[StepPlan], *, repeats: int = 
         for _ in range(repeats):
             totals.append(_seconds(run))
             whole, rows = _row_by_row(run)
-            overheads.append(whole / (sum(rows["full"]) + sum(rows["skip"])) - 1)
-            ratios.append(whole / (plan.budget * median(rows["full"])))
-            full += rows["full"]
-            skipped += rows["skip"]
+            overheads.append(whole / (sum(rows.full) + sum(rows.cached)) - 1)
+            ratios.append(whole / (plan.budget * median(rows.full)))
+            full += rows.full
+            skipped += rows.cached
         timings.append(
             Timing(
                 plan=plan.name,
@@ -97,8 +93,7 @@ def measure_steps(pipe: Pipeline) -> StepTimes:
     """
     bundle = pipe.bundle
     uncached = next(plan for plan in map(bundle.plan, bundle.plans) if plan.budget == plan.num_steps)
-    skips = any(graph.role == "skip" for graph in bundle.manifest.graphs.graphs)
-    run = request(pipe, shortened(uncached, skips=skips))
+    run = request(pipe, shortened(uncached, bundle.manifest.graphs.layout))
     began = perf_counter()
     run()
     full: list[float] = []
@@ -107,25 +102,29 @@ def measure_steps(pipe: Pipeline) -> StepTimes:
     least, most = SHORT_RUNS
     while len(rest) < least or (len(rest) < most and perf_counter() - began < SHORT_SECONDS):
         whole, rows = _row_by_row(run)
-        full += rows["full"]
-        skipped += rows["skip"]
-        rest.append(whole - sum(rows["full"]) - sum(rows["skip"]))
+        full += rows.full
+        skipped += rows.cached
+        rest.append(whole - sum(rows.full) - sum(rows.cached))
     step = median(full)
     return StepTimes(full=step, skipped=min(median(skipped), step) if skipped else None, rest=max(median(rest), 0.0))
 
 
-def shortened(uncached: StepPlan, *, skips: bool) -> StepPlan:
-    """At most `SHORT` full rows, as many skipped ones, and the last: it runs on the graphs that the uncached plan runs
-    on, and the skip graph. What it computes means nothing; what its rows take is what they take in any plan.
+def shortened(uncached: StepPlan, layout: StepLayout) -> StepPlan:
+    """At most `SHORT` full rows, as many of the first variant that reads caches, and the last.
+
+    What it computes means nothing; what its rows take is what they take in any plan.
 
     Args:
         uncached: the plan of all steps.
-        skips: whether there is a skip graph.
+        layout: says which variants there are.
     """
     *steps, last = uncached.rows
-    count = min(SHORT, max(1, len(steps) // 2)) if skips else min(SHORT, len(steps))
-    rows = [row if i < count else msgspec.structs.replace(row, graph="skip", residuals=(1.0,))
-            for i, row in enumerate(steps[: 2 * count if skips else count])]  # fmt: skip
+    cached = next((variant for variant in layout.variants if variant.reads), None)
+    count = min(SHORT, max(1, len(steps) // 2)) if cached else min(SHORT, len(steps))
+    rows = steps[:count]
+    if cached is not None:
+        reads = tuple(CacheRead(slot=slot, weights=(1.0,)) for slot in cached.reads)
+        rows += [msgspec.structs.replace(row, variant=cached.name, caches=reads) for row in steps[count : 2 * count]]
     end = msgspec.structs.replace(
         last,
         latents=last.latents[: len(rows) + 1],
@@ -145,17 +144,27 @@ def measure_total(pipe: Pipeline, plan: StepPlan, *, repeats: int = 3) -> float:
 def request(pipe: Pipeline, plan: StepPlan) -> Callable[..., object]:
     """One request, ready to run: random noise and embeddings, the time does not depend on them."""
     graphs = pipe.bundle.manifest.graphs
-    (embeds,) = (spec for spec in graphs.graph("full").inputs if spec.name == "prompt_embeds")
-    random = np.float32(0.1) * np.random.default_rng(0).standard_normal(embeds.at(1), np.float32)
+    draw = np.random.default_rng(0)
+    random = {
+        spec.name: np.float32(0.1) * draw.standard_normal(spec.at(1), np.float32) for spec in graphs.layout.conditions
+    }
     noise = Generator(0).randn((1, *graphs.layout.latent_shape))
     return partial(pipe.latents, random, noise, plan=plan, seeds=[0] if plan.stochastic else None)
 
 
-def _row_by_row(run: Callable[..., object]) -> tuple[float, dict[str, list[float]]]:
-    """Seconds of a run, and of its rows that run the full or the skip graph."""
+class _RowSeconds(NamedTuple):
+    """Seconds of the rows of one run that run the DiT."""
+
+    full: list[float]
+    cached: list[float]
+
+
+def _row_by_row(run: Callable[..., object]) -> tuple[float, _RowSeconds]:
+    """Seconds of a run, and of its rows."""
     rows: list[RowDone] = []
     whole = _seconds(partial(run, on_step=rows.append))
-    return whole, {graph: [row.seconds for row in rows if row.graph == graph] for graph in ("full", "skip")}
+    ran = [row for row in rows if row.variant is not None]
+    return whole, _RowSeconds([row.seconds for row in ran if row.full], [row.seconds for row in ran if not row.full])
 
 
 def _seconds(run: Callable[[], object]) -> float:

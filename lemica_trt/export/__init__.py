@@ -6,6 +6,6 @@
 Knows nothing of plans' contents, engines or bundles.
 """
 
-from lemica_trt.export.graphs import ROLES, export_graphs
+from lemica_trt.export.graphs import export_graphs
 
-__all__ = ["ROLES", "export_graphs"]
+__all__ = ["export_graphs"]

@@ -18,7 +18,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -31,20 +31,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.values import require, write_bytes
 from lemica_trt.export.passes import clean_model
-from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role, StepLayout, TensorDType, TensorSpec
+from lemica_trt.ir.graphs import COMBINE, GraphSet, GraphSpec, Role, StepLayout, TensorDType, TensorSpec
 from lemica_trt.models import Model
-from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
+from lemica_trt.models.steps import step_modules
 
-ROLES: tuple[Role, ...] = ("combine", "full", "skip", "text_encoder", "vae_decoder")
-
-OUTPUTS: dict[Role, tuple[str, ...]] = {
-    "combine": ("latents", "output"),
-    "full": ("latents", "output", "residual"),
-    "skip": ("latents", "output"),
-    "text_encoder": ("prompt_embeds",),
-    "vae_decoder": ("frames",),
-}
-"""Output names of each graph, in order; see `output_names`."""
+ENDS: dict[str, tuple[str, ...]] = {"text_encoder": ("prompt_embeds",), "vae_decoder": ("frames",)}
+"""Graphs before and behind the steps → their outputs, in order."""
 
 INLINE_BYTES = 64 << 20
 """Weights beyond this go to an external-data file beside the graph."""
@@ -85,6 +77,7 @@ def export_graphs(model: Model, layout: StepLayout, folder: Path, *, roles: Sequ
     """
     require(layout.latent_shape == model.latent_shape, f"layout for {layout.latent_shape}, not {model.latent_shape}")
     require(layout.guided == model.guided, f"layout.guided is {layout.guided}, the profile's guidance {model.guided}")
+    require(layout.conditions == model.conditions, f"layout for conditions {layout.conditions}, not {model.conditions}")
     widths = hidden_specs(model, layout)
     roles = needed_roles(layout) if roles is None else roles
     return GraphSet(
@@ -96,13 +89,15 @@ def export_graphs(model: Model, layout: StepLayout, folder: Path, *, roles: Sequ
 
 
 def needed_roles(layout: StepLayout) -> tuple[Role, ...]:
-    """The graphs of a layout: no skip graph where no residual is kept."""
-    return tuple(role for role in ROLES if role != "skip" or layout.residual_history)
+    """The graphs of a layout: its step graphs, and those before and behind them."""
+    return (*layout.step_graphs, *ENDS)
 
 
 def output_names(role: Role, layout: StepLayout) -> tuple[str, ...]:
-    """Output names of a graph, in order: the full graph gives the residual away where one is kept."""
-    return tuple(name for name in OUTPUTS[role] if name != "residual" or layout.residual_history)
+    """Output names of a graph, in order: a variant's end with the cache slots that it writes."""
+    if role in ENDS:
+        return ENDS[role]
+    return ("latents", "output", *(() if role == COMBINE else layout.variant(role).writes))
 
 
 def input_specs(role: Role, model: Model, layout: StepLayout, hidden: dict[str, TensorSpec]) -> list[TensorSpec]:
@@ -122,14 +117,13 @@ def input_specs(role: Role, model: Model, layout: StepLayout, hidden: dict[str, 
         specs.append(latents("noise"))
     size = max(part.stop for part in layout.offsets.values())
     specs.append(TensorSpec(name="coefficients", dtype="fp32", shape=(size,)))
-    if role == "combine":
+    if role == COMBINE:
         return specs
     if layout.guided:
         specs.append(TensorSpec(name="guidance", dtype="fp32", shape=("batch",)))
-    specs.append(hidden["prompt_embeds"])
-    if role == "skip":
-        residual = hidden["residual"]
-        specs += [msgspec.structs.replace(residual, name=f"residual_{k}") for k in range(layout.residual_history)]
+    specs += layout.conditions
+    for slot in layout.variant(role).reads:
+        specs += [msgspec.structs.replace(hidden[slot], name=f"{slot}_{k}") for k in range(layout.depth(slot))]
     return specs
 
 
@@ -138,24 +132,20 @@ def _module(role: Role, model: Model, layout: StepLayout) -> nn.Module:
         return model.text_encoder
     if role == "vae_decoder":
         return model.vae_decoder
-    if role == "combine":
-        return CombineStep(layout)
-    return (FullStep if role == "full" else SkipStep)(model, layout)
+    return step_modules(model, layout)[role]
 
 
 def hidden_specs(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
-    """`prompt_embeds` and, where one is kept, `residual` as the model makes them; shapes only, nothing is computed."""
+    """The cache slots of a layout as the model makes them, by name; shapes only, nothing is computed."""
     rows = "2*batch" if layout.guided else "batch"
-    dtype = model.profile.dtype
-    full = FullStep(model, layout)
+    hidden = {}
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        ids = _examples(input_specs("text_encoder", model, layout, {}), 1, model.device)
-        _, *embeds = model.text_encoder(ids)["prompt_embeds"].shape
-        hidden = {"prompt_embeds": TensorSpec(name="prompt_embeds", dtype=dtype, shape=(rows, *embeds))}
-        if layout.residual_history:
-            inputs = _examples(input_specs("full", model, layout, hidden), 1, model.device)
-            _, *residual = full(inputs)["residual"].shape
-            hidden["residual"] = TensorSpec(name="residual", dtype=dtype, shape=(rows, *residual))
+        for variant in (variant for variant in layout.variants if variant.writes and not variant.reads):
+            inputs = _examples(input_specs(variant.name, model, layout, {}), 1, model.device)
+            result = step_modules(model, layout)[variant.name](inputs)
+            for slot in variant.writes:
+                _, *shape = result[slot].shape
+                hidden[slot] = TensorSpec(name=slot, dtype=model.profile.dtype, shape=(rows, *shape))
     return hidden
 
 
@@ -213,6 +203,7 @@ def _export_graph(
         inputs=tuple(_tensor_spec(value) for value in graph.graph.inputs),
         outputs=tuple(_tensor_spec(value) for value in graph.graph.outputs),
         opset=graph.opset_imports[""],
+        dit=_dit(role, layout),
         data_files=tuple(f"onnx/{name}" for name in data_files),
     )
     expected = specs if dynamic else [_spec_of(name, x) for name, x in inputs.items()]
@@ -221,6 +212,13 @@ def _export_graph(
         raise UnsupportedError(f"{where}: expected opset {profile.opset}, the exporter made {found.opset}")
     onnx.checker.check_model(str(folder / file))
     return found
+
+
+def _dit(role: str, layout: StepLayout) -> Literal["whole", "part"] | None:
+    """How much of the DiT a graph computes."""
+    if role in ENDS or role == COMBINE:
+        return None
+    return "part" if layout.variant(role).reads else "whole"
 
 
 def _symbols(graph: Any) -> dict[str, str]:

@@ -151,7 +151,7 @@ class StepTimes(Value, frozen=True):
 
 def skipped_steps(plan: StepPlan) -> int:
     """Steps that run the skip graph."""
-    return sum(row.graph == "skip" for row in plan.rows)
+    return sum(row.cached for row in plan.rows)
 
 
 class Afforded(Value, frozen=True):

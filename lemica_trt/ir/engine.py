@@ -71,5 +71,5 @@ class EngineEntry(Value, frozen=True):
     builds: dict[Role, EngineBuild] = {}
 
     def __post_init__(self) -> None:
-        require("full" in self.files and "combine" in self.files, "engines need at least the roles full and combine")
+        require(bool(self.files), "an entry needs at least one engine")
         require(set(self.builds) <= set(self.files), "builds must be of roles in files")

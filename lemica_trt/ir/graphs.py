@@ -12,7 +12,8 @@ from lemica_trt.ir.profile import DType
 TensorDType = Literal["fp32", "fp16", "bf16", "int64", "int32", "uint8"]
 
 
-Role = Literal["full", "skip", "combine", "text_encoder", "vae_decoder"]
+Role = str
+"""Name of a graph: of a variant, `COMBINE`, of a text encoder, or `vae_decoder`."""
 
 
 class TensorSpec(Value, frozen=True):
@@ -40,6 +41,7 @@ class GraphSpec(Value, frozen=True):
         role: what it is for.
         file: path of the ONNX file, relative to the bundle.
         inputs, outputs: in graph order, after pruning; exactly what the file declares.
+        dit: how much of the DiT it computes; None: nothing.
         data_files: external-data files that the ONNX file names, relative to the bundle.
         opset: ONNX opset.
     """
@@ -49,13 +51,70 @@ class GraphSpec(Value, frozen=True):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     opset: int
+    dit: Literal["whole", "part"] | None = None
     data_files: tuple[str, ...] = ()
 
 
-class StepLayout(Value, frozen=True):
-    """The interface that all step graphs (full, skip, combine) of a bundle share; batch b, R = 2b if guided else b.
+class CacheSlot(Value, frozen=True):
+    """Something that some rows of a plan leave for later rows.
 
-    Inputs, each present only in the graphs that read it:
+    Attributes:
+        name: of the slot; a graph that writes it has an output of that name, one that reads it has inputs `name_k`.
+        depth: how many of the last rows that wrote it can be read.
+        kind: `blocks` = what a span of the DiT's blocks adds to the hidden stream; `guidance` = the difference of the
+            two branches' outputs.
+    """
+
+    name: str
+    depth: int
+    kind: Literal["blocks", "guidance"] = "blocks"
+
+    def __post_init__(self) -> None:
+        require(self.name.isidentifier(), f"the name of a cache slot must be an identifier, got {self.name!r}")
+        require(self.depth >= 1, f"cache slot {self.name}: depth must be at least 1, got {self.depth}")
+
+
+class Variant(Value, frozen=True):
+    """One way to run a step on the DiT; each is a graph of its own.
+
+    Attributes:
+        name: of the graph; what `PlanRow.variant` says.
+        expert: component of the pipeline that runs (Wan 2.2 has two).
+        branches: `both` branches of the guidance, or the `conditional` one alone.
+        reads: cache slots whose contents stand in for what is not computed; empty: everything is computed.
+        writes: cache slots that it fills.
+    """
+
+    name: str
+    expert: str = "transformer"
+    branches: Literal["both", "conditional"] = "both"
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+
+TRUNK = "trunk"
+"""The cache slot of LeMiCa: what all blocks together add to the hidden stream (arXiv 2511.00090, section 3)."""
+
+FULL = Variant(name="full")
+"""The whole DiT."""
+
+FULL_TO_CACHE = Variant(name="full", writes=(TRUNK,))
+"""The whole DiT, which also gives away its trunk residual."""
+
+SKIP = Variant(name="skip", reads=(TRUNK,))
+"""Embeddings and head alone; cached trunk residuals stand in for the blocks."""
+
+COMBINE = "combine"
+"""Name of the graph of rows that do not run the DiT."""
+
+RESERVED = ("latents", "outputs", "noise", "in_scale", "timestep", "reuse")
+"""Groups of coefficients that are not of a cache slot."""
+
+
+class StepLayout(Value, frozen=True):
+    """The interface that all step graphs of a bundle share; batch b, R = 2b if guided else b.
+
+    A step graph is one for each variant, and `COMBINE`. Inputs, each present only in the graphs that read it:
 
     | name | dtype, shape | graphs | |
     |---|---|---|---|
@@ -63,16 +122,18 @@ class StepLayout(Value, frozen=True):
     | `outputs_k`, k < output_history | fp32 [b, *latent_shape] | all | guided output m_{i−1−k} |
     | `noise` | fp32 [b, *latent_shape] | all, if stochastic | standard normal: the row's draws, mixed |
     | `coefficients` | fp32 [len(vector)] | all | see `offsets` |
-    | `guidance` | fp32 [b] | full, skip, if guided | g_i of each request |
-    | `prompt_embeds` | dtype [R, text_length, width] | full, skip | unconditional branches first, as diffusers has it |
-    | `residual_k`, k < residual_history | dtype [R, tokens, width] | skip | k-th last full row's trunk residual |
+    | `guidance` | fp32 [b] | variants, if guided | g_i of each request |
+    | each of `conditions` | as declared, first dimension R | variants | unconditional branches first |
+    | `SLOT_k`, k < its depth | dtype, first dimension R | variants that read it | of the k-th last row that wrote it |
 
-    Outputs: `latents` (x_i, fp32), `output` (m_i, fp32), and from full also `residual` (dtype), where any is read.
+    Outputs: `latents` (x_i, fp32), `output` (m_i, fp32), and each cache slot that the variant writes.
 
     Attributes:
         latent_shape: without batch.
         latent_history, output_history: depths, at least 1.
-        residual_history: depth; 0: no plan reads residuals, there is no skip graph.
+        conditions: what every variant is given beside the latents: prompt embeddings, masks, image latents.
+        caches: slots, by name.
+        variants: how a step can run, the one that computes everything first.
         stochastic: whether `noise` is an input.
         guided: whether both branches run.
     """
@@ -80,16 +141,53 @@ class StepLayout(Value, frozen=True):
     latent_shape: tuple[int, ...]
     latent_history: int
     output_history: int
-    residual_history: int = 1
+    conditions: tuple[TensorSpec, ...]
+    caches: tuple[CacheSlot, ...] = ()
+    variants: tuple[Variant, ...] = (FULL,)
     stochastic: bool = False
     guided: bool = True
+
+    def __post_init__(self) -> None:
+        slots = [slot.name for slot in self.caches]
+        require(len(set(slots)) == len(slots), f"cache slots must have different names, got {', '.join(slots)}")
+        require(not set(slots) & set(RESERVED), f"cache slots must not be named {', '.join(RESERVED)}")
+        names = self.step_graphs
+        require(len(set(names)) == len(names), f"variants must have different names, got {', '.join(names)}")
+        require(bool(self.variants) and not self.variants[0].reads, "the first variant must compute everything")
+        for variant in self.variants:
+            unknown = sorted({*variant.reads, *variant.writes} - set(slots))
+            require(not unknown, f"variant {variant.name} has cache slots that the layout has not: {unknown}")
+        require(
+            min(self.latent_history, self.output_history) >= 1, "latent_history and output_history must be at least 1"
+        )
+
+    @property
+    def step_graphs(self) -> tuple[str, ...]:
+        """Names of the step graphs: of the variants, and `COMBINE`."""
+        return (*(variant.name for variant in self.variants), COMBINE)
+
+    def variant(self, name: str) -> Variant:
+        """The variant of a name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        raise KeyError(name)
+
+    def depth(self, slot: str) -> int:
+        """How far back a cache slot is kept; 0: there is none of that name."""
+        return next((found.depth for found in self.caches if found.name == slot), 0)
 
     @property
     def offsets(self) -> dict[str, slice]:
         """Where each group of coefficients lies in the `coefficients` vector.
 
-        `reuse` (combine only) weighs outputs_k into the new output; `residuals` (skip only) weighs residual_k.
-        The vector is the same length for every graph; a graph ignores the groups that are not its own.
+        `reuse` (`COMBINE` only) weighs outputs_k into the new output; the group of a cache slot, under its name, weighs
+        what is read from it. The vector is the same length for every graph; a graph ignores the groups that are not
+        its own.
         """
         sizes = {
             "latents": self.latent_history,
@@ -97,7 +195,7 @@ class StepLayout(Value, frozen=True):
             "noise": 1,
             "in_scale": 1,
             "timestep": 1,
-            "residuals": self.residual_history,
+            **{slot.name: slot.depth for slot in self.caches},
             "reuse": self.output_history,
         }
         offsets, position = {}, 0
@@ -105,6 +203,34 @@ class StepLayout(Value, frozen=True):
             offsets[name] = slice(position, position + size)
             position += size
         return offsets
+
+
+def step_layout(
+    *,
+    latent_shape: tuple[int, ...],
+    latent_history: int,
+    output_history: int,
+    conditions: tuple[TensorSpec, ...] = (),
+    trunk_depth: int = 1,
+    stochastic: bool = False,
+    guided: bool = True,
+) -> StepLayout:
+    """The layout of one transformer that runs whole, or without its trunk where `trunk_depth` residuals are kept.
+
+    Args:
+        trunk_depth: 0: none is kept, there is no such variant.
+        others: as in `StepLayout`.
+    """
+    return StepLayout(
+        latent_shape=latent_shape,
+        latent_history=latent_history,
+        output_history=output_history,
+        conditions=conditions,
+        caches=(CacheSlot(name=TRUNK, depth=trunk_depth),) if trunk_depth else (),
+        variants=(FULL_TO_CACHE, SKIP) if trunk_depth else (FULL,),
+        stochastic=stochastic,
+        guided=guided,
+    )
 
 
 class GraphSet(Value, frozen=True):
@@ -134,10 +260,11 @@ class GraphSet(Value, frozen=True):
         raise KeyError(role)
 
 
-class TextSpec(Value, frozen=True):
-    """How a prompt becomes token ids, without transformers.
+class EncoderSpec(Value, frozen=True):
+    """How a prompt becomes conditions, without transformers: token ids, then a text encoder graph.
 
     Attributes:
+        graph: name of the text encoder graph; its outputs are conditions of the step layout.
         tokenizer: path of `tokenizer.json` in the bundle, read by the `tokenizers` library.
         length: number of ids, padded or cut to it (the last id of a cut prompt stays the end token).
         pad_id, end_id: token ids.
@@ -148,6 +275,7 @@ class TextSpec(Value, frozen=True):
     tokenizer: str
     length: int
     pad_id: int
+    graph: str = "text_encoder"
     end_id: int | None = None
     clean: Literal["none", "basic"] = "none"
     mask: bool = False

@@ -1,14 +1,15 @@
 """The static step plan: what the runtime does, row by row, with every decision already taken.
 
-A plan is a sampler table whose rows also say *which graph runs* and with which reuse coefficients:
+A plan is a sampler table whose rows also say *how the DiT runs*:
 
-    graph   latents x_i                    model output m_i
-    ------  -----------------------------  ------------------------------------------------------------
-    full    combination (see `sampler`)    the whole DiT; its trunk residual r joins the residual history
-    skip    combination                    head(embed(x_i, t_i) + Σ_k residuals[k]·r_{f_k})
-    none    combination                    Σ_k reuse[k]·m_{i−1−k}; in the last row nothing at all
+    row                       latents x_i                    model output m_i
+    ------------------------  -----------------------------  ----------------------------------------------------
+    variant, no caches        combination (see `sampler`)    the whole DiT; fills the cache slots that it writes
+    variant, with caches      combination                    the variant, Σ_k weights[k]·(slot of the k-th last row that
+                                                             wrote it) in place of what it does not compute
+    no variant                combination                    Σ_k reuse[k]·m_{i−1−k}; in the last row nothing at all
 
-f_k is the k-th last full row. LeMiCa (arXiv 2511.00090) reuses one residual as it is: residuals = (1.0,).
+LeMiCa (arXiv 2511.00090) reads the last trunk residual as it is: one slot, weights (1.0,).
 Histories count *rows*, that of the noise counts *draws*: where skipped steps are folded into the coefficients of the
 next row (see `fold`), a plan has fewer rows than the sampler has steps, a row may draw several times, and the runtime
 does not notice. Each step's noise is drawn in the same order, so that one seed means one video however it is run.
@@ -21,16 +22,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import Value, json_bytes, require, require_finite
-from lemica_trt.ir.graphs import GraphSet, StepLayout
+from lemica_trt.ir.graphs import COMBINE, TRUNK, GraphSet, StepLayout, TensorSpec, step_layout
 
-PLAN_FORMAT = 3
+PLAN_FORMAT = 4
 
 
 GUIDANCE_RANGE = (0.5, 1.75)
@@ -38,41 +38,67 @@ GUIDANCE_RANGE = (0.5, 1.75)
 both kinds, plans made at 4 lose at most 0.6 dB at 2 and at 7 against plans made there."""
 
 
-Graph = Literal["full", "skip", "none"]
+class CacheRead(Value, frozen=True):
+    """What a row reads from a cache slot: `weights[k]` of what the k-th last row that wrote the slot left there."""
+
+    slot: str
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        require(bool(self.weights), f"cache slot {self.slot} is read without weights")
+        require_finite(self.weights, f"weights of cache slot {self.slot}")
 
 
-class PlanRow(Value, frozen=True):
+def trunk_reads(*weights: float) -> tuple[CacheRead, ...]:
+    """The `caches` of a row that reads the last trunk residuals with these weights, and nothing else."""
+    return (CacheRead(slot=TRUNK, weights=weights),)
+
+
+class PlanRow(Value, frozen=True, omit_defaults=True):
     """One row; `latents`, `outputs`, `timestep`, `in_scale`, `guidance` as in `SamplerRow`.
 
     Attributes:
-        graph: which step graph runs on the combined latents.
+        variant: name of the layout's variant that runs on the combined latents; None: the DiT does not run.
         step: the denoising step, 0 … N, that the row stands for (N: the result).
         draws: how often fresh noise is drawn before the row.
         noise: coefficient of the k-th last draw at index k, this row's draws being the last.
-        residuals: full and none: empty; skip: coefficient of the k-th last full row's residual.
-        reuse: none: coefficient of m_{i−1−k}, empty in the last row; full and skip: empty.
+        caches: what is read from cache slots; empty where everything is computed.
+        reuse: coefficient of m_{i−1−k} in rows without a variant; empty in the last row.
     """
 
-    graph: Graph
     step: int
     latents: tuple[float, ...]
+    variant: str | None = None
     outputs: tuple[float, ...] = ()
     draws: int = 0
     noise: tuple[float, ...] = ()
     timestep: float | None = None
     in_scale: float = 1.0
     guidance: tuple[float, float] = (0.0, 1.0)
-    residuals: tuple[float, ...] = ()
+    caches: tuple[CacheRead, ...] = ()
     reuse: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("latents", "outputs", "noise", "residuals", "reuse", "guidance"):
+        for name in ("latents", "outputs", "noise", "reuse", "guidance"):
             require_finite(getattr(self, name), name)
         require_finite((self.in_scale, self.timestep or 0.0), "in_scale, timestep")
         require(self.draws >= 0, f"step {self.step}: draws must not be negative, got {self.draws}")
-        require(bool(self.residuals) == (self.graph == "skip"), f"step {self.step}: residuals belong to skip rows")
-        require(not self.reuse or self.graph == "none", f"step {self.step}: reuse belongs to rows without a graph")
-        require(self.graph == "none" or self.timestep is not None, f"step {self.step}: {self.graph} needs a timestep")
+        runs = self.variant is not None
+        require(runs or not self.caches, f"step {self.step}: caches belong to rows with a variant")
+        require(not (runs and self.reuse), f"step {self.step}: reuse belongs to rows without a variant")
+        require(not runs or self.timestep is not None, f"step {self.step}: variant {self.variant} needs a timestep")
+        slots = [read.slot for read in self.caches]
+        require(len(set(slots)) == len(slots), f"step {self.step}: a cache slot is read twice")
+
+    @property
+    def full(self) -> bool:
+        """Whether the row runs the DiT and computes everything."""
+        return self.variant is not None and not self.caches
+
+    @property
+    def cached(self) -> bool:
+        """Whether the row runs the DiT and reads caches."""
+        return self.variant is not None and bool(self.caches)
 
     @property
     def noise_scale(self) -> float:
@@ -102,7 +128,7 @@ class StepPlan(Value, frozen=True):
         reference_steps: M > N, where the run that the plan is held against is the sampler with M steps: what it was
             fitted to, integrated on (see `fold`), and chosen by. None: the N steps.
         guidance_range: lowest and highest guidance scale of a request; None: any.
-        format_version: 3.
+        format_version: 4.
     """
 
     name: str
@@ -144,18 +170,18 @@ class StepPlan(Value, frozen=True):
             )
             require(len(row.outputs) <= i, f"{where}.outputs: {len(row.outputs)} given, {i} exist there")
             require(len(row.reuse) <= i, f"{where}.reuse: {len(row.reuse)} given, {i} exist there")
-            require(
-                len(row.residuals) <= full, f"{where}.residuals: {len(row.residuals)} given, {full} full rows before it"
-            )
+            for read in row.caches:
+                given = len(read.weights)
+                require(given <= full, f"{where}: reads {read.slot} {given} full rows back, {full} are before it")
             draws += row.draws
             require(len(row.noise) <= draws, f"{where}.noise: {len(row.noise)} given, {draws} draws until there")
             require(
                 (row.step == self.num_steps) == last, f"{where}: the last row, and only it, has step {self.num_steps}"
             )
-            require(not last or (row.graph == "none" and not row.reuse), f"{where}: the last row only combines")
-            require(last or row.graph != "none" or bool(row.reuse), f"{where}: a row without a graph needs reuse")
-            previous, full = row.step, full + (row.graph == "full")
-        require(self.rows[0].graph == "full", "rows[0].graph must be full: there is nothing to reuse yet")
+            require(not last or (row.variant is None and not row.reuse), f"{where}: the last row only combines")
+            require(last or row.variant is not None or bool(row.reuse), f"{where}: a row without a variant needs reuse")
+            previous, full = row.step, full + row.full
+        require(self.rows[0].full, "rows[0] must compute everything: there is nothing to reuse yet")
 
     @property
     def rows_digest(self) -> str:
@@ -165,7 +191,7 @@ class StepPlan(Value, frozen=True):
     @property
     def full_steps(self) -> tuple[int, ...]:
         """The denoising steps that run the whole DiT."""
-        return tuple(row.step for row in self.rows if row.graph == "full")
+        return tuple(row.step for row in self.rows if row.full)
 
     @property
     def budget(self) -> int:
@@ -190,8 +216,12 @@ class StepPlan(Value, frozen=True):
         return max(max(len(row.outputs), len(row.reuse)) for row in self.rows)
 
     @property
-    def residual_history(self) -> int:
-        return max(len(row.residuals) for row in self.rows)
+    def cache_depths(self) -> dict[str, int]:
+        """Cache slot → how many rows back it is read at most."""
+        depths: dict[str, int] = {}
+        for read in (read for row in self.rows for read in row.caches):
+            depths[read.slot] = max(depths.get(read.slot, 0), len(read.weights))
+        return depths
 
     @property
     def noise_history(self) -> int:
@@ -210,22 +240,25 @@ def guidance_range(guidance_scale: float) -> tuple[float, float] | None:
     return GUIDANCE_RANGE[0] * guidance_scale, GUIDANCE_RANGE[1] * guidance_scale
 
 
-def layout_from_plans(plans: Sequence[StepPlan], *, latent_shape: tuple[int, ...], guided: bool) -> StepLayout:
-    """The smallest step layout that can run these plans; histories of latents and outputs at least 1 deep.
+def layout_from_plans(
+    plans: Sequence[StepPlan], *, latent_shape: tuple[int, ...], guided: bool, conditions: tuple[TensorSpec, ...] = ()
+) -> StepLayout:
+    """The smallest step layout of one transformer that can run these plans; histories at least 1 deep.
 
-    Where no plan has a row that reads residuals, `residual_history` is 0: no skip graph is needed, and the full graph
-    gives no residual away.
+    Where no plan reads trunk residuals, none are given away, and there is no variant that reads them.
 
     Args:
         plans: at least one.
         latent_shape: shape of the latents of one sample, without batch.
         guided: whether each request runs two branches.
+        conditions: see `StepLayout`; empty where only the rows are of interest.
     """
-    return StepLayout(
+    return step_layout(
         latent_shape=latent_shape,
         latent_history=max(1, *(plan.latent_history for plan in plans)),
         output_history=max(1, *(plan.output_history for plan in plans)),
-        residual_history=max(plan.residual_history for plan in plans),
+        conditions=conditions,
+        trunk_depth=max(plan.cache_depths.get(TRUNK, 0) for plan in plans),
         stochastic=any(plan.stochastic for plan in plans),
         guided=guided,
     )
@@ -248,10 +281,12 @@ def coefficient_vector(row: PlanRow, layout: StepLayout) -> npt.NDArray[np.float
         "noise": (row.noise_scale,),
         "in_scale": (row.in_scale,),
         "timestep": (0.0 if row.timestep is None else row.timestep,),
-        "residuals": row.residuals,
         "reuse": row.reuse,
+        **{read.slot: read.weights for read in row.caches},
     }
     offsets = layout.offsets
+    unknown = sorted(set(values) - set(offsets))
+    require(not unknown, f"step {row.step} reads cache slots that the graphs do not have: {', '.join(unknown)}")
     vector = np.zeros(max(part.stop for part in offsets.values()), np.float32)
     for name, numbers in values.items():
         part = offsets[name]
@@ -267,7 +302,7 @@ def coefficient_vector(row: PlanRow, layout: StepLayout) -> npt.NDArray[np.float
 def check_plan(plan: StepPlan, graphs: GraphSet) -> None:
     """Raise InputError unless these graphs can run the plan: their histories are deep enough and none is missing."""
     roles = {graph.role for graph in graphs.graphs}
-    needed = {"combine"} | {row.graph for row in plan.rows if row.graph != "none"}
+    needed = {COMBINE} | {row.variant for row in plan.rows if row.variant is not None}
     if not needed <= roles:
         raise InputError(
             f"plan {plan.name} needs the graphs {', '.join(sorted(needed))}, the bundle has {', '.join(sorted(roles))}",
@@ -276,5 +311,12 @@ def check_plan(plan: StepPlan, graphs: GraphSet) -> None:
     try:
         for row in plan.rows:
             coefficient_vector(row, graphs.layout)
-    except ValueError as error:
+            if row.variant is not None:
+                reads = graphs.layout.variant(row.variant).reads
+                asked = tuple(read.slot for read in row.caches)
+                require(
+                    sorted(asked) == sorted(reads),
+                    f"step {row.step}: {row.variant} reads {reads or 'no cache'}, the row gives weights of {asked}",
+                )
+    except (KeyError, ValueError) as error:
         raise InputError(f"plan {plan.name}: {error}", fix="rebuild the bundle for this plan") from None

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.ir.graphs import COMBINE, StepLayout
 from lemica_trt.ir.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans
 from lemica_trt.models.model import Model
-from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
+from lemica_trt.models.steps import step_modules
 
 
 class Rollout:
@@ -24,7 +24,7 @@ class Rollout:
         noise_history: how many draws a row mixes at most.
 
     Attributes:
-        latents, outputs, residuals: histories, newest first, as deep as the layout says.
+        latents, outputs, caches: histories, newest first, as deep as the layout says.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Rollout:
         guidance_scale: float | Tensor,
         noise_history: int = 0,
     ) -> None:
-        self._steps = {"full": FullStep(model, layout), "skip": SkipStep(model, layout), "none": CombineStep(layout)}
+        self._steps = step_modules(model, layout)
         self._layout = layout
         self._device = model.device
         self._embeds = prompt_embeds.to(model.device)
@@ -45,7 +45,7 @@ class Rollout:
         self._draws: list[Tensor] = []
         self.latents = [noise.to(model.device, torch.float32)]
         self.outputs: list[Tensor] = []
-        self.residuals: list[Tensor] = []
+        self.caches: dict[str, list[Tensor]] = {slot.name: [] for slot in layout.caches}
         self._scale = torch.as_tensor(guidance_scale).to(self.latents[0])
         self._blank = torch.zeros_like(self.latents[0])
 
@@ -57,7 +57,7 @@ class Rollout:
             draws: z fp32 [b, *latent_shape] of each of the row's draws, in order.
 
         Returns:
-            `latents`, `output`, and of full rows `residual` where the layout keeps any.
+            `latents`, `output`, and the cache slots that the row writes.
         """
         layout = self._layout
         offset, factor = row.guidance
@@ -72,16 +72,17 @@ class Rollout:
         for name, history, count in (
             ("latents", self.latents, layout.latent_history),
             ("outputs", self.outputs, layout.output_history),
-            ("residual", self.residuals, layout.residual_history),
+            *((slot.name, self.caches[slot.name], slot.depth) for slot in layout.caches),
         ):
             blank = torch.zeros_like(history[0]) if history else self._blank
             for k, tensor in enumerate([*history, *[blank] * count][:count]):
                 inputs[f"{name}_{k}"] = tensor
-        result: dict[str, Tensor] = self._steps[row.graph](inputs)
+        result: dict[str, Tensor] = self._steps[row.variant or COMBINE](inputs)
         self.latents = [result["latents"], *self.latents][: layout.latent_history]
         self.outputs = [result["output"], *self.outputs][: layout.output_history]
-        if "residual" in result:
-            self.residuals = [result["residual"], *self.residuals][: layout.residual_history]
+        for slot in layout.caches:
+            if slot.name in result:
+                self.caches[slot.name] = [result[slot.name], *self.caches[slot.name]][: slot.depth]
         return result
 
 
@@ -101,8 +102,7 @@ def denoise(
         prompt_embeds, noise: as in `Rollout`.
         guidance_scale: None: the plan's.
         fresh_noise: index of a row → z fp32 [b, *latent_shape]; called in row order, once for each draw of the row.
-        on_row: called behind each row with its outputs (`latents`, `output`, and of full rows `residual` where the
-            plan reads residuals).
+        on_row: called behind each row with its outputs: `latents`, `output`, and the cache slots that it writes.
 
     Returns:
         x_N, fp32 [b, *latent_shape], on the model's device.

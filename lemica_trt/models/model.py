@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.text import basic_clean
-from lemica_trt.ir.graphs import TextSpec
+from lemica_trt.ir.graphs import EncoderSpec, TensorSpec
 from lemica_trt.ir.profile import Profile
 from lemica_trt.models.family import DTYPES, Family, TextEncoder, VideoDecoder
 from lemica_trt.models.split import SplitTransformer, split_transformer
@@ -117,14 +118,24 @@ class Model:
         while True:
             yield torch.randn((1, *self.latent_shape), generator=generator)[0]
 
-    def text_spec(self, tokenizer: str) -> TextSpec:
+    @cached_property
+    def conditions(self) -> tuple[TensorSpec, ...]:
+        """What the DiT is given beside the latents; shapes only, nothing is computed."""
+        rows = "2*batch" if self.guided else "batch"
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            names = ("input_ids", "attention_mask") if self.family.text_mask else ("input_ids",)
+            ids = {n: torch.zeros((1, self.profile.text_length), dtype=torch.int64, device=self.device) for n in names}
+            embeds = self.text_encoder(ids)["prompt_embeds"]
+        return (TensorSpec(name="prompt_embeds", dtype=self.profile.dtype, shape=(rows, *embeds.shape[1:])),)
+
+    def text_spec(self, tokenizer: str) -> EncoderSpec:
         """How the runtime tokenises.
 
         Args:
             tokenizer: path of `tokenizer.json` (see `tokenizer_json`) in the bundle.
         """
         tokens = self.pipeline.tokenizer
-        return TextSpec(
+        return EncoderSpec(
             tokenizer=tokenizer,
             length=self.profile.text_length,
             pad_id=tokens.pad_token_id,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.ir.graphs import COMBINE, FULL, SKIP, TRUNK, StepLayout
 from lemica_trt.models.model import Model
 
 
@@ -47,7 +47,7 @@ class CombineStep(nn.Module):
 
 
 class FullStep(CombineStep):
-    """Combine, then the whole DiT under guidance; `latents`, `output`, and `residual` where the layout keeps any."""
+    """Combine, then the whole DiT under guidance; `latents`, `output`, and its trunk residual where one is kept."""
 
     def __init__(self, model: Model, layout: StepLayout) -> None:
         super().__init__(layout)
@@ -66,7 +66,7 @@ class FullStep(CombineStep):
         latents = self.combine(inputs)
         output, residual = self.dit(**self._dit_inputs(latents, inputs))
         result = {"latents": latents, "output": self._guide(output, inputs)}
-        return {**result, "residual": residual} if self.layout.residual_history else result
+        return {**result, TRUNK: residual} if self.layout.depth(TRUNK) else result
 
     def _dit_inputs(self, latents: Tensor, inputs: dict[str, Tensor]) -> dict[str, object]:
         sample = (self._coefficients(inputs, "in_scale")[0] * latents).to(self._dtype)
@@ -88,7 +88,7 @@ class FullStep(CombineStep):
 
 
 class SkipStep(FullStep):
-    """Combine, then the DiT with Σ residuals[k]·residual_k in place of its trunk; `latents`, `output`."""
+    """Combine, then the DiT with Σ_k weights[k]·trunk_k in place of its blocks; `latents`, `output`."""
 
     def _dit(self, model: Model) -> nn.Module:
         return model.split.skip
@@ -96,6 +96,16 @@ class SkipStep(FullStep):
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The skip graph."""
         latents = self.combine(inputs)
-        residual = self._mix(inputs, "residual", self.layout.residual_history, weights="residuals").to(self._dtype)
+        residual = self._mix(inputs, TRUNK, self.layout.depth(TRUNK)).to(self._dtype)
         output = self.dit(residual, **self._dit_inputs(latents, inputs))
         return {"latents": latents, "output": self._guide(output, inputs)}
+
+
+VARIANTS: dict[str, type[FullStep]] = {FULL.name: FullStep, SKIP.name: SkipStep}
+"""Variant → the module that runs it."""
+
+
+def step_modules(model: Model, layout: StepLayout) -> dict[str, CombineStep]:
+    """The step graphs of a layout as modules, by name."""
+    variants = {variant.name: VARIANTS[variant.name](model, layout) for variant in layout.variants}
+    return {**variants, COMBINE: CombineStep(layout)}

@@ -42,7 +42,7 @@ def fold(plan: StepPlan) -> StepPlan:
         A plan of the same steps, latents and draws; the same plan where there is nothing to fold.
     """
     rows = plan.rows
-    kept = [i for i, row in enumerate(rows) if row.graph != "none" or row is rows[-1]]
+    kept = [i for i, row in enumerate(rows) if row.variant is not None or row is rows[-1]]
     if len(kept) == len(rows):
         return plan
     draws = np.cumsum([0, *(row.draws for row in rows)])  # draws before each row

@@ -14,7 +14,12 @@ from lemica_trt.ir.plan import PlanRow, StepPlan
 FULL, MIXED, SKIP, NONE = "■", "▪", "·", " "
 """Marks of a timeline: the whole DiT; several steps a mark, some of them full; the skip graph; no graph at all."""
 
-STYLES = {"full": "bold", "skip": "dim", "none": "dim italic"}
+
+STYLES = {FULL: "bold", SKIP: "dim", NONE: "dim italic"}
+
+
+def _mark(row: PlanRow) -> str:
+    return FULL if row.full else SKIP if row.cached else NONE
 
 
 def timeline_text(plan: StepPlan, width: int) -> str:
@@ -32,7 +37,7 @@ def timeline_text(plan: StepPlan, width: int) -> str:
         raise ValueError(f"width must be at least 1, got {width}")
     marks = [NONE] * plan.num_steps
     for row in plan.rows[:-1]:
-        marks[row.step] = {"full": FULL, "skip": SKIP, "none": NONE}[row.graph]
+        marks[row.step] = _mark(row)
     if plan.num_steps <= width:
         return "".join(marks)
     bounds = [plan.num_steps * k // width for k in range(width + 1)]
@@ -61,7 +66,7 @@ def plan_table(plan: StepPlan) -> RenderableType:
     columns = {
         "step": [str(row.step) for row in rows],
         "timestep": ["" if row.timestep is None else f"{row.timestep:.6g}" for row in rows],
-        "graph": ["result" if row is rows[-1] else row.graph for row in rows],
+        "graph": ["result" if row is rows[-1] else row.variant or "" for row in rows],
         "latents": [_numbers(row.latents) for row in rows],
         "outputs": [_numbers(row.outputs) for row in rows],
     }
@@ -71,15 +76,17 @@ def plan_table(plan: StepPlan) -> RenderableType:
         columns["in scale"] = [_numbers((row.in_scale,)) for row in rows[:-1]] + [""]
     if any(row.guidance != (0.0, 1.0) for row in rows):
         columns["guidance"] = [_guidance(row) for row in rows[:-1]] + [""]
-    if any(row.residuals not in ((), (1.0,)) for row in rows):
-        columns["residuals"] = [_numbers(row.residuals) for row in rows]
+    for slot in plan.cache_depths:
+        weights = [next((read.weights for read in row.caches if read.slot == slot), ()) for row in rows]
+        if any(numbers not in ((), (1.0,)) for numbers in weights):
+            columns[slot] = [_numbers(numbers) for numbers in weights]
     if any(row.reuse for row in rows):
         columns["reuse"] = [_numbers(row.reuse) for row in rows]
     for name in columns:
         right = name in ("step", "timestep")
         table.add_column(name, justify="right" if right else "left", no_wrap=name in ("step", "timestep", "graph"))
     for row, cells in zip(rows, zip(*columns.values())):
-        table.add_row(*cells, style=STYLES[row.graph] if row is not rows[-1] else "")
+        table.add_row(*cells, style=STYLES[_mark(row)] if row is not rows[-1] else "")
     return Group(Text(title, style="bold"), Text(timeline_text(plan, 100)), table)
 
 

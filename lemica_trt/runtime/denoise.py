@@ -22,8 +22,8 @@ import numpy as np
 
 from lemica_trt.backends.base import NUMPY_DTYPES, Array, Backend, Buffer, Call, Engine, decode, encode
 from lemica_trt.core.errors import InputError, UsageError
-from lemica_trt.ir.graphs import GraphSet, Role, TensorDType, TensorSpec
-from lemica_trt.ir.plan import Graph, StepPlan, check_plan, coefficient_vector
+from lemica_trt.ir.graphs import COMBINE, GraphSet, Role, TensorDType, TensorSpec
+from lemica_trt.ir.plan import StepPlan, check_plan, coefficient_vector
 
 PROGRAMS = 16
 """How many (plan, batch) pairs stay prepared; the one used longest ago goes first."""
@@ -40,14 +40,16 @@ class RowDone:
     Attributes:
         index, rows: rows 0 … index of `rows` are done.
         step: the denoising step that the row stands for.
-        graph: what ran.
+        full: whether it computed everything.
+        variant: what ran; None: the DiT did not.
         seconds: wall-clock time of the row, waiting for the device included.
     """
 
     index: int
     rows: int
     step: int
-    graph: Graph
+    full: bool
+    variant: str | None
     seconds: float
 
 
@@ -76,10 +78,10 @@ class _Buffers:
 
     latents: _Ring
     outputs: _Ring
-    residuals: _Ring | None
+    caches: dict[str, _Ring]
     zeros: Buffer
     noise: Buffer | None
-    prompt_embeds: Buffer
+    conditions: dict[str, Buffer]
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Denoiser:
     Args:
         backend: where the engines were loaded.
         graphs: the bundle's graphs; `layout` is the contract.
-        engines: by role, at least full and combine.
+        engines: by name of the graph.
     """
 
     def __init__(self, backend: Backend, graphs: GraphSet, engines: Mapping[Role, Engine]) -> None:
@@ -121,7 +123,7 @@ class Denoiser:
     def run(
         self,
         plan: StepPlan,
-        prompt_embeds: Array,
+        conditions: Mapping[str, Array],
         noise: Array,
         guidance: Array | None = None,
         *,
@@ -132,7 +134,8 @@ class Denoiser:
 
         Args:
             plan: any plan that fits the graphs.
-            prompt_embeds: numbers, [R, text_length, width]; R = 2b under guidance, unconditional branches first.
+            conditions: numbers, by the names and of the shapes of the layout's `conditions`; first dimension R = 2b
+                under guidance, unconditional branches first.
             noise: float32 [b, *latent_shape], the initial noise x_{−1}.
             guidance: the guidance scale of each request, [b]; None exactly where the layout is not guided.
             draw: fresh noise; needed exactly by stochastic plans.
@@ -147,12 +150,12 @@ class Denoiser:
             EngineError: an engine failed.
         """
         with self._lock:
-            return self._backend.download(self._run(plan, prompt_embeds, noise, guidance, draw, on_row))
+            return self._backend.download(self._run(plan, conditions, noise, guidance, draw, on_row))
 
     def run_on_device(
         self,
         plan: StepPlan,
-        prompt_embeds: Array,
+        conditions: Mapping[str, Array],
         noise: Array,
         guidance: Array | None = None,
         *,
@@ -165,12 +168,12 @@ class Denoiser:
             `__cuda_array_interface__`, with the stream that its reader must wait for.
         """
         with self._lock:
-            return self._run(plan, prompt_embeds, noise, guidance, draw, None)
+            return self._run(plan, conditions, noise, guidance, draw, None)
 
     def _run(
         self,
         plan: StepPlan,
-        prompt_embeds: Array,
+        conditions: Mapping[str, Array],
         noise: Array,
         guidance: Array | None,
         draw: DrawNoise | None,
@@ -188,7 +191,12 @@ class Denoiser:
         program = self._program(plan, batch)
         buffers = program.buffers
         self._upload("noise", noise, buffers.latents[-1])
-        self._upload("prompt_embeds", prompt_embeds, buffers.prompt_embeds)
+        if set(conditions) != set(buffers.conditions):
+            raise InputError(
+                f"conditions must be {', '.join(sorted(buffers.conditions))}, got {', '.join(sorted(conditions))}"
+            )
+        for name, buffer in buffers.conditions.items():
+            self._upload(name, conditions[name], buffer)
         if guidance is not None:
             for (offset, factor), buffer in program.guidance.items():
                 self._upload("guidance", offset + factor * np.asarray(guidance, np.float64), buffer)
@@ -203,7 +211,7 @@ class Denoiser:
             call.run()
             if on_row is not None:
                 self._backend.synchronize()
-                on_row(RowDone(index, len(plan.rows), row.step, row.graph, perf_counter() - start))
+                on_row(RowDone(index, len(plan.rows), row.step, row.full, row.variant, perf_counter() - start))
         return program.result
 
     def _upload(self, name: str, array: Array, buffer: Buffer) -> None:
@@ -234,28 +242,24 @@ class Denoiser:
         buffers = self._allocate(batch)
         guidance: dict[tuple[float, float], Buffer] = {}
         calls = []
-        full = 0  # full rows before this one
+        written = dict.fromkeys(buffers.caches, 0)  # rows before this one that wrote each cache slot
         for i, row in enumerate(plan.rows):
-            role: Role = "combine" if row.graph == "none" else row.graph
+            role = row.variant or COMBINE
             graph = self._graphs.graph(role)
-            tensors = {
-                "prompt_embeds": buffers.prompt_embeds,
-                "coefficients": self._constant(coefficient_vector(row, layout)),
-            }
+            tensors = {**buffers.conditions, "coefficients": self._constant(coefficient_vector(row, layout))}
             tensors.update({f"latents_{j}": buffers.latents[i - 1 - j] for j in range(layout.latent_history)})
             tensors.update({f"outputs_{k}": buffers.outputs[i - 1 - k] for k in range(layout.output_history)})
             tensors.update({"latents": buffers.latents[i], "output": buffers.outputs[i]})
             if buffers.noise is not None:
                 tensors["noise"] = buffers.noise if row.noise else buffers.zeros
-            if layout.guided and row.graph != "none":
+            if layout.guided and row.variant is not None:
                 if row.guidance not in guidance:
                     guidance[row.guidance] = self._backend.empty((batch,), "fp32")
                 tensors["guidance"] = guidance[row.guidance]
-            if buffers.residuals is not None:
-                tensors["residual"] = buffers.residuals[full]
-                tensors.update(
-                    {f"residual_{k}": buffers.residuals[full - 1 - k] for k in range(layout.residual_history)}
-                )
+            for slot in layout.caches:
+                ring, count = buffers.caches[slot.name], written[slot.name]
+                tensors[slot.name] = ring[count]
+                tensors.update({f"{slot.name}_{k}": ring[count - 1 - k] for k in range(slot.depth)})
             if role not in self._engines:
                 raise InputError(
                     f"plan {plan.name} needs the {role} graph, no engine was built of it", fix="rebuild the bundle"
@@ -265,35 +269,47 @@ class Denoiser:
             if unknown:
                 raise InputError(f"the {role} graph has tensors that the step layout does not: {', '.join(unknown)}")
             calls.append(self._engines[role].bind({name: tensors[name] for name in names}))
-            full += row.graph == "full"
+            for name in layout.variant(row.variant).writes if row.variant is not None else ():
+                written[name] += 1
         starts = [i for i, row in enumerate(plan.rows) if i == 0 or row.draws or row.noise]
         spans = [(start, self._backend.join(calls[start:end])) for start, end in zip(starts, [*starts[1:], None])]
         return _Program(buffers, tuple(enumerate(calls)), tuple(spans), guidance, buffers.latents[len(plan.rows) - 1])
 
     def _allocate(self, batch: int) -> _Buffers:
         if batch not in self._buffers:
-            layout, full = self._graphs.layout, self._graphs.graph("full")
+            layout = self._graphs.layout
             samples = 2 * batch if layout.guided else batch
             shape = (batch, *layout.latent_shape)
             zeros = self._zeros(shape, "fp32")
-            residuals = None
-            residual = next((tensor for tensor in full.outputs if tensor.name == "residual"), None)
-            if residual is not None:
-                rest, depth = (samples, *_static(residual)), layout.residual_history
-                # A full row reads no residual, so that it may overwrite the oldest; skip rows with fewer full rows
-                # behind them than the history is deep read zeros.
-                before = self._zeros(rest, residual.dtype) if depth > 1 else zeros
-                residuals = _Ring(self._slots(depth, rest, residual.dtype), before, 0)
-            embeds = next(tensor for tensor in full.inputs if tensor.name == "prompt_embeds")
+            caches = {}
+            for slot in layout.caches:
+                tensor = self._written(slot.name)
+                kept = (samples, *_static(tensor))
+                # A row that reads a slot and writes it must not overwrite what it reads: one more than the depth then.
+                extra = any(slot.name in v.reads and slot.name in v.writes for v in layout.variants)
+                # Rows with fewer writers before them than the slot is deep read zeros.
+                before = self._zeros(kept, tensor.dtype) if slot.depth > 1 else zeros
+                caches[slot.name] = _Ring(self._slots(slot.depth + extra, kept, tensor.dtype), before, 0)
             self._buffers[batch] = _Buffers(
                 latents=_Ring(self._slots(layout.latent_history + 1, shape, "fp32"), zeros, -1),
                 outputs=_Ring(self._slots(layout.output_history + 1, shape, "fp32"), zeros, 0),
-                residuals=residuals,
+                caches=caches,
                 zeros=zeros,
                 noise=self._backend.empty(shape, "fp32") if layout.stochastic else None,
-                prompt_embeds=self._backend.empty((samples, *_static(embeds)), embeds.dtype),
+                conditions={
+                    tensor.name: self._backend.empty((samples, *_static(tensor)), tensor.dtype)
+                    for tensor in layout.conditions
+                },
             )
         return self._buffers[batch]
+
+    def _written(self, slot: str) -> TensorSpec:
+        """The output of a graph that fills a cache slot."""
+        for variant in self._graphs.layout.variants:
+            if slot in variant.writes:
+                outputs = self._graphs.graph(variant.name).outputs
+                return next(tensor for tensor in outputs if tensor.name == slot)
+        raise InputError(f"no graph writes cache slot {slot}", fix="rebuild the bundle")
 
     def _slots(self, count: int, shape: tuple[int, ...], dtype: TensorDType) -> tuple[Buffer, ...]:
         return tuple(self._backend.empty(shape, dtype) for _ in range(count))

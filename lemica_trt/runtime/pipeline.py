@@ -110,7 +110,7 @@ class Pipeline:
         self.default_plan = bundle.plan(plan).name
         self._plans: dict[str, StepPlan] = {}
         self._backend = open_backend(entry.key, settings)
-        self._tokenizer = PromptTokenizer(manifest.text, bundle.read_bytes(manifest.text.tokenizer))
+        self._encoders = [PromptTokenizer(spec, bundle.read_bytes(spec.tokenizer)) for spec in manifest.encoders]
         self._lock = threading.Lock()
         self._engines: dict[Role, Engine] = {}
         for graph in manifest.graphs.graphs:
@@ -198,22 +198,26 @@ class Pipeline:
             results += self._run_batch(part, chosen, progress)
         return results
 
-    def encode(self, prompt: str) -> Array:
-        """The text encoder's output for one prompt, float32 or float16 [text_length, width].
+    def encode(self, prompt: str) -> dict[str, Array]:
+        """The conditions that the text encoders make of one prompt: name → array without batch.
 
         Raises:
             UsageError: the bundle has no text encoder.
             InputError: the prompt is not text.
         """
-        ids, mask = self._tokenizer.ids(prompt)
-        inputs = {"input_ids": ids[None], "attention_mask": mask[None]}
-        if not self.bundle.manifest.text.mask:
-            del inputs["attention_mask"]
-        return cast(Array, self.run_graph("text_encoder", inputs)["prompt_embeds"][0])
+        conditions = {}
+        for tokenizer in self._encoders:
+            ids, mask = tokenizer.ids(prompt)
+            inputs = {"input_ids": ids[None], "attention_mask": mask[None]}
+            if not tokenizer.spec.mask:
+                del inputs["attention_mask"]
+            found = self.run_graph(tokenizer.spec.graph, inputs)
+            conditions.update({name: array[0] for name, array in found.items()})
+        return conditions
 
     def latents(
         self,
-        prompt_embeds: Array,
+        conditions: Mapping[str, Array],
         noise: Array,
         *,
         guidance_scale: float | Array | None = None,
@@ -221,10 +225,11 @@ class Pipeline:
         seeds: Sequence[SupportsIndex] | None = None,
         on_step: OnRow | None = None,
     ) -> Array:
-        """Denoise given noise under given embeddings; what `run` does between `encode` and `decode`.
+        """Denoise given noise under given conditions; what `run` does between `encode` and `decode`.
 
         Args:
-            prompt_embeds: [R, text_length, width]; R = 2b under guidance, unconditional branches first.
+            conditions: by name, each of the layout's shape with first dimension R = 2b under guidance, unconditional
+                branches first.
             noise: float32 [b, *latent_shape].
             guidance_scale: one, or one for each request [b]; None: the plan's. Guided bundles only.
             plan: a name, any plan that fits the graphs, or None: the default.
@@ -240,7 +245,7 @@ class Pipeline:
         generators = [Generator(seed) for seed in seeds or ()]
         for generator in generators:
             self._noise(generator)
-        return self._denoise(chosen, prompt_embeds, noise, guidance_scale, generators, on_step)
+        return self._denoise(chosen, conditions, noise, guidance_scale, generators, on_step)
 
     def decode(self, latents: Array) -> Array:
         """The VAE decoder's frames for one request: float32 `latent_shape` → uint8 [F, H, W, 3].
@@ -295,16 +300,17 @@ class Pipeline:
     def _run_batch(self, requests: Sequence[Request], plan: StepPlan, on_step: OnRow | None) -> list[Result]:
         """Requests without None, at most max_batch."""
         start = perf_counter()
-        embeds = [self.encode(request.prompt) for request in requests]
+        encoded_prompts = [self.encode(request.prompt) for request in requests]
         scales = None
         if self.bundle.manifest.graphs.layout.guided:
             negative = {text: self.encode(text) for text in {str(request.negative_prompt) for request in requests}}
-            embeds = [negative[str(request.negative_prompt)] for request in requests] + embeds
+            encoded_prompts = [negative[str(request.negative_prompt)] for request in requests] + encoded_prompts
             scales = np.array([request.guidance_scale for request in requests], np.float64)
         encoded = perf_counter()
         generators = [Generator(request.seed) for request in requests]
         noise = np.stack([self._noise(generator) for generator in generators])
-        latents = self._denoise(plan, np.stack(embeds), noise, scales, generators, on_step)
+        conditions = {name: np.stack([each[name] for each in encoded_prompts]) for name in encoded_prompts[0]}
+        latents = self._denoise(plan, conditions, noise, scales, generators, on_step)
         denoised = perf_counter()
         results = []
         for sample in latents:
@@ -321,7 +327,7 @@ class Pipeline:
     def _denoise(
         self,
         plan: StepPlan,
-        prompt_embeds: Array,
+        conditions: Mapping[str, Array],
         noise: Array,
         guidance_scale: float | Array | None,
         generators: Sequence[Generator],
@@ -341,7 +347,7 @@ class Pipeline:
 
         with self._lock:
             latents = self._denoiser.run(
-                plan, prompt_embeds, noise, guidance, draw=draw if generators else None, on_row=on_step
+                plan, conditions, noise, guidance, draw=draw if generators else None, on_row=on_step
             )
         if not np.isfinite(latents).all():
             raise EngineError(
@@ -353,6 +359,11 @@ class Pipeline:
         """As diffusers draws for one request, float32 `latent_shape`."""
         return generator.randn(self.bundle.manifest.graphs.layout.latent_shape)
 
+    def _require_text(self, prompt: str) -> None:
+        """Raise InputError unless every tokenizer takes the prompt."""
+        for tokenizer in self._encoders:
+            tokenizer.ids(prompt)
+
     def _plan(self, name: str | None) -> StepPlan:
         name = self.default_plan if name is None else name
         if name not in self._plans:
@@ -362,7 +373,7 @@ class Pipeline:
     def _complete(self, request: Request, plan: StepPlan) -> Request:
         """Check a request and put in the defaults."""
         Generator(request.seed)
-        self._tokenizer.ids(request.prompt)
+        self._require_text(request.prompt)
         if not self.bundle.manifest.graphs.layout.guided:
             if request.guidance_scale is not None or request.negative_prompt is not None:
                 raise UsageError(_UNGUIDED)
@@ -374,7 +385,7 @@ class Pipeline:
         negative = request.negative_prompt
         if negative is None:
             negative = self.bundle.manifest.profile.sampling.negative_prompt
-        self._tokenizer.ids(negative)
+        self._require_text(negative)
         return dataclasses.replace(request, guidance_scale=float(scale), negative_prompt=negative)
 
 

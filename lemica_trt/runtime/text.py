@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.text import basic_clean
-from lemica_trt.ir.graphs import TextSpec
+from lemica_trt.ir.graphs import EncoderSpec
 
 Ids = npt.NDArray[np.int64]
 
@@ -26,7 +26,7 @@ class PromptTokenizer:
         InputError: the content is not a tokenizer.
     """
 
-    def __init__(self, spec: TextSpec, tokenizer: bytes) -> None:
+    def __init__(self, spec: EncoderSpec, tokenizer: bytes) -> None:
         from tokenizers import Tokenizer
 
         self.spec = spec

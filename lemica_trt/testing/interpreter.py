@@ -59,14 +59,15 @@ def interpret(
         if row.noise:
             x = x + row.noise_scale * mix(row.noise_weights, draws, like=noise)
         latents.append(x)
-        if row.graph == "none":
+        if row.variant is None:
             outputs.append(mix(row.reuse, outputs, like=noise))
-        elif row.graph == "full":
+        elif row.full:
             output, residual = network.full(row, row.in_scale * x)
             outputs.append(output)
             residuals.append(residual)
         else:
-            residual = mix(row.residuals, residuals, like=residuals[-1])
+            (read,) = row.caches
+            residual = mix(read.weights, residuals, like=residuals[-1])
             outputs.append(network.head(row, row.in_scale * x, residual))
     return list(zip(plan.rows, latents[1:]))
 
@@ -97,7 +98,7 @@ def run_plan(plan: StepPlan, seed: int = 0, dtype: Any = np.float64) -> list[Arr
         return random.standard_normal(SIZE).astype(dtype)
 
     *rows, (_, result) = interpret(plan, Waves(), draw(), lambda row: draw())
-    return [*(x for row, x in rows if row.graph != "none"), result]
+    return [*(x for row, x in rows if row.variant is not None), result]
 
 
 def deviation(a: list[Array], b: list[Array]) -> float:

@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lemica_trt.bundle.manifest import Manifest
-from lemica_trt.ir.graphs import GraphSet, Role
+from lemica_trt.core.errors import UnsupportedError
+from lemica_trt.ir.graphs import GraphSet
 
 MODELS: dict[str, str] = {
     "text_encoder": "text_encoder.py",
@@ -54,13 +55,18 @@ class Interface:
 
 
 def embeds_of(graphs: GraphSet) -> Port:
-    """Prompt embeddings: as the text encoder gives them; as the DiT takes them where there is none."""
-    role: Role = "full"
-    tensors = graphs.graph(role).inputs
-    if any(graph.role == "text_encoder" for graph in graphs.graphs):
-        tensors = graphs.graph("text_encoder").outputs
-    tensor = next(tensor for tensor in tensors if tensor.name == "prompt_embeds")
-    return Port("prompt_embeds", _DTYPES[tensor.dtype], tuple(int(size) for size in tensor.shape[1:]))
+    """The prompt's condition: as the text encoder gives it; as the DiT takes it where there is none.
+
+    Raises:
+        UnsupportedError: the DiT takes several conditions.
+    """
+    if len(graphs.layout.conditions) != 1:
+        names = ", ".join(condition.name for condition in graphs.layout.conditions)
+        raise UnsupportedError(f"expected one condition to serve, the bundle's DiT takes {names or 'none'}")
+    (tensor,) = graphs.layout.conditions
+    encoded = (output for graph in graphs.graphs if graph.role == "text_encoder" for output in graph.outputs)
+    tensor = next((output for output in encoded if output.name == tensor.name), tensor)
+    return Port(tensor.name, _DTYPES[tensor.dtype], tuple(int(size) for size in tensor.shape[1:]))
 
 
 def interfaces(manifest: Manifest) -> dict[str, Interface]:
@@ -68,7 +74,7 @@ def interfaces(manifest: Manifest) -> dict[str, Interface]:
     graphs = manifest.graphs
     embeds = embeds_of(graphs)
     latents = Port("latents", "FP32", graphs.layout.latent_shape)
-    taken = (embeds, Port("negative_prompt_embeds", embeds.dtype, embeds.dims)) if graphs.layout.guided else (embeds,)
+    taken = (embeds, Port(f"negative_{embeds.name}", embeds.dtype, embeds.dims)) if graphs.layout.guided else (embeds,)
     progress = (Port("step", "INT32", (1,)), Port("num_steps", "INT32", (1,)))
     found = {
         "denoiser": Interface(taken, (latents,)),

@@ -59,7 +59,8 @@ BUCKETS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0]
 
 T = TypeVar("T")
 
-STEP_ROLES: tuple[Role, ...] = ("full", "skip", "combine")
+STEP_KINDS = ("full", "skipped")
+"""Labels of the step metric."""
 
 
 class Ended(LemicaError):
@@ -73,12 +74,12 @@ class Ended(LemicaError):
 # ---------------------------------------------------------------- at load
 
 
-def start(pb_utils: Any, args: Mapping[str, str], roles: Collection[Role]) -> tuple[Pipeline, dict[str, str]]:
+def start(pb_utils: Any, args: Mapping[str, str], roles: Collection[Role] | None) -> tuple[Pipeline, dict[str, str]]:
     """Check the server and the bundle, and load the engines of some roles.
 
     Args:
         args: of `initialize`.
-        roles: see `Bundle.pipeline`.
+        roles: which graphs; None: those of the denoising steps.
 
     Returns:
         The pipeline, and the parameters of config.pbtxt.
@@ -90,6 +91,7 @@ def start(pb_utils: Any, args: Mapping[str, str], roles: Collection[Role]) -> tu
     # Not by CUDA_VISIBLE_DEVICES: the backend names devices to this process as the server counts them.
     device = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else 0
     threads = int(parameters["threads"]) or None
+    roles = bundle.manifest.graphs.layout.step_graphs if roles is None else roles
     return Pipeline(bundle, backend=parameters["backend"], device=device, threads=threads, roles=roles), parameters
 
 
@@ -386,7 +388,7 @@ class Batches:
     """Runs jobs together where that changes no bit of any result.
 
     Args:
-        pipeline: with the engines of `STEP_ROLES`.
+        pipeline: with the engines of the denoising steps.
         rule: `exact`: together if measured equal, else one by one; `off`: one by one.
 
     Attributes:
@@ -401,6 +403,7 @@ class Batches:
         self._guided = graphs.layout.guided
         self.plans = {name: pipeline.bundle.plan(name) for name in pipeline.bundle.plans}
         embeds = embeds_of(graphs)
+        self.condition = embeds.name
         self.embeds_shape = embeds.dims
         self.embeds_dtype: Any = {"FP32": np.float32, "FP16": np.float16}[embeds.dtype]
         self.size = self.equal_up_to(graphs.max_batch) if rule == "exact" else 1
@@ -459,7 +462,7 @@ class Batches:
             embeds = [job.embeds[0] for job in jobs] + embeds
             scales = np.array([job.guidance_scale for job in jobs], np.float64)
         return self._pipeline.latents(
-            np.stack(embeds),
+            {self.condition: np.stack(embeds)},
             np.stack([Generator(job.seed).randn(shape) for job in jobs]),
             guidance_scale=scales,
             plan=jobs[0].plan,
@@ -474,13 +477,13 @@ class Batches:
 
 def _first_rows(plan: StepPlan) -> StepPlan:
     """The rows of a plan until each kind of row has run, closed by a row that gives the latents."""
-    kinds = {row.graph for row in plan.rows[:-1]}
+    kinds = {row.variant for row in plan.rows[:-1]}
     rows: list[PlanRow] = []
     for row in plan.rows[:-1]:
         rows.append(row)
-        if {row.graph for row in rows} == kinds:
+        if {row.variant for row in rows} == kinds:
             break
-    last = PlanRow(graph="none", step=plan.num_steps, latents=(1.0,), outputs=(-0.1,))
+    last = PlanRow(step=plan.num_steps, latents=(1.0,), outputs=(-0.1,))
     return StepPlan(
         name="probe",
         num_steps=plan.num_steps,
@@ -526,7 +529,7 @@ class Metrics:
         self._steps = {
             (plan, kind): self._families["steps"].Metric(labels={"model": model, "plan": plan, "kind": kind})
             for plan in plans
-            for kind in ("full", "skipped")
+            for kind in STEP_KINDS
         }
         self._requests = {
             (plan, outcome): self._families["requests"].Metric(
@@ -557,9 +560,9 @@ class Metrics:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             self._gauges["resident"].set(float(pages * os.sysconf("SC_PAGE_SIZE")))
 
-    def row(self, plan: str, graph: str, requests: int) -> None:
+    def row(self, plan: str, full: bool, requests: int) -> None:
         """A row has run for some requests."""
-        self._steps[plan, "full" if graph == "full" else "skipped"].increment(float(requests))
+        self._steps[plan, STEP_KINDS[not full]].increment(float(requests))
 
     def request(self, plan: str, outcome: str, seconds: float | None = None) -> None:
         """A request has ended."""

@@ -33,7 +33,7 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import EngineError, MissingDependencyError, UsageError
 from lemica_trt.core.files import mapped
 from lemica_trt.ir.engine import EngineBuild, EngineEntry
-from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role, StepLayout, TensorSpec
+from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role, TensorSpec, step_layout
 from lemica_trt.ir.profile import DType
 
 ROOT = Path(__file__).parents[2]
@@ -65,11 +65,12 @@ def spec(role: Role, dtype: DType, batch: str | int = "batch") -> GraphSpec:
     """A graph y = x·W of [batch, 16]."""
     x = TensorSpec(name="x", dtype=dtype, shape=(batch, 16))
     y = msgspec.structs.replace(x, name="y")
-    return GraphSpec(role=role, file=f"onnx/{role}.onnx", inputs=(x,), outputs=(y,), opset=20)
+    dit = {"full": "whole", "skip": "part"}.get(role)
+    return GraphSpec(role=role, file=f"onnx/{role}.onnx", inputs=(x,), outputs=(y,), opset=20, dit=dit)  # type: ignore
 
 
 def graph_set(*graphs: GraphSpec, dtype: DType, max_batch: int = 3) -> GraphSet:
-    layout = StepLayout(latent_shape=(16,), latent_history=1, output_history=1)
+    layout = step_layout(latent_shape=(16,), latent_history=1, output_history=1)
     return GraphSet(dtype=dtype, layout=layout, max_batch=max_batch, graphs=graphs)
 
 
@@ -684,7 +685,7 @@ def test_one_command_builds_for_two_backends(
     both = ("--backend", "onnxruntime", "--backend", "tensorrt-rtx", "--builder-optimization-level", "0")
     done = lemica("engine", work, *both, "--output", tmp_path / "bundle", "--json")
     assert done.returncode == 0, done.stderr
-    engines = msgspec.convert(json.loads(done.stdout)["engines"], list[EngineEntry])
+    engines = msgspec.convert(json.loads(done.stdout)["buckets"]["5x32x32"]["engines"], list[EngineEntry])
     assert [entry.key.backend for entry in engines] == ["onnxruntime", "tensorrt-rtx"]
     assert engines[0].builds == {} and isinstance(engines[1].builds["full"], EngineBuild)
     assert engines[0].key.graphs_digest == engines[1].key.graphs_digest

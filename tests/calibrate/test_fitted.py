@@ -173,7 +173,7 @@ def test_fitted_plans_are_what_the_fit_ran(tmp_path: Path, monkeypatch: pytest.M
 
     def watched(self: Rollout, row: PlanRow, draws: Any = ()) -> dict[str, torch.Tensor]:
         result = call(self, row, draws)
-        finals.extend([result["latents"]] if row.graph == "none" else [])
+        finals.extend([result["latents"]] if row.variant is None else [])
         return result
 
     monkeypatch.setattr(Rollout, "__call__", watched)

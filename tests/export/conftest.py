@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import tiny
 
 from lemica_trt.export import export_graphs
-from lemica_trt.ir.graphs import GraphSet, StepLayout
+from lemica_trt.ir.graphs import GraphSet, StepLayout, step_layout
 from lemica_trt.models import Model, load_model
 
 
@@ -36,9 +36,9 @@ CASES = {
 
 def layout_of(model: Model) -> StepLayout:
     """More history than any of these schedulers needs."""
-    return StepLayout(
-        latent_shape=model.latent_shape, latent_history=2, output_history=2, residual_history=2, stochastic=True,
-        guided=model.guided,
+    return step_layout(
+        latent_shape=model.latent_shape, latent_history=2, output_history=2, trunk_depth=2, stochastic=True,
+        guided=model.guided, conditions=model.conditions,
     )  # fmt: skip
 
 

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 import torch
 
-from lemica_trt.ir.graphs import StepLayout
-from lemica_trt.ir.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans
+from lemica_trt.ir.graphs import step_layout
+from lemica_trt.ir.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans, trunk_reads
 from lemica_trt.ir.sampler import SamplerRow, SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models import Model, denoise, load_model
@@ -68,12 +68,12 @@ def test_skipped_steps_reuse_the_residual_of_the_last_full_one(first_order: Mode
     model, steps = first_order, {}
     noise, embeds = model.noise(0)[None], model.embed(["a cat"])
     denoise(model, plan_of(model, (0, 2)), embeds, noise, on_row=lambda row, result: steps.update({row.step: result}))
-    assert "residual" in steps[2] and "residual" not in steps[3]
+    assert "trunk" in steps[2] and "trunk" not in steps[3]
     with torch.no_grad():
         inputs = model.transformer_inputs(
             torch.cat([steps[3]["latents"]] * 2), torch.full((2,), first_order_table(model).timesteps[3]), embeds
         )
-        u, c = model.split.skip(steps[2]["residual"], **inputs).chunk(2)
+        u, c = model.split.skip(steps[2]["trunk"], **inputs).chunk(2)
     assert (u + 3.0 * (c - u) - steps[3]["output"]).abs().max() < 1e-6
 
 
@@ -90,20 +90,20 @@ def test_requests_of_a_batch_do_not_meet(model_of) -> None:
 
 def test_steps_are_their_formulas(model_of) -> None:
     model = model_of("sincos")
-    layout = StepLayout(
-        latent_shape=model.latent_shape, latent_history=2, output_history=3, residual_history=2, stochastic=True
+    layout = step_layout(
+        latent_shape=model.latent_shape, latent_history=2, output_history=3, trunk_depth=2, stochastic=True
     )
     generator = torch.Generator().manual_seed(3)
     x0, x1, m0, m1, m2, z = (torch.randn(1, *model.latent_shape, generator=generator) for _ in range(6))
     r0, r1 = (torch.randn(2, 12, 32, generator=generator) for _ in range(2))
     row = PlanRow(
-        graph="skip", step=3, latents=(0.9, -0.2), outputs=(0.3, 0.1, -0.4), draws=1, noise=(0.5,), timestep=321.25,
-        in_scale=0.7, residuals=(1.5, -0.5),
+        variant="skip", step=3, latents=(0.9, -0.2), outputs=(0.3, 0.1, -0.4), draws=1, noise=(0.5,), timestep=321.25,
+        in_scale=0.7, caches=trunk_reads(1.5, -0.5),
     )  # fmt: skip
     embeds = model.embed(["a cat"])
     inputs = {
         "latents_0": x0, "latents_1": x1, "outputs_0": m0, "outputs_1": m1, "outputs_2": m2, "noise": z,
-        "guidance": torch.tensor([4.0]), "prompt_embeds": embeds, "residual_0": r0, "residual_1": r1,
+        "guidance": torch.tensor([4.0]), "prompt_embeds": embeds, "trunk_0": r0, "trunk_1": r1,
         "coefficients": torch.from_numpy(coefficient_vector(row, layout)),
     }  # fmt: skip
     x = 0.9 * x0 - 0.2 * x1 + 0.3 * m0 + 0.1 * m1 - 0.4 * m2 + 0.5 * z
@@ -117,8 +117,8 @@ def test_steps_are_their_formulas(model_of) -> None:
     assert (skip["latents"] - x).abs().max() < 1e-6
     assert (skip["output"] - (u + 4 * (c - u))).abs().max() < 2e-5
     assert (full["output"] - (output[:1] + 4 * (output[1:] - output[:1]))).abs().max() < 2e-5
-    assert (full["residual"] - residual).abs().max() < 1e-5
-    reuse = PlanRow(graph="none", step=3, latents=(0.0, 1.0), reuse=(2.0, 0.0, -1.0))
+    assert (full["trunk"] - residual).abs().max() < 1e-5
+    reuse = PlanRow(variant=None, step=3, latents=(0.0, 1.0), reuse=(2.0, 0.0, -1.0))
     inputs["coefficients"] = torch.from_numpy(coefficient_vector(reuse, layout))
     combined = CombineStep(layout)(inputs)
     assert torch.equal(combined["latents"], x1)
@@ -135,7 +135,7 @@ def test_half_precision_keeps_the_sampler_in_fp32(model_of) -> None:
     rough = denoise(half, plan, half.embed(["a cat"]), noise, on_row=lambda row, r: results.update({row.step: r}))
     hook.remove()
     assert {t.dtype for t in timesteps} == {torch.float32}
-    assert results[0]["residual"].dtype == torch.float16
+    assert results[0]["trunk"].dtype == torch.float16
     assert results[1]["output"].dtype == results[1]["latents"].dtype == torch.float32
     fine = denoise(single, plan, single.embed(["a cat"]), noise)
     assert 0 < (rough - fine).abs().max() < 2e-2

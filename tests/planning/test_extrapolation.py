@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lemica_trt.core.values import json_bytes, value_from_json
+from lemica_trt.ir.plan import trunk_reads
 from lemica_trt.planning.extrapolation import linear_weights
 from lemica_trt.planning.step_plan import plan_from_schedule
 from lemica_trt.testing.values import N, flow_table, schedule_of
@@ -50,7 +51,7 @@ def test_rows_weigh_the_outputs_of_full_rows() -> None:
 
 def test_residuals_are_reused_as_they_are() -> None:
     plan = plan_from_schedule(schedule_of(N, *FULL), flow_table(), name="a", guidance_scale=1.0, method="lemica")
-    assert [row.residuals for row in plan.rows] == [() if t in (*FULL, N) else (1.0,) for t in range(N + 1)]
+    assert [row.caches for row in plan.rows] == [() if t in (*FULL, N) else trunk_reads(1.0) for t in range(N + 1)]
 
 
 @pytest.mark.parametrize("full", [(0, 2), (0, 3, 4)])

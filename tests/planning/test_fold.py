@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lemica_trt.core.errors import UnsupportedError, UsageError
-from lemica_trt.ir.plan import Graph, PlanRow, StepPlan
+from lemica_trt.ir.plan import PlanRow, StepPlan, trunk_reads
 from lemica_trt.ir.sampler import SamplerTable, require_levels
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.extrapolation import linear_plan, linear_weights
@@ -48,24 +48,24 @@ def plans(draw: st.DrawFn) -> StepPlan:
     number = draw(st.integers(2, 12))
     for i in range(number):
         last = i == number - 1
-        graph: Graph = "none" if last else "full" if i == 0 else draw(st.sampled_from(["full", "skip", "none", "none"]))
+        variant = None if last else "full" if i == 0 else draw(st.sampled_from(["full", "skip", None, None]))
         fresh = draw(st.integers(0, 2))
         draws += fresh
         rows.append(
             PlanRow(
-                graph=graph,
+                variant=variant,
                 step=i,
                 latents=weights(1, min(i + 1, 3)) if i else (1.0,),
                 outputs=weights(0, min(i, 3)),
                 draws=fresh,
                 noise=weights(0, min(draws, 3)),
-                timestep=None if graph == "none" else 100.0 * i,
+                timestep=None if variant is None else 100.0 * i,
                 in_scale=draw(weight),
-                residuals=weights(1, min(full, 3)) if graph == "skip" else (),
-                reuse=weights(1, min(i, 3)) if graph == "none" and not last else (),
+                caches=trunk_reads(*weights(1, min(full, 3))) if variant == "skip" else (),
+                reuse=weights(1, min(i, 3)) if variant is None and not last else (),
             )
         )
-        full += graph == "full"
+        full += variant == "full"
     return plan_of(*rows)
 
 
@@ -73,7 +73,8 @@ def plans(draw: st.DrawFn) -> StepPlan:
 @given(plans(), st.integers(0, 100))
 def test_folded_plans_run_as_the_plans_they_come_from(plan: StepPlan, seed: int) -> None:
     folded = fold(plan)
-    assert [row.graph for row in folded.rows[:-1]] == [row.graph for row in plan.rows[:-1] if row.graph != "none"]
+    kept = [row.variant for row in plan.rows[:-1] if row.variant is not None]
+    assert [row.variant for row in folded.rows[:-1]] == kept
     assert folded.full_steps == plan.full_steps
     assert sum(row.draws for row in folded.rows) == sum(row.draws for row in plan.rows)
     assert deviation(run_plan(folded, seed), run_plan(plan, seed)) <= 1e-12
@@ -128,23 +129,23 @@ def test_linear_plans_are_folded() -> None:
 def test_folding_by_hand() -> None:
     """x1 = x0 − m0/2, m1 = 2·m0; x2 = x1 − m1/2 + 3·z: so x2 = x0 − 3/2·m0 + 3·z."""
     plan = plan_of(
-        PlanRow(graph="full", step=0, latents=(1.0,), timestep=1.0),
-        PlanRow(graph="none", step=1, latents=(1.0,), outputs=(-0.5,), reuse=(2.0,), draws=1, noise=(3.0,)),
-        PlanRow(graph="full", step=2, latents=(1.0,), outputs=(-0.5,), timestep=0.5, draws=1, noise=(4.0,)),
-        PlanRow(graph="none", step=3, latents=(1.0,), outputs=(-0.5,)),
+        PlanRow(variant="full", step=0, latents=(1.0,), timestep=1.0),
+        PlanRow(variant=None, step=1, latents=(1.0,), outputs=(-0.5,), reuse=(2.0,), draws=1, noise=(3.0,)),
+        PlanRow(variant="full", step=2, latents=(1.0,), outputs=(-0.5,), timestep=0.5, draws=1, noise=(4.0,)),
+        PlanRow(variant=None, step=3, latents=(1.0,), outputs=(-0.5,)),
     )
     assert fold(plan).rows[1:] == (
-        PlanRow(graph="full", step=2, latents=(1.0,), outputs=(-1.5,), timestep=0.5, draws=2, noise=(4.0, 3.0)),
-        PlanRow(graph="none", step=3, latents=(1.0,), outputs=(-0.5,)),
+        PlanRow(variant="full", step=2, latents=(1.0,), outputs=(-1.5,), timestep=0.5, draws=2, noise=(4.0, 3.0)),
+        PlanRow(variant=None, step=3, latents=(1.0,), outputs=(-0.5,)),
     )
 
 
 def test_draws_that_do_not_count_are_drawn_all_the_same() -> None:
     plan = plan_of(
-        PlanRow(graph="full", step=0, latents=(1.0,), timestep=1.0),
-        PlanRow(graph="none", step=1, latents=(1.0,), reuse=(1.0,), draws=1, noise=(3.0,)),
-        PlanRow(graph="full", step=2, latents=(0.0,), outputs=(1.0,), timestep=0.5, draws=1, noise=(4.0,)),
-        PlanRow(graph="none", step=3, latents=(1.0,), draws=1, noise=(1.0,)),
+        PlanRow(variant="full", step=0, latents=(1.0,), timestep=1.0),
+        PlanRow(variant=None, step=1, latents=(1.0,), reuse=(1.0,), draws=1, noise=(3.0,)),
+        PlanRow(variant="full", step=2, latents=(0.0,), outputs=(1.0,), timestep=0.5, draws=1, noise=(4.0,)),
+        PlanRow(variant=None, step=3, latents=(1.0,), draws=1, noise=(1.0,)),
     )
     row = fold(plan).rows[1]
     assert (row.draws, row.noise) == (2, (4.0,))

@@ -10,7 +10,7 @@ import pytest
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
 from lemica_trt.ir.budget import Afforded
 from lemica_trt.ir.calibration import Calibration
-from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.plan import StepPlan, trunk_reads
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.planner import (
@@ -124,7 +124,7 @@ def test_a_time_is_more_full_steps_for_planners_that_fold() -> None:
 def test_given_steps_reuse_residuals() -> None:
     plan = plan_given(problem_of(), (0, 2, 5))
     assert (plan.name, plan.method, plan.full_steps, plan.error_graph_digest) == ("b3", "given", (0, 2, 5), None)
-    assert sum(row.residuals == (1.0,) for row in plan.rows) == N - 3
+    assert sum(row.caches == trunk_reads(1.0) for row in plan.rows) == N - 3
     assert plan_given(problem_of(), range(N)).method == "uncached"
     with pytest.raises(InputError, match=r"schedule\[1\]"):
         plan_given(problem_of(), (0, 0))

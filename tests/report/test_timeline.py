@@ -38,12 +38,12 @@ def test_many_steps_are_drawn_to_scale() -> None:
 def folded() -> StepPlan:
     """Full at 0 and 2, step 1 without a graph, step 3 folded away; noise, scales, guidance and reuse all in use."""
     rows = (
-        PlanRow(graph="full", step=0, latents=(14.6,), timestep=999.0, in_scale=0.068, guidance=(1.0, 0.25)),
+        PlanRow(variant="full", step=0, latents=(14.6,), timestep=999.0, in_scale=0.068, guidance=(1.0, 0.25)),
         PlanRow(
-            graph="none", step=1, latents=(1.0,), outputs=(-0.5,), timestep=600.0, reuse=(1.0,), draws=1, noise=(0.125,)
+            variant=None, step=1, latents=(1.0,), outputs=(-0.5,), timestep=600.0, reuse=(1.0,), draws=1, noise=(0.125,)
         ),
-        PlanRow(graph="full", step=2, latents=(1.0, 0.5), outputs=(-1.5, 0.25), timestep=300.0),
-        PlanRow(graph="none", step=4, latents=(1.0,), outputs=(1 / 3,)),
+        PlanRow(variant="full", step=2, latents=(1.0, 0.5), outputs=(-1.5, 0.25), timestep=300.0),
+        PlanRow(variant=None, step=4, latents=(1.0,), outputs=(1 / 3,)),
     )
     return StepPlan(
         name="tight",
@@ -80,7 +80,7 @@ def test_columns_appear_when_they_say_something() -> None:
     expected = ["step", "timestep", "graph", "latents", "outputs", "noise", "in", "scale", "guidance", "reuse"]
     assert expected in lines
     assert ["0", "999", "full", "14.6", "0.068", "1", "+", "0.25·g"] in lines
-    assert ["1", "600", "none", "1", "-0.5", "0.125", "1", "1·g", "1"] in lines
+    assert ["1", "600", "1", "-0.5", "0.125", "1", "1·g", "1"] in lines
     assert ["4", "result", "1", "0.33333"] in lines
 
 

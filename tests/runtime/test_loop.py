@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lemica_trt.core.errors import EngineError, InputError, UsageError
 from lemica_trt.ir.graphs import StepLayout
-from lemica_trt.ir.plan import PlanRow, StepPlan
+from lemica_trt.ir.plan import PlanRow, StepPlan, trunk_reads
 from lemica_trt.runtime.denoise import PROGRAMS, Cancelled, Denoiser, RowDone
 
 pytestmark = pytest.mark.null
@@ -23,7 +23,7 @@ def inputs_of(layout: StepLayout, batch: int, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     rows = batch * (1 + layout.guided)
     return {
-        "prompt_embeds": rng.standard_normal((rows, toy.TEXT_LENGTH, toy.WIDTH)).astype(np.float32),
+        "conditions": {"prompt_embeds": rng.standard_normal((rows, toy.TEXT_LENGTH, toy.WIDTH)).astype(np.float32)},
         "noise": rng.standard_normal((batch, *toy.LATENT_SHAPE)).astype(np.float32),
         "guidance": rng.uniform(1, 5, batch) if layout.guided else None,
     }
@@ -55,25 +55,25 @@ def cases(draw: st.DrawFn) -> tuple[StepLayout, StepPlan, int]:
     rows, full, number, step, drawn = [], 0, draw(st.integers(2, 8)), 0, 0
     for i in range(number):
         last = i == number - 1
-        graph = "none" if last else "full" if i == 0 else draw(st.sampled_from(["full", "skip", "skip", "none"]))
+        variant = None if last else "full" if i == 0 else draw(st.sampled_from(["full", "skip", "skip", None]))
         fresh = draw(st.integers(0, 2)) if layout.stochastic else 0
         drawn += fresh
         rows.append(
             PlanRow(
-                graph=graph,  # type: ignore[arg-type]
+                variant=variant,
                 step=step,
                 latents=weights(1, min(i + 1, layout.latent_history)),
                 outputs=weights(0, min(i, layout.output_history)),
                 draws=fresh,
                 noise=tuple(draw(st.lists(weight.filter(bool), max_size=min(drawn, 3)))),
-                timestep=None if graph == "none" else draw(weight),
+                timestep=None if variant is None else draw(weight),
                 in_scale=draw(weight),
                 guidance=draw(st.sampled_from([(0.0, 1.0), (1.0, 0.5)])),
-                residuals=weights(1, min(full, layout.residual_history)) if graph == "skip" else (),
-                reuse=weights(1, min(i, layout.output_history)) if graph == "none" and not last else (),
+                caches=trunk_reads(*weights(1, min(full, layout.depth("trunk")))) if variant == "skip" else (),
+                reuse=weights(1, min(i, layout.output_history)) if variant is None and not last else (),
             )
         )
-        full += graph == "full"
+        full += variant == "full"
         step += draw(st.integers(1, 4))  # folded rows leave steps out
     return layout, toy.plan_of(*rows), draw(depth)
 
@@ -108,7 +108,12 @@ def test_batches_are_their_requests() -> None:
     inputs = inputs_of(layout, 3)
     together = denoiser.run(plan, **inputs)
     for i in range(3):
-        alone = denoiser.run(plan, inputs["prompt_embeds"][[i, 3 + i]], inputs["noise"][[i]], inputs["guidance"][[i]])
+        alone = denoiser.run(
+            plan,
+            {"prompt_embeds": inputs["conditions"]["prompt_embeds"][[i, 3 + i]]},
+            inputs["noise"][[i]],
+            inputs["guidance"][[i]],
+        )
         np.testing.assert_allclose(alone[0], together[i], atol=1e-6)
 
 
@@ -118,11 +123,11 @@ def test_rows_are_reported_in_order_and_timed() -> None:
     denoiser, backend = denoiser_of(layout)
     rows: list[RowDone] = []
     denoiser.run(plan, **inputs_of(layout, 1), on_row=rows.append)
-    assert [(row.index, row.rows, row.step, row.graph) for row in rows] == [
+    assert [(row.index, row.rows, row.step, row.variant) for row in rows] == [
         (0, 4, 0, "full"),
         (1, 4, 1, "skip"),
-        (2, 4, 2, "none"),
-        (3, 4, 3, "none"),
+        (2, 4, 2, None),
+        (3, 4, 3, None),
     ]
     assert all(row.seconds > 0 for row in rows)
     assert sum(kind == "synchronize" for kind, _ in backend.log) == 4
@@ -195,7 +200,11 @@ def test_bad_inputs_are_one_line() -> None:
     bad = [
         (InputError, "batch must be 1 … 3, got 4", inputs_of(layout, 4)),
         (InputError, "noise must have shape", {**good, "noise": good["noise"][:, :1]}),
-        (InputError, "prompt_embeds must have shape", {**good, "prompt_embeds": good["prompt_embeds"][:2]}),
+        (
+            InputError,
+            "prompt_embeds must have shape",
+            {**good, "conditions": {"prompt_embeds": good["conditions"]["prompt_embeds"][:2]}},
+        ),
         (InputError, "guidance must be finite", {**good, "guidance": np.array([1.0, np.nan])}),
         (InputError, "noise must be finite", {**good, "noise": good["noise"] * np.inf}),
         (UsageError, "guidance must be given", {**good, "guidance": None}),
@@ -209,14 +218,14 @@ def test_plans_that_do_not_fit_are_refused() -> None:
     layout = toy.layout_of()
     denoiser, _ = denoiser_of(layout)
     deep = toy.plan_of(
-        PlanRow(graph="full", step=0, latents=(1.0,), timestep=1.0),
-        PlanRow(graph="none", step=1, latents=(1.0, 2.0), outputs=(1.0,)),
+        PlanRow(variant="full", step=0, latents=(1.0,), timestep=1.0),
+        PlanRow(variant=None, step=1, latents=(1.0, 2.0), outputs=(1.0,)),
     )
     with pytest.raises(InputError, match="step 1: 2 latents coefficients, the graphs take 1"):
         denoiser.run(deep, **inputs_of(layout, 1))
     noisy = toy.plan_of(
-        PlanRow(graph="full", step=0, latents=(1.0,), timestep=1.0),
-        PlanRow(graph="none", step=1, latents=(1.0,), draws=1, noise=(0.5,)),
+        PlanRow(variant="full", step=0, latents=(1.0,), timestep=1.0),
+        PlanRow(variant=None, step=1, latents=(1.0,), draws=1, noise=(0.5,)),
     )
     with pytest.raises(InputError, match="draws noise"):
         denoiser.run(noisy, **inputs_of(layout, 1), draw=noises(1))

@@ -16,7 +16,7 @@ from lemica_trt.backends.base import Settings, open_backend
 from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import GraphSet
-from lemica_trt.ir.plan import PlanRow
+from lemica_trt.ir.plan import CacheRead, PlanRow
 from lemica_trt.runtime.denoise import Denoiser, RowDone
 
 pytestmark = pytest.mark.cpu
@@ -37,11 +37,26 @@ def test_the_loop_is_the_plan(tmp_path: Path, guided: bool, optimization: str) -
     layout = toy.layout_of(3, 3, 3, stochastic=True, guided=guided)
     denoiser, _ = denoiser_of(toy.graphs_of(layout, data_file=True), tmp_path, optimization=optimization)
     plan = toy.plan_of(
-        PlanRow(graph="full", step=0, latents=(1.0,), timestep=0.9, in_scale=0.5),
-        PlanRow(graph="full", step=1, latents=(0.9, 0.1), outputs=(-0.2,), timestep=0.7, guidance=(1.0, 0.5)),
-        PlanRow(graph="skip", step=2, latents=(1.0,), outputs=(-0.3, 0.1), timestep=0.6, residuals=(1.5, -0.5)),
+        PlanRow(variant="full", step=0, latents=(1.0,), timestep=0.9, in_scale=0.5),
+        PlanRow(variant="full", step=1, latents=(0.9, 0.1), outputs=(-0.2,), timestep=0.7, guidance=(1.0, 0.5)),
         PlanRow(
-            graph="none",
+            variant="skip",
+            step=2,
+            latents=(1.0,),
+            outputs=(-0.3, 0.1),
+            timestep=0.6,
+            caches=(
+                CacheRead(
+                    slot="trunk",
+                    weights=(
+                        1.5,
+                        -0.5,
+                    ),
+                ),
+            ),
+        ),
+        PlanRow(
+            variant=None,
             step=4,
             latents=(1.0, 0.0, 0.1),
             outputs=(-0.1,),
@@ -49,18 +64,27 @@ def test_the_loop_is_the_plan(tmp_path: Path, guided: bool, optimization: str) -
             noise=(0.3, -0.4),
             reuse=(1.5, -0.5),
         ),
-        PlanRow(graph="full", step=7, latents=(), outputs=(0.5, 0.2, 0.1), timestep=0.3),
+        PlanRow(variant="full", step=7, latents=(), outputs=(0.5, 0.2, 0.1), timestep=0.3),
         PlanRow(
-            graph="skip",
+            variant="skip",
             step=8,
             latents=(1.0,),
             outputs=(-0.1,),
             timestep=0.2,
-            residuals=(0.5, 0.3, 0.2),
+            caches=(
+                CacheRead(
+                    slot="trunk",
+                    weights=(
+                        0.5,
+                        0.3,
+                        0.2,
+                    ),
+                ),
+            ),
             draws=1,
             noise=(1.0, 0.5),
         ),
-        PlanRow(graph="none", step=9, latents=(1.0, 0.2), outputs=(-0.1, 0.1, -0.2)),
+        PlanRow(variant=None, step=9, latents=(1.0, 0.2), outputs=(-0.1, 0.1, -0.2)),
     )
     for batch in (1, 3, 2):
         inputs = inputs_of(layout, batch, seed=batch)

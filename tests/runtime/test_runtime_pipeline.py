@@ -15,8 +15,8 @@ from lemica_trt.backends import builders
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.writing import add_plan, write_bundle
 from lemica_trt.core.errors import EngineError, InputError, IntegrityError, UsageError
-from lemica_trt.ir.graphs import GraphSet, TextSpec
-from lemica_trt.ir.plan import PlanRow
+from lemica_trt.ir.graphs import EncoderSpec, GraphSet
+from lemica_trt.ir.plan import PlanRow, trunk_reads
 from lemica_trt.ir.profile import Profile, Sampling, Shape
 from lemica_trt.runtime.denoise import Cancelled, RowDone
 from lemica_trt.runtime.pipeline import Pipeline, Request
@@ -46,9 +46,17 @@ def make_bundle(
     if stochastic:
         plans.append(
             toy.plan_of(
-                PlanRow(graph="full", step=0, latents=(1.0,), timestep=0.9),
-                PlanRow(graph="skip", step=1, latents=(0.5,), draws=1, noise=(0.5,), timestep=0.5, residuals=(1.0,)),
-                PlanRow(graph="none", step=2, latents=(0.5,), outputs=(0.3,), draws=1, noise=(0.1,)),
+                PlanRow(variant="full", step=0, latents=(1.0,), timestep=0.9),
+                PlanRow(
+                    variant="skip",
+                    step=1,
+                    latents=(0.5,),
+                    draws=1,
+                    noise=(0.5,),
+                    timestep=0.5,
+                    caches=trunk_reads(1.0),
+                ),
+                PlanRow(variant=None, step=2, latents=(0.5,), outputs=(0.3,), draws=1, noise=(0.1,)),
                 name="noisy",
             )
         )
@@ -67,10 +75,17 @@ def make_bundle(
         graphs=graphs,
         plans=plans,
         default_plan="default",
-        text=TextSpec(tokenizer="tokenizer/tokenizer.json", length=toy.TEXT_LENGTH, pad_id=0, end_id=1, mask=mask),
+        encoders=[
+            EncoderSpec(tokenizer="tokenizer/tokenizer.json", length=toy.TEXT_LENGTH, pad_id=0, end_id=1, mask=mask)
+        ],
         engines=[builders.build("onnxruntime", graphs, work, work, {"threads": 1})],
         files={**{name: work / name for name in names}, "tokenizer/tokenizer.json": tokenizer_json()},
     )
+
+
+def stacked(pipe: Pipeline, *prompts: str) -> dict[str, Any]:
+    """The conditions of prompts, one after the other."""
+    return {"prompt_embeds": np.stack([pipe.encode(prompt)["prompt_embeds"] for prompt in prompts])}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +108,9 @@ def expected(bundle: Bundle, prompt: str, seed: int, scale: float, negative: str
     layout = bundle.manifest.graphs.layout
     noise = Generator(seed).randn((1, *toy.LATENT_SHAPE))
     embeds = np.stack([toy.TABLE[ids_of(negative)], toy.TABLE[ids_of(prompt)]])
-    latents = toy.interpret(bundle.plan(plan), layout, embeds, noise, np.array([scale]), lambda: None)[0]
+    latents = toy.interpret(
+        bundle.plan(plan), layout, {"prompt_embeds": embeds}, noise, np.array([scale]), lambda: None
+    )[0]
     return latents, (latents * 40 + 128).clip(0, 255).transpose(0, 2, 3, 1)
 
 
@@ -128,7 +145,7 @@ def test_guidance_that_a_plan_does_not_hold_for_is_refused(tmp_path: Path) -> No
         pipe("red", guidance_scale=6.0)
     assert np.isfinite(pipe("red", guidance_scale=6.0, plan="slow").latents).all()
     noise = Generator(0).randn((2, *toy.LATENT_SHAPE))
-    embeds = np.stack([pipe.encode("red")] * 4)
+    embeds = stacked(pipe, *["red"] * 4)
     with pytest.raises(InputError, match=says):
         pipe.latents(embeds, noise, guidance_scale=np.array([3.0, 6.0]))
 
@@ -163,7 +180,7 @@ def test_stochastic_plans_draw_from_the_seed(tmp_path: Path) -> None:
     pipe = Pipeline(bundle, "noisy")
     generator = Generator(4)
     noise = generator.randn((1, *toy.LATENT_SHAPE))
-    embeds = np.stack([toy.TABLE[ids_of("small")], toy.TABLE[ids_of("red")]])
+    embeds = {"prompt_embeds": np.stack([toy.TABLE[ids_of("small")], toy.TABLE[ids_of("red")]])}
     latents = toy.interpret(
         bundle.plan("noisy"),
         bundle.manifest.graphs.layout,
@@ -181,7 +198,7 @@ def test_stochastic_plans_draw_from_the_seed(tmp_path: Path) -> None:
 
 
 def test_lower_level(bundle: Bundle, pipe: Pipeline) -> None:
-    embeds = np.stack([pipe.encode("small"), pipe.encode("red"), pipe.encode("red"), pipe.encode("blue")])
+    embeds = stacked(pipe, "small", "red", "red", "blue")
     noise = np.stack([Generator(seed).randn(toy.LATENT_SHAPE) for seed in (1, 2)])
     latents = pipe.latents(embeds, noise, guidance_scale=np.array([1.0, 2.0]), plan=toy.euler_plan("fr", name="new"))
     assert latents.shape == (2, *toy.LATENT_SHAPE)
@@ -201,12 +218,12 @@ def test_lower_level(bundle: Bundle, pipe: Pipeline) -> None:
     }
     found = pipe.run_graph("full", inputs)
     wanted = toy.step("full", layout, inputs)
-    for name in ("latents", "output", "residual"):
+    for name in ("latents", "output", "trunk"):
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match="guidance must have shape"):
         pipe.run_graph("full", {**inputs, "guidance": np.ones(3, np.float32)})
     with pytest.raises(EngineError, match="latents are not finite → rebuild with --dtype bf16 or fp32"):
-        pipe.latents(embeds * np.float32(1e35), noise, guidance_scale=1e9)
+        pipe.latents({"prompt_embeds": embeds["prompt_embeds"] * np.float32(1e35)}, noise, guidance_scale=1e9)
 
 
 def test_progress_and_cancellation(pipe: Pipeline) -> None:
@@ -227,13 +244,13 @@ def test_progress_and_cancellation(pipe: Pipeline) -> None:
 
 def test_mask_and_no_guidance(tmp_path: Path) -> None:
     pipe = Pipeline(make_bundle(tmp_path / "b", tmp_path / "w", guided=False, mask=True), threads=2)
-    assert (pipe.encode("red")[2:] == 0).all(), "padding is masked"
+    assert (pipe.encode("red")["prompt_embeds"][2:] == 0).all(), "padding is masked"
     assert pipe("red").frames.shape == (2, 4, 4, 3)
     for setting in ({"guidance_scale": 2.0}, {"negative_prompt": ""}):
         with pytest.raises(UsageError, match="built without guidance"):
             pipe("red", **setting)  # type: ignore[call-overload]
     with pytest.raises(UsageError, match="built without guidance"):
-        pipe.latents(pipe.encode("red")[None], Generator(0).randn((1, *toy.LATENT_SHAPE)), guidance_scale=2.0)
+        pipe.latents(stacked(pipe, "red"), Generator(0).randn((1, *toy.LATENT_SHAPE)), guidance_scale=2.0)
 
 
 def test_bad_values_are_one_line(bundle: Bundle, pipe: Pipeline) -> None:
@@ -278,4 +295,4 @@ def test_a_plan_joins_later(bundle: Bundle, tmp_path: Path) -> None:
     assert more.plans == ("default", "fast", "slow")
     rows: list[RowDone] = []
     Pipeline(more)("red", on_step=rows.append)
-    assert [row.graph for row in rows] == ["full", "none", "none"]
+    assert [row.variant for row in rows] == ["full", None, None]

@@ -21,7 +21,7 @@ from lemica_trt.backends.tensorrt.run import VENDORS, TensorRTBackend, import_ve
 from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError, UnsupportedError
 from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.graphs import GraphSet, StepLayout
-from lemica_trt.ir.plan import PlanRow, StepPlan
+from lemica_trt.ir.plan import CacheRead, PlanRow, StepPlan
 from lemica_trt.runtime.denoise import Cancelled, Denoiser, RowDone
 from lemica_trt.testing import null
 from lemica_trt.testing.null import NullDevice, NullPlan, null_vendor, write_engine
@@ -93,24 +93,47 @@ class Machine:
 def everything() -> StepPlan:
     """All that a plan can hold: histories of 3, folded rows, reuse, fresh noise, guidance of each request."""
     return toy.plan_of(
-        PlanRow(graph="full", step=0, latents=(1.0,), timestep=0.9, in_scale=0.5),
-        PlanRow(graph="full", step=1, latents=(0.9, 0.1), outputs=(-0.2,), timestep=0.7, guidance=(1.0, 0.5)),
-        PlanRow(graph="skip", step=2, latents=(1.0,), outputs=(-0.3, 0.1), timestep=0.6, residuals=(1.5, -0.5)),
+        PlanRow(variant="full", step=0, latents=(1.0,), timestep=0.9, in_scale=0.5),
+        PlanRow(variant="full", step=1, latents=(0.9, 0.1), outputs=(-0.2,), timestep=0.7, guidance=(1.0, 0.5)),
         PlanRow(
-            graph="none", step=4, latents=(1.0, 0.0, 0.1), outputs=(-0.1,), draws=1, noise=(0.3,), reuse=(1.5, -0.5)
+            variant="skip",
+            step=2,
+            latents=(1.0,),
+            outputs=(-0.3, 0.1),
+            timestep=0.6,
+            caches=(
+                CacheRead(
+                    slot="trunk",
+                    weights=(
+                        1.5,
+                        -0.5,
+                    ),
+                ),
+            ),
         ),
-        PlanRow(graph="full", step=7, latents=(), outputs=(0.5, 0.2, 0.1), timestep=0.3),
         PlanRow(
-            graph="skip",
+            variant=None, step=4, latents=(1.0, 0.0, 0.1), outputs=(-0.1,), draws=1, noise=(0.3,), reuse=(1.5, -0.5)
+        ),
+        PlanRow(variant="full", step=7, latents=(), outputs=(0.5, 0.2, 0.1), timestep=0.3),
+        PlanRow(
+            variant="skip",
             step=8,
             latents=(1.0,),
             outputs=(-0.1,),
             timestep=0.2,
-            residuals=(0.5, 0.2),
+            caches=(
+                CacheRead(
+                    slot="trunk",
+                    weights=(
+                        0.5,
+                        0.2,
+                    ),
+                ),
+            ),
             draws=1,
             noise=(1.0,),
         ),
-        PlanRow(graph="none", step=9, latents=(1.0, 0.2), outputs=(-0.1, 0.1, -0.2)),
+        PlanRow(variant=None, step=9, latents=(1.0, 0.2), outputs=(-0.1, 0.1, -0.2)),
     )
 
 
@@ -374,11 +397,11 @@ def test_files_that_are_no_such_engine(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(EngineError, match=r"tensorrt: full.engine does not load: deserialize_cuda_engine: .* → "):
             machine.backend.load(machine.graphs.graph("full"), path)
-    with pytest.raises(EngineError, match=r"described: expected residual to be output fp32 \[-1, 8, 12\], got absent"):
+    with pytest.raises(EngineError, match=r"described: expected trunk to be output fp32 \[-1, 8, 12\], got absent"):
         write_engine(machine.plan("skip"), path)
         machine.backend.load(machine.graphs.graph("full"), path)
     wide = msgspec.structs.replace(machine.graphs.graph("full"), inputs=machine.graphs.graph("skip").inputs)
-    with pytest.raises(EngineError, match=r"expected residual_0 to be input fp32 \[-1, 8, 12\], got absent"):
+    with pytest.raises(EngineError, match=r"expected trunk_0 to be input fp32 \[-1, 8, 12\], got absent"):
         machine.load("full")
         machine.backend.load(wide, path)
 

@@ -9,7 +9,7 @@ import pytest
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.text import basic_clean
-from lemica_trt.ir.graphs import TextSpec
+from lemica_trt.ir.graphs import EncoderSpec
 from lemica_trt.runtime.text import PromptTokenizer
 
 pytestmark = pytest.mark.cpu
@@ -47,7 +47,7 @@ def test_ids_are_those_of_transformers(tokenizer_json: bytes, length: int, tmp_p
     theirs = PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
-    ours = PromptTokenizer(TextSpec(tokenizer="tokenizer.json", length=length, pad_id=0, end_id=1), tokenizer_json)
+    ours = PromptTokenizer(EncoderSpec(tokenizer="tokenizer.json", length=length, pad_id=0, end_id=1), tokenizer_json)
     for prompt in PROMPTS:
         expected = theirs(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="np")
         ids, mask = ours.ids(prompt)
@@ -65,7 +65,7 @@ def test_the_shipped_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(folder)
-    spec = TextSpec(tokenizer="t", length=16, pad_id=theirs.pad_token_id, end_id=theirs.eos_token_id)
+    spec = EncoderSpec(tokenizer="t", length=16, pad_id=theirs.pad_token_id, end_id=theirs.eos_token_id)
     ours = PromptTokenizer(spec, (folder / "tokenizer.json").read_bytes())
     for prompt in PROMPTS:
         expected = theirs(prompt, padding="max_length", max_length=16, truncation=True, add_special_tokens=True)
@@ -77,7 +77,7 @@ def test_end_token_of_a_cut_prompt_without_a_post_processor() -> None:
 
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "red": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    ours = PromptTokenizer(TextSpec(tokenizer="t", length=3, pad_id=0, end_id=1), str(tokenizer.to_str()).encode())
+    ours = PromptTokenizer(EncoderSpec(tokenizer="t", length=3, pad_id=0, end_id=1), str(tokenizer.to_str()).encode())
     assert ours.ids("red red red red")[0].tolist() == [3, 3, 1]
 
 
@@ -87,7 +87,7 @@ def test_basic_clean() -> None:
 
 @pytest.mark.parametrize("prompt", [None, 3, b"a", ["a"], "a\ud800"])
 def test_prompts_that_are_no_text(tokenizer_json: bytes, prompt: object) -> None:
-    ours = PromptTokenizer(TextSpec(tokenizer="t", length=3, pad_id=0), tokenizer_json)
+    ours = PromptTokenizer(EncoderSpec(tokenizer="t", length=3, pad_id=0), tokenizer_json)
     with pytest.raises(InputError, match="a prompt must be"):
         ours.ids(prompt)  # type: ignore[arg-type]
 
@@ -95,4 +95,4 @@ def test_prompts_that_are_no_text(tokenizer_json: bytes, prompt: object) -> None
 def test_a_broken_tokenizer() -> None:
     for data in (b"{}", b"\xff", b""):
         with pytest.raises(InputError, match=r"expected a tokenizer\.json"):
-            PromptTokenizer(TextSpec(tokenizer="t", length=3, pad_id=0), data)
+            PromptTokenizer(EncoderSpec(tokenizer="t", length=3, pad_id=0), data)

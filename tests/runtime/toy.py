@@ -16,8 +16,8 @@ import numpy as np
 
 from lemica_trt.backends.base import NUMPY_DTYPES, InOrder, check_binding
 from lemica_trt.core.errors import EngineError
-from lemica_trt.ir.graphs import GraphSet, GraphSpec, StepLayout, TensorSpec
-from lemica_trt.ir.plan import PlanRow, StepPlan
+from lemica_trt.ir.graphs import GraphSet, GraphSpec, StepLayout, TensorSpec, step_layout
+from lemica_trt.ir.plan import PlanRow, StepPlan, trunk_reads
 from lemica_trt.testing import interpreter
 
 LATENT_SHAPE = (2, 3, 4, 4)
@@ -35,11 +35,13 @@ Arrays = Mapping[str, Any]
 def layout_of(
     latents: int = 1, outputs: int = 1, residuals: int = 1, *, stochastic: bool = False, guided: bool = True
 ) -> StepLayout:
-    return StepLayout(
+    rows = "2*batch" if guided else "batch"
+    return step_layout(
         latent_shape=LATENT_SHAPE,
         latent_history=latents,
         output_history=outputs,
-        residual_history=residuals,
+        conditions=(TensorSpec(name="prompt_embeds", dtype="fp32", shape=(rows, TEXT_LENGTH, WIDTH)),),
+        trunk_depth=residuals,
         stochastic=stochastic,
         guided=guided,
     )
@@ -60,14 +62,14 @@ def graphs_of(layout: StepLayout, *, max_batch: int = 3, data_file: bool = False
     combine += [tensor("coefficients", length)]
     dit = combine + ([tensor("guidance", "batch")] if layout.guided else [])
     dit += [tensor("prompt_embeds", rows, TEXT_LENGTH, WIDTH)]
-    skip = dit + [tensor(f"residual_{k}", rows, TOKENS, WIDTH) for k in range(layout.residual_history)]
+    skip = dit + [tensor(f"trunk_{k}", rows, TOKENS, WIDTH) for k in range(layout.depth("trunk"))]
     outputs = [tensor("latents", *sample), tensor("output", *sample)]
     ids = [tensor("input_ids", "batch", TEXT_LENGTH, dtype="int64")]
     ids += [tensor("attention_mask", "batch", TEXT_LENGTH, dtype="int64")] if mask else []
     frames = [tensor("frames", "batch", 2, 4, 4, 3, dtype="uint8")]
     found = {
         "combine": (combine, outputs),
-        "full": (dit, [*outputs, tensor("residual", rows, TOKENS, WIDTH)]),
+        "full": (dit, [*outputs, tensor("trunk", rows, TOKENS, WIDTH)]),
         "skip": (skip, outputs),
         "text_encoder": (ids, [tensor("prompt_embeds", "batch", TEXT_LENGTH, WIDTH)]),
         "vae_decoder": ([tensor("latents", *sample)], frames),
@@ -132,10 +134,10 @@ def step(role: str, layout: StepLayout, inputs: Arrays) -> dict[str, Any]:
     if role == "full":
         residual = residual_of(hidden)
     else:
-        residual = mix(part["residuals"], [inputs[f"residual_{k}"] for k in range(layout.residual_history)])
+        residual = mix(part["trunk"], [inputs[f"trunk_{k}"] for k in range(layout.depth("trunk"))])
     output = (hidden + residual).reshape(-1, *LATENT_SHAPE)
     output = guide(output, inputs["guidance"]) if layout.guided else output
-    return {"latents": latents, "output": output, **({"residual": residual} if role == "full" else {})}
+    return {"latents": latents, "output": output, **({"trunk": residual} if role == "full" else {})}
 
 
 class Dit:
@@ -160,10 +162,12 @@ class Dit:
 
 
 def interpret(
-    plan: StepPlan, layout: StepLayout, prompt_embeds: Any, noise: Any, guidance: Any, draw: Callable[[], Any]
+    plan: StepPlan, layout: StepLayout, conditions: Any, noise: Any, guidance: Any, draw: Callable[[], Any]
 ) -> Any:
     """The latents of a plan, float32, by the oracle."""
-    return interpreter.interpret(plan, Dit(layout, prompt_embeds, guidance), noise, lambda row: draw())[-1][1]
+    return interpreter.interpret(plan, Dit(layout, conditions["prompt_embeds"], guidance), noise, lambda row: draw())[
+        -1
+    ][1]
 
 
 # ---------------------------------------------------------------- a backend that records
@@ -264,17 +268,17 @@ def euler_plan(graphs: str, *, name: str = "default", guidance_scale: float = 3.
     count = len(graphs)
     rows = [
         PlanRow(
-            graph={"f": "full", "s": "skip", "r": "none"}[letter],  # type: ignore[arg-type]
+            variant={"f": "full", "s": "skip", "r": None}[letter],
             step=i,
             latents=(1.0,),
             outputs=(-1.0 / count,) if i else (),
             timestep=None if letter == "r" else 1.0 - i / count,
-            residuals=(1.0,) if letter == "s" else (),
+            caches=trunk_reads(1.0) if letter == "s" else (),
             reuse=(1.0,) if letter == "r" else (),
         )
         for i, letter in enumerate(graphs)
     ]
-    rows.append(PlanRow(graph="none", step=count, latents=(1.0,), outputs=(-1.0 / count,)))
+    rows.append(PlanRow(variant=None, step=count, latents=(1.0,), outputs=(-1.0 / count,)))
     return plan_of(*rows, name=name, guidance_scale=guidance_scale)
 
 
@@ -363,9 +367,9 @@ def _model(graph: GraphSpec, layout: StepLayout) -> Any:
             hidden = op("Add", hidden, mean)
             if graph.role == "full":
                 residual = op("Tanh", op("MatMul", hidden, constant(C)))
-                result(residual, "residual")
+                result(residual, "trunk")
             else:
-                residual = mixed("residuals", "residual", layout.residual_history)
+                residual = mixed("trunk", "trunk", layout.depth("trunk"))
             output = shaped(op("Add", hidden, residual), -1, *LATENT_SHAPE)
             if layout.guided:
                 pair = shaped(output, 2, -1, *LATENT_SHAPE)

@@ -17,7 +17,7 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.writing import write_bundle
 from lemica_trt.core.errors import IntegrityError, UsageError
 from lemica_trt.ir.engine import EngineEntry, EngineKey
-from lemica_trt.ir.graphs import Role, TextSpec
+from lemica_trt.ir.graphs import EncoderSpec, Role
 from lemica_trt.ir.profile import Profile, Shape
 from lemica_trt.triton.interface import MODELS, interfaces
 from lemica_trt.triton.repository import BUNDLE, Settings, model_file, write_repository
@@ -52,7 +52,7 @@ def make_bundle(folder: Path, *targets: tuple[str, str], guided: bool = True, pa
         graphs=graphs,
         plans=[toy.euler_plan("fsrfsr"), toy.euler_plan("ffffff", name="slow")],
         default_plan="default",
-        text=TextSpec(tokenizer="tokenizer.json", length=5, pad_id=0),
+        encoders=[EncoderSpec(tokenizer="tokenizer.json", length=5, pad_id=0)],
         engines=entries,
         files={**files, "tokenizer.json": b"{}"},
     )  # fmt: skip

@@ -115,7 +115,7 @@ def test_an_instance_has_its_own_device(
     seen = []
     monkeypatch.setattr(serving, "Pipeline", lambda *_, device, **__: seen.append(device))
     args = {**load_args(tmp_path / "repository"), "model_instance_kind": kind, "model_instance_device_id": "1"}
-    serving.start(pb_utils(), args, serving.STEP_ROLES)
+    serving.start(pb_utils(), args, None)
     assert seen == [expected]
 
 
@@ -125,10 +125,10 @@ def test_engines_of_another_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(
         UnsupportedError, match=r"built for tensorrt 1\.2, here is tensorrt 9\.9 → lemica-trt engine .*--backend"
     ):
-        serving.start(pb_utils(), load_args(tmp_path / "repository"), serving.STEP_ROLES)
+        serving.start(pb_utils(), load_args(tmp_path / "repository"), None)
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
     with pytest.raises(LemicaError, match="engines for tensorrt need the package tensorrt, got"):
-        serving.start(pb_utils(), load_args(tmp_path / "repository"), serving.STEP_ROLES)
+        serving.start(pb_utils(), load_args(tmp_path / "repository"), None)
 
 
 def test_plans_and_steps() -> None:

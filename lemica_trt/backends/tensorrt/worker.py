@@ -435,10 +435,10 @@ def check_interface(graph: GraphSpec, inputs: Interface, outputs: Interface) -> 
 def check_precisions(job: Job, precisions: Mapping[str, int]) -> None:
     """Raise WorkerError unless the DiT computes mostly in the dtype asked for.
 
-    What is around the trunk may be mostly fp32 (`_keep_in_fp32_modules` of Wan): of `skip`, some is enough.
+    What is around the trunk may be mostly fp32 (`_keep_in_fp32_modules` of Wan): where part of it runs, some is enough.
     """
     total, asked = sum(precisions.values()), precisions.get(job.dtype, 0)
-    if total and ((job.graph.role == "full" and 2 * asked <= total) or (job.graph.role == "skip" and not asked)):
+    if total and ((job.graph.dit == "whole" and 2 * asked <= total) or (job.graph.dit == "part" and not asked)):
         raise WorkerError("build", f"{job.dtype} was asked for, its layers compute in {_counts(precisions)}")
 
 

@@ -20,7 +20,7 @@ class TritonPythonModel:
     def initialize(self, args):
         """Check everything, load the engines, run a step of every plan."""
         try:
-            pipeline, parameters = serving.start(pb_utils, args, serving.STEP_ROLES)
+            pipeline, parameters = serving.start(pb_utils, args, None)
             self.batches = serving.Batches(pipeline, parameters["batching"])
             self.batches.warm_up()
         except LemicaError as error:
@@ -29,7 +29,9 @@ class TritonPythonModel:
         self.default = pipeline.default_plan
         self.guided = pipeline.bundle.manifest.graphs.layout.guided
         self.metrics = serving.Metrics(pb_utils, args["model_name"], pipeline.bundle.plans)
-        self.metrics.loaded(pipeline, parameters["backend"], serving.STEP_ROLES, self.batches.size)
+        self.metrics.loaded(
+            pipeline, parameters["backend"], pipeline.bundle.manifest.graphs.layout.step_graphs, self.batches.size
+        )
         pb_utils.Logger.log_info(
             f"{args['model_name']}: batches up to {self.batches.size} give the bits of single runs"
         )
@@ -63,16 +65,16 @@ class TritonPythonModel:
         plan = jobs[0].plan
 
         def on_row(row):
-            if row.graph != "full" and row.step < plan.num_steps:  # a skipped step takes less time than asking does
-                self.metrics.row(plan.name, row.graph, sum(job.stopped is None for job in jobs))
+            if not row.full and row.step < plan.num_steps:  # a skipped step takes less time than asking does
+                self.metrics.row(plan.name, row.full, sum(job.stopped is None for job in jobs))
                 return
             self.stop_ended(jobs, f"after step {min(row.step + 1, plan.num_steps)} of {plan.num_steps}")
             running = [job for job in jobs if job.stopped is None]
             if not running:
                 raise Cancelled
             if row.step < plan.num_steps:
-                self.metrics.row(plan.name, row.graph, len(running))
-            if self.streams and row.graph == "full":
+                self.metrics.row(plan.name, row.full, len(running))
+            if self.streams and row.full:
                 for job in running:
                     job.sender.send(self.response(plan, row.step + 1))
 

@@ -29,7 +29,8 @@ class TritonPythonModel:
         try:
             serving.read_parameters(request, ())
             prompt = serving.tensor_from(pb_utils, request, "prompt", (1,), np.object_)[0]
-            embeds = self.pipeline.encode(serving.text_from("prompt", prompt))
+            conditions = self.pipeline.encode(serving.text_from("prompt", prompt))
         except Exception as error:  # whatever it was, the request gets an answer
             return pb_utils.InferenceResponse(error=serving.triton_error(pb_utils, error))
-        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("prompt_embeds", embeds[None])])
+        tensors = [pb_utils.Tensor(name, array[None]) for name, array in conditions.items()]
+        return pb_utils.InferenceResponse(output_tensors=tensors)
