@@ -30,7 +30,7 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(bin)/mypy
 
-# The rooms that run in production know nothing of PyTorch and run on every Python that Triton's containers have.
+# The packages that run in production need no PyTorch and run on every Python that Triton's containers have.
 pythons: $(VENV)/.installed
 	tools/test_pythons.sh
 

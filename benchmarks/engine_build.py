@@ -1,14 +1,18 @@
 """What it takes to export a CogVideoX of real size and to build its TensorRT engines: time, peak memory, file sizes.
 
-    python benchmarks/engine_build.py                          CogVideoX-2B in fp16, for TensorRT for RTX: no GPU needed
-    python benchmarks/engine_build.py --size 5b                CogVideoX-5B in bf16; 24 GiB of memory and 25 GB of disk
-    python benchmarks/engine_build.py --layers 2 --frames 9    the same with fewer layers and frames, to try it out
-    python benchmarks/engine_build.py --opset 20 23            both opsets side by side: 23 has `Attention` as one
-                                                               operator, 20 its matrix products and softmax
+    python benchmarks/engine_build.py --output benchmarks/results/engines-2b.json
+    python benchmarks/engine_build.py --size 5b --output benchmarks/results/engines-5b.json
+
+    --size 2b               CogVideoX-2B in fp16, for TensorRT for RTX: no GPU needed
+    --size 5b               CogVideoX-5B in bf16; 24 GiB of memory and 25 GB of disk
+    --layers 2 --frames 9   fewer layers and frames, to try it out
+    --opset 20 23           both opsets side by side: 23 has `Attention` as one operator, 20 its matrix products and
+                            softmax
 
 Random weights: neither time nor memory depends on what they are. The DiT's graphs only (full, skip, combine); text
 encoder and VAE are stand-ins of a few weights. Export and builds are processes of their own. Their peaks are of memory
 that only they can have: weights mapped from a file are not counted, the kernel takes such pages back when it must.
+Writes JSON (`record.EngineBuild`) and prints its table.
 """
 
 from __future__ import annotations
@@ -17,17 +21,18 @@ import argparse
 import concurrent.futures
 import multiprocessing
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
 import msgspec
+from record import BuildRow, EngineBuild, this_run, write_result
+from tables import described
 
 from lemica_trt.backends import builders
 from lemica_trt.backends.tensorrt.worker import HostMemory
-from lemica_trt.core.progress import duration, reporter, size
+from lemica_trt.core.progress import reporter
 from lemica_trt.core.values import Value, read_value, write_value
 from lemica_trt.ir.graphs import GraphSet, step_layout
 from lemica_trt.ir.profile import Profile
@@ -120,23 +125,27 @@ def exported(profile: Profile, config: dict[str, int | bool], folder: Path) -> E
     return found
 
 
-def rows(backend: str, made: Exported, folder: Path) -> Iterator[tuple[object, ...]]:
-    """Build the engines; the table's rows."""
+def rows(backend: str, made: Exported, folder: Path) -> Iterator[BuildRow]:
+    """Build the engines: the export's row, and one a graph."""
     entry = builders.build(backend, made.graphs, folder, folder, {}, reporter())
     opset = made.profile.opset
     onnx = sum(path.stat().st_size for path in (folder / "onnx").iterdir())
-    yield opset, "export", duration(made.seconds), size(made.memory), size(onnx), "", ""
+    yield BuildRow(opset=opset, what="export", seconds=made.seconds, memory=made.memory, size=onnx)
     for role, build in entry.builds.items():
-        engine = (folder / entry.files[role]).stat().st_size
-        counts = build.precisions if build.engine_precisions is None else build.engine_precisions
-        layers = ", ".join(f"{count} {dtype}" for dtype, count in sorted(counts.items()))
-        fused = "not looked into" if build.fused_attention is None else f"{build.fused_attention} of {build.attentions}"
-        what = f"{role} engine, {backend} {entry.key.version}"
-        yield opset, what, duration(build.seconds), size(build.host_memory), size(engine), layers, fused
+        yield BuildRow(
+            opset=opset,
+            what=f"{role} engine",
+            seconds=build.seconds,
+            memory=build.host_memory,
+            size=(folder / entry.files[role]).stat().st_size,
+            layers=build.precisions if build.engine_precisions is None else build.engine_precisions,
+            fused=build.fused_attention,
+            attentions=build.attentions,
+        )
 
 
 def main() -> None:
-    """Export, build, print a Markdown table."""
+    """Export, build, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(PROFILES), default="2b", help="of the model")
     parser.add_argument("--backend", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt-rtx")
@@ -144,30 +153,38 @@ def main() -> None:
     parser.add_argument("--opset", type=int, nargs="+", help="ONNX opset, or several to compare")
     parser.add_argument("--layers", type=int, help="transformer blocks instead of the model's")
     parser.add_argument("--frames", type=int, help="video frames instead of 49")
-    parser.add_argument("--output", type=Path, help="keep graphs and engines there, and find them there again")
+    parser.add_argument("--work", type=Path, help="keep graphs and engines there, and find them there again")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
     given = parser.parse_args()
     profile = load_profile(PROFILES[given.size])
     shape = msgspec.structs.replace(profile.shape, frames=given.frames or profile.shape.frames)
     profile = msgspec.structs.replace(profile, dtype=given.dtype or profile.dtype, shape=shape)
     config = {**CONFIGS[given.size], **({"num_layers": given.layers} if given.layers else {})}
     builders.check(given.backend, profile.dtype)
-    folder = given.output or Path(tempfile.mkdtemp(prefix="engine_build_"))
-    table: list[tuple[object, ...]] = []
+    folder = given.work or Path(tempfile.mkdtemp(prefix="engine_build_"))
+    found: list[BuildRow] = []
     try:
         for opset in given.opset or [profile.opset]:
             here = folder / f"opset{opset}"
             made = exported(msgspec.structs.replace(profile, opset=opset), config, here)
-            table += rows(given.backend, made, here)
+            found += rows(given.backend, made, here)
     finally:
-        if given.output is None:
+        if given.work is None:
             shutil.rmtree(folder)
-    print(
-        f"CogVideoX-{given.size.upper()}, {config['num_layers']} layers, {made.parameters / 1e9:.2f} G parameters, "
-        f"{profile.dtype}, {shape.frames} frames {shape.height}×{shape.width}; Python {sys.version.split()[0]}\n"
+    result = EngineBuild(
+        run=this_run("torch", "diffusers", "onnx", given.backend),
+        model=profile.name,
+        parameters=made.parameters,
+        layers=int(config["num_layers"]),
+        dtype=profile.dtype,
+        frames=shape.frames,
+        height=shape.height,
+        width=shape.width,
+        backend=given.backend,
+        rows=tuple(found),
     )
-    print("| opset | | time | peak memory | file | layers | fused attentions |\n|---|---|---|---|---|---|---|")
-    for row in table:
-        print(f"| {' | '.join(map(str, row))} |")
+    write_result(result, given.output)
+    print(described(result))
 
 
 if __name__ == "__main__":

@@ -1,135 +1,126 @@
-"""Held-out quality of a bundle's plans beside every other way to spend the same budget, as Markdown tables.
+"""Held-out quality of a bundle's plans beside other ways to spend the same number of full steps.
 
-    lemica-trt build --model cogvideox-tiny --calibration secant --budget 15,10,20,25 --output out/quality
-    python benchmarks/quality.py out/quality
+    lemica-trt build --model cogvideox-tiny --budget 15,10,20,25 --output out/quality
+    python benchmarks/quality.py out/quality --output benchmarks/results/quality-cogvideox-tiny.json
 
-    lemica-trt build --model wan-tiny --budget 15,10,20,25 --output out/wan    # flow matching
-    python benchmarks/quality.py out/wan
+    lemica-trt build --model wan-tiny --budget 15,10,20 --output out/wan
+    python benchmarks/quality.py out/wan --output benchmarks/results/quality-wan-tiny.json
 
-PSNR mean / 5th percentile (dB) / SSIM over 32 clips, prompts and seeds that neither calibration nor selection has seen;
-differences clip by clip with 95 % bootstrap intervals. Everything runs in PyTorch, fp32. Two references: the uncached
-sampler that the user has today, and one with four times the steps, which stands for the exact solution.
+32 clips of prompts and seeds that neither calibration nor the choice between plans has seen. PSNR and SSIM of each clip
+against two references: the uncached sampler of N steps, and the same sampler with 4·N steps, which stands for the exact
+solution. Everything runs in PyTorch. Writes JSON (`record.Quality`) and prints its table.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from record import Quality, QualityRow, this_run, write_result
+from tables import described
 
-from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.compiler import calibration_prompts, profile_of_bundle
+from lemica_trt.calibrate.prompts import read_prompts
 from lemica_trt.core.errors import UnsupportedError
-from lemica_trt.core.metrics import psnr, ssim
-from lemica_trt.core.values import read_value
-from lemica_trt.evaluate.verify import baselines, held_out
-from lemica_trt.ir.calibration import ErrorGraph
+from lemica_trt.core.metrics import Frames, psnr, ssim
+from lemica_trt.core.progress import reporter
+from lemica_trt.evaluate.evaluator import HELD_OUT_SEED, PlanEvaluator, held_out_samples
+from lemica_trt.evaluate.quality import baselines, error_graph_of
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.models import Model, denoise, load_model, scheduler_like
+from lemica_trt.ir.resources import calibration_path
+from lemica_trt.models import Model, load_model, scheduler_like
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.planning.step_plan import uncached_plan
 
-RESAMPLES = 10_000
-BATCH = 8
-SOLVERS = {
-    FlowMatchEulerDiscreteScheduler: "Euler",
-    DPMSolverMultistepScheduler: "DPM-Solver++ 2M",
-    UniPCMultistepScheduler: "UniPC",
-}
-NAMES = {"lemica": "LeMiCa (paper)", "uniform": "equal distances, reuse", "fewer-steps": "the sampler, fewer steps"}
+FINE = 4
+"""Steps of the fine reference, in those of the sampler."""
 
-Clips = list[np.ndarray]  # type: ignore[type-arg]
+SCHEDULERS = (FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler)
+"""Baselines with B steps: schedulers as a user sets them in a diffusers pipeline, beside the sampler's own."""
 
 
-def frames(model: Model, plan: StepPlan, requests: Sequence[tuple[str, int]]) -> Clips:
-    """The clips of a plan, uint8 [F, H, W, 3] each."""
-    clips: Clips = []
-    for first in range(0, len(requests), BATCH):
-        part = requests[first : first + BATCH]
-        noises = [model.noises(seed) for _, seed in part]
-        with torch.inference_mode():
-            latents = denoise(
-                model,
-                plan,
-                model.embed([prompt for prompt, _ in part]),
-                torch.stack([next(noise) for noise in noises]),
-                fresh_noise=lambda _, noises=noises: torch.stack([next(noise) for noise in noises]),
-            )
-            clips += [np.asarray(clip) for clip in model.decode(latents)]
-    return clips
+def with_other_schedulers(plan: StepPlan, model: Model) -> Iterator[tuple[str, StepPlan]]:
+    """Scheduler → its plan with the same number of steps, all in full."""
+    for scheduler in SCHEDULERS:
+        if scheduler is not type(model.pipeline.scheduler):  # that is the baseline `fewer-steps`
+            try:
+                made = scheduler_like(scheduler, model.pipeline.scheduler)
+                model.family.set_timesteps(made, plan.budget)
+                table = sampler_table(made, dynamic_guidance=model.profile.sampling.dynamic_guidance)
+            except UnsupportedError:  # Euler is for flow matching only
+                continue
+            yield scheduler.__name__, uncached_plan(table, guidance_scale=plan.guidance_scale)
 
 
-def gain(better: Sequence[float], worse: Sequence[float]) -> str:
-    """Mean difference and its 95 % bootstrap interval, clip by clip."""
-    differences = np.subtract(better, worse)
-    random = np.random.default_rng(0)
-    means = random.choice(differences, (RESAMPLES, len(differences))).mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return f"{differences.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+def row(
+    method: str, plan: StepPlan, clips: list[Frames], coarse: list[Frames], fine: list[Frames], *, own: bool = False
+) -> QualityRow:
+    """Scores of one plan's clips."""
+    return QualityRow(
+        method=method,
+        own=own,
+        full_steps=plan.full_steps,
+        psnr=tuple(map(psnr, clips, coarse)),
+        ssim=tuple(map(ssim, clips, coarse)),
+        fine_psnr=tuple(map(psnr, clips, fine)),
+        fine_ssim=tuple(map(ssim, clips, fine)),
+    )
 
 
-def ways(bundle: Bundle, model: Model, plan: StepPlan) -> dict[str, StepPlan]:
-    """Name → plan of the same budget; the bundle's own first."""
-    graph = None
-    if ERROR_GRAPH_FILE in bundle.manifest.files:
-        graph = read_value(ErrorGraph, bundle.file(ERROR_GRAPH_FILE))
-    held = f", held against {plan.reference_steps} steps" if plan.reference_steps else ""
-    found = {f"**the plan** ({plan.method}{held})": plan}
-    found |= {NAMES[name]: other for _, name, other in baselines(plan, model, graph)}
-    for solver, name in SOLVERS.items():  # as a user changes the scheduler of a diffusers pipeline
-        if solver is type(model.pipeline.scheduler):  # "the sampler, fewer steps"
-            continue
-        try:
-            scheduler = scheduler_like(solver, model.pipeline.scheduler)
-        except UnsupportedError:  # Euler is for flow matching only
-            continue
-        model.family.set_timesteps(scheduler, plan.budget)
-        table = sampler_table(scheduler)
-        found[f"{name}, {plan.budget} steps"] = uncached_plan(table, guidance_scale=plan.guidance_scale)
-    return found
+def measure(bundle: Bundle, model: Model, count: int) -> Quality:
+    """Run everything on `count` clips."""
+    profile = model.profile
+    guidance, steps = profile.sampling.guidance_scale, profile.sampling.steps
+    table, fine_table = (sampler_table(model.scheduler(n), dynamic_guidance=profile.sampling.dynamic_guidance)
+                         for n in (steps, FINE * steps))  # fmt: skip
+    prompts = read_prompts(calibration_path(profile.calibration.prompts) / "held_out.txt")
+    evaluator = PlanEvaluator(lambda: model, table, held_out_samples(prompts, count))
+    report = reporter()
+    report.stage("quality", f"{count} clips, {steps} and {FINE * steps} uncached steps")
+    coarse, fine = (evaluator.clips(uncached_plan(sampler, guidance_scale=guidance)) for sampler in (table, fine_table))
+    graph, rows = error_graph_of(bundle), list[QualityRow]()
+    plans = [plan for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps]
+    for plan in sorted(plans, key=lambda plan: plan.budget):
+        report.note(f"{plan.name}: {plan.method}")
+        rows.append(row(plan.method, plan, evaluator.clips(plan), coarse, fine, own=True))
+        others = {**baselines(plan, model, graph), **dict(with_other_schedulers(plan, model))}
+        rows += [row(method, other, evaluator.clips(other), coarse, fine) for method, other in others.items()]
+    report.close()
+    return Quality(
+        run=this_run(),
+        model=profile.name,
+        revision=bundle.manifest.revision,
+        scheduler=table.scheduler,
+        steps=steps,
+        fine_steps=FINE * steps,
+        guidance_scale=guidance,
+        calibration=profile.calibration.method,
+        samples=profile.calibration.samples,
+        validation_samples=profile.calibration.validation_samples,
+        first_seed=HELD_OUT_SEED,
+        uncached_fine_psnr=tuple(map(psnr, coarse, fine)),
+        rows=tuple(rows),
+    )
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--weights", help="where the bundle was built from a local folder")
+    parser.add_argument("--weights", help="diffusers folder, where the bundle was built from one")
     parser.add_argument("--clips", type=int, default=32)
-    arguments = parser.parse_args()
-    bundle = Bundle.open(arguments.bundle)
-    profile = profile_of_bundle(bundle, arguments.weights)
-    model = load_model(profile)
-    requests = held_out(calibration_prompts(profile, None, split="held_out"), arguments.clips)
-    steps, guidance = profile.sampling.steps, profile.sampling.guidance_scale
-    references = {
-        count: frames(model, uncached_plan(sampler_table(model.scheduler(count)), guidance_scale=guidance), requests)
-        for count in (steps, 4 * steps)
-    }
-    scores = [psnr(a, b) for a, b in zip(references[steps], references[4 * steps])]
-    sampler = type(model.pipeline.scheduler).__name__
-    print(f"{arguments.clips} held-out clips of {profile.name}, {steps} steps of {sampler}; ", end="")
-    print(f"against {4 * steps} steps the uncached sampler itself has {np.mean(scores):.1f} dB\n")
-    print(f"| full steps | | against {steps} steps | the plan − it, dB | against {4 * steps} steps |")
-    print("|---|---|---|---|---|")
-    plans = [bundle.plan(name) for name in bundle.plans]
-    for plan in sorted((plan for plan in plans if plan.budget < plan.num_steps), key=lambda plan: plan.budget):
-        own: list[float] = []
-        for name, other in ways(bundle, model, plan).items():
-            clips = frames(model, other, requests)
-            cells = {}
-            for count, reference in references.items():
-                scores = [psnr(a, b) for a, b in zip(clips, reference)]
-                likeness = np.mean([ssim(a, b) for a, b in zip(clips, reference)])
-                cells[count] = f"{np.mean(scores):.1f} / {np.percentile(scores, 5):.1f} / {likeness:.4f}"
-                if count == steps:
-                    difference = gain(own, scores) if own else ""
-                    own = own or scores
-            print(f"| {plan.budget} | {name} | {cells[steps]} | {difference} | {cells[4 * steps]} |", flush=True)
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    given = parser.parse_args()
+    bundle = Bundle.open(given.bundle)
+    model = load_model(bundle.manifest.profile, source=given.weights, device=given.device)
+    with torch.inference_mode():
+        result = measure(bundle, model, given.clips)
+    write_result(result, given.output)
+    print(described(result))
 
 
 if __name__ == "__main__":

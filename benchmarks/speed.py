@@ -1,100 +1,215 @@
-"""Wall-clock time of sampling: eager diffusers, the runtime uncached, and the runtime with plans.
+"""Time of the denoising loop: diffusers, the runtime with all steps in full, and the runtime with step plans.
 
-    python benchmarks/speed.py                 the bundled model
-    python benchmarks/speed.py --large         a random CogVideoX of 8 layers × 512, about 2000 tokens
-    python benchmarks/speed.py --folded        plans that reuse outputs, folded: B engine calls, no skipped steps
+    python benchmarks/speed.py --output benchmarks/results/speed-cogvideox-tiny.json
+    python benchmarks/speed.py --large --rounds 5 --output benchmarks/results/speed-large.json
 
-Denoising loop only, one request of two branches; the text encoder and the VAE run outside of it in every row.
-Plans have full steps at equal distances: where they lie does not change the time.
+One request of two guidance branches; text encoder and VAE are left out everywhere. Two kinds of plans, both with full
+steps at equal distances, because where they lie does not change the time: `uniform` runs the cheap skip graph in
+between, `first-order` runs B engine calls and nothing else, as fitted solvers do.
+
+A machine's speed drifts by more than the differences that are looked for. So all of them are timed in every round, in
+turn, every other round in reverse; a speed-up is the median over rounds of the ratio of two times of the same round.
+`--large` is a random CogVideoX of 8 layers × 512 and 2044 tokens. Writes JSON (`record.Speed`) and prints its table.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from time import perf_counter
+from typing import NamedTuple
 
-import msgspec
 import torch
 from diffusers import CogVideoXTransformer3DModel
+from record import Speed, SpeedRow, this_run, write_result
+from tables import described
 
-from lemica_trt.compiler import Request, build
-from lemica_trt.core.progress import Quiet
-from lemica_trt.evaluate.timing import machine, measure_timing
-from lemica_trt.ir.profile import Profile, Shape
-from lemica_trt.ir.resources import load_profile, zoo_path
-from lemica_trt.models import load_model
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.core.progress import reporter
+from lemica_trt.evaluate.timing import backend_name, request
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.resources import zoo_path
+from lemica_trt.models import Model, load_model
+from lemica_trt.models.scheduler import sampler_table
+from lemica_trt.planning.schedules import uniform
+from lemica_trt.planning.solvers import first_order_table
+from lemica_trt.planning.step_plan import plan_from_schedule, plan_from_solver
+from lemica_trt.runtime.denoise import RowDone
 from lemica_trt.runtime.pipeline import Pipeline
 
+LARGE = "random-8x512"
+SIDE = 416
+"""Height and width of the large model's frames, pixels."""
 
-def large_profile(folder: Path) -> Profile:
-    """The bundled pipeline with a random transformer of 8 layers × 512 at 416×416: 3·26·26 + 16 = 2044 tokens."""
-    shutil.copytree(zoo_path("cogvideox-tiny"), folder, dirs_exist_ok=True)
+WARM_UP = 2
+"""Steps of the warm-up of diffusers."""
+
+
+class Timed(NamedTuple):
+    """Seconds of a loop, and of its rows that run the whole DiT and those that do not."""
+
+    seconds: float
+    full: Sequence[float] = ()
+    skipped: Sequence[float] = ()
+
+
+class Runner(NamedTuple):
+    """Something to time."""
+
+    name: str
+    method: str
+    full_steps: int
+    run: Callable[[], Timed]
+
+
+def write_large_model(folder: Path) -> None:
+    """The bundled pipeline with a random transformer of 8 layers × 512: 3·26·26 + 16 = 2044 tokens."""
+    shutil.copytree(zoo_path("cogvideox-tiny"), folder)
     torch.manual_seed(0)
     config = dict(CogVideoXTransformer3DModel.load_config(folder / "transformer"))
-    config.update(num_layers=8, num_attention_heads=8, attention_head_dim=64, sample_height=52, sample_width=52)
+    latent = SIDE // 8
+    config.update(num_layers=8, num_attention_heads=8, attention_head_dim=64, sample_height=latent, sample_width=latent)
     shutil.rmtree(folder / "transformer")
     CogVideoXTransformer3DModel.from_config(config).save_pretrained(folder / "transformer")
-    tiny = load_profile("cogvideox-tiny")
-    return msgspec.structs.replace(
-        tiny, name="random-8x512", source=str(folder), shape=Shape(frames=9, height=416, width=416)
+
+
+def built(model: str, root: Path, budget: int, *, large: bool) -> Bundle:
+    """A bundle that nothing is calibrated for."""
+    command = ["--model", model, "--method", "uniform", "--budget", str(budget), "--verify-samples", "0"]
+    if large:
+        write_large_model(root / "model")
+        command += ["--weights", str(root / "model"), "--height", str(SIDE), "--width", str(SIDE)]
+    command += ["--output", str(root / "bundle"), "--quiet"]
+    subprocess.run([sys.executable, "-m", "lemica_trt", "build", *command], check=True, stdout=subprocess.DEVNULL)
+    return Bundle.open(root / "bundle")
+
+
+def eager(model: Model) -> Callable[..., Timed]:
+    """The diffusers pipeline from given embeddings and noise to latents."""
+    profile = model.profile
+    embeds, noise = model.embed(["a big red circle moves left"]), model.noise(0)[None]
+
+    def run(steps: int = profile.sampling.steps) -> Timed:
+        start = perf_counter()
+        model.pipeline(
+            prompt_embeds=embeds[1:],
+            negative_prompt_embeds=embeds[:1],
+            num_frames=profile.shape.frames,
+            height=profile.shape.height,
+            width=profile.shape.width,
+            num_inference_steps=steps,
+            guidance_scale=profile.sampling.guidance_scale,
+            output_type="latent",
+            **model.family.call_arguments(profile, noise),
+        )
+        return Timed(perf_counter() - start)
+
+    return run
+
+
+def by_plan(pipe: Pipeline, plan: StepPlan) -> Callable[[], Timed]:
+    """The runtime with a plan; rows are timed in the same run, which waits for the device after each."""
+    call, full = request(pipe, plan), set(plan.full_steps)
+
+    def run() -> Timed:
+        rows: list[RowDone] = []
+        start = perf_counter()
+        call(on_step=rows.append)
+        seconds = perf_counter() - start
+        steps = [row for row in rows if row.step < plan.num_steps]
+        return Timed(
+            seconds,
+            [row.seconds for row in steps if row.step in full],
+            [row.seconds for row in steps if row.step not in full],
+        )
+
+    return run
+
+
+def runners(bundle: Bundle, model: Model, budgets: Sequence[int]) -> Iterator[Runner]:
+    """What is timed: eager, uncached, and two plans a budget."""
+    steps, guidance = model.profile.sampling.steps, model.profile.sampling.guidance_scale
+    pipe, table = Pipeline(bundle), sampler_table(model.scheduler())
+    every = (plan for plan in map(bundle.plan, bundle.plans) if plan.budget == plan.num_steps)
+    yield Runner("eager", "", steps, eager(model))
+    yield Runner("uncached", "", steps, by_plan(pipe, next(every)))
+    for budget in budgets:
+        schedule = uniform(steps, budget)
+        solver = first_order_table(table, schedule.full_steps)
+        for method, plan in (
+            ("uniform", plan_from_schedule(schedule, table, name="uniform", guidance_scale=guidance, method="uniform")),
+            ("first-order", plan_from_solver(schedule, table, solver, name="first-order", guidance_scale=guidance,
+                                             method="first-order")),
+        ):  # fmt: skip
+            yield Runner(f"b{budget}-{method}", method, budget, by_plan(pipe, plan))
+
+
+def measured(runner: Runner, rounds: Sequence[Timed]) -> SpeedRow:
+    """All rounds of one runner."""
+    full = [seconds for timed in rounds for seconds in timed.full]
+    skipped = [seconds for timed in rounds for seconds in timed.skipped]
+    return SpeedRow(
+        name=runner.name,
+        method=runner.method,
+        full_steps=runner.full_steps,
+        seconds=tuple(timed.seconds for timed in rounds),
+        full_step=median(full) if full else None,
+        skipped_step=median(skipped) if skipped else None,
+        beyond=median(timed.seconds / sum((*timed.full, *timed.skipped)) - 1 for timed in rounds) if full else None,
     )
 
 
-def eager(profile: Profile, repeats: int) -> float:
-    """Seconds of the diffusers pipeline's loop: a whole call less one without its steps' DiT is not to be had, so
-    embeddings and noise are given and the VAE is left out by asking for latents."""
-    model = load_model(profile)
-    embeds = model.embed(["a big red circle moves left"])
-    noise = model.noise(0)[None]
-    arguments = {
-        "prompt_embeds": embeds[1:],
-        "negative_prompt_embeds": embeds[:1],
-        "latents": noise,
-        "num_frames": profile.shape.frames,
-        "height": profile.shape.height,
-        "width": profile.shape.width,
-        "num_inference_steps": profile.sampling.steps,
-        "guidance_scale": profile.sampling.guidance_scale,
-        "output_type": "latent",
-    }
-    times = []
-    for _ in range(repeats):
-        start = perf_counter()
-        model.pipeline(**arguments)
-        times.append(perf_counter() - start)
-    return min(times)
+def measure(bundle: Bundle, model: Model, name: str, budgets: Sequence[int], rounds: int) -> Speed:
+    """Time everything in turn, `rounds` times."""
+    every = list(runners(bundle, model, budgets))
+    report = reporter()
+    report.stage("warm up", f"{len(every)} loops")
+    eager(model)(WARM_UP)
+    for runner in every[2:]:
+        runner.run()
+    times: dict[str, list[Timed]] = {runner.name: [] for runner in every}
+    report.stage("time", f"{rounds} rounds")
+    for index in range(rounds):
+        for runner in reversed(every) if index % 2 else every:
+            times[runner.name].append(runner.run())
+        report.advance(index + 1, rounds)
+    report.close()
+    return Speed(
+        run=this_run(),
+        model=name,
+        revision=None if name == LARGE else bundle.manifest.revision,
+        parameters=sum(weights.numel() for weights in model.pipeline.transformer.parameters()),
+        latent_shape=tuple(model.latent_shape),
+        dtype=model.profile.dtype,
+        backend=backend_name(bundle.engine(None).key),
+        steps=model.profile.sampling.steps,
+        rows=tuple(measured(runner, times[runner.name]) for runner in every),
+    )
 
 
 def main() -> None:
-    """Measure and print a Markdown table."""
+    """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", action="store_true", help="the random model instead of the bundled one")
-    parser.add_argument("--folded", action="store_true", help="plans that run full steps only, not reused residuals")
+    parser.add_argument("--model", default="cogvideox-tiny", help="profile of a bundled model")
+    parser.add_argument("--large", action="store_true", help="a larger model with random weights instead")
     parser.add_argument("--budgets", type=int, nargs="+", default=[10, 15, 20, 25], help="full steps of the plans")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of which the best counts")
-    arguments = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        profile = large_profile(root / "model") if arguments.large else load_profile("cogvideox-tiny")
-        methods = ("stock:first-order",) if arguments.folded else ("uniform",)  # one method: nothing is tried
-        request = Request(budgets=tuple(arguments.budgets), methods=methods, verify_samples=0)
-        bundle = build(profile, root / "bundle", request, Quiet()).bundle
-        seconds = eager(profile, arguments.repeats)
-        plans = [bundle.plan(name) for name in bundle.plans]
-        timings = measure_timing(Pipeline(bundle), plans, repeats=arguments.repeats)
-    print(f"{profile.name}, {profile.sampling.steps} steps, {profile.dtype}, {machine()}\n")
-    print("| | full steps | seconds | speed-up | full step | skipped step | beyond its steps |")
-    print("|---|---|---|---|---|---|---|")
-    print(f"| eager diffusers | {profile.sampling.steps} | {seconds:.2f} | 1.00× | | | |")
-    for timing in timings:
-        skipped = "" if timing.skipped_step is None else f"{timing.skipped_step * 1e3:.1f} ms"
-        print(
-            f"| runtime, {timing.plan} | {timing.budget} | {timing.total:.2f} | {seconds / timing.total:.2f}× "
-            f"| {timing.full_step * 1e3:.1f} ms | {skipped} | {timing.overhead:+.1%} |"
-        )
+        bundle = built(given.model, Path(folder), given.budgets[0], large=given.large)
+        source = str(Path(folder) / "model") if given.large else None
+        model = load_model(bundle.manifest.profile, source=source)
+        name = LARGE if given.large else given.model
+        result = measure(bundle, model, name, given.budgets, given.rounds)
+    write_result(result, given.output)
+    print(described(result))
 
 
 if __name__ == "__main__":

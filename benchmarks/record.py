@@ -1,0 +1,404 @@
+"""What a benchmark writes: one JSON file a run, with everything that its figures depend on.
+
+Every figure in README.md and docs/ comes from such a file below `benchmarks/results/`; `tools/make_docs.py` prints the
+tables. Raw numbers are stored (a number a clip, a number a round), so that means, percentiles and intervals are
+computed in one place, `tables`. No PyTorch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+
+from lemica_trt.core.errors import InputError
+from lemica_trt.core.values import Value, read_value, require, write_bytes
+
+RESULTS = Path(__file__).parent / "results"
+"""Where committed results lie."""
+
+LIBRARIES = ("torch", "diffusers", "transformers", "onnxruntime", "numpy")
+"""Libraries whose versions are recorded."""
+
+
+class Run(Value, frozen=True):
+    """What made a result.
+
+    Attributes:
+        command: the command line, from the root of a checkout.
+        commit: `git describe --always --dirty` of the checkout; None: it is none.
+        date: UTC, `2026-01-31`.
+        system: operating system and architecture.
+        processor: model name of the CPU.
+        cores: logical cores of the machine.
+        threads: OMP_NUM_THREADS; None: not set, libraries use all cores.
+        python: version.
+        versions: library → version.
+    """
+
+    command: str
+    commit: str | None
+    date: str
+    system: str
+    processor: str
+    cores: int
+    threads: int | None
+    python: str
+    versions: dict[str, str]
+
+
+class QualityRow(Value, frozen=True):
+    """One plan on all clips.
+
+    Attributes:
+        method: the planner that made it, by the name that `--method` takes; of a baseline that only takes fewer
+            steps, `fewer-steps` or the diffusers scheduler that takes the place of the model's own.
+        own: whether it is the bundle's own plan; else it is a baseline with the same number of full steps.
+        full_steps: the steps that run the whole DiT; of a solver with fewer steps, 0 … B − 1.
+        psnr, ssim: against the uncached N steps, one number a clip; PSNR in dB.
+        fine_psnr, fine_ssim: against the fine reference.
+    """
+
+    method: str
+    own: bool
+    full_steps: tuple[int, ...]
+    psnr: tuple[float, ...]
+    ssim: tuple[float, ...]
+    fine_psnr: tuple[float, ...]
+    fine_ssim: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        counts = {len(self.psnr), len(self.ssim), len(self.fine_psnr), len(self.fine_ssim)}
+        require(len(counts) == 1 and 0 not in counts, f"{self.method}: expected one number a clip, got {counts}")
+
+    @property
+    def budget(self) -> int:
+        return len(self.full_steps)
+
+
+class Quality(Value, frozen=True, tag_field="kind", tag="quality"):
+    """Held-out quality of a bundle's plans, and of baselines.
+
+    Attributes:
+        run: what made this.
+        model: name of the profile.
+        revision: of the model's weights.
+        scheduler: diffusers class.
+        steps: N, the uncached steps.
+        fine_steps: steps of the fine reference.
+        guidance_scale: of all runs.
+        calibration: how the bundle was calibrated.
+        samples, validation_samples: that calibrated, and that chose between plans.
+        first_seed: seed of the first held-out clip; clip s has prompt s of the held-out list and this seed + s.
+        uncached_fine_psnr: the uncached N steps against the fine reference, one number a clip.
+        rows: by budget; the bundle's own plan first.
+    """
+
+    run: Run
+    model: str
+    revision: str | None
+    scheduler: str
+    steps: int
+    fine_steps: int
+    guidance_scale: float
+    calibration: str
+    samples: int
+    validation_samples: int
+    first_seed: int
+    uncached_fine_psnr: tuple[float, ...]
+    rows: tuple[QualityRow, ...]
+
+    @property
+    def budgets(self) -> list[int]:
+        return sorted({row.budget for row in self.rows})
+
+    def of_budget(self, budget: int) -> list[QualityRow]:
+        return [row for row in self.rows if row.budget == budget]
+
+
+class SpeedRow(Value, frozen=True):
+    """One way of running the denoising loop.
+
+    Attributes:
+        name: `eager`, `uncached`, or the plan's.
+        method: the planner that made the plan; empty for the other two.
+        full_steps: B.
+        seconds: of the loop, one number a round.
+        full_step, skipped_step: median seconds of such a row; None where there is none, or none is seen.
+        beyond: median over rounds of (seconds / seconds of the round's own rows) − 1; None where rows are not seen.
+    """
+
+    name: str
+    method: str
+    full_steps: int
+    seconds: tuple[float, ...]
+    full_step: float | None = None
+    skipped_step: float | None = None
+    beyond: float | None = None
+
+
+class Speed(Value, frozen=True, tag_field="kind", tag="speed"):
+    """Time of the denoising loop, measured in rounds: every round times every row once.
+
+    Attributes:
+        run: what made this.
+        model: name of the profile.
+        revision: of the model's weights; None: random.
+        parameters: of the DiT.
+        latent_shape: of one sample.
+        dtype: of the DiT.
+        backend: engines, version and device.
+        steps: N.
+        rows: `eager` first, `uncached` second.
+    """
+
+    run: Run
+    model: str
+    revision: str | None
+    parameters: int
+    latent_shape: tuple[int, ...]
+    dtype: str
+    backend: str
+    steps: int
+    rows: tuple[SpeedRow, ...]
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        require(names[:2] == ["eager", "uncached"], f"rows must begin with eager, uncached; got {names}")
+        rounds = {len(row.seconds) for row in self.rows}
+        require(len(rounds) == 1 and 0 not in rounds, f"expected one number a round in every row, got {rounds}")
+
+
+class Latency(Value, frozen=True):
+    """Requests of one kind, one after the other.
+
+    Attributes:
+        name: how the request was made.
+        seconds: one number a request.
+        beyond: mean seconds of a request less its denoising and decoding.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+    beyond: float
+
+
+class Throughput(Value, frozen=True):
+    """So many clients at once.
+
+    Attributes:
+        clients: each sends its next request when the last is answered.
+        clips: a second.
+        batch: mean requests in an engine call.
+    """
+
+    clients: int
+    clips: float
+    batch: float
+
+
+class Serving(Value, frozen=True, tag_field="kind", tag="serving"):
+    """What Triton adds to the pipeline in one process.
+
+    Attributes:
+        run: what made this; `versions` are those of the server's models.
+        server: version of Triton.
+        model: name of the profile.
+        plan: name; `full_steps` of `steps` steps.
+        latency, throughput: see there.
+    """
+
+    run: Run
+    server: str
+    model: str
+    plan: str
+    full_steps: int
+    steps: int
+    latency: tuple[Latency, ...]
+    throughput: tuple[Throughput, ...]
+
+
+class BuildRow(Value, frozen=True):
+    """An export or an engine.
+
+    Attributes:
+        opset: of the ONNX graphs.
+        what: `export`, or the engine.
+        seconds: wall-clock time.
+        memory: peak bytes that only this process could have.
+        size: bytes of the files.
+        layers: precision → number of layers; empty for an export.
+        fused, attentions: how many of the attentions are one kernel; None: not looked into.
+    """
+
+    opset: int
+    what: str
+    seconds: float
+    memory: int
+    size: int
+    layers: dict[str, int] = {}
+    fused: int | None = None
+    attentions: int | None = None
+
+
+class EngineBuild(Value, frozen=True, tag_field="kind", tag="engine-build"):
+    """Export and engines of a model of real size with random weights.
+
+    Attributes:
+        run: what made this.
+        model: name of the profile.
+        parameters: of the DiT.
+        layers: transformer blocks.
+        dtype: of the DiT.
+        frames, height, width: of the clip.
+        backend: that built the engines.
+        rows: see there.
+    """
+
+    run: Run
+    model: str
+    parameters: int
+    layers: int
+    dtype: str
+    frames: int
+    height: int
+    width: int
+    backend: str
+    rows: tuple[BuildRow, ...]
+
+
+class UnusedDepth(Value, frozen=True, tag_field="kind", tag="unused-depth"):
+    """Time of a full step on graphs that keep more than is read, beside the smallest ones; one thread, in pairs.
+
+    Attributes:
+        run: what made this.
+        model: name of the profile.
+        revision: of the model's weights; None: random.
+        parameters: of the DiT.
+        latent_shape: of one sample.
+        dtype: of the DiT.
+        backend: engines, version and device.
+        outputs: how many outputs the small and the deep graph take; the deep one also gives its trunk residual away.
+        seconds, deep_seconds: of CPU; for every round, in which both are opened anew, one number a pair. The
+            small one is opened first in the first round, and in every other one after it.
+    """
+
+    run: Run
+    model: str
+    revision: str | None
+    parameters: int
+    latent_shape: tuple[int, ...]
+    dtype: str
+    backend: str
+    outputs: tuple[int, int]
+    seconds: tuple[tuple[float, ...], ...]
+    deep_seconds: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        pairs = {len(times) for times in (*self.seconds, *self.deep_seconds)}
+        require(
+            len(self.seconds) == len(self.deep_seconds) > 0 and len(pairs) == 1 and 0 not in pairs,
+            f"expected as many pairs in every round, got {sorted(pairs)}",
+        )
+        require(
+            len(self.seconds) % 2 == 0,
+            f"expected an even number of rounds, got {len(self.seconds)}",
+        )
+
+
+Result = Quality | Speed | Serving | EngineBuild | UnusedDepth
+
+
+def this_run(*libraries: str) -> Run:
+    """The running command on this machine.
+
+    Args:
+        libraries: whose versions are recorded; none: `LIBRARIES`.
+    """
+    return Run(
+        command=shlex.join(["python", *map(_portable, sys.argv)]),
+        commit=_commit(),
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        system=f"{platform.system()} {platform.machine()}",
+        processor=_processor(),
+        cores=os.cpu_count() or 1,
+        threads=int(os.environ["OMP_NUM_THREADS"]) if os.environ.get("OMP_NUM_THREADS") else None,
+        python=platform.python_version(),
+        versions={name: importlib.metadata.version(name) for name in libraries or LIBRARIES},
+    )
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _portable(argument: str) -> str:
+    """An argument without the folders of this machine."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    root = Path(__file__).parents[1]
+    return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_result(result: Result, path: Path) -> None:
+    """Write JSON: sorted keys, a list of numbers on one line, numbers rounded to 7 digits."""
+    values = _rounded(msgspec.to_builtins(result))
+    text = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False)
+    write_bytes(re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text).encode() + b"\n", path)
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(part) for part in value]
+    return value
+
+
+class _Kind(msgspec.Struct):
+    """What every result has."""
+
+    kind: str
+
+
+def read_results(folder: Path = RESULTS) -> list[Result]:
+    """All results of a folder, by file name.
+
+    Raises:
+        InputError: a file is not a result.
+    """
+    kinds: dict[str, type[Result]] = {str(kind.__struct_config__.tag): kind for kind in get_args(Result)}
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        kind = read_value(_Kind, path).kind
+        if kind not in kinds:
+            raise InputError(f"{path}: expected a result of kind {', '.join(kinds)}, got {kind!r}")
+        found.append(read_value(kinds[kind], path))
+    return found

@@ -1,0 +1,249 @@
+"""Results → Markdown tables: what the benchmarks print, and what `tools/make_docs.py` puts into README.md and docs/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+
+import numpy as np
+from record import EngineBuild, Quality, QualityRow, Result, Run, Serving, Speed, SpeedRow, UnusedDepth
+
+RESAMPLES = 10_000
+"""Of the bootstrap."""
+
+SOLVERS = {
+    "FlowMatchEulerDiscreteScheduler": "Euler",
+    "DPMSolverMultistepScheduler": "DPM-Solver++ 2M",
+    "UniPCMultistepScheduler": "UniPC",
+}
+"""diffusers scheduler of a baseline → its name in the literature."""
+
+NAMES = {
+    "lemica": "LeMiCa",
+    "uniform": "equal distances, residual reuse",
+    "fewer-steps": "the sampler itself, B steps",
+    **{scheduler: f"{name}, B steps" for scheduler, name in SOLVERS.items()},
+}
+"""Method → words."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "right") -> str:
+    """A Markdown table; all columns but the first are aligned `left` or `right`."""
+    rule = "---" if align == "left" else "--:"
+    lines = [head, ["---", *[rule] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def of_run(run: Run) -> str:
+    """One line: where, with what and when a result was made."""
+    threads = "" if run.threads is None else f", OMP_NUM_THREADS={run.threads}"
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    return (
+        f"`{run.command}`, {run.date}{f', commit {run.commit}' if run.commit else ''}; {run.processor}, "
+        f"{run.cores} cores{threads}, {run.system}; Python {run.python}, {versions}."
+    )
+
+
+def mean_p5(numbers: Sequence[float]) -> str:
+    """`43.9 / 30.2`: mean and 5th percentile."""
+    return f"{np.mean(numbers):.1f} / {np.percentile(numbers, 5):.1f}"
+
+
+def gain(better: Sequence[float], worse: Sequence[float]) -> str:
+    """Mean difference and its 95 % bootstrap interval, clip by clip."""
+    differences = np.subtract(better, worse)
+    means = np.random.default_rng(0).choice(differences, (RESAMPLES, len(differences))).mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return f"{differences.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def quality_table(result: Quality) -> str:
+    """A row a plan: PSNR mean / 5th percentile / worst clip and SSIM against N steps, the plan's lead, and PSNR
+    against the fine reference."""
+    rows = []
+    for budget in result.budgets:
+        plans = result.of_budget(budget)
+        own = next((row for row in plans if row.own), None)
+        for row in plans:
+            name = f"**the plan** ({row.method})" if row.own else NAMES.get(row.method, row.method)
+            lead = "" if row.own or own is None else gain(own.psnr, row.psnr)
+            psnr = f"{mean_p5(row.psnr)} / {min(row.psnr):.1f}"
+            rows.append([name, str(budget), psnr, f"{np.mean(row.ssim):.4f}", lead, mean_p5(row.fine_psnr)])
+    n, fine = result.steps, result.fine_steps
+    head = ["", "full steps", f"PSNR to {n} steps", "SSIM", "the plan's lead, dB", f"PSNR to {fine} steps"]
+    return table(head, rows)
+
+
+def quality_caption(result: Quality) -> str:
+    """What the table is of."""
+    clips = len(result.uncached_fine_psnr)
+    return (
+        f"{result.model} (revision {(result.revision or 'none')[:12]}), {result.steps} steps of {result.scheduler}, "
+        f"guidance {result.guidance_scale:g}; {clips} held-out clips, seeds from {result.first_seed}. Calibration: "
+        f"{result.calibration}, {result.samples} samples; {result.validation_samples} samples chose between plans. The "
+        f"uncached {result.steps} steps have {np.mean(result.uncached_fine_psnr):.1f} dB to {result.fine_steps} steps."
+    )
+
+
+def speedup(row: SpeedRow, reference: SpeedRow) -> float:
+    """Median over rounds of the reference's time over the row's, both of the same round."""
+    return median(slow / fast for slow, fast in zip(reference.seconds, row.seconds))
+
+
+def speed_table(result: Speed) -> str:
+    """A row a way of running the loop; speed-ups are medians of paired ratios."""
+    eager, uncached = result.rows[:2]
+    rows = []
+    for row in result.rows:
+        steps = ["" if seconds is None else f"{seconds * 1e3:.1f} ms" for seconds in (row.full_step, row.skipped_step)]
+        name = {"eager": "diffusers, eager", "uncached": "runtime, uncached"}.get(row.name, "")
+        rows.append(
+            [
+                name or f"runtime, {row.method}",
+                str(row.full_steps),
+                f"{median(row.seconds):.3g} s",
+                f"{speedup(row, eager):.2f}×",
+                f"{speedup(row, uncached):.2f}×",
+                *steps,
+                "" if row.beyond is None else f"{row.beyond:+.1%}",
+            ]
+        )
+    head = ["", "full steps", "time", "to eager", "to uncached", "full step", "skipped step", "beyond its steps"]
+    return table(head, rows)
+
+
+def speed_caption(result: Speed) -> str:
+    """What the table is of."""
+    weights = "random weights" if result.revision is None else f"revision {result.revision[:12]}"
+    latents = "×".join(map(str, result.latent_shape))
+    return (
+        f"{result.model} ({weights}), {result.parameters / 1e6:.1f} M parameters, latents {latents}, {result.dtype}, "
+        f"{result.steps} steps, {result.backend}; {len(result.rows[0].seconds)} rounds."
+    )
+
+
+def serving_tables(result: Serving) -> str:
+    """Latency of single requests, and throughput of clients at once."""
+    rows = []
+    for row in result.latency:
+        percentiles = [f"{np.percentile(row.seconds, percent) * 1e3:.0f} ms" for percent in (50, 95)]
+        rows.append([row.name, *percentiles, f"{row.beyond * 1e3:.1f} ms"])
+    latency = table(["", "p50", "p95", "beyond denoising and decoding, mean"], rows)
+    throughput = table(
+        ["clients at once", "clips a second", "requests in an engine call"],
+        [[str(row.clients), f"{row.clips:.2f}", f"{row.batch:.2f}"] for row in result.throughput],
+    )
+    return f"{latency}\n\n{throughput}"
+
+
+def serving_caption(result: Serving) -> str:
+    """What the tables are of."""
+    requests = len(result.latency[0].seconds)
+    return (
+        f"{result.model}, plan {result.plan} ({result.full_steps} of {result.steps} steps), Triton {result.server}; "
+        f"{requests} requests a row."
+    )
+
+
+def engine_table(result: EngineBuild) -> str:
+    """A row an export or an engine."""
+    rows = []
+    for row in result.rows:
+        layers = ", ".join(f"{count} {dtype}" for dtype, count in sorted(row.layers.items()))
+        fused = "" if row.fused is None else f"{row.fused} of {row.attentions}"
+        sizes = [f"{number / 1e9:.1f} GB" for number in (row.memory, row.size)]
+        rows.append([row.what, str(row.opset), f"{row.seconds:.0f} s", *sizes, layers, fused])
+    return table(["", "opset", "time", "peak memory", "files", "layers", "fused attentions"], rows)
+
+
+def engine_caption(result: EngineBuild) -> str:
+    """What the table is of."""
+    shape = f"{result.frames} frames {result.height}×{result.width}"
+    return (
+        f"{result.model} with random weights, {result.layers} layers, {result.parameters / 1e9:.2f} G parameters, "
+        f"{result.dtype}, {shape}, {result.backend}."
+    )
+
+
+def extra_time(result: UnusedDepth) -> tuple[float, float, float]:
+    """What the deep graph takes beyond the small one, as a fraction of it: mean over rounds of the median over pairs,
+    and the ends of its 95 % bootstrap interval. A round counts with the next, in which the other was opened first."""
+    rounds = np.median(np.divide(result.deep_seconds, result.seconds) - 1, axis=1).reshape(-1, 2).mean(axis=1)
+    means = np.random.default_rng(0).choice(rounds, (RESAMPLES, len(rounds))).mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(rounds.mean()), float(low), float(high)
+
+
+def depth_table(result: UnusedDepth) -> str:
+    """Both graphs, and what the larger one takes more."""
+    middle, low, high = extra_time(result)
+    small, deep = (f"{np.median(seconds) * 1e3:.4g} ms" for seconds in (result.seconds, result.deep_seconds))
+    rows = [
+        ["smallest graph", str(result.outputs[0]), "", small, ""],
+        ["graph of the layout", str(result.outputs[1]), "yes", deep, f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]"],
+    ]
+    return table(["", "outputs kept", "residual kept", "full step, median", "difference"], rows)
+
+
+def depth_caption(result: UnusedDepth) -> str:
+    """What the table is of."""
+    weights = "random weights" if result.revision is None else f"revision {result.revision[:12]}"
+    latents = "×".join(map(str, result.latent_shape))
+    return (
+        f"{result.model} ({weights}), {result.parameters / 1e6:.1f} M parameters, latents {latents}, {result.dtype}, "
+        f"{result.backend}, one thread; {len(result.seconds)} rounds of "
+        f"{len(result.seconds[0])} pairs."
+    )
+
+
+def described(result: Result) -> str:
+    """Caption, table, and the line of its run."""
+    if isinstance(result, Quality):
+        parts = [quality_caption(result), quality_table(result)]
+    elif isinstance(result, Speed):
+        parts = [speed_caption(result), speed_table(result)]
+    elif isinstance(result, Serving):
+        parts = [serving_caption(result), serving_tables(result)]
+    elif isinstance(result, UnusedDepth):
+        parts = [depth_caption(result), depth_table(result)]
+    else:
+        parts = [engine_caption(result), engine_table(result)]
+    return "\n\n".join([*parts, of_run(result.run)])
+
+
+def best_stock(plans: Sequence[QualityRow]) -> QualityRow | None:
+    """The standard solver with the highest mean PSNR."""
+    return max((row for row in plans if row.method in SOLVERS), key=lambda row: np.mean(row.psnr), default=None)
+
+
+def summary_table(results: Sequence[Result]) -> str:
+    """The README's table: a row a model and budget; PSNR mean / 5th percentile over held-out clips."""
+    qualities = [result for result in results if isinstance(result, Quality)]
+    speeds = {
+        (speed.model, row.full_steps): speedup(row, speed.rows[1])
+        for speed in results
+        if isinstance(speed, Speed)
+        for row in speed.rows[2:]
+        if row.skipped_step is None
+    }
+    rows = []
+    for result in qualities:
+        for budget in result.budgets:
+            plans = result.of_budget(budget)
+            by_method = {row.method: mean_p5(row.psnr) for row in plans if not row.own}
+            own = next((row for row in plans if row.own), None)
+            stock = best_stock(plans)
+            speed = speeds.get((result.model, budget))
+            rows.append(
+                [
+                    f"{result.model}, {result.scheduler}",
+                    f"{budget} of {result.steps}",
+                    "" if speed is None else f"{speed:.1f}×",
+                    "" if own is None else f"**{mean_p5(own.psnr)}**",
+                    by_method.get("lemica", ""),
+                    by_method.get("fewer-steps", ""),
+                    "" if stock is None else f"{mean_p5(stock.psnr)} ({SOLVERS[stock.method]})",
+                ]
+            )
+    head = ["", "full steps", "speed-up", "the plan", "LeMiCa", "same sampler, fewer steps", "best standard solver"]
+    return table(head, rows) if rows else ""

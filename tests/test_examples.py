@@ -1,0 +1,47 @@
+"""The scripts in examples/ run as their docstrings say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cpu
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PROMPT = "a big red circle moves left"
+
+
+def _run(name: str, *arguments: object) -> list[str]:
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_every_example_has_a_test() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"build.py", "compare_plans.py", "make_plan.py"}
+
+
+def test_compare_plans(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    lines = [line.split() for line in _run("compare_plans.py", built[0], PROMPT, tmp_path)]
+    assert [line[0] for line in lines] == ["uncached", "b5", "b4"]
+    assert float(lines[0][-2]) == 100.0 > float(lines[1][-2])  # all steps in full are the reference itself
+    assert {path.name for path in tmp_path.iterdir()} == {"uncached.gif", "b5.gif", "b4.gif"}
+
+
+def test_make_plan_makes_the_plan_of_the_build(
+    built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    import lemica_trt
+
+    (line,) = _run("make_plan.py", built[0], "lemica", 4, PROMPT, tmp_path / "clip.gif")
+    steps = lemica_trt.Bundle.open(built[0]).plan("b4").full_steps
+    assert line == f"lemica, 4 of 8 steps in full: {' '.join(map(str, steps))}"
+    assert (tmp_path / "clip.gif").stat().st_size > 500
+
+
+def test_build(tmp_path: Path) -> None:
+    assert _run("build.py", tmp_path / "bundle") == ["b4 (0, 2, 4, 6)", "uncached (0, 1, 2, 3, 4, 5, 6, 7)"]

@@ -1,0 +1,199 @@
+"""Write the generated parts of README.md and docs/*.md, and refresh the pictures.
+
+    python tools/make_docs.py                        write them
+    python tools/make_docs.py --check                say which files are not up to date; exit code 1 if any
+    python tools/make_docs.py --pictures out/quality copy the pictures of a bundle that `lemica-trt build` verified:
+
+        lemica-trt build --model cogvideox-tiny --budget 15,10,20,25 --output out/quality
+
+A generated part lies between `<!-- make_docs: NAME -->` and `<!-- /make_docs -->`; `PARTS` has the names. Tables of
+figures come from the JSON files in benchmarks/results/, all else from the package itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from record import EngineBuild, Quality, Result, Serving, Speed, UnusedDepth, read_results
+from tables import described, summary_table, table
+
+from lemica_trt.cli.main import main as cli
+from lemica_trt.core.errors import EXIT_CODES
+from lemica_trt.ir.resources import load_profile, profile_names
+from lemica_trt.planning.planner import AUTO, planners
+
+ROOT = Path(__file__).parents[1]
+
+PICTURES = ("contact_sheet.png", "schedules.png")
+"""Files of a bundle's reports/ that docs/ has a copy of."""
+
+BUILT_IN_DEFAULT = re.compile(r"\s*\[default: (.*?)\]$")
+"""A default that an option's help says itself, because it is not a fixed value."""
+
+
+def exit_codes() -> str:
+    """A row an exit code."""
+    codes = {0: "Done.", **EXIT_CODES, 130: "Interrupted; finished work is kept."}
+    return table(["code", "meaning"], [[str(code), meaning.rstrip(".")] for code, meaning in codes.items()], "left")
+
+
+def commands() -> str:
+    """Every command of `lemica-trt`: usage, help, and a table of its options."""
+    return "\n\n".join(
+        part for name, command in cli.commands.items() for part in _command(f"lemica-trt {name}", command)
+    )
+
+
+def _command(path: str, command: click.Command) -> Iterator[str]:
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from _command(f"{path} {name}", child)
+        return
+    arguments = [parameter for parameter in command.params if isinstance(parameter, click.Argument)]
+    usage = [
+        path,
+        *(name if argument.required else f"[{name}]" for argument, name in zip(arguments, map(_metavar, arguments))),
+    ]
+    yield f"## {path}"
+    yield f"```text\n{' '.join(usage)} [OPTIONS]\n```"
+    yield from (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", command.help or "") if paragraph)
+    options = [_option(parameter) for parameter in command.params if isinstance(parameter, click.Option)]
+    yield table(["option", "default", "meaning"], options, "left")
+
+
+def _metavar(argument: click.Argument) -> str:
+    return argument.metavar or (argument.name or "").upper()
+
+
+def _option(option: click.Option) -> list[str]:
+    """Name and value, default, meaning."""
+    text = " ".join((option.help or "").split())
+    own = BUILT_IN_DEFAULT.search(text)
+    default = own[1] if own else "" if option.is_flag or not option.show_default else _text(option.default)
+    names = ", ".join(f"`{name}`" for name in sorted([*option.opts, *option.secondary_opts], key=len, reverse=True))
+    value = "" if option.is_flag else f" {_value(option)}"
+    return [_cell(names + value), _cell(default), _cell(BUILT_IN_DEFAULT.sub("", text))]
+
+
+def _value(option: click.Option) -> str:
+    if option.metavar:
+        return option.metavar
+    if isinstance(option.type, click.Choice):
+        return " / ".join(map(str, option.type.choices))
+    return option.type.name.upper()
+
+
+def _text(default: object) -> str:
+    return ", ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def profiles() -> str:
+    """A row a build profile."""
+    rows = []
+    for profile in map(load_profile, profile_names()):
+        bundled = profile.source.startswith("package:")
+        shape = profile.shape
+        rows.append(
+            [
+                f"`{profile.name}`",
+                "ships with the package" if bundled else f"`{profile.source}`",
+                f"`{profile.family}`",
+                f"{shape.frames} frames {shape.height}×{shape.width}",
+                profile.dtype,
+            ]
+        )
+    return table(["profile", "model", "family", "shape", "precision"], rows, "left")
+
+
+def methods() -> str:
+    """A row a planner, by name."""
+    rows = []
+    for name, planner in planners().items():
+        needs = ", ".join(sorted(planner.needs)) or "nothing"
+        rows.append([f"`{name}`", "yes" if name in AUTO else "", needs, planner.summary])
+    return table(["method", "in `auto`", "needs", "what it does"], rows, "left")
+
+
+def _results(kind: type[Result]) -> Callable[[Sequence[Result]], str]:
+    return lambda results: "\n\n".join(described(result) for result in results if isinstance(result, kind))
+
+
+PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
+    "commands": lambda _: commands(),
+    "exit-codes": lambda _: exit_codes(),
+    "methods": lambda _: methods(),
+    "profiles": lambda _: profiles(),
+    "summary": summary_table,
+    "quality": _results(Quality),
+    "speed": _results(Speed),
+    "serving": _results(Serving),
+    "engine-build": _results(EngineBuild),
+    "unused-depth": _results(UnusedDepth),
+}
+"""Name → what makes the part from all results."""
+
+PART = re.compile(r"(<!-- make_docs: ([\w-]+) -->\n).*?(<!-- /make_docs -->)", re.DOTALL)
+
+
+def rendered(text: str, results: Sequence[Result]) -> str:
+    """A page with its generated parts as they should be.
+
+    Raises:
+        KeyError: a part has a name that is not in `PARTS`.
+    """
+
+    def part(found: re.Match[str]) -> str:
+        made = PARTS[found[2]](results)
+        return found[1] + (f"\n{made}\n\n" if made else "") + found[3]
+
+    return PART.sub(part, text)
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """The files that may have generated parts."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def copy_pictures(bundle: Path) -> None:
+    """Take the pictures of a verified bundle into docs/."""
+    for name in PICTURES:
+        shutil.copyfile(bundle / "reports" / name, ROOT / "docs" / name)
+
+
+def main() -> int:
+    """Write, or with --check compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a file is out of date")
+    parser.add_argument("--pictures", type=Path, metavar="BUNDLE", help="also copy the pictures of this bundle")
+    given = parser.parse_args()
+    if given.pictures is not None:
+        copy_pictures(given.pictures)
+    results, stale = read_results(), []
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        made = rendered(text, results)
+        if made != text:
+            stale.append(path.relative_to(ROOT))
+            if not given.check:
+                path.write_text(made, encoding="utf-8")
+    for path in stale:
+        print(f"{path}: {'not up to date → python tools/make_docs.py' if given.check else 'written'}")
+    return int(given.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
