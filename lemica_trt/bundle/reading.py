@@ -57,6 +57,11 @@ class Bundle:
         """Names of the plans, sorted."""
         return self.manifest.plans
 
+    @property
+    def listed(self) -> dict[str, FileEntry]:
+        """The files of the manifest, by path."""
+        return self.manifest.files
+
     def plan(self, name: str | None = None) -> StepPlan:
         """A plan by name; None or `default`: the default one.
 

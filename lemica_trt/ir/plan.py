@@ -125,8 +125,8 @@ class StepPlan(Value, frozen=True):
         method: name of the planner that made it (`lemica`, `fitted`, `stock:unipc`, …; see `planning.planners`);
             `given` of the user's own steps, `uncached` where nothing is skipped.
         error_graph_digest: digest of the `ErrorGraph` that it was made from; None where none was used.
-        reference_steps: M > N, where the run that the plan is held against is the sampler with M steps: what it was
-            fitted to, integrated on (see `fold`), and chosen by. None: the N steps.
+        reference_steps: M > N, where the plan is compared with the sampler at M steps: what it was fitted to and
+            chosen by. None: with the N steps.
         guidance_range: lowest and highest guidance scale of a request; None: any.
         format_version: 4.
     """

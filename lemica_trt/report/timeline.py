@@ -57,7 +57,7 @@ def plan_table(plan: StepPlan) -> RenderableType:
     """
     title = (
         f"plan {plan.name}: {plan.budget} of {plan.num_steps} steps in full, "
-        f"{plan.scheduler}, guidance {plan.guidance_scale:g} ({guidance_text(plan)}), by {plan.method}"
+        f"{plan.scheduler}, guidance {plan.guidance_scale:g} ({guidance_text(plan)}), planned by {plan.method}"
     )
     if plan.reference_steps is not None:
         title += f", held against {plan.reference_steps} steps"

@@ -64,8 +64,7 @@ def test_table_says_what_the_plan_is_and_what_each_row_does() -> None:
     made = plan((0, 1, 4), num_steps=6, name="fast")
     text = printed(made)
     lines = [line.split() for line in text.splitlines()]
-    assert "plan fast: 3 of 6 steps in full, CogVideoXDDIMScheduler, guidance 6 (any), chosen by lemica" in text
-    assert "skipped by residual-reuse" in text
+    assert "plan fast: 3 of 6 steps in full, CogVideoXDDIMScheduler, guidance 6 (any), planned by lemica" in text
     assert "■■··■·" in text
     assert ["step", "timestep", "graph", "latents", "outputs"] in lines
     assert ["0", "999", "full", "1"] in lines
