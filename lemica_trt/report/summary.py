@@ -94,7 +94,6 @@ def quality_table(report: VerifyReport, *, title: str | None = None) -> Table:
         ">5th pct.",
         ">worst",
         ">SSIM",
-        ">5th pct.",
         title=title,
     )
     perceptual = any(row.lpips is not None for row in report.quality)
@@ -117,8 +116,7 @@ def quality_table(report: VerifyReport, *, title: str | None = None) -> Table:
 def _scores(row: Quality | None, perceptual: bool) -> list[str]:
     if row is None:
         return ["reference"]
-    scores = [f"{psnr:.1f}" for psnr in (row.psnr, row.psnr_p5, row.psnr_worst)]
-    scores += [f"{ssim:.4f}" for ssim in (row.ssim, row.ssim_p5)]
+    scores = [f"{psnr:.1f}" for psnr in (row.psnr, row.psnr_p5, row.psnr_worst)] + [f"{row.ssim:.4f}"]
     return [*scores, "" if row.lpips is None else f"{row.lpips:.3f}"] if perceptual else scores
 
 
