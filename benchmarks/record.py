@@ -277,7 +277,46 @@ class EngineBuild(Value, frozen=True, tag_field="kind", tag="engine-build"):
     rows: tuple[BuildRow, ...]
 
 
-Result = Quality | Speed | Serving | EngineBuild
+class UnusedDepth(Value, frozen=True, tag_field="kind", tag="unused-depth"):
+    """Time of a full step on graphs that keep more than is read, beside the smallest ones; one thread, in pairs.
+
+    Attributes:
+        run: what made this.
+        model: name of the profile.
+        revision: of the model's weights; None: random.
+        parameters: of the DiT.
+        latent_shape: of one sample.
+        dtype: of the DiT.
+        backend: engines, version and device.
+        outputs: how many outputs the small and the deep graph take; the deep one also gives its trunk residual away.
+        seconds, deep_seconds: of CPU; for every round, in which both are opened anew, one number a pair. The
+            small one is opened first in the first round, and in every other one after it.
+    """
+
+    run: Run
+    model: str
+    revision: str | None
+    parameters: int
+    latent_shape: tuple[int, ...]
+    dtype: str
+    backend: str
+    outputs: tuple[int, int]
+    seconds: tuple[tuple[float, ...], ...]
+    deep_seconds: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        pairs = {len(times) for times in (*self.seconds, *self.deep_seconds)}
+        require(
+            len(self.seconds) == len(self.deep_seconds) > 0 and len(pairs) == 1 and 0 not in pairs,
+            f"expected as many pairs in every round, got {sorted(pairs)}",
+        )
+        require(
+            len(self.seconds) % 2 == 0,
+            f"expected an even number of rounds, got {len(self.seconds)}",
+        )
+
+
+Result = Quality | Speed | Serving | EngineBuild | UnusedDepth
 
 
 def this_run(*libraries: str) -> Run:

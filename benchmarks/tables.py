@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 import numpy as np
-from record import EngineBuild, Quality, QualityRow, Result, Run, Serving, Speed, SpeedRow
+from record import EngineBuild, Quality, QualityRow, Result, Run, Serving, Speed, SpeedRow, UnusedDepth
 
 from lemica_trt.core.progress import duration, size
 
@@ -166,6 +166,37 @@ def engine_caption(result: EngineBuild) -> str:
     )
 
 
+def extra_time(result: UnusedDepth) -> tuple[float, float, float]:
+    """What the deep graph takes beyond the small one, as a fraction of it: mean over rounds of the median over pairs,
+    and the ends of its 95 % bootstrap interval. A round counts with the next, in which the other was opened first."""
+    rounds = np.median(np.divide(result.deep_seconds, result.seconds) - 1, axis=1).reshape(-1, 2).mean(axis=1)
+    means = np.random.default_rng(0).choice(rounds, (RESAMPLES, len(rounds))).mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(rounds.mean()), float(low), float(high)
+
+
+def depth_table(result: UnusedDepth) -> str:
+    """Both graphs, and what the larger one takes more."""
+    middle, low, high = extra_time(result)
+    small, deep = (f"{np.median(seconds) * 1e3:.4g} ms" for seconds in (result.seconds, result.deep_seconds))
+    rows = [
+        ["smallest graph", str(result.outputs[0]), "", small, ""],
+        ["graph of the layout", str(result.outputs[1]), "yes", deep, f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]"],
+    ]
+    return table(["", "outputs kept", "residual kept", "full step, median", "difference"], rows)
+
+
+def depth_caption(result: UnusedDepth) -> str:
+    """What the table is of."""
+    weights = "random weights" if result.revision is None else f"revision {result.revision[:12]}"
+    latents = "×".join(map(str, result.latent_shape))
+    return (
+        f"{result.model} ({weights}), {result.parameters / 1e6:.1f} M parameters, latents {latents}, {result.dtype}, "
+        f"{result.backend}, one thread; {len(result.seconds)} rounds of "
+        f"{len(result.seconds[0])} pairs."
+    )
+
+
 def described(result: Result) -> str:
     """Caption, table, and the line of its run."""
     if isinstance(result, Quality):
@@ -174,6 +205,8 @@ def described(result: Result) -> str:
         parts = [speed_caption(result), speed_table(result)]
     elif isinstance(result, Serving):
         parts = [serving_caption(result), serving_tables(result)]
+    elif isinstance(result, UnusedDepth):
+        parts = [depth_caption(result), depth_table(result)]
     else:
         parts = [engine_caption(result), engine_table(result)]
     return "\n\n".join([*parts, of_run(result.run)])

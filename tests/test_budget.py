@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_problems import flow_table
 
 from lemica_trt.core.errors import InfeasibleError
 from lemica_trt.evaluate.timing import shortened
@@ -34,6 +33,7 @@ from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.minimax import least_budget
 from lemica_trt.planning.schedules import uniform
 from lemica_trt.planning.step_plan import plan_from_schedule, uncached_plan
+from lemica_trt.testing.values import flow_table
 
 pytestmark = pytest.mark.null
 

@@ -17,6 +17,7 @@ from lemica_trt.bundle.manifest import (
     MANIFEST_DIGEST,
     REBUILD,
     REPORTS,
+    FileEntry,
     Manifest,
     manifest_digest_line,
     manifest_from_json,
@@ -91,6 +92,11 @@ class Bundle:
     def plans(self) -> tuple[str, ...]:
         """Names of the plans, sorted."""
         return self.manifest.plans
+
+    @property
+    def listed(self) -> dict[str, FileEntry]:
+        """The files of the manifest, by path."""
+        return self.manifest.files
 
     def plan(self, name: str | None = None) -> StepPlan:
         """A plan by name; None or `default`: the default one.

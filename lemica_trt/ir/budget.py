@@ -16,7 +16,7 @@ NORMAL_95 = 1.96
 """Half the 95 % interval of a mean, in standard errors."""
 
 
-class Speedup(Value, frozen=True):
+class Speedup(Value, frozen=True, tag="speedup"):
     """Time of the uncached plan / time of the plan, the denoising loop of one request: at least this."""
 
     factor: float
@@ -29,7 +29,7 @@ class Speedup(Value, frozen=True):
         return f"speed-up {self.factor:g}×"
 
 
-class Latency(Value, frozen=True):
+class Latency(Value, frozen=True, tag="latency"):
     """Seconds of the denoising loop of one request, at most; what text encoder and VAE take is not in it."""
 
     seconds: float
@@ -42,7 +42,7 @@ class Latency(Value, frozen=True):
         return f"latency {said_seconds(self.seconds)}"
 
 
-class MinPsnr(Value, frozen=True):
+class MinPsnr(Value, frozen=True, tag="min-psnr"):
     """PSNR against the uncached run, dB, at least: the mean over clips that calibration has not seen."""
 
     decibels: float

@@ -197,8 +197,8 @@ class VerifyReport(Value, frozen=True):
         return found
 
 
-class Finding(Value, frozen=True):
-    """One line of a diagnosis.
+class Check(Value, frozen=True):
+    """One line of `doctor`.
 
     Attributes:
         what: what was looked for.
@@ -211,7 +211,7 @@ class Finding(Value, frozen=True):
     ok: bool | None = None
 
 
-class Pace(Value, frozen=True):
+class Speed(Value, frozen=True):
     """Time of one request's denoising loop.
 
     Attributes:
@@ -223,8 +223,8 @@ class Pace(Value, frozen=True):
     speedup: float
 
 
-class Answer(Value, frozen=True):
-    """A budget that is no number of full steps, and the plan that came of it.
+class BudgetOutcome(Value, frozen=True):
+    """A budget that is not a number of full steps, and the plan that was made for it.
 
     Attributes:
         asked: in words.
@@ -233,19 +233,19 @@ class Answer(Value, frozen=True):
         predicted: from the times of single steps; None where those are not known.
         measured: of the whole plan; None where its engines do not run here.
         quality: of the plan on validation clips, where they were run.
-        kept: whether what was measured is within what was asked; None where nothing was.
+        met: whether what was measured is within what was asked; None where nothing was measured.
     """
 
     asked: str
     plan: str
     full_steps: int
-    predicted: Pace | None
-    measured: Pace | None
+    predicted: Speed | None
+    measured: Speed | None
     quality: FrontRow | None
-    kept: bool | None
+    met: bool | None
 
 
-class Stage(Value, frozen=True):
+class StageEstimate(Value, frozen=True):
     """One stage of a build that has not run yet; estimates, None where there is none.
 
     Attributes:

@@ -22,7 +22,7 @@ from lemica_trt.ir.profile import DType, Profile
 from lemica_trt.ir.resources import zoo_path
 from lemica_trt.models.cogvideox import CogVideoX
 from lemica_trt.models.family import DTYPES, Family
-from lemica_trt.models.model import Model
+from lemica_trt.models.model import Model, folder_revision
 from lemica_trt.models.wan import Wan
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (CogVideoX(), Wan())}
@@ -118,6 +118,16 @@ def load_model(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     return Model(profile, family, pipeline, folder)
+
+
+def revision_of(profile: Profile) -> str:
+    """The revision that a profile's model would have, without loading it; see `model.folder_revision`.
+
+    Raises:
+        InputError: the source is not there.
+    """
+    with _quiet():
+        return folder_revision(_folder_from_source(profile.source))
 
 
 def _folder_from_source(source: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lemica_trt.core.errors import InputError
+from lemica_trt.core.files import sha256_of
 from lemica_trt.core.text import basic_clean
 from lemica_trt.ir.graphs import EncoderSpec, TensorSpec
 from lemica_trt.ir.profile import Profile
@@ -79,17 +80,10 @@ class Model:
         """The VAE decoder graph as a module."""
         return VideoDecoder(self.family, self.pipeline.vae, self.profile.shape)
 
-    @cached_property
+    @property
     def revision(self) -> str:
-        """SHA-256 (hex) over name and content of `model_index.json` and each component's weight and config files."""
-        digest = hashlib.sha256()
-        for name in pipeline_files(self.folder):
-            part = hashlib.sha256()
-            with (self.folder / name).open("rb") as file:
-                while block := file.read(1 << 20):
-                    part.update(block)
-            digest.update(f"{part.hexdigest()}  {name}\n".encode())
-        return digest.hexdigest()
+        """See `folder_revision`."""
+        return folder_revision(self.folder)
 
     def transformer_inputs(self, hidden_states: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> dict[str, Any]:
         """Keyword arguments of `split.full` and `split.skip`; see `Family.transformer_inputs`."""
@@ -238,6 +232,21 @@ class Model:
     def _negatives(self, negative: str | Sequence[str] | None, count: int) -> list[str]:
         negative = self.profile.sampling.negative_prompt if negative is None else negative
         return [negative] * count if isinstance(negative, str) else list(negative)
+
+
+def folder_revision(folder: Path) -> str:
+    """SHA-256 (hex) over name and content of `model_index.json` and each component's weight and config files."""
+    files = [(name, (folder / name).stat()) for name in pipeline_files(folder)]
+    return _hashed(folder, tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in files))
+
+
+@cache
+def _hashed(folder: Path, files: tuple[tuple[str, int, int, int], ...]) -> str:
+    """Weights are hashed once in a process, unless a file changes."""
+    digest = hashlib.sha256()
+    for name, *_ in files:
+        digest.update(f"{sha256_of(folder / name)}  {name}\n".encode())
+    return digest.hexdigest()
 
 
 def pipeline_files(folder: Path) -> list[str]:

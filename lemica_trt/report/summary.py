@@ -21,7 +21,7 @@ from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import GraphSet
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.report import PLAN, Answer, Finding, Quality, Stage, VerifyReport
+from lemica_trt.ir.report import PLAN, BudgetOutcome, Check, Quality, StageEstimate, VerifyReport
 from lemica_trt.report.timeline import guidance_text, plan_table, timeline_text
 
 BASELINES = {"lemica": "LeMiCa", "uniform": "uniform", "fewer-steps": "fewer steps"}
@@ -152,23 +152,25 @@ def agreement_text(report: VerifyReport) -> RenderableType:
     return Group(*map(_line, lines))
 
 
-def with_answers(shown: RenderableType, answers: Sequence[Answer], front: Sequence[FrontRow]) -> RenderableType:
+def with_outcomes(
+    shown: RenderableType, outcomes: Sequence[BudgetOutcome], front: Sequence[FrontRow]
+) -> RenderableType:
     """A table, and below it the front and what came of budgets in other units, where there are any."""
-    parts = [shown, *([front_table(front)] if front else []), *map(_line, map(answer_text, answers))]
+    parts = [shown, *([front_table(front)] if front else []), *map(_line, map(outcome_text, outcomes))]
     return Group(*parts) if len(parts) > 1 else shown
 
 
-def answer_text(answer: Answer) -> str:
+def outcome_text(outcome: BudgetOutcome) -> str:
     """What was asked for, what was predicted, what was measured."""
-    parts = [f"asked    {answer.asked}: plan {answer.plan}, {answer.full_steps} full steps"]
-    for name, pace in (("predicted", answer.predicted), ("measured", answer.measured)):
-        parts += [f"{name} {said_seconds(pace.seconds)}, {pace.speedup:.2f}×"] if pace is not None else []
-    row = answer.quality
+    parts = [f"asked    {outcome.asked}: plan {outcome.plan}, {outcome.full_steps} full steps"]
+    for name, speed in (("predicted", outcome.predicted), ("measured", outcome.measured)):
+        parts += [f"{name} {said_seconds(speed.seconds)}, {speed.speedup:.2f}×"] if speed is not None else []
+    row = outcome.quality
     if row is not None:
         low = "" if row.psnr_low is None else f" (95 % of the mean: from {row.psnr_low:.1f})"
         parts.append(f"validation clips {row.psnr:.1f} dB{low}, 5th percentile {row.psnr_p5:.1f}")
-    if answer.kept is False:
-        parts.append("NOT KEPT")
+    if outcome.met is False:
+        parts.append("NOT MET")
     return "; ".join(parts)
 
 
@@ -244,7 +246,7 @@ def error_graph_table(graph: ErrorGraph) -> Table:
     return made
 
 
-def dry_run_table(stages: Sequence[Stage]) -> RenderableType:
+def dry_run_table(stages: Sequence[StageEstimate]) -> RenderableType:
     """What a build would do."""
     made = table("stage", "what", ">time", ">disk", ">memory")
     for stage in stages:
@@ -258,12 +260,21 @@ def dry_run_table(stages: Sequence[Stage]) -> RenderableType:
     return made
 
 
-def doctor_table(findings: Sequence[Finding]) -> Table:
+def methods_table(methods: Sequence[Mapping[str, Any]]) -> Table:
+    """The planners, what each needs, and which of them `auto` tries; see `lemica-trt methods --json`."""
+    made = table("method", "auto", "what it does", "needs", "engine calls")
+    for method in methods:
+        needs = ", ".join(method["needs"]) or "nothing"
+        made.add_row(method["name"], "✓" if method["auto"] else "", method["summary"], needs, method["calls"])
+    return made
+
+
+def doctor_table(checks: Sequence[Check]) -> Table:
     """What is on this machine."""
     made = table("", "what", "found")
-    for finding in findings:
-        mark = {True: "✓", False: "✗", None: "·"}[finding.ok]
-        made.add_row(mark, finding.what, finding.found)
+    for check in checks:
+        mark = {True: "✓", False: "✗", None: "·"}[check.ok]
+        made.add_row(mark, check.what, check.found)
     return made
 
 

@@ -10,10 +10,19 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_problems import N, calibration_of, flow_table, grams_of, graph_of, noisy, samples_of, sensitivity_of
 
 from lemica_trt.core.values import json_bytes, value_from_json
 from lemica_trt.ir.calibration import Calibration, TrajectoryGrams, gram_from_samples
+from lemica_trt.testing.values import (
+    N,
+    calibration_of,
+    flow_table,
+    grams_of,
+    graph_of,
+    noisy,
+    samples_of,
+    sensitivity_of,
+)
 
 pytestmark = pytest.mark.null
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from small_problems import N, flow_table
 
 from lemica_trt.core.values import json_bytes, value_from_json
 from lemica_trt.ir.sampler import NoiseLevels, SamplerTable
+from lemica_trt.testing.values import N, flow_table
 
 pytestmark = pytest.mark.null
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from interpreter import schedule_of
-from small_problems import N, flow_table
 
 from lemica_trt.core.values import json_bytes, value_from_json
 from lemica_trt.ir.plan import trunk_reads
 from lemica_trt.planning.extrapolation import linear_weights
 from lemica_trt.planning.step_plan import plan_from_schedule
+from lemica_trt.testing.values import N, flow_table, schedule_of
 
 pytestmark = pytest.mark.null
 

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import deviation, run_plan, schedule_of
-from small_problems import flow_table, recurrence
 
 from lemica_trt.core.errors import UnsupportedError, UsageError
 from lemica_trt.ir.plan import PlanRow, StepPlan, trunk_reads
@@ -20,6 +18,8 @@ from lemica_trt.planning.extrapolation import linear_plan, linear_weights
 from lemica_trt.planning.fold import fold, nearest_steps
 from lemica_trt.planning.solvers import first_order_table
 from lemica_trt.planning.step_plan import OutputWeights, plan_from_schedule
+from lemica_trt.testing.interpreter import deviation, run_plan
+from lemica_trt.testing.values import flow_table, recurrence, schedule_of
 
 pytestmark = pytest.mark.null
 

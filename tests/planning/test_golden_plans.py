@@ -13,20 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from lemica_trt.calibrate.estimate import calibrate_cheaply
 from lemica_trt.calibrate.fit import Fitter
 from lemica_trt.calibrate.prompts import read_prompts
-from lemica_trt.core.metrics import psnr
-from lemica_trt.evaluate.verify import held_out
+from lemica_trt.evaluate.evaluator import PlanEvaluator, held_out_samples
 from lemica_trt.ir.calibration import Calibration
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.resources import calibration_path, load_profile
-from lemica_trt.models import Model, denoise, load_model
+from lemica_trt.models import Model, load_model
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.planning.planner import Problem, planners
-from lemica_trt.planning.step_plan import uncached_plan
 
 pytestmark = pytest.mark.cpu
 
@@ -76,16 +73,8 @@ def test_steps_and_weights(found: tuple[Model, list[StepPlan]]) -> None:
 def test_quality(found: tuple[Model, list[StepPlan]]) -> None:
     model, plans = found
     profile = model.profile
-    requests = held_out(read_prompts(calibration_path(profile.calibration.prompts) / "held_out.txt"), CLIPS)
-    noise = torch.stack([model.noise(seed) for _, seed in requests])
-    embeds = model.embed([prompt for prompt, _ in requests])
-
-    def frames(plan: StepPlan) -> list[Any]:
-        with torch.inference_mode():
-            return [model.decode(one[None])[0].numpy() for one in denoise(model, plan, embeds, noise)]
-
-    table = sampler_table(model.scheduler())
-    reference = frames(uncached_plan(table, guidance_scale=profile.sampling.guidance_scale))
-    scores = {f"{plan.method} {plan.budget}": np.mean(list(map(psnr, frames(plan), reference))) for plan in plans}
+    prompts = read_prompts(calibration_path(profile.calibration.prompts) / "held_out.txt")
+    evaluator = PlanEvaluator(lambda: model, sampler_table(model.scheduler()), held_out_samples(prompts, CLIPS))
+    scores = {f"{plan.method} {plan.budget}": np.mean(evaluator.psnr(plan)) for plan in plans}
     expected = {key: golden["psnr"] for key, golden in GOLDEN[profile.name].items()}
     assert scores == pytest.approx(expected, abs=PSNR_TOLERANCE)

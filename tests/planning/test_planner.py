@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from small_problems import N, calibration_of, flow_table, graph_of, noisy, problem_of, sensitivity_of
 
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
 from lemica_trt.ir.budget import Afforded
@@ -27,6 +26,7 @@ from lemica_trt.planning.planner import (
     select,
     trial_runs,
 )
+from lemica_trt.testing.values import N, calibration_of, flow_table, graph_of, noisy, problem_of, sensitivity_of
 
 pytestmark = pytest.mark.null
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from interpreter import run_plan
-from small_problems import calibration_of, flow_table, problem_of
 
 from lemica_trt.core.errors import InfeasibleError, InputError, UsageError
 from lemica_trt.core.values import json_bytes, value_from_json
@@ -18,6 +16,8 @@ from lemica_trt.ir.budget import skipped_steps
 from lemica_trt.ir.calibration import Calibration
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.planning.planner import MISSING, Need, Planner, Problem, planners
+from lemica_trt.testing.interpreter import run_plan
+from lemica_trt.testing.values import calibration_of, flow_table, problem_of
 
 pytestmark = pytest.mark.null
 

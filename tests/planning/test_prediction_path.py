@@ -7,12 +7,12 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 import pytest
-from small_problems import N, flow_table, grams_of, graph_of
 
 from lemica_trt.core.errors import InfeasibleError, InputError
 from lemica_trt.ir.calibration import Edge, ErrorGraph
 from lemica_trt.ir.sampler import SamplerRow, SamplerTable
 from lemica_trt.planning.prediction_path import prediction_errors, sensitivities, solve_prediction_path
+from lemica_trt.testing.values import N, flow_table, grams_of, graph_of
 
 pytestmark = pytest.mark.null
 

@@ -12,7 +12,7 @@ from lemica_trt import __version__
 from lemica_trt.backends.options import backend_names
 from lemica_trt.core.errors import LemicaError
 from lemica_trt.core.progress import size
-from lemica_trt.ir.report import Finding
+from lemica_trt.ir.report import Check
 from lemica_trt.ir.resources import load_profile, profile_names
 
 LIBRARIES = {
@@ -28,37 +28,37 @@ LIBRARIES = {
 """Optional libraries, and what for."""
 
 
-def examine() -> list[Finding]:
-    """Look around. Imports no heavy library but onnxruntime."""
-    findings = [
-        Finding(what="lemica-trt", found=__version__),
-        Finding(what="Python", found=f"{platform.python_version()} on {platform.platform(terse=True)}"),
-        Finding(what="free disk here", found=size(shutil.disk_usage(Path.cwd()).free)),
+def run_checks() -> list[Check]:
+    """What is here. Imports no heavy library except onnxruntime."""
+    checks = [
+        Check(what="lemica-trt", found=__version__),
+        Check(what="Python", found=f"{platform.python_version()} on {platform.platform(terse=True)}"),
+        Check(what="free disk here", found=size(shutil.disk_usage(Path.cwd()).free)),
     ]
     for name, purpose in LIBRARIES.items():
         here = importlib.util.find_spec(name) is not None
-        findings.append(Finding(what=name, found=_version(name) if here else purpose, ok=here))
+        checks.append(Check(what=name, found=_version(name) if here else purpose, ok=here))
     if importlib.util.find_spec("onnxruntime") is not None:
         from lemica_trt.backends.onnxruntime.build import import_onnxruntime
 
         try:
             providers = import_onnxruntime().get_available_providers()
         except Exception as error:  # a broken installation raises anything; saying so is what this is for
-            findings.append(Finding(what="onnxruntime providers", found=str(error), ok=False))
+            checks.append(Check(what="onnxruntime providers", found=str(error), ok=False))
         else:
-            findings.append(Finding(what="onnxruntime providers", found=", ".join(providers)))
-    findings.append(Finding(what="NVIDIA driver", found=_driver(), ok=None))
-    findings.append(Finding(what="backends", found=", ".join(backend_names())))
+            checks.append(Check(what="onnxruntime providers", found=", ".join(providers)))
+    checks.append(Check(what="NVIDIA driver", found=_driver(), ok=None))
+    checks.append(Check(what="backends", found=", ".join(backend_names())))
     for name in profile_names():
         try:
             profile = load_profile(name)
         except LemicaError as error:
-            findings.append(Finding(what=f"model {name}", found=str(error), ok=False))
+            checks.append(Check(what=f"model {name}", found=str(error), ok=False))
         else:
             shape = profile.shape
             text = f"{profile.source}, {shape.frames} frames {shape.height}×{shape.width}, {profile.dtype}"
-            findings.append(Finding(what=f"model {name}", found=text))
-    return findings
+            checks.append(Check(what=f"model {name}", found=text))
+    return checks
 
 
 def _version(module: str) -> str:

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lemica_trt.compiler import Findings, calibration_prompts, make_plans, require_graph_fits
+from lemica_trt.compiler import calibration_prompts, require_graph_fits
 from lemica_trt.core.errors import InputError
-from lemica_trt.core.metrics import psnr
 from lemica_trt.core.values import read_value
-from lemica_trt.evaluate.verify import held_out
-from lemica_trt.ir.calibration import ErrorGraph
-from lemica_trt.ir.plan import StepPlan
+from lemica_trt.evaluate.evaluator import PlanEvaluator, held_out_samples
+from lemica_trt.ir.calibration import Calibration, ErrorGraph
 from lemica_trt.ir.resources import calibration_path, load_profile
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.models import Model, denoise, load_model
+from lemica_trt.models import Model, load_model
 from lemica_trt.models.scheduler import sampler_table
-from lemica_trt.planning.step_plan import uncached_plan
+from lemica_trt.planning.planner import Problem, planners
 
 pytestmark = pytest.mark.cpu
 
 CLIPS = 32
-BATCH = 8
-
-Frames = list[np.ndarray]  # type: ignore[type-arg]
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +39,9 @@ def graph() -> ErrorGraph:
     return read_value(ErrorGraph, calibration_path("cogvideox-tiny/error_graph.json"))
 
 
-def _frames(model: Model, plan: StepPlan, requests: Sequence[tuple[str, int]]) -> Frames:
-    found = []
-    with torch.inference_mode():
-        for start in range(0, len(requests), BATCH):
-            prompts, seeds = zip(*requests[start : start + BATCH])
-            noise = torch.stack([model.noise(seed) for seed in seeds])
-            latents = denoise(model, plan, model.embed(prompts), noise)
-            found += [model.decode(one[None])[0].numpy() for one in latents]
-    return found
+def problem_of(model: Model, table: SamplerTable, graph: ErrorGraph) -> Problem:
+    guidance = model.profile.sampling.guidance_scale
+    return Problem(table=table, guidance_scale=guidance, calibration=Calibration(graph=graph))
 
 
 def test_committed_error_graph_is_of_the_bundled_model(model: Model, table: SamplerTable, graph: ErrorGraph) -> None:
@@ -68,18 +56,12 @@ def test_committed_error_graph_is_of_the_bundled_model(model: Model, table: Samp
 
 
 def test_plans_beat_equal_distances_on_held_out_prompts(model: Model, table: SamplerTable, graph: ErrorGraph) -> None:
-    profile = model.profile
-    requests = held_out(calibration_prompts(profile, None, split="held_out"), CLIPS)
-    reference = _frames(model, uncached_plan(table, guidance_scale=profile.sampling.guidance_scale), requests)
+    samples = held_out_samples(calibration_prompts(model.profile, None, split="held_out"), CLIPS)
+    evaluator = PlanEvaluator(lambda: model, table, samples)
+    problem = problem_of(model, table, graph)
     for budget, margin in ((15, 1.5), (20, 3.0)):
-        scores = []
-        for method in ("lemica", "uniform"):
-            (plan,), _ = make_plans(
-                table, profile=profile, budgets=[budget], methods=(method,), findings=Findings(graph=graph)
-            )
-            scores.append([psnr(a, b) for a, b in zip(_frames(model, plan, requests), reference)])
-        gain = np.mean(scores[0]) - np.mean(scores[1])
-        assert gain >= margin, f"B={budget}: {gain:.2f} dB"
+        lemica, uniform = (np.mean(evaluator.psnr(planners()[name](problem, budget))) for name in ("lemica", "uniform"))
+        assert lemica - uniform >= margin, f"B={budget}: {lemica - uniform:.2f} dB"
 
 
 def perturbed(scheduler: Any) -> Any:
@@ -99,16 +81,7 @@ def test_a_calibration_holds_on_another_processor(model: Model, table: SamplerTa
     assert other.digest == table.digest
     require_graph_fits(graph, model, other, where="error_graph.json")
     for budget in (10, 15, 25):
-        plans = [
-            make_plans(
-                sampler,
-                profile=model.profile,
-                budgets=[budget],
-                methods=("lemica",),
-                findings=Findings(graph=graph),
-            )[0][0]
-            for sampler in (table, other)
-        ]
+        plans = [planners()["lemica"](problem_of(model, sampler, graph), budget) for sampler in (table, other)]
         assert plans[0].full_steps == plans[1].full_steps
         assert plans[0].sampler_digest == plans[1].sampler_digest
 

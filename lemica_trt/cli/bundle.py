@@ -1,0 +1,93 @@
+"""Commands on a finished bundle: `verify`, `run`, `inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lemica_trt.cli import options
+from lemica_trt.cli.options import Screen, common, flags
+
+
+@click.command()
+@click.argument("bundle", type=options.PATH)
+@flags(
+    click.option("--weights", metavar="DIR|HUB_ID", help="Where the model is, if the bundle does not know."),
+    click.option("--verify-samples", "--samples", type=click.IntRange(1), default=8, show_default=True,
+                 help="Held-out clips."),
+    click.option("--backend", metavar="NAME", help="Which engines  [default: the first that run here]"),
+    options.device,
+)  # fmt: skip
+@common
+def verify(
+    screen: Screen, bundle: Path, weights: str | None, verify_samples: int, backend: str | None, device: str | None
+) -> None:
+    """Check BUNDLE: digests, engines and plans against PyTorch and diffusers, held-out quality, time."""
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.compiler import bundle_commands
+    from lemica_trt.report import summary
+
+    opened = Bundle.open(bundle)
+    report = bundle_commands.verify(opened, weights, verify_samples, device, backend, screen.reporter)
+    screen.print(report, lambda: summary.build_table(opened, report, bundle))
+
+
+@click.command()
+@click.argument("bundle", type=options.PATH)
+@click.argument("prompt")
+@flags(
+    click.option("--plan", metavar="NAME", default="default", show_default=True, help="One of the bundle's plans."),
+    click.option("--seed", type=int, default=0, show_default=True,
+                 help="The noise that diffusers draws with this seed on a CPU generator."),
+    click.option("--guidance-scale", type=float, help="Classifier-free guidance  [default: the plan's]"),
+    click.option("--negative-prompt", help="What to steer away from  [default: the profile's]"),
+    click.option("--backend", metavar="NAME", help="Which engines  [default: the preferred ones]"),
+    click.option("--capture", type=click.Choice(["plan", "step", "none"]), default="step", show_default=True,
+                 help="TensorRT: what becomes a CUDA graph; the whole plan runs without progress."),
+    click.option("--output", "-o", type=options.FILE, required=True,
+                 help=".mp4, .gif, .png (frames side by side) or .npy"),
+)  # fmt: skip
+@common
+def run(
+    screen: Screen,
+    bundle: Path,
+    prompt: str,
+    plan: str,
+    seed: int,
+    backend: str | None,
+    capture: Any,
+    output: Path,
+    **given: Any,
+) -> None:
+    """Generate a clip from BUNDLE and PROMPT. Takes no PyTorch."""
+    from time import perf_counter
+
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.core.progress import duration
+    from lemica_trt.runtime.pipeline import Pipeline
+    from lemica_trt.runtime.video import check_suffix, write_video
+
+    check_suffix(output)
+    report, start = screen.reporter, perf_counter()
+    pipe = Pipeline(Bundle.open(bundle), plan=None if plan == "default" else plan, backend=backend, capture=capture)
+    report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
+    on_step = None if capture == "plan" else lambda row: report.advance(row.index + 1, row.rows)
+    result = pipe(prompt, seed=seed, on_step=on_step, **given)
+    write_video(result.frames, output, fps=pipe.fps)
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())
+    found = {"output": str(output), "plan": pipe.default_plan, "seed": seed, "seconds": result.seconds}
+    screen.print(found, lambda: f"{output}  ({parts})")
+
+
+@click.command()
+@click.argument("path", type=options.PATH)
+@click.option("--plan", metavar="NAME", help="Show one plan of a bundle row by row.")
+@common
+def inspect(screen: Screen, path: Path, plan: str | None) -> None:
+    """Show a bundle, a plan, or an error graph. Takes no PyTorch."""
+    from lemica_trt.report import summary
+
+    value, table = summary.inspect(path, plan)
+    screen.print(value, lambda: table(value))

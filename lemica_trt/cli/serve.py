@@ -1,0 +1,86 @@
+"""Commands of serving: `triton` writes or checks a model repository, `client` asks a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lemica_trt.cli import options
+from lemica_trt.cli.options import Screen, common, flags
+from lemica_trt.core.errors import UsageError
+
+
+@click.command()
+@click.argument("bundle", required=False, type=options.EXISTING_FOLDER)
+@flags(
+    click.option("--output", "-o", type=options.FOLDER,
+                 help="Model repository to write; one that lemica-trt wrote is written again."),
+    click.option("--check", type=options.EXISTING_FOLDER, metavar="DIR",
+                 help="Check a model repository instead: configs, digests, shapes between the models."),
+    click.option("--instances", type=click.IntRange(1), default=1, show_default=True,
+                 help="Processes of each denoiser, on each GPU; each holds the engines."),
+    click.option("--queue", type=click.IntRange(1), default=64, show_default=True,
+                 help="Requests that may wait at each model."),
+    click.option("--timeout", type=click.IntRange(1), default=600, show_default=True,
+                 help="Seconds that a request may wait there."),
+    click.option("--threads", type=click.IntRange(0), default=0, show_default=True,
+                 help="CPU threads of an engine; 0: as the bundle was built."),
+    click.option("--batching", type=click.Choice(["exact", "off"]), default="exact", show_default=True,
+                 help="Whether requests share batches; exact: where that changes no bit of them."),
+)  # fmt: skip
+@common
+def triton(screen: Screen, bundle: Path | None, output: Path | None, check: Path | None, **settings: Any) -> None:
+    """Write a model repository of Triton Inference Server from BUNDLE, or --check one. Takes no PyTorch."""
+    if check is not None:
+        if bundle is not None or output is not None:
+            raise UsageError("expected BUNDLE --output DIR or --check DIR, got both")
+        from lemica_trt.triton.check import require_sound
+
+        notes = require_sound(check)
+        lines = [f"{check}: sound", *(f"{note.path}: {note.message}" for note in notes)]
+        screen.print({"repository": str(check), "notes": notes}, lambda: "\n".join(lines))
+        return
+    if bundle is None or output is None:
+        raise UsageError("expected BUNDLE and --output, or --check DIR", fix="lemica-trt triton BUNDLE --output DIR")
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.triton.repository import Settings, write_repository
+
+    models = write_repository(Bundle.open(bundle), output, Settings(**settings))
+    screen.print({"repository": str(output), "models": models}, lambda: f"{output}: {', '.join(models)}")
+
+
+@click.command()
+@click.argument("prompt")
+@flags(
+    click.option("--url", default="localhost:8001", show_default=True, help="gRPC endpoint of the server."),
+    click.option("--plan", metavar="NAME", help="One of the bundle's plans  [default: the bundle's]"),
+    click.option("--steps", type=int, metavar="B", help="Or: the plan with so many full steps."),
+    click.option("--seed", type=int, default=0, show_default=True, help="The noise that it starts from."),
+    click.option("--guidance-scale", type=float, help="Classifier-free guidance  [default: the plan's]"),
+    click.option("--negative-prompt", help="What to steer away from  [default: the profile's]"),
+    click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
+                 help="When to give up  [default: the server's limit]"),
+    click.option("--fps", type=click.IntRange(1), default=8, show_default=True, help="Frames a second of a .gif."),
+    click.option("--output", "-o", type=options.FILE, required=True,
+                 help=".mp4 (made by the server), .gif, .png (frames side by side) or .npy"),
+)  # fmt: skip
+@common
+def client(
+    screen: Screen, prompt: str, url: str, timeout: float | None, fps: int, output: Path, **parameters: Any
+) -> None:
+    """Generate a clip from PROMPT on a Triton server, with progress. Ctrl-C cancels it there too."""
+    from lemica_trt.core.values import write_bytes
+    from lemica_trt.runtime.video import check_suffix, write_video
+    from lemica_trt.triton.client import generate
+
+    check_suffix(output)
+    screen.reporter.stage("generate", url)
+    given, mp4 = options.given(parameters), output.suffix.lower() == ".mp4"
+    clip = generate(url, prompt, parameters=given, mp4=mp4, timeout=timeout, on_step=screen.reporter.advance)
+    if isinstance(clip, bytes):
+        write_bytes(clip, output)
+    else:
+        write_video(clip, output, fps=fps)
+    screen.print({"output": str(output), "seed": given["seed"]}, lambda: str(output))

@@ -1,0 +1,72 @@
+"""What stages leave for other stages, besides the files of a bundle. These files lie in no folder; no bundle has them.
+
+| file | written by | |
+|---|---|---|
+| model.json | lower | `ModelFacts` |
+| layout.json | layout | `ir.graphs.StepLayout` |
+| export.json | export | `Exported` |
+| engines.json | engine | `Engines` |
+| times.json | time | `ir.report.Measured` |
+| plans.json | plan | `PlanIndex` |
+| bundle.json | bundle | `Written` |
+| verified.json | verify | `Verified` |
+"""
+
+from __future__ import annotations
+
+from lemica_trt.core.values import Value
+from lemica_trt.ir.engine import EngineEntry
+from lemica_trt.ir.graphs import EncoderSpec, GraphSet, TensorSpec
+
+TOKENIZER_FILE = "tokenizer/tokenizer.json"
+MODEL_FILE = "model.json"
+LAYOUT_FILE = "layout.json"
+EXPORT_FILE = "export.json"
+ENGINES_FILE = "engines.json"
+TIMES_FILE = "times.json"
+PLANS_FILE = "plans.json"
+BUNDLE_FILE = "bundle.json"
+VERIFIED_FILE = "verified.json"
+
+
+class ModelFacts(Value, frozen=True):
+    """What stages know of a model that they do not load; see `models.Model`."""
+
+    revision: str
+    latent_shape: tuple[int, ...]
+    guided: bool
+    conditions: tuple[TensorSpec, ...]
+
+
+class Exported(Value, frozen=True):
+    """The graphs, how a prompt becomes conditions, and versions of the libraries that exported."""
+
+    graphs: GraphSet
+    encoder: EncoderSpec
+    versions: dict[str, str]
+
+
+class Engines(Value, frozen=True):
+    """Engines, in order of preference."""
+
+    entries: tuple[EngineEntry, ...]
+
+
+class PlanIndex(Value, frozen=True):
+    """Names of the plans that were made, the default first; and the plan of each budget, in the order asked for."""
+
+    plans: tuple[str, ...]
+    budgets: tuple[str, ...]
+
+
+class Written(Value, frozen=True):
+    """Digest of the manifest of the bundle that was written."""
+
+    manifest: str
+
+
+class Verified(Value, frozen=True):
+    """The backend whose engines were verified, None where none run here; and why the others were not."""
+
+    backend: str | None
+    unverified: dict[str, str]

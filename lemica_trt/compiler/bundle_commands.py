@@ -1,0 +1,309 @@
+"""The same stages on a finished bundle: other plans, other engines, verification again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lemica_trt.bundle.manifest import FRONT_FILE, REFERENCE_FILE, SAMPLER_FILE, SELECTION_FILE, plan_path
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.writing import add_plan, require_replaceable
+from lemica_trt.compiler import artifacts, work_commands
+from lemica_trt.compiler.artifacts import Exported, ModelFacts, PlanIndex
+from lemica_trt.compiler.bundle_stages import verify_bundle
+from lemica_trt.compiler.context import Context, calibration_in, open_model, solver_tables
+from lemica_trt.compiler.flags import ENGINE_FIELDS, PLANNING_FIELDS, request_defaults, request_fields
+from lemica_trt.compiler.requests import BuildRequest, Inputs, PlanResult, profile_of_bundle, prompts_of
+from lemica_trt.compiler.stage import needed_stages, run_stages
+from lemica_trt.compiler.stages import STAGES
+from lemica_trt.compiler.work_commands import ENGINE_STAGES, publish
+from lemica_trt.compiler.workspace import Workspace, read_from, work_folder
+from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
+from lemica_trt.core.progress import Reporter
+from lemica_trt.core.values import write_value
+from lemica_trt.evaluate.step_timer import StepTimer, require_runnable
+from lemica_trt.ir.budget import Front, MinPsnr
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.ir.schedule import Schedule
+from lemica_trt.ir.trials import TrialTables
+from lemica_trt.planning.budget import front_rows
+from lemica_trt.planning.planner import Fit, Problem, plan_given, planners
+from lemica_trt.planning.search import PlanSet, best_known, budget_outcomes, resolve_budgets
+from lemica_trt.planning.step_plan import UNCACHED
+
+if TYPE_CHECKING:
+    from lemica_trt.ir.report import VerifyReport
+
+
+def verify(
+    bundle: Bundle, weights: str | None, samples: int, device: str | None, backend: str | None, reporter: Reporter
+) -> VerifyReport:
+    """Verify a bundle against the model that it was built from, on the backend named or the first that runs here.
+
+    Raises:
+        MissingDependencyError: none of its engines can run here.
+        InputError: these are other weights.
+    """
+    backend = backend or require_runnable(bundle, fix="verify the bundle where they run")
+    model = open_model(profile_of_bundle(bundle, weights), reporter, device=device)
+    if model.revision != bundle.manifest.revision:
+        raise InputError(
+            f"expected the weights that the bundle was built from ({str(bundle.manifest.revision)[:12]}), "
+            f"got {model.revision[:12]} in {model.profile.source}",
+            fix="name the right folder with --weights, or rebuild the bundle",
+        )
+    prompts = prompts_of(model.profile, None, split="held_out")
+    return verify_bundle(bundle, model, prompts, samples, reporter, backend=backend)
+
+
+def plan_target(
+    target: Path, flags: Mapping[str, Any], reporter: Reporter, *, default: str | None = None
+) -> PlanResult:
+    """Plans of a work folder or of a bundle.
+
+    Args:
+        flags: of planning, by name.
+        default: the bundle's new default plan.
+
+    Raises:
+        UsageError: `default` for a work folder: only a bundle has one.
+    """
+    fields = request_fields(flags)
+    if Workspace(target).is_there:
+        if default is not None:
+            raise UsageError("--default is for bundles", fix="a work folder's first budget becomes the default")
+        return work_commands.plan(target, {**request_defaults(PLANNING_FIELDS), **fields}, reporter)
+    bundle = Bundle.open(target)
+    shown = default is not None or "pareto" in fields
+    if "budgets" not in fields and shown and not fields.keys() & {"methods", "schedule", "reference_steps"}:
+        fields["budgets"] = ()
+    return plan_bundle(bundle, BuildRequest(**fields), reporter, default=default)
+
+
+def engine_target(target: Path, output: Path, flags: Mapping[str, Any], reporter: Reporter) -> Bundle:
+    """Engines of a work folder or of a bundle → a bundle."""
+    if Workspace(target).is_there:
+        return work_commands.engine(
+            target, output, {**request_defaults(ENGINE_FIELDS), **request_fields(flags)}, reporter
+        )
+    return rebuild_engines(Bundle.open(target), output, request_fields(flags), reporter)
+
+
+# ---------------------------------------------------------------- plans
+
+
+def plan_bundle(bundle: Bundle, request: BuildRequest, reporter: Reporter, *, default: str | None = None) -> PlanResult:
+    """Add plans to a bundle from what it carries of its calibration; no PyTorch, no plan is tried.
+
+    Steps are timed only where a budget is in a unit of time, or a front is shown, and the reports have no times of
+    this machine. A PSNR is looked up among the plans that were tried when the bundle was built.
+
+    Args:
+        request: budgets, methods, schedule, reference steps, and whether the front is shown.
+        default: name of the new default plan; None: as before.
+
+    Raises:
+        UsageError: a reference or a fitted solver that the bundle does not have; a PSNR, and no front.
+        UsageError, InfeasibleError, InputError: as the planners, and `bundle.writing.add_plan`.
+        MissingDependencyError: a time is needed, and no engine runs here.
+    """
+    request.check(None)
+    timer, front = StepTimer(bundle, reporter), _front_of(bundle, request)
+    times = timer.steps if request.is_timed else None
+    made = _plans_for(bundle, request, times, front)
+    for plan in made.plans:
+        reporter.stage("plan", f"{plan.name}: full steps {' '.join(map(str, plan.full_steps))}")
+    speeds = timer.speeds(made.plans, times) if times is not None else {}
+    if times is None and front is not None:
+        with contextlib.suppress(MissingDependencyError):  # a front is worth showing where no engine runs
+            times = timer.steps
+    if made.plans or default is not None:
+        bundle = add_plan(bundle, *made.plans, default=default)
+    rows = front_rows(front, times) if front is not None and request.pareto else ()
+    if rows:
+        from lemica_trt.report.folder import write_front
+
+        with contextlib.suppress(MissingDependencyError):  # matplotlib comes with what builds
+            write_front(bundle, rows)
+    return PlanResult(
+        plans=tuple(bundle.plan(name) for name in bundle.plans),
+        outcomes=budget_outcomes(request.budgets, made, times, speeds),
+        front=rows,
+    )
+
+
+def _plans_for(bundle: Bundle, request: BuildRequest, times: Any, front: Front | None) -> PlanSet:
+    table = read_from(bundle, SamplerTable, SAMPLER_FILE)
+    reference = _reference_of(bundle, table, request.reference_steps)
+    cached = [plan for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps]
+    problem = Problem(
+        table=table,
+        guidance_scale=bundle.manifest.profile.sampling.guidance_scale,
+        calibration=calibration_in(bundle),
+        reference=reference,
+        model=bundle.manifest.profile.name,
+        fit=_fit_of(cached, reference),
+        solver=solver_tables(table) if any(method.startswith("stock:") for method in request.methods) else None,
+    )
+    if request.schedule is not None:
+        plan = plan_given(problem, request.schedule)
+        return PlanSet([plan], (plan.name,), front=front)
+    if not request.budgets:
+        return PlanSet([], (), front=front)
+    max_skip = problem.graph.max_skip if problem.calibration is not None and request.needs_calibration else None
+    found = best_known(request.methods, problem, bundle.manifest.graphs.layout, _before(bundle, cached))
+    chosen = []
+    for budget in resolve_budgets(request.budgets, request.planners, times, table.num_steps, max_skip):
+        if isinstance(budget, MinPsnr):
+            assert front is not None
+            chosen.append(front.least(budget).plan)
+        else:
+            chosen.append(found(budget)[0])
+    return PlanSet(
+        list({plan.name: plan for plan in chosen}.values()), tuple(plan.name for plan in chosen), front=front
+    )
+
+
+def _before(bundle: Bundle, cached: Sequence[StepPlan]) -> Mapping[int, Sequence[str]]:
+    """Budget → methods, the best first, as the build has found."""
+    before = {plan.budget: [plan.method] for plan in cached}
+    if SELECTION_FILE in bundle.listed:
+        for table in read_from(bundle, TrialTables, SELECTION_FILE).tables:
+            before[table.budget] = [trial.label for trial in table.trials]
+    return before
+
+
+def _fit_of(cached: Sequence[StepPlan], reference: SamplerTable | None) -> Fit:
+    """Gives the fitted solvers that a bundle has."""
+    by_fit = {name for name, planner in planners().items() if "fit" in planner.needs}
+    steps = None if reference is None else reference.num_steps
+    known = {plan.full_steps: plan for plan in cached if plan.method in by_fit and plan.reference_steps == steps}
+
+    def fit(schedule: Schedule) -> StepPlan:
+        if schedule.full_steps not in known:
+            raise UsageError(
+                f"a solver for {schedule.budget} full steps is fitted to the model, and the bundle has none for them",
+                fix=f"lemica-trt build … --budget {schedule.budget}",
+            )
+        return known[schedule.full_steps]
+
+    return fit
+
+
+def _front_of(bundle: Bundle, request: BuildRequest) -> Front | None:
+    """The front that a bundle was built with, where it is asked for."""
+    if not request.pareto and not any(isinstance(budget, MinPsnr) for budget in request.budgets):
+        return None
+    if FRONT_FILE not in bundle.listed:
+        raise UsageError(
+            "the bundle has no stored qualities: nothing here knows how good a plan would be",
+            fix="build it with --pareto or --min-psnr, which runs plans on the model",
+        )
+    return read_from(bundle, Front, FRONT_FILE)
+
+
+def _reference_of(bundle: Bundle, table: SamplerTable, steps: int | None) -> SamplerTable | None:
+    """The sampler at M steps out of a bundle; None: plans are compared with N steps.
+
+    Raises:
+        UsageError: the bundle has it for another M.
+    """
+    found = read_from(bundle, SamplerTable, REFERENCE_FILE) if REFERENCE_FILE in bundle.listed else None
+    if steps == table.num_steps:
+        return None
+    if steps is not None and (found is None or found.num_steps != steps):
+        known = [table.num_steps] if found is None else [table.num_steps, found.num_steps]
+        raise UsageError(
+            f"--reference-steps: expected {' or '.join(map(str, known))}, which the bundle knows, got {steps}",
+            fix=f"lemica-trt build … --reference-steps {steps}",
+        )
+    return found
+
+
+# ---------------------------------------------------------------- engines
+
+
+def rebuild_engines(bundle: Bundle, output: Path, changes: dict[str, Any], reporter: Reporter) -> Bundle:
+    """The same bundle with other engines: its graphs and plans as they are, engines built here; no PyTorch.
+
+    Args:
+        changes: backends and options.
+
+    Raises:
+        UsageError: `output` is the bundle itself, or something else than a bundle.
+        IntegrityError: a file of the bundle is altered or missing.
+    """
+    require_replaceable(output)
+    if output.resolve() == bundle.path.resolve():
+        raise UsageError(f"--output: expected another folder than the bundle, got {output}", fix="choose another")
+    profile, calibrated = bundle.manifest.profile, calibration_in(bundle) is not None
+    request = BuildRequest(methods=("auto" if calibrated else "uniform",), verify_samples=0, **changes)
+    request.check(profile.dtype)
+    bundle.check()
+    work = Workspace(work_folder(output))
+    inputs = Inputs(profile=profile, request=request, prompts=(), held_out=())
+    with work.locked(), Context(work, inputs, reporter, output=output) as context:
+        inputs.store(work)
+        stages = context.select(needed_stages(STAGES, context, "bundle"))
+        _take_over(bundle, context)
+        run_stages(stages, context, only=ENGINE_STAGES)
+        return publish(context)
+
+
+def _take_over(bundle: Bundle, context: Context) -> None:
+    """Put what a bundle is made of, apart from its engines, into a work folder, as if the stages had run there."""
+    manifest, work = bundle.manifest, context.work
+    graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
+    plans = tuple(dict.fromkeys((manifest.default_plan, *(name for name in manifest.plans if name != UNCACHED))))
+    layout, (encoder,) = manifest.graphs.layout, manifest.encoders
+    values: dict[str, Any] = {
+        artifacts.MODEL_FILE: ModelFacts(
+            revision=manifest.revision or "",
+            latent_shape=layout.latent_shape,
+            guided=layout.guided,
+            conditions=layout.conditions,
+        ),
+        artifacts.LAYOUT_FILE: layout,
+        artifacts.EXPORT_FILE: Exported(graphs=manifest.graphs, encoder=encoder, versions=manifest.versions),
+        artifacts.PLANS_FILE: PlanIndex(plans=plans, budgets=()),
+    }
+    carried = [path for path in bundle.listed if path.startswith("calibration/")]
+    about_plans = {SAMPLER_FILE, REFERENCE_FILE, SELECTION_FILE, FRONT_FILE}
+    of: dict[str, list[str]] = {
+        "model": [artifacts.MODEL_FILE],
+        "sampler": [SAMPLER_FILE],
+        "uncached": [plan_path(UNCACHED)],
+        "layout": [artifacts.LAYOUT_FILE],
+        "graphs": [artifacts.EXPORT_FILE, encoder.tokenizer, *sorted(graphs)],
+        "calibration": [path for path in carried if path not in about_plans],
+        "plans": [artifacts.PLANS_FILE, *(plan_path(name) for name in plans if name != UNCACHED)],
+        **{
+            name: [path for path in (file,) if path in bundle.listed]
+            for name, file in (("reference", REFERENCE_FILE), ("trials", SELECTION_FILE), ("front", FRONT_FILE))
+        },
+    }
+    for stage in STAGES:
+        if stage.name in context.view.stages and stage.name not in ENGINE_STAGES:
+            with work.staged() as folder:
+                writes = {name: of[name] for name in stage.writes}
+                for path in (path for paths in writes.values() for path in paths):
+                    _copy(values.get(path), bundle.path / path, folder / path)
+                reads = {name: context.digest(name) for name in stage.reads if not context.is_of_environment(name)}
+                work.commit(stage.name, "", reads, writes, folder)
+
+
+def _copy(value: Any, source: Path, target: Path) -> None:
+    """Write a value, or link a file, or copy it where that cannot be."""
+    if value is not None:
+        write_value(value, target)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,135 @@
+"""Graphs, engines, plans → a bundle beside the one that it will replace; and its verification there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lemica_trt.bundle.manifest import MANIFEST, plan_path
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.writing import write_bundle
+from lemica_trt.compiler import artifacts
+from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts, PlanIndex, Verified, Written
+from lemica_trt.compiler.context import Context
+from lemica_trt.compiler.graph_stages import bundle_files
+from lemica_trt.compiler.stage import Writes
+from lemica_trt.compiler.workspace import candidate_folder
+from lemica_trt.core.errors import InputError
+from lemica_trt.core.progress import Reporter, size
+from lemica_trt.core.values import write_value
+from lemica_trt.evaluate.step_timer import runnable_backend
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.planning.step_plan import UNCACHED
+
+if TYPE_CHECKING:
+    from lemica_trt.ir.report import VerifyReport
+    from lemica_trt.models import Model
+
+
+def run_bundle(context: Context, folder: Path) -> Writes:
+    """Everything → a bundle at `candidate_folder`; where the one that it would replace is the same, that stays."""
+    assert context.output is not None
+    context.reporter.stage("bundle", str(context.output))
+    exported = context.read(Exported, artifacts.EXPORT_FILE)
+    index = context.read(PlanIndex, artifacts.PLANS_FILE)
+    candidate = candidate_folder(context.output)
+    bundle = write_bundle(
+        candidate,
+        profile=context.inputs.profile,
+        graphs=exported.graphs,
+        plans=[context.read(StepPlan, plan_path(name)) for name in dict.fromkeys((*index.plans, UNCACHED))],
+        default_plan=index.plans[0],
+        encoders=(exported.encoder,),
+        engines=context.read(Engines, artifacts.ENGINES_FILE).entries,
+        files={path: context.work.root / path for path in bundle_files(context)},
+        revision=context.read(ModelFacts, artifacts.MODEL_FILE).revision,
+        versions=exported.versions,
+    )
+    context.reporter.note(size(sum(entry.size for entry in bundle.manifest.files.values())))
+    if _bundle_at(context.output, bundle.manifest.digest) is not None:
+        shutil.rmtree(candidate)
+    write_value(Written(manifest=bundle.manifest.digest), folder / artifacts.BUNDLE_FILE)
+    return {"bundle": [artifacts.BUNDLE_FILE]}
+
+
+def written_bundle(context: Context) -> Bundle | None:
+    """The bundle that was written last, where it lies, whole; None: it is gone, or was altered."""
+    assert context.output is not None
+    digest = context.read(Written, artifacts.BUNDLE_FILE).manifest
+    return _bundle_at(context.output, digest) or _bundle_at(candidate_folder(context.output), digest)
+
+
+def _bundle_at(path: Path, digest: str) -> Bundle | None:
+    if not (path / MANIFEST).is_file():
+        return None
+    try:
+        bundle = Bundle.open(path)
+        if bundle.manifest.digest != digest:
+            return None
+        bundle.check()
+    except InputError:
+        return None
+    return bundle
+
+
+def run_verify(context: Context, folder: Path) -> Writes:
+    """Bundle, held-out prompts → report, on the first of its engines that run here.
+
+    Raises:
+        VerificationError: after the report was stored in the bundle.
+    """
+    bundle = written_bundle(context)
+    assert bundle is not None
+    backend, unverified = runnable_backend(bundle)
+    if backend is not None:
+        inputs = context.inputs
+        samples = inputs.request.verify_samples
+        verify_bundle(bundle, context.model, inputs.held_out, samples, context.reporter, backend=backend)
+    write_value(Verified(backend=backend, unverified=unverified), folder / artifacts.VERIFIED_FILE)
+    return {"verified": [artifacts.VERIFIED_FILE]}
+
+
+def verify_bundle(
+    bundle: Bundle, model: Model, prompts: Sequence[str], samples: int, reporter: Reporter, *, backend: str
+) -> VerifyReport:
+    """Verify, store the report and its pictures in the bundle, and fail if something is not as it must be.
+
+    Args:
+        prompts: held out.
+        samples: how many clips are compared.
+        backend: which engines.
+
+    Raises:
+        IntegrityError: the bundle is not whole.
+        MissingDependencyError, UnsupportedError: these engines cannot run here.
+        VerificationError: after the report was stored.
+    """
+    from lemica_trt.evaluate.evaluator import held_out_samples
+    from lemica_trt.evaluate.verify import require_verified, verify
+    from lemica_trt.report.folder import write_reports
+
+    report, clips = verify(bundle, model, held_out_samples(prompts, samples), reporter=reporter, backend=backend)
+    write_reports(bundle, report, clips)
+    require_verified(report, bundle.path)
+    return report
+
+
+def report_of(context: Context) -> VerifyReport | None:
+    """The report of the bundle that was written last; None: no engines run here, or it is of another bundle."""
+    from lemica_trt.evaluate.verify import stored_report
+
+    bundle, verified = written_bundle(context), context.read_if_there(Verified, artifacts.VERIFIED_FILE)
+    if bundle is None or verified is None or verified.backend is None:
+        return None
+    report = stored_report(bundle)
+    return report if report is not None and report.manifest_digest == bundle.manifest.digest else None
+
+
+def is_verified(context: Context) -> bool:
+    """Whether the bundle has the report of the verification that was recorded, and it says that all is well."""
+    if context.read(Verified, artifacts.VERIFIED_FILE).backend is None:
+        return True
+    report = report_of(context)
+    return report is not None and not report.failures()

@@ -1,0 +1,223 @@
+"""What a stage is given: inputs, artifacts, and a model and workers that are opened when first used."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lemica_trt import __version__
+from lemica_trt.backends.machine import describe_machine
+from lemica_trt.bundle.manifest import (
+    ERROR_GRAPH_FILE,
+    GRAMS_FILE,
+    REFERENCE_FILE,
+    SAMPLER_FILE,
+    SENSITIVITY_FILE,
+)
+from lemica_trt.compiler.requests import Inputs
+from lemica_trt.compiler.stage import Stage
+from lemica_trt.compiler.workspace import Files, View, Workspace, digest_of, read_from
+from lemica_trt.core.errors import MissingDependencyError
+from lemica_trt.core.progress import Reporter
+from lemica_trt.core.values import V
+from lemica_trt.ir.calibration import Calibration, ErrorGraph, Sensitivity, TrajectoryGrams
+from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.planning.planner import Fit, Problem, SolverTable
+
+if TYPE_CHECKING:
+    from lemica_trt.calibrate.workers import E, Job, U, Workers
+    from lemica_trt.models import Model
+
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
+"""What decides what is measured and exported."""
+
+ENGINE_LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
+"""What builds and runs engines."""
+
+
+class Context(contextlib.ExitStack):
+    """What stages of one build share. A context manager: at its end the workers are released.
+
+    Args:
+        work: the work folder.
+        inputs: what the build is made from.
+        stages: those that take part: only their artifacts are there.
+        reporter: told what happens.
+        output: folder of the bundle; None: none is written.
+
+    Attributes:
+        work, inputs, reporter, output: as given.
+        view: the artifacts.
+    """
+
+    def __init__(self, work: Workspace, inputs: Inputs, reporter: Reporter, *, output: Path | None = None) -> None:
+        super().__init__()
+        self.work, self.inputs, self.reporter, self.output = work, inputs, reporter, output
+        self.view = View(work, [])
+
+    def select(self, stages: Sequence[Stage]) -> list[Stage]:
+        """Let these stages, and no others, take part."""
+        self.view = View(self.work, [stage.name for stage in stages])
+        return list(stages)
+
+    # ------------------------------------------------------------ what stages read
+
+    def read(self, kind: type[V], path: str) -> V:
+        """A value that an earlier stage has written; as `workspace.read_from`."""
+        return read_from(self.view, kind, path)
+
+    def read_if_there(self, kind: type[V], path: str) -> V | None:
+        """The same; None where no stage that takes part has written it."""
+        return read_from(self.view, kind, path) if path in self.view.listed else None
+
+    @property
+    def table(self) -> SamplerTable:
+        """The sampler."""
+        return self.read(SamplerTable, SAMPLER_FILE)
+
+    @property
+    def reference(self) -> SamplerTable | None:
+        """The sampler at M steps, where plans are compared with that."""
+        return self.read_if_there(SamplerTable, REFERENCE_FILE)
+
+    def problem(self, calibration: Calibration | None, *, fit: Fit | None = None) -> Problem:
+        """What plans are made for; with standard solvers where a method may need them."""
+        table, profile = self.table, self.inputs.profile
+        solves = any("solver" in planner.needs for planner in self.inputs.request.planners)
+        return Problem(
+            table=table,
+            guidance_scale=profile.sampling.guidance_scale,
+            calibration=calibration,
+            reference=self.reference,
+            model=profile.name,
+            fit=fit,
+            solver=solver_tables(table) if solves else None,
+        )
+
+    def digest(self, name: str) -> str:
+        """Digest of something that a stage reads: an input or a field of one, an artifact, weights, libraries or
+        machine."""
+        if name in self._environment:
+            return self._environment[name]()
+        if name.split(".")[0] in Inputs.__struct_fields__:
+            return self.inputs.digest_of(name)
+        return self.view.digest(name)
+
+    def is_of_environment(self, name: str) -> bool:
+        """Whether it is of this machine rather than of what is asked for."""
+        return name in self._environment or name == "times"
+
+    def takes_part(self, stage: str) -> bool:
+        """Whether a stage is one of those that were selected."""
+        return stage in self.view.stages
+
+    @cached_property
+    def _environment(self) -> dict[str, functools._lru_cache_wrapper[str]]:
+        return {
+            "weights": functools.cache(lambda: _revision(self.inputs.profile)),
+            "libraries": functools.cache(lambda: digest_of(library_versions())),
+            "machine": functools.cache(lambda: digest_of([describe_machine(), versions_of(ENGINE_LIBRARIES)])),
+        }
+
+    # ------------------------------------------------------------ who does the work
+
+    @cached_property
+    def model(self) -> Model:
+        """The model, on its device."""
+        return open_model(self.inputs.profile, self.reporter, device=self.inputs.request.device)
+
+    def work_on(self, job: Job[U, E], units: Sequence[U]) -> Iterator[tuple[U, Sequence[E]]]:
+        """`calibrate.workers.Workers`: this process, or the Ray cluster of the request; opened when first used.
+
+        Raises:
+            MissingDependencyError: as `calibrate.cluster.RayWorkers`.
+        """
+        return self._workers(job, units)
+
+    @cached_property
+    def _workers(self) -> Workers:
+        from lemica_trt.calibrate.workers import InProcess
+
+        if self.inputs.request.ray is None:
+            return InProcess(self.model)
+        from lemica_trt.calibrate.cluster import RayWorkers
+        from lemica_trt.models import load_model
+
+        load = functools.partial(load_model, self.model.profile, device=self.model.device.type)
+        return self.enter_context(RayWorkers(self.inputs.request.ray, self.model, load, note=self.reporter.note))
+
+
+def calibration_in(files: Files) -> Calibration | None:
+    """What a bundle or a work folder knows of its calibration; None: nothing."""
+
+    def found(kind: type[V], path: str) -> V | None:
+        return read_from(files, kind, path) if path in files.listed else None
+
+    graph = found(ErrorGraph, ERROR_GRAPH_FILE)
+    if graph is None:
+        return None
+    grams, sensitivity = found(TrajectoryGrams, GRAMS_FILE), found(Sensitivity, SENSITIVITY_FILE)
+    return Calibration(graph=graph, grams=grams, sensitivity=sensitivity)
+
+
+def solver_tables(table: SamplerTable) -> SolverTable:
+    """Standard solvers set to some steps of a sampler; needs PyTorch and diffusers."""
+    from lemica_trt.models.scheduler import solver_table
+
+    return lambda schedule, solver: solver_table(table, schedule.full_steps, solver)
+
+
+def open_model(profile: Profile, reporter: Reporter, *, device: str | None = None) -> Model:
+    """Load the model of a profile.
+
+    Args:
+        device: torch device; None: a GPU where there is one.
+
+    Raises:
+        MissingDependencyError: the build extra is not installed, or there is no such device.
+        InputError, UnsupportedError: as `models.load_model`.
+    """
+    reporter.stage("model", f"{profile.name} from {profile.source}, {profile.dtype}")
+    with _build_libraries():
+        from lemica_trt.models import load_model, usable_device
+    model = load_model(profile, device=usable_device(device))
+    parameters = sum(p.numel() for p in model.pipeline.transformer.parameters())
+    shape = "×".join(str(n) for n in model.latent_shape)
+    reporter.note(f"DiT with {parameters / 1e6:.1f} M parameters, latents {shape}, revision {model.revision[:12]}")
+    return model
+
+
+def _revision(profile: Profile) -> str:
+    with _build_libraries():
+        from lemica_trt.models.load import revision_of
+    return revision_of(profile)
+
+
+@contextlib.contextmanager
+def _build_libraries() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"building needs PyTorch and diffusers, got: {error}", fix="pip install 'lemica-trt[build]'"
+        ) from None
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of lemica-trt and of the libraries that decide what is measured and exported."""
+    return {"lemica-trt": __version__, **versions_of(LIBRARIES)}
+
+
+def versions_of(names: Sequence[str]) -> dict[str, str]:
+    """Library → version; those that are not installed are left out."""
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

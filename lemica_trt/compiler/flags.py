@@ -1,0 +1,146 @@
+"""Flags of the command line, by name → profile and request. `lemica_trt.build` takes them as keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lemica_trt.compiler.requests import BuildRequest, BuildResult, absolute_source
+from lemica_trt.core.errors import UsageError
+from lemica_trt.core.progress import Quiet, Reporter
+from lemica_trt.ir import budget
+from lemica_trt.ir.budget import Budget, Latency, MinPsnr, Speedup
+from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.resources import load_profile
+
+PROFILE_FIELDS = {
+    **{name: ("shape", name) for name in ("frames", "height", "width", "max_batch")},
+    "denoising_steps": ("sampling", "steps"),
+    **{name: ("sampling", name) for name in ("guidance_scale", "scheduler", "flow_shift")},
+    "calibration": ("calibration", "method"),
+    **{name: ("calibration", name) for name in ("samples", "validation_samples", "max_skip", "seed")},
+    "dtype": ("", "dtype"),
+    "opset": ("", "opset"),
+}
+"""Flag → the part of a profile, and the field there, that it sets."""
+
+BUDGETS: dict[str, Callable[[str], Budget]] = {
+    "budget": int,
+    "speedup": budget.speedup_from_text,
+    "latency": budget.latency_from_text,
+    "min_psnr": budget.min_psnr_from_text,
+}
+"""Flags that say what a plan may cost, and how one is read; one of them can be given."""
+
+REQUEST_FIELDS = frozenset(BuildRequest.__struct_fields__)
+
+PLANNING_FIELDS = ("budgets", "pareto", "methods", "schedule", "reference_steps")
+"""Fields of a request that `plan` asks for anew."""
+
+ENGINE_FIELDS = ("backends", "options")
+"""Those that `engine` asks for anew."""
+
+
+def request_defaults(names: Iterable[str]) -> dict[str, Any]:
+    """Fields of a request that were not asked for."""
+    return {name: getattr(BuildRequest(), name) for name in names}
+
+
+def build(
+    model: str,
+    *,
+    output: str | Path | None = None,
+    weights: str | None = None,
+    reporter: Reporter | None = None,
+    **flags: Any,
+) -> BuildResult:
+    """Build a bundle: `lemica-trt build` as a function.
+
+        lemica_trt.build(model="cogvideox-tiny", budget=15, output="out/tiny")
+
+    Args:
+        model: name of a build profile, or path of a .toml file.
+        output: folder of the bundle; None: `out/MODEL`.
+        weights: diffusers folder or hub id instead of the profile's own.
+        reporter: told what happens; None: nobody.
+        flags: as on the command line, with `_` for `-`: `budget=(15, 10)`, `method="lemica,linear"`, `frames=17`.
+            Times and PSNR may be text with a unit: `latency="800ms"`.
+
+    Raises:
+        UsageError: unknown flag, or one with a value that it does not take.
+        LemicaError: as `work_commands.build`.
+    """
+    from lemica_trt.compiler.work_commands import build as build_bundle
+
+    profile = profile_from_flags(model, weights, flags)
+    rest = {name: value for name, value in flags.items() if name not in PROFILE_FIELDS and value is not None}
+    request = BuildRequest(**request_fields(rest))
+    return build_bundle(profile, Path(output or Path("out") / profile.name), request, reporter or Quiet())
+
+
+def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[str, Any]) -> Profile:
+    """The profile of a model with every given flag applied.
+
+    Args:
+        flags: by name; those of no profile, and None, are left out.
+
+    Raises:
+        UsageError: no such profile, or a value that a field does not take.
+        InputError: not a valid profile.
+    """
+    if model is None:
+        raise UsageError("expected --model, got none", fix="name a profile, for example --model cogvideox-tiny")
+    profile, replace = load_profile(model), msgspec.structs.replace
+    parts: dict[str, dict[str, Any]] = {"": {}, "shape": {}, "sampling": {}, "calibration": {}}
+    for name, (part, field) in PROFILE_FIELDS.items():
+        if flags.get(name) is not None:
+            parts[part][field] = flags[name]
+    try:
+        changed = {part: replace(getattr(profile, part), **fields) for part, fields in parts.items() if part}
+        source = absolute_source(profile.source if weights is None else weights)
+        return replace(profile, source=source, **changed, **parts[""])
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def request_fields(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a `BuildRequest` from flags; builder options become `options`.
+
+    Raises:
+        UsageError: budgets in several units, or one that is not what it must be; an unknown flag is left to the
+            backends, which say what options they have.
+    """
+    fields: dict[str, Any] = {}
+    units = [name for name in BUDGETS if flags.get(name) is not None]
+    if len(units) > 1:
+        first, *others = (f"--{name.replace('_', '-')}" for name in units)
+        raise UsageError(f"{first} cannot be used together with {', '.join(others)}", fix=f"leave out {first}")
+    for name, value in flags.items():
+        if value is None:
+            continue
+        if name in BUDGETS:
+            fields["budgets"] = _budgets(name, value)
+        elif name in ("method", "backend", "schedule"):
+            target = {"method": "methods", "backend": "backends"}.get(name, name)
+            fields[target] = tuple(value.split(",") if isinstance(value, str) else value)
+        elif name in REQUEST_FIELDS:
+            fields[name] = str(value) if isinstance(value, Path) else value
+        else:
+            fields.setdefault("options", {})[name] = value
+    return fields
+
+
+def _budgets(name: str, given: Any) -> tuple[Budget, ...]:
+    if isinstance(given, str):
+        given = given.split(",")
+    parts: Iterable[Any] = given if isinstance(given, Iterable) else [given]
+    read = BUDGETS[name]
+    try:
+        return tuple(part if isinstance(part, (Speedup, Latency, MinPsnr)) else read(f"{part}") for part in parts)
+    except ValueError as error:
+        what = "expected integers separated by commas" if name == "budget" else str(error)
+        got = f", got {given!r}" if name == "budget" else ""
+        raise UsageError(f"--{name.replace('_', '-')}: {what}{got}") from None

@@ -1,0 +1,175 @@
+"""Model → sampler, layout, graphs, engines, times: everything that needs no calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from lemica_trt.backends.build import build as build_engine
+from lemica_trt.backends.build import prune
+from lemica_trt.backends.options import options_by_backend
+from lemica_trt.bundle.manifest import (
+    REFERENCE_FILE,
+    SAMPLER_FILE,
+    Bucket,
+    FileEntry,
+    Manifest,
+    bucket_name,
+    plan_path,
+    portable_source,
+)
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.compiler import artifacts
+from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts
+from lemica_trt.compiler.context import Context, library_versions
+from lemica_trt.compiler.stage import Writes
+from lemica_trt.core.progress import size
+from lemica_trt.core.values import write_value
+from lemica_trt.evaluate.step_timer import StepTimer, times_text
+from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.planning.layout import layout_for_methods
+from lemica_trt.planning.minimax import require_feasible
+from lemica_trt.planning.planner import plan_given
+from lemica_trt.planning.step_plan import UNCACHED, uncached_plan
+
+
+def run_lower(context: Context, folder: Path) -> Writes:
+    """Model → the sampler as a table; at M steps, too, where plans are compared with those."""
+    from lemica_trt.models.scheduler import sampler_table
+    from lemica_trt.planning.fold import nearest_steps
+
+    model, steps = context.model, context.inputs.request.reference_steps
+    sampling = model.profile.sampling
+    table = sampler_table(model.scheduler(), dynamic_guidance=sampling.dynamic_guidance)
+    kind = "stochastic" if table.stochastic else "deterministic"
+    context.reporter.stage(
+        "lower",
+        f"{table.scheduler}, {table.num_steps} steps, {kind}; reads {table.latent_history} latents and "
+        f"{table.output_history} outputs back",
+    )
+    facts = ModelFacts(
+        revision=model.revision,
+        latent_shape=tuple(model.latent_shape),
+        guided=model.guided,
+        conditions=model.conditions,
+    )
+    write_value(facts, folder / artifacts.MODEL_FILE)
+    write_value(table, folder / SAMPLER_FILE)
+    write_value(uncached_plan(table, guidance_scale=sampling.guidance_scale), folder / plan_path(UNCACHED))
+    writes = {
+        "model": [artifacts.MODEL_FILE],
+        "sampler": [SAMPLER_FILE],
+        "uncached": [plan_path(UNCACHED)],
+        "reference": list[str](),
+    }
+    if steps is not None and steps != table.num_steps:
+        finer = sampler_table(model.scheduler(steps), dynamic_guidance=sampling.dynamic_guidance)
+        nearest_steps(table, finer)
+        write_value(finer, folder / REFERENCE_FILE)
+        writes["reference"] = [REFERENCE_FILE]
+    return writes
+
+
+def require_plannable(context: Context) -> None:
+    """Refuse before hours of work what no plan can be made for: budgets, a schedule, a method that needs no
+    calibration.
+
+    Raises:
+        InfeasibleError, InputError, UsageError, UnsupportedError: as the planners.
+    """
+    if not context.takes_part("plan"):
+        return
+    request, problem = context.inputs.request, context.problem(None)
+    if request.schedule is not None:
+        plan_given(problem, request.schedule)
+        return
+    given, num_steps = context.inputs.given.calibration, problem.table.num_steps
+    max_skip = context.inputs.profile.calibration.max_skip if given is None else given.graph.max_skip
+    budgets = [budget for budget in request.budgets if isinstance(budget, int)]
+    require_feasible(num_steps, max_skip if request.needs_calibration else num_steps, budgets)
+    for planner in request.planners if "auto" not in request.methods else ():
+        for budget in budgets if planner.needs <= problem.has else ():
+            planner(problem, budget)
+
+
+def run_layout(context: Context, folder: Path) -> Writes:
+    """Sampler, methods → the interface that all step graphs share."""
+    facts = context.read(ModelFacts, artifacts.MODEL_FILE)
+    layout = layout_for_methods(
+        context.problem(None),
+        context.inputs.request.planners,
+        latent_shape=facts.latent_shape,
+        guided=facts.guided,
+        conditions=facts.conditions,
+    )
+    context.reporter.stage(
+        "layout",
+        f"plans read at most {layout.latent_history} latents and {layout.output_history} outputs back"
+        + (f", and caches {', '.join(slot.name for slot in layout.caches)}" if layout.caches else ""),
+    )
+    write_value(layout, folder / artifacts.LAYOUT_FILE)
+    return {"layout": [artifacts.LAYOUT_FILE]}
+
+
+def run_export(context: Context, folder: Path) -> Writes:
+    """Model, layout → ONNX graphs and the tokenizer."""
+    from lemica_trt.export import export_graphs
+
+    profile, model = context.inputs.profile, context.model
+    context.reporter.stage("export", f"ONNX opset {profile.opset}, {profile.dtype}")
+    graphs = export_graphs(model, context.read(StepLayout, artifacts.LAYOUT_FILE), folder)
+    tokenizer = folder / artifacts.TOKENIZER_FILE
+    tokenizer.parent.mkdir(parents=True)
+    tokenizer.write_bytes(model.tokenizer_json())
+    encoder = model.text_spec(artifacts.TOKENIZER_FILE)
+    write_value(Exported(graphs=graphs, encoder=encoder, versions=library_versions()), folder / artifacts.EXPORT_FILE)
+    files = [artifacts.EXPORT_FILE, artifacts.TOKENIZER_FILE]
+    for graph in graphs.graphs:
+        names = [graph.file, *graph.data_files]
+        context.reporter.note(f"{graph.role}: {size(sum((folder / name).stat().st_size for name in names))}")
+        files += names
+    return {"graphs": files}
+
+
+def run_engine(context: Context, folder: Path) -> Writes:
+    """Graphs → engines of every backend asked for; finished ones of an interrupted run are taken as they are."""
+    graphs, root = context.read(Exported, artifacts.EXPORT_FILE).graphs, context.work.root
+    request = context.inputs.request
+    entries = []
+    for backend, options in options_by_backend(request.backends, request.options).items():
+        context.reporter.stage("engine", backend)
+        entries.append(build_engine(backend, graphs, root, root, options, context.reporter))
+    prune(entries, root)
+    write_value(Engines(entries=tuple(entries)), folder / artifacts.ENGINES_FILE)
+    built = {name for entry in entries for name in entry.files.values()} - {graph.file for graph in graphs.graphs}
+    return {"engines": [artifacts.ENGINES_FILE, *sorted(built)]}
+
+
+def run_time(context: Context, folder: Path) -> Writes:
+    """Engines → what a step takes on this machine; the work folder is looked at as a bundle with the uncached plan."""
+    exported, profile = context.read(Exported, artifacts.EXPORT_FILE), context.inputs.profile
+    uncached = plan_path(UNCACHED)
+    manifest = Manifest(
+        profile=msgspec.structs.replace(profile, source=portable_source(profile.source)),
+        buckets={
+            bucket_name(profile.shape): Bucket(
+                shape=profile.shape,
+                graphs=exported.graphs,
+                engines=context.read(Engines, artifacts.ENGINES_FILE).entries,
+            )
+        },
+        plans=(UNCACHED,),
+        default_plan=UNCACHED,
+        encoders=(exported.encoder,),
+        files=bundle_files(context) | {uncached: context.view.listed[uncached]},
+    )
+    measured = StepTimer(Bundle(context.work.root.resolve(), manifest, manifest.digest), context.reporter).measured
+    context.reporter.stage("time", times_text(measured.steps, measured.backend))
+    write_value(measured, folder / artifacts.TIMES_FILE)
+    return {"times": [artifacts.TIMES_FILE]}
+
+
+def bundle_files(context: Context) -> dict[str, FileEntry]:
+    """The files of the work folder that go into a bundle as they are: those in folders, apart from plans."""
+    return {path: entry for path, entry in context.view.listed.items() if path.split("/")[0] not in ("plans", path)}

@@ -1,0 +1,118 @@
+"""Model, sampler, prompts → calibration → plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lemica_trt.bundle.manifest import (
+    ERROR_GRAPH_FILE,
+    FRONT_FILE,
+    GRAMS_FILE,
+    SELECTION_FILE,
+    SENSITIVITY_FILE,
+    plan_path,
+)
+from lemica_trt.compiler import artifacts
+from lemica_trt.compiler.artifacts import ModelFacts, PlanIndex
+from lemica_trt.compiler.context import Context, calibration_in
+from lemica_trt.compiler.stage import Writes
+from lemica_trt.core.values import write_value
+from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.ir.report import Measured
+from lemica_trt.ir.trials import TrialTables
+from lemica_trt.planning.planner import choose_planners, plan_given
+from lemica_trt.planning.search import BudgetSearch, PlanSet, candidates_on, plan_budgets, resolve_budgets
+
+
+def run_calibrate(context: Context, folder: Path) -> Writes:
+    """Model, sampler, prompts → error graph, Gram matrices and sensitivities; or those that were given."""
+    from lemica_trt.calibrate.calibration import calibrate, require_calibration_of
+
+    inputs, table = context.inputs, context.table
+    found = inputs.given.calibration
+    if found is not None:
+        facts, graph = context.read(ModelFacts, artifacts.MODEL_FILE), found.graph
+        context.reporter.stage("calibrate", f"--error-graph: {graph.samples} samples, method {graph.method}")
+        require_calibration_of(
+            graph,
+            table,
+            inputs.profile,
+            revision=facts.revision,
+            latent_shape=facts.latent_shape,
+            where="--error-graph",
+        )
+    else:
+        found = calibrate(
+            context.model,
+            table,
+            inputs.prompts,
+            journals=context.work.journals,
+            reporter=context.reporter,
+            workers=context.work_on,
+            sensitivity=inputs.given.sensitivity,
+        )
+    files = {ERROR_GRAPH_FILE: found.graph, GRAMS_FILE: found.grams, SENSITIVITY_FILE: found.sensitivity}
+    for path, value in files.items():
+        if value is not None:
+            write_value(value, folder / path)
+    return {"calibration": [path for path, value in files.items() if value is not None]}
+
+
+def run_plan(context: Context, folder: Path) -> Writes:
+    """Calibration, prompts, budgets → plans: of several methods the best by trial."""
+    made = make_plans(context)
+    for plan in made.plans:
+        steps = " ".join(map(str, plan.full_steps))
+        context.reporter.stage("plan", f"{plan.name}: {plan.method}; full steps {steps}")
+        write_value(plan, folder / plan_path(plan.name))
+    index = PlanIndex(plans=tuple(plan.name for plan in made.plans), budgets=made.names)
+    write_value(index, folder / artifacts.PLANS_FILE)
+    writes: Writes = {"plans": [artifacts.PLANS_FILE, *map(plan_path, index.plans)], "trials": [], "front": []}
+    if made.tables:
+        write_value(TrialTables(tables=made.tables), folder / SELECTION_FILE)
+        writes["trials"] = [SELECTION_FILE]
+    if made.front is not None:
+        write_value(made.front, folder / FRONT_FILE)
+        writes["front"] = [FRONT_FILE]
+    return writes
+
+
+def make_plans(context: Context) -> PlanSet:
+    """Plans of the request's budgets, or of its schedule."""
+    from lemica_trt.calibrate.calibration import fit_by_model
+    from lemica_trt.evaluate.evaluator import PlanEvaluator, validation_samples
+
+    inputs, table, reference = context.inputs, context.table, context.reference
+    request, settings, journals = inputs.request, inputs.profile.calibration, context.work.journals
+    fit = fit_by_model(
+        lambda: context.model, settings, table, inputs.prompts, reference=reference, journals=journals,
+        reporter=context.reporter,
+    )  # fmt: skip
+    problem = context.problem(calibration_in(context.view), fit=fit)
+    if request.schedule is not None:
+        plan = plan_given(problem, request.schedule)
+        return PlanSet([plan], (plan.name,))
+    measured = context.read_if_there(Measured, artifacts.TIMES_FILE)
+    max_skip = None if problem.calibration is None else problem.graph.max_skip
+    budgets = resolve_budgets(
+        request.budgets, request.planners, None if measured is None else measured.steps, table.num_steps, max_skip
+    )
+    evaluator = PlanEvaluator(
+        lambda: context.model,
+        table,
+        validation_samples(inputs.prompts, settings),
+        reference=reference,
+        folder=journals,
+        reporter=context.reporter,
+        workers=context.work_on,
+    )
+    layout = context.read(StepLayout, artifacts.LAYOUT_FILE)
+    possible = candidates_on(layout, problem, choose_planners(request.methods, problem))
+    return plan_budgets(
+        budgets,
+        BudgetSearch(possible, evaluator, context.reporter),
+        context.reporter,
+        pareto=request.pareto,
+        num_steps=table.num_steps,
+        max_skip=max_skip,
+    )

@@ -1,0 +1,298 @@
+"""What a build is asked for, what it is made from, and what comes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from lemica_trt.backends.build import check as check_engine
+from lemica_trt.backends.options import options_by_backend
+from lemica_trt.bundle.manifest import GRAMS_FILE, SENSITIVITY_FILE
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.compiler.workspace import INPUTS, View, Workspace, digest_of, read_from
+from lemica_trt.core.errors import InputError, UsageError
+from lemica_trt.core.values import Value, read_value, value_from_json, write_bytes, write_value
+from lemica_trt.ir.budget import Budget, FrontRow, Latency, Speedup
+from lemica_trt.ir.calibration import Calibration, ErrorGraph, Sensitivity, TrajectoryGrams
+from lemica_trt.ir.engine import Option
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.profile import DType, Profile
+from lemica_trt.ir.report import BudgetOutcome
+from lemica_trt.ir.resources import calibration_path
+from lemica_trt.planning.planner import Planner, planners_named
+
+if TYPE_CHECKING:
+    from lemica_trt.ir.report import VerifyReport
+
+DEFAULT_BUDGETS: tuple[Budget, ...] = (15,)
+
+CALIBRATED = frozenset({"error-graph", "grams"})
+"""Needs of planners that a calibration meets."""
+
+
+class BuildRequest(Value, frozen=True):
+    """What a build is asked for beyond the profile; the flags of the command line have these names.
+
+    Attributes:
+        budgets: of each plan, in full steps or another unit; the first plan is the default.
+        pareto: whether the quality of budgets over the whole range is measured too.
+        methods: names of planners, or `auto`; see `planning.planner`.
+        schedule: full steps as given; then budgets and methods are not used and nothing is calibrated.
+        error_graph: path of an error graph to use instead of calibrating; `grams.json` beside it is used too.
+        calibration_from: path of a work folder or bundle of the same model whose calibration is carried over.
+        prompts: path of calibration prompts instead of the profile's.
+        device: torch device that calibrates and verifies; None: a GPU where there is one.
+        ray: address of the Ray cluster that calibrates and runs trials; None: this process.
+        backends: engines to build, in order of preference.
+        options: builder options; each backend takes those that it has.
+        verify_samples: held-out clips of the verification; 0: no verification.
+        reference_steps: M: plans are compared with the sampler at M steps; None: its own N.
+    """
+
+    budgets: tuple[Budget, ...] = DEFAULT_BUDGETS
+    pareto: bool = False
+    methods: tuple[str, ...] = ("auto",)
+    schedule: tuple[int, ...] | None = None
+    error_graph: str | None = None
+    calibration_from: str | None = None
+    prompts: str | None = None
+    device: str | None = None
+    ray: str | None = None
+    backends: tuple[str, ...] = ("onnxruntime",)
+    options: dict[str, Option] = {}
+    verify_samples: int = 8
+    reference_steps: int | None = None
+
+    @property
+    def planners(self) -> list[Planner]:
+        """The planners that may be asked for a plan; which of them `auto` can use is known after calibration.
+
+        Raises:
+            UsageError: there is no such planner.
+        """
+        return [] if self.schedule is not None else planners_named(self.methods)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether some planner reads what a calibration measures."""
+        return any(planner.needs & CALIBRATED for planner in self.planners)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether a budget is in a unit of time."""
+        return self.schedule is None and any(isinstance(budget, (Speedup, Latency)) for budget in self.budgets)
+
+    def check(self, dtype: DType | None) -> None:
+        """Refuse before any work what could only fail behind it.
+
+        Args:
+            dtype: of the engines; None: none are built.
+
+        Raises:
+            UsageError: unknown method, backend or option; budgets to be searched of a method that has only its own.
+            UnsupportedError, MissingDependencyError: as `backends.build.check`.
+        """
+        if self.schedule is None:
+            planners_named(self.methods)
+        if "published" in self.methods and (self.pareto or not all(isinstance(b, int) for b in self.budgets)):
+            raise UsageError("published schedules have budgets of their own", fix="name one of them with --budget")
+        if dtype is not None:
+            for backend, options in options_by_backend(self.backends, self.options).items():
+                check_engine(backend, dtype, options)
+
+
+class Given(Value, frozen=True):
+    """Calibrations that were made elsewhere.
+
+    Attributes:
+        calibration: used as it is (`--error-graph`).
+        sensitivity: what a new calibration is made from (`--calibration-from`).
+    """
+
+    calibration: Calibration | None = None
+    sensitivity: Sensitivity | None = None
+
+
+class Inputs(Value, frozen=True):
+    """Everything that a build is made from, apart from weights, libraries and machine.
+
+    Attributes:
+        profile: what to build, flags applied.
+        request: what is asked for; paths in it are not read again.
+        prompts, held_out: of calibration and of verification.
+        given: see there.
+    """
+
+    profile: Profile
+    request: BuildRequest
+    prompts: tuple[str, ...]
+    held_out: tuple[str, ...]
+    given: Given = Given()
+
+    def digest_of(self, name: str) -> str:
+        """Digest of an input, or of a field of one: `prompts`, `profile.sampling`, `request.budgets`."""
+        value: Any = self
+        for part in name.split("."):
+            value = getattr(value, part)
+        return digest_of(value)
+
+    def store(self, work: Workspace) -> None:
+        """Write the inputs into a work folder, and record them; unchanged ones are left as they are."""
+        with work.staged() as folder:
+            prefix = folder / INPUTS
+            write_value(self.profile, prefix / "profile.json")
+            paths: dict[str, Any] = dict.fromkeys(("error_graph", "calibration_from", "prompts", "device", "ray"))
+            write_value(msgspec.structs.replace(self.request, **paths), prefix / "request.json")
+            write_value(self.given, prefix / "given.json")
+            for name in ("prompts", "held_out"):
+                write_bytes("".join(f"{text}\n" for text in getattr(self, name)).encode(), prefix / f"{name}.txt")
+            files = [f"{INPUTS}/{path.name}" for path in prefix.iterdir()]
+            work.commit(INPUTS, "", {}, {INPUTS: files}, folder)
+
+
+def inputs_from_request(profile: Profile, request: BuildRequest) -> Inputs:
+    """Read what a request names.
+
+    Raises:
+        InputError: a prompt file, error graph or calibration cannot be read.
+    """
+    sensitivity = None
+    if request.calibration_from is not None:
+        sensitivity = _sensitivity_at(Path(request.calibration_from))
+        settings = msgspec.structs.replace(
+            profile.calibration, method="retargeted", samples=sensitivity.samples, seed=sensitivity.seed
+        )
+        profile = msgspec.structs.replace(profile, calibration=settings)
+    calibration = None if request.error_graph is None else _calibration_at(Path(request.error_graph))
+    return Inputs(
+        profile=profile,
+        request=request,
+        prompts=prompts_of(profile, request.prompts),
+        held_out=prompts_of(profile, None, split="held_out") if request.verify_samples else (),
+        given=Given(calibration=calibration, sensitivity=sensitivity),
+    )
+
+
+def stored_inputs(work: Workspace) -> Inputs:
+    """What a work folder was made for.
+
+    Raises:
+        InputError: it is no work folder, or a file of its inputs was altered.
+    """
+    files = View(work, [INPUTS])
+    if not work.is_there:
+        raise InputError(
+            f"{work.root}: expected a work folder or a bundle, got neither",
+            fix="make a work folder with lemica-trt calibrate or a bundle with lemica-trt build",
+        )
+
+    def lines(name: str) -> tuple[str, ...]:
+        return tuple(files.read_bytes(f"{INPUTS}/{name}.txt").decode().splitlines())
+
+    return Inputs(
+        profile=read_from(files, Profile, f"{INPUTS}/profile.json"),
+        request=read_from(files, BuildRequest, f"{INPUTS}/request.json"),
+        given=read_from(files, Given, f"{INPUTS}/given.json"),
+        prompts=lines("prompts"),
+        held_out=lines("held_out"),
+    )
+
+
+def prompts_of(profile: Profile, file: str | None, *, split: str = "calibration") -> tuple[str, ...]:
+    """The prompts of a profile, or of a file.
+
+    Args:
+        split: `calibration` or `held_out`.
+
+    Raises:
+        InputError: no such file, or no prompt in it.
+    """
+    from lemica_trt.calibrate.prompts import read_prompts
+
+    return tuple(read_prompts(file or calibration_path(profile.calibration.prompts) / f"{split}.txt"))
+
+
+def _calibration_at(path: Path) -> Calibration:
+    """An error graph, and the Gram matrices of the same calibration where they lie beside it."""
+    graph, grams = read_value(ErrorGraph, path), path.with_name(Path(GRAMS_FILE).name)
+    try:
+        return Calibration(graph=graph, grams=read_value(TrajectoryGrams, grams) if grams.is_file() else None)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}", fix=f"move {grams.name} away, or use the one of this graph") from None
+
+
+def _sensitivity_at(path: Path) -> Sensitivity:
+    """What a work folder or a bundle knows for calibrations at other steps, shifts and guidance scales.
+
+    Raises:
+        InputError: it is neither, or was calibrated otherwise than by secant, or from one that was.
+    """
+    work = Workspace(path)
+    if work.is_there:
+        view = View(work, ["calibrate"])
+        data = view.read_bytes(SENSITIVITY_FILE) if SENSITIVITY_FILE in view.listed else None
+    else:
+        bundle = Bundle.open(path)
+        data = bundle.read_bytes(SENSITIVITY_FILE) if SENSITIVITY_FILE in bundle.manifest.files else None
+    if data is None:
+        raise InputError(
+            f"{path}: expected a calibration by secant, got another or none",
+            fix="calibrate it with --calibration secant",
+        )
+    return value_from_json(Sensitivity, data, where=f"{path}/{SENSITIVITY_FILE}")
+
+
+class BuildResult(NamedTuple):
+    """What `build` made.
+
+    Attributes:
+        bundle: on disk.
+        report: of the engines that were verified; None where none were.
+        unverified: backends whose engines were built and not verified, and why.
+        outcomes: what came of budgets that are not numbers of full steps.
+        front: quality and predicted time of the budgets whose quality was measured.
+    """
+
+    bundle: Bundle
+    report: VerifyReport | None
+    unverified: dict[str, str]
+    outcomes: tuple[BudgetOutcome, ...]
+    front: tuple[FrontRow, ...]
+
+
+class PlanResult(Value, frozen=True):
+    """What `plan` made.
+
+    Attributes:
+        plans: all that the bundle has now; of a work folder, those made.
+        outcomes: what came of budgets that are not numbers of full steps.
+        front: quality and predicted time by budget, if it was asked for.
+    """
+
+    plans: tuple[StepPlan, ...]
+    outcomes: tuple[BudgetOutcome, ...] = ()
+    front: tuple[FrontRow, ...] = ()
+
+
+def absolute_source(source: str) -> str:
+    """A source that means the same from every working directory: folders become absolute."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:
+    """The profile that a bundle was built as, pointing at weights that are here.
+
+    Raises:
+        UsageError: the bundle was built from a local folder, and that is not named.
+    """
+    profile = bundle.manifest.profile
+    if weights is not None:
+        return msgspec.structs.replace(profile, source=absolute_source(weights))
+    if ":" in profile.source or "/" in profile.source:  # package:NAME or a hub id; of folders only the name is kept
+        return profile
+    raise UsageError(
+        f"the bundle was built from a local folder {profile.source!r}, which it does not carry",
+        fix="name it: --weights DIR",
+    )

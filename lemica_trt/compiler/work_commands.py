@@ -1,0 +1,201 @@
+"""The loop over the stages, up to one of them, on a work folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE, FRONT_FILE, plan_path
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.writing import move_bundle, require_replaceable
+from lemica_trt.compiler import artifacts
+from lemica_trt.compiler.bundle_stages import report_of, written_bundle
+from lemica_trt.compiler.context import Context
+from lemica_trt.compiler.estimates import DryContext
+from lemica_trt.compiler.requests import (
+    BuildRequest,
+    BuildResult,
+    Inputs,
+    PlanResult,
+    inputs_from_request,
+    prompts_of,
+    stored_inputs,
+)
+from lemica_trt.compiler.stage import estimate_stages, needed_stages, run_stages
+from lemica_trt.compiler.stages import STAGES
+from lemica_trt.compiler.workspace import Workspace, candidate_folder, work_folder
+from lemica_trt.core.progress import Reporter
+from lemica_trt.evaluate.step_timer import StepTimer, speeds_from_report
+from lemica_trt.ir.budget import Front
+from lemica_trt.ir.calibration import ErrorGraph
+from lemica_trt.ir.graphs import GraphSet
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.report import Measured, StageEstimate
+from lemica_trt.planning.budget import front_rows
+from lemica_trt.planning.search import PlanSet, budget_outcomes
+
+ENGINE_STAGES = ("engine", "time", "bundle")
+"""What runs where PyTorch need not be."""
+
+
+def build(profile: Profile, output: Path, request: BuildRequest, reporter: Reporter) -> BuildResult:
+    """All stages. What an earlier run finished from the same inputs is not done again.
+
+    Engines of a backend that this machine cannot run are built all the same and not verified: `BuildResult.unverified`.
+    The bundle takes the place of an older one after its verification; one that fails stays in `candidate_folder`.
+
+    Args:
+        profile: what to build, flags applied.
+        output: the bundle's folder; the work folder lies beside it, see `work_folder`.
+        request: see there.
+
+    Raises:
+        LemicaError: whatever a stage raises; finished stages stay in the work folder.
+    """
+    require_replaceable(output)
+    request.check(profile.dtype)
+    inputs = inputs_from_request(profile, request)
+    last = "verify" if request.verify_samples else "bundle"
+    with stages_run(Workspace(work_folder(output)), inputs, reporter, last, output=output) as context:
+        return _result(context)
+
+
+def dry_run(profile: Profile, output: Path, request: BuildRequest) -> list[StageEstimate]:
+    """What `build` would do. Loads the model, so that a hub id is downloaded, but computes next to nothing."""
+    require_replaceable(output)
+    request.check(profile.dtype)
+    with DryContext(Workspace(work_folder(output)), inputs_from_request(profile, request), output=output) as context:
+        stages = context.select(needed_stages(STAGES, context, "verify" if request.verify_samples else "bundle"))
+        return estimate_stages(stages, context)
+
+
+def calibrate(profile: Profile, work: Path, request: BuildRequest, reporter: Reporter) -> ErrorGraph:
+    """Profile, prompts → error graph, in a work folder."""
+    request.check(None)
+    inputs = inputs_from_request(profile, request)
+    with stages_run(Workspace(work), inputs, reporter, "calibrate") as context:
+        return context.read(ErrorGraph, ERROR_GRAPH_FILE)
+
+
+def export(work: Path, changes: dict[str, Any], reporter: Reporter) -> GraphSet:
+    """A work folder → graphs in it, for plans of its methods.
+
+    Args:
+        changes: fields of the request.
+    """
+    inputs = changed_inputs(stored_inputs(Workspace(work)), changes)
+    with stages_run(Workspace(work), inputs, reporter, "export") as context:
+        return context.read(artifacts.Exported, artifacts.EXPORT_FILE).graphs
+
+
+def engine(work: Path, output: Path, changes: dict[str, Any], reporter: Reporter) -> Bundle:
+    """Graphs and plans of a work folder → a bundle; no PyTorch.
+
+    Args:
+        changes: fields of the request.
+
+    Raises:
+        InputError: an earlier stage has not run, or has run for another profile.
+    """
+    require_replaceable(output)
+    inputs = changed_inputs(stored_inputs(Workspace(work)), changes)
+    inputs.request.check(inputs.profile.dtype)
+    with stages_run(Workspace(work), inputs, reporter, "bundle", output=output, only=ENGINE_STAGES) as context:
+        return publish(context)
+
+
+def plan(work: Path, changes: dict[str, Any], reporter: Reporter) -> PlanResult:
+    """A work folder → plans in it; several methods are tried and solvers fitted, which takes the model.
+
+    Args:
+        changes: fields of the request.
+    """
+    inputs = changed_inputs(stored_inputs(Workspace(work)), changes)
+    inputs.request.check(inputs.profile.dtype if inputs.request.is_timed else None)
+    with stages_run(Workspace(work), inputs, reporter, "plan") as context:
+        made = plans_of(context)
+        measured = context.read_if_there(Measured, artifacts.TIMES_FILE)
+        times = None if measured is None else measured.steps
+        return PlanResult(
+            plans=tuple(made.plans),
+            outcomes=budget_outcomes(inputs.request.budgets, made, times, {}),
+            front=() if made.front is None else front_rows(made.front, times),
+        )
+
+
+def changed_inputs(inputs: Inputs, changes: dict[str, Any]) -> Inputs:
+    """Inputs of a work folder with other fields of the request; prompts are read where others are named."""
+    request = msgspec.structs.replace(inputs.request, **changes)
+    prompts = inputs.prompts if request.prompts is None else prompts_of(inputs.profile, request.prompts)
+    return msgspec.structs.replace(inputs, request=request, prompts=prompts)
+
+
+@contextlib.contextmanager
+def stages_run(
+    work: Workspace,
+    inputs: Inputs,
+    reporter: Reporter,
+    last: str,
+    *,
+    output: Path | None = None,
+    only: tuple[str, ...] | None = None,
+) -> Iterator[Context]:
+    """Run the stages up to one of them, and hold the work folder while what they made is looked at.
+
+    Args:
+        last: name of the stage.
+        output: folder of the bundle.
+        only: see `run_stages`.
+    """
+    with work.locked(), Context(work, inputs, reporter, output=output) as context:
+        inputs.store(work)
+        stages = context.select(needed_stages(STAGES, context, last))
+        run_stages(stages, context, only=only)
+        yield context
+
+
+def plans_of(context: Context) -> PlanSet:
+    """The plans that were made for the request."""
+    index = context.read(artifacts.PlanIndex, artifacts.PLANS_FILE)
+    return PlanSet(
+        plans=[context.read(StepPlan, plan_path(name)) for name in index.plans],
+        names=index.budgets,
+        front=context.read_if_there(Front, FRONT_FILE),
+    )
+
+
+def publish(context: Context) -> Bundle:
+    """Move the bundle that was written to its place."""
+    bundle = written_bundle(context)
+    assert bundle is not None and context.output is not None
+    if bundle.path == candidate_folder(context.output):
+        return move_bundle(bundle, context.output)
+    return bundle
+
+
+def _result(context: Context) -> BuildResult:
+    made, request, bundle = plans_of(context), context.inputs.request, written_bundle(context)
+    assert bundle is not None
+    measured = context.read_if_there(Measured, artifacts.TIMES_FILE)
+    verified = context.read_if_there(artifacts.Verified, artifacts.VERIFIED_FILE)
+    unverified = dict.fromkeys((entry.key.backend for entry in bundle.manifest.engines), "not asked for")
+    report = None
+    times = steps = None if measured is None else measured.steps
+    if verified is not None:
+        report, unverified = report_of(context), verified.unverified
+    if report is not None:
+        steps, speeds = report.steps, speeds_from_report(report)
+    else:
+        speeds = {} if times is None else StepTimer(bundle, context.reporter).speeds(made.plans, times)
+    front = () if made.front is None else front_rows(made.front, steps)
+    if front:
+        from lemica_trt.report.folder import write_front
+
+        write_front(bundle, front)
+    outcomes = budget_outcomes(request.budgets, made, times or steps, speeds)
+    return BuildResult(publish(context), report, unverified, outcomes, front)

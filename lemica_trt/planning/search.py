@@ -1,0 +1,287 @@
+"""Budgets in any unit → plans: which planners are asked, what is tried, and how well budgets are met."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from lemica_trt.core.errors import InfeasibleError, InputError, UsageError
+from lemica_trt.core.progress import Reporter
+from lemica_trt.ir.budget import Afforded, Budget, Front, Latency, MinPsnr, Point, Speedup, StepTimes, said
+from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.report import BudgetOutcome, Speed
+from lemica_trt.ir.trials import TrialTable
+from lemica_trt.planning.budget import afforded, front_budgets, front_rows, least_reaching
+from lemica_trt.planning.layout import misfit
+from lemica_trt.planning.minimax import least_budget
+from lemica_trt.planning.planner import Planner, Problem, candidates, choose_planners, trial_runs
+
+FINALISTS = 3
+"""The best methods of a budget, which near budgets try."""
+
+NEAR_FACTOR = 2.0
+"""Budgets within this factor of one that tried every method are near it."""
+
+Candidates = Callable[[int | Afforded], list[StepPlan]]
+"""A budget → the plans that there are for it, at least one."""
+
+
+class Evaluator(Protocol):
+    """What chooses plans and looks at their frames: `evaluate.evaluator.PlanEvaluator`."""
+
+    def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, TrialTable]:
+        """The best of several plans, and how all did."""
+        ...
+
+    def psnr(self, plan: StepPlan) -> tuple[float, ...]:
+        """dB of the frames of each validation sample against the uncached run."""
+        ...
+
+
+class PlanSet(NamedTuple):
+    """The plans of one command.
+
+    Attributes:
+        plans: of different names, in the order asked for; the first is the default.
+        names: the plan of each budget.
+        tables: how plans did, one for each budget that tried several.
+        front: the quality of every plan whose frames were looked at; None: of none.
+    """
+
+    plans: list[StepPlan]
+    names: tuple[str, ...]
+    tables: tuple[TrialTable, ...] = ()
+    front: Front | None = None
+
+
+def resolve_budgets(
+    budgets: Sequence[Budget],
+    planners: Sequence[Planner],
+    times: StepTimes | None,
+    num_steps: int,
+    max_skip: int | None,
+) -> list[int | Afforded | MinPsnr]:
+    """Budgets, those in units of time as full steps.
+
+    Args:
+        times: of the steps; needed where a budget is in a unit of time.
+
+    Raises:
+        InfeasibleError: as `planning.budget.afforded`.
+    """
+    found: list[int | Afforded | MinPsnr] = []
+    kinds = {planner.folds for planner in planners}
+    for budget in budgets:
+        if isinstance(budget, (Speedup, Latency)):
+            assert times is not None
+            found.append(afforded(budget, times, num_steps, max_skip, folds=True in kinds, skips=False in kinds))
+        else:
+            found.append(budget)
+    return found
+
+
+def candidates_on(layout: StepLayout, problem: Problem, planners: Sequence[Planner]) -> Candidates:
+    """Plans of some planners that fit the graphs of a layout.
+
+    Raises (when called):
+        InputError: none does.
+    """
+
+    def found(budget: int | Afforded) -> list[StepPlan]:
+        several = candidates(planners, problem, budget)
+        fitting = [plan for plan in several if misfit(plan, layout) is None]
+        if not fitting:
+            raise InputError(
+                f"plan {several[0].name} ({several[0].method}): {misfit(several[0], layout)}",
+                fix="rebuild the bundle with this --method",
+            )
+        return fitting
+
+    return found
+
+
+class BudgetSearch:
+    """Plans of any number of budgets, and the quality of each on validation clips.
+
+    A budget that a plan is asked for tries every method. One whose quality alone is asked for – along the front, or by
+    bisection – does so if none within `NEAR_FACTOR` did; otherwise it tries the best `FINALISTS` of that one.
+
+    Args:
+        candidates: the plans of a budget.
+        evaluator: chooses among them, and measures the quality of the one.
+
+    Attributes:
+        tables: budget → how plans did.
+    """
+
+    def __init__(self, candidates: Candidates, evaluator: Evaluator, reporter: Reporter) -> None:
+        self._candidates, self._evaluator, self._reporter = candidates, evaluator, reporter
+        self._plans: dict[int, StepPlan] = {}
+        self._complete: dict[int, TrialTable] = {}
+        self._points: dict[int, Point] = {}
+        self.tables: dict[int, TrialTable] = {}
+
+    @property
+    def front(self) -> Front | None:
+        """All points so far."""
+        return Front(points=tuple(self._points[b] for b in sorted(self._points))) if self._points else None
+
+    def plan(self, budget: int | Afforded) -> StepPlan:
+        """The best plan of a budget; every method is tried."""
+        plan, table = self._best(self._candidates(budget))
+        if table is not None:
+            self._complete[plan.budget] = table
+        return plan
+
+    def point(self, budget: int) -> Point:
+        """A plan of a budget, and the PSNR of its frames."""
+        if budget not in self._points:
+            plan = self._plans.get(budget) or self._finalist(budget)
+            self._reporter.stage("quality", f"{plan.name}: {plan.method}")
+            point = Point(plan=plan, psnr=self._evaluator.psnr(plan))
+            self._points[budget] = point
+            self._reporter.note(f"{point.mean:.1f} dB")
+        return self._points[budget]
+
+    def _finalist(self, budget: int) -> StepPlan:
+        near = [tried for tried in self._complete if is_near(tried, budget)]
+        if not near:
+            return self.plan(budget)
+        best = self._complete[min(near, key=lambda tried: abs(tried - budget))].trials[:FINALISTS]
+        plans = self._candidates(budget)
+        return self._best([plan for plan in plans if plan.method in {trial.label for trial in best}] or plans)[0]
+
+    def _best(self, plans: list[StepPlan]) -> tuple[StepPlan, TrialTable | None]:
+        plan, table = (plans[0], None) if len(plans) == 1 else self._evaluator(plans)
+        self._plans[plan.budget] = plan
+        if table is not None:
+            self.tables[plan.budget] = table
+        return plan, table
+
+
+def is_near(tried: int, budget: int) -> bool:
+    """Whether two budgets may share what is known of methods."""
+    return max(tried, budget) <= NEAR_FACTOR * min(tried, budget)
+
+
+def plan_budgets(
+    budgets: Sequence[int | Afforded | MinPsnr],
+    search: BudgetSearch,
+    reporter: Reporter,
+    *,
+    pareto: bool,
+    num_steps: int,
+    max_skip: int | None,
+) -> PlanSet:
+    """A plan for each budget, and the front if it is asked for: its budgets, and those of the plans.
+
+    Raises:
+        InfeasibleError: as the planners; no number of full steps has the PSNR that is asked for.
+    """
+    chosen: list[StepPlan] = []
+    for budget in budgets:
+        if isinstance(budget, MinPsnr):
+            feasible = range(least_budget(num_steps, max_skip), num_steps + 1)
+            reporter.stage("search", f"the fewest of {feasible[0]} … {num_steps} full steps that have {budget}")
+            wanted = budget.decibels
+            least = least_reaching(feasible, lambda b, wanted=wanted: search.point(b).mean >= wanted)  # type: ignore[misc]
+            point = search.point(least)
+            if point.mean < wanted:  # compared with more than N steps even N full ones may not have it
+                raise InfeasibleError(
+                    f"{budget}: {least} of {num_steps} full steps have {point.mean:.1f} dB",
+                    fix=f"the nearest that is feasible is {math.floor(point.mean * 10) / 10:g}",
+                )
+            chosen.append(point.plan)
+        else:
+            chosen.append(search.plan(budget))
+    if pareto:
+        for count in sorted({*front_budgets(num_steps, max_skip), *(plan.budget for plan in chosen)}):
+            search.point(count)
+    return PlanSet(
+        plans=list({plan.name: plan for plan in chosen}.values()),
+        names=tuple(plan.name for plan in chosen),
+        tables=tuple(search.tables[budget] for budget in sorted(search.tables)),
+        front=search.front,
+    )
+
+
+def best_known(
+    methods: Sequence[str], problem: Problem, layout: StepLayout, before: Mapping[int, Sequence[str]]
+) -> Candidates:
+    """The plan of the method that did best at the nearest budget, of those that can make one here.
+
+    Args:
+        before: budget → methods, the best first.
+
+    Raises (when called):
+        UsageError: none that is possible here was tried.
+    """
+    planners = choose_planners(methods, problem)
+    known = {planner.name: planner for planner in planners}
+
+    def found(budget: int | Afforded) -> list[StepPlan]:
+        if len(planners) == 1:
+            return candidates_on(layout, problem, planners)(budget)
+        count = budget if isinstance(budget, int) else budget.budgets[0]
+        for tried in sorted(before, key=lambda tried: abs(tried - count)):
+            for planner in (known[method] for method in before[tried] if method in known):
+                with contextlib.suppress(UsageError, InputError):
+                    return candidates_on(layout, problem, [planner])(budget)
+        raise UsageError(
+            f"{len(planners)} methods are allowed for {count} full steps, and none that is possible here was tried",
+            fix="name one, for example --method linear, or let `lemica-trt build` try them",
+        )
+
+    return found
+
+
+def search_full_steps(budgets: Sequence[int], num_steps: int, methods: int, samples: int) -> int:
+    """Full steps of looking at budgets in order, apart from the uncached runs: about."""
+    total, complete = 0, list[int]()
+    for budget in budgets:
+        tried = min(methods, FINALISTS)
+        if not any(is_near(other, budget) for other in complete):
+            complete.append(budget)
+            tried = methods
+        runs = trial_runs(tried, samples) if tried > 1 else 0
+        total += budget * (runs + samples)
+    return total + samples * num_steps
+
+
+def budget_outcomes(
+    budgets: Sequence[Budget], made: PlanSet, times: StepTimes | None, measured: Mapping[str, Speed]
+) -> tuple[BudgetOutcome, ...]:
+    """What was asked for beside what came of it, for every budget that is not a number of full steps.
+
+    Args:
+        times: of the steps; None: not known.
+        measured: by plan.
+    """
+    plans = {plan.name: plan for plan in made.plans}
+    rows = {} if made.front is None else {row.plan: row for row in front_rows(made.front, times)}
+    found = []
+    for budget, name in zip(budgets, made.names):
+        if isinstance(budget, int):
+            continue
+        plan, speed, row = plans[name], measured.get(name), rows.get(name)
+        met = None
+        if isinstance(budget, MinPsnr):
+            met = None if row is None else row.psnr >= budget.decibels
+        elif speed is not None:
+            met = speed.seconds <= budget.seconds if isinstance(budget, Latency) else speed.speedup >= budget.factor
+        predicted = None if times is None else Speed(seconds=times.of(plan), speedup=times.speedup(plan))
+        found.append(
+            BudgetOutcome(
+                asked=said(budget),
+                plan=name,
+                full_steps=plan.budget,
+                predicted=predicted,
+                measured=speed,
+                quality=row,
+                met=met,
+            )
+        )
+    return tuple(found)
