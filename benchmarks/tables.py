@@ -8,6 +8,8 @@ from statistics import median
 import numpy as np
 from record import EngineBuild, Quality, QualityRow, Result, Run, Serving, Speed, SpeedRow, UnusedDepth
 
+from lemica_trt.core.progress import duration, size
+
 RESAMPLES = 10_000
 """Of the bootstrap."""
 
@@ -151,8 +153,7 @@ def engine_table(result: EngineBuild) -> str:
     for row in result.rows:
         layers = ", ".join(f"{count} {dtype}" for dtype, count in sorted(row.layers.items()))
         fused = "" if row.fused is None else f"{row.fused} of {row.attentions}"
-        sizes = [f"{number / 1e9:.1f} GB" for number in (row.memory, row.size)]
-        rows.append([row.what, str(row.opset), f"{row.seconds:.0f} s", *sizes, layers, fused])
+        rows.append([row.what, str(row.opset), duration(row.seconds), size(row.memory), size(row.size), layers, fused])
     return table(["", "opset", "time", "peak memory", "files", "layers", "fused attentions"], rows)
 
 
