@@ -106,6 +106,8 @@ class Workspace:
                     f"{self.root}: expected a free work folder, another lemica-trt is using it",
                     fix="wait for it, or choose another --output",
                 ) from None
+            for leftover in (self.root / "records").glob(".*"):  # of a process that was killed while it wrote a record
+                leftover.unlink()
             yield
 
     # ------------------------------------------------------------ records
