@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 from command import PAPER, SMALL, lemica
 
+from lemica_trt.bundle.manifest import manifest_digest_line
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.compiler.workspace import work_folder
 from lemica_trt.core.errors import EXIT_CODES
@@ -322,6 +323,7 @@ def test_verify_finds_a_graph_that_computes_something_else(
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["files"]["onnx/skip.onnx"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "manifest.sha256").write_bytes(manifest_digest_line((copy / "manifest.json").read_bytes()))
     done = lemica("verify", copy, "--verify-samples", "1", "--quiet")
     assert done.returncode == 9, done.stderr
     assert "graph skip differs from PyTorch" in done.stderr and "plan b4 differs from torch" in done.stderr

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import FRONT_FILE, STEP_TIMES, VERIFY_REPORT
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.cli.main import main
@@ -19,7 +20,7 @@ from lemica_trt.compiler.requests import BuildRequest, PlanResult, stored_inputs
 from lemica_trt.compiler.workspace import Workspace
 from lemica_trt.core.errors import InfeasibleError, UsageError
 from lemica_trt.core.progress import Quiet
-from lemica_trt.evaluate.timing import backend_name, machine, stored_steps
+from lemica_trt.evaluate.timing import backend_name, stored_steps
 from lemica_trt.ir.budget import Latency, MinPsnr, Speedup
 from lemica_trt.ir.resources import load_profile
 
@@ -91,7 +92,7 @@ def test_a_time_is_planned_from_what_the_engines_take(bundle: Path) -> None:
     assert stored_steps(Bundle.open(bundle), backend) is None
     planned(bundle, Speedup(factor=1.2))
     stored = (bundle / STEP_TIMES).read_bytes()
-    assert machine() in stored.decode() and stored_steps(Bundle.open(bundle), backend) is not None
+    assert describe_machine() in stored.decode() and stored_steps(Bundle.open(bundle), backend) is not None
     planned(bundle, Speedup(factor=1.2))
     assert (bundle / STEP_TIMES).read_bytes() == stored
     assert stored_steps(Bundle.open(bundle), f"{backend} of another machine") is None

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from rich.console import Console
 
-from lemica_trt.backends import builders
+from lemica_trt.backends.build import build as build_engine
 from lemica_trt.bundle.manifest import REFERENCE_FILE, SAMPLER_FILE
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.writing import write_bundle
@@ -99,7 +99,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         plans=plans,
         default_plan=plans[0].name,
         encoders=(model.text_spec("tokenizer.json"),),
-        engines=[builders.build("onnxruntime", graphs, folder, folder)],
+        engines=[build_engine("onnxruntime", graphs, folder, folder)],
         files=files,
         revision=model.revision,
     )
