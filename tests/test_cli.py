@@ -15,7 +15,7 @@ from command import PAPER, SMALL, lemica
 
 from lemica_trt.bundle.manifest import manifest_digest_line
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.compiler.workspace import work_folder
+from lemica_trt.bundle.workspace import work_folder
 from lemica_trt.core.errors import EXIT_CODES
 from lemica_trt.core.values import read_value
 from lemica_trt.ir.calibration import ErrorGraph, TrajectoryGrams

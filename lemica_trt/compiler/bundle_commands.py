@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lemica_trt.bundle.manifest import FRONT_FILE, REFERENCE_FILE, SAMPLER_FILE, SELECTION_FILE, plan_path
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.writing import add_plan, require_replaceable
-from lemica_trt.compiler import artifacts, work_commands
-from lemica_trt.compiler.artifacts import Exported, ModelFacts, PlanIndex
+from lemica_trt.bundle.workspace import Workspace, read_from, work_folder
+from lemica_trt.bundle.writing import add_plan, require_replaceable, write_bundle
+from lemica_trt.compiler import work_commands
 from lemica_trt.compiler.bundle_stages import verify_bundle
-from lemica_trt.compiler.context import Context, calibration_in, open_model, solver_tables
+from lemica_trt.compiler.context import calibration_in, open_model, solver_tables
 from lemica_trt.compiler.flags import ENGINE_FIELDS, PLANNING_FIELDS, request_defaults, request_fields
-from lemica_trt.compiler.requests import BuildRequest, Inputs, PlanResult, profile_of_bundle, prompts_of
-from lemica_trt.compiler.stage import needed_stages, run_stages
-from lemica_trt.compiler.stages import STAGES
-from lemica_trt.compiler.work_commands import ENGINE_STAGES, publish
-from lemica_trt.compiler.workspace import Workspace, read_from, work_folder
+from lemica_trt.compiler.graph_stages import build_engines
+from lemica_trt.compiler.requests import BuildRequest, PlanResult, profile_of_bundle, prompts_of
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.core.progress import Reporter
-from lemica_trt.core.values import write_value
 from lemica_trt.evaluate.step_timer import StepTimer, require_runnable
 from lemica_trt.ir.budget import Front, MinPsnr
 from lemica_trt.ir.plan import StepPlan
@@ -34,7 +28,6 @@ from lemica_trt.ir.trials import TrialTables
 from lemica_trt.planning.budget import front_rows
 from lemica_trt.planning.planner import Fit, Problem, plan_given, planners
 from lemica_trt.planning.search import PlanSet, best_known, budget_outcomes, resolve_budgets
-from lemica_trt.planning.step_plan import UNCACHED
 
 if TYPE_CHECKING:
     from lemica_trt.ir.report import VerifyReport
@@ -241,69 +234,30 @@ def rebuild_engines(bundle: Bundle, output: Path, changes: dict[str, Any], repor
     require_replaceable(output)
     if output.resolve() == bundle.path.resolve():
         raise UsageError(f"--output: expected another folder than the bundle, got {output}", fix="choose another")
-    profile, calibrated = bundle.manifest.profile, calibration_in(bundle) is not None
-    request = BuildRequest(methods=("auto" if calibrated else "uniform",), verify_samples=0, **changes)
-    request.check(profile.dtype)
+    manifest = bundle.manifest
+    request = BuildRequest(**changes)
+    request.check(manifest.profile.dtype)
     bundle.check()
     work = Workspace(work_folder(output))
-    inputs = Inputs(profile=profile, request=request, prompts=(), held_out=())
-    with work.locked(), Context(work, inputs, reporter, output=output) as context:
-        inputs.store(work)
-        stages = context.select(needed_stages(STAGES, context, "bundle"))
-        _take_over(bundle, context)
-        run_stages(stages, context, only=ENGINE_STAGES)
-        return publish(context)
-
-
-def _take_over(bundle: Bundle, context: Context) -> None:
-    """Put what a bundle is made of, apart from its engines, into a work folder, as if the stages had run there."""
-    manifest, work = bundle.manifest, context.work
-    graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
-    plans = tuple(dict.fromkeys((manifest.default_plan, *(name for name in manifest.plans if name != UNCACHED))))
-    layout, (encoder,) = manifest.graphs.layout, manifest.encoders
-    values: dict[str, Any] = {
-        artifacts.MODEL_FILE: ModelFacts(
-            revision=manifest.revision or "",
-            latent_shape=layout.latent_shape,
-            guided=layout.guided,
-            conditions=layout.conditions,
-        ),
-        artifacts.LAYOUT_FILE: layout,
-        artifacts.EXPORT_FILE: Exported(graphs=manifest.graphs, encoder=encoder, versions=manifest.versions),
-        artifacts.PLANS_FILE: PlanIndex(plans=plans, budgets=()),
-    }
-    carried = [path for path in bundle.listed if path.startswith("calibration/")]
-    about_plans = {SAMPLER_FILE, REFERENCE_FILE, SELECTION_FILE, FRONT_FILE}
-    of: dict[str, list[str]] = {
-        "model": [artifacts.MODEL_FILE],
-        "sampler": [SAMPLER_FILE],
-        "uncached": [plan_path(UNCACHED)],
-        "layout": [artifacts.LAYOUT_FILE],
-        "graphs": [artifacts.EXPORT_FILE, encoder.tokenizer, *sorted(graphs)],
-        "calibration": [path for path in carried if path not in about_plans],
-        "plans": [artifacts.PLANS_FILE, *(plan_path(name) for name in plans if name != UNCACHED)],
-        **{
-            name: [path for path in (file,) if path in bundle.listed]
-            for name, file in (("reference", REFERENCE_FILE), ("trials", SELECTION_FILE), ("front", FRONT_FILE))
-        },
-    }
-    for stage in STAGES:
-        if stage.name in context.view.stages and stage.name not in ENGINE_STAGES:
-            with work.staged() as folder:
-                writes = {name: of[name] for name in stage.writes}
-                for path in (path for paths in writes.values() for path in paths):
-                    _copy(values.get(path), bundle.path / path, folder / path)
-                reads = {name: context.digest(name) for name in stage.reads if not context.is_of_environment(name)}
-                work.commit(stage.name, "", reads, writes, folder)
-
-
-def _copy(value: Any, source: Path, target: Path) -> None:
-    """Write a value, or link a file, or copy it where that cannot be."""
-    if value is not None:
-        write_value(value, target)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    with work.locked():
+        entries = build_engines(request, manifest.graphs, bundle.path, work.root, reporter)
+        graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
+        replaced = {name for entry in manifest.engines for name in entry.files.values()} - graphs
+        replaced |= {plan_path(name) for name in manifest.plans}
+        files: dict[str, Path | bytes] = {
+            **{name: work.root / name for entry in entries for name in entry.files.values()},
+            **{name: bundle.path / name for name in manifest.files if name not in replaced},
+        }
+        reporter.stage("bundle", str(output))
+        return write_bundle(
+            output,
+            profile=manifest.profile,
+            graphs=manifest.graphs,
+            plans=[bundle.plan(name) for name in manifest.plans],
+            default_plan=manifest.default_plan,
+            encoders=manifest.encoders,
+            engines=entries,
+            files=files,
+            revision=manifest.revision,
+            versions=manifest.versions,
+        )

@@ -19,9 +19,9 @@ from lemica_trt.bundle.manifest import (
     SAMPLER_FILE,
     SENSITIVITY_FILE,
 )
+from lemica_trt.bundle.workspace import Files, View, Workspace, digest_of, read_from
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.compiler.stage import Stage
-from lemica_trt.compiler.workspace import Files, View, Workspace, digest_of, read_from
 from lemica_trt.core.errors import MissingDependencyError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import V

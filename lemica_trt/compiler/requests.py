@@ -11,7 +11,7 @@ from lemica_trt.backends.build import check as check_engine
 from lemica_trt.backends.options import options_by_backend
 from lemica_trt.bundle.manifest import GRAMS_FILE, SENSITIVITY_FILE
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.compiler.workspace import INPUTS, View, Workspace, digest_of, read_from
+from lemica_trt.bundle.workspace import INPUTS, View, Workspace, digest_of, read_from
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.values import Value, read_value, value_from_json, write_bytes, write_value
 from lemica_trt.ir.budget import Budget, FrontRow, Latency, Speedup

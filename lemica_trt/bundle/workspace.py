@@ -51,7 +51,7 @@ class Record(Value, frozen=True):
 
     Attributes:
         stage: its name.
-        key: digest of everything that decides what it makes; see `stage.Loop`.
+        key: digest of everything that decides what it makes; see `compiler.stage`.
         reads: what it read → digest.
         writes: artifact → path below the work folder → file.
     """
