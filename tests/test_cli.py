@@ -275,6 +275,8 @@ def test_a_default_alone_plans_nothing(built: tuple[Path, subprocess.CompletedPr
     assert {file.stem: file.read_bytes() for file in (copy / "plans").iterdir()} == before
     done = lemica("plan", copy, "--default", "b6", "--quiet")
     assert done.returncode == 3 and "b6" in done.stderr
+    done = lemica("plan", copy, "--budget", "4", "--device", "cpu", "--quiet")
+    assert done.returncode == 2 and "got device: a bundle is planned without the model" in done.stderr
 
 
 def test_what_a_build_would_only_find_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

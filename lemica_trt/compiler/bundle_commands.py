@@ -7,21 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from lemica_trt.bundle.contents import calibration_in, read_from, read_if_listed
 from lemica_trt.bundle.manifest import FRONT_FILE, REFERENCE_FILE, SAMPLER_FILE, SELECTION_FILE, plan_path
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.workspace import Workspace, read_from, work_folder
+from lemica_trt.bundle.workspace import Workspace, work_folder
 from lemica_trt.bundle.writing import add_plan, require_replaceable, write_bundle
-from lemica_trt.compiler import work_commands
 from lemica_trt.compiler.bundle_stages import verify_bundle
-from lemica_trt.compiler.context import calibration_in, open_model, solver_tables
-from lemica_trt.compiler.flags import ENGINE_FIELDS, PLANNING_FIELDS, request_defaults, request_fields
+from lemica_trt.compiler.context import open_model, solver_tables
 from lemica_trt.compiler.graph_stages import build_engines
-from lemica_trt.compiler.requests import BuildRequest, PlanResult, profile_of_bundle, prompts_of
+from lemica_trt.compiler.requests import BuildRequest, PlanResult, prompts_of
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.evaluate.step_timer import StepTimer, require_runnable
 from lemica_trt.ir.budget import Front, MinPsnr
 from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.resources import absolute_source
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.ir.trials import TrialTables
@@ -54,37 +57,21 @@ def verify(
     return verify_bundle(bundle, model, prompts, samples, reporter, backend=backend)
 
 
-def plan_target(
-    target: Path, flags: Mapping[str, Any], reporter: Reporter, *, default: str | None = None
-) -> PlanResult:
-    """Plans of a work folder or of a bundle.
-
-    Args:
-        flags: of planning, by name.
-        default: the bundle's new default plan.
+def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:
+    """The profile that a bundle was built as, pointing at weights that are here.
 
     Raises:
-        UsageError: `default` for a work folder: only a bundle has one.
+        UsageError: the bundle was built from a local folder, and that is not named.
     """
-    fields = request_fields(flags)
-    if Workspace(target).is_there:
-        if default is not None:
-            raise UsageError("--default is for bundles", fix="a work folder's first budget becomes the default")
-        return work_commands.plan(target, {**request_defaults(PLANNING_FIELDS), **fields}, reporter)
-    bundle = Bundle.open(target)
-    shown = default is not None or "pareto" in fields
-    if "budgets" not in fields and shown and not fields.keys() & {"methods", "schedule", "reference_steps"}:
-        fields["budgets"] = ()
-    return plan_bundle(bundle, BuildRequest(**fields), reporter, default=default)
-
-
-def engine_target(target: Path, output: Path, flags: Mapping[str, Any], reporter: Reporter) -> Bundle:
-    """Engines of a work folder or of a bundle → a bundle."""
-    if Workspace(target).is_there:
-        return work_commands.engine(
-            target, output, {**request_defaults(ENGINE_FIELDS), **request_fields(flags)}, reporter
-        )
-    return rebuild_engines(Bundle.open(target), output, request_fields(flags), reporter)
+    profile = bundle.manifest.profile
+    if weights is not None:
+        return msgspec.structs.replace(profile, source=absolute_source(weights))
+    if ":" in profile.source or "/" in profile.source:  # package:NAME or a hub id; of folders only the name is kept
+        return profile
+    raise UsageError(
+        f"the bundle was built from a local folder {profile.source!r}, which it does not carry",
+        fix="name it: --weights DIR",
+    )
 
 
 # ---------------------------------------------------------------- plans
@@ -165,9 +152,9 @@ def _plans_for(bundle: Bundle, request: BuildRequest, times: Any, front: Front |
 def _before(bundle: Bundle, cached: Sequence[StepPlan]) -> Mapping[int, Sequence[str]]:
     """Budget → methods, the best first, as the build has found."""
     before = {plan.budget: [plan.method] for plan in cached}
-    if SELECTION_FILE in bundle.listed:
-        for table in read_from(bundle, TrialTables, SELECTION_FILE).tables:
-            before[table.budget] = [trial.label for trial in table.trials]
+    known = read_if_listed(bundle, TrialTables, SELECTION_FILE)
+    for table in known.tables if known is not None else ():
+        before[table.budget] = [trial.label for trial in table.trials]
     return before
 
 
@@ -192,12 +179,13 @@ def _front_of(bundle: Bundle, request: BuildRequest) -> Front | None:
     """The front that a bundle was built with, where it is asked for."""
     if not request.pareto and not any(isinstance(budget, MinPsnr) for budget in request.budgets):
         return None
-    if FRONT_FILE not in bundle.listed:
+    found = read_if_listed(bundle, Front, FRONT_FILE)
+    if found is None:
         raise UsageError(
             "the bundle has no stored qualities: nothing here knows how good a plan would be",
             fix="build it with --pareto or --min-psnr, which runs plans on the model",
         )
-    return read_from(bundle, Front, FRONT_FILE)
+    return found
 
 
 def _reference_of(bundle: Bundle, table: SamplerTable, steps: int | None) -> SamplerTable | None:
@@ -206,7 +194,7 @@ def _reference_of(bundle: Bundle, table: SamplerTable, steps: int | None) -> Sam
     Raises:
         UsageError: the bundle has it for another M.
     """
-    found = read_from(bundle, SamplerTable, REFERENCE_FILE) if REFERENCE_FILE in bundle.listed else None
+    found = read_if_listed(bundle, SamplerTable, REFERENCE_FILE)
     if steps == table.num_steps:
         return None
     if steps is not None and (found is None or found.num_steps != steps):

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 import lemica_trt
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
+from lemica_trt.cli.flags import profile_from_flags, request_fields
 from lemica_trt.cli.main import main
 from lemica_trt.compiler import bundle_commands, work_commands
-from lemica_trt.compiler.flags import profile_from_flags, request_fields
 from lemica_trt.compiler.requests import BuildRequest
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.progress import Quiet
