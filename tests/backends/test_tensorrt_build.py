@@ -584,7 +584,9 @@ def test_bf16_is_built_where_nothing_can_run_it(tmp_path: Path, monkeypatch: pyt
     """As cogvideox-5b and wan2.1 are: the whole pipeline, and it says that what was built was not verified."""
     from tiny import make_variant
 
-    from lemica_trt import compiler as pipeline
+    from lemica_trt.compiler import bundle_commands, work_commands
+    from lemica_trt.compiler.requests import BuildRequest
+    from lemica_trt.evaluate.step_timer import runnable_backend
 
     def no_driver(*_: Any, **__: Any) -> None:
         raise MissingDependencyError("no CUDA driver")
@@ -593,13 +595,14 @@ def test_bf16_is_built_where_nothing_can_run_it(tmp_path: Path, monkeypatch: pyt
     profile = make_variant("wan", tmp_path / "model", layers=1)
     shape = msgspec.structs.replace(profile.shape, max_batch=1)
     profile = msgspec.structs.replace(profile, dtype="bf16", shape=shape)
-    request = pipeline.BuildRequest(budgets=(2,), methods=("uniform",), backends=("tensorrt-rtx",), verify_samples=1)
-    bundle, report, unverified, *_ = pipeline.build(profile, tmp_path / "bundle", request, RecordingReporter())
+    request = BuildRequest(budgets=(2,), methods=("uniform",), backends=("tensorrt-rtx",), verify_samples=1)
+    told = RecordingReporter()
+    bundle, report, unverified, *_ = work_commands.build(profile, tmp_path / "bundle", request, told)
     assert report is None and unverified == {"tensorrt-rtx": "no CUDA driver"}
     with pytest.raises(MissingDependencyError, match=r"expected engines that run .* tensorrt-rtx: no CUDA driver"):
-        pipeline.verify_stage(bundle, str(tmp_path / "model"), 1, None, None, RecordingReporter())
+        bundle_commands.verify(bundle, str(tmp_path / "model"), 1, None, None, told)
     monkeypatch.setattr("lemica_trt.runtime.pipeline.open_backend", MagicMock())
-    assert pipeline.verifiable(bundle) == ("tensorrt-rtx", {})
+    assert runnable_backend(bundle) == ("tensorrt-rtx", {})
     bundle.check()
     (entry,) = bundle.manifest.engines
     assert set(entry.files) == {graph.role for graph in bundle.manifest.graphs.graphs}
