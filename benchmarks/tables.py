@@ -42,7 +42,7 @@ def of_run(run: Run) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     return (
         f"`{run.command}`, {run.date}{f', commit {run.commit}' if run.commit else ''}; {run.processor}, "
-        f"{run.cores} cores{threads}, {run.system}; Python {run.python}, {versions}."
+        f"{run.cores} cores{threads}, load {run.load:.1f} before, {run.system}; Python {run.python}, {versions}."
     )
 
 
@@ -120,7 +120,8 @@ def speed_caption(result: Speed) -> str:
     latents = "×".join(map(str, result.latent_shape))
     return (
         f"{result.model} ({weights}), {result.parameters / 1e6:.1f} M parameters, latents {latents}, {result.dtype}, "
-        f"{result.steps} steps, {result.backend}; {len(result.rows[0].seconds)} rounds."
+        f"{result.steps} steps, {result.backend}, threads of PyTorch and of the engines: {result.threads}; "
+        f"{len(result.rows[0].seconds)} rounds."
     )
 
 
