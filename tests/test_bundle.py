@@ -261,6 +261,12 @@ def forge(bundle: Bundle, manifest: bytes) -> Path:
     return bundle.path
 
 
+def bucket(data: Any) -> Any:
+    """The only shape bucket of a manifest."""
+    (found,) = data["buckets"].values()
+    return found
+
+
 def edited(bundle: Bundle, edit: Callable[[Any], None]) -> Path:
     data = json.loads((bundle.path / "manifest.json").read_text())
     edit(data)
@@ -268,14 +274,14 @@ def edited(bundle: Bundle, edit: Callable[[Any], None]) -> Path:
 
 
 def layout(**changes: Any) -> Callable[[Any], None]:
-    return lambda data: data["graphs"]["layout"].update(changes)
+    return lambda data: bucket(data)["graphs"]["layout"].update(changes)
 
 
 def tensors(role: str, inputs: list[Any], outputs: list[Any] | None = None) -> Callable[[Any], None]:
     """Other inputs and outputs (name, shape) of a graph."""
 
     def edit(data: Any) -> None:
-        graph = next(graph for graph in data["graphs"]["graphs"] if graph["role"] == role)
+        graph = next(graph for graph in bucket(data)["graphs"]["graphs"] if graph["role"] == role)
         for key, given in (("inputs", inputs), ("outputs", outputs or [])):
             graph[key] = [{"name": name, "dtype": "fp32", "shape": shape} for name, shape in given]
 
@@ -312,11 +318,14 @@ def rename_file(name: str) -> Callable[[Any], None]:
         (lambda data: data["buckets"]["1x8x8"].update(engines=[]), "engines must not be empty"),
         (lambda data: data["profile"].update(source="/home/me/model"), "source must not be an absolute path"),
         (lambda data: data["profile"].update(name="x\x1b]0;title\x07"), "got: a control character in line 1"),
-        (lambda data: data["profile"]["shape"].update(fps=1 << 40), "profile.shape.fps must be 1 … 1.04858e"),
-        (lambda data: data["text"].update(length=10**12), "text.length must be 1 … 65536, got 1000000000000"),
-        (lambda data: data["text"].update(pad_id=1 << 70), "text.pad_id must be 0 … 2.14748e"),
-        (lambda data: data["text"].update(end_id=-1), "text.end_id must be 0 … 2.14748e"),
-        (lambda data: data["graphs"].update(max_batch=0), "graphs.max_batch must be 1 … 4096, got 0"),
+        (lambda data: bucket(data)["shape"].update(fps=1 << 40), "shape.fps must be 1 … 1.04858e"),
+        (
+            lambda data: data["encoders"][0].update(length=10**12),
+            "text_encoder: length must be 1 … 65536, got 1000000000000",
+        ),
+        (lambda data: data["encoders"][0].update(pad_id=1 << 70), "text_encoder: pad_id must be 0 … 2.14748e"),
+        (lambda data: data["encoders"][0].update(end_id=-1), "text_encoder: end_id must be 0 … 2.14748e"),
+        (lambda data: bucket(data)["graphs"].update(max_batch=0), "graphs.max_batch must be 1 … 4096, got 0"),
         (layout(latent_shape=[4, -8]), "layout.latent_shape must be 1 … 1.04858e"),
         (layout(latent_shape=[1 << 20] * 2), "elements of layout.latent_shape must be"),
         (layout(latent_history=1 << 40), "layout.latent_history must be 1 … 64"),

@@ -139,10 +139,11 @@ def hidden_specs(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
     """The cache slots of a layout as the model makes them, by name; shapes only, nothing is computed."""
     rows = "2*batch" if layout.guided else "batch"
     hidden = {}
+    modules = step_modules(model, layout)  # outside: constants that they keep must be real
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         for variant in (variant for variant in layout.variants if variant.writes and not variant.reads):
             inputs = _examples(input_specs(variant.name, model, layout, {}), 1, model.device)
-            result = step_modules(model, layout)[variant.name](inputs)
+            result = modules[variant.name](inputs)
             for slot in variant.writes:
                 _, *shape = result[slot].shape
                 hidden[slot] = TensorSpec(name=slot, dtype=model.profile.dtype, shape=(rows, *shape))
