@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from triton_server import CACHE, CASES, ROOT, STEPS, Server, ServerEnded, serving
+from triton_server import ADMIN_TOKEN, CACHE, CASES, ROOT, STEPS, Server, ServerEnded, serving
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError
@@ -329,6 +329,10 @@ def test_a_plan_is_replaced_while_serving(server: Server, tiny: Path, reference:
         command = [sys.executable, "-m", "lemica_trt", "plan", str(bundle), "--method", "uniform", "--budget", "5"]
         made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert made.returncode == 0, made.stderr
+        status, body = server.load("denoiser")
+        assert status == 400
+        assert b"expected the bundle that denoiser was written for, got another" in body
+        write_repository(Bundle.open(bundle), server.repository)
         assert server.load("denoiser")[0] == 200
         with grpc.InferenceServerClient(server.grpc) as client:
             client.infer("denoiser", inputs, parameters={"plan": "b5"})
@@ -345,6 +349,44 @@ def test_a_plan_is_replaced_while_serving(server: Server, tiny: Path, reference:
         assert server.load("denoiser")[0] == 200
     assert wrong == []
     assert answered > 5
+
+
+def test_nobody_loads_code_without_the_token(server: Server) -> None:
+    """Nor reads traces, logs or shared memory. NVIDIA's secure deployment guide tells what the load API can do."""
+    code = base64.b64encode(b"raise SystemExit").decode()
+    upload = {"parameters": {"config": '{"backend": "python"}', "file:1/model.py": code}}
+    wrong = {"admin-token": "0" * 64}
+    closed = [
+        ("v2/repository/models/mine/load", upload),
+        ("v2/repository/models/denoiser/unload", {}),
+        ("v2/repository/index", {}),
+        ("v2/trace/setting", {"trace_level": ["TENSORS"]}),
+        ("v2/logging", {"log_verbose_level": 1}),
+        ("v2/systemsharedmemory/region/mine/register", {"key": "/x", "offset": 0, "byte_size": 1}),
+    ]
+    for path, content in closed:
+        for headers in ({}, wrong):
+            status, body = server.post(path, content, headers)
+            assert status == 403, (path, body)
+    with grpc.InferenceServerClient(server.grpc) as client:
+        for headers in ({}, {"triton-grpc-protocol-admin-token": "0" * 64}):
+            for call in (
+                lambda headers=headers: client.load_model("denoiser", headers=headers),
+                lambda headers=headers: client.unload_model("denoiser", headers=headers),
+                lambda headers=headers: client.update_log_settings({"log_verbose_level": 1}, headers=headers),
+                lambda headers=headers: client.update_trace_settings("denoiser", {}, headers=headers),
+            ):
+                with pytest.raises(failure, match="restricted"):
+                    call()
+        index = client.get_model_repository_index(headers={"triton-grpc-protocol-admin-token": ADMIN_TOKEN})
+    assert {model.name for model in index.models} >= set(MODELS)
+
+
+def test_prompts_are_not_logged(server: Server) -> None:
+    for prompt in ("a very private prompt", "a very private prompt" * 1000):
+        server.post("v2/models/pipeline/generate", {"prompt": prompt, "output": "mp4-base64"})
+        server.post("v2/models/pipeline/generate", {"prompt": prompt, "plan": "none"})
+    assert "private" not in server.log.read_text()
 
 
 def test_32_clients(server: Server, reference: dict[str, Any]) -> None:
@@ -402,9 +444,10 @@ def test_a_numpy_that_the_server_cannot_read_is_refused(tritonserver: Path, tiny
 def test_a_killed_process_says_so_and_comes_back(server: Server, reference: dict[str, Any]) -> None:
     """The last test: it leaves a server that has been through something."""
     prompt, parameters = split(CASES[0])
+    process = server.stub("denoiser_stream")  # looking for it takes longer than a request
     answers = stream(server, "pipeline_stream", prompt_input(grpc, prompt), {"plan": "uncached"})
     next(answers)
-    os.kill(server.stub("denoiser_stream"), signal.SIGKILL)
+    os.kill(process, signal.SIGKILL)
     with pytest.raises(failure):  # the request that was under way gets an answer
         list(answers)
     server.get("v2/health/ready")  # Triton's own health check does not notice

@@ -25,6 +25,8 @@ STARTS = 3
 
 LOST_LOCK = "boost::interprocess::lock_exception"
 
+ADMIN_TOKEN = "the-token-of-the-tests"
+
 STEPS = 12
 NEGATIVE = "blue"
 CASES: tuple[dict[str, Any], ...] = tuple(
@@ -77,18 +79,19 @@ class Server:
         with urllib.request.urlopen(f"http://{self.http}/{path}", timeout=30) as answer:
             return bytes(answer.read())
 
-    def post(self, path: str, content: Any = None) -> tuple[int, bytes]:
+    def post(self, path: str, content: Any = None, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
         """Status and body."""
         data = json.dumps(content or {}).encode()
+        request = urllib.request.Request(f"http://{self.http}/{path}", data, headers or {})
         try:
-            with urllib.request.urlopen(f"http://{self.http}/{path}", data, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read()
 
     def load(self, model: str) -> tuple[int, bytes]:
-        return self.post(f"v2/repository/models/{model}/load")
+        return self.post(f"v2/repository/models/{model}/load", headers={"admin-token": ADMIN_TOKEN})
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a metric over all label sets that have these labels."""
@@ -120,7 +123,8 @@ def free_ports(count: int) -> list[int]:
 def serving(
     launcher: Path, repository: Path, log: Path, *, models: str = "*", environment: dict[str, str] | None = None
 ) -> Iterator[Server]:
-    """Run a server; it is gone afterwards, and so are its models' processes and what they left in /dev/shm.
+    """Run a server by its start script; it is gone afterwards, and so are its models' processes and what they left in
+    /dev/shm.
 
     Triton's python backend now and then loses a lock while models are loaded on a busy machine, and ends
     (github.com/triton-inference-server/server/issues/8882): then it is started again.
@@ -131,24 +135,26 @@ def serving(
     for attempt in range(STARTS):
         http, grpc, metrics = free_ports(3)
         command = [
-            str(launcher),
-            f"--model-repository={repository}",
+            str(repository / "start.sh"),
             "--model-config-name=cpu",
-            *(f"--{kind}-address=127.0.0.1" for kind in ("http", "grpc", "metrics")),
-            *(f"--{kind}-port={port}" for kind, port in (("http", http), ("grpc", grpc), ("metrics", metrics))),
             "--allow-gpu-metrics=false",
             "--exit-timeout-secs=12",
-            "--model-control-mode=explicit",
-            f"--load-model={models}",
-            "--cache-config=local,size=16777216",
         ]
+        settings = {
+            "TRITONSERVER": str(launcher),
+            "HTTP_PORT": str(http),
+            "GRPC_PORT": str(grpc),
+            "METRICS_PORT": str(metrics),
+            "ADMIN_TOKEN": ADMIN_TOKEN,
+            "MODELS": models,
+        }
         with log.open("wb") as file:
             process = subprocess.Popen(
                 command,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, **settings, **(environment or {})},
             )
         server = Server(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", metrics, repository, log, process.pid)
         try:
