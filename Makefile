@@ -14,7 +14,7 @@ JOBS ?= 2
 bin := $(VENV)/bin
 out := out
 
-.PHONY: demo test lint types pythons clean
+.PHONY: demo test benchmark lint types pythons clean
 
 demo: $(VENV)/.installed
 	$(bin)/lemica-trt build --model cogvideox-tiny --budget $(BUDGET) --samples $(SAMPLES) --output $(out)/cogvideox-tiny
@@ -22,6 +22,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed lint types pythons
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+# Tests with a limit in seconds: on a machine that does nothing else.
+benchmark: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -m benchmark
 
 lint: $(VENV)/.installed
 	$(bin)/ruff check .

@@ -20,9 +20,9 @@ from lemica_trt.ir.budget import (
     Point,
     Speedup,
     StepTimes,
+    format_budget,
     latency_from_text,
     min_psnr_from_text,
-    said,
     skipped_steps,
     speedup_from_text,
 )
@@ -75,7 +75,7 @@ PLANS = {(budget, folds): plan(budget, folds=folds) for budget in range(1, N + 1
     ],
 )
 def test_budgets_are_read(found: Budget, expected: Budget, words: str) -> None:
-    assert found == expected and said(found) == words
+    assert found == expected and format_budget(found) == words
 
 
 @pytest.mark.parametrize(

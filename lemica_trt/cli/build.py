@@ -42,6 +42,7 @@ def build(
     command does only what is missing.
     """
     from lemica_trt.compiler import work_commands
+    from lemica_trt.compiler.inspection import summarize
     from lemica_trt.report import summary
 
     options.refuse_contradictions()
@@ -67,7 +68,9 @@ def build(
             "outcomes": outcomes,
             "front": front,
         },
-        lambda: summary.with_outcomes(summary.build_table(bundle, report, output, unverified), outcomes, front),
+        lambda: summary.with_outcomes(
+            summary.build_table(summarize(bundle), report, output, unverified), outcomes, front
+        ),
     )
 
 
@@ -151,10 +154,11 @@ def engine(screen: Screen, target: Path, output: Path, **given: Any) -> None:
     Takes no PyTorch.
     """
     from lemica_trt.cli.flags import engine_target
+    from lemica_trt.compiler.inspection import summarize
     from lemica_trt.report import summary
 
     bundle = engine_target(target, output, options.given(given), screen.reporter)
-    screen.print(bundle.manifest, lambda: summary.build_table(bundle, None, output))
+    screen.print(bundle.manifest, lambda: summary.build_table(summarize(bundle), None, output))
 
 
 @click.command()

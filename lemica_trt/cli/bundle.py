@@ -27,11 +27,12 @@ def verify(
     """Check BUNDLE: digests, engines and plans against PyTorch and diffusers, held-out quality, time."""
     from lemica_trt.bundle.reading import Bundle
     from lemica_trt.compiler import bundle_commands
+    from lemica_trt.compiler.inspection import summarize
     from lemica_trt.report import summary
 
     opened = Bundle.open(bundle)
     report = bundle_commands.verify(opened, weights, verify_samples, device, backend, screen.reporter)
-    screen.print(report, lambda: summary.build_table(opened, report, bundle))
+    screen.print(report, lambda: summary.build_table(summarize(opened), report, bundle))
 
 
 @click.command()
@@ -87,7 +88,8 @@ def run(
 @common
 def inspect(screen: Screen, path: Path, plan: str | None) -> None:
     """Show a bundle, a plan, or an error graph. Takes no PyTorch."""
+    from lemica_trt.compiler import inspection
     from lemica_trt.report import summary
 
-    value, table = summary.inspect(path, plan)
-    screen.print(value, lambda: table(value))
+    value, shown = inspection.inspect(path, plan)
+    screen.print(value, lambda: summary.inspected_table(shown))

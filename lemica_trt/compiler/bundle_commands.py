@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lemica_trt.bundle.contents import calibration_in, read_from, read_if_listed
-from lemica_trt.bundle.manifest import FRONT_FILE, REFERENCE_FILE, SAMPLER_FILE, SELECTION_FILE, plan_path
+from lemica_trt.bundle.manifest import FRONT_FILE, REFERENCE_FILE, REPORTS, SAMPLER_FILE, SELECTION_FILE, plan_path
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace, work_folder
 from lemica_trt.bundle.writing import add_plan, require_replaceable, write_bundle
@@ -106,10 +106,10 @@ def plan_bundle(bundle: Bundle, request: BuildRequest, reporter: Reporter, *, de
         bundle = add_plan(bundle, *made.plans, default=default)
     rows = front_rows(front, times) if front is not None and request.pareto else ()
     if rows:
-        from lemica_trt.report.folder import write_front
+        from lemica_trt.report.pictures import write_front
 
         with contextlib.suppress(MissingDependencyError):  # matplotlib comes with what builds
-            write_front(bundle, rows)
+            write_front(rows, bundle.path / REPORTS, num_steps=bundle.manifest.profile.sampling.steps)
     return PlanResult(
         plans=tuple(bundle.plan(name) for name in bundle.plans),
         outcomes=budget_outcomes(request.budgets, made, times, speeds),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lemica_trt.bundle.manifest import MANIFEST, plan_path
+from lemica_trt.bundle.manifest import MANIFEST, REPORTS, VERIFY_REPORT, plan_path
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import candidate_folder
 from lemica_trt.bundle.writing import write_bundle
@@ -107,11 +107,14 @@ def verify_bundle(
         VerificationError: after the report was stored.
     """
     from lemica_trt.evaluate.evaluator import held_out_samples
+    from lemica_trt.evaluate.quality import error_graph_of
     from lemica_trt.evaluate.verify import require_verified, verify
-    from lemica_trt.report.folder import write_reports
+    from lemica_trt.report.pictures import write_pictures
 
     report, clips = verify(bundle, model, held_out_samples(prompts, samples), reporter=reporter, backend=backend)
-    write_reports(bundle, report, clips)
+    write_value(report, bundle.path / VERIFY_REPORT)
+    plans = [bundle.plan(name) for name in bundle.plans]
+    write_pictures(bundle.path / REPORTS, clips, plans, bundle.plan(), error_graph_of(bundle))
     require_verified(report, bundle.path)
     return report
 

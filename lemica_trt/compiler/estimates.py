@@ -13,7 +13,7 @@ from lemica_trt.compiler.context import Context, open_model
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.core.errors import InfeasibleError
 from lemica_trt.core.progress import Quiet
-from lemica_trt.ir.budget import Budget, MinPsnr, StepTimes, said
+from lemica_trt.ir.budget import Budget, MinPsnr, StepTimes, format_budget
 from lemica_trt.ir.report import StageEstimate
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.planning.budget import afforded, front_budgets
@@ -145,7 +145,7 @@ def plan(dry: DryContext) -> list[StageEstimate]:
         full = search_full_steps(front, dry.table.num_steps, len(tried), settings.validation_samples)
         full += fitted * settings.samples * sum(front)
         found.append(dry.of_steps("quality", f"{len(front)} budgets of {front[0]} … {front[-1]} looked at:", full))
-    plans = "given schedule" if request.schedule is not None else ", ".join(map(said, request.budgets))
+    plans = "given schedule" if request.schedule is not None else ", ".join(map(format_budget, request.budgets))
     what = f"{', '.join(request.methods)}; {plans}"
     return [*found, StageEstimate(name="plan", what=what, seconds=0.1, disk=20_000)]
 

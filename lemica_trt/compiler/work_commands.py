@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE, FRONT_FILE, plan_path
+from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE, FRONT_FILE, REPORTS, plan_path
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace, candidate_folder, work_folder
 from lemica_trt.bundle.writing import move_bundle, require_replaceable
@@ -194,8 +194,8 @@ def _result(context: Context) -> BuildResult:
         speeds = {} if times is None else StepTimer(bundle, context.reporter).speeds(made.plans, times)
     front = () if made.front is None else front_rows(made.front, steps)
     if front:
-        from lemica_trt.report.folder import write_front
+        from lemica_trt.report.pictures import write_front
 
-        write_front(bundle, front)
+        write_front(front, bundle.path / REPORTS, num_steps=bundle.manifest.profile.sampling.steps)
     outcomes = budget_outcomes(request.budgets, made, times or steps, speeds)
     return BuildResult(publish(context), report, unverified, outcomes, front)

@@ -16,7 +16,7 @@ from lemica_trt.evaluate.timing import (
     store_steps,
     stored_steps,
 )
-from lemica_trt.ir.budget import StepTimes, said_seconds
+from lemica_trt.ir.budget import StepTimes, format_seconds
 from lemica_trt.ir.graphs import COMBINE
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import Measured, Speed, VerifyReport
@@ -125,5 +125,5 @@ def speeds_from_report(report: VerifyReport) -> dict[str, Speed]:
 
 def times_text(times: StepTimes, backend: str) -> str:
     """Step times in one line."""
-    skipped = "" if times.skipped is None else f", a skipped one {said_seconds(times.skipped)}"
-    return f"a full step takes {said_seconds(times.full)}{skipped}; {backend}, {describe_machine()}"
+    skipped = "" if times.skipped is None else f", a skipped one {format_seconds(times.skipped)}"
+    return f"a full step takes {format_seconds(times.full)}{skipped}; {backend}, {describe_machine()}"

@@ -39,7 +39,7 @@ class Latency(Value, frozen=True, tag="latency"):
         require(self.seconds > 0, f"a latency must be more than 0, got {self.seconds:g}")
 
     def __str__(self) -> str:
-        return f"latency {said_seconds(self.seconds)}"
+        return f"latency {format_seconds(self.seconds)}"
 
 
 class MinPsnr(Value, frozen=True, tag="min-psnr"):
@@ -62,12 +62,12 @@ Budget = int | Speedup | Latency | MinPsnr
 """What a plan may cost, or must be good for; a number is full steps."""
 
 
-def said(budget: Budget) -> str:
+def format_budget(budget: Budget) -> str:
     """A budget in words."""
     return f"{budget} full steps" if isinstance(budget, int) else str(budget)
 
 
-def said_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Seconds with three digits: a budget and what meets it must be told apart."""
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
 
@@ -211,6 +211,11 @@ class Point(Value, frozen=True):
         """dB, 5th percentile over clips."""
         return float(np.percentile(self.psnr, 5))
 
+    @property
+    def worst(self) -> float:
+        """dB of the worst clip."""
+        return min(self.psnr)
+
 
 class Front(Value, frozen=True):
     """Quality by budget, of those that were tried.
@@ -246,7 +251,7 @@ class FrontRow(Value, frozen=True):
 
     Attributes:
         plan, method, budget: of the point's plan.
-        psnr, psnr_low, psnr_p5: dB; see `Point`.
+        psnr, psnr_low, psnr_p5, psnr_worst: dB; see `Point`.
         seconds, speedup: predicted from step times; None where those are not known.
         dominated: another point takes no longer and is no worse, and not equal in both.
     """
@@ -257,6 +262,7 @@ class FrontRow(Value, frozen=True):
     psnr: float
     psnr_low: float | None
     psnr_p5: float
+    psnr_worst: float
     seconds: float | None
     speedup: float | None
     dominated: bool

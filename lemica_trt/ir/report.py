@@ -8,6 +8,9 @@ import numpy.typing as npt
 
 from lemica_trt.core.values import Value
 from lemica_trt.ir.budget import FrontRow, StepTimes
+from lemica_trt.ir.engine import EngineEntry
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.profile import Profile
 
 
 class Timing(Value, frozen=True):
@@ -130,6 +133,37 @@ class Quality(Value, frozen=True):
     def psnr_worst(self) -> float:
         """dB of the worst clip."""
         return min(self.each_psnr)
+
+
+class BundleSummary(NamedTuple):
+    """What a bundle is, for people.
+
+    Attributes:
+        profile, revision: of the model.
+        dtype: of the graphs.
+        plans: all, the default one among them.
+        default_plan: its name.
+        engines: of all backends.
+        size, files: bytes, and how many.
+        versions: of the libraries that built it.
+        pictures: path in the bundle → what it shows.
+    """
+
+    profile: Profile
+    revision: str | None
+    dtype: str
+    plans: tuple[StepPlan, ...]
+    default_plan: str
+    engines: tuple[EngineEntry, ...]
+    size: int
+    files: int
+    versions: dict[str, str]
+    pictures: dict[str, str]
+
+    @property
+    def default(self) -> StepPlan:
+        """The default plan."""
+        return next(plan for plan in self.plans if plan.name == self.default_plan)
 
 
 class Clip(NamedTuple):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lemica_trt.core.errors import InfeasibleError
-from lemica_trt.ir.budget import Afforded, Front, FrontRow, Latency, Speedup, StepTimes, said_seconds, skipped_steps
+from lemica_trt.ir.budget import Afforded, Front, FrontRow, Latency, Speedup, StepTimes, format_seconds, skipped_steps
 from lemica_trt.planning.minimax import least_budget
 
 FRONT_POINTS = 12
@@ -69,10 +69,10 @@ def afforded(
     if max(found.values()) < least:
         needed = min(times.total(least, (num_steps - least) * kind) for kind in found)
         limit = "" if max_skip is None else f" where at most {max_skip} in a row are skipped"
-        nearest = said_seconds(_up(needed)) if isinstance(budget, Latency) else f"{_down(uncached / needed):g}×"
+        nearest = format_seconds(_up(needed)) if isinstance(budget, Latency) else f"{_down(uncached / needed):g}×"
         raise InfeasibleError(
-            f"{budget}: {said_seconds(seconds)} here, in which {max(found.values())} full steps of "
-            f"{said_seconds(times.full)} fit; at least {least} are needed{limit}",
+            f"{budget}: {format_seconds(seconds)} here, in which {max(found.values())} full steps of "
+            f"{format_seconds(times.full)} fit; at least {least} are needed{limit}",
             fix=f"the nearest that is feasible is {nearest}" + ("" if max_skip is None else "; or raise --max-skip"),
         )
     folded, skipping = (b if b >= least else None for b in (found.get(False, 0), found.get(True, 0)))
@@ -122,6 +122,7 @@ def front_rows(front: Front, times: StepTimes | None) -> tuple[FrontRow, ...]:
             psnr=point.mean,
             psnr_low=point.low,
             psnr_p5=point.p5,
+            psnr_worst=point.worst,
             seconds=None if times is None else times.of(point.plan),
             speedup=None if times is None else times.speedup(point.plan),
             dominated=beaten,

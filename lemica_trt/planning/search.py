@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from lemica_trt.core.errors import InfeasibleError, InputError, UsageError
 from lemica_trt.core.progress import Reporter
-from lemica_trt.ir.budget import Afforded, Budget, Front, Latency, MinPsnr, Point, Speedup, StepTimes, said
+from lemica_trt.ir.budget import Afforded, Budget, Front, Latency, MinPsnr, Point, Speedup, StepTimes, format_budget
 from lemica_trt.ir.graphs import StepLayout
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import BudgetOutcome, Speed
@@ -275,7 +275,7 @@ def budget_outcomes(
         predicted = None if times is None else Speed(seconds=times.of(plan), speedup=times.speedup(plan))
         found.append(
             BudgetOutcome(
-                asked=said(budget),
+                asked=format_budget(budget),
                 plan=name,
                 full_steps=plan.budget,
                 predicted=predicted,

@@ -1,1 +1,7 @@
+"""Tables, contact sheets and plots that a person looks at: values of `ir` in, text and pictures out."""
 
+CONTACT_SHEET, SCHEDULES, FRONT = "contact_sheet.png", "schedules.png", "pareto.png"
+"""Pictures in the `reports/` folder of a bundle."""
+
+PICTURES = {CONTACT_SHEET: "uncached beside plan", SCHEDULES: "plans on the error graph"}
+"""Those of every verified bundle, and what they show."""

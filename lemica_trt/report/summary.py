@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lemica_trt.bundle.manifest import REPORTS
-from lemica_trt.bundle.reading import Bundle
-from lemica_trt.core.errors import InputError
 from lemica_trt.core.progress import duration, size
-from lemica_trt.core.values import read_value
-from lemica_trt.ir.budget import FrontRow, said_seconds
+from lemica_trt.ir.budget import FrontRow, format_seconds
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import GraphSet
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.report import PLAN, BudgetOutcome, Check, Quality, StageEstimate, VerifyReport
+from lemica_trt.ir.report import PLAN, BudgetOutcome, BundleSummary, Check, Quality, StageEstimate, VerifyReport
 from lemica_trt.report.timeline import guidance_text, plan_table, timeline_text
 
 BASELINES = {"lemica": "LeMiCa", "uniform": "uniform", "fewer-steps": "fewer steps"}
@@ -37,35 +33,33 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def build_table(
-    bundle: Bundle, report: VerifyReport | None, output: Path, unverified: Mapping[str, str] | None = None
+    bundle: BundleSummary, report: VerifyReport | None, output: Path, unverified: Mapping[str, str] | None = None
 ) -> RenderableType:
     """What a build made: plans, speed and quality beside the baselines, agreement, and where things lie.
 
     Args:
+        output: where the bundle is.
         unverified: backend → why its engines were built and not verified.
     """
-    manifest = bundle.manifest
-    shape, sampling = manifest.profile.shape, manifest.profile.sampling
+    shape, sampling = bundle.profile.shape, bundle.profile.sampling
     title = (
-        f"{manifest.profile.name}: {shape.frames} frames {shape.height}×{shape.width}, {sampling.steps} steps, "
-        f"{manifest.graphs.dtype}"
+        f"{bundle.profile.name}: {shape.frames} frames {shape.height}×{shape.width}, {sampling.steps} steps, "
+        f"{bundle.dtype}"
     )
     parts: list[RenderableType] = []
     if report is None:
-        parts.append(plans_table([bundle.plan(name) for name in bundle.plans], title=title))
+        parts.append(plans_table(bundle.plans, title=title))
     else:
         parts.append(quality_table(report, title=title))
         parts.append(agreement_text(report))
-    for entry in manifest.engines:
+    for entry in bundle.engines:
         parts.extend(_line(f"engine   {line}") for line in engine_lines(entry))
     for backend, reason in (unverified or {}).items():
         parts.append(_line(f"BUILT, NOT VERIFIED: {backend} ({reason})"))
     if unverified and report is None:
         parts.append(_line(f"verify   lemica-trt verify {output}  (on a machine that runs these engines)"))
     parts.append(_line(f"bundle   {output}"))
-    for name, what in (("contact_sheet.png", "uncached beside plan"), ("schedules.png", "plans on the error graph")):
-        if (bundle.path / REPORTS / name).is_file():
-            parts.append(_line(f"picture  {output / REPORTS / name}  ({what})"))
+    parts.extend(_line(f"picture  {output / path}  ({what})") for path, what in bundle.pictures.items())
     parts.append(_line(f'try      lemica-trt run {output} "a prompt" --output clip.mp4'))
     return Group(*parts)
 
@@ -98,6 +92,7 @@ def quality_table(report: VerifyReport, *, title: str | None = None) -> Table:
         ">skipped",
         ">PSNR dB",
         ">5th pct.",
+        ">worst",
         ">SSIM",
         title=title,
     )
@@ -120,13 +115,13 @@ def quality_table(report: VerifyReport, *, title: str | None = None) -> Table:
 
 def _scores(row: Quality | None, perceptual: bool) -> list[str]:
     if row is None:
-        return ["reference", "", ""]
-    scores = [f"{row.psnr:.1f}", f"{row.psnr_p5:.1f}", f"{row.ssim:.4f}"]
+        return ["reference"]
+    scores = [f"{psnr:.1f}" for psnr in (row.psnr, row.psnr_p5, row.psnr_worst)] + [f"{row.ssim:.4f}"]
     return [*scores, "" if row.lpips is None else f"{row.lpips:.3f}"] if perceptual else scores
 
 
 def _references(report: VerifyReport) -> str:
-    """What the plans were held against."""
+    """What the plans were compared with."""
     fine = {row.plan: row.reference_steps for row in report.quality if row.reference_steps is not None}
     if fine and len(fine) == len({row.plan for row in report.quality}):
         return f"the sampler with {' or '.join(map(str, sorted(set(fine.values()))))} steps"
@@ -164,11 +159,13 @@ def outcome_text(outcome: BudgetOutcome) -> str:
     """What was asked for, what was predicted, what was measured."""
     parts = [f"asked    {outcome.asked}: plan {outcome.plan}, {outcome.full_steps} full steps"]
     for name, speed in (("predicted", outcome.predicted), ("measured", outcome.measured)):
-        parts += [f"{name} {said_seconds(speed.seconds)}, {speed.speedup:.2f}×"] if speed is not None else []
+        parts += [f"{name} {format_seconds(speed.seconds)}, {speed.speedup:.2f}×"] if speed is not None else []
     row = outcome.quality
     if row is not None:
         low = "" if row.psnr_low is None else f" (95 % of the mean: from {row.psnr_low:.1f})"
-        parts.append(f"validation clips {row.psnr:.1f} dB{low}, 5th percentile {row.psnr_p5:.1f}")
+        parts.append(
+            f"validation clips {row.psnr:.1f} dB{low}, 5th percentile {row.psnr_p5:.1f}, worst {row.psnr_worst:.1f}"
+        )
     if outcome.met is False:
         parts.append("NOT MET")
     return "; ".join(parts)
@@ -182,6 +179,7 @@ def front_table(rows: Sequence[FrontRow]) -> Table:
         ">PSNR dB",
         ">95 % from",
         ">5th pct.",
+        ">worst",
         ">predicted",
         ">speed-up",
         "method",
@@ -195,7 +193,8 @@ def front_table(rows: Sequence[FrontRow]) -> Table:
             f"{row.psnr:.1f}",
             "" if row.psnr_low is None else f"{row.psnr_low:.1f}",
             f"{row.psnr_p5:.1f}",
-            "" if row.seconds is None else said_seconds(row.seconds),
+            f"{row.psnr_worst:.1f}",
+            "" if row.seconds is None else format_seconds(row.seconds),
             "" if row.speedup is None else f"{row.speedup:.2f}×",
             row.method,
             "dominated" if row.dominated else "",
@@ -278,54 +277,34 @@ def doctor_table(checks: Sequence[Check]) -> Table:
     return made
 
 
-def inspect(path: Path, plan: str | None) -> tuple[Any, Callable[[Any], RenderableType]]:
-    """The value behind a path – bundle, plan or error graph – and how to show it.
-
-    Raises:
-        InputError: it is none of these.
-        UsageError: the bundle has no such plan.
-    """
-    if not path.is_file():
-        bundle = Bundle.open(path)
-        if plan is not None:
-            chosen = bundle.plan(None if plan == "default" else plan)
-            return chosen, lambda _: plan_table(chosen)
-        return bundle.manifest, lambda _: _bundle_table(bundle)
-    try:
-        graph = read_value(ErrorGraph, path)
-    except InputError:
-        try:
-            chosen = read_value(StepPlan, path)
-        except InputError as error:
-            raise InputError(
-                f"{path}: expected a bundle, a plan or an error graph; read as a plan: {error.what}"
-            ) from None
-        return chosen, lambda _: plan_table(chosen)
-    return graph, lambda _: error_graph_table(graph)
-
-
-def _bundle_table(bundle: Bundle) -> RenderableType:
-    manifest = bundle.manifest
-    shape, sampling = manifest.profile.shape, manifest.profile.sampling
+def bundle_table(bundle: BundleSummary) -> RenderableType:
+    """What a bundle is, and its plans."""
+    shape, sampling = bundle.profile.shape, bundle.profile.sampling
     facts = table("", "")
     facts.show_header = False
-    total = sum(entry.size for entry in manifest.files.values())
     for name, text in (
-        ("model", f"{manifest.profile.name} ({manifest.profile.family}) from {manifest.profile.source}"),
-        ("revision", (manifest.revision or "–")[:16]),
+        ("model", f"{bundle.profile.name} ({bundle.profile.family}) from {bundle.profile.source}"),
+        ("revision", (bundle.revision or "–")[:16]),
         (
             "makes",
             f"{shape.frames} frames {shape.height}×{shape.width} at {shape.fps} fps, up to {shape.max_batch} at once",
         ),
         (
             "sampling",
-            f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}, {manifest.graphs.dtype}, "
-            f"sampler {bundle.plan().sampler_digest[:16]}",
+            f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}, {bundle.dtype}, "
+            f"sampler {bundle.default.sampler_digest[:16]}",
         ),
-        ("engines", ", ".join(f"{e.key.backend} {e.key.version} {e.key.target}" for e in manifest.engines)),
-        ("default plan", manifest.default_plan),
-        ("size", f"{size(total)} in {len(manifest.files)} files"),
-        ("built with", ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))),
+        ("engines", ", ".join(f"{e.key.backend} {e.key.version} {e.key.target}" for e in bundle.engines)),
+        ("default plan", bundle.default_plan),
+        ("size", f"{size(bundle.size)} in {bundle.files} files"),
+        ("built with", ", ".join(f"{name} {version}" for name, version in sorted(bundle.versions.items()))),
     ):
         facts.add_row(name, text)
-    return Group(facts, plans_table([bundle.plan(name) for name in bundle.plans]))
+    return Group(facts, plans_table(bundle.plans))
+
+
+def inspected_table(value: BundleSummary | StepPlan | ErrorGraph) -> RenderableType:
+    """What `lemica-trt inspect` shows of a value."""
+    if isinstance(value, StepPlan):
+        return plan_table(value)
+    return error_graph_table(value) if isinstance(value, ErrorGraph) else bundle_table(value)

@@ -17,7 +17,7 @@ from lemica_trt.ir.calibration import (
     TrajectoryGrams,
     gram_from_samples,
 )
-from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.plan import PlanRow, StepPlan
 from lemica_trt.ir.sampler import NoiseLevels, SamplerRow, SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.planner import Problem
@@ -144,3 +144,16 @@ def problem_of(table: SamplerTable | None = None, **changes: Any) -> Problem:
 def schedule_of(num_steps: int, *full_steps: int) -> Schedule:
     """A schedule by its full steps."""
     return Schedule(num_steps=num_steps, full_steps=full_steps)
+
+
+def plan_of(*rows: PlanRow, name: str = "default", guidance_scale: float = 3.0) -> StepPlan:
+    """A plan of given rows."""
+    return StepPlan(
+        name=name,
+        num_steps=rows[-1].step,
+        guidance_scale=guidance_scale,
+        rows=rows,
+        scheduler="Toy",
+        sampler_digest="0" * 64,
+        method="given",
+    )

@@ -19,21 +19,9 @@ from lemica_trt.planning.fold import fold, nearest_steps
 from lemica_trt.planning.solvers import first_order_table
 from lemica_trt.planning.step_plan import OutputWeights, plan_from_schedule
 from lemica_trt.testing.interpreter import deviation, run_plan
-from lemica_trt.testing.values import flow_table, recurrence, schedule_of
+from lemica_trt.testing.values import flow_table, plan_of, recurrence, schedule_of
 
 pytestmark = pytest.mark.null
-
-
-def plan_of(*rows: PlanRow) -> StepPlan:
-    return StepPlan(
-        name="test",
-        num_steps=rows[-1].step,
-        guidance_scale=1.0,
-        rows=rows,
-        scheduler="Toy",
-        sampler_digest="0" * 64,
-        method="given",
-    )
 
 
 @st.composite

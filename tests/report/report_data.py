@@ -7,9 +7,8 @@ import numpy.typing as npt
 
 from lemica_trt.ir.calibration import Edge, ErrorGraph
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.sampler import SamplerRow, SamplerTable
-from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.step_plan import plan_from_schedule
+from lemica_trt.testing.values import provenance, recurrence, schedule_of
 
 
 def error_graph(num_steps: int = 50, max_skip: int = 9) -> ErrorGraph:
@@ -20,37 +19,13 @@ def error_graph(num_steps: int = 50, max_skip: int = 9) -> ErrorGraph:
             place = i / num_steps
             error = (0.0008 + 0.006 * np.exp(-12 * place) + 0.012 * max(0.0, place - 0.8)) * (j - i - 1) ** 1.3
             edges.append(Edge(start=i, stop=j, errors=(float(error),)))
-    return ErrorGraph(
-        model="cogvideox-tiny",
-        revision="0" * 8,
-        scheduler="CogVideoXDDIMScheduler",
-        sampler_digest="1" * 8,
-        sampler_probe=(),
-        num_steps=num_steps,
-        max_skip=max_skip,
-        dtype="fp32",
-        guidance_scale=6.0,
-        negative_prompt="",
-        text_length=16,
-        latent_shape=(5, 12, 8, 8),
-        samples=1,
-        seed=0,
-        prompts_digest="2" * 8,
-        edges=tuple(edges),
-    )
-
-
-def table(num_steps: int = 50) -> SamplerTable:
-    rows = [SamplerRow(latents=(1.0,), timestep=999.0)]
-    for i in range(1, num_steps):
-        rows.append(SamplerRow(latents=(0.98,), outputs=(-0.02,), timestep=999.0 - 19.98 * i))
-    rows.append(SamplerRow(latents=(0.98,), outputs=(-0.02,)))
-    return SamplerTable(scheduler="CogVideoXDDIMScheduler", rows=tuple(rows))
+    fields = provenance(recurrence(num_steps), model="cogvideox-tiny", guidance_scale=6.0)
+    return ErrorGraph(**fields, max_skip=max_skip, samples=1, edges=tuple(edges))
 
 
 def plan(full_steps: tuple[int, ...], num_steps: int = 50, name: str = "default", method: str = "lemica") -> StepPlan:
-    schedule = Schedule(num_steps=num_steps, full_steps=full_steps)
-    return plan_from_schedule(schedule, table(num_steps), name=name, guidance_scale=6.0, method=method)
+    schedule = schedule_of(num_steps, *full_steps)
+    return plan_from_schedule(schedule, recurrence(num_steps), name=name, guidance_scale=6.0, method=method)
 
 
 def clip(frames: int = 9, height: int = 64, width: int = 64, noise: float = 0.0) -> npt.NDArray[np.uint8]:

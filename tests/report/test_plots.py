@@ -131,6 +131,7 @@ def front_row(budget: int, psnr: float, dominated: bool = False, timed: bool = T
         psnr=psnr,
         psnr_low=psnr - 1,
         psnr_p5=psnr - 9,
+        psnr_worst=psnr - 12,
         seconds=0.1 * budget if timed else None,
         speedup=40 / budget if timed else None,
         dominated=dominated,

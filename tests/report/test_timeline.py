@@ -64,12 +64,12 @@ def test_table_says_what_the_plan_is_and_what_each_row_does() -> None:
     made = plan((0, 1, 4), num_steps=6, name="fast")
     text = printed(made)
     lines = [line.split() for line in text.splitlines()]
-    assert "plan fast: 3 of 6 steps in full, CogVideoXDDIMScheduler, guidance 6 (any), planned by lemica" in text
+    assert "plan fast: 3 of 6 steps in full, Toy, guidance 6 (any), planned by lemica" in text
     assert "■■··■·" in text
     assert ["step", "timestep", "graph", "latents", "outputs"] in lines
-    assert ["0", "999", "full", "1"] in lines
-    assert ["2", "959.04", "skip", "0.98", "-0.02"] in lines
-    assert ["6", "result", "0.98", "-0.02"] in lines
+    assert ["0", "1000", "full", "1"] in lines
+    assert ["2", "666.667", "skip", "0.9", "-0.3"] in lines
+    assert ["6", "result", "0.9", "-0.3"] in lines
     assert [line[0] for line in lines if line and line[0].isdigit()] == [str(i) for i in range(7)]
 
 

@@ -19,6 +19,7 @@ from lemica_trt.core.errors import EngineError
 from lemica_trt.ir.graphs import GraphSet, GraphSpec, StepLayout, TensorSpec, step_layout
 from lemica_trt.ir.plan import PlanRow, StepPlan, trunk_reads
 from lemica_trt.testing import interpreter
+from lemica_trt.testing.values import plan_of
 
 LATENT_SHAPE = (2, 3, 4, 4)
 TOKENS, WIDTH, TEXT_LENGTH, VOCABULARY = 8, 12, 5, 11
@@ -249,18 +250,6 @@ class NullCall:
 
 
 # ---------------------------------------------------------------- plans
-
-
-def plan_of(*rows: PlanRow, name: str = "default", guidance_scale: float = 3.0) -> StepPlan:
-    return StepPlan(
-        name=name,
-        num_steps=rows[-1].step,
-        guidance_scale=guidance_scale,
-        rows=rows,
-        scheduler="Toy",
-        sampler_digest="0" * 64,
-        method="given",
-    )
 
 
 def euler_plan(graphs: str, *, name: str = "default", guidance_scale: float = 3.0) -> StepPlan:
