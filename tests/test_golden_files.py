@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from lemica_trt.bundle.manifest import Manifest, manifest_digest_line, manifest_from_json
+from lemica_trt.bundle.workspace import Record
 from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts, PlanIndex, Verified, Written
 from lemica_trt.compiler.requests import BuildRequest, Given
-from lemica_trt.compiler.workspace import Record
 from lemica_trt.core.errors import IntegrityError
 from lemica_trt.core.values import json_bytes, read_value, value_from_json
 from lemica_trt.ir.budget import Front
