@@ -13,9 +13,9 @@ import torch
 
 from lemica_trt.backends.base import Capture, Settings, open_backend
 from lemica_trt.backends.torch.options import TorchOptions
-from lemica_trt.export.graphs import hidden_specs, input_specs, output_names
 from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role, StepLayout, TensorSpec
+from lemica_trt.models.graph_specs import cache_specs, input_specs, output_names
 from lemica_trt.models.model import Model
 from lemica_trt.models.steps import step_modules
 from lemica_trt.runtime.denoise import Denoiser
@@ -60,7 +60,7 @@ def torch_denoiser(
 
 def _step_graphs(model: Model, layout: StepLayout, roles: tuple[Role, ...], max_batch: int) -> GraphSet:
     """The description of step graphs that no file holds."""
-    hidden = hidden_specs(model, layout)
+    hidden = cache_specs(model, layout)
     sample = TensorSpec(name="latents", dtype="fp32", shape=("batch", *layout.latent_shape))
     outputs = {**hidden, **{name: msgspec.structs.replace(sample, name=name) for name in ("latents", "output")}}
     return GraphSet(

@@ -20,35 +20,29 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 import numpy as np
 import onnx
 import onnx_ir
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.values import require, write_bytes
 from lemica_trt.export.passes import clean_model
 from lemica_trt.ir.graphs import COMBINE, GraphSet, GraphSpec, Role, StepLayout, TensorDType, TensorSpec
 from lemica_trt.models import Model
+from lemica_trt.models.graph_specs import (
+    ENDS,
+    TORCH_DTYPES,
+    cache_specs,
+    example_inputs,
+    input_specs,
+    output_names,
+)
 from lemica_trt.models.steps import step_modules
-
-ENDS: dict[str, tuple[str, ...]] = {"text_encoder": ("prompt_embeds",), "vae_decoder": ("frames",)}
-"""Graphs before and behind the steps → their outputs, in order."""
 
 INLINE_BYTES = 64 << 20
 """Weights beyond this go to an external-data file beside the graph."""
-
-TORCH_DTYPES: dict[TensorDType, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-}
 
 ONNX_DTYPES: dict[Any, TensorDType] = {
     onnx_ir.DataType.FLOAT: "fp32",
@@ -78,7 +72,7 @@ def export_graphs(model: Model, layout: StepLayout, folder: Path, *, roles: Sequ
     require(layout.latent_shape == model.latent_shape, f"layout for {layout.latent_shape}, not {model.latent_shape}")
     require(layout.guided == model.guided, f"layout.guided is {layout.guided}, the profile's guidance {model.guided}")
     require(layout.conditions == model.conditions, f"layout for conditions {layout.conditions}, not {model.conditions}")
-    widths = hidden_specs(model, layout)
+    widths = cache_specs(model, layout)
     roles = needed_roles(layout) if roles is None else roles
     return GraphSet(
         dtype=model.profile.dtype,
@@ -93,40 +87,6 @@ def needed_roles(layout: StepLayout) -> tuple[Role, ...]:
     return (*layout.step_graphs, *ENDS)
 
 
-def output_names(role: Role, layout: StepLayout) -> tuple[str, ...]:
-    """Output names of a graph, in order: a variant's end with the cache slots that it writes."""
-    if role in ENDS:
-        return ENDS[role]
-    return ("latents", "output", *(() if role == COMBINE else layout.variant(role).writes))
-
-
-def input_specs(role: Role, model: Model, layout: StepLayout, hidden: dict[str, TensorSpec]) -> list[TensorSpec]:
-    """What a graph's module is called with, in order; `batch` is b."""
-
-    def latents(name: str) -> TensorSpec:
-        return TensorSpec(name=name, dtype="fp32", shape=("batch", *layout.latent_shape))
-
-    if role == "text_encoder":
-        names = ("input_ids", "attention_mask") if model.family.text_mask else ("input_ids",)
-        return [TensorSpec(name=name, dtype="int64", shape=(1, model.profile.text_length)) for name in names]
-    if role == "vae_decoder":
-        return [TensorSpec(name="latents", dtype="fp32", shape=(1, *layout.latent_shape))]
-    specs = [latents(f"latents_{j}") for j in range(layout.latent_history)]
-    specs += [latents(f"outputs_{k}") for k in range(layout.output_history)]
-    if layout.stochastic:
-        specs.append(latents("noise"))
-    size = max(part.stop for part in layout.offsets.values())
-    specs.append(TensorSpec(name="coefficients", dtype="fp32", shape=(size,)))
-    if role == COMBINE:
-        return specs
-    if layout.guided:
-        specs.append(TensorSpec(name="guidance", dtype="fp32", shape=("batch",)))
-    specs += layout.conditions
-    for slot in layout.variant(role).reads:
-        specs += [msgspec.structs.replace(hidden[slot], name=f"{slot}_{k}") for k in range(layout.depth(slot))]
-    return specs
-
-
 def _module(role: Role, model: Model, layout: StepLayout) -> nn.Module:
     if role == "text_encoder":
         return model.text_encoder
@@ -135,41 +95,13 @@ def _module(role: Role, model: Model, layout: StepLayout) -> nn.Module:
     return step_modules(model, layout)[role]
 
 
-def hidden_specs(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
-    """The cache slots of a layout as the model makes them, by name; shapes only, nothing is computed."""
-    rows = "2*batch" if layout.guided else "batch"
-    hidden = {}
-    modules = step_modules(model, layout)  # outside: constants that they keep must be real
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        for variant in (variant for variant in layout.variants if variant.writes and not variant.reads):
-            inputs = _examples(input_specs(variant.name, model, layout, {}), 1, model.device)
-            result = modules[variant.name](inputs)
-            for slot in variant.writes:
-                _, *shape = result[slot].shape
-                hidden[slot] = TensorSpec(name=slot, dtype=model.profile.dtype, shape=(rows, *shape))
-    return hidden
-
-
-def _examples(specs: Sequence[TensorSpec], batch: int, device: torch.device) -> dict[str, Tensor]:
-    """Zeros of the given shapes at a batch."""
-    sizes = {"batch": batch, "2*batch": 2 * batch}
-    return {
-        spec.name: torch.zeros(
-            [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape],
-            dtype=TORCH_DTYPES[spec.dtype],
-            device=device,
-        )
-        for spec in specs
-    }
-
-
 def _export_graph(
     role: Role, model: Model, layout: StepLayout, hidden: dict[str, TensorSpec], folder: Path
 ) -> GraphSpec:
     profile = model.profile
     specs = input_specs(role, model, layout, hidden)
     dynamic = profile.shape.max_batch > 1 and any("batch" in spec.shape for spec in specs)
-    inputs = _examples(specs, 2 if dynamic else 1, model.device)
+    inputs = example_inputs(specs, 2 if dynamic else 1, model.device)
     # An example of 2 with a maximum of 2 leaves equal dimensions apart (torch 2.13).
     batch = torch.export.Dim("batch", min=1, max=max(profile.shape.max_batch, 3))
     dims = {"batch": batch, "2*batch": 2 * batch}

@@ -1,0 +1,88 @@
+"""What each graph of a bundle is called with and gives: names, dtypes and shapes, from a model and a step layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lemica_trt.ir.graphs import COMBINE, Role, StepLayout, TensorDType, TensorSpec
+from lemica_trt.models.model import Model
+from lemica_trt.models.steps import step_modules
+
+ENDS: dict[str, tuple[str, ...]] = {"text_encoder": ("prompt_embeds",), "vae_decoder": ("frames",)}
+"""Graphs before and behind the steps → their outputs, in order."""
+
+TORCH_DTYPES: dict[TensorDType, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+}
+
+
+def output_names(role: Role, layout: StepLayout) -> tuple[str, ...]:
+    """Output names of a graph, in order: a variant's end with the cache slots that it writes."""
+    if role in ENDS:
+        return ENDS[role]
+    return ("latents", "output", *(() if role == COMBINE else layout.variant(role).writes))
+
+
+def input_specs(role: Role, model: Model, layout: StepLayout, caches: dict[str, TensorSpec]) -> list[TensorSpec]:
+    """What a graph's module is called with, in order; `batch` is b."""
+
+    def latents(name: str) -> TensorSpec:
+        return TensorSpec(name=name, dtype="fp32", shape=("batch", *layout.latent_shape))
+
+    if role == "text_encoder":
+        names = ("input_ids", "attention_mask") if model.family.text_mask else ("input_ids",)
+        return [TensorSpec(name=name, dtype="int64", shape=(1, model.profile.text_length)) for name in names]
+    if role == "vae_decoder":
+        return [TensorSpec(name="latents", dtype="fp32", shape=(1, *layout.latent_shape))]
+    specs = [latents(f"latents_{j}") for j in range(layout.latent_history)]
+    specs += [latents(f"outputs_{k}") for k in range(layout.output_history)]
+    if layout.stochastic:
+        specs.append(latents("noise"))
+    size = max(part.stop for part in layout.offsets.values())
+    specs.append(TensorSpec(name="coefficients", dtype="fp32", shape=(size,)))
+    if role == COMBINE:
+        return specs
+    if layout.guided:
+        specs.append(TensorSpec(name="guidance", dtype="fp32", shape=("batch",)))
+    specs += layout.conditions
+    for slot in layout.variant(role).reads:
+        specs += [msgspec.structs.replace(caches[slot], name=f"{slot}_{k}") for k in range(layout.depth(slot))]
+    return specs
+
+
+def cache_specs(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
+    """The cache slots of a layout as the model makes them, by name; shapes only, nothing is computed."""
+    rows = "2*batch" if layout.guided else "batch"
+    found = {}
+    modules = step_modules(model, layout)  # outside: constants that they keep must be real
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        for variant in (variant for variant in layout.variants if variant.writes and not variant.reads):
+            inputs = example_inputs(input_specs(variant.name, model, layout, {}), 1, model.device)
+            result = modules[variant.name](inputs)
+            for slot in variant.writes:
+                _, *shape = result[slot].shape
+                found[slot] = TensorSpec(name=slot, dtype=model.profile.dtype, shape=(rows, *shape))
+    return found
+
+
+def example_inputs(specs: Sequence[TensorSpec], batch: int, device: torch.device) -> dict[str, Tensor]:
+    """Zeros of the given shapes at a batch."""
+    sizes = {"batch": batch, "2*batch": 2 * batch}
+    return {
+        spec.name: torch.zeros(
+            [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape],
+            dtype=TORCH_DTYPES[spec.dtype],
+            device=device,
+        )
+        for spec in specs
+    }
