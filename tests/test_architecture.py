@@ -57,6 +57,11 @@ MAY_BE_HEAVY = (
 )
 """Modules that need such libraries themselves; every other module is light."""
 
+MOST_LINES = 60
+"""Of a function."""
+
+VARIANT_NAMES = ("full", "skip", "combine")
+
 NO_TORCH = ("core", "ir", "planning", "backends", "bundle", "runtime", "report", "triton", "cli")
 """Packages whose modules load where PyTorch, diffusers, transformers and ONNX cannot be imported."""
 
@@ -154,3 +159,27 @@ def test_ruff_holds_the_rest() -> None:
     command = [sys.executable, "-m", "ruff", "check", "--select", "TID251", "--no-cache", "lemica_trt"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.null
+def test_functions_fit_on_a_page() -> None:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                found += [f"{path.name}: {node.name} has {lines} lines"] if lines > MOST_LINES else []
+    assert not found
+
+
+@pytest.mark.null
+def test_only_the_ir_and_the_step_modules_know_the_variants() -> None:
+    """A new way to run a step is data and one torch module."""
+    found = []
+    for module, path in modules().items():
+        if module.startswith(("lemica_trt.ir.", "lemica_trt.models.steps")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in VARIANT_NAMES:
+                found.append(f"{module}:{node.lineno} spells {node.value!r}")
+    assert not found

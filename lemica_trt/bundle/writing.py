@@ -71,8 +71,8 @@ def write_bundle(
     by_name = {plan.name: plan for plan in plans}
     for plan in by_name.values():
         require_runnable(plan, graphs)
-    contents: dict[str, Path | bytes] = dict(files)
-    contents.update({plan_path(name): json_bytes(plan) for name, plan in by_name.items()})
+    bucket = Bucket(shape=profile.shape, graphs=graphs, engines=tuple(engines))
+    contents = {**files, **{plan_path(name): json_bytes(plan) for name, plan in by_name.items()}}
     with replacing(Path(target), require_replaceable) as (folder, staged):
         _require_space(staged, [*contents.values(), *(reports or {}).values()])
         try:
@@ -84,9 +84,7 @@ def write_bundle(
             manifest = Manifest(
                 profile=msgspec.structs.replace(profile, source=portable_source(profile.source)),
                 revision=revision,
-                buckets={
-                    bucket_name(profile.shape): Bucket(shape=profile.shape, graphs=graphs, engines=tuple(engines))
-                },
+                buckets={bucket_name(profile.shape): bucket},
                 plans=tuple(sorted(by_name)),
                 default_plan=default_plan,
                 encoders=tuple(encoders),

@@ -250,7 +250,7 @@ def distance_behind(table: SamplerTable, stop: int, changed: Run, run: Run) -> f
 
 def _calibrated(measurement: CheapMeasurement, table: SamplerTable, pieces: Sequence[Piece]) -> Calibrated:
     samples, common = len(pieces), provenance(measurement)
-    full, skip = (sum(getattr(part, name) for part in pieces) for name in ("full", "skip"))
+    full, skip = sum(part.full for part in pieces), sum(part.skip for part in pieces)
     cost = Cost.of(samples, full, skip, measurement.num_steps)
     errors = {segment: tuple(part.errors[k] for part in pieces) for k, segment in enumerate(measurement.segments)}
     return Calibrated(

@@ -197,15 +197,7 @@ def _rows(scheduler: Any, dynamic_guidance: bool) -> tuple[tuple[SamplerRow, ...
         noise = basis[2 * n + MAX_DRAWS * i : 2 * n + MAX_DRAWS * (i + 1)]
         updates[i + 1] = stepper.step(i, m, x, noise)
         if not np.isfinite(updates[i + 1]).all():
-            fixes = ["choose another solver type"]
-            if _config(scheduler).get("final_sigmas_type") == "zero":
-                fixes.insert(0, 'set final_sigmas_type="sigma_min"')
-            if _config(scheduler).get("rescale_betas_zero_snr"):
-                fixes.insert(0, 'set prediction_type="v_prediction" (if that is what the model predicts)')
-            raise UnsupportedError(
-                f"{type(scheduler).__name__} is not finite at step {i} (timestep {stepper.timesteps[i]:g})",
-                fix=", or ".join(fixes),
-            )
+            raise _not_finite(scheduler, i, stepper.timesteps[i])
         if updates[i + 1, -1]:
             raise _refusal(scheduler, f"is not linear: it adds a constant at step {i}")
 
@@ -495,6 +487,18 @@ def _settings(scheduler: Any) -> dict[str, Setting]:
         if plain != json.dumps(defaults[name], default=str):
             found[name] = value if isinstance(value, (bool, int, float, str)) or value is None else plain
     return found
+
+
+def _not_finite(scheduler: Any, step: int, timestep: float) -> UnsupportedError:
+    """An UnsupportedError that says which settings help a scheduler whose coefficients are not finite."""
+    fixes = ["choose another solver type"]
+    if _config(scheduler).get("final_sigmas_type") == "zero":
+        fixes.insert(0, 'set final_sigmas_type="sigma_min"')
+    if _config(scheduler).get("rescale_betas_zero_snr"):
+        fixes.insert(0, 'set prediction_type="v_prediction" (if that is what the model predicts)')
+    return UnsupportedError(
+        f"{type(scheduler).__name__} is not finite at step {step} (timestep {timestep:g})", fix=", or ".join(fixes)
+    )
 
 
 def _config(scheduler: Any) -> Mapping[str, Any]:

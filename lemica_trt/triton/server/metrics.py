@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lemica_trt.ir.graphs import Role
+from lemica_trt.ir.graphs import FULL, Role
 from lemica_trt.runtime.pipeline import Pipeline
 
 LATENCY_BUCKETS_SECONDS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0]
@@ -18,7 +18,7 @@ OUTCOMES = ("ok", "cancelled", "unavailable", "error")
 """How a request may end."""
 
 
-STEP_KINDS = ("full", "skipped")
+STEP_KINDS = (FULL.name, "skipped")
 """Labels of the step metric."""
 
 
