@@ -30,7 +30,7 @@ import msgspec
 from record import BuildRow, EngineBuild, this_run, write_result
 from tables import described
 
-from lemica_trt.backends import builders
+from lemica_trt.backends.build import build, check
 from lemica_trt.backends.tensorrt.worker import HostMemory
 from lemica_trt.core.progress import reporter
 from lemica_trt.core.values import Value, read_value, write_value
@@ -127,20 +127,20 @@ def exported(profile: Profile, config: dict[str, int | bool], folder: Path) -> E
 
 def rows(backend: str, made: Exported, folder: Path) -> Iterator[BuildRow]:
     """Build the engines: the export's row, and one a graph."""
-    entry = builders.build(backend, made.graphs, folder, folder, {}, reporter())
+    entry = build(backend, made.graphs, folder, folder, {}, reporter())
     opset = made.profile.opset
     onnx = sum(path.stat().st_size for path in (folder / "onnx").iterdir())
     yield BuildRow(opset=opset, what="export", seconds=made.seconds, memory=made.memory, size=onnx)
-    for role, build in entry.builds.items():
+    for role, built in entry.builds.items():
         yield BuildRow(
             opset=opset,
             what=f"{role} engine",
-            seconds=build.seconds,
-            memory=build.host_memory,
+            seconds=built.seconds,
+            memory=built.host_memory,
             size=(folder / entry.files[role]).stat().st_size,
-            layers=build.precisions if build.engine_precisions is None else build.engine_precisions,
-            fused=build.fused_attention,
-            attentions=build.attentions,
+            layers=built.precisions if built.engine_precisions is None else built.engine_precisions,
+            fused=built.fused_attention,
+            attentions=built.attentions,
         )
 
 
@@ -160,7 +160,7 @@ def main() -> None:
     shape = msgspec.structs.replace(profile.shape, frames=given.frames or profile.shape.frames)
     profile = msgspec.structs.replace(profile, dtype=given.dtype or profile.dtype, shape=shape)
     config = {**CONFIGS[given.size], **({"num_layers": given.layers} if given.layers else {})}
-    builders.check(given.backend, profile.dtype)
+    check(given.backend, profile.dtype)
     folder = given.work or Path(tempfile.mkdtemp(prefix="engine_build_"))
     found: list[BuildRow] = []
     try:

@@ -49,13 +49,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project as it lies here, installed or not
 
-from lemica_trt.backends.base import Array, Backend, Buffer, Call, Capture, InOrder, Settings, check_binding
-from lemica_trt.backends.builders import build
+from lemica_trt.backends.base import Array, Backend, Capture, Settings
+from lemica_trt.backends.build import build
 from lemica_trt.core.errors import LemicaError
 from lemica_trt.core.progress import Quiet
 from lemica_trt.core.values import read_value, write_bytes, write_value
 from lemica_trt.ir.engine import EngineEntry, EngineKey
-from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role, StepLayout, TensorSpec
+from lemica_trt.ir.graphs import GraphSet, Role, StepLayout
 from lemica_trt.ir.plan import StepPlan, layout_from_plans
 from lemica_trt.ir.profile import Profile, Shape
 from lemica_trt.ir.resources import load_profile, zoo_path
@@ -252,167 +252,6 @@ def tiny_graphs(part: Part, model: Any, layout: StepLayout) -> tuple[GraphSet, P
     return read_value(GraphSet, root / "graphs.json"), root
 
 
-# ---------------------------------------------------------------- PyTorch behind the same interface
-
-
-class TorchBuffer:
-    """A tensor."""
-
-    def __init__(self, tensor: Any, dtype: Any) -> None:
-        self.tensor = tensor
-        self.dtype = dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-
-class TorchCalls:
-    """Calls in a row: enqueued, and once their modules have run captured as one CUDA graph and launched."""
-
-    def __init__(self, backend: TorchBackend, calls: Sequence[TorchCall]) -> None:
-        self.calls = tuple(calls)
-        self._backend = backend
-        self._graph: Any = None
-
-    def run(self) -> None:
-        import torch
-
-        backend = self._backend
-        modules = {call.module for call in self.calls}
-        if backend.capture == "none" or not modules <= backend.warm:
-            for call in self.calls:
-                call()
-            backend.warm |= modules
-            return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()
-            with torch.cuda.graph(self._graph, pool=backend.pool):
-                for call in self.calls:
-                    call()
-        self._graph.replay()
-
-
-class TorchCall:
-    """A module with buffers for its inputs and outputs."""
-
-    def __init__(self, module: Any, graph: GraphSpec, buffers: Mapping[str, Buffer]) -> None:
-        self.module = module
-        self._graph = graph
-        self._tensors = {name: buffer.tensor for name, buffer in buffers.items()}
-
-    def __call__(self) -> None:
-        import torch
-
-        with torch.no_grad():
-            results = self.module({spec.name: self._tensors[spec.name] for spec in self._graph.inputs})
-            for spec in self._graph.outputs:
-                self._tensors[spec.name].copy_(results[spec.name])
-
-
-class TorchEngine:
-    """A module."""
-
-    def __init__(self, backend: TorchBackend, module: Any, graph: GraphSpec) -> None:
-        self._backend = backend
-        self._module = module
-        self._graph = graph
-
-    def bind(self, buffers: Mapping[str, Buffer], *, once: bool = False) -> TorchCalls:
-        check_binding(self._graph, buffers)
-        return TorchCalls(self._backend, [TorchCall(self._module, self._graph, buffers)])
-
-
-class TorchBackend:
-    """`Backend` on PyTorch modules instead of engines, so that the same loop drives the same rows.
-
-    Args:
-        modules: by role.
-        device: of torch.
-        capture: as for engines; CUDA only.
-    """
-
-    def __init__(self, modules: Mapping[Role, Any], device: str, capture: Capture) -> None:
-        import torch
-
-        self._modules = modules
-        self._device = device
-        self.capture: Capture = capture if device == "cuda" else "none"
-        self.pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
-        self.warm: set[Any] = set()
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> TorchBuffer:
-        import torch
-
-        from lemica_trt.export.graphs import TORCH_DTYPES
-
-        return TorchBuffer(torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=self._device), dtype)
-
-    def upload(self, array: Array, buffer: Any) -> None:
-        import torch
-
-        tensor = buffer.tensor.view(torch.uint16) if buffer.dtype == "bf16" else buffer.tensor
-        tensor.copy_(torch.from_numpy(array))
-
-    def download(self, buffer: Any) -> Array:
-        import torch
-
-        tensor = buffer.tensor.view(torch.uint16) if buffer.dtype == "bf16" else buffer.tensor
-        return np.array(tensor.cpu().numpy())
-
-    def load(self, graph: GraphSpec, path: Path) -> TorchEngine:
-        return TorchEngine(self, self._modules[graph.role], graph)
-
-    def join(self, calls: Sequence[Call]) -> Call:
-        return TorchCalls(self, [c for call in calls for c in call.calls]) if self.capture == "plan" else InOrder(calls)
-
-    def synchronize(self) -> None:
-        import torch
-
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-
-
-def torch_modules(model: Any, layout: StepLayout) -> dict[Role, Any]:
-    """The step graphs as torch modules."""
-    from lemica_trt.models.steps import CombineStep, FullStep, SkipStep
-
-    return {"combine": CombineStep(layout), "full": FullStep(model, layout), "skip": SkipStep(model, layout)}
-
-
-def torch_denoiser(model: Any, layout: StepLayout, modules: Mapping[Role, Any], capture: Capture) -> Denoiser:
-    """The loop on torch modules."""
-    from lemica_trt.export.graphs import OUTPUTS, hidden_specs, input_specs
-
-    hidden = hidden_specs(model, layout)
-    sample = TensorSpec(name="latents", dtype="fp32", shape=("batch", *layout.latent_shape))
-    outputs = {name: msgspec.structs.replace(sample, name=name) for name in ("latents", "output")}
-    outputs["residual"] = hidden["residual"]
-
-    def at_one(spec: TensorSpec) -> TensorSpec:
-        sizes = {"batch": 1, "2*batch": 2}
-        return msgspec.structs.replace(spec, shape=tuple(n if isinstance(n, int) else sizes[n] for n in spec.shape))
-
-    graphs = GraphSet(
-        dtype=model.profile.dtype,
-        layout=layout,
-        max_batch=1,
-        graphs=tuple(
-            GraphSpec(
-                role=role,
-                file="",
-                inputs=tuple(map(at_one, input_specs(role, model, layout, hidden))),
-                outputs=tuple(at_one(outputs[name]) for name in OUTPUTS[role]),
-                opset=model.profile.opset,
-            )
-            for role in STEP_ROLES
-        ),
-    )
-    backend = TorchBackend(modules, str(model.device.type), capture)
-    return Denoiser(backend, graphs, {role: backend.load(graphs.graph(role), Path()) for role in STEP_ROLES})
-
-
 # ---------------------------------------------------------------- measuring
 
 
@@ -421,13 +260,13 @@ def row_times(denoiser: Denoiser, plan: StepPlan, request: Mapping[str, Any], re
     rows: dict[str, list[float]] = {"full": [], "skip": []}
 
     def note(row: RowDone) -> None:
-        if row.graph in rows:
-            rows[row.graph].append(row.seconds)
+        if row.variant in rows:
+            rows[row.variant].append(row.seconds)
 
     denoiser.run(plan, **request)
-    denoiser.run(plan, **request, on_row=lambda row: None)
+    denoiser.run(plan, **request, on_step=lambda row: None)
     for _ in range(repeats):
-        denoiser.run(plan, **request, on_row=note)
+        denoiser.run(plan, **request, on_step=note)
     return {name: median(seconds) for name, seconds in rows.items() if seconds}
 
 
@@ -646,6 +485,9 @@ def torch_part(part: Part) -> None:
     """The large model by PyTorch."""
     import torch
 
+    from lemica_trt.backends.torch.options import TorchOptions
+    from lemica_trt.evaluate.torch_runtime import torch_denoiser
+
     model = large_model(part, part.torch_device)
     plans = plans_of(model, [PROBE, 4] if part.tiny else [PROBE, 10, 15, 25])
     layout = layout_of(model, plans)
@@ -653,16 +495,16 @@ def torch_part(part: Part) -> None:
     parameters = sum(p.numel() for p in model.pipeline.transformer.parameters())
     part.found("model", {"parameters": parameters, "latents": model.latent_shape, "dtype": model.profile.dtype})
     repeats = 2
-    modules = torch_modules(model, layout)
     eager = part.attempt(
-        "eager step", lambda: row_times(torch_denoiser(model, layout, modules, "none"), plans[0], request, repeats)
+        "eager step",
+        lambda: row_times(torch_denoiser(model, layout, capture="none"), plans[0], request, repeats),
     )
     if eager is None:
         return
     label = "PyTorch + CUDA graphs (not TensorRT)" if not part.null else "PyTorch on the CPU"
     part.attempt(
         f"plans, {label}",
-        lambda: plan_table(part, torch_denoiser(model, layout, modules, "plan"), plans, request, eager["full"]),
+        lambda: plan_table(part, torch_denoiser(model, layout, capture="plan"), plans, request, eager["full"]),
     )
     gc.collect()
 
@@ -670,7 +512,7 @@ def torch_part(part: Part) -> None:
         if part.tiny or part.left() < COMPILE:
             return {"left_out": "--tiny" if part.tiny else "no time"}  # type: ignore[dict-item]
         return row_times(
-            torch_denoiser(model, layout, {role: torch.compile(module) for role, module in modules.items()}, "none"),
+            torch_denoiser(model, layout, capture="none", options=TorchOptions(compile=True)),
             plans[0],
             request,
             repeats,
@@ -776,17 +618,17 @@ def table(report: Mapping[str, Any]) -> str:
             "",
             f"{name}  ({part['seconds']:.0f} s){'' if part['error'] is None else '  FAILED: ' + part['error']}",
         ]
-        lines += [f"  {line}" for key, value in part["found"].items() for line in _said(key, value)]
+        lines += [f"  {line}" for key, value in part["found"].items() for line in _lines(key, value)]
     return "\n".join(lines[1:]) + "\n"
 
 
-def _said(name: str, value: Any) -> list[str]:
+def _lines(name: str, value: Any) -> list[str]:
     if isinstance(value, Mapping) and value and not any(isinstance(v, (Mapping, list)) for v in value.values()):
         return [f"{name:<44} " + "  ".join(f"{key} {_number(v)}" for key, v in value.items())]
     if isinstance(value, Mapping) and value:
-        return [name, *(f"  {line}" for key, v in value.items() for line in _said(key, v))]
+        return [name, *(f"  {line}" for key, v in value.items() for line in _lines(key, v))]
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        return [name, *(f"  {line}" for row in value for line in _said("", row))]
+        return [name, *(f"  {line}" for row in value for line in _lines("", row))]
     return [f"{name:<44} {_number(value)}"]
 
 

@@ -26,9 +26,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "backends": ("ir",),
     "bundle": ("ir",),
     "runtime": ("backends", "bundle"),
-    "evaluate": ("calibrate", "runtime"),
+    "evaluate": ("calibrate", "export", "runtime"),
     "report": ("ir",),
-    "compiler": ("evaluate", "export", "report"),
+    "compiler": ("evaluate", "report"),
     "triton": ("runtime",),
     "cli": ("compiler", "triton"),
     "testing": ("runtime", "models"),
@@ -43,6 +43,7 @@ HEAVY = {
 """Libraries that no light module may import when it is loaded."""
 
 MAY_BE_HEAVY = (
+    "backends.torch.run",
     "models",
     "calibrate",
     "export",

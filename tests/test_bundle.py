@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -17,11 +18,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from lemica_trt.bundle.manifest import FileEntry, plan_path, portable_source, require_relative
+from lemica_trt.bundle import reading
+from lemica_trt.bundle.manifest import FileEntry, manifest_digest_line, plan_path, portable_source, require_relative
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.writing import add_plan, move_bundle, write_bundle
+from lemica_trt.core import files
 from lemica_trt.core.errors import InputError, IntegrityError, LemicaError, MissingDependencyError, UsageError
-from lemica_trt.core.values import write_bytes
+from lemica_trt.core.files import PART_BYTES, PartedDigest, parted_digests
+from lemica_trt.core.values import json_bytes, write_bytes
 from lemica_trt.ir.engine import EngineEntry, EngineKey
 from lemica_trt.ir.graphs import EncoderSpec, GraphSet, GraphSpec, step_layout
 from lemica_trt.ir.plan import PlanRow, StepPlan, check_plan, trunk_reads
@@ -119,6 +123,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert names_in(tmp_path / "new") == ["b"]
     assert (bundle.path / "reports" / "report.html").read_bytes() == b"1"
     assert (bundle.path / "manifest.json").stat().st_mode & 0o777 == 0o644
+    assert repr(bundle).endswith("/new/b': toy; plans default (default), slow; engines onnxruntime for cpu>")
 
 
 def test_same_input_same_bytes(tmp_path: Path) -> None:
@@ -174,9 +179,20 @@ def damage_folder_link_out(folder: Path) -> None:
     (folder / "onnx").symlink_to(folder.parent / "outside")
 
 
+def damage_link_inside(folder: Path) -> None:
+    (folder / "onnx/full.onnx").rename(folder / "onnx/renamed")
+    (folder / "onnx/full.onnx").symlink_to("renamed")
+
+
 def damage_folder(folder: Path) -> None:
     (folder / "onnx/full.onnx").unlink()
     (folder / "onnx/full.onnx").mkdir()
+
+
+def damage_pipe(folder: Path) -> None:
+    """Whoever opens it to read waits for ever."""
+    (folder / "onnx/full.onnx").unlink()
+    os.mkfifo(folder / "onnx/full.onnx")
 
 
 @pytest.mark.parametrize(
@@ -185,9 +201,11 @@ def damage_folder(folder: Path) -> None:
         (damage_missing, "onnx/full.onnx: expected a file of 1000 bytes, it is missing →"),
         (damage_short, "onnx/full.onnx: expected 1000 bytes, got 999 →"),
         (damage_bit, "onnx/full.onnx: expected SHA-256 .*…, got .*…: altered → copy the bundle again, or rebuild it"),
-        (damage_link_out, "onnx/full.onnx: expected a file in the bundle, got a link out of it →"),
-        (damage_folder_link_out, "onnx/full.onnx: expected a file in the bundle, got a link out of it →"),
-        (damage_folder, "onnx/full.onnx: expected a file of 1000 bytes, it is missing →"),
+        (damage_link_out, "onnx/full.onnx: expected a file in the bundle, got a link → copy it with its content"),
+        (damage_folder_link_out, "onnx/full.onnx: expected a file in the bundle, got a link →"),
+        (damage_link_inside, "onnx/full.onnx: expected a file in the bundle, got a link →"),
+        (damage_folder, "onnx/full.onnx: expected a file, got a folder, pipe or device →"),
+        (damage_pipe, "onnx/full.onnx: expected a file, got a folder, pipe or device →"),
     ],
 )
 def test_damage_is_found_before_use(bundle: Bundle, damage: Callable[[Path], None], message: str) -> None:
@@ -205,15 +223,14 @@ def test_damage_is_found_before_use(bundle: Bundle, damage: Callable[[Path], Non
 def test_unlisted_files(bundle: Bundle) -> None:
     (bundle.path / "onnx" / "extra.onnx").write_bytes(b"")
     (bundle.path / "reports" / "later.json").write_bytes(b"")
-    (bundle.path / "cache").mkdir()
-    (bundle.path / "cache" / "full-sm_89.bin").write_bytes(b"compiled here")
     for name in (
         "onnx/extra.onnx",
-        "cache/full-sm_89.bin",
+        "reports/later.json",
         "../b/onnx/full.onnx",
         "/etc/hostname",
         "onnx",
         "manifest.json",
+        "manifest.sha256",
         "",
     ):
         for use in (bundle.file, bundle.read_bytes):
@@ -237,11 +254,32 @@ def test_an_altered_plan(bundle: Bundle) -> None:
         bundle.plan("fast")
 
 
+def forge(bundle: Bundle, manifest: bytes) -> Path:
+    """Another manifest, with its digest."""
+    (bundle.path / "manifest.json").write_bytes(manifest)
+    (bundle.path / "manifest.sha256").write_bytes(manifest_digest_line(manifest))
+    return bundle.path
+
+
 def edited(bundle: Bundle, edit: Callable[[Any], None]) -> Path:
     data = json.loads((bundle.path / "manifest.json").read_text())
     edit(data)
-    (bundle.path / "manifest.json").write_text(json.dumps(data))
-    return bundle.path
+    return forge(bundle, json.dumps(data).encode())
+
+
+def layout(**changes: Any) -> Callable[[Any], None]:
+    return lambda data: data["graphs"]["layout"].update(changes)
+
+
+def tensors(role: str, inputs: list[Any], outputs: list[Any] | None = None) -> Callable[[Any], None]:
+    """Other inputs and outputs (name, shape) of a graph."""
+
+    def edit(data: Any) -> None:
+        graph = next(graph for graph in data["graphs"]["graphs"] if graph["role"] == role)
+        for key, given in (("inputs", inputs), ("outputs", outputs or [])):
+            graph[key] = [{"name": name, "dtype": "fp32", "shape": shape} for name, shape in given]
+
+    return edit
 
 
 def rename_file(name: str) -> Callable[[Any], None]:
@@ -266,13 +304,28 @@ def rename_file(name: str) -> Callable[[Any], None]:
         (rename_file("/skip.onnx"), "expected a relative path inside the bundle, got '/skip.onnx'"),
         (rename_file("C:\\skip.onnx"), "expected a relative path inside the bundle"),
         (rename_file("reports/skip.onnx"), "reports/skip.onnx must not be listed"),
-        (rename_file("cache/skip.onnx"), "cache/skip.onnx must not be listed"),
+        (rename_file("manifest.sha256"), "manifest.sha256 must not be listed"),
         (lambda data: data["files"]["onnx/full.onnx"].update(sha256="A" * 64), "sha256 must be 64 hex digits"),
         (lambda data: data["files"]["onnx/full.onnx"].update(size=-1), "size must be at least 0"),
         (lambda data: data.update(default_plan="fast"), "default_plan must be one of plans, got 'fast'"),
         (lambda data: data.update(plans=["slow", "default"]), "plans must be sorted names"),
         (lambda data: data["buckets"]["1x8x8"].update(engines=[]), "engines must not be empty"),
         (lambda data: data["profile"].update(source="/home/me/model"), "source must not be an absolute path"),
+        (lambda data: data["profile"].update(name="x\x1b]0;title\x07"), "got: a control character in line 1"),
+        (lambda data: data["profile"]["shape"].update(fps=1 << 40), "profile.shape.fps must be 1 … 1.04858e"),
+        (lambda data: data["text"].update(length=10**12), "text.length must be 1 … 65536, got 1000000000000"),
+        (lambda data: data["text"].update(pad_id=1 << 70), "text.pad_id must be 0 … 2.14748e"),
+        (lambda data: data["text"].update(end_id=-1), "text.end_id must be 0 … 2.14748e"),
+        (lambda data: data["graphs"].update(max_batch=0), "graphs.max_batch must be 1 … 4096, got 0"),
+        (layout(latent_shape=[4, -8]), "layout.latent_shape must be 1 … 1.04858e"),
+        (layout(latent_shape=[1 << 20] * 2), "elements of layout.latent_shape must be"),
+        (layout(latent_history=1 << 40), "layout.latent_history must be 1 … 64"),
+        (
+            tensors("full", [("latents_0", ["batch", 4, 5])]),
+            r"full, latents_0: expected latents \[4, 4\], got \[4, 5\]",
+        ),
+        (tensors("full", [("x", ["batch", 0])]), "graph full, x must be 1 …"),
+        (tensors("full", [("x", ["x"])], [("y", ["batch"])]), "graph full, y: no input has the dimension 'batch'"),
     ],
 )
 def test_bad_manifests(bundle: Bundle, edit: Callable[[Any], None], message: str) -> None:
@@ -281,16 +334,122 @@ def test_bad_manifests(bundle: Bundle, edit: Callable[[Any], None], message: str
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff\xfe", b"null"])
+@pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff\xfe", b"null", b'{"format_version":' + b"[" * 100_000])
 def test_manifests_that_are_none(bundle: Bundle, data: bytes) -> None:
-    (bundle.path / "manifest.json").write_bytes(data)
     with pytest.raises(IntegrityError, match=r"manifest\.json: expected a valid"):
+        Bundle.open(forge(bundle, data))
+
+
+def test_one_bit_of_the_manifest_or_of_its_digest(bundle: Bundle) -> None:
+    """Every one of them is found when the bundle is opened; a sample of the manifest's here, all of the digest's."""
+    rng = random.Random(0)
+    for name in ("manifest.json", "manifest.sha256"):
+        data = (bundle.path / name).read_bytes()
+        bits = range(8 * len(data)) if name == "manifest.sha256" else rng.sample(range(8 * len(data)), 300)
+        for bit in bits:
+            flipped = bytearray(data)
+            flipped[bit // 8] ^= 1 << bit % 8
+            (bundle.path / name).write_bytes(flipped)
+            with pytest.raises(IntegrityError, match=r"does not match manifest\.sha256: altered"):
+                Bundle.open(bundle.path)
+        (bundle.path / name).write_bytes(data)
+    assert Bundle.open(bundle.path).digest == bundle.digest
+    command = ["sha256sum", "--check", "manifest.sha256"]
+    assert subprocess.run(command, cwd=bundle.path, capture_output=True, text=True).stdout == "manifest.json: OK\n"
+
+
+def test_manifests_that_are_no_plain_files(bundle: Bundle) -> None:
+    for name in ("manifest.json", "manifest.sha256"):
+        data = (bundle.path / name).read_bytes()
+        (bundle.path / name).unlink()
+        with pytest.raises(IntegrityError, match=f"expected a bundle with a {name}, got: No such file"):
+            Bundle.open(bundle.path)
+        os.mkfifo(bundle.path / name)
+        with pytest.raises(IntegrityError, match=f"{name}: expected a file of at most"):
+            Bundle.open(bundle.path)
+        (bundle.path / name).unlink()
+        (bundle.path / name).write_bytes(data)
+    with (bundle.path / "manifest.json").open("r+b") as file:
+        file.truncate(1 << 40)  # sparse; nobody reads it
+    with pytest.raises(IntegrityError, match="expected a file of at most"):
         Bundle.open(bundle.path)
+
+
+def test_reports_that_are_links_or_pipes(bundle: Bundle) -> None:
+    """What is written there stays there, and what is read there ends."""
+    link = bundle.path / "reports" / "verify.json"
+    for make in (lambda: link.symlink_to("/etc/hostname"), lambda: os.mkfifo(link)):
+        make()
+        with pytest.raises(
+            IntegrityError, match=r"reports/verify\.json: expected a file or folder, got a link or device"
+        ):
+            Bundle.open(bundle.path)
+        link.unlink()
+    (bundle.path / "reports").rename(bundle.path.parent / "elsewhere")
+    (bundle.path / "reports").symlink_to(bundle.path.parent / "elsewhere")
+    with pytest.raises(IntegrityError, match="reports: expected a file or folder"):
+        Bundle.open(bundle.path)
+
+
+def test_a_file_that_is_altered_after_it_was_used(bundle: Bundle) -> None:
+    """Its size and even its time of modification may be what they were."""
+    path = bundle.file("onnx/full.onnx")
+    os.utime(path, ns=(0, 0))
+    time.sleep(0.2)
+    bundle.check()
+    path.write_bytes(b"1" * 999 + b"0")
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(IntegrityError, match=r"onnx/full\.onnx: expected SHA-256"):
+        bundle.file("onnx/full.onnx")
+
+
+def test_a_file_is_read_once_for_each_version(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    time.sleep(0.2)
+    bundle.check()
+    read: list[Path] = []
+
+    def digests(paths: list[Path]) -> list[str]:
+        read.extend(paths)
+        return parted_digests(paths)
+
+    monkeypatch.setattr(reading, "parted_digests", digests)
+    bundle.check_files(bundle.manifest.files)
+    assert read == []
+    os.utime(bundle.path / "onnx/full.onnx")
+    bundle.check_files(bundle.manifest.files)
+    assert read == [bundle.path / "onnx/full.onnx"]
+
+
+def test_a_bundle_that_was_replaced_is_not_called_damaged(bundle: Bundle) -> None:
+    write(bundle.path, "2")
+    with pytest.raises(IntegrityError, match=r"replaced after it was opened → open the bundle again"):
+        bundle.file("onnx/full.onnx")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"draws": 65}, r"rows\[0\]\.draws must be 0 … 64, got 65"),
+        ({"latents": (1e39,)}, r"rows\[0\]: largest coefficient must be 0 … 3\.40282e\+38, got 1e\+39"),
+    ],
+)
+def test_plans_without_bounds(bundle: Bundle, change: dict[str, Any], message: str) -> None:
+    plan = plan_of()
+    row = msgspec.structs.replace(plan.rows[0], **change)
+    plan = msgspec.structs.replace(plan, rows=(row, *plan.rows[1:]))
+    with pytest.raises(InputError, match=message):
+        write(bundle.path.parent / "other", plans=[plan])
+    data = json_bytes(plan)
+    (bundle.path / plan_path("default")).write_bytes(data)
+    entry = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    opened = Bundle.open(edited(bundle, lambda manifest: manifest["files"].update({plan_path("default"): entry})))
+    with pytest.raises(InputError, match=message):
+        opened.plan()
 
 
 def test_no_bundle(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent", Path(__file__)):
-        with pytest.raises(IntegrityError, match=r"expected a bundle with a manifest\.json, got: No|got: Not"):
+        with pytest.raises(IntegrityError, match=r"expected a bundle with a manifest\.json, got: No"):
             Bundle.open(path)
 
 
@@ -355,7 +514,7 @@ def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert not list(tmp_path.iterdir()), "nothing is left"
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(MissingDependencyError, match=r"0\.0 GB are free → free disk space"):
+    with pytest.raises(MissingDependencyError, match=r"needs \d\.\d kB beside .*, 100 B are free → free disk space"):
         write(target)
     assert not list(tmp_path.iterdir())
 
@@ -392,7 +551,7 @@ def test_add_plan(bundle: Bundle) -> None:
     more.check()
     after = tree(more.path)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed == {"manifest.json", "plans/fast.json", "plans/slow.json"}
+    assert changed == {"manifest.json", "manifest.sha256", "plans/fast.json", "plans/slow.json"}
     assert add_plan(more, default="fast").manifest.default_plan == "fast"
     with pytest.raises(InputError, match="default_plan must be one of plans"):
         add_plan(more, default="none")
@@ -405,7 +564,7 @@ def test_add_plan(bundle: Bundle) -> None:
 def test_a_bundle_is_moved_whole_with_what_is_not_listed(tmp_path: Path) -> None:
     """In place of an older one; what it may not replace stays."""
     old, new = write(tmp_path / "b", "1"), write(tmp_path / "b.unverified", "2")
-    write_bytes(b"compiled", new.path / "cache" / "full.bin")
+    write_bytes(b"measured", new.path / "reports" / "step_times.json")
     expected = tree(new.path)
     (tmp_path / "other").mkdir()
     write_bytes(b"mine", tmp_path / "other" / "file")
@@ -596,3 +755,29 @@ def test_readers_during_a_swap(tmp_path: Path) -> None:
 
 def test_entries_are_what_they_say() -> None:
     assert FileEntry(sha256="0" * 64, size=0).size == 0
+
+
+# ---------------------------------------------------------------- digests
+
+
+def test_digests_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream and threads agree; up to one part it is the plain SHA-256, above the SHA-256 of the parts' digests."""
+    assert PART_BYTES == 64 << 20, "another size is another format"
+    monkeypatch.setattr(files, "PART_BYTES", 1000)
+    rng = random.Random(0)
+    contents = [rng.randbytes(size) for size in (0, 1, 999, 1000, 1001, 2000, 5432)]
+    paths = [tmp_path / str(number) for number in range(len(contents))]
+    expected = []
+    for path, content in zip(paths, contents):
+        path.write_bytes(content)
+        parts = [content[start : start + 1000] for start in range(0, len(content), 1000)]
+        joined = b"".join(hashlib.sha256(part).digest() for part in parts)
+        expected.append(hashlib.sha256(content if len(content) <= 1000 else joined).hexdigest())
+        stream = PartedDigest()
+        for start in range(0, len(content), 77):
+            stream.update(content[start : start + 77])
+        assert stream.hexdigest() == expected[-1]
+    assert parted_digests(paths) == expected
+    assert parted_digests([]) == []
+    with pytest.raises(InputError, match="absent: expected a readable file, got: No such file"):
+        parted_digests([tmp_path / "absent"])

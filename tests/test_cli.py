@@ -13,8 +13,9 @@ import onnxruntime
 import pytest
 from command import PAPER, SMALL, lemica
 
+from lemica_trt.bundle.manifest import manifest_digest_line
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.compiler.work import work_folder
+from lemica_trt.compiler.workspace import work_folder
 from lemica_trt.core.errors import EXIT_CODES
 from lemica_trt.core.values import read_value
 from lemica_trt.ir.calibration import ErrorGraph, TrajectoryGrams
@@ -47,7 +48,7 @@ def test_build_makes_a_verified_bundle(built: tuple[Path, subprocess.CompletedPr
 def test_build_again_does_nothing_again(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     output, _ = built
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    (journal,) = output.with_name("bundle.work").glob("journal-*.jsonl")
+    (journal,) = output.with_name("bundle.work").glob("journals/journal-*.jsonl")
     finished = journal.read_bytes()
     done = lemica("build", *SMALL, *PAPER, "--budget", "4,5", "--verify-samples", "2", "--output", output)
     assert done.returncode == 0, done.stderr
@@ -61,7 +62,8 @@ def test_a_bundle_that_does_not_verify_replaces_none(
 ) -> None:
     """The old one stays as it is, the new one lies beside it with its report."""
 
-    from lemica_trt import compiler as pipeline
+    from lemica_trt.compiler import work_commands
+    from lemica_trt.compiler.requests import BuildRequest
     from lemica_trt.core.errors import VerificationError
     from lemica_trt.core.progress import Quiet
     from lemica_trt.evaluate import verify
@@ -70,15 +72,15 @@ def test_a_bundle_that_does_not_verify_replaces_none(
     shutil.copytree(built[0], output)
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     profile = Bundle.open(output).manifest.profile
-    request = pipeline.Request(budgets=(3,), methods=("uniform",), verify_samples=1)
+    request = BuildRequest(budgets=(3,), methods=("uniform",), verify_samples=1)
     monkeypatch.setattr(verify.VerifyReport, "failures", lambda report: ["the graphs differ"])
     with pytest.raises(VerificationError, match=rf"the graphs differ → do not deploy {output}\.unverified; report it"):
-        pipeline.build(profile, output, request, Quiet())
+        work_commands.build(profile, output, request, Quiet())
     assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     candidate = Bundle.open(tmp_path / "bundle.unverified")
     assert candidate.plans == ("b3", "uncached") and (candidate.path / "reports" / "verify.json").is_file()
     monkeypatch.undo()
-    built_again = pipeline.build(profile, output, request, Quiet())
+    built_again = work_commands.build(profile, output, request, Quiet())
     assert built_again.report is not None and built_again.bundle.path == output
     assert built_again.bundle.plans == ("b3", "uncached")
     assert not candidate.path.exists()
@@ -107,11 +109,14 @@ def test_stages_refuse_what_another_profile_left(tmp_path: Path) -> None:
         assert lemica("calibrate", *small, "--output", work).returncode == 0
         if steps == 6:
             assert lemica("plan", work, *PAPER, "--budget", "4").returncode == 0
-    done = lemica("export", work, "--quiet")
-    assert done.returncode == 3 and "lemica-trt plan" in done.stderr
+    assert lemica("export", work, "--quiet").returncode == 0
+    engine = ("engine", work, "--output", tmp_path / "bundle", "--quiet")
+    done = lemica(*engine)
+    assert done.returncode == 3 and f"lemica-trt plan {work}" in done.stderr
     assert lemica("plan", work, *PAPER, "--budget", "5").returncode == 0
-    done = lemica("engine", work, "--output", tmp_path / "bundle", "--quiet")
-    assert done.returncode == 3 and "lemica-trt export" in done.stderr
+    shutil.rmtree(work / "onnx")
+    done = lemica(*engine)
+    assert done.returncode == 3 and f"lemica-trt export {work}" in done.stderr
     assert not (tmp_path / "bundle").exists()
 
 
@@ -122,11 +127,11 @@ def test_cheap_calibration_says_what_it_costs_before_and_after(tmp_path: Path) -
     assert re.search(r"calibrate +secant: 1 samples, up to 3 steps skipped: \d+ samplings' work", done.stderr)
     counted = re.search(r"(\d+) full steps, \d+ skipped steps were run: ([\d.]+) samp", done.stderr)
     assert counted is not None and float(counted[2]) == pytest.approx(int(counted[1]) / 8, abs=0.05)
-    graph = read_value(ErrorGraph, work / "error_graph.json")
+    graph = read_value(ErrorGraph, work / "calibration" / "error_graph.json")
     assert (graph.method, graph.samplings) == ("secant", int(counted[1]) / 8)
-    assert read_value(TrajectoryGrams, work / "grams.json").sampler_digest == graph.sampler_digest
+    assert read_value(TrajectoryGrams, work / "calibration" / "grams.json").sampler_digest == graph.sampler_digest
     assert lemica("plan", work, "--budget", "4").returncode == 0
-    (trials,) = read_value(TrialTables, work / "selection.json").tables
+    (trials,) = read_value(TrialTables, work / "calibration" / "selection.json").tables
     assert {trial.label for trial in trials.trials} <= set(AUTO) and "lemica" in {t.label for t in trials.trials}
 
 
@@ -179,7 +184,18 @@ def test_dry_run_does_nothing(tmp_path: Path) -> None:
     done = lemica("build", *SMALL, "--budget", "4", "--output", tmp_path / "bundle", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     stages = {stage["name"]: stage for stage in json.loads(done.stdout)}
-    assert list(stages) == ["calibrate", "fit", "select", "plan", "export", "engine", "bundle", "verify"]
+    assert list(stages) == [
+        "lower",
+        "layout",
+        "export",
+        "engine",
+        "calibrate",
+        "fit",
+        "select",
+        "plan",
+        "bundle",
+        "verify",
+    ]
     assert stages["calibrate"]["seconds"] > 0 and stages["export"]["disk"] > 1_000_000
     assert list(tmp_path.iterdir()) == []
 
@@ -187,7 +203,7 @@ def test_dry_run_does_nothing(tmp_path: Path) -> None:
 def test_doctor_lists_profiles() -> None:
     done = lemica("doctor", "--json")
     assert done.returncode == 0, done.stderr
-    assert "model cogvideox-tiny" in {finding["what"] for finding in json.loads(done.stdout)}
+    assert "model cogvideox-tiny" in {check["what"] for check in json.loads(done.stdout)}
 
 
 MISTAKES: tuple[tuple[tuple[str, ...], int, str], ...] = (
@@ -213,6 +229,9 @@ MISTAKES: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("build", "--model", "wan2.1-t2v-1.3b", "--weights", "nowhere", "--dtype", "fp16"), 3, "nowhere"),
     (("build", "--model", "cogvideox-tiny", "--schedule", "0,7", "--budget", "2"), 2, "together with --budget"),
     (("build", "--model", "cogvideox-tiny", "--error-graph", "g.json", "--samples", "2"), 2, "together with --samples"),
+    (("build", "--model", "cogvideox-tiny", "--method", "lemica,best"), 2, "stock:unipc, uniform, got 'best'"),
+    (("build", "--model", "cogvideox-tiny", "--solver", "fitted"), 2, "--method fitted"),
+    (("build", "--model", "cogvideox-tiny", "--reuse", "residual"), 2, "--method lemica"),
     (("frobnicate",), 2, "frobnicate"),
 )
 
@@ -273,7 +292,7 @@ def test_what_a_build_would_only_find_at_its_end(tmp_path: Path, monkeypatch: py
 def test_out_of_memory_is_one_line(error: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import torch, lemica_trt.compiler as p\nfrom lemica_trt.cli.main import main\n"
+        "import torch, lemica_trt.compiler.work_commands as p\nfrom lemica_trt.cli.main import main\n"
         f"def fail(*_, **__): raise {error}\n"
         "p.build = fail\nmain(['build', '--model', 'cogvideox-tiny'])\n"
     )
@@ -304,6 +323,7 @@ def test_verify_finds_a_graph_that_computes_something_else(
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["files"]["onnx/skip.onnx"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "manifest.sha256").write_bytes(manifest_digest_line((copy / "manifest.json").read_bytes()))
     done = lemica("verify", copy, "--verify-samples", "1", "--quiet")
     assert done.returncode == 9, done.stderr
     assert "graph skip differs from PyTorch" in done.stderr and "plan b4 differs from torch" in done.stderr

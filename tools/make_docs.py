@@ -2,7 +2,7 @@
 
     python tools/make_docs.py                        write them
     python tools/make_docs.py --check                say which files are not up to date; exit code 1 if any
-    python tools/make_docs.py --pictures out/quality copy the pictures of a bundle that `lemica-trt build` verified:
+    python tools/make_docs.py --pictures out/quality make the pictures too, from a bundle that was built and verified by
 
         lemica-trt build --model cogvideox-tiny --budget 15,10,20,25 --output out/quality
 
@@ -28,14 +28,15 @@ from record import EngineBuild, Quality, Result, Serving, Speed, UnusedDepth, re
 from tables import described, summary_table, table
 
 from lemica_trt.cli.main import main as cli
+from lemica_trt.compiler.stages import STAGES
 from lemica_trt.core.errors import EXIT_CODES
 from lemica_trt.ir.resources import load_profile, profile_names
 from lemica_trt.planning.planner import AUTO, planners
 
 ROOT = Path(__file__).parents[1]
 
-PICTURES = ("contact_sheet.png", "schedules.png")
-"""Files of a bundle's reports/ that docs/ has a copy of."""
+SHEET_PROMPTS = 2
+"""Held-out prompts on the contact sheet."""
 
 BUILT_IN_DEFAULT = re.compile(r"\s*\[default: (.*?)\]$")
 """A default that an option's help says itself, because it is not a fixed value."""
@@ -119,6 +120,15 @@ def profiles() -> str:
     return table(["profile", "model", "family", "shape", "precision"], rows, "left")
 
 
+def stages() -> str:
+    """A row a stage of a build, in order."""
+    rows = []
+    for stage in STAGES:
+        reads = dict.fromkeys(name.partition(".")[0] for name in stage.reads)
+        rows.append([f"`{stage.name}`", ", ".join(reads), ", ".join(stage.writes), ", ".join(stage.packages)])
+    return table(["stage", "reads", "writes", "packages"], rows, "left")
+
+
 def methods() -> str:
     """A row a planner, by name."""
     rows = []
@@ -135,6 +145,7 @@ def _results(kind: type[Result]) -> Callable[[Sequence[Result]], str]:
 PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "commands": lambda _: commands(),
     "exit-codes": lambda _: exit_codes(),
+    "stages": lambda _: stages(),
     "methods": lambda _: methods(),
     "profiles": lambda _: profiles(),
     "summary": summary_table,
@@ -168,20 +179,37 @@ def pages(root: Path = ROOT) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
-def copy_pictures(bundle: Path) -> None:
-    """Take the pictures of a verified bundle into docs/."""
-    for name in PICTURES:
-        shutil.copyfile(bundle / "reports" / name, ROOT / "docs" / name)
+def make_pictures(bundle: Path) -> None:
+    """docs/contact_sheet.png from two held-out prompts, docs/schedules.png from the bundle's reports/."""
+    import lemica_trt
+    from lemica_trt.calibrate.prompts import read_prompts
+    from lemica_trt.core.metrics import psnr
+    from lemica_trt.evaluate.evaluator import held_out_samples
+    from lemica_trt.ir.resources import calibration_path
+    from lemica_trt.planning.step_plan import UNCACHED
+    from lemica_trt.report.contact_sheet import contact_sheet
+
+    pipe = lemica_trt.load(bundle)
+    plan = pipe.bundle.plan()
+    prompts = calibration_path(pipe.bundle.manifest.profile.calibration.prompts) / "held_out.txt"
+    samples = held_out_samples(read_prompts(prompts), SHEET_PROMPTS)
+    rows = []
+    for prompt, seed in (samples[number] for number in range(samples.count)):
+        uncached, clip = (pipe(prompt, seed=seed, plan=name).frames for name in (UNCACHED, plan.name))
+        rows.append((f"{prompt} – all {plan.num_steps} steps in full", uncached))
+        rows.append((f"step plan with {plan.budget} full steps: {psnr(clip, uncached):.1f} dB", clip))
+    contact_sheet(rows, ROOT / "docs" / "contact_sheet.png")
+    shutil.copyfile(bundle / "reports" / "schedules.png", ROOT / "docs" / "schedules.png")
 
 
 def main() -> int:
     """Write, or with --check compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a file is out of date")
-    parser.add_argument("--pictures", type=Path, metavar="BUNDLE", help="also copy the pictures of this bundle")
+    parser.add_argument("--pictures", type=Path, metavar="BUNDLE", help="also make the pictures, from this bundle")
     given = parser.parse_args()
     if given.pictures is not None:
-        copy_pictures(given.pictures)
+        make_pictures(given.pictures)
     results, stale = read_results(), []
     for path in pages():
         text = path.read_text(encoding="utf-8")

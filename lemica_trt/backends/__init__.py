@@ -1,1 +1,16 @@
-"""One folder a vendor, its build half and its run half together."""
+"""Engine libraries: one folder a vendor, its build half and its run half together.
+
+A vendor is a folder here, found by listing; nothing else names it. It holds
+
+    __init__    BACKENDS: backend name → its options, a subclass of `options.Options`
+    build       BUILDERS: backend name → an object of the protocol `build.Builder`; absent where nothing is built
+    run         open_backend(key, settings): the run half, an object of the protocol `base.Backend`
+
+    onnxruntime     `onnxruntime`: the ONNX files are the engine; CPU or CUDA
+    tensorrt        `tensorrt`, on the GPU that the engine will run on; `tensorrt-rtx` (TensorRT for RTX), built on any
+                    machine and finished for the GPU where it is first loaded
+    torch           `torch`: PyTorch modules of the calling process, CPU or CUDA; nothing is built
+
+Importing a folder's `__init__` costs nothing: the library itself is imported when something is built or run. The
+backend is a value that travels in the manifest, never an environment variable: one process may hold two.
+"""

@@ -1,4 +1,4 @@
-"""The thin interface to an engine library.
+"""The run half: the thin interface to an engine library.
 
     Backend     makes buffers, moves arrays in and out of them, loads engines
     Buffer      memory on the device, of one shape and dtype, for as long as it is referred to
@@ -16,15 +16,15 @@ Order: `upload`, `Call.run` and `download` take effect in the order in which one
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from lemica_trt.backends.options import backend_names, vendor_module
 from lemica_trt.core.errors import EngineError, UnsupportedError
 from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.graphs import GraphSpec, TensorDType
@@ -141,9 +141,10 @@ class Settings:
     Attributes:
         device: which GPU, as CUDA counts those that it sees.
         threads: ONNX Runtime: CPU threads within an operator, in place of the number in the key.
-        capture: TensorRT: see `Capture`.
+        capture: TensorRT, PyTorch on CUDA: see `Capture`.
         cache: TensorRT for RTX: folder of what it compiles for this GPU; None: it compiles again each time.
-        rebuild: TensorRT: what to do about engines that are not for this machine, asked for when it comes to that.
+        rebuild: TensorRT: gives the command that builds the engines on this machine; called where they do not fit.
+        modules: PyTorch: by graph name, what takes and returns a dict of tensors by the names in the `GraphSpec`.
     """
 
     device: int = 0
@@ -151,13 +152,7 @@ class Settings:
     capture: Capture = "plan"
     cache: Path | None = None
     rebuild: Callable[[], str] = lambda: "rebuild the bundle on this machine"
-
-
-_BACKENDS = {
-    "onnxruntime": "lemica_trt.backends.onnxruntime.run",
-    "tensorrt": "lemica_trt.backends.tensorrt.run",
-    "tensorrt-rtx": "lemica_trt.backends.tensorrt.run",
-}
+    modules: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
 
 
 def open_backend(key: EngineKey, settings: Settings | None = None) -> Backend:
@@ -172,12 +167,12 @@ def open_backend(key: EngineKey, settings: Settings | None = None) -> Backend:
             this machine: another version of the vendor's package, another GPU, an older driver.
         MissingDependencyError: the backend's package, driver or device is not here.
     """
-    if key.backend not in _BACKENDS:
+    if key.backend not in backend_names():
         raise UnsupportedError(
-            f"engines for {key.backend!r} cannot be run, only {', '.join(sorted(_BACKENDS))}",
+            f"engines for {key.backend!r} cannot be run, only {', '.join(backend_names())}",
             fix="pip install --upgrade lemica-trt, or rebuild the bundle with --backend",
         )
-    backend: Backend = importlib.import_module(_BACKENDS[key.backend]).open_backend(key, settings or Settings())
+    backend: Backend = vendor_module(key.backend, "run").open_backend(key, settings or Settings())
     return backend
 
 
@@ -203,6 +198,17 @@ def check_binding(graph: GraphSpec, buffers: Mapping[str, Buffer]) -> None:
     for output in graph.outputs:
         if sum(buffer is buffers[output.name] for buffer in buffers.values()) > 1:
             raise EngineError(f"{graph.role}: the buffer of output {output.name} is bound twice")
+
+
+def check_upload(array: Array, buffer: Buffer) -> None:
+    """Raise EngineError unless `Backend.upload` takes this array for this buffer."""
+    if array.shape != buffer.shape or array.dtype != NUMPY_DTYPES[buffer.dtype]:
+        raise EngineError(f"expected {buffer.dtype} {list(buffer.shape)}, got {array.dtype} {list(array.shape)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its class: libraries raise pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def encode(array: Array, dtype: TensorDType) -> Array:

@@ -1,68 +1,67 @@
-"""TODO."""
+"""The bundle format, version 1: a folder that holds everything needed to run a model, and nothing that runs by itself.
+
+    manifest.json          `Manifest`: what the bundle is, and every other file with size and digest
+    manifest.sha256        SHA-256 of manifest.json, as `sha256sum` writes it
+    onnx/                  the exported graphs and their weights
+    engines/               engines built from them, where a backend has files of its own
+    tokenizer/             tokenizer.json
+    plans/NAME.json        step plans (`lemica_trt.ir.plan.StepPlan`)
+    calibration/           what the plans were made from, so that `plan BUNDLE` can make others without PyTorch, and
+                           other builds can be calibrated from it
+    reports/               for people: verification, pictures, times. Not listed, not trusted, may change at any time
+
+Rules that readers enforce:
+
+- `manifest.sha256` matches `manifest.json`; a file in use matches its size and digest there. A digest is SHA-256, of
+  files above 64 MiB in parts (`lemica_trt.core.files.PartedDigest`). One bit changed anywhere is found.
+- Nothing is loaded that the manifest does not list. Paths are relative, `/`-separated and stay inside the folder;
+  files are regular files: no links, no devices, no pipes.
+- JSON, ONNX, safetensors and engines only; no pickle. JSON is strict (unknown keys are refused) and canonical: sorted
+  keys, two-space indent, so that the same input gives the same bytes.
+- Numbers are bounded (`limits`), strings hold no control characters.
+
+A digest beside a file finds damage, and whatever changed one of the two. It does not say who wrote them: engines are
+machine code, so run bundles of people you trust, or compare `Bundle.digest` with one that came another way.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import PurePosixPath, PureWindowsPath
 
 import msgspec
 
+from lemica_trt.bundle.limits import require_bounded
 from lemica_trt.core.errors import InputError, IntegrityError
-from lemica_trt.core.values import Value, require, value_from_json
+from lemica_trt.core.values import Value, json_bytes, require, value_from_json
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import EncoderSpec, GraphSet
 from lemica_trt.ir.profile import Profile, Shape
 
 BUNDLE_FORMAT = 4
 
-
 MANIFEST = "manifest.json"
-
-
+MANIFEST_DIGEST = "manifest.sha256"
 REPORTS = "reports"
 
-
-CACHE = "cache"
-
-
-UNLISTED = (REPORTS, CACHE)
-"""Folders that no manifest lists files of."""
-
-
 SAMPLER_FILE = "calibration/sampler.json"
-
-
 ERROR_GRAPH_FILE = "calibration/error_graph.json"
-
-
 GRAMS_FILE = "calibration/grams.json"
-
-
 SENSITIVITY_FILE = "calibration/sensitivity.json"
-
-
 SELECTION_FILE = "calibration/selection.json"
-
-
 REFERENCE_FILE = "calibration/reference.json"
-
-
 FRONT_FILE = "calibration/front.json"
-"""Where a bundle keeps what its plans were made from, so that `plan BUNDLE` can make others without PyTorch, and
-other builds can be calibrated from it."""
-
 
 VERIFY_REPORT = f"{REPORTS}/verify.json"
-
-
 STEP_TIMES = f"{REPORTS}/step_times.json"
 
-
 REBUILD = "copy the bundle again, or rebuild it"
+"""What to do about a bundle that is not whole."""
 
 
 class FileEntry(Value, frozen=True):
-    """A listed file: SHA-256 (hex) and size in bytes."""
+    """A listed file: digest (`PartedDigest`, hex) and size in bytes."""
 
     sha256: str
     size: int
@@ -105,7 +104,7 @@ class Manifest(Value, frozen=True):
         plans: names, sorted; plan NAME lies in `plans/NAME.json`.
         default_plan: the plan of a request that names none.
         encoders: how a prompt becomes conditions, one for each text encoder.
-        files: path relative to the bundle, with `/` → digest and size. `manifest.json` and `UNLISTED` are not listed.
+        files: path relative to the bundle, with `/` → digest and size; all files, except `manifest.*` and `reports/`.
         versions: library → version, as built.
         format_version: 4.
     """
@@ -128,7 +127,8 @@ class Manifest(Value, frozen=True):
         require(source == portable_source(source), f"profile.source must not be an absolute path, got {source!r}")
         for path in self.files:
             require_relative(path)
-            require(path != MANIFEST and PurePosixPath(path).parts[0] not in UNLISTED, f"{path} must not be listed")
+            unlisted = path in (MANIFEST, MANIFEST_DIGEST) or PurePosixPath(path).parts[0] == REPORTS
+            require(not unlisted, f"{path} must not be listed")
         require(list(self.plans) == sorted(set(self.plans)), "plans must be sorted names")
         require(self.default_plan in self.plans, f"default_plan must be one of plans, got {self.default_plan!r}")
         require(self.default_bucket in self.buckets, f"buckets must have one for {self.default_bucket}")
@@ -138,6 +138,9 @@ class Manifest(Value, frozen=True):
             loaded += [path for graph in bucket.graphs.graphs for path in (graph.file, *graph.data_files)]
         for path in loaded:
             require(path in self.files, f"files must list {path}")
+        for name, bucket in self.buckets.items():
+            require(name == bucket_name(bucket.shape), f"bucket {name} must be named {bucket_name(bucket.shape)}")
+            require_bounded(bucket.shape, self.profile.sampling, bucket.graphs, self.encoders)
 
     @property
     def default_bucket(self) -> str:
@@ -191,6 +194,22 @@ def manifest_from_json(data: bytes, *, where: str) -> Manifest:
         raise
     except InputError as error:
         raise IntegrityError(error.what, fix=REBUILD) from None
+
+
+def manifest_digest_line(manifest: bytes) -> bytes:
+    """Content of `manifest.sha256` beside a `manifest.json` with this content."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
+
+
+def manifest_files(manifest: Manifest) -> dict[str, bytes]:
+    """`manifest.json` and `manifest.sha256` with their content.
+
+    Raises:
+        InputError: no reader would accept it.
+    """
+    data = json_bytes(manifest)
+    value_from_json(Manifest, data, where=MANIFEST)
+    return {MANIFEST: data, MANIFEST_DIGEST: manifest_digest_line(data)}
 
 
 def plan_path(name: str) -> str:

@@ -1,56 +1,92 @@
-"""A bundle on disk, read: files are checked against the manifest when they are first used."""
+"""A bundle on disk, read: files are compared with the manifest before they are used."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shlex
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
+from lemica_trt.bundle.limits import require_runnable
+from lemica_trt.bundle.manifest import (
+    MANIFEST,
+    MANIFEST_DIGEST,
+    REBUILD,
+    REPORTS,
+    FileEntry,
+    Manifest,
+    manifest_digest_line,
+    manifest_from_json,
+    plan_path,
+)
+from lemica_trt.core.atomic_folder import SWAP_PAUSE_SECONDS, SWAP_RETRIES, finish_swap, is_being_written
 from lemica_trt.core.errors import IntegrityError, UsageError
-from lemica_trt.core.files import sha256_of
+from lemica_trt.core.files import PartedDigest, parted_digests
 from lemica_trt.core.values import value_from_json
-from lemica_trt.ir.engine import EngineEntry
+from lemica_trt.ir.engine import EngineEntry, EngineKey
 from lemica_trt.ir.plan import StepPlan
 
-if TYPE_CHECKING:
-    pass
-from lemica_trt.bundle.manifest import MANIFEST, REBUILD, UNLISTED, FileEntry, Manifest, manifest_from_json, plan_path
-from lemica_trt.core.atomic_folder import SWAP_PAUSE, SWAP_RETRIES, restore
-from lemica_trt.ir.plan import check_plan
+MANIFEST_MAX_BYTES = 64 << 20
+
+SETTLED_NANOSECONDS = 100_000_000
+"""A file that changed less than this before its digest was taken may change again without its times showing it: file
+systems count in ticks of up to 10 ms."""
+
+UNLINK = "copy it with its content in place of links: cp -rL, or snapshot_download(local_dir=…)"
+
+Version = tuple[int, int, int, int, int]
+"""What changes when a file is replaced or written: device, inode, size, times of change (ns)."""
 
 
 class Bundle:
-    """A bundle on disk, read. Files are checked when they are first used. May be shared by threads.
+    """A bundle on disk, read. May be shared by threads.
 
     Attributes:
-        path: the folder.
+        path: the folder, without links.
         manifest: see there.
+        digest: SHA-256 (hex) of `manifest.json`, and so of everything in the bundle.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
         self.path = path
         self.manifest = manifest
-        self._checked: set[str] = set()
+        self.digest = digest
+        self._checked: dict[str, Version] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Open a bundle: read and check its manifest.
+        """Open a bundle: read its manifest, and compare it with its digest.
 
         Raises:
-            IntegrityError: no manifest, a damaged one, or one of a newer format.
+            IntegrityError: no manifest, a damaged one, one of a newer format, or links in `reports`.
         """
         folder = Path(os.path.realpath(path))
         try:
-            data = read_manifest(folder)
+            data, line = _read_manifest(folder)
         except OSError as error:
+            name = Path(error.filename or MANIFEST).name
             raise IntegrityError(
-                f"{path}: expected a bundle with a {MANIFEST}, got: {error.strerror}",
-                fix="give the folder that 'lemica-trt build' wrote",
+                f"{path}: expected a bundle with a {name}, got: {error.strerror}",
+                fix=REBUILD if name == MANIFEST_DIGEST else "give the folder that 'lemica-trt build' wrote",
             ) from None
-        return cls(folder, manifest_from_json(data, where=f"{path}/{MANIFEST}"))
+        if line != manifest_digest_line(data):
+            raise IntegrityError(f"{path}/{MANIFEST}: does not match {MANIFEST_DIGEST}: altered", fix=REBUILD)
+        manifest = manifest_from_json(data, where=f"{path}/{MANIFEST}")
+        for report in (folder / REPORTS, *(folder / REPORTS).rglob("*")):
+            if report.is_symlink() or not (report.is_file() or report.is_dir() or not report.exists()):
+                where = report.relative_to(folder).as_posix()
+                raise IntegrityError(f"{where}: expected a file or folder, got a link or device", fix="remove it")
+        return cls(folder, manifest, hashlib.sha256(data).hexdigest())
+
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        plans = ", ".join(f"{name} (default)" if name == manifest.default_plan else name for name in manifest.plans)
+        engines = ", ".join(f"{entry.key.backend} for {entry.key.target}" for entry in manifest.engines)
+        return f"<Bundle {str(self.path)!r}: {manifest.profile.name}; plans {plans}; engines {engines}>"
 
     @property
     def plans(self) -> tuple[str, ...]:
@@ -74,10 +110,11 @@ class Bundle:
             name = self.manifest.default_plan
         if name not in self.plans:
             raise UsageError(f"the bundle has no plan {name!r}", fix=f"use one of: {', '.join(self.plans)}")
-        plan = value_from_json(StepPlan, self.read_bytes(plan_path(name)), where=plan_path(name))
+        where = plan_path(name)
+        plan = value_from_json(StepPlan, self.read_bytes(where), where=where)
         if plan.name != name:
-            raise IntegrityError(f"{plan_path(name)}: expected a plan named {name!r}, got {plan.name!r}", fix=REBUILD)
-        check_plan(plan, self.manifest.graphs)
+            raise IntegrityError(f"{where}: expected a plan named {name!r}, got {plan.name!r}", fix=REBUILD)
+        require_runnable(plan, self.manifest.graphs)
         return plan
 
     def engine(self, backend: str | None = None) -> EngineEntry:
@@ -92,82 +129,140 @@ class Bundle:
         names = sorted({entry.key.backend for entry in self.manifest.engines})
         raise UsageError(f"the bundle has no engines for {backend!r}", fix=f"use one of: {', '.join(names)}")
 
+    def rebuild_command(self, key: EngineKey) -> str:
+        """The command that builds engines from the bundle's own graphs, on the machine where it is typed.
+
+        Plans and graphs stay as they are, the old bundle too; neither the model nor PyTorch is needed. Options of the
+        builder that are not its defaults are for who built the bundle to repeat.
+        """
+        command = ["lemica-trt", "engine", str(self.path), "--backend", key.backend, "--output", f"{self.path}-here"]
+        return shlex.join(command)
+
     def file(self, relative: str) -> Path:
-        """The path of a listed file, after its size and digest were checked (once for each `Bundle`).
+        """The path of a listed file, after `check_files`.
 
         Raises:
-            IntegrityError: not listed, missing, altered, or a link out of the bundle.
+            IntegrityError: as `check_files`.
         """
-        entry, path = self._locate(relative)
-        if relative not in self._checked:
-            require_equal(relative, entry, FileEntry(sha256=sha256_of(path), size=path.stat().st_size))
-            self._checked.add(relative)
-        return path
+        self.check_files([relative])
+        return self.path / relative
 
     def read_bytes(self, relative: str) -> bytes:
         """The content of a listed file; the very bytes that are returned were checked.
 
         Raises:
-            IntegrityError: as `file`.
+            IntegrityError: as `check_files`.
         """
-        entry, path = self._locate(relative)
-        data = path.read_bytes()
-        require_equal(relative, entry, FileEntry(sha256=hashlib.sha256(data).hexdigest(), size=len(data)))
+        self._version(relative)
+        data = (self.path / relative).read_bytes()
+        digest = PartedDigest()
+        digest.update(data)
+        self._require_digest(relative, digest.hexdigest())
         return data
+
+    def check_files(self, names: Iterable[str]) -> None:
+        """Compare listed files with the manifest, in threads; those that changed since they were last compared.
+
+        Raises:
+            IntegrityError: not listed, missing, altered, a link or not a regular file.
+        """
+        versions = {name: self._version(name) for name in names}
+        changed = [name for name, version in versions.items() if self._checked.get(name) != version]
+        now = time.time_ns()
+        for name, digest in zip(changed, parted_digests([self.path / name for name in changed])):
+            self._require_digest(name, digest)
+            if self._version(name) != versions[name]:
+                raise IntegrityError(f"{name}: changed while it was read", fix="load it again")
+            if now - max(versions[name][3:]) > SETTLED_NANOSECONDS:
+                self._checked[name] = versions[name]
 
     def check(self) -> None:
         """Check everything: every listed file, every plan against the graphs, and that nothing else lies there.
 
         Raises:
-            IntegrityError: a file is missing, altered, not listed, or a link out of the bundle.
+            IntegrityError: a file is missing, altered, not listed, or a link.
             InputError: a plan does not fit the graphs.
         """
-        for relative in sorted(self.manifest.files):
-            entry, path = self._locate(relative)
-            require_equal(relative, entry, FileEntry(sha256=sha256_of(path), size=path.stat().st_size))
+        self.check_files(sorted(self.manifest.files))
+        known = {MANIFEST, MANIFEST_DIGEST, *self.manifest.files}
         for relative in sorted(files_below(self.path)):
-            known = relative in self.manifest.files or relative == MANIFEST
-            if not known and PurePosixPath(relative).parts[0] not in UNLISTED:
+            if relative not in known and PurePosixPath(relative).parts[0] != REPORTS:
                 raise IntegrityError(f"{relative}: not listed in the manifest", fix="remove it, or rebuild the bundle")
         for name in self.plans:
             self.plan(name)
 
-    def _locate(self, relative: str) -> tuple[FileEntry, Path]:
-        entry = self.manifest.files.get(relative)
-        if entry is None:
+    def _version(self, relative: str) -> Version:
+        """The version of a listed file that has the listed size, and is a file of this folder.
+
+        Raises:
+            IntegrityError: as `check_files`.
+        """
+        listed = self.manifest.files.get(relative)
+        if listed is None:
             raise IntegrityError(f"{relative}: not listed in the manifest", fix=REBUILD)
         path = self.path / relative
-        if not path.is_file():
-            raise IntegrityError(f"{relative}: expected a file of {entry.size} bytes, it is missing", fix=REBUILD)
-        if not path.resolve().is_relative_to(self.path):
-            raise IntegrityError(f"{relative}: expected a file in the bundle, got a link out of it", fix=REBUILD)
-        return entry, path
-
-
-def read_manifest(folder: Path) -> bytes:
-    """The manifest's bytes; a writer may be between its two renames just now, for microseconds: then once more."""
-    for _ in range(SWAP_RETRIES):
-        restore(folder)
         try:
-            return (folder / MANIFEST).read_bytes()
-        except FileNotFoundError:
-            if not any(folder.parent.glob(f".{folder.name}.*")):  # nobody is writing
-                raise
-            time.sleep(SWAP_PAUSE)
-    return (folder / MANIFEST).read_bytes()
+            found = path.lstat()
+        except OSError:
+            raise self._broken(f"{relative}: expected a file of {listed.size} bytes, it is missing") from None
+        if stat.S_ISLNK(found.st_mode) or Path(os.path.realpath(path)) != path:
+            raise self._broken(f"{relative}: expected a file in the bundle, got a link", fix=UNLINK)
+        if not stat.S_ISREG(found.st_mode):
+            raise self._broken(f"{relative}: expected a file, got a folder, pipe or device")
+        if found.st_size != listed.size:
+            raise self._broken(f"{relative}: expected {listed.size} bytes, got {found.st_size}")
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    def _require_digest(self, relative: str, digest: str) -> None:
+        listed = self.manifest.files[relative].sha256
+        if digest != listed:
+            raise self._broken(f"{relative}: expected SHA-256 {listed[:12]}…, got {digest[:12]}…: altered")
+
+    def _broken(self, what: str, *, fix: str = REBUILD) -> IntegrityError:
+        """The error that says what is wrong with a file, unless another bundle lies there by now."""
+        with suppress(OSError, IntegrityError):
+            if hashlib.sha256(_read_small(self.path / MANIFEST)).hexdigest() != self.digest:
+                return IntegrityError(f"{self.path}: replaced after it was opened", fix="open the bundle again")
+        return IntegrityError(what, fix=fix)
 
 
 def files_below(folder: Path) -> Iterator[str]:
-    """Relative paths of all files, and of all links."""
+    """Relative paths of everything in a folder that is not a folder."""
     for path in folder.rglob("*"):
         if path.is_symlink() or not path.is_dir():
             yield path.relative_to(folder).as_posix()
 
 
-def require_equal(relative: str, listed: FileEntry, found: FileEntry) -> None:
-    if found.size != listed.size:
-        raise IntegrityError(f"{relative}: expected {listed.size} bytes, got {found.size}", fix=REBUILD)
-    if found.sha256 != listed.sha256:
-        raise IntegrityError(
-            f"{relative}: expected SHA-256 {listed.sha256[:12]}…, got {found.sha256[:12]}…: altered", fix=REBUILD
-        )
+def _read_manifest(folder: Path) -> tuple[bytes, bytes]:
+    """Content of `manifest.json` and `manifest.sha256`; once more where a writer was between two renames.
+
+    Raises:
+        OSError: one of them cannot be read.
+    """
+    previous = None
+    for attempt in range(SWAP_RETRIES):
+        finish_swap(folder)
+        try:
+            found = _read_small(folder / MANIFEST), _read_small(folder / MANIFEST_DIGEST)
+        except FileNotFoundError:
+            if attempt == SWAP_RETRIES - 1 or not is_being_written(folder):
+                raise
+        else:
+            if found[1] == manifest_digest_line(found[0]) or found == previous:
+                return found
+            previous = found  # they are of two bundles if a writer came between, damaged if they stay like this
+        time.sleep(SWAP_PAUSE_SECONDS)
+    return _read_small(folder / MANIFEST), _read_small(folder / MANIFEST_DIGEST)
+
+
+def _read_small(path: Path) -> bytes:
+    """The content of a regular file of at most `MANIFEST_MAX_BYTES`.
+
+    Raises:
+        OSError: it cannot be read.
+        IntegrityError: it is something else.
+    """
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MANIFEST_MAX_BYTES:
+        raise IntegrityError(f"{path}: expected a file of at most {MANIFEST_MAX_BYTES} bytes, no link", fix=UNLINK)
+    return path.read_bytes()

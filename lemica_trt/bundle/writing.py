@@ -1,36 +1,38 @@
-"""Writing a bundle so that it is whole or not there."""
+"""Writing bundles: a new one, one with more plans, a copy. Each is whole or not there, even if a process is killed."""
 
 from __future__ import annotations
 
-import hashlib
+import io
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import msgspec
 
+from lemica_trt.bundle.limits import require_runnable
 from lemica_trt.bundle.manifest import (
     MANIFEST,
     REPORTS,
-    UNLISTED,
     Bucket,
     FileEntry,
     Manifest,
     bucket_name,
+    manifest_files,
     plan_path,
     portable_source,
     require_relative,
 )
 from lemica_trt.bundle.reading import Bundle, files_below
-from lemica_trt.core.atomic_folder import remove_leftovers, restore, swap, sync_folder, temporary_beside
+from lemica_trt.core.atomic_folder import replacing
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
+from lemica_trt.core.files import PIECE_BYTES, PartedDigest
+from lemica_trt.core.progress import size
 from lemica_trt.core.values import json_bytes
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import EncoderSpec, GraphSet
-from lemica_trt.ir.plan import StepPlan, check_plan
+from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile
 
 
@@ -68,18 +70,16 @@ def write_bundle(
     """
     by_name = {plan.name: plan for plan in plans}
     for plan in by_name.values():
-        check_plan(plan, graphs)
+        require_runnable(plan, graphs)
     contents: dict[str, Path | bytes] = dict(files)
     contents.update({plan_path(name): json_bytes(plan) for name, plan in by_name.items()})
-    with _replacing(Path(target)) as (folder, staged):
+    with replacing(Path(target), require_replaceable) as (folder, staged):
         _require_space(staged, [*contents.values(), *(reports or {}).values()])
         try:
-            entries = {}
-            for path, content in sorted(contents.items()):
+            for path in (*contents, *(reports or {})):
                 require_relative(path)
-                entries[path] = _store(content, staged / path)
+            entries = {path: _store(content, staged / path) for path, content in sorted(contents.items())}
             for path, content in (reports or {}).items():
-                require_relative(path)
                 _store(content, staged / REPORTS / path)
             manifest = Manifest(
                 profile=msgspec.structs.replace(profile, source=portable_source(profile.source)),
@@ -95,7 +95,8 @@ def write_bundle(
             )
         except ValueError as error:
             raise InputError(f"{target}: cannot make a bundle: {error}") from None
-        _store(json_bytes(manifest), staged / MANIFEST)
+        for path, data in manifest_files(manifest).items():
+            _store(data, staged / path)
     return Bundle.open(folder)
 
 
@@ -115,7 +116,7 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
     """
     sampler = bundle.plan().sampler_digest
     for plan in plans:
-        check_plan(plan, bundle.manifest.graphs)
+        require_runnable(plan, bundle.manifest.graphs)
         if plan.sampler_digest != sampler:
             raise InputError(
                 f"plan {plan.name}: expected a plan for the sampler {sampler[:12]}, got one for "
@@ -124,47 +125,47 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
             )
     changed = {plan_path(plan.name): json_bytes(plan) for plan in plans}
     bundle.check()
-    with _replacing(bundle.path) as (folder, staged):
-        entries = dict(bundle.manifest.files)
-        unlisted = [path for path in files_below(folder) if PurePosixPath(path).parts[0] in UNLISTED]
-        for path in (*(path for path in bundle.manifest.files if path not in changed), *unlisted):
+    with replacing(bundle.path, require_replaceable) as (folder, staged):
+        reports = [path for path in files_below(folder) if PurePosixPath(path).parts[0] == REPORTS]
+        for path in (*(path for path in bundle.manifest.files if path not in changed), *reports):
             _link(folder / path, staged / path)
-        for path, data in changed.items():
-            entries[path] = _store(data, staged / path)
+        entries = {path: _store(data, staged / path) for path, data in changed.items()}
         try:
             manifest = msgspec.structs.replace(
                 bundle.manifest,
                 plans=tuple(sorted({*bundle.plans, *(plan.name for plan in plans)})),
                 default_plan=default or bundle.manifest.default_plan,
-                files=entries,
+                files={**bundle.manifest.files, **entries},
             )
             manifest.__post_init__()
         except ValueError as error:
             raise InputError(f"{bundle.path.name}: cannot add plans: {error}") from None
-        _store(json_bytes(manifest), staged / MANIFEST)
+        for path, data in manifest_files(manifest).items():
+            _store(data, staged / path)
     return Bundle.open(folder)
 
 
 def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
-    """A second folder with the same bundle, without `UNLISTED`; as atomic as `write_bundle`.
+    """A second folder with the same bundle, without `reports`; as atomic as `write_bundle`.
 
-    Files are linked, not copied, where the file system can; plans, which somebody may edit, are copied.
+    Files are linked, not copied, where the file system can; what somebody may edit – plans, the manifest – is copied.
 
     Raises:
         IntegrityError, InputError: the bundle is not whole.
         UsageError: `target` is something else than a bundle or an empty folder.
     """
     bundle.check()
-    with _replacing(Path(target)) as (folder, staged):
-        edited = {MANIFEST, *(plan_path(name) for name in bundle.plans)}
-        for path in (*sorted(bundle.manifest.files), MANIFEST):
+    with replacing(Path(target), require_replaceable) as (folder, staged):
+        edited = {plan_path(name) for name in bundle.plans}
+        for path in sorted(bundle.manifest.files):
             (_store if path in edited else _link)(bundle.path / path, staged / path)
+        for path, data in manifest_files(bundle.manifest).items():
+            _store(data, staged / path)
     return Bundle.open(folder)
 
 
 def move_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
-    """Give a bundle's folder, whatever is in it, another name, in place of an older bundle; at the very end, as
-    `write_bundle`.
+    """Rename a bundle's folder, with whatever is in it, replacing an older bundle; as atomic as `write_bundle`.
 
     Args:
         bundle: not to be used any more.
@@ -173,36 +174,10 @@ def move_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
     Raises:
         UsageError: `target` is something else than a bundle or an empty folder.
     """
-    with _replacing(Path(target)) as (folder, staged):
+    with replacing(Path(target), require_replaceable) as (folder, staged):
         staged.rmdir()
         bundle.path.rename(staged)
     return Bundle.open(folder)
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[tuple[Path, Path]]:
-    """Gives (target, an empty folder beside it); on leaving without an error, the folder takes the target's place.
-
-    Three names: `.NAME.tmp-PID-…` is unfinished or on its way to be removed, `.NAME.old` is the old bundle, whole, in
-    the moment between the two renames. Whoever finds `.NAME.old` and no NAME renames it back (`restore`).
-    """
-    folder = Path(os.path.realpath(target))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    restore(folder)
-    remove_leftovers(folder)
-    require_replaceable(folder)
-    staged = temporary_beside(folder)
-    staged.mkdir()
-    try:
-        yield folder, staged
-        for inside in sorted((path for path in staged.rglob("*") if path.is_dir()), reverse=True):
-            sync_folder(inside)
-        sync_folder(staged)
-        swap(staged, folder)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    remove_leftovers(folder)
 
 
 def require_replaceable(target: Path) -> None:
@@ -227,28 +202,25 @@ def _store(content: Path | bytes, path: Path) -> FileEntry:
         InputError: the source cannot be read.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        if isinstance(content, bytes):
-            file.write(content)
-            digest, size = hashlib.sha256(content), len(content)
-        else:
-            digest, size = hashlib.sha256(), 0
-            with _open_source(content) as source:
-                while piece := source.read(1 << 22):
-                    file.write(piece)
-                    digest.update(piece)
-                    size += len(piece)
+    digest, count = PartedDigest(), 0
+    with path.open("wb") as file, _opened(content) as source:
+        while piece := source.read(PIECE_BYTES):
+            file.write(piece)
+            digest.update(piece)
+            count += len(piece)
         file.flush()
         os.fsync(file.fileno())
     path.chmod(0o644)
-    return FileEntry(sha256=digest.hexdigest(), size=size)
+    return FileEntry(sha256=digest.hexdigest(), size=count)
 
 
-def _open_source(path: Path) -> BinaryIO:
+def _opened(content: Path | bytes) -> BinaryIO:
+    if isinstance(content, bytes):
+        return io.BytesIO(content)
     try:
-        return path.open("rb")
+        return content.open("rb")
     except OSError as error:
-        raise InputError(f"{path}: expected a readable file for the bundle, got: {error.strerror}") from None
+        raise InputError(f"{content}: expected a readable file for the bundle, got: {error.strerror}") from None
 
 
 def _link(source: Path, path: Path) -> None:
@@ -261,15 +233,15 @@ def _link(source: Path, path: Path) -> None:
 
 
 def _require_space(folder: Path, contents: Iterable[Path | bytes]) -> None:
-    needed = 0
-    for content in contents:
-        if isinstance(content, bytes):
-            needed += len(content)
-        elif content.is_file():
-            needed += content.stat().st_size
-    free = shutil.disk_usage(folder).free
+    """Raise MissingDependencyError unless the contents fit on the disk."""
+    sizes = (
+        len(content) if isinstance(content, bytes) else content.stat().st_size
+        for content in contents
+        if isinstance(content, bytes) or content.is_file()
+    )
+    needed, free = sum(sizes), shutil.disk_usage(folder).free
     if needed > free:
         raise MissingDependencyError(
-            f"the bundle needs {needed / 1e9:.1f} GB beside {folder.parent}, {free / 1e9:.1f} GB are free",
+            f"the bundle needs {size(needed)} beside {folder.parent}, {size(free)} are free",
             fix="free disk space, or give another output folder",
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lemica_trt.cli.engine_flags import option_flags
 from lemica_trt.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -220,21 +221,5 @@ planning = flags(
 engines = flags(
     click.option("--backend", multiple=True, metavar="NAME",
                  help="Engines to build; repeat for several, the first is preferred.  [default: onnxruntime]"),
-    click.option("--provider", type=click.Choice(["cpu", "cuda"]),
-                 help="Execution provider of ONNX Runtime  [default: cpu]"),
-    click.option("--builder-optimization-level", type=click.IntRange(0, 5),
-                 help="TensorRT: how long to look for better kernels  [default: 3]"),
-    click.option("--mem-pool-size", metavar="POOL:SIZE[,…]",
-                 help="TensorRT: limits of the builder's memory pools, for example workspace:4G."),
-    click.option("--weight-streaming", is_flag=True, default=None,
-                 help="TensorRT: weights may stay in host memory when the engine runs."),
-    click.option("--compute-capabilities", metavar="X.Y[,…]|current",
-                 help="TensorRT for RTX: GPUs to build for  [default: 8.0 and later]"),
-    click.option("--version-compatible", is_flag=True, default=None,
-                 help="TensorRT: the engine also runs on the lean runtime of that version."),
-    click.option("--hardware-compatibility-level",
-                 type=click.Choice(["none", "ampere_plus", "same_compute_capability"]),
-                 help="TensorRT: which other GPUs run the engine  [default: none]"),
-    click.option("--profiling-verbosity", type=click.Choice(["layer_names_only", "detailed", "none"]),
-                 help="TensorRT: what the engine tells of its layers  [default: detailed]"),
+    *option_flags(),
 )  # fmt: skip

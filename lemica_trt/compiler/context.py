@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lemica_trt import __version__
+from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import (
     ERROR_GRAPH_FILE,
     GRAMS_FILE,
@@ -24,7 +25,6 @@ from lemica_trt.compiler.workspace import Files, View, Workspace, digest_of, rea
 from lemica_trt.core.errors import MissingDependencyError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import V
-from lemica_trt.evaluate.timing import machine
 from lemica_trt.ir.calibration import Calibration, ErrorGraph, Sensitivity, TrajectoryGrams
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.sampler import SamplerTable
@@ -122,7 +122,7 @@ class Context(contextlib.ExitStack):
         return {
             "weights": functools.cache(lambda: _revision(self.inputs.profile)),
             "libraries": functools.cache(lambda: digest_of(library_versions())),
-            "machine": functools.cache(lambda: digest_of([machine(), versions_of(ENGINE_LIBRARIES)])),
+            "machine": functools.cache(lambda: digest_of([describe_machine(), versions_of(ENGINE_LIBRARIES)])),
         }
 
     # ------------------------------------------------------------ who does the work

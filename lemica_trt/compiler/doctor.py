@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from lemica_trt import __version__
-from lemica_trt.backends.builders import BACKENDS
+from lemica_trt.backends.options import backend_names
 from lemica_trt.core.errors import LemicaError
 from lemica_trt.core.progress import size
 from lemica_trt.ir.report import Check
@@ -48,7 +48,7 @@ def run_checks() -> list[Check]:
         else:
             checks.append(Check(what="onnxruntime providers", found=", ".join(providers)))
     checks.append(Check(what="NVIDIA driver", found=_driver(), ok=None))
-    checks.append(Check(what="backends", found=", ".join(sorted(BACKENDS))))
+    checks.append(Check(what="backends", found=", ".join(backend_names())))
     for name in profile_names():
         try:
             profile = load_profile(name)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lemica_trt.backends import builders
+from lemica_trt.backends.build import estimate as estimate_engine
 from lemica_trt.compiler.context import Context, open_model
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.compiler.workspace import Workspace
@@ -107,7 +107,7 @@ def engine(dry: DryContext) -> list[StageEstimate]:
     """One line for each backend."""
     found = []
     for backend in dict.fromkeys(dry.inputs.request.backends):
-        building = builders.estimate(backend, dry.step.weights)
+        building = estimate_engine(backend, dry.step.weights)
         found.append(StageEstimate(name="engine", what=backend, seconds=building.seconds, memory=building.memory))
     return found
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from lemica_trt.backends import builders
+from lemica_trt.backends.build import build as build_engine
+from lemica_trt.backends.build import prune
+from lemica_trt.backends.options import options_by_backend
 from lemica_trt.bundle.manifest import (
     REFERENCE_FILE,
     SAMPLER_FILE,
@@ -135,10 +137,10 @@ def run_engine(context: Context, folder: Path) -> Writes:
     graphs, root = context.read(Exported, artifacts.EXPORT_FILE).graphs, context.work.root
     request = context.inputs.request
     entries = []
-    for backend, options in builders.options_by_backend(request.backends, request.options).items():
+    for backend, options in options_by_backend(request.backends, request.options).items():
         context.reporter.stage("engine", backend)
-        entries.append(builders.build(backend, graphs, root, root, options, context.reporter))
-    builders.prune(entries, root)
+        entries.append(build_engine(backend, graphs, root, root, options, context.reporter))
+    prune(entries, root)
     write_value(Engines(entries=tuple(entries)), folder / artifacts.ENGINES_FILE)
     built = {name for entry in entries for name in entry.files.values()} - {graph.file for graph in graphs.graphs}
     return {"engines": [artifacts.ENGINES_FILE, *sorted(built)]}
@@ -162,7 +164,7 @@ def run_time(context: Context, folder: Path) -> Writes:
         encoders=(exported.encoder,),
         files=bundle_files(context) | {uncached: context.view.listed[uncached]},
     )
-    measured = StepTimer(Bundle(context.work.root.resolve(), manifest), context.reporter).measured
+    measured = StepTimer(Bundle(context.work.root.resolve(), manifest, manifest.digest), context.reporter).measured
     context.reporter.stage("time", times_text(measured.steps, measured.backend))
     write_value(measured, folder / artifacts.TIMES_FILE)
     return {"times": [artifacts.TIMES_FILE]}

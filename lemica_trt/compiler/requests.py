@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from lemica_trt.backends.builders import check as check_engine
-from lemica_trt.backends.builders import options_by_backend
+from lemica_trt.backends.build import check as check_engine
+from lemica_trt.backends.options import options_by_backend
 from lemica_trt.bundle.manifest import GRAMS_FILE, SENSITIVITY_FILE
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.compiler.workspace import INPUTS, View, Workspace, digest_of, read_from
@@ -92,7 +92,7 @@ class BuildRequest(Value, frozen=True):
 
         Raises:
             UsageError: unknown method, backend or option; budgets to be searched of a method that has only its own.
-            UnsupportedError, MissingDependencyError: as `backends.builders.check`.
+            UnsupportedError, MissingDependencyError: as `backends.build.check`.
         """
         if self.schedule is None:
             planners_named(self.methods)

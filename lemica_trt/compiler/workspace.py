@@ -23,7 +23,7 @@ from typing import Protocol
 
 from lemica_trt.bundle.manifest import FileEntry
 from lemica_trt.core.errors import InputError, UsageError
-from lemica_trt.core.files import sha256_of
+from lemica_trt.core.files import PartedDigest, parted_digests
 from lemica_trt.core.values import V, Value, json_bytes, read_value, value_from_json, write_value
 
 INPUTS = "inputs"
@@ -106,6 +106,8 @@ class Workspace:
                     f"{self.root}: expected a free work folder, another lemica-trt is using it",
                     fix="wait for it, or choose another --output",
                 ) from None
+            for leftover in (self.root / "records").glob(".*"):  # of a process that was killed while it wrote a record
+                leftover.unlink()
             yield
 
     # ------------------------------------------------------------ records
@@ -132,7 +134,7 @@ class Workspace:
             return False
         if path in self._hashed or (entry.size > HASHED_ALWAYS_BYTES and not every):
             return True
-        if sha256_of(file) != entry.sha256:
+        if parted_digests([file])[0] != entry.sha256:
             return False
         self._hashed.add(path)
         return True
@@ -175,7 +177,7 @@ class Workspace:
 
     @staticmethod
     def _entry(file: Path) -> FileEntry:
-        return FileEntry(sha256=sha256_of(file), size=file.stat().st_size)
+        return FileEntry(sha256=parted_digests([file])[0], size=file.stat().st_size)
 
     def _record_path(self, stage: str) -> Path:
         return self.root / "records" / f"{stage}.json"
@@ -222,7 +224,9 @@ class View:
         entry = self.listed.get(relative)
         file = self._work.root / relative
         data = file.read_bytes() if entry is not None and file.is_file() else b""
-        if entry is None or hashlib.sha256(data).hexdigest() != entry.sha256:
+        digest = PartedDigest()
+        digest.update(data)
+        if entry is None or digest.hexdigest() != entry.sha256:
             what = "it is not there" if entry is None else "it was altered"
             raise InputError(f"{file}: expected what a stage of the build wrote, {what}", fix="build again")
         return data

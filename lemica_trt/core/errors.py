@@ -12,11 +12,13 @@
 
 130 is Ctrl-C, as in every shell tool.
 
-A message is one line in three parts: what was expected, what came, how to fix it. This module knows
-nothing of the rest.
+A message is one line in three parts: what was expected, what came, how to fix it. Names and values in it may come from
+files that nobody trusts: control characters are shown escaped.
 """
 
 from __future__ import annotations
+
+from lemica_trt.core.text import printable
 
 
 class LemicaError(Exception):
@@ -30,9 +32,9 @@ class LemicaError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, fix: str | None = None) -> None:
-        self.what = what
-        self.fix = fix
-        super().__init__(what if fix is None else f"{what} → {fix}")
+        self.what = printable(what)
+        self.fix = None if fix is None else printable(fix)
+        super().__init__(self.what if self.fix is None else f"{self.what} → {self.fix}")
 
 
 class UsageError(LemicaError):

@@ -11,9 +11,11 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from lemica_trt.core.text import printable
+
 
 class Reporter(Protocol):
-    """Receives what happens, in order: a stage begins, advances, says things, and the next one begins."""
+    """Receives what happens, in order: a stage begins, advances, has notes, and the next one begins."""
 
     def stage(self, name: str, detail: str) -> None:
         """A stage begins."""
@@ -66,7 +68,7 @@ class Lines:
     def close(self) -> None: ...
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 class Bars(Lines):

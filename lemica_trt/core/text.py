@@ -1,10 +1,19 @@
-"""What is done to a prompt before any tokenizer sees it, when a bundle is built and when it runs."""
+"""Text: prompts before any tokenizer sees them, and what may be shown on a terminal."""
 
 from __future__ import annotations
 
 import html
+import re
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Characters that a terminal obeys, that end a line, or that reorder one."""
 
 
 def basic_clean(text: str) -> str:
-    """HTML unescaped twice, runs of white space made one space: `prompt_clean` of diffusers' Wan, less ftfy."""
+    """HTML unescaped twice, runs of white space made one space: `prompt_clean` of diffusers' Wan, without ftfy."""
     return " ".join(html.unescape(html.unescape(text)).split())
+
+
+def printable(text: str) -> str:
+    """Text in one line that no terminal obeys: control characters are shown as Python writes them, `\\x1b`."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)

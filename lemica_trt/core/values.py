@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import tempfile
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from lemica_trt.core.atomic_folder import remove_leftovers, temporary_beside
 from lemica_trt.core.errors import InputError
 
 
@@ -41,13 +42,27 @@ def value_from_json(cls: type[V], data: bytes, *, where: str) -> V:
     """Decode strictly. `where` names the source (a path) in the error.
 
     Raises:
-        InputError: not JSON, wrong type, unknown or missing key, NaN, or an invariant of `cls` broken; the
-            message carries the JSON path (`$.rows[3].timestep`).
+        InputError: not JSON, nested too deep, wrong type, unknown or missing key, NaN, a control character other than
+            line break and tab, or an invariant of `cls` broken; the message carries the JSON path
+            (`$.rows[3].timestep`).
     """
+    control = _CONTROL_CHARACTER.search(data)
+    if control:
+        at = data.count(b"\n", 0, control.start()) + 1
+        raise InputError(f"{where}: expected a valid {cls.__name__}, got: a control character in line {at}")
     try:
         return msgspec.json.decode(data, type=cls, strict=True)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: expected a valid {cls.__name__}, got: {error}") from None
+    except RecursionError:
+        raise InputError(f"{where}: expected a valid {cls.__name__}, got: values nested too deep") from None
+
+
+_CONTROL_CHARACTER = re.compile(
+    rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]"
+    rb"|(?<!\\)(?:\\\\)*\\(?:[bfr]|u00(?:0[0-8b-fB-F]|1[0-9a-fA-F]|7[fF]|[89][0-9a-fA-F]))"
+)
+"""What a terminal might obey, as it lies in JSON: raw, or escaped (but for `\\n` and `\\t`)."""
 
 
 def read_value(cls: type[V], path: str | os.PathLike[str]) -> V:
@@ -72,16 +87,17 @@ def write_bytes(data: bytes, path: str | os.PathLike[str]) -> None:
     """Write a file atomically: a killed process leaves the old file or the new one, never half of one."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    remove_leftovers(target)
+    temporary = temporary_beside(target)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(target)
+        temporary.chmod(0o644)
+        temporary.replace(target)
     except BaseException:
-        Path(name).unlink()
+        temporary.unlink(missing_ok=True)
         raise
 
 

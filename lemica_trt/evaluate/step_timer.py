@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import MissingDependencyError, UnsupportedError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.evaluate.timing import (
     backend_name,
-    machine,
     measure_steps,
     measure_total,
     store_steps,
@@ -89,7 +89,7 @@ class StepTimer:
         Raises:
             MissingDependencyError: none of the bundle's engines run here.
         """
-        return Measured(machine=machine(), backend=self._name, steps=measure_steps(self._pipe))
+        return Measured(machine=describe_machine(), backend=self._name, steps=measure_steps(self._pipe))
 
     @functools.cached_property
     def steps(self) -> StepTimes:
@@ -126,4 +126,4 @@ def speeds_from_report(report: VerifyReport) -> dict[str, Speed]:
 def times_text(times: StepTimes, backend: str) -> str:
     """Step times in one line."""
     skipped = "" if times.skipped is None else f", a skipped one {format_seconds(times.skipped)}"
-    return f"a full step takes {format_seconds(times.full)}{skipped}; {backend}, {machine()}"
+    return f"a full step takes {format_seconds(times.full)}{skipped}; {backend}, {describe_machine()}"

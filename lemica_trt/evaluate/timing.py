@@ -8,8 +8,6 @@ One request of the bundle's shape, its denoising loop: the text encoder and the 
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -20,7 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from lemica_trt.backends.tensorrt.worker import cuda_device
+from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import STEP_TIMES, VERIFY_REPORT
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.values import write_value
@@ -173,20 +171,8 @@ def _seconds(run: Callable[[], object]) -> float:
     return perf_counter() - start
 
 
-def machine() -> str:
-    """Processor, cores, and the first GPU with the CUDA version of its driver where there is one: what times are of."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
-    except OSError:
-        pass
-    gpu = cuda_device()
-    return f"{name}, {os.cpu_count()} cores" + (f", {gpu.name} (driver for CUDA {gpu.driver})" if gpu else "")
-
-
 def backend_name(key: EngineKey) -> str:
-    """Backend, its version and target: with `machine` what a time is of."""
+    """Backend, its version and target: with `describe_machine` what a time is of."""
     return f"{key.backend} {key.version} {key.target}"
 
 
@@ -208,7 +194,7 @@ def stored_steps(bundle: Bundle, backend: str) -> StepTimes | None:
             found = msgspec.json.decode((bundle.path / file).read_bytes(), type=Part)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
-        if (found.machine, found.backend) == (machine(), backend):
+        if (found.machine, found.backend) == (describe_machine(), backend):
             return found.steps
     return None
 

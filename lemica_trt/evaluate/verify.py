@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import VERIFY_REPORT
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import InputError, VerificationError
@@ -19,7 +20,7 @@ from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.agreement import check_graphs, check_runs
 from lemica_trt.evaluate.evaluator import Samples
 from lemica_trt.evaluate.quality import measure_quality
-from lemica_trt.evaluate.timing import backend_name, machine, measure_steps, measure_timing
+from lemica_trt.evaluate.timing import backend_name, measure_steps, measure_timing
 from lemica_trt.ir.report import Clip, VerifyReport
 from lemica_trt.models import Model
 from lemica_trt.runtime.pipeline import Pipeline
@@ -60,7 +61,7 @@ def verify(
     report = VerifyReport(
         manifest_digest=bundle.manifest.digest,
         samples=samples.count,
-        machine=machine(),
+        machine=describe_machine(),
         backend=backend_name(key),
         dtype=bundle.manifest.profile.dtype,
         graphs=tuple(graphs),

@@ -7,20 +7,21 @@ from lemica_trt.ir.graphs import Role
 from lemica_trt.ir.profile import DType
 
 Option = str | int | bool
-"""Value of one builder option."""
+"""Value of one option of a backend."""
 
 
 class EngineKey(Value, frozen=True):
     """Everything that changes an engine: equal keys, equal engines; the key's digest may name a cache entry.
 
     Attributes:
-        backend: name in `BACKENDS`.
+        backend: its name; see `backends.options.backend_names`.
         version: version of the backend's package that built it.
         target: what it runs on: `cpu`, `cuda`, an architecture (`sm_89`), several (`sm_86,sm_89`), or one and all
             later ones (`sm_80+`).
         dtype: precision of the DiT.
-        graphs_digest: see `graphs_digest`; covers names, shapes, dtypes, batch range and every byte of the ONNX files.
-        options: all of the builder's options, defaults written out.
+        graphs_digest: see `backends.build.graphs_digest`; covers names, shapes, dtypes, batch range and
+            every byte of the ONNX files.
+        options: all that the backend has, defaults written out; see `backends.options.Options`.
         device: the GPU that kernels were chosen on, by its product name; None: on none.
         driver: highest CUDA version of the driver that they were chosen with (`13.0`); None: with none.
     """

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -25,12 +26,12 @@ from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.ir.graphs import COMBINE, GraphSet, Role, TensorDType, TensorSpec
 from lemica_trt.ir.plan import StepPlan, check_plan, coefficient_vector
 
-PROGRAMS = 16
+PREPARED_PROGRAMS = 16
 """How many (plan, batch) pairs stay prepared; the one used longest ago goes first."""
 
 
 class Cancelled(Exception):
-    """Raise it in a row callback to end a request between two rows; it passes through to the caller."""
+    """Raise it in `on_step` to end a request between two rows; it passes through to the caller."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class RowDone:
     seconds: float
 
 
-OnRow = Callable[[RowDone], None]
+OnStep = Callable[[RowDone], None]
 """Called after each row; what it raises ends the request and passes through."""
 
 DrawNoise = Callable[[], Array]
@@ -116,7 +117,8 @@ class Denoiser:
         self._backend = backend
         self._graphs = graphs
         self._engines = engines
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._running = False
         self._buffers: dict[int, _Buffers] = {}
         self._programs: OrderedDict[tuple[StepPlan, int], _Program] = OrderedDict()
 
@@ -128,7 +130,7 @@ class Denoiser:
         guidance: Array | None = None,
         *,
         draw: DrawNoise | None = None,
-        on_row: OnRow | None = None,
+        on_step: OnStep | None = None,
     ) -> Array:
         """Denoise one batch.
 
@@ -139,7 +141,7 @@ class Denoiser:
             noise: float32 [b, *latent_shape], the initial noise x_{−1}.
             guidance: the guidance scale of each request, [b]; None exactly where the layout is not guided.
             draw: fresh noise; needed exactly by stochastic plans.
-            on_row: progress, timing and cancellation. With it the loop waits for the device after every row.
+            on_step: progress, timing and cancellation. With it the loop waits for the device after every row.
 
         Returns:
             float32 [b, *latent_shape], the latents of the last row.
@@ -149,8 +151,8 @@ class Denoiser:
             UsageError: `guidance` or `draw` missing or superfluous.
             EngineError: an engine failed.
         """
-        with self._lock:
-            return self._backend.download(self._run(plan, conditions, noise, guidance, draw, on_row))
+        with self._exclusively():
+            return self._backend.download(self._run(plan, conditions, noise, guidance, draw, on_step))
 
     def run_on_device(
         self,
@@ -167,8 +169,20 @@ class Denoiser:
             fp32 [b, *latent_shape], good until the denoiser's next request. A buffer of TensorRT's backend has
             `__cuda_array_interface__`, with the stream that its reader must wait for.
         """
-        with self._lock:
+        with self._exclusively():
             return self._run(plan, conditions, noise, guidance, draw, None)
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """Other threads wait; a callback of the running request would wait for itself, and is refused."""
+        with self._lock:
+            if self._running:
+                raise UsageError("on_step cannot denoise on the pipeline that called it", fix="load another one for it")
+            self._running = True
+            try:
+                yield
+            finally:
+                self._running = False
 
     def _run(
         self,
@@ -177,7 +191,7 @@ class Denoiser:
         noise: Array,
         guidance: Array | None,
         draw: DrawNoise | None,
-        on_row: OnRow | None,
+        on_step: OnStep | None,
     ) -> Buffer:
         """Check, upload, run all rows; the buffer of the last row's latents. Under the lock."""
         layout = self._graphs.layout
@@ -201,7 +215,7 @@ class Denoiser:
             for (offset, factor), buffer in program.guidance.items():
                 self._upload("guidance", offset + factor * np.asarray(guidance, np.float64), buffer)
         draws: deque[Array] = deque(maxlen=plan.noise_history)  # newest first
-        for index, call in program.spans if on_row is None else program.rows:
+        for index, call in program.spans if on_step is None else program.rows:
             start = perf_counter()
             row = plan.rows[index]
             if draw is not None:
@@ -209,9 +223,9 @@ class Denoiser:
             if row.noise and buffers.noise is not None:
                 self._upload("noise", _mixed(row.noise_weights, draws), buffers.noise)
             call.run()
-            if on_row is not None:
+            if on_step is not None:
                 self._backend.synchronize()
-                on_row(RowDone(index, len(plan.rows), row.step, row.full, row.variant, perf_counter() - start))
+                on_step(RowDone(index, len(plan.rows), row.step, row.full, row.variant, perf_counter() - start))
         return program.result
 
     def _upload(self, name: str, array: Array, buffer: Buffer) -> None:
@@ -229,7 +243,7 @@ class Denoiser:
         key = (plan, batch)
         if key not in self._programs:
             self._programs[key] = self._prepare(plan, batch)
-            if len(self._programs) > PROGRAMS:
+            if len(self._programs) > PREPARED_PROGRAMS:
                 self._backend.synchronize()  # it may be running
                 self._programs.popitem(last=False)
         self._programs.move_to_end(key)
@@ -342,5 +356,5 @@ def _static(tensor: TensorSpec) -> tuple[int, ...]:
     """
     rest = tuple(size for size in tensor.shape[1:] if isinstance(size, int))
     if len(rest) != len(tensor.shape) - 1:
-        raise InputError(f"{tensor.name} must have a fixed shape but for the batch, got {list(tensor.shape)}")
+        raise InputError(f"{tensor.name} must have a fixed shape except for the batch, got {list(tensor.shape)}")
     return rest

@@ -1,8 +1,7 @@
 """Prompt → frames: a bundle, loaded.
 
-    pipe = Pipeline(Bundle.open("engines/cogvideox-tiny"))
-    clip = pipe("a big red circle moves left", seed=7)
-    write_video(clip.frames, "clip.mp4", fps=pipe.fps)
+    with lemica_trt.load("out/cogvideox-tiny") as pipe:
+        pipe("a big red circle moves left", seed=7).save("clip.mp4")
 
 Requests are encoded and decoded one by one and denoised together; each draws its noise from its own seed.
 """
@@ -14,60 +13,30 @@ import math
 import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
+from types import TracebackType
 from typing import Any, SupportsIndex, cast, overload
 
 import numpy as np
 
 from lemica_trt.backends.base import Array, Buffer, Capture, Engine, Settings, decode, encode, open_backend
-from lemica_trt.bundle.manifest import CACHE
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.rebuild import rebuild_command
 from lemica_trt.core.errors import EngineError, InputError, UsageError
+from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import Role
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.runtime.denoise import Denoiser, OnRow, RowDone
+from lemica_trt.runtime.denoise import Denoiser, OnStep, RowDone
+from lemica_trt.runtime.generation import Generation, GenerationRequest
 from lemica_trt.runtime.random import Generator
 from lemica_trt.runtime.text import PromptTokenizer
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt and its settings; None: the bundle's default.
-
-    Attributes:
-        prompt: any text; cut to the bundle's text length.
-        seed: 0 … 2^63 − 1.
-        guidance_scale: g; the plan's by default. Guided bundles only.
-        negative_prompt: the profile's by default. Guided bundles only.
-    """
-
-    prompt: str
-    seed: SupportsIndex = 0
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of one request.
-
-    Attributes:
-        frames: uint8 [F, H, W, 3].
-        latents: float32, the layout's `latent_shape`.
-        seconds: wall-clock time by part: `text` and `denoise` of the whole batch that it ran in, `decode`.
-    """
-
-    frames: Array
-    latents: Array
-    seconds: dict[str, float]
 
 
 class Pipeline:
     """The engines of a bundle, loaded once: a callable from prompts to frames.
 
-    Calls of several threads are correct, but wait for each other; batch requests, or use one pipeline a thread.
+    Calls of several threads are correct, but wait for each other; batch requests, or use one pipeline a thread. Engines
+    and their memory are freed by `close`, or at the end of a `with` block. A process made by `os.fork` loads its own.
 
     Args:
         bundle: opened.
@@ -103,23 +72,52 @@ class Pipeline:
             device=device,
             threads=threads,
             capture=capture,
-            cache=bundle.path / CACHE,
-            rebuild=lambda: rebuild_command(bundle, entry.key),
+            cache=_compiled_cache(entry),
+            rebuild=lambda: bundle.rebuild_command(entry.key),
         )
         self.bundle = bundle
+        self._plans = {name: bundle.plan(name) for name in bundle.plans}
         self.default_plan = bundle.plan(plan).name
-        self._plans: dict[str, StepPlan] = {}
         self._backend = open_backend(entry.key, settings)
         self._encoders = [PromptTokenizer(spec, bundle.read_bytes(spec.tokenizer)) for spec in manifest.encoders]
-        self._lock = threading.Lock()
-        self._engines: dict[Role, Engine] = {}
-        for graph in manifest.graphs.graphs:
-            if graph.role in entry.files and (roles is None or graph.role in roles):
-                file = entry.files[graph.role]
-                for data_file in graph.data_files if file == graph.file else ():  # the engine is the ONNX file
-                    bundle.file(data_file)
-                self._engines[graph.role] = self._backend.load(graph, bundle.file(file))
+        self._lock = threading.RLock()  # a callback may encode and decode
+        self._engines = self._load(entry, roles)
         self._denoiser = Denoiser(self._backend, manifest.graphs, self._engines)
+        self._process: int | None = os.getpid()
+
+    def _load(self, entry: EngineEntry, roles: Collection[Role] | None) -> dict[Role, Engine]:
+        """Load engines from files that have the listed digests before and after they are loaded."""
+        graphs = [graph for graph in self.bundle.manifest.graphs.graphs if graph.role in entry.files]
+        graphs = [graph for graph in graphs if roles is None or graph.role in roles]
+        files = {graph.role: entry.files[graph.role] for graph in graphs}
+        names = {*files.values()}
+        names |= {name for graph in graphs if graph.file == files[graph.role] for name in graph.data_files}
+        self.bundle.check_files(names)
+        engines = {graph.role: self._backend.load(graph, self.bundle.path / files[graph.role]) for graph in graphs}
+        self.bundle.check_files(names)
+        return engines
+
+    def __repr__(self) -> str:
+        state = f"plan {self.default_plan}, engines {', '.join(self._engines)}" if self._process else "closed"
+        return f"<Pipeline: {state}; {self.bundle!r}>"
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engines and their memory; calls raise `UsageError` from then on. May be called twice."""
+        with self._lock:
+            self._process = None
+            self._engines.clear()
+            self._denoiser = Denoiser(self._backend, self.bundle.manifest.graphs, {})
+
+    def _require_open(self) -> None:
+        if self._process != os.getpid():
+            what = "closed" if self._process is None else "loaded by the process that this one was forked from"
+            raise UsageError(f"the pipeline was {what}", fix="load the bundle again, here")
 
     @property
     def fps(self) -> int:
@@ -135,8 +133,8 @@ class Pipeline:
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         plan: str | None = None,
-        on_step: OnRow | None = None,
-    ) -> Result: ...
+        on_step: OnStep | None = None,
+    ) -> Generation: ...
 
     @overload
     def __call__(
@@ -147,8 +145,8 @@ class Pipeline:
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         plan: str | None = None,
-        on_step: OnRow | None = None,
-    ) -> list[Result]: ...
+        on_step: OnStep | None = None,
+    ) -> list[Generation]: ...
 
     def __call__(
         self,
@@ -158,36 +156,39 @@ class Pipeline:
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         plan: str | None = None,
-        on_step: OnRow | None = None,
-    ) -> Result | list[Result]:
+        on_step: OnStep | None = None,
+    ) -> Generation | list[Generation]:
         """Generate one clip, or one for each prompt of a list (all with one seed, or a list of seeds).
 
-        Args and raises: see `Request` and `run`.
+        Args and raises: see `GenerationRequest` and `run`.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
         if len(seeds) != len(prompts):
             raise UsageError(f"expected one seed, or one for each of {len(prompts)} prompts, got {len(seeds)}")
-        requests = [Request(text, number, guidance_scale, negative_prompt) for text, number in zip(prompts, seeds)]
+        requests = [
+            GenerationRequest(text, number, guidance_scale, negative_prompt) for text, number in zip(prompts, seeds)
+        ]
         results = self.run(requests, plan=plan, on_step=on_step)
         return results[0] if isinstance(prompt, str) else results
 
     def run(
-        self, requests: Sequence[Request], *, plan: str | None = None, on_step: OnRow | None = None
-    ) -> list[Result]:
+        self, requests: Sequence[GenerationRequest], *, plan: str | None = None, on_step: OnStep | None = None
+    ) -> list[Generation]:
         """Generate a clip for each request, in batches of at most the bundle's `max_batch`.
 
         Args:
             requests: each with its own seed, guidance scale and negative prompt.
             plan: None: the pipeline's default.
             on_step: called after each row of a batch, `index` and `rows` counted over all batches; what it raises
-                (`Cancelled`, say) ends the call.
+                (`Cancelled`, say) ends the call. It may encode and decode, but not denoise, on this pipeline.
 
         Raises:
             UsageError: no such plan; a bad seed or guidance scale; guidance asked of an unguided bundle.
             InputError: a prompt is not text; the plan does not hold for the guidance scale.
             EngineError: an engine failed, or the result is not finite.
         """
+        self._require_open()
         chosen = self._plan(plan)
         complete = [self._complete(request, chosen) for request in requests]
         size = self.bundle.manifest.graphs.max_batch
@@ -223,7 +224,7 @@ class Pipeline:
         guidance_scale: float | Array | None = None,
         plan: str | StepPlan | None = None,
         seeds: Sequence[SupportsIndex] | None = None,
-        on_step: OnRow | None = None,
+        on_step: OnStep | None = None,
     ) -> Array:
         """Denoise given noise under given conditions; what `run` does between `encode` and `decode`.
 
@@ -241,6 +242,7 @@ class Pipeline:
         Raises:
             as `Denoiser.run`; InputError: the plan does not hold for this guidance; EngineError: not finite.
         """
+        self._require_open()
         chosen = plan if isinstance(plan, StepPlan) else self._plan(plan)
         generators = [Generator(seed) for seed in seeds or ()]
         for generator in generators:
@@ -270,6 +272,7 @@ class Pipeline:
             InputError: inputs are missing, superfluous or of another shape.
             EngineError: it failed.
         """
+        self._require_open()
         if role not in self._engines:
             raise UsageError(f"the bundle has no {role} engine", fix="rebuild it with one")
         graph = self.bundle.manifest.graphs.graph(role)
@@ -297,7 +300,9 @@ class Pipeline:
                 for tensor in graph.outputs
             }
 
-    def _run_batch(self, requests: Sequence[Request], plan: StepPlan, on_step: OnRow | None) -> list[Result]:
+    def _run_batch(
+        self, requests: Sequence[GenerationRequest], plan: StepPlan, on_step: OnStep | None
+    ) -> list[Generation]:
         """Requests without None, at most max_batch."""
         start = perf_counter()
         encoded_prompts = [self.encode(request.prompt) for request in requests]
@@ -321,7 +326,7 @@ class Pipeline:
                 "denoise": denoised - encoded,
                 "decode": perf_counter() - start_decode,
             }
-            results.append(Result(frames, sample, seconds))
+            results.append(Generation(frames, sample, seconds, self.fps))
         return results
 
     def _denoise(
@@ -331,7 +336,7 @@ class Pipeline:
         noise: Array,
         guidance_scale: float | Array | None,
         generators: Sequence[Generator],
-        on_step: OnRow | None,
+        on_step: OnStep | None,
     ) -> Array:
         guidance = None
         if self.bundle.manifest.graphs.layout.guided:
@@ -347,7 +352,7 @@ class Pipeline:
 
         with self._lock:
             latents = self._denoiser.run(
-                plan, conditions, noise, guidance, draw=draw if generators else None, on_row=on_step
+                plan, conditions, noise, guidance, draw=draw if generators else None, on_step=on_step
             )
         if not np.isfinite(latents).all():
             raise EngineError(
@@ -366,11 +371,9 @@ class Pipeline:
 
     def _plan(self, name: str | None) -> StepPlan:
         name = self.default_plan if name is None else name
-        if name not in self._plans:
-            self._plans[name] = self.bundle.plan(name)
-        return self._plans[name]
+        return self._plans[name] if name in self._plans else self.bundle.plan(name)
 
-    def _complete(self, request: Request, plan: StepPlan) -> Request:
+    def _complete(self, request: GenerationRequest, plan: StepPlan) -> GenerationRequest:
         """Check a request and put in the defaults."""
         Generator(request.seed)
         self._require_text(request.prompt)
@@ -389,10 +392,20 @@ class Pipeline:
         return dataclasses.replace(request, guidance_scale=float(scale), negative_prompt=negative)
 
 
+def _compiled_cache(entry: EngineEntry) -> Path | None:
+    """Where a vendor keeps what it compiles here: the user's cache, never the bundle; None without a home."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(root) if root else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return folder / "lemica-trt" / entry.key.digest[:16]
+
+
 _UNGUIDED = "the bundle was built without guidance: it takes no guidance_scale and no negative_prompt"
 
 
-def _offset(on_step: OnRow, chunk: int, chunks: int) -> OnRow:
+def _offset(on_step: OnStep, chunk: int, chunks: int) -> OnStep:
     """Count rows over all batches of a call."""
 
     def count(row: RowDone) -> None:

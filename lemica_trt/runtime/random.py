@@ -18,7 +18,7 @@ from lemica_trt.core.errors import UsageError
 
 Floats = npt.NDArray[np.float32]
 
-_PIECE = 1 << 20
+_PIECE_NUMBERS = 1 << 20
 """Numbers made at a time; bounds the working memory."""
 
 
@@ -51,8 +51,8 @@ class Generator:
         if size < 16:
             raise ValueError(f"noise needs at least 16 numbers, got shape {shape}")
         numbers = np.empty(size, np.float32)
-        for start in range(0, size, _PIECE):
-            piece = numbers[start : start + _PIECE]
+        for start in range(0, size, _PIECE_NUMBERS):
+            piece = numbers[start : start + _PIECE_NUMBERS]
             piece[:] = self._uniform(len(piece))
             whole = len(piece) // 16 * 16
             _box_muller(piece[:whole])

@@ -18,8 +18,8 @@ from lemica_trt.core.errors import InputError, MissingDependencyError, UsageErro
 
 Frames = npt.NDArray[np.uint8]
 
-CRF = 17
-"""H.264 constant rate factor: 0 is lossless, 23 the encoder's default; 17 looks lossless."""
+H264_RATE_FACTOR = 17
+"""H.264's CRF: 0 is lossless, 23 the encoder's default; 17 looks lossless."""
 
 
 def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int) -> None:
@@ -80,7 +80,7 @@ def _write_mp4(frames: Frames, path: Path, fps: int) -> None:
     av = _import_av()
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        stream: Any = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(CRF)})
+        stream: Any = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(H264_RATE_FACTOR)})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lemica_trt.backends.base import NUMPY_DTYPES
-from lemica_trt.backends.onnxruntime.build import DEFAULTS, open_session
+from lemica_trt.backends.onnxruntime.build import open_session
+from lemica_trt.backends.onnxruntime.options import OrtOptions
 from lemica_trt.backends.tensorrt.device import ALIGNMENT, Host, Memory, MemoryInfo, OutOfMemory
 from lemica_trt.core.errors import EngineError, LemicaError
 from lemica_trt.core.values import Value, write_value
@@ -418,7 +419,7 @@ class ICudaEngine:
         self.logger = logger
         graph = plan.graph
         self.tensors: dict[str, TensorSpec] = {spec.name: spec for spec in (*graph.inputs, *graph.outputs)}
-        self._session = open_session(graph, Path(plan.onnx), {**DEFAULTS, "threads": 1})
+        self._session = open_session(graph, Path(plan.onnx), OrtOptions(threads=1))
         self.num_io_tensors = len(self.tensors)
         self.num_optimization_profiles = len(plan.profiles)
         self.device_memory_size_v2 = plan.activations

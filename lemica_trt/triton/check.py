@@ -9,19 +9,28 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lemica_trt import __version__
+from lemica_trt.bundle.manifest import Manifest
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import LemicaError, MissingDependencyError, UsageError, VerificationError
 from lemica_trt.core.values import Value
-from lemica_trt.triton.interface import CACHED, MODELS, STREAMS, Interface, Port, interfaces
-from lemica_trt.triton.repository import BUNDLE, model_file
+from lemica_trt.triton.config import BUNDLE, parameter_names
+from lemica_trt.triton.interface import CACHED, STREAMS, Interface, Port, interfaces
+from lemica_trt.triton.repository import START_SCRIPT, model_file, start_script
+
+Parser = Callable[[str], dict[str, Any]]
+
+_OURS = f"lemica-trt {__version__} writes"
+_CHANGED = f"not the file that {_OURS}; if you changed it, it is yours to check"
+_CLOSING_FLAGS = ("--http-restricted-api", "--grpc-restricted-protocol")
+"""Flags of tritonserver that close APIs to those without a token."""
 
 
-class Finding(Value, frozen=True):
+class LintIssue(Value, frozen=True):
     """What is wrong, and in which file of the repository. Notes are worth knowing and fail nothing."""
 
     path: str
@@ -29,7 +38,7 @@ class Finding(Value, frozen=True):
     note: bool = False
 
 
-def check_repository(target: str | os.PathLike[str]) -> tuple[Finding, ...]:
+def check_repository(target: str | os.PathLike[str]) -> tuple[LintIssue, ...]:
     """Everything that is wrong with a repository; empty: nothing.
 
     Raises:
@@ -47,67 +56,90 @@ def check_repository(target: str | os.PathLike[str]) -> tuple[Finding, ...]:
         bundle = Bundle.open(folder / BUNDLE)
         bundle.check()
     except LemicaError as error:
-        return (Finding(path=BUNDLE, message=str(error)),)
-    return tuple(_findings(folder, bundle, parse))
+        return (LintIssue(path=BUNDLE, message=str(error)),)
+    return tuple(_issues_in(folder, bundle, parse))
 
 
-def require_sound(target: str | os.PathLike[str]) -> tuple[Finding, ...]:
+def require_sound(target: str | os.PathLike[str]) -> tuple[LintIssue, ...]:
     """`check_repository`, and its notes.
 
     Raises:
-        VerificationError: something is wrong; the first finding is in the message, with how many there are.
+        VerificationError: something is wrong; the first issue is in the message, with how many there are.
     """
-    findings = check_repository(target)
-    wrong = [finding for finding in findings if not finding.note]
+    issues = check_repository(target)
+    wrong = [issue for issue in issues if not issue.note]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise VerificationError(
             f"{target}: {wrong[0].path}: {wrong[0].message}{more}",
             fix="write the repository again with 'lemica-trt triton', or undo the change",
         )
-    return findings
+    return issues
 
 
-def _findings(folder: Path, bundle: Bundle, parse: Any) -> Iterator[Finding]:
+def _issues_in(folder: Path, bundle: Bundle, parse: Parser) -> Iterator[LintIssue]:
     expected = interfaces(bundle.manifest)
-    for model in MODELS:
-        if model in expected and not (folder / model / "config.pbtxt").is_file():
-            yield Finding(path=f"{model}/config.pbtxt", message="expected a config, it is missing")
+    for model in expected:
+        if not (folder / model / "config.pbtxt").is_file():
+            yield LintIssue(path=f"{model}/config.pbtxt", message="expected a config, it is missing")
     for path in sorted(folder.glob("*/config.pbtxt")) + sorted(folder.glob("*/configs/*.pbtxt")):
         relative = path.relative_to(folder).as_posix()
         model = relative.split("/")[0]
         if model not in expected:
-            yield Finding(path=relative, message="not a model that lemica-trt writes for this bundle", note=True)
+            yield LintIssue(path=relative, message="not a model that lemica-trt writes for this bundle", note=True)
             continue
         try:
             text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as broken:
-            yield Finding(path=relative, message=f"expected Triton's ModelConfig, got: {broken}")
+            config = parse(text)
+        except ValueError as error:
+            yield LintIssue(path=relative, message=f"expected Triton's ModelConfig, got: {error}")
             continue
-        config, error = parse(text)
-        if error:
-            yield Finding(path=relative, message=f"expected Triton's ModelConfig, got: {error}")
-            continue
-        for message in _wrong_in(config, text, model, expected[model], bundle, folder):
-            yield Finding(path=relative, message=message)
+        messages = (
+            *_wrong_identity(config, text, model, bundle.manifest),
+            *_wrong_tensors(config, expected[model]),
+            *_wrong_parameters(config, model, bundle, folder),
+        )
+        for message in messages:
+            yield LintIssue(path=relative, message=message)
         if relative.endswith("/configs/cpu.pbtxt"):
             for group in config["instance_group"]:
                 if group["kind"] != "KIND_CPU":
-                    yield Finding(path=relative, message=f"expected KIND_CPU, got {group['kind']}")
-    for model in expected:
-        file = folder / model / "1" / "model.py"
-        if not file.is_file():
-            yield Finding(path=f"{model}/1/model.py", message="expected a model, it is missing")
-        elif file.read_bytes() != model_file(model):
-            message = f"not the file that lemica-trt {__version__} writes; if you changed it, it is yours to check"
-            yield Finding(path=f"{model}/1/model.py", message=message, note=True)
+                    yield LintIssue(path=relative, message=f"expected KIND_CPU, got {group['kind']}")
+    yield from _issues_in_code(folder, expected)
+    yield from _issues_in_start_script(folder / START_SCRIPT)
 
 
-def _wrong_in(
-    config: Mapping[str, Any], text: str, model: str, expected: Interface, bundle: Bundle, folder: Path
-) -> Iterator[str]:
-    """Everything wrong with one parsed config."""
-    manifest = bundle.manifest
+def _issues_in_code(folder: Path, models: Iterable[str]) -> Iterator[LintIssue]:
+    for model in models:
+        relative = f"{model}/1/model.py"
+        if not (folder / relative).is_file():
+            yield LintIssue(path=relative, message="expected a model, it is missing")
+        elif (folder / relative).read_bytes() != model_file(model):
+            yield LintIssue(path=relative, message=_CHANGED, note=True)
+
+
+def _issues_in_start_script(script: Path) -> Iterator[LintIssue]:
+    """Notes on what a server that is started otherwise may let strangers do."""
+    try:
+        text = script.read_bytes()
+    except OSError:
+        text = b""
+    if text == start_script():
+        return
+    closed = [flag for flag in _CLOSING_FLAGS if re.search(rb"^[^#]*" + flag.encode(), text, re.MULTILINE)]
+    for flag in _CLOSING_FLAGS:
+        if flag not in closed:
+            danger = "whoever reaches the port may load models, and so run any code"
+            message = f"no {flag}: {danger}; use the start.sh that {_OURS}"
+            yield LintIssue(path=script.name, message=message, note=True)
+    if re.search(rb"^[^#]*--log-verbose[= ][1-9]", text, re.MULTILINE):
+        yield LintIssue(path=script.name, message="--log-verbose: requests, prompts too, may be logged", note=True)
+    if len(closed) == len(_CLOSING_FLAGS):
+        yield LintIssue(path=script.name, message=_CHANGED, note=True)
+
+
+def _wrong_identity(config: Mapping[str, Any], text: str, model: str, manifest: Manifest) -> Iterator[str]:
+    """What does not say which model this is, or how it is called."""
     if config["name"] != model:
         yield f"name: expected {model!r}, as the folder is called, got {config['name']!r}"
     if config["backend"] != "python":
@@ -117,6 +149,14 @@ def _wrong_in(
     most = manifest.graphs.max_batch if model.startswith("denoiser") else config["max_batch_size"]
     if not 1 <= config["max_batch_size"] <= most:
         yield f"max_batch_size: expected 1 … {most}, got {config['max_batch_size']}"
+    if config["decoupled"] != (model in STREAMS):
+        yield f"model_transaction_policy: expected decoupled {model in STREAMS}, got {config['decoupled']}"
+    if config["response_cache"] and model not in CACHED:
+        yield "response_cache: answers of this model depend on parameters, which are not part of the cache's key"
+
+
+def _wrong_tensors(config: Mapping[str, Any], expected: Interface) -> Iterator[str]:
+    """Inputs and outputs that are not the model's."""
     for kind, ports in (("input", expected.inputs), ("output", expected.outputs)):
         found = {
             tensor["name"]: Port(tensor["name"], tensor["data_type"].removeprefix("TYPE_"), tuple(tensor["dims"]))
@@ -129,15 +169,12 @@ def _wrong_in(
                 yield f"{kind} {port.name}: expected {port.dtype} {list(port.dims)}, got {shown}"
         for name in found:
             yield f"{kind} {name}: not a tensor of this model"
-    if config["decoupled"] != (model in STREAMS):
-        yield f"model_transaction_policy: expected decoupled {model in STREAMS}, got {config['decoupled']}"
-    if config["response_cache"] and model not in CACHED:
-        yield "response_cache: answers of this model depend on parameters, which are not part of the cache's key"
+
+
+def _wrong_parameters(config: Mapping[str, Any], model: str, bundle: Bundle, folder: Path) -> Iterator[str]:
+    """Parameters that the model would refuse, or that are not its own."""
     parameters = config["parameters"]
-    wanted = {"bundle", "graphs", "lemica_trt"}
-    wanted |= set() if model.startswith("pipeline") else {"backend", "threads"}
-    wanted |= {"batching"} if model.startswith("denoiser") else set()
-    wanted |= {"stream"} if model in STREAMS else set()
+    wanted = set(parameter_names(model))
     if not wanted <= set(parameters):
         missing = ", ".join(sorted(wanted - set(parameters)))
         yield f"parameters: expected {', '.join(sorted(wanted))}; missing: {missing}"
@@ -148,19 +185,19 @@ def _wrong_in(
         yield f"parameter bundle: expected ../{BUNDLE}, got {parameters['bundle']!r}"
     if parameters["lemica_trt"] != __version__:
         yield f"parameter lemica_trt: expected {__version__}, got {parameters['lemica_trt']}"
+    if parameters["manifest"] != bundle.digest:
+        yield "parameter manifest: expected the digest of the bundle, got another"
     backend = parameters.get("backend")
-    if backend is not None and backend not in {entry.key.backend for entry in manifest.engines}:
+    if backend is not None and backend not in {entry.key.backend for entry in bundle.manifest.engines}:
         yield f"parameter backend: the bundle has no engines for {backend!r}"
-    elif parameters["graphs"] != bundle.engine(backend).key.graphs_digest:
-        yield "parameter graphs: expected the digest of the bundle's graphs, got another"
     if "threads" in parameters and not parameters["threads"].isdecimal():
         yield f"parameter threads: expected a number, got {parameters['threads']!r}"
     if parameters.get("batching", "exact") not in ("exact", "off"):
         yield f"parameter batching: expected exact or off, got {parameters['batching']!r}"
 
 
-def _parser() -> Any:
-    """A function from pbtxt to (plain config, error).
+def _parser() -> Parser:
+    """A function from a config.pbtxt to a plain dictionary; it raises ValueError for what is none.
 
     Raises:
         MissingDependencyError: tritonclient is not installed.
@@ -174,11 +211,11 @@ def _parser() -> Any:
             f"checking needs tritonclient, got: {error}", fix="pip install 'lemica-trt[client]'"
         ) from None
 
-    def parse(text: str) -> tuple[dict[str, Any], str]:
+    def parse(text: str) -> dict[str, Any]:
         try:
             message = text_format.Parse(text, proto.ModelConfig())
         except text_format.ParseError as error:
-            return {}, " ".join(str(error).split())
+            raise ValueError(" ".join(str(error).split())) from None
         plain = json.loads(json_format.MessageToJson(message, preserving_proto_field_name=True))
         config: dict[str, Any] = {
             "name": message.name,
@@ -193,6 +230,6 @@ def _parser() -> Any:
             config[kind] = [
                 {**tensor, "dims": [int(size) for size in tensor.get("dims", [])]} for tensor in plain.get(kind, [])
             ]
-        return config, ""
+        return config
 
     return parse

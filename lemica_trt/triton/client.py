@@ -49,50 +49,70 @@ def generate(
         InputError: the server says that the request is not what it must be; the message says what is allowed.
         EngineError: the server failed, is full, or the time-out passed.
     """
-    try:
-        grpc = importlib.import_module("tritonclient.grpc")
-        failure = importlib.import_module("tritonclient.utils").InferenceServerException
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"the client needs tritonclient, got: {error}", fix="pip install 'lemica-trt[client]'"
-        ) from None
-    text = grpc.InferInput("prompt", [1, 1], "BYTES")
-    text.set_data_from_numpy(np.array([[prompt.encode()]], np.object_))
-    name = "video" if mp4 else "frames"
+    grpc, failure = _tritonclient()
+    client = _connect(url, grpc, failure)
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
-    client = grpc.InferenceServerClient(url)
-    try:
-        if not client.is_server_live():
-            raise failure("not live")
-    except failure as error:
-        client.close()
-        raise MissingDependencyError(
-            f"expected a Triton server at {url}, got: {error.message()}", fix="start it, or give --url HOST:GRPC_PORT"
-        ) from None
     try:
         client.start_stream(callback=lambda result, error: answers.put((result, error)))
+        text = grpc.InferInput("prompt", [1, 1], "BYTES")
+        text.set_data_from_numpy(np.array([[prompt.encode()]], np.object_))
         client.async_stream_infer(
             MODEL,
             inputs=[text],
             parameters={**(parameters or {}), "output": "mp4" if mp4 else "frames"},
             timeout=None if timeout is None else max(1, round(timeout * 1e6)),
         )
-        while True:
-            result, failed = answers.get()
-            if failed is not None:
-                raise failed
-            done, steps = (int(result.as_numpy(key)[0, 0]) for key in ("step", "num_steps"))
-            found = result.as_numpy(name)
-            if on_step is not None:
-                on_step(done, steps)
-            if found is not None:
-                value: npt.NDArray[np.uint8] | bytes = found[0, 0] if mp4 else found[0]
-                return value
+        return _receive(answers, "video" if mp4 else "frames", on_step)
     except failure as error:
         raise _error(error, url) from None
     finally:
         client.stop_stream(cancel_requests=True)
         client.close()
+
+
+def _tritonclient() -> tuple[Any, type[Exception]]:
+    """tritonclient's gRPC module and its exception."""
+    try:
+        return (
+            importlib.import_module("tritonclient.grpc"),
+            importlib.import_module("tritonclient.utils").InferenceServerException,
+        )
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the client needs tritonclient, got: {error}", fix="pip install 'lemica-trt[client]'"
+        ) from None
+
+
+def _connect(url: str, grpc: Any, failure: type[Exception]) -> Any:
+    """A client of a server that is live."""
+    client = grpc.InferenceServerClient(url)
+    try:
+        if not client.is_server_live():
+            raise failure("not live")
+    except failure as error:
+        client.close()
+        message = error.message() if hasattr(error, "message") else error
+        raise MissingDependencyError(
+            f"expected a Triton server at {url}, got: {message}", fix="start it, or give --url HOST:GRPC_PORT"
+        ) from None
+    return client
+
+
+def _receive(
+    answers: queue.Queue[tuple[Any, Any]], output: str, on_step: Callable[[int, int], None] | None
+) -> npt.NDArray[np.uint8] | bytes:
+    """The first answer that has the output; those before it are progress."""
+    while True:
+        result, failed = answers.get()
+        if failed is not None:
+            raise failed
+        done, steps = (int(result.as_numpy(key)[0, 0]) for key in ("step", "num_steps"))
+        if on_step is not None:
+            on_step(done, steps)
+        found = result.as_numpy(output)
+        if found is not None:
+            clip: npt.NDArray[np.uint8] | bytes = found[0, 0] if output == "video" else found[0]
+            return clip
 
 
 _REFUSED = re.compile(

@@ -6,7 +6,7 @@
                │ (response cache)    (batches, metrics)
 
 Pure: from a bundle's manifest to names, dtypes and dimensions; `repository` writes them, `check` compares with them,
-`serving` reads requests by them.
+`server` reads requests by them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ from dataclasses import dataclass
 from lemica_trt.bundle.manifest import Manifest
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.ir.graphs import GraphSet
+
+OLDEST_SERVER = (2, 51)
+"""Oldest tritonserver release: the one that the models were tested on."""
+
+OLDEST_SERVER_NAME = "2.51 (container 24.10)"
+"""The same for people."""
 
 MODELS: dict[str, str] = {
     "text_encoder": "text_encoder.py",
@@ -27,13 +33,23 @@ MODELS: dict[str, str] = {
 }
 """Model → its file in `lemica_trt/triton/model/`."""
 
+MODEL_SUMMARIES: dict[str, str] = {
+    "text_encoder": "Prompt → embeddings.",
+    "denoiser": "Prompt embeddings → latents: the whole denoising loop, in process.",
+    "denoiser_stream": "Like denoiser, with an answer after each full step.",
+    "vae_decoder": "Latents → frames.",
+    "pipeline": "Prompt → frames, or an MP4 file.",
+    "pipeline_stream": "Like pipeline, with an answer after each full step.",
+}
+"""What each model does, in a line."""
+
 STREAMS = ("denoiser_stream", "pipeline_stream")
 """Models that answer more than once (decoupled)."""
 
 CACHED = ("text_encoder",)
 """Models whose answers Triton's response cache keeps."""
 
-_DTYPES = {"fp32": "FP32", "fp16": "FP16", "bf16": "FP32", "uint8": "UINT8"}
+_TRITON_DTYPES = {"fp32": "FP32", "fp16": "FP16", "bf16": "FP32", "uint8": "UINT8"}
 """bf16 has no numpy dtype: it travels as FP32, as the runtime hands it out."""
 
 
@@ -66,7 +82,7 @@ def embeds_of(graphs: GraphSet) -> Port:
     (tensor,) = graphs.layout.conditions
     encoded = (output for graph in graphs.graphs if graph.role == "text_encoder" for output in graph.outputs)
     tensor = next((output for output in encoded if output.name == tensor.name), tensor)
-    return Port(tensor.name, _DTYPES[tensor.dtype], tuple(int(size) for size in tensor.shape[1:]))
+    return Port(tensor.name, _TRITON_DTYPES[tensor.dtype], tuple(int(size) for size in tensor.shape[1:]))
 
 
 def interfaces(manifest: Manifest) -> dict[str, Interface]:
@@ -82,7 +98,7 @@ def interfaces(manifest: Manifest) -> dict[str, Interface]:
     }
     if {"text_encoder", "vae_decoder"} <= {graph.role for graph in graphs.graphs}:
         decoded = next(tensor for tensor in graphs.graph("vae_decoder").outputs if tensor.name == "frames")
-        frames = Port("frames", _DTYPES[decoded.dtype], tuple(int(size) for size in decoded.shape[1:]))
+        frames = Port("frames", _TRITON_DTYPES[decoded.dtype], tuple(int(size) for size in decoded.shape[1:]))
         prompt, video = Port("prompt", "STRING", (1,)), Port("video", "STRING", (1,))
         found["text_encoder"] = Interface((prompt,), (embeds,))
         found["vae_decoder"] = Interface((latents,), (frames,))

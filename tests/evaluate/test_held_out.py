@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lemica_trt.compiler import calibration_prompts, require_graph_fits
+from lemica_trt.calibrate.calibration import require_calibration_of
+from lemica_trt.calibrate.prompts import read_prompts
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.evaluator import PlanEvaluator, held_out_samples
@@ -39,13 +40,19 @@ def graph() -> ErrorGraph:
     return read_value(ErrorGraph, calibration_path("cogvideox-tiny/error_graph.json"))
 
 
+def require_fits(graph: ErrorGraph, model: Model, table: SamplerTable) -> None:
+    require_calibration_of(
+        graph, table, model.profile, revision=model.revision, latent_shape=model.latent_shape, where="error_graph.json"
+    )
+
+
 def problem_of(model: Model, table: SamplerTable, graph: ErrorGraph) -> Problem:
     guidance = model.profile.sampling.guidance_scale
     return Problem(table=table, guidance_scale=guidance, calibration=Calibration(graph=graph))
 
 
 def test_committed_error_graph_is_of_the_bundled_model(model: Model, table: SamplerTable, graph: ErrorGraph) -> None:
-    require_graph_fits(graph, model, table, where="error_graph.json")
+    require_fits(graph, model, table)
     assert graph.samples >= 8
     skip = min(graph.max_skip, 9)
     assert {(edge.start, edge.stop) for edge in graph.edges} >= {(0, 2), (0, skip + 1), (graph.num_steps - 2, 50)}
@@ -56,7 +63,9 @@ def test_committed_error_graph_is_of_the_bundled_model(model: Model, table: Samp
 
 
 def test_plans_beat_equal_distances_on_held_out_prompts(model: Model, table: SamplerTable, graph: ErrorGraph) -> None:
-    samples = held_out_samples(calibration_prompts(model.profile, None, split="held_out"), CLIPS)
+    samples = held_out_samples(
+        read_prompts(calibration_path(model.profile.calibration.prompts) / "held_out.txt"), CLIPS
+    )
     evaluator = PlanEvaluator(lambda: model, table, samples)
     problem = problem_of(model, table, graph)
     for budget, margin in ((15, 1.5), (20, 3.0)):
@@ -79,7 +88,7 @@ def test_a_calibration_holds_on_another_processor(model: Model, table: SamplerTa
     other = sampler_table(perturbed(model.scheduler()))
     assert other.rows != table.rows
     assert other.digest == table.digest
-    require_graph_fits(graph, model, other, where="error_graph.json")
+    require_fits(graph, model, other)
     for budget in (10, 15, 25):
         plans = [planners()["lemica"](problem_of(model, sampler, graph), budget) for sampler in (table, other)]
         assert plans[0].full_steps == plans[1].full_steps
@@ -90,4 +99,4 @@ def test_a_calibration_of_other_numbers_is_refused(model: Model, graph: ErrorGra
     scheduler = model.scheduler()
     scheduler.alphas_cumprod = scheduler.alphas_cumprod**1.001
     with pytest.raises(InputError, match="same settings whose coefficients differ by more than 1e-05"):
-        require_graph_fits(graph, model, sampler_table(scheduler), where="error_graph.json")
+        require_fits(graph, model, sampler_table(scheduler))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lemica_trt.core.errors import EngineError, InputError, UsageError
 from lemica_trt.ir.graphs import StepLayout
 from lemica_trt.ir.plan import PlanRow, StepPlan, trunk_reads
-from lemica_trt.runtime.denoise import PROGRAMS, Cancelled, Denoiser, RowDone
+from lemica_trt.runtime.denoise import PREPARED_PROGRAMS, Cancelled, Denoiser, RowDone
 
 pytestmark = pytest.mark.null
 
@@ -122,7 +122,7 @@ def test_rows_are_reported_in_order_and_timed() -> None:
     plan = toy.euler_plan("fsr")
     denoiser, backend = denoiser_of(layout)
     rows: list[RowDone] = []
-    denoiser.run(plan, **inputs_of(layout, 1), on_row=rows.append)
+    denoiser.run(plan, **inputs_of(layout, 1), on_step=rows.append)
     assert [(row.index, row.rows, row.step, row.variant) for row in rows] == [
         (0, 4, 0, "full"),
         (1, 4, 1, "skip"),
@@ -146,7 +146,7 @@ def test_cancelled_and_failed_requests_leave_nothing_behind() -> None:
 
     runs = sum(kind == "run" for kind, _ in backend.log)
     with pytest.raises(Cancelled):
-        denoiser.run(plan, **inputs_of(layout, 2, seed=5), on_row=cancel)
+        denoiser.run(plan, **inputs_of(layout, 2, seed=5), on_step=cancel)
     assert sum(kind == "run" for kind, _ in backend.log) == runs + 3
     np.testing.assert_array_equal(denoiser.run(plan, **inputs), expected)
 
@@ -183,7 +183,7 @@ def test_prepared_plans_are_bounded() -> None:
     layout = toy.layout_of()
     denoiser, backend = denoiser_of(layout)
     inputs = inputs_of(layout, 1)
-    for number in range(PROGRAMS + 3):
+    for number in range(PREPARED_PROGRAMS + 3):
         denoiser.run(toy.euler_plan("f", name=f"p{number}"), **inputs)
     bound = len(backend.log)
     denoiser.run(toy.euler_plan("f", name="p5"), **inputs)

@@ -11,14 +11,13 @@ import pytest
 from command import lemica
 
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.rebuild import rebuild_command
 
 
 @pytest.mark.cpu
 def test_it_makes_the_same_bundle_here(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     shutil.copytree(built[0], tmp_path / "bundle")
     bundle = Bundle.open(tmp_path / "bundle")
-    words = shlex.split(rebuild_command(bundle, bundle.engine().key))
+    words = shlex.split(bundle.rebuild_command(bundle.engine().key))
     assert words[:2] == ["lemica-trt", "engine"]
     done = lemica(*words[1:])
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import toy
 
 from lemica_trt.backends import builders
+from lemica_trt.backends.onnxruntime.run import OrtBackend
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.writing import add_plan, write_bundle
 from lemica_trt.core.errors import EngineError, InputError, IntegrityError, UsageError
@@ -19,7 +23,8 @@ from lemica_trt.ir.graphs import EncoderSpec, GraphSet
 from lemica_trt.ir.plan import PlanRow, trunk_reads
 from lemica_trt.ir.profile import Profile, Sampling, Shape
 from lemica_trt.runtime.denoise import Cancelled, RowDone
-from lemica_trt.runtime.pipeline import Pipeline, Request
+from lemica_trt.runtime.generation import GenerationRequest
+from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.runtime.random import Generator
 
 pytestmark = pytest.mark.cpu
@@ -155,10 +160,10 @@ def test_a_request_does_not_see_its_batch(tmp_path: Path, stochastic: bool) -> N
     pipe = Pipeline(make_bundle(tmp_path / "b", tmp_path / "w", stochastic=stochastic))
     plan = "noisy" if stochastic else None
     requests = [
-        Request("a big red circle", 1),
-        Request("small star", 2, 1.0),
-        Request("blue", 3, 5.0, ""),
-        Request("a big red circle", 1),  # the second chunk: max_batch is 3
+        GenerationRequest("a big red circle", 1),
+        GenerationRequest("small star", 2, 1.0),
+        GenerationRequest("blue", 3, 5.0, ""),
+        GenerationRequest("a big red circle", 1),  # the second chunk: max_batch is 3
     ]
     together = pipe.run(requests, plan=plan)
     alone = [pipe.run([request], plan=plan)[0] for request in requests]
@@ -281,9 +286,8 @@ def test_moved_and_altered(bundle: Bundle, pipe: Pipeline, tmp_path: Path) -> No
         data = bytearray((moved / name).read_bytes())
         data[len(data) // 2] ^= 1
         (moved / name).write_bytes(data)
-        if name != "plans/slow.json":  # read only when it is asked for
-            with pytest.raises(IntegrityError, match="altered"):
-                Pipeline(Bundle.open(moved))
+        with pytest.raises(IntegrityError, match="altered"):
+            Pipeline(Bundle.open(moved))
         data[len(data) // 2] ^= 1
         (moved / name).write_bytes(data)
     assert Pipeline(Bundle.open(moved))
@@ -296,3 +300,85 @@ def test_a_plan_joins_later(bundle: Bundle, tmp_path: Path) -> None:
     rows: list[RowDone] = []
     Pipeline(more)("red", on_step=rows.append)
     assert [row.variant for row in rows] == ["full", None, None]
+
+
+def test_a_clip_is_saved(pipe: Pipeline, tmp_path: Path) -> None:
+    clip = pipe("red", seed=3)
+    clip.save(tmp_path / "clip.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "clip.npy"), clip.frames)
+    assert re.fullmatch(r"<Generation: 2 frames 4×4, 5 a second; text .*, denoise .*, decode .*>", repr(clip))
+    with pytest.raises(UsageError, match=r"cannot write '\.txt'"):
+        clip.save(tmp_path / "clip.txt")
+
+
+def test_a_closed_pipeline(bundle: Bundle) -> None:
+    with Pipeline(bundle) as pipe:
+        assert repr(pipe).startswith("<Pipeline: plan default, engines combine, full, skip")
+        latents = pipe("red").latents
+    assert repr(pipe).startswith("<Pipeline: closed; <Bundle ")
+    pipe.close()
+    for use in (
+        lambda: pipe("red"),
+        lambda: pipe.encode("red"),
+        lambda: pipe.decode(latents),
+        lambda: pipe.latents(latents, latents),
+    ):
+        with pytest.raises(UsageError, match="the pipeline was closed → load the bundle again"):
+            use()
+
+
+def test_what_a_callback_may_do(pipe: Pipeline) -> None:
+    """A preview is decoded; another request, which would wait for this one for ever, is refused."""
+    previews, refused = [], []
+
+    def on_step(row: RowDone) -> None:
+        previews.append(pipe.decode(np.zeros(toy.LATENT_SHAPE, np.float32)))
+        with pytest.raises(UsageError, match="cannot denoise on the pipeline that called it") as caught:
+            pipe("blue")
+        refused.append(caught.value)
+
+    expected = pipe("red", seed=1).latents
+    np.testing.assert_array_equal(pipe("red", seed=1, on_step=on_step).latents, expected)
+    assert len(previews) == len(refused) == len(pipe.bundle.plan().rows)
+    np.testing.assert_array_equal(pipe("red", seed=1).latents, expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_is_told_to_load_its_own(pipe: Pipeline) -> None:
+    process = os.fork()
+    if process == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            try:
+                pipe("red")
+            except UsageError as error:
+                code = 0 if "load the bundle again, here" in str(error) else 2
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+def test_plans_are_those_of_when_the_pipeline_was_made(bundle: Bundle, tmp_path: Path) -> None:
+    """Somebody may replace the bundle while it is open."""
+    shutil.copytree(bundle.path, tmp_path / "b")
+    pipe = Pipeline(Bundle.open(tmp_path / "b"))
+    add_plan(Bundle.open(tmp_path / "b"), toy.euler_plan("fr", name="slow"))
+    np.testing.assert_array_equal(pipe("red", plan="slow").latents, Pipeline(bundle)("red", plan="slow").latents)
+
+
+def test_a_file_that_changes_while_it_is_loaded(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(bundle.path, tmp_path / "b")
+    opened = Bundle.open(tmp_path / "b")
+    name = opened.manifest.graphs.graph("full").file
+    load = OrtBackend.load
+
+    def swapped(self: OrtBackend, graph: Any, path: Path) -> Any:
+        if graph.role == "full":
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+        return load(self, graph, bundle.path / path.relative_to(opened.path))
+
+    monkeypatch.setattr(OrtBackend, "load", swapped)
+    with pytest.raises(IntegrityError, match=f"{name}: expected SHA-256"):
+        Pipeline(opened)

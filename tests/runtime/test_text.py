@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.text import basic_clean
 from lemica_trt.ir.graphs import EncoderSpec
-from lemica_trt.runtime.text import PromptTokenizer
+from lemica_trt.runtime.text import MAX_PROMPT_BYTES, PromptTokenizer
 
 pytestmark = pytest.mark.cpu
 
@@ -96,3 +97,35 @@ def test_a_broken_tokenizer() -> None:
     for data in (b"{}", b"\xff", b""):
         with pytest.raises(InputError, match=r"expected a tokenizer\.json"):
             PromptTokenizer(EncoderSpec(tokenizer="t", length=3, pad_id=0), data)
+
+
+def test_prompts_that_are_too_long(tokenizer_json: bytes) -> None:
+    """Refused before anything works on them, in process as on the server."""
+    ours = PromptTokenizer(EncoderSpec(tokenizer="t", length=3, pad_id=0), tokenizer_json)
+    assert ours.ids("é" * (MAX_PROMPT_BYTES // 2))[1].sum() > 0
+    with pytest.raises(InputError, match=f"a prompt must be text of at most 8192 bytes; got {MAX_PROMPT_BYTES + 1} by"):
+        ours.ids("é" * (MAX_PROMPT_BYTES // 2) + "x")
+    with pytest.raises(InputError, match="got 50000000 bytes"):
+        ours.ids("&" * 50_000_000)
+
+
+FORGED = {
+    "charsmap": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAA"}},
+    "regex": {"normalizer": {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}},
+    "template": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "zz", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("part", FORGED)
+def test_tokenizers_that_panic(tokenizer_json: bytes, part: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The library's panics are no `Exception`."""
+    forged = json.dumps({**json.loads(tokenizer_json), **FORGED[part]}).encode()
+    with pytest.raises(InputError, match=r"expected a tokenizer\.json|the tokenizer fails on this prompt"):
+        PromptTokenizer(EncoderSpec(tokenizer="t", length=64, pad_id=0), forged).ids("a" * 34 + "!")

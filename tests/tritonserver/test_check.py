@@ -39,7 +39,12 @@ BROKEN = [
     ("vae_decoder", "dims: [ 2, 3, 4, 4 ] }\n", "dims: [ 2, 3, 4, 5 ] }\n", "expected FP32 [2, 3, 4, 4], got FP32"),
     ("text_encoder", "TYPE_FP32", "TYPE_FP16", "expected FP32 [5, 12], got FP16 [5, 12]"),
     ("denoiser", '"../denoiser/bundle"', '"../bundle"', "parameter bundle: expected ../denoiser/bundle"),
-    ("denoiser", '"' + "0" * 64 + '"', '"' + "1" * 64 + '"', "parameter graphs: expected the digest"),
+    (
+        "denoiser",
+        'key: "manifest" value { string_value: "',
+        'key: "manifest" value { string_value: "0',
+        "expected the digest",
+    ),
     ("denoiser", '"onnxruntime"', '"tensorrt"', "the bundle has no engines for 'tensorrt'"),
     ("denoiser", '"exact"', '"fast"', "batching: expected exact or off, got 'fast'"),
     ("denoiser", 'key: "threads"', 'key: "thread"', "missing: threads"),
@@ -52,10 +57,10 @@ def test_broken_configs(repository: Path, model: str, old: str, new: str, messag
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    findings = check_repository(repository)
-    assert {finding.path for finding in findings} == {f"{model}/config.pbtxt"}
-    assert any(message in finding.message for finding in findings), findings
-    assert all("\n" not in finding.message for finding in findings)
+    issues = check_repository(repository)
+    assert {issue.path for issue in issues} == {f"{model}/config.pbtxt"}
+    assert any(message in issue.message for issue in issues), issues
+    assert all("\n" not in issue.message for issue in issues)
     with pytest.raises(VerificationError, match=f"{model}/config.pbtxt"):
         require_sound(repository)
 
@@ -65,7 +70,7 @@ def test_broken_files(repository: Path, tmp_path: Path) -> None:
     cpu.write_text(cpu.read_text().replace("KIND_CPU", "KIND_GPU"))
     (repository / "pipeline/1/model.py").unlink()
     (repository / "vae_decoder/config.pbtxt").unlink()
-    messages = {finding.path: finding.message for finding in check_repository(repository)}
+    messages = {issue.path: issue.message for issue in check_repository(repository)}
     assert messages == {
         "denoiser/configs/cpu.pbtxt": "expected KIND_CPU, got KIND_GPU",
         "pipeline/1/model.py": "expected a model, it is missing",
@@ -75,8 +80,8 @@ def test_broken_files(repository: Path, tmp_path: Path) -> None:
     assert "utf-8" in next(found.message for found in check_repository(repository) if found.path.endswith("cpu.pbtxt"))
     plan = repository / "denoiser/bundle/plans/slow.json"
     plan.write_bytes(plan.read_bytes()[:-1])
-    (finding,) = check_repository(repository)
-    assert "plans/slow.json" in finding.message
+    (issue,) = check_repository(repository)
+    assert "plans/slow.json" in issue.message
     with pytest.raises(UsageError, match="expected a model repository"):
         check_repository(tmp_path)
 
@@ -86,7 +91,32 @@ def test_notes_fail_nothing(repository: Path) -> None:
     path.write_text(path.read_text() + "# mine\n")
     (repository / "mine").mkdir()
     (repository / "mine/config.pbtxt").write_text('name: "mine"')
-    assert [finding.path for finding in require_sound(repository)] == ["mine/config.pbtxt", "pipeline/1/model.py"]
+    assert [issue.path for issue in require_sound(repository)] == ["mine/config.pbtxt", "pipeline/1/model.py"]
+
+
+START_SCRIPTS = [
+    ("", ["no --http-restricted-api: whoever reaches the port", "no --grpc-restricted-protocol: "]),
+    (
+        "#!/bin/sh\ntritonserver --http-restricted-api=model-repository:a=b  # --grpc-restricted-protocol\n",
+        ["no --grpc-"],
+    ),
+    ("exec tritonserver --http-restricted-api=x --grpc-restricted-protocol=x\n", ["not the file that lemica-trt"]),
+    (
+        "tritonserver --http-restricted-api=x --grpc-restricted-protocol=x \\\n --log-verbose=1",
+        ["--log-verbose: requests, prompts too, may be logged", "not the file that lemica-trt"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("script", "messages"), START_SCRIPTS)
+def test_a_server_that_anybody_may_load_code_into_is_noted(repository: Path, script: str, messages: list[str]) -> None:
+    (repository / "start.sh").write_text(script)
+    notes = require_sound(repository)
+    assert {note.path for note in notes} == {"start.sh"}
+    assert len(notes) == len(messages)
+    assert all(message in note.message for note, message in zip(notes, messages)), notes
+    (repository / "start.sh").unlink()
+    assert len(require_sound(repository)) == 2
 
 
 def test_on_the_command_line(repository: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import toy
 
 from lemica_trt import __version__
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.writing import write_bundle
+from lemica_trt.bundle.writing import add_plan, write_bundle
 from lemica_trt.core.errors import IntegrityError, UsageError
 from lemica_trt.ir.engine import EngineEntry, EngineKey
 from lemica_trt.ir.graphs import EncoderSpec, Role
@@ -134,3 +136,70 @@ def test_what_is_not_written(tmp_path: Path) -> None:
     (bundle.path / "onnx/skip.onnx").write_bytes(b"altered")
     with pytest.raises(IntegrityError, match=r"onnx/skip\.onnx"):
         write_repository(bundle, tmp_path / "repository")
+
+
+FAKE_SERVER = """#!/bin/sh
+printf '%s\\n' "$@" >"$ARGUMENTS"
+"""
+
+
+def started(repository: Path, tmp_path: Path, *flags: str, **environment: str) -> list[str]:
+    """The flags that tritonserver would be started with."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    server = tmp_path / "bin" / "tritonserver"
+    server.write_text(FAKE_SERVER)
+    server.chmod(0o755)
+    given = {"PATH": f"{server.parent}:{os.environ['PATH']}", "ARGUMENTS": str(tmp_path / "flags"), **environment}
+    subprocess.run([str(repository / "start.sh"), *flags], env=given, check=True, cwd="/")
+    return (tmp_path / "flags").read_text().splitlines()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_the_start_script_lets_nobody_in(tmp_path: Path) -> None:
+    repository = tmp_path / "a repository"
+    write_repository(make_bundle(tmp_path / "bundle"), repository)
+    flags = started(repository, tmp_path, "--model-config-name=cpu")
+    assert f"--model-repository={repository}" in flags
+    assert {"--http-address=127.0.0.1", "--grpc-address=127.0.0.1", "--metrics-address=127.0.0.1"} < set(flags)
+    assert {"--load-model=*", "--model-config-name=cpu", "--log-verbose=0"} < set(flags)
+    tokens = []
+    for given in (flags, started(repository, tmp_path)):
+        closed = [flag.partition("=")[2] for flag in given if "-restricted-" in flag]
+        apis, _, token = closed[0].partition(":admin-token=")
+        assert closed == [f"{apis}:admin-token={token}"] * 2
+        assert {"model-repository", "trace", "logging", "shared-memory"} == set(apis.split(","))
+        assert re.fullmatch("[0-9a-f]{64}", token)
+        tokens.append(token)
+    assert tokens[0] != tokens[1]
+    flags = started(repository, tmp_path, ADMIN_TOKEN="mine", ADDRESS="0.0.0.0", MODELS="pipeline vae_decoder")
+    assert any(flag.endswith(":admin-token=mine") for flag in flags)
+    assert {"--load-model=pipeline", "--load-model=vae_decoder", "--http-address=0.0.0.0"} < set(flags)
+    for bad in ("a:b", "a=b", "a b", "a,b"):
+        with pytest.raises(subprocess.CalledProcessError):
+            started(repository, tmp_path, ADMIN_TOKEN=bad)
+
+
+def test_written_again_from_its_own_bundle_with_more_plans(tmp_path: Path) -> None:
+    write_repository(make_bundle(tmp_path / "bundle"), tmp_path / "repository")
+    config = (tmp_path / "repository/denoiser/config.pbtxt").read_text()
+    more = add_plan(Bundle.open(tmp_path / "repository" / BUNDLE), toy.euler_plan("fsffff", name="five"))
+    write_repository(more, tmp_path / "repository")
+    again = Bundle.open(tmp_path / "repository" / BUNDLE)
+    again.check()
+    assert again.plans == ("default", "five", "slow")
+    changed = (tmp_path / "repository/denoiser/config.pbtxt").read_text()
+    assert changed == config.replace(re.findall(r"[0-9a-f]{64}", config)[0], again.digest)
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    write_repository(bundle, tmp_path / "repository")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / "repository/denoiser" / f".config.pbtxt.tmp-{dead.pid}-00000000"
+    living = left.with_name(f".config.pbtxt.tmp-{os.getppid()}-00000000")
+    left.touch()
+    living.touch()
+    write_repository(bundle, tmp_path / "repository")
+    assert not left.exists()
+    assert living.exists()

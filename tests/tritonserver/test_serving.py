@@ -23,9 +23,9 @@ from test_repository import make_bundle
 
 from lemica_trt.core.errors import EngineError, InputError, IntegrityError, LemicaError, UnsupportedError, UsageError
 from lemica_trt.runtime.denoise import Denoiser
-from lemica_trt.triton import serving
 from lemica_trt.triton.client import _error
 from lemica_trt.triton.repository import write_repository
+from lemica_trt.triton.server import batching, cancel, errors, load, requests
 
 pytestmark = pytest.mark.null
 
@@ -62,16 +62,16 @@ def pb_utils(tensor: type[Tensor] = Tensor, **missing: Any) -> Any:
 
 def test_servers_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_SERVER_VERSION", raising=False)
-    serving.check_server(pb_utils())
+    load.check_server(pb_utils())
     with pytest.raises(UnsupportedError, match=r"cannot read arrays of numpy .* → pip install 'numpy<2'"):
-        serving.check_server(pb_utils(Zeros))
+        load.check_server(pb_utils(Zeros))
     with pytest.raises(UnsupportedError, match="python backend with HISTOGRAM"):
-        serving.check_server(pb_utils(MetricFamily=SimpleNamespace()))
+        load.check_server(pb_utils(MetricFamily=SimpleNamespace()))
     monkeypatch.setenv("TRITON_SERVER_VERSION", "2.50.0")
     with pytest.raises(UnsupportedError, match=r"expected tritonserver 2\.51 or newer, got 2\.50\.0"):
-        serving.check_server(pb_utils())
+        load.check_server(pb_utils())
     monkeypatch.setenv("TRITON_SERVER_VERSION", "3.0.0")
-    serving.check_server(pb_utils())
+    load.check_server(pb_utils())
 
 
 def load_args(repository: Path, **parameters: str) -> dict[str, str]:
@@ -92,18 +92,18 @@ def test_bundles_that_are_refused(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     repository = tmp_path / "repository"
     write_repository(bundle, repository)
-    found, _ = serving.open_bundle(pb_utils(), load_args(repository))
+    found, _ = load.open_bundle(pb_utils(), load_args(repository))
     assert found.manifest == bundle.manifest
     with pytest.raises(UnsupportedError, match=r"written by lemica-trt 0\.0\.1"):
-        serving.open_bundle(pb_utils(), load_args(repository, lemica_trt="0.0.1"))
-    with pytest.raises(UnsupportedError, match="expected the graphs that denoiser was written for, got others"):
-        serving.open_bundle(pb_utils(), load_args(repository, graphs="1" * 64))
+        load.open_bundle(pb_utils(), load_args(repository, lemica_trt="0.0.1"))
+    with pytest.raises(UnsupportedError, match="expected the bundle that denoiser was written for, got another"):
+        load.open_bundle(pb_utils(), load_args(repository, manifest="1" * 64))
     with pytest.raises(IntegrityError, match="expected a bundle"):
-        serving.open_bundle(pb_utils(), load_args(repository, bundle="../nowhere"))
+        load.open_bundle(pb_utils(), load_args(repository, bundle="../nowhere"))
     plan = repository / "denoiser/bundle/plans/slow.json"
     plan.write_bytes(plan.read_bytes() + b" ")
     with pytest.raises(IntegrityError, match=r"plans/slow\.json"):
-        serving.open_bundle(pb_utils(), load_args(repository))
+        load.open_bundle(pb_utils(), load_args(repository))
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("GPU", 1), ("CPU", 0)])
@@ -114,9 +114,9 @@ def test_an_instance_has_its_own_device(
     write_repository(make_bundle(tmp_path / "bundle", ("tensorrt-rtx", "sm_89")), tmp_path / "repository")
     assert "KIND_GPU" in (tmp_path / "repository/denoiser/config.pbtxt").read_text()
     seen = []
-    monkeypatch.setattr(serving, "Pipeline", lambda *_, device, **__: seen.append(device))
+    monkeypatch.setattr(load, "Pipeline", lambda *_, device, **__: seen.append(device))
     args = {**load_args(tmp_path / "repository"), "model_instance_kind": kind, "model_instance_device_id": "1"}
-    serving.start(pb_utils(), args, None)
+    load.load_pipeline(pb_utils(), args, None)
     assert seen == [expected]
 
 
@@ -126,10 +126,10 @@ def test_engines_of_another_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(
         UnsupportedError, match=r"built for tensorrt 1\.2, here is tensorrt 9\.9 → lemica-trt engine .*--backend"
     ):
-        serving.start(pb_utils(), load_args(tmp_path / "repository"), None)
+        load.load_pipeline(pb_utils(), load_args(tmp_path / "repository"), None)
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
     with pytest.raises(LemicaError, match="engines for tensorrt need the package tensorrt, got"):
-        serving.start(pb_utils(), load_args(tmp_path / "repository"), None)
+        load.load_pipeline(pb_utils(), load_args(tmp_path / "repository"), None)
 
 
 def test_plans_and_steps() -> None:
@@ -140,8 +140,8 @@ def test_plans_and_steps() -> None:
         ({"plan": "fast"}, "fast"),
         ({"steps": 1}, "fast"),
     ):
-        assert serving.choose_plan(asked, plans, "slow") is plans[name]
-    assert serving.choose_plan({"plan": "fast", "steps": 1}, plans, "slow") is plans["fast"]
+        assert requests.choose_plan(asked, plans, "slow") is plans[name]
+    assert requests.choose_plan({"plan": "fast", "steps": 1}, plans, "slow") is plans["fast"]
     for bad in (
         {"plan": "no"},
         {"plan": 3},
@@ -151,22 +151,22 @@ def test_plans_and_steps() -> None:
         {"plan": "slow", "steps": 1},
     ):
         with pytest.raises(LemicaError, match="must be one of"):
-            serving.choose_plan(bad, plans, "slow")
+            requests.choose_plan(bad, plans, "slow")
 
 
 def test_guidance() -> None:
     plan = toy.euler_plan("fr", guidance_scale=4.0)
-    assert serving.guidance_from({}, plan, guided=True) == 4.0
-    assert serving.guidance_from({"guidance_scale": 3}, plan, guided=True) == 3.0
+    assert requests.guidance_from({}, plan, guided=True) == 4.0
+    assert requests.guidance_from({"guidance_scale": 3}, plan, guided=True) == 3.0
     for bad in (float("nan"), float("inf"), 100.5, True, "3", None):
         with pytest.raises(LemicaError, match="guidance_scale must be a number from 0 to 100"):
-            serving.guidance_from({"guidance_scale": bad}, plan, guided=True)
+            requests.guidance_from({"guidance_scale": bad}, plan, guided=True)
     with pytest.raises(LemicaError, match="built without guidance"):
-        serving.guidance_from({"guidance_scale": 3}, plan, guided=False)
+        requests.guidance_from({"guidance_scale": 3}, plan, guided=False)
     limited = msgspec.structs.replace(plan, guidance_range=(2.0, 7.0))
-    assert serving.guidance_from({"guidance_scale": 7}, limited, guided=True) == 7.0
+    assert requests.guidance_from({"guidance_scale": 7}, limited, guided=True) == 7.0
     with pytest.raises(LemicaError, match=r"plan default holds for guidance_scale 2 … 7, got 7\.5"):
-        serving.guidance_from({"guidance_scale": 7.5}, limited, guided=True)
+        requests.guidance_from({"guidance_scale": 7.5}, limited, guided=True)
 
 
 class Pipe:
@@ -180,7 +180,7 @@ class Pipe:
 
     def latents(self, embeds: Any, noise: Any, *, guidance_scale: Any, plan: Any, seeds: Any, on_step: Any) -> Any:
         self.sizes.append(len(noise))
-        found = self.denoiser.run(plan, embeds, noise, guidance_scale, on_row=on_step)
+        found = self.denoiser.run(plan, embeds, noise, guidance_scale, on_step=on_step)
         return found if len(noise) < 3 else found + np.float32(self.drift)
 
 
@@ -189,7 +189,7 @@ def test_batches_only_where_they_change_no_bit(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     for drift, size in ((0.0, 3), (1e-6, 2)):
         pipe = Pipe(bundle, drift)
-        batches = serving.Batches(pipe, "exact")  # type: ignore[arg-type]
+        batches = batching.Batches(pipe, "exact")  # type: ignore[arg-type]
         if batches.size == 1:
             pytest.skip("this numpy's matmul gives other bits in a batch")
         assert batches.size == size
@@ -200,49 +200,49 @@ def test_batches_only_where_they_change_no_bit(tmp_path: Path) -> None:
         assert sorted(job.seed for group in groups for job in group) == list(range(8))
         assert all(len({job.plan.name for job in group}) == 1 for group in groups)
     pipe = Pipe(bundle, 0.0)
-    assert serving.Batches(pipe, "off").size == 1  # type: ignore[arg-type]
+    assert batching.Batches(pipe, "off").size == 1  # type: ignore[arg-type]
     assert pipe.sizes == []
     with pytest.raises(UsageError, match="batching must be exact or off"):
-        serving.Batches(pipe, "fast")  # type: ignore[arg-type]
+        batching.Batches(pipe, "fast")  # type: ignore[arg-type]
 
 
 def test_a_caller_that_goes_away_and_a_worker_that_dies() -> None:
     request = SimpleNamespace(is_cancelled=lambda: False, timeout=lambda: 0)
-    with serving.calling() as file:
-        watch = serving.Watch(request, file.name)
-        assert watch.called
+    with cancel.cancel_token() as file:
+        cancellation = cancel.Cancellation(request, file.name)
+        assert cancellation.called
         assert file.read_text() == str(os.getpid())
-        assert watch.ended("now") is None
-        serving.require_alive(request, file)
+        assert cancellation.ended("now") is None
+        cancel.require_wanted(request, file)
         worker = subprocess.Popen([sys.executable, "-c", "pass"])
         worker.wait()
         file.write_text(str(worker.pid))
-        with pytest.raises(serving.Ended, match="has died"):
-            serving.require_alive(request, file)
-    ended = watch.ended("after step 3")
+        with pytest.raises(errors.RequestEnded, match="has died"):
+            cancel.require_wanted(request, file)
+    ended = cancellation.ended("after step 3")
     assert ended is not None
     assert (ended.code, ended.what) == ("CANCELLED", "cancelled after step 3")
     for name in ("../x", "", "F" * 32):
         with pytest.raises(LemicaError, match="pipeline models only"):
-            serving.Watch(request, name)
-    watch = serving.Watch(SimpleNamespace(is_cancelled=lambda: False, timeout=lambda: 1000), None)
+            cancel.Cancellation(request, name)
+    cancellation = cancel.Cancellation(SimpleNamespace(is_cancelled=lambda: False, timeout=lambda: 1000), None)
     time.sleep(0.002)
-    ended = watch.ended("after step 1")
+    ended = cancellation.ended("after step 1")
     assert ended is not None and ended.code == "UNAVAILABLE"
 
 
 def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = SimpleNamespace(is_cancelled=lambda: False, timeout=lambda: 0)
-    monkeypatch.setattr(serving.tempfile, "gettempdir", lambda: str(tmp_path))
-    with serving.calling() as file:
+    monkeypatch.setattr(cancel.tempfile, "gettempdir", lambda: str(tmp_path))
+    with cancel.cancel_token() as file:
         (tmp_path / "victim").write_text("mine")
         file.unlink()
         file.symlink_to(tmp_path / "victim")
         with pytest.raises(OSError, match="symbolic link"):
-            serving.Watch(request, file.name)
+            cancel.Cancellation(request, file.name)
         assert (tmp_path / "victim").read_text() == "mine"
     file.parent.chmod(0o777)
-    with pytest.raises(EngineError, match="expected a folder of this user alone"), serving.calling():
+    with pytest.raises(EngineError, match="expected a folder of this user alone"), cancel.cancel_token():
         pass
 
 
@@ -268,12 +268,12 @@ def test_answers_that_never_come_are_given_up() -> None:
 
     def check() -> None:
         if not wanted[0]:
-            raise serving.Ended("CANCELLED", "enough")
+            raise errors.RequestEnded("CANCELLED", "enough")
 
-    found = serving.answers(forever(), check, every=0.01)
+    found = cancel.answers_while_wanted(forever(), check, every=0.01)
     assert next(found) == 1
     wanted[0] = False
-    with pytest.raises(serving.Ended, match="enough"):
+    with pytest.raises(errors.RequestEnded, match="enough"):
         next(found)
     released.set()
-    assert list(serving.answers(iter([1, 2]), lambda: None)) == [1, 2]
+    assert list(cancel.answers_while_wanted(iter([1, 2]), lambda: None)) == [1, 2]

@@ -1,44 +1,36 @@
 """ONNX Runtime: the ONNX files are the engine; what is built is the certainty that they load, and with what.
 
-Options:
-
-| name | default | |
-|---|---|---|
-| `provider` | `cpu` | `cpu` or `cuda` (needs onnxruntime-gpu) |
-| `optimization` | `all` | `disabled`, `basic`, `extended` or `all` graph optimisations, done at each load |
-| `threads` | 0 | threads within an operator; 0: one for each CPU that the process may use |
-
 No optimised model is written: it would hold for one ONNX Runtime version and CPU only, and loading is fast.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lemica_trt.backends.builders import Estimate, graphs_digest, options_from
-from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError
-from lemica_trt.ir.engine import EngineEntry, EngineKey, Option
+from lemica_trt.backends.base import first_line
+from lemica_trt.backends.build import Estimate, graphs_digest
+from lemica_trt.backends.onnx_file import require_plain
+from lemica_trt.backends.onnxruntime.options import OrtOptions
+from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError
+from lemica_trt.ir.engine import EngineEntry, EngineKey
 from lemica_trt.ir.graphs import GraphSet, GraphSpec
 from lemica_trt.ir.profile import DType
 
 if TYPE_CHECKING:
     from lemica_trt.core.progress import Reporter
 
-DEFAULTS: dict[str, Option] = {"provider": "cpu", "optimization": "all", "threads": 0}
-
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
-_LEVELS = {
+OPTIMIZATION_LEVELS = {
     "disabled": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
     "extended": "ORT_ENABLE_EXTENDED",
     "all": "ORT_ENABLE_ALL",
 }
 
-_ORT_DTYPES = {
+DTYPES = {
     "tensor(float)": "fp32",
     "tensor(float16)": "fp16",
     "tensor(bfloat16)": "bf16",
@@ -47,48 +39,43 @@ _ORT_DTYPES = {
     "tensor(uint8)": "uint8",
 }
 
-
-PROCESS_MEMORY = 60_000_000
-"""Bytes of a process that has imported ONNX Runtime; measured on Linux."""
-
-
-def defaults() -> Mapping[str, Option]:
-    """See `builders.Builder`."""
-    return DEFAULTS
+PROCESS_BYTES = 60_000_000
+"""Memory of a process that has imported ONNX Runtime; measured on Linux."""
 
 
-def estimate(weights: int) -> Estimate:
-    """A graph is loaded once: its file and ONNX Runtime's own copy. See `builders.estimate`."""
-    return Estimate(seconds=None, memory=PROCESS_MEMORY + 2 * weights)
+class OrtBuilder:
+    """See `backends.build.Builder`."""
 
+    def check(self, dtype: DType, options: OrtOptions) -> None:
+        """Refuse bf16, and a provider that this ONNX Runtime does not have."""
+        if dtype == "bf16":
+            raise UnsupportedError(
+                "ONNX Runtime does not run bf16 graphs",
+                fix="build with --dtype fp16 or fp32, or for --backend tensorrt-rtx or tensorrt",
+            )
+        require_provider(import_onnxruntime(), options)
 
-def build(graphs: GraphSet, root: Path, out: Path, options: Mapping[str, Option], reporter: Reporter) -> EngineEntry:
-    """Load every graph once, so that one that does not load is found now; writes nothing. See `builders.build`."""
-    check(graphs.dtype, options)
-    ort = import_onnxruntime()
-    chosen = options_from(options, DEFAULTS, backend="onnxruntime")
-    for graph in graphs.graphs:
-        open_session(graph, root / graph.file, chosen)
-    key = EngineKey(
-        backend="onnxruntime",
-        version=ort.__version__,
-        target=str(chosen["provider"]),
-        dtype=graphs.dtype,
-        graphs_digest=graphs_digest(graphs, root),
-        options=chosen,
-    )
-    return EngineEntry(key=key, files={graph.role: graph.file for graph in graphs.graphs})
+    def estimate(self, weights: int) -> Estimate:
+        """A graph is loaded once: its file and ONNX Runtime's own copy."""
+        return Estimate(seconds=None, memory=PROCESS_BYTES + 2 * weights)
 
-
-def check(dtype: DType, options: Mapping[str, Option]) -> None:
-    """What can be refused before any graph is there. See `builders.check`."""
-    chosen = options_from(options, DEFAULTS, backend="onnxruntime")
-    if dtype == "bf16":
-        raise UnsupportedError(
-            "ONNX Runtime does not run bf16 graphs",
-            fix="build with --dtype fp16 or fp32, or for --backend tensorrt-rtx or tensorrt",
+    def build(self, graphs: GraphSet, root: Path, out: Path, options: OrtOptions, reporter: Reporter) -> EngineEntry:
+        """Load every graph once, so that one that does not load is found now; writes nothing."""
+        self.check(graphs.dtype, options)
+        for graph in graphs.graphs:
+            open_session(graph, root / graph.file, options)
+        key = EngineKey(
+            backend="onnxruntime",
+            version=import_onnxruntime().__version__,
+            target=options.provider,
+            dtype=graphs.dtype,
+            graphs_digest=graphs_digest(graphs, root),
+            options=options.as_dict(),
         )
-    _provider(import_onnxruntime(), chosen)
+        return EngineEntry(key=key, files={graph.role: graph.file for graph in graphs.graphs})
+
+
+BUILDERS = {"onnxruntime": OrtBuilder()}
 
 
 def import_onnxruntime() -> Any:
@@ -97,6 +84,7 @@ def import_onnxruntime() -> Any:
     Raises:
         MissingDependencyError: it is not installed.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.31 on it writes a device id and calls home
     try:
         import onnxruntime  # noqa: TID251
     except ImportError as error:
@@ -107,32 +95,33 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def open_session(graph: GraphSpec, path: Path, options: Mapping[str, Option], device: int = 0) -> Any:
+def open_session(graph: GraphSpec, path: Path, options: OrtOptions, device: int = 0) -> Any:
     """An `onnxruntime.InferenceSession` of one graph, on exactly the provider asked for.
 
     Args:
         graph: what the file must declare.
         path: the ONNX file; its external data lies beside it.
-        options: complete, as in `EngineKey.options`.
+        options: how it is loaded.
         device: which GPU, for the provider `cuda`.
 
     Raises:
-        UsageError: an option has no such value.
         MissingDependencyError: the provider is not in this build of ONNX Runtime, or its libraries do not load.
+        InputError: the file asks for what no export does, see `onnx_file`.
         EngineError: the file does not load, or is not the graph described.
     """
+    require_plain(graph, path)
     ort = import_onnxruntime()
-    wanted = _provider(ort, options)
-    provider, level, threads = options["provider"], options["optimization"], options["threads"]
+    wanted = require_provider(ort, options)
     settings = ort.SessionOptions()
-    settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[str(level)])
-    settings.intra_op_num_threads = int(threads) or _available_cpus()  # its own 0 also pins threads to cores
+    settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, OPTIMIZATION_LEVELS[options.optimization])
+    settings.intra_op_num_threads = options.threads or _available_cpus()  # its own 0 also pins threads to cores
     settings.inter_op_num_threads = 1
     # Each graph's session has threads of its own; by default they spin between two calls, against the graph that runs.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked, whatever it is called
     settings.log_severity_level = 3
     try:
-        chosen = (wanted, {"device_id": device}) if provider == "cuda" else wanted
+        chosen = (wanted, {"device_id": device}) if options.provider == "cuda" else wanted
         session = ort.InferenceSession(str(path), settings, providers=[chosen])
     except Exception as error:  # onnxruntime raises many unrelated classes
         raise EngineError(f"ONNX Runtime cannot load {graph.file}: {first_line(error)}") from None
@@ -141,30 +130,24 @@ def open_session(graph: GraphSpec, path: Path, options: Mapping[str, Option], de
             f"{wanted} is in this onnxruntime but does not start; got {', '.join(session.get_providers())}",
             fix="check the CUDA and cuDNN libraries that onnxruntime-gpu names for this version",
         )
-    declared = {tensor.name: _ORT_DTYPES.get(tensor.type) for tensor in (*session.get_inputs(), *session.get_outputs())}
+    declared = {tensor.name: DTYPES.get(tensor.type) for tensor in (*session.get_inputs(), *session.get_outputs())}
     described = {tensor.name: tensor.dtype for tensor in (*graph.inputs, *graph.outputs)}
     if declared != described:
         raise EngineError(f"{graph.file} is not the graph described: expected {described}, got {declared}")
     return session
 
 
-def _provider(ort: Any, options: Mapping[str, Option]) -> str:
-    """ONNX Runtime's name of the provider; complete options are checked.
+def require_provider(ort: Any, options: OrtOptions) -> str:
+    """ONNX Runtime's name of the provider asked for.
 
     Raises:
-        UsageError, MissingDependencyError: as `open_session`.
+        MissingDependencyError: this ONNX Runtime does not have it.
     """
-    provider, level, threads = options["provider"], options["optimization"], options["threads"]
-    for name, value, known in (("provider", provider, PROVIDERS), ("optimization", level, _LEVELS)):
-        if value not in known:
-            raise UsageError(f"onnxruntime has no {name} {value!r}", fix=f"use one of: {', '.join(known)}")
-    if int(threads) < 0:
-        raise UsageError(f"threads must be 0 or more, got {threads}")
-    wanted = PROVIDERS[str(provider)]
+    wanted = PROVIDERS[options.provider]
     if wanted not in ort.get_available_providers():
         raise MissingDependencyError(
             f"this onnxruntime ({ort.__version__}) has no {wanted}",
-            fix="pip uninstall onnxruntime && pip install onnxruntime-gpu" if provider == "cuda" else None,
+            fix="pip uninstall onnxruntime && pip install onnxruntime-gpu" if options.provider == "cuda" else None,
         )
     return wanted
 
@@ -172,8 +155,3 @@ def _provider(ort: Any, options: Mapping[str, Option]) -> str:
 def _available_cpus() -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # Linux
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,19 +10,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 
-from lemica_trt.backends.base import NUMPY_DTYPES, Array, Buffer, Call, InOrder, Settings, check_binding
-from lemica_trt.backends.onnxruntime.build import first_line, import_onnxruntime, open_session
+from lemica_trt.backends.base import (
+    NUMPY_DTYPES,
+    Array,
+    Buffer,
+    Call,
+    InOrder,
+    Settings,
+    check_binding,
+    check_upload,
+    first_line,
+)
+from lemica_trt.backends.onnxruntime.build import import_onnxruntime, open_session
+from lemica_trt.backends.onnxruntime.options import OrtOptions
+from lemica_trt.backends.options import options_from_key
 from lemica_trt.core.errors import EngineError, UnsupportedError
-from lemica_trt.ir.engine import EngineKey, Option
+from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.graphs import GraphSpec, TensorDType
 
 
 def open_backend(key: EngineKey, settings: Settings) -> OrtBackend:
-    """See `runtime.backend.open_backend`."""
-    options = dict(key.options) if settings.threads is None else {**key.options, "threads": settings.threads}
-    return OrtBackend(options, settings.device if key.options["provider"] == "cuda" else 0)
+    """See `backends.base.open_backend`."""
+    options = cast(OrtOptions, options_from_key(key))
+    if settings.threads is not None:
+        options = msgspec.structs.replace(options, threads=settings.threads)
+    return OrtBackend(options, settings.device if options.provider == "cuda" else 0)
 
 
 class OrtBuffer:
@@ -71,14 +86,14 @@ class OrtBackend:
     """ONNX Runtime on one provider.
 
     Args:
-        options: complete, as in `EngineKey.options`; see `lemica_trt.backends.onnxruntime.build`.
+        options: how graphs are loaded.
         device: of the provider; 0 on the CPU.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
     """
 
-    def __init__(self, options: Mapping[str, Option], device: int = 0) -> None:
+    def __init__(self, options: OrtOptions, device: int = 0) -> None:
         self._ort = import_onnxruntime()
         self._options = options
         self._device = device
@@ -88,14 +103,13 @@ class OrtBackend:
             raise UnsupportedError("ONNX Runtime does not run bf16 graphs", fix="build with dtype fp16 or fp32")
         make = self._ort.OrtValue.ortvalue_from_shape_and_type
         try:
-            value = make(list(shape), NUMPY_DTYPES[dtype], str(self._options["provider"]), self._device)
+            value = make(list(shape), NUMPY_DTYPES[dtype], self._options.provider, self._device)
         except Exception as error:  # onnxruntime raises many unrelated classes
             raise EngineError(f"cannot allocate {dtype} {list(shape)}: {first_line(error)}") from None
         return OrtBuffer(value, shape, dtype)
 
     def upload(self, array: Array, buffer: Buffer) -> None:
-        if array.shape != buffer.shape or array.dtype != NUMPY_DTYPES[buffer.dtype]:
-            raise EngineError(f"expected {buffer.dtype} {list(buffer.shape)}, got {array.dtype} {list(array.shape)}")
+        check_upload(array, buffer)
         cast(OrtBuffer, buffer).value.update_inplace(np.ascontiguousarray(array))
 
     def download(self, buffer: Buffer) -> Array:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lemica_trt.backends.base import first_line
 from lemica_trt.backends.tensorrt.device import Host, Memory, MemoryInfo, OutOfMemory
 from lemica_trt.core.errors import EngineError, MissingDependencyError
 
@@ -62,7 +63,7 @@ class CudaGraph:
 
 
 class CudaDevice:
-    """One GPU and a stream of its own on it; see `runtime.device.Device`.
+    """One GPU and a stream of its own on it; see `device.Device`.
 
     Memory comes from the device's pool, ordered by a second stream, so that giving some back never becomes part of a
     graph that is being captured.
@@ -92,7 +93,7 @@ class CudaDevice:
             version = _result(self._driver.cuDriverGetVersion())
         except Exception as error:  # cuda-core raises unrelated classes: no driver, too old a driver, no device
             raise MissingDependencyError(
-                f"expected an NVIDIA GPU {index} and its driver, got: {_line(error)}",
+                f"expected an NVIDIA GPU {index} and its driver, got: {first_line(error)}",
                 fix="check nvidia-smi; on a machine without a GPU run the bundle with --backend onnxruntime",
             ) from None
         self.name = str(self._device.name)
@@ -167,10 +168,6 @@ def _failing(what: str) -> Iterator[None]:
     except EngineError:
         raise
     except Exception as error:  # cuda-core raises unrelated classes
-        line = _line(error)
+        line = first_line(error)
         kind = OutOfMemory if _NO_MEMORY in line else EngineError
         raise kind(f"{what}: {line}") from None
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -30,8 +30,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from lemica_trt.backends.base import NUMPY_DTYPES, Array, Buffer, Call, InOrder, Settings, check_binding
+from lemica_trt.backends.base import (
+    NUMPY_DTYPES,
+    Array,
+    Buffer,
+    Call,
+    InOrder,
+    Settings,
+    check_binding,
+    check_upload,
+    first_line,
+)
+from lemica_trt.backends.options import options_from_key
 from lemica_trt.backends.tensorrt.device import ALIGNMENT, Device, Graph, Host, Memory, OutOfMemory, capability_text
+from lemica_trt.backends.tensorrt.options import TensorRTOptions
+from lemica_trt.backends.tensorrt.vendor import DTYPES, LEAN_MODULE, RTX, VENDORS
 from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError
 from lemica_trt.core.files import mapped
 from lemica_trt.core.values import write_bytes
@@ -42,32 +55,15 @@ if TYPE_CHECKING:
     import tensorrt
     import tensorrt_rtx
 
-VENDORS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Backend → the vendor's package."""
-
-LEAN = "tensorrt_lean"
-"""TensorRT's lean runtime: loads and runs version-compatible engines, has no builder."""
-
-RTX = "tensorrt-rtx"
-
-DTYPES: dict[str, TensorDType] = {
-    "FLOAT": "fp32",
-    "HALF": "fp16",
-    "BF16": "bf16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "UINT8": "uint8",
-}
-"""Member of the vendor's `DataType` → name."""
-
 DIGEST_BYTES = 32
+"""Of the SHA-256 before a runtime cache."""
 
 Shapes = tuple[tuple[int, ...], ...]
 """Of an engine's inputs, in graph order."""
 
 
 def open_backend(key: EngineKey, settings: Settings) -> TensorRTBackend:
-    """See `runtime.backend.open_backend`."""
+    """See `backends.base.open_backend`."""
     from lemica_trt.backends.tensorrt.cuda import CudaDevice
 
     trt = import_vendor(key, settings)  # before the device: this much is known without one
@@ -85,14 +81,15 @@ def import_vendor(key: EngineKey, settings: Settings) -> Any:
         MissingDependencyError: it is not installed, or its libraries do not load.
         UnsupportedError: only other versions are here; with what to install, or the command that rebuilds.
     """
-    compatible = bool(key.options.get("version_compatible"))
-    packages = [VENDORS[key.backend], *([LEAN] if compatible else [])]
+    options = options_from_key(key)
+    compatible = isinstance(options, TensorRTOptions) and options.version_compatible
+    packages = [VENDORS[key.backend].module, *([LEAN_MODULE] if compatible else [])]
     here, failed = [], []
     for package in packages:
         try:
             trt = importlib.import_module(package)
         except (ImportError, OSError) as error:
-            failed.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+            failed.append(first_line(error))
             continue
         if trt.__version__ == key.version:
             return trt
@@ -311,8 +308,7 @@ class TensorRTBackend:
         return DeviceBuffer(memory, shape, dtype, self.device.stream)
 
     def upload(self, array: Array, buffer: Buffer) -> None:
-        if array.shape != buffer.shape or array.dtype != NUMPY_DTYPES[buffer.dtype]:
-            raise EngineError(f"expected {buffer.dtype} {list(buffer.shape)}, got {array.dtype} {list(array.shape)}")
+        check_upload(array, buffer)
         self.device.use()
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         staging = self._host(data.size)
@@ -459,7 +455,7 @@ class TensorRTBackend:
         if different:
             raise EngineError(
                 f"{path.name} is not the {graph.role} graph described: expected {different[0]} to be "
-                f"{_said(expected.get(different[0]))}, got {_said(found.get(different[0]))}",
+                f"{_describe(expected.get(different[0]))}, got {_describe(found.get(different[0]))}",
                 fix=self._settings.rebuild(),
             )
 
@@ -552,7 +548,7 @@ def _logger(trt: Any, errors: list[str]) -> Any:
     return Logger()
 
 
-def _said(tensor: tuple[bool, TensorDType | None, tuple[int, ...]] | None) -> str:
+def _describe(tensor: tuple[bool, TensorDType | None, tuple[int, ...]] | None) -> str:
     """Whether it is an input, dtype, shape; −1 for a free dimension."""
     if tensor is None:
         return "absent"

@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 
 from lemica_trt.core.errors import LemicaError
 from lemica_trt.runtime.denoise import Cancelled
-from lemica_trt.triton import serving
+from lemica_trt.triton.server import batching, cancel, errors, load, metrics, requests
 
 PARAMETERS = ("plan", "steps", "seed", "guidance_scale", "caller")
 
@@ -20,51 +20,50 @@ class TritonPythonModel:
     def initialize(self, args):
         """Check everything, load the engines, run a step of every plan."""
         try:
-            pipeline, parameters = serving.start(pb_utils, args, None)
-            self.batches = serving.Batches(pipeline, parameters["batching"])
+            pipeline, parameters = load.load_pipeline(pb_utils, args, None)
+            self.batches = batching.Batches(pipeline, parameters["batching"])
             self.batches.warm_up()
         except LemicaError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
         self.streams = "stream" in parameters
         self.default = pipeline.default_plan
         self.guided = pipeline.bundle.manifest.graphs.layout.guided
-        self.metrics = serving.Metrics(pb_utils, args["model_name"], pipeline.bundle.plans)
-        self.metrics.loaded(
-            pipeline, parameters["backend"], pipeline.bundle.manifest.graphs.layout.step_graphs, self.batches.size
-        )
+        self.metrics = metrics.Metrics(pb_utils, args["model_name"], pipeline.bundle.plans)
+        graphs = pipeline.bundle.manifest.graphs.layout.step_graphs
+        self.metrics.loaded(pipeline, parameters["backend"], graphs, self.batches.size)
         pb_utils.Logger.log_info(
             f"{args['model_name']}: batches up to {self.batches.size} give the bits of single runs"
         )
 
-    def execute(self, requests):
+    def execute(self, arrived):
         """Answer each request as soon as its batch is done; nothing is returned."""
         jobs = []
-        for request in requests:
+        for request in arrived:
             sender = request.get_response_sender()
             try:
                 jobs.append(self.job(request, sender))
             except Exception as error:  # whatever it was, the request gets an answer
-                serving.send_error(pb_utils, sender, error, to_model=serving.is_called(request))
+                errors.send_error(pb_utils, sender, error, to_model=cancel.is_called(request))
         for group in self.batches.groups(jobs):
             self.run(group)
         self.metrics.resident()
 
     def job(self, request, sender):
         """What one request asks for."""
-        parameters = serving.read_parameters(request, PARAMETERS)
-        plan = serving.choose_plan(parameters, self.batches.plans, self.default)
+        parameters = requests.read_parameters(request, PARAMETERS)
+        plan = requests.choose_plan(parameters, self.batches.plans, self.default)
         names = ("negative_prompt_embeds", "prompt_embeds") if self.guided else ("prompt_embeds",)
         shape, kind = self.batches.embeds_shape, self.batches.embeds_dtype
-        embeds = np.stack([serving.tensor_from(pb_utils, request, name, shape, kind) for name in names])
-        guidance = serving.guidance_from(parameters, plan, guided=self.guided)
-        watch = serving.Watch(request, parameters.get("caller"))
-        return serving.Job(embeds, plan, serving.seed_from(parameters), guidance, sender, watch)
+        embeds = np.stack([requests.tensor_from(pb_utils, request, name, shape, kind) for name in names])
+        guidance = requests.guidance_from(parameters, plan, guided=self.guided)
+        cancellation = cancel.Cancellation(request, parameters.get("caller"))
+        return requests.DenoiseJob(embeds, plan, requests.seed_from(parameters), guidance, sender, cancellation)
 
     def run(self, jobs):
         """Denoise jobs of one plan; one that ends early is answered at once, the last one stops the loop."""
         plan = jobs[0].plan
 
-        def on_row(row):
+        def on_step(row):
             if not row.full and row.step < plan.num_steps:  # a skipped step takes less time than asking does
                 self.metrics.row(plan.name, row.full, sum(job.stopped is None for job in jobs))
                 return
@@ -82,14 +81,14 @@ class TritonPythonModel:
         self.stop_ended(jobs, "before the first step")
         jobs = [job for job in jobs if job.stopped is None]
         try:
-            latents = self.batches.run(jobs, on_row) if jobs else []
+            latents = self.batches.run(jobs, on_step) if jobs else []
         except Cancelled:
             return
         except Exception as error:  # whatever it was, every request gets an answer
             for job in jobs:
                 if job.stopped is None:
                     self.metrics.request(plan.name, "error")
-                    serving.send_error(pb_utils, job.sender, error, to_model=job.watch.called)
+                    errors.send_error(pb_utils, job.sender, error, to_model=job.cancellation.called)
             return
         for job, result in zip(jobs, latents):
             if job.stopped is None:
@@ -101,10 +100,10 @@ class TritonPythonModel:
         """Answer jobs that were cancelled or are out of time."""
         for job in jobs:
             if job.stopped is None:
-                job.stopped = job.watch.ended(where)
+                job.stopped = job.cancellation.ended(where)
                 if job.stopped is not None:
                     self.metrics.request(job.plan.name, job.stopped.code.lower())
-                    serving.send_error(pb_utils, job.sender, job.stopped, to_model=job.watch.called)
+                    errors.send_error(pb_utils, job.sender, job.stopped, to_model=job.cancellation.called)
 
     def response(self, plan, step, latents=None):
         """Progress, or with latents the result."""

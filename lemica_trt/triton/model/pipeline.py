@@ -17,9 +17,9 @@ import triton_python_backend_utils as pb_utils
 
 from lemica_trt.core.errors import InputError, LemicaError
 from lemica_trt.runtime.video import write_video
-from lemica_trt.triton import serving
+from lemica_trt.triton.server import cancel, errors, load, requests
 
-PASSED_ON = ("plan", "steps", "seed", "guidance_scale")
+FORWARDED = ("plan", "steps", "seed", "guidance_scale")
 OUTPUTS = ("frames", "mp4", "mp4-base64") if importlib.util.find_spec("av") else ("frames",)
 
 
@@ -27,7 +27,7 @@ class TritonPythonModel:
     def initialize(self, args):
         """Check everything; the other models hold the engines."""
         try:
-            bundle, parameters = serving.open_bundle(pb_utils, args)
+            bundle, parameters = load.open_bundle(pb_utils, args)
         except LemicaError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
         self.streams = "stream" in parameters
@@ -35,29 +35,29 @@ class TritonPythonModel:
         self.negative_prompt = bundle.manifest.profile.sampling.negative_prompt
         self.fps = bundle.manifest.profile.shape.fps
 
-    def execute(self, requests):
-        for request in requests:
+    def execute(self, arrived):
+        for request in arrived:
             sender = request.get_response_sender()
             try:
                 self.answer(request, sender)
             except Exception as error:  # whatever it was, the request gets an answer
-                serving.send_error(pb_utils, sender, error)
+                errors.send_error(pb_utils, sender, error)
 
     def answer(self, request, sender):
         start = time.monotonic()
-        parameters = serving.read_parameters(request, (*PASSED_ON, "negative_prompt", "output"))
+        parameters = requests.read_parameters(request, (*FORWARDED, "negative_prompt", "output"))
         output = parameters.get("output", "frames")
         if output not in OUTPUTS:
             raise InputError(f"output must be one of {', '.join(OUTPUTS)}; got {output!r}")
-        prompt = serving.tensor_from(pb_utils, request, "prompt", (1,), np.object_)[0]
-        inputs = {"prompt_embeds": self.encode(serving.text_from("prompt", prompt))}
+        prompt = requests.tensor_from(pb_utils, request, "prompt", (1,), np.object_)[0]
+        inputs = {"prompt_embeds": self.encode(requests.text_from("prompt", prompt))}
         if self.guided:
             negative = parameters.get("negative_prompt", self.negative_prompt)
-            inputs["negative_prompt_embeds"] = self.encode(serving.text_from("negative_prompt", negative))
+            inputs["negative_prompt_embeds"] = self.encode(requests.text_from("negative_prompt", negative))
         elif "negative_prompt" in parameters:
             raise InputError("this bundle was built without guidance: it takes no negative_prompt")
-        passed_on = {name: parameters[name] for name in PASSED_ON if name in parameters}
-        latents = self.denoise(request, sender, inputs, passed_on, start)
+        forwarded = {name: parameters[name] for name in FORWARDED if name in parameters}
+        latents = self.denoise(request, sender, inputs, forwarded, start)
         frames = next(self.call("vae_decoder", {"latents": latents}, ["frames"]))["frames"]
         result = pb_utils.Tensor("frames", frames) if output == "frames" else self.video(frames[0], output)
         tensors = [*self.progress, result] if self.streams else [result]
@@ -75,12 +75,12 @@ class TritonPythonModel:
         limit = request.timeout()
         left = max(1, limit - int((time.monotonic() - start) * 1e6)) if limit else 0
         outputs = ["step", "num_steps", "latents", "ended"]
-        with serving.calling() as caller:
+        with cancel.cancel_token() as caller:
             settings = {"settings": json.dumps(parameters), "caller": caller.name}
             calls = self.call("denoiser_stream", inputs, outputs, stream=True, parameters=settings, timeout=left)
-            for found in serving.answers(calls, lambda: serving.require_alive(request, caller)):
+            for found in cancel.answers_while_wanted(calls, lambda: cancel.require_wanted(request, caller)):
                 if "ended" in found:
-                    raise serving.Ended(*json.loads(found["ended"][0, 0]))
+                    raise errors.RequestEnded(*json.loads(found["ended"][0, 0]))
                 self.progress = [pb_utils.Tensor(name, found[name]) for name in ("step", "num_steps")]
                 if "latents" in found:
                     return found["latents"]
@@ -94,7 +94,7 @@ class TritonPythonModel:
         request = pb_utils.InferenceRequest(model_name=model, inputs=tensors, requested_output_names=outputs, **options)
         for response in request.exec(decoupled=True) if stream else [request.exec()]:
             if response.has_error():
-                raise serving.passed_on(pb_utils, response.error())
+                raise errors.forward_error(pb_utils, response.error())
             found = {tensor.name(): np.array(tensor.as_numpy()) for tensor in response.output_tensors()}
             if found:  # the stream's empty last response carries nothing
                 yield found

@@ -8,29 +8,29 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from lemica_trt.core.errors import LemicaError
-from lemica_trt.triton import serving
+from lemica_trt.triton.server import errors, load, requests
 
 
 class TritonPythonModel:
     def initialize(self, args):
         """Check everything, load the engine, encode a prompt."""
         try:
-            self.pipeline, _ = serving.start(pb_utils, args, ("text_encoder",))
+            self.pipeline, _ = load.load_pipeline(pb_utils, args, ("text_encoder",))
             if not np.isfinite(self.pipeline.encode("")).all():
                 raise LemicaError("the text encoder's numbers are not finite")
         except LemicaError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
 
-    def execute(self, requests):
+    def execute(self, arrived):
         """Encode one by one, so that an answer does not depend on what came with it."""
-        return [self.answer(request) for request in requests]
+        return [self.answer(request) for request in arrived]
 
     def answer(self, request):
         try:
-            serving.read_parameters(request, ())
-            prompt = serving.tensor_from(pb_utils, request, "prompt", (1,), np.object_)[0]
-            conditions = self.pipeline.encode(serving.text_from("prompt", prompt))
+            requests.read_parameters(request, ())
+            prompt = requests.tensor_from(pb_utils, request, "prompt", (1,), np.object_)[0]
+            conditions = self.pipeline.encode(requests.text_from("prompt", prompt))
         except Exception as error:  # whatever it was, the request gets an answer
-            return pb_utils.InferenceResponse(error=serving.triton_error(pb_utils, error))
+            return pb_utils.InferenceResponse(error=errors.triton_error(pb_utils, error))
         tensors = [pb_utils.Tensor(name, array[None]) for name, array in conditions.items()]
         return pb_utils.InferenceResponse(output_tensors=tensors)

@@ -8,29 +8,29 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from lemica_trt.core.errors import LemicaError
-from lemica_trt.triton import serving
+from lemica_trt.triton.server import errors, load, requests
 
 
 class TritonPythonModel:
     def initialize(self, args):
         """Check everything, load the engine, decode zeros."""
         try:
-            self.pipeline, _ = serving.start(pb_utils, args, ("vae_decoder",))
+            self.pipeline, _ = load.load_pipeline(pb_utils, args, ("vae_decoder",))
             self.shape = self.pipeline.bundle.manifest.graphs.layout.latent_shape
             self.pipeline.decode(np.zeros(self.shape, np.float32))
         except LemicaError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
 
-    def execute(self, requests):
+    def execute(self, arrived):
         """Decode one by one: the decoder is where memory peaks, and an answer does not depend on what came with it."""
-        for request in requests:
+        for request in arrived:
             sender = request.get_response_sender()
             try:
-                serving.read_parameters(request, ())
-                latents = serving.tensor_from(pb_utils, request, "latents", self.shape, np.float32)
+                requests.read_parameters(request, ())
+                latents = requests.tensor_from(pb_utils, request, "latents", self.shape, np.float32)
                 frames = pb_utils.Tensor("frames", self.pipeline.decode(latents)[None])
             except Exception as error:  # whatever it was, the request gets an answer
-                serving.send_error(pb_utils, sender, error)
+                errors.send_error(pb_utils, sender, error)
                 continue
             response = pb_utils.InferenceResponse(output_tensors=[frames])
             sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

@@ -23,14 +23,15 @@ from unittest.mock import MagicMock
 import msgspec
 import pytest
 
-from lemica_trt.backends import builders
-from lemica_trt.backends.builders import BACKENDS, options_by_backend
-from lemica_trt.backends.tensorrt import worker as worker
-from lemica_trt.backends.tensorrt.build import TENSORRT, TENSORRT_RTX
+from lemica_trt.backends.build import build, check
+from lemica_trt.backends.machine import Gpu
+from lemica_trt.backends.tensorrt import inspect, worker
+from lemica_trt.backends.tensorrt.build import BUILDERS
+from lemica_trt.backends.tensorrt.inspect import Log
+from lemica_trt.backends.tensorrt.options import RtxOptions, TensorRTOptions
 from lemica_trt.backends.tensorrt.program import Layers, program_layers
-from lemica_trt.backends.tensorrt.worker import Device, Found, Job, WorkerError
-from lemica_trt.bundle.reading import Bundle
-from lemica_trt.core.errors import EngineError, MissingDependencyError, UsageError
+from lemica_trt.backends.tensorrt.protocol import BuildJob, Failed, ProbeResult, WorkerError
+from lemica_trt.core.errors import EngineError, MissingDependencyError
 from lemica_trt.core.files import mapped
 from lemica_trt.ir.engine import EngineBuild, EngineEntry
 from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role, TensorSpec, step_layout
@@ -103,85 +104,32 @@ def fake_vendor(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, modu
 
 
 @pytest.mark.null
-def test_options_go_to_the_backends_that_have_them() -> None:
-    given = {"provider": "cpu", "weight_streaming": True, "compute_capabilities": "8.9"}
-    assert options_by_backend(["onnxruntime", "tensorrt-rtx"], given) == {
-        "onnxruntime": {"provider": "cpu"},
-        "tensorrt-rtx": {"weight_streaming": True, "compute_capabilities": "8.9"},
-    }
-    assert options_by_backend(["tensorrt", "tensorrt"], {}) == {"tensorrt": {}}
-
-
-@pytest.mark.null
-@pytest.mark.parametrize(
-    ("backend", "option", "others"),
-    [
-        ("tensorrt-rtx", "version_compatible", "tensorrt"),
-        ("tensorrt-rtx", "hardware_compatibility_level", "tensorrt"),
-        ("tensorrt", "compute_capabilities", "tensorrt-rtx"),
-        ("onnxruntime", "weight_streaming", "tensorrt or tensorrt-rtx"),
-        ("tensorrt", "provider", "onnxruntime"),
-    ],
-)
-def test_what_a_vendor_does_not_offer_is_refused_by_name(backend: str, option: str, others: str) -> None:
-    with pytest.raises(UsageError, match=f"{backend} has no option --{option.replace('_', '-')}.*{others}$"):
-        options_by_backend([backend], {option: True})
-
-
-@pytest.mark.null
-@pytest.mark.parametrize(
-    ("option", "value", "word"),
-    [
-        ("builder_optimization_level", 6, "0 … 5"),
-        ("builder_optimization_level", "3", "int"),
-        ("mem_pool_size", "workspace", "POOL:SIZE"),
-        ("mem_pool_size", "dlaSRAM:1M", "workspace, tacticSharedMem"),
-        ("profiling_verbosity", "loud", "detailed"),
-        ("compute_capabilities", "9.0", "12.0"),
-        ("weight_streaming", "yes", "bool"),
-    ],
-)
-def test_values_that_an_option_does_not_take(option: str, value: str | int, word: str) -> None:
-    with pytest.raises(UsageError, match=word):
-        builders.check("tensorrt-rtx", "fp16", {option: value})
-
-
-@pytest.mark.null
-def test_pool_sizes_are_those_of_trtexec() -> None:
-    assert worker.pool_sizes("workspace:4G,tacticSharedMem:48K") == {"workspace": 4 << 30, "tacticSharedMem": 48 << 10}
-    assert worker.pool_sizes("workspace:1.5") == {"workspace": 3 << 19}
-    assert worker.pool_sizes("") == {}
-
-
-@pytest.mark.null
 def test_targets() -> None:
-    nothing, h100 = (
-        Found(version="1", device=None),
-        Found(version="1", device=Device(name="H100", compute_capability="9.0", driver="13.0")),
-    )
-    rtx, own = TENSORRT_RTX.defaults(), TENSORRT.defaults()
-    assert TENSORRT_RTX._target(rtx, nothing) == "sm_80+"
-    assert TENSORRT_RTX._target({**rtx, "compute_capabilities": "8.6,12.0"}, nothing) == "sm_86,sm_120"
-    assert TENSORRT_RTX._target({**rtx, "compute_capabilities": "current"}, h100) == "sm_90"
-    assert TENSORRT._target(own, h100) == "sm_90"
-    for level, target in (("ampere_plus", "sm_80+"), ("same_compute_capability", "sm_90")):
-        assert TENSORRT._target({**own, "hardware_compatibility_level": level}, h100) == target
+    nothing = ProbeResult(version="1", gpu=None)
+    h100 = ProbeResult(version="1", gpu=Gpu(name="H100", compute_capability="9.0", driver="13.0"))
+    rtx, own = BUILDERS["tensorrt-rtx"], BUILDERS["tensorrt"]
+    assert rtx._target(RtxOptions(), nothing) == "sm_80+"
+    assert rtx._target(RtxOptions(compute_capabilities="8.6,12.0"), nothing) == "sm_86,sm_120"
+    assert rtx._target(RtxOptions(compute_capabilities="current"), h100) == "sm_90"
+    assert own._target(TensorRTOptions(), h100) == "sm_90"
+    assert own._target(TensorRTOptions(hardware_compatibility_level="ampere_plus"), h100) == "sm_80+"
+    assert own._target(TensorRTOptions(hardware_compatibility_level="same_compute_capability"), h100) == "sm_90"
     with pytest.raises(MissingDependencyError, match=r"builds for the GPU of this machine.*--backend tensorrt-rtx"):
-        TENSORRT._target(own, nothing)
+        own._target(TensorRTOptions(), nothing)
     with pytest.raises(MissingDependencyError, match="name --compute-capabilities"):
-        TENSORRT_RTX._target({**rtx, "compute_capabilities": "current"}, nothing)
+        rtx._target(RtxOptions(compute_capabilities="current"), nothing)
 
 
 # ---------------------------------------------------------------- the gate
 
 
-def job_of(graph: GraphSpec, dtype: DType, folder: Path = Path()) -> Job:
-    return Job(
+def job_of(graph: GraphSpec, dtype: DType, folder: Path = Path()) -> BuildJob:
+    return BuildJob(
         module="tensorrt_rtx",
         graph=graph,
         dtype=dtype,
         max_batch=3,
-        options=dict(TENSORRT_RTX.defaults()),
+        options=RtxOptions(),
         onnx=str(folder / graph.file),
         engine=str(folder / "engine"),
         timing_cache=None,
@@ -192,7 +140,7 @@ def job_of(graph: GraphSpec, dtype: DType, folder: Path = Path()) -> Job:
 def test_the_gate_refuses_another_interface() -> None:
     graph = spec("full", "fp16")
     x, y = {"x": ("fp16", (-1, 16))}, {"y": ("fp16", (-1, 16))}
-    worker.check_interface(graph, x, y)
+    inspect.check_interface(graph, x, y)
     for inputs, outputs, word in (
         ({"x": ("fp32", (-1, 16))}, y, r"input x fp16 \[-1, 16\], it is fp32"),
         (x, {"y": ("fp16", (2, 16))}, r"output y fp16 \[-1, 16\], it is fp16 \[2, 16\]"),
@@ -200,7 +148,7 @@ def test_the_gate_refuses_another_interface() -> None:
         ({**x, "z": ("fp16", (1,))}, y, "input z missing"),
     ):
         with pytest.raises(WorkerError) as caught:
-            worker.check_interface(graph, inputs, outputs)
+            inspect.check_interface(graph, inputs, outputs)
         assert re.search(word, caught.value.answer.what), caught.value.answer.what
 
 
@@ -208,18 +156,18 @@ def test_the_gate_refuses_another_interface() -> None:
 def test_the_gate_refuses_half_precision_that_is_none() -> None:
     dit, encoder = job_of(spec("full", "fp16"), "fp16"), job_of(spec("text_encoder", "fp16"), "fp16")
     skip = job_of(spec("skip", "fp16"), "fp16")
-    worker.check_precisions(dit, {"fp16": 60, "fp32": 6})
-    worker.check_precisions(skip, {"fp16": 2, "fp32": 2})
+    inspect.check_precisions(dit, {"fp16": 60, "fp32": 6})
+    inspect.check_precisions(skip, {"fp16": 2, "fp32": 2})
     with pytest.raises(WorkerError):
-        worker.check_precisions(skip, {"fp32": 4})
-    worker.check_precisions(dit, {})
-    worker.check_precisions(encoder, {"fp32": 3})
+        inspect.check_precisions(skip, {"fp32": 4})
+    inspect.check_precisions(dit, {})
+    inspect.check_precisions(encoder, {"fp32": 3})
     with pytest.raises(WorkerError) as caught:
-        worker.check_precisions(dit, {"fp32": 60, "fp16": 60})
+        inspect.check_precisions(dit, {"fp32": 60, "fp16": 60})
     assert caught.value.answer.what == "fp16 was asked for, its layers compute in fp16 (60), fp32 (60)"
-    worker.check_layers(dit, {"fp16": 66}, Layers({"fp16": 40, "fp32": 2}, 0))
+    inspect.check_layers(dit, {"fp16": 66}, Layers({"fp16": 40, "fp32": 2}, 0))
     with pytest.raises(WorkerError) as caught:
-        worker.check_layers(dit, {"fp16": 66}, Layers({"fp16": 40, "fp32": 5}, 0))
+        inspect.check_layers(dit, {"fp16": 66}, Layers({"fp16": 40, "fp32": 5}, 0))
     assert caught.value.answer.what == "the network computes in fp16 (66), its engine in fp16 (40), fp32 (5)"
 
 
@@ -238,8 +186,8 @@ def test_what_the_engine_inspector_says_is_counted() -> None:
         {"Name": "__mye6916", "LayerType": "wait", "Outputs": []},
         "a name only",
     ]  # fmt: skip
-    assert worker.engine_layers(json.dumps({"Layers": layers})) == Layers({"fp16": 2, "fp32": 1}, 1)
-    assert worker.engine_layers(json.dumps({"Layers": ["a name only"]})) is None
+    assert inspect.engine_layers(json.dumps({"Layers": layers})) == Layers({"fp16": 2, "fp32": 1}, 1)
+    assert inspect.engine_layers(json.dumps({"Layers": ["a name only"]})) is None
 
 
 @pytest.mark.null
@@ -332,17 +280,17 @@ class Vendor:
 def test_an_engine_is_loaded_without_host_code_and_compared(tmp_path: Path) -> None:
     job, vendor = job_of(spec("full", "fp16"), "fp16", tmp_path), Vendor()
     Path(job.engine).write_bytes(b"engine")
-    assert worker.inspect_engine(vendor, worker.Log(vendor), job) == Layers({"fp16": 1}, 0)
+    assert inspect.inspect_engine(vendor, Log(vendor), job) == Layers({"fp16": 1}, 0)
     assert vendor.runtime.engine_host_code_allowed is False
-    quiet = msgspec.structs.replace(job, options={**job.options, "profiling_verbosity": "none"})
-    assert worker.inspect_engine(vendor, worker.Log(vendor), quiet) is None
+    quiet = msgspec.structs.replace(job, options=RtxOptions(profiling_verbosity="none"))
+    assert inspect.inspect_engine(vendor, Log(vendor), quiet) is None
     with pytest.raises(WorkerError) as caught:
-        worker.inspect_engine(wrong := Vendor("FLOAT"), worker.Log(wrong), job)
+        inspect.inspect_engine(wrong := Vendor("FLOAT"), Log(wrong), job)
     assert "it is fp32" in caught.value.answer.what
     for error, kind in (("CUDA out of memory (In f at /src/a.cpp:5)", "memory"), ("bad magic", "build")):
         with pytest.raises(WorkerError) as caught:
-            worker.inspect_engine(broken := Vendor(error=error), worker.Log(broken), job)
-        assert caught.value.answer == worker.Failed(kind=kind, what=error.partition(" (In")[0])  # type: ignore[arg-type]
+            inspect.inspect_engine(broken := Vendor(error=error), Log(broken), job)
+        assert caught.value.answer == Failed(kind=kind, what=error.partition(" (In")[0])  # type: ignore[arg-type]
 
 
 @pytest.mark.null
@@ -359,15 +307,14 @@ def test_timings_that_the_library_refuses_are_begun_anew(tmp_path: Path) -> None
 @pytest.mark.null
 def test_options_of_tensorrt_reach_its_configuration() -> None:
     trt, builder = MagicMock(), MagicMock()
-    options = {
-        **TENSORRT.defaults(),
-        "builder_optimization_level": 5,
-        "mem_pool_size": "workspace:1G",
-        "version_compatible": True,
-        "weight_streaming": True,
-        "hardware_compatibility_level": "ampere_plus",
-        "profiling_verbosity": "none",
-    }
+    options = TensorRTOptions(
+        builder_optimization_level=5,
+        mem_pool_size="workspace:1G",
+        version_compatible=True,
+        weight_streaming=True,
+        hardware_compatibility_level="ampere_plus",
+        profiling_verbosity="none",
+    )
     job = msgspec.structs.replace(job_of(spec("full", "fp16"), "fp16"), module="tensorrt", options=options)
     config = worker.configure(trt, builder, job)
     assert config.builder_optimization_level == 5
@@ -390,7 +337,7 @@ def test_options_of_tensorrt_reach_its_configuration() -> None:
 def test_a_library_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_vendor(tmp_path / "fake", monkeypatch, "raise ImportError('libnvinfer.so.11: no such file')", "tensorrt")
     with pytest.raises(MissingDependencyError, match=r"libnvinfer.*pip install 'lemica-trt\[tensorrt\]'"):
-        builders.check("tensorrt", "fp16")
+        check("tensorrt", "fp16")
 
 
 FAKE = """
@@ -428,7 +375,7 @@ def test_a_build_that_dies_is_one_line(
 ) -> None:
     fake_vendor(tmp_path / "fake", monkeypatch, FAKE.format(what))
     with pytest.raises(EngineError, match=message) as caught:
-        builders.build("tensorrt-rtx", prepared(tmp_path), tmp_path, tmp_path)
+        build("tensorrt-rtx", prepared(tmp_path), tmp_path, tmp_path)
     assert "\n" not in str(caught.value)
     assert not [path for path in (tmp_path / "engines").rglob("*") if path.is_file()]
 
@@ -445,11 +392,11 @@ def test_no_build_outlives_who_asked_for_it(
     graphs.write_bytes(msgspec.json.encode(prepared(tmp_path)))
     script = f"""
 import msgspec, pathlib
-from lemica_trt.backends import builders
+from lemica_trt.backends.build import build
 from lemica_trt.ir.graphs import GraphSet
 folder = pathlib.Path({str(tmp_path)!r})
 graphs = msgspec.json.decode((folder / "graphs.json").read_bytes(), type=GraphSet)
-builders.build("tensorrt-rtx", graphs, folder, folder)
+build("tensorrt-rtx", graphs, folder, folder)
 """
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
@@ -478,11 +425,11 @@ def _until(condition: object, seconds: float = 30) -> None:
 def test_engines_are_built_once_and_only_for_the_same_key(dtype: DType, tmp_path: Path) -> None:
     graphs, told = write_graphs(tmp_path, dtype), Told()
 
-    def build(**options: str | int | bool) -> EngineEntry:
-        return builders.build("tensorrt-rtx", graphs, tmp_path, tmp_path / "work", options, told)
+    def build_rtx(**options: str | int | bool) -> EngineEntry:
+        return build("tensorrt-rtx", graphs, tmp_path, tmp_path / "work", options, told)
 
-    entry = build()
-    assert entry.key.target == "sm_80+" and entry.key.options == dict(TENSORRT_RTX.defaults())
+    entry = build_rtx()
+    assert entry.key.target == "sm_80+" and entry.key.options == RtxOptions().as_dict()
     assert set(entry.files) == set(entry.builds) == {"combine", "full"}
     full = entry.builds["full"]
     assert (full.precisions, full.engine_precisions) == ({dtype: 1}, {dtype: 1})
@@ -493,17 +440,17 @@ def test_engines_are_built_once_and_only_for_the_same_key(dtype: DType, tmp_path
     path = tmp_path / "work" / entry.files["full"]
     before = path.read_bytes()
     told.notes.clear()
-    assert build() == entry and path.read_bytes() == before
+    assert build_rtx() == entry and path.read_bytes() == before
     assert told.notes == ["combine: unchanged", "full: unchanged"]
     if dtype != "fp16":  # the rest depends on no dtype
         return
     path.write_bytes(before[:-1])
     path.with_name("full.engine.tmp").write_bytes(b"half of an engine")
     told.notes.clear()
-    assert build().key == entry.key and path.stat().st_size == len(before)
+    assert build_rtx().key == entry.key and path.stat().st_size == len(before)
     assert told.notes[0] == "combine: unchanged" and told.notes[1].startswith("full: 612 B of graph")
     assert not list(path.parent.glob("*.tmp"))
-    other = build(builder_optimization_level=1)
+    other = build_rtx(builder_optimization_level=1)
     assert set(other.files.values()).isdisjoint(entry.files.values())
 
 
@@ -540,7 +487,7 @@ def write_attention(folder: Path, opset: int) -> GraphSet:
 @pytest.mark.parametrize("opset", [20, 23])
 def test_attention_is_counted_and_fused(opset: int, tmp_path: Path) -> None:
     told = Told()
-    entry = builders.build("tensorrt-rtx", write_attention(tmp_path, opset), tmp_path, tmp_path, {}, told)
+    entry = build("tensorrt-rtx", write_attention(tmp_path, opset), tmp_path, tmp_path, {}, told)
     assert (entry.builds["full"].attentions, entry.builds["full"].fused_attention) == (1, 1)
     assert any(note.startswith("full: ") and note.endswith("1 of 1 attentions fused") for note in told.notes)
 
@@ -560,8 +507,8 @@ def test_an_engine_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 @real
 def test_rtx_engines_are_not_loaded_where_they_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They may be for other GPUs than the one that happens to be there: what is in them is read from the file."""
-    h100 = Device(name="H100", compute_capability="9.0", driver="13.0")
-    monkeypatch.setattr(worker, "cuda_device", lambda: h100)
+    h100 = Gpu(name="H100", compute_capability="9.0", driver="13.0")
+    monkeypatch.setattr(worker, "find_gpu", lambda: h100)
     graphs = write_graphs(tmp_path, "fp16")
     built = worker.build_engine(job_of(graphs.graph("full"), "fp16", tmp_path), lambda event: None)
     assert built.engine_precisions == {"fp16": 1}
@@ -594,8 +541,8 @@ def test_every_option_of_rtx_is_taken_by_the_library(tmp_path: Path) -> None:
         "profiling_verbosity": "layer_names_only",
         "compute_capabilities": "8.6,12.0",
     }
-    assert set(options) == set(TENSORRT_RTX.defaults())
-    entry = builders.build("tensorrt-rtx", write_graphs(tmp_path, "fp16"), tmp_path, tmp_path, options)
+    assert set(options) == set(RtxOptions().as_dict())
+    entry = build("tensorrt-rtx", write_graphs(tmp_path, "fp16"), tmp_path, tmp_path, options)
     assert entry.key.options == options and entry.key.target == "sm_86,sm_120"
 
 
@@ -605,13 +552,13 @@ def test_files_that_are_not_the_graphs(tmp_path: Path) -> None:
     graphs = write_graphs(tmp_path, "fp32")
     asked = msgspec.structs.replace(graphs, dtype="fp16")
     with pytest.raises(EngineError, match=r"fp16 was asked for, its layers compute in fp32 \(1\)"):
-        builders.build("tensorrt-rtx", asked, tmp_path, tmp_path)
+        build("tensorrt-rtx", asked, tmp_path, tmp_path)
     described = graph_set(spec("combine", "fp32", batch=2), spec("full", "fp32"), dtype="fp32")
     with pytest.raises(EngineError, match=r"input x fp32 \[2, 16\], it is fp32 \[-1, 16\]"):
-        builders.build("tensorrt-rtx", described, tmp_path, tmp_path)
+        build("tensorrt-rtx", described, tmp_path, tmp_path)
     (tmp_path / "onnx/combine.onnx").write_bytes(b"broken")
     with pytest.raises(EngineError, match="cannot build the combine engine") as caught:
-        builders.build("tensorrt-rtx", graphs, tmp_path, tmp_path)
+        build("tensorrt-rtx", graphs, tmp_path, tmp_path)
     assert "\n" not in str(caught.value)
     assert not [path for path in (tmp_path / "engines").rglob("*") if path.suffix == ".tmp"]
 
@@ -624,16 +571,17 @@ def test_a_build_without_memory_is_one_line(tmp_path: Path) -> None:
     graphs.write_bytes(msgspec.json.encode(write_graphs(tmp_path, "fp16")))
     script = f"""
 import msgspec, pathlib, resource
-from lemica_trt.backends import builders
-from lemica_trt.backends.tensorrt import build as tensorrt
+from lemica_trt.backends.build import build
+from lemica_trt.backends.tensorrt.build import BUILDERS
 from lemica_trt.ir.graphs import GraphSet
 folder = pathlib.Path({str(tmp_path)!r})
 graphs = msgspec.json.decode((folder / "graphs.json").read_bytes(), type=GraphSet)
-found = tensorrt.TENSORRT_RTX._probe()
-tensorrt.TENSORRT_RTX._probe = lambda: found
+builder = BUILDERS["tensorrt-rtx"]
+found = builder._probe()
+builder._probe = lambda: found
 resource.setrlimit(resource.RLIMIT_DATA, (60 << 20, 60 << 20))
 try:
-    builders.build("tensorrt-rtx", graphs, folder, folder)
+    build("tensorrt-rtx", graphs, folder, folder)
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -648,23 +596,24 @@ def test_bf16_is_built_where_nothing_can_run_it(tmp_path: Path, monkeypatch: pyt
     """As cogvideox-5b and wan2.1 are: the whole pipeline, and it says that what was built was not verified."""
     from tiny import make_variant
 
-    from lemica_trt import compiler as pipeline
-    from lemica_trt.runtime.pipeline import Pipeline
+    from lemica_trt.compiler import bundle_commands, work_commands
+    from lemica_trt.compiler.requests import BuildRequest
+    from lemica_trt.evaluate.step_timer import runnable_backend
 
     def no_driver(*_: Any, **__: Any) -> None:
         raise MissingDependencyError("no CUDA driver")
 
-    monkeypatch.setattr(Pipeline, "__init__", no_driver)
+    monkeypatch.setattr("lemica_trt.runtime.pipeline.open_backend", no_driver)
     profile = make_variant("wan", tmp_path / "model", layers=1)
     shape = msgspec.structs.replace(profile.shape, max_batch=1)
     profile = msgspec.structs.replace(profile, dtype="bf16", shape=shape)
-    request = pipeline.Request(budgets=(2,), methods=("uniform",), backends=("tensorrt-rtx",), verify_samples=1)
-    bundle, report, unverified, *_ = pipeline.build(profile, tmp_path / "bundle", request, Told())
+    request = BuildRequest(budgets=(2,), methods=("uniform",), backends=("tensorrt-rtx",), verify_samples=1)
+    bundle, report, unverified, *_ = work_commands.build(profile, tmp_path / "bundle", request, Told())
     assert report is None and unverified == {"tensorrt-rtx": "no CUDA driver"}
     with pytest.raises(MissingDependencyError, match=r"expected engines that run .* tensorrt-rtx: no CUDA driver"):
-        pipeline.verify_stage(bundle, str(tmp_path / "model"), 1, None, None, Told())
-    monkeypatch.setattr(Bundle, "pipeline", lambda *_, **__: None)
-    assert pipeline.verifiable(bundle) == ("tensorrt-rtx", {})
+        bundle_commands.verify(bundle, str(tmp_path / "model"), 1, None, None, Told())
+    monkeypatch.setattr("lemica_trt.runtime.pipeline.open_backend", MagicMock())
+    assert runnable_backend(bundle) == ("tensorrt-rtx", {})
     bundle.check()
     (entry,) = bundle.manifest.engines
     assert set(entry.files) == {graph.role for graph in bundle.manifest.graphs.graphs}
@@ -692,7 +641,6 @@ def test_one_command_builds_for_two_backends(
     refused = lemica("engine", work, "--backend", "tensorrt-rtx", "--version-compatible", "--output", tmp_path / "b")
     assert refused.returncode == 2 and "--version-compatible" in refused.stderr
     assert not (tmp_path / "b").exists()
-    assert set(BACKENDS) == {"onnxruntime", "tensorrt", "tensorrt-rtx"}
 
 
 @pytest.mark.null

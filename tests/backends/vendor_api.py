@@ -5,7 +5,8 @@
 A use is found by reading the source, by two conventions of the files that hold such code. The module itself is called
 `trt`. A variable, parameter or attribute that holds an object of it is annotated with its class: `tensorrt.Runtime`,
 or `tensorrt_rtx.IRuntimeCache` for what only TensorRT for RTX has. What they are not annotated for is found too: an
-attribute whose name a vendor's class has and that nothing here defines (`unannotated`).
+attribute whose name a vendor's class has and that nothing here defines (`unannotated`). A variable `options` holds a
+backend's own options, which bear the vendor's names.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 VENDORS = ("tensorrt", "tensorrt_rtx")
+
+OWN = ("options", "job.options")
+"""What holds nothing of a vendor's."""
 
 
 class Use(NamedTuple):
@@ -112,6 +116,8 @@ class _Reader(ast.NodeVisitor):
             self.uses.append(Use(where, "", node.attr, text == "tensorrt_rtx"))
         elif isinstance(node.value, ast.Attribute) and _is_module(node.value.value):
             self.uses.append(Use(where, node.value.attr, node.attr, False))
+        elif text in OWN:
+            return
         elif (known := self._class_of(node.value)) is not None:
             vendor, cls = known
             self.uses.append(Use(where, cls, node.attr, vendor == "tensorrt_rtx"))

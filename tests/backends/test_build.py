@@ -1,4 +1,4 @@
-"""What all builders share, and the one for ONNX Runtime."""
+"""The build half: what all backends share, and ONNX Runtime's."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from lemica_trt.backends import builders
-from lemica_trt.backends.builders import graphs_digest, options_from
+from lemica_trt.backends.build import build, graphs_digest, prune
 from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.core.files import sha256_of
 from lemica_trt.ir.engine import EngineBuild, EngineEntry, EngineKey
@@ -40,19 +39,8 @@ def graphs_of(folder: Path) -> GraphSet:
 
 @pytest.mark.null
 def test_unknown_backend(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="unknown backend 'trt' → use one of: onnxruntime, tensorrt, tensorrt-rtx"):
-        builders.build("trt", graphs_of(tmp_path), tmp_path, tmp_path)
-
-
-@pytest.mark.null
-def test_options() -> None:
-    defaults = {"provider": "cpu", "threads": 0}
-    assert options_from({"threads": 2}, defaults, backend="b") == {"provider": "cpu", "threads": 2}
-    with pytest.raises(UsageError, match="b has no option 'thread' → use one of: provider, threads"):
-        options_from({"thread": 2}, defaults, backend="b")
-    for wrong in ("2", True):
-        with pytest.raises(UsageError, match="b option threads must be int"):
-            options_from({"threads": wrong}, defaults, backend="b")
+    with pytest.raises(UsageError, match="unknown backend 'trt' → use one of: onnxruntime, tensorrt"):
+        build("trt", graphs_of(tmp_path), tmp_path, tmp_path)
 
 
 @pytest.mark.null
@@ -106,7 +94,7 @@ def test_engines_of_other_keys_are_removed(tmp_path: Path) -> None:
         for name in ("tensorrt-1", "tensorrt-rtx-2")
     ]
     entries.append(EngineEntry(key=key, files={"full": "onnx/full.onnx", "combine": "onnx/combine.onnx"}))
-    builders.prune(entries, tmp_path)
+    prune(entries, tmp_path)
     for file in (
         *(file for entry in entries for file in entry.files.values()),
         "engines/tensorrt-0/full.engine",
@@ -114,7 +102,7 @@ def test_engines_of_other_keys_are_removed(tmp_path: Path) -> None:
     ):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes(b"")
-    builders.prune(entries, tmp_path)
+    prune(entries, tmp_path)
     assert sorted(path.name for path in (tmp_path / "engines").iterdir()) == [
         "tensorrt-1", "tensorrt-rtx-2", "tensorrt.timing_cache",
     ]  # fmt: skip
@@ -125,7 +113,7 @@ def test_engines_of_other_keys_are_removed(tmp_path: Path) -> None:
 def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'lemica-trt\[onnxruntime\]'"):
-        builders.build("onnxruntime", graphs_of(tmp_path), tmp_path, tmp_path)
+        build("onnxruntime", graphs_of(tmp_path), tmp_path, tmp_path)
 
 
 @pytest.mark.cpu
@@ -139,7 +127,7 @@ def test_onnxruntime(tmp_path: Path) -> None:
     body = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "g", [x], [y])
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save_model(model, str(tmp_path / "onnx/add.onnx"))
-    entry = builders.build("onnxruntime", graphs, tmp_path, tmp_path / "out", {"optimization": "basic"})
+    entry = build("onnxruntime", graphs, tmp_path, tmp_path / "out", {"optimization": "basic"})
     assert entry.files == {"combine": "onnx/add.onnx", "full": "onnx/add.onnx"}
     assert entry.key == EngineKey(
         backend="onnxruntime",
@@ -151,7 +139,7 @@ def test_onnxruntime(tmp_path: Path) -> None:
     )
     assert not (tmp_path / "out").exists()
     with pytest.raises(UnsupportedError, match=r"bf16 graphs → build with .*--backend tensorrt-rtx"):
-        builders.build("onnxruntime", msgspec.structs.replace(graphs, dtype="bf16"), tmp_path, tmp_path)
+        build("onnxruntime", msgspec.structs.replace(graphs, dtype="bf16"), tmp_path, tmp_path)
     (tmp_path / "onnx/add.onnx").write_bytes(b"broken")
     with pytest.raises(EngineError, match=r"cannot load onnx/add\.onnx"):
-        builders.build("onnxruntime", graphs, tmp_path, tmp_path)
+        build("onnxruntime", graphs, tmp_path, tmp_path)

@@ -14,18 +14,26 @@ import pytest
 import tiny
 from rich.console import Console
 
-from lemica_trt import compiler as pipeline
+from lemica_trt.backends.build import build as build_engine
+from lemica_trt.bundle.manifest import REFERENCE_FILE, SAMPLER_FILE
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.writing import write_bundle
+from lemica_trt.calibrate.calibration import fit_by_model
+from lemica_trt.compiler.bundle_commands import plan_bundle
+from lemica_trt.compiler.bundle_stages import verify_bundle
+from lemica_trt.compiler.requests import BuildRequest
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.progress import Quiet
+from lemica_trt.core.values import json_bytes
+from lemica_trt.export import export_graphs
 from lemica_trt.ir.plan import StepPlan, layout_from_plans
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.models import Model, denoise
-from lemica_trt.models.scheduler import solver_table
+from lemica_trt.models import Model, denoise, load_model
+from lemica_trt.models.scheduler import sampler_table, solver_table
 from lemica_trt.planning.extrapolation import linear_weights
 from lemica_trt.planning.fold import fold
 from lemica_trt.planning.schedules import given, uniform
-from lemica_trt.planning.step_plan import plan_from_schedule, plan_from_solver
+from lemica_trt.planning.step_plan import plan_from_schedule, plan_from_solver, uncached_plan
 from lemica_trt.report.summary import agreement_text
 from lemica_trt.runtime.denoise import RowDone
 from lemica_trt.runtime.pipeline import Pipeline
@@ -54,40 +62,46 @@ def open_tiny(folder: Path, scheduler: str) -> tuple[Model, SamplerTable]:
     profile = tiny.make_variant("sincos", folder / "pipeline", layers=1)
     sampling = msgspec.structs.replace(profile.sampling, steps=STEPS, scheduler=scheduler)
     shape = msgspec.structs.replace(profile.shape, max_batch=1)
-    model = pipeline.open_model(msgspec.structs.replace(profile, sampling=sampling, shape=shape), Quiet())
-    return model, pipeline.lower_sampler(model, Quiet())
+    model = load_model(msgspec.structs.replace(profile, sampling=sampling, shape=shape))
+    return model, sampler_table(model.scheduler())
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("folded")
     model, table = open_tiny(folder, "CogVideoXDDIMScheduler")
-    work, g = pipeline.Work(folder / "work"), model.profile.sampling.guidance_scale
-    schedule = given([0, 2, 5], STEPS)
-    solver = solver_table(table, schedule.full_steps, "dpmsolver++")
-    fine = pipeline.reference_sampler(model, table, 2 * STEPS)
-    assert fine is not None
-    fit = pipeline.fitter(lambda: model, table, ["a cat", "a dog"], work, Quiet(), fine=fine)
+    g, schedule = model.profile.sampling.guidance_scale, given([0, 2, 5], STEPS)
+    finer = sampler_table(model.scheduler(2 * STEPS))
+    settings, prompts = model.profile.calibration, ["a cat", "a dog"]
+    fit = fit_by_model(
+        lambda: model, settings, table, prompts, reference=finer, journals=folder / "journals", reporter=Quiet()
+    )
     assert fit is not None
+    solver = solver_table(table, schedule.full_steps, "dpmsolver++")
     plans = [
         fold(uniform_plan(table, name=f"b{BUDGET}")),
         plan_from_solver(schedule, table, solver, name="planned", guidance_scale=g, method="given"),
         msgspec.structs.replace(fit(schedule), name="fitted"),
-        pipeline.uncached_plan(table, guidance_scale=g),
+        uncached_plan(table, guidance_scale=g),
     ]
     layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=True, conditions=model.conditions)
-    exported = pipeline.export(model, layout, work, Quiet())
-    engines = pipeline.engines(exported.graphs, work.export, work, ["onnxruntime"], {}, Quiet())
-    bundle = pipeline.assemble(
-        model.profile,
-        table,
-        pipeline.Findings(reference=fine),
-        plans,
-        exported,
-        engines,
-        work,
+    graphs = export_graphs(model, layout, folder)
+    files: dict[str, Path | bytes] = {
+        "tokenizer.json": model.tokenizer_json(),
+        SAMPLER_FILE: json_bytes(table),
+        REFERENCE_FILE: json_bytes(finer),
+        **{graph.file: folder / graph.file for graph in graphs.graphs},
+    }
+    bundle = write_bundle(
         folder / "bundle",
-        Quiet(),
+        profile=model.profile,
+        graphs=graphs,
+        plans=plans,
+        default_plan=plans[0].name,
+        encoders=(model.text_spec("tokenizer.json"),),
+        engines=[build_engine("onnxruntime", graphs, folder, folder)],
+        files=files,
+        revision=model.revision,
     )
     return Built(model, table, bundle)
 
@@ -117,7 +131,7 @@ def test_no_plan_needs_a_skip_graph_and_none_is_built(built: Built) -> None:
 
 def test_the_bundle_verifies(built: Built) -> None:
     """Every plan against PyTorch, the uncached one against diffusers, and the baselines that these graphs can run."""
-    report = pipeline.verify_bundle(built.bundle, built.model, 1, Quiet())
+    report = verify_bundle(built.bundle, built.model, ["a cat"], 1, Quiet(), backend="onnxruntime")
     ways = {(quality.plan, quality.method) for quality in report.quality}
     assert {(f"b{BUDGET}", way) for way in ("plan", "uniform", "fewer-steps")} <= ways
     assert {(quality.plan, quality.reference_steps) for quality in report.quality} == {
@@ -151,9 +165,7 @@ def test_runtime_oracle_and_unfolded_plan_agree(built: Built) -> None:
 @pytest.mark.parametrize("method", ["lemica", "linear", "fitted", "auto"])
 def test_a_bundle_without_a_calibration_plans_nothing_that_needs_one(built: Built, method: str) -> None:
     with pytest.raises(UsageError, match=r"needs an error graph|no method is possible"):
-        pipeline.replan(
-            built.bundle, budgets=[BUDGET], methods=(method,), schedule=None, default=None, reporter=Quiet()
-        )
+        plan_bundle(built.bundle, BuildRequest(budgets=(BUDGET,), methods=(method,)), Quiet())
 
 
 def test_a_bundle_knows_the_reference_that_it_was_made_against(built: Built, tmp_path: Path) -> None:
@@ -161,11 +173,9 @@ def test_a_bundle_knows_the_reference_that_it_was_made_against(built: Built, tmp
     shutil.copytree(built.bundle.path, copy)
 
     def replanned(reference_steps: int | None) -> StepPlan:
-        bundle, _ = pipeline.replan(
-            Bundle.open(copy), budgets=[BUDGET], methods=("stock:first-order",), schedule=None, default=None,
-            reporter=Quiet(), reference_steps=reference_steps,
-        )  # fmt: skip
-        return bundle.plan(f"b{BUDGET}")
+        request = BuildRequest(budgets=(BUDGET,), methods=("stock:first-order",), reference_steps=reference_steps)
+        plan_bundle(Bundle.open(copy), request, Quiet())
+        return Bundle.open(copy).plan(f"b{BUDGET}")
 
     assert (replanned(None).reference_steps, replanned(STEPS).reference_steps) == (2 * STEPS, None)
     with pytest.raises(UsageError, match="expected 8 or 16, which the bundle knows, got 32"):

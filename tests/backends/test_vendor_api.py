@@ -17,16 +17,19 @@ from typing import Any
 import pytest
 from vendor_api import Use, complaints, find_uses
 
-from lemica_trt.backends.tensorrt import build as parent
-from lemica_trt.backends.tensorrt import worker as worker
-from lemica_trt.backends.tensorrt.run import LEAN
+from lemica_trt.backends.options import option_fields
+from lemica_trt.backends.tensorrt import inspect
+from lemica_trt.backends.tensorrt.options import MEMORY_POOLS, RTX_CAPABILITIES
+from lemica_trt.backends.tensorrt.vendor import DTYPES, LEAN_MODULE, VENDORS
+from lemica_trt.backends.tensorrt.worker import capability_member
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "tensorrt"
 
-WORKER = ROOT / "lemica_trt/backends/tensorrt/worker.py"
-EXECUTOR = ROOT / "lemica_trt/backends/tensorrt/run.py"
-FILES = [WORKER, EXECUTOR]
+FOLDER = ROOT / "lemica_trt/backends/tensorrt"
+BUILDER = [FOLDER / "worker.py", FOLDER / "inspect.py"]
+EXECUTOR = FOLDER / "run.py"
+FILES = [*BUILDER, EXECUTOR]
 """All code that touches a vendor's module."""
 
 RTX_ONLY = {
@@ -45,13 +48,15 @@ DEPRECATED_ON_PURPOSE = {
     "NetworkDefinitionCreationFlag.STRONGLY_TYPED": "ignored from 11.0 on, where all networks are; 10 needs it",
 }
 
+FIELDS = option_fields(VENDORS)
+
 TABLES: list[tuple[str, list[str]]] = [
-    ("DataType", list(worker.DTYPES)),
-    ("LayerType", [*worker.COMPUTING, *worker.ATTENTION]),
-    ("MemoryPoolType", list(worker.POOLS.values())),
-    ("ProfilingVerbosity", [name.upper() for name in parent.VERBOSITIES]),
-    ("HardwareCompatibilityLevel", [name.upper() for name in parent.LEVELS]),
-    ("ComputeCapability", [worker.member_of_capability(text) for text in (*parent.CAPABILITIES, "current")]),
+    ("DataType", list(DTYPES)),
+    ("LayerType", [*inspect.COMPUTING_LAYERS, *inspect.ATTENTION_LAYERS]),
+    ("MemoryPoolType", list(MEMORY_POOLS.values())),
+    ("ProfilingVerbosity", [name.upper() for name in FIELDS["profiling_verbosity"].choices]),
+    ("HardwareCompatibilityLevel", [name.upper() for name in FIELDS["hardware_compatibility_level"].choices]),
+    ("ComputeCapability", [capability_member(text) for text in (*RTX_CAPABILITIES, "current")]),
 ]
 """Names that the code takes from tables of its own."""
 
@@ -77,7 +82,7 @@ def bindings() -> Path:
 def uses_of(*, rtx: bool, files: Sequence[Path] = FILES) -> list[Use]:
     """All uses that one of the two vendors must have; with the tables only where the builder is among the files."""
     uses = [use for path in files for use in find_uses(path).uses]
-    if WORKER in files:
+    if BUILDER[0] in files:
         uses += [Use("tables", cls, name, False) for cls, members in TABLES for name in members]
     if rtx:
         return [use for use in uses if not {use.cls, use.name} & TENSORRT_ONLY]
@@ -111,10 +116,10 @@ def test_tensorrt_has_all_that_is_used(major: int, bindings: Path) -> None:
 @pytest.mark.cpu
 @pytest.mark.parametrize("major", [10, 11])
 def test_the_lean_runtime_has_all_that_running_needs(major: int, bindings: Path) -> None:
-    answer = asked(f"{LEAN}_bindings", uses_of(rtx=False, files=[EXECUTOR]), bindings / str(major))
+    answer = asked(f"{LEAN_MODULE}_bindings", uses_of(rtx=False, files=[EXECUTOR]), bindings / str(major))
     assert answer["version"].startswith(f"{major}.")
     assert answer["complaints"] == []
-    assert asked(f"{LEAN}_bindings", [Use("", "", "Builder", False)], bindings / str(major))["complaints"]
+    assert asked(f"{LEAN_MODULE}_bindings", [Use("", "", "Builder", False)], bindings / str(major))["complaints"]
 
 
 @pytest.mark.cpu
@@ -145,8 +150,8 @@ def unannotated(vendor_names: list[str]) -> list[str]:
 
 @pytest.mark.null
 def test_the_reader_finds_what_is_used() -> None:
-    """Of the real file, so that a rule that stops to match is noticed."""
-    found = {(use.cls, use.name) for use in find_uses(WORKER).uses}
+    """Of the real files, so that a rule that stops to match is noticed."""
+    found = {(use.cls, use.name) for path in BUILDER for use in find_uses(path).uses}
     assert {
         ("", "Builder"),
         ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED"),

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import toy
 from test_loop import inputs_of, noises
+from toy_backends import full_layout, full_plan
 
 from lemica_trt.backends.base import Capture, Settings, decode, encode, open_backend
 from lemica_trt.backends.tensorrt import cuda
-from lemica_trt.backends.tensorrt.run import VENDORS, TensorRTBackend, import_vendor
+from lemica_trt.backends.tensorrt.run import TensorRTBackend, import_vendor
+from lemica_trt.backends.tensorrt.vendor import VENDORS
 from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError, UnsupportedError
 from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.graphs import GraphSet, StepLayout
-from lemica_trt.ir.plan import CacheRead, PlanRow, StepPlan
 from lemica_trt.runtime.denoise import Cancelled, Denoiser, RowDone
 from lemica_trt.testing import null
 from lemica_trt.testing.null import NullDevice, NullPlan, null_vendor, write_engine
@@ -90,64 +91,17 @@ class Machine:
         return [entry.split()[0] for entry in self.device.log[start:]]
 
 
-def everything() -> StepPlan:
-    """All that a plan can hold: histories of 3, folded rows, reuse, fresh noise, guidance of each request."""
-    return toy.plan_of(
-        PlanRow(variant="full", step=0, latents=(1.0,), timestep=0.9, in_scale=0.5),
-        PlanRow(variant="full", step=1, latents=(0.9, 0.1), outputs=(-0.2,), timestep=0.7, guidance=(1.0, 0.5)),
-        PlanRow(
-            variant="skip",
-            step=2,
-            latents=(1.0,),
-            outputs=(-0.3, 0.1),
-            timestep=0.6,
-            caches=(
-                CacheRead(
-                    slot="trunk",
-                    weights=(
-                        1.5,
-                        -0.5,
-                    ),
-                ),
-            ),
-        ),
-        PlanRow(
-            variant=None, step=4, latents=(1.0, 0.0, 0.1), outputs=(-0.1,), draws=1, noise=(0.3,), reuse=(1.5, -0.5)
-        ),
-        PlanRow(variant="full", step=7, latents=(), outputs=(0.5, 0.2, 0.1), timestep=0.3),
-        PlanRow(
-            variant="skip",
-            step=8,
-            latents=(1.0,),
-            outputs=(-0.1,),
-            timestep=0.2,
-            caches=(
-                CacheRead(
-                    slot="trunk",
-                    weights=(
-                        0.5,
-                        0.2,
-                    ),
-                ),
-            ),
-            draws=1,
-            noise=(1.0,),
-        ),
-        PlanRow(variant=None, step=9, latents=(1.0, 0.2), outputs=(-0.1, 0.1, -0.2)),
-    )
-
-
 @pytest.mark.parametrize("vendor", VENDORS)
 @pytest.mark.parametrize("capture", CAPTURES)
 def test_the_loop_is_the_plan(tmp_path: Path, vendor: str, capture: Capture) -> None:
     """Every way of launching, several batch sizes in turn, with and without somebody who listens: one result."""
-    layout = toy.layout_of(3, 3, 3, stochastic=True)
+    layout = full_layout()
     machine = Machine(tmp_path, layout, key=key_of(vendor), capture=capture)
-    denoiser, plan = machine.denoiser(), everything()
+    denoiser, plan = machine.denoiser(), full_plan()
     for batch, listens in ((1, False), (3, False), (1, True), (3, False), (2, True), (1, False), (2, False)):
         inputs = inputs_of(layout, batch, seed=batch)
         rows: list[RowDone] = []
-        found = denoiser.run(plan, **inputs, draw=noises(batch), on_row=rows.append if listens else None)
+        found = denoiser.run(plan, **inputs, draw=noises(batch), on_step=rows.append if listens else None)
         expected = toy.interpret(plan, layout, **inputs, draw=noises(batch))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
         assert [row.index for row in rows] == (list(range(len(plan.rows))) if listens else [])
@@ -178,7 +132,7 @@ def test_steps_are_launched_one_by_one_where_somebody_listens(tmp_path: Path) ->
     expected = denoiser.run(plan, **inputs)
     for _ in range(2):
         start = len(machine.device.log)
-        found = denoiser.run(plan, **inputs, on_row=lambda row: None)
+        found = denoiser.run(plan, **inputs, on_step=lambda row: None)
         np.testing.assert_array_equal(found, expected)
     assert machine.request(start)[3:] == ["launch", "synchronize"] * 5 + ["copy_out", "synchronize"]
 
@@ -187,7 +141,7 @@ def test_steps_are_launched_one_by_one_where_somebody_listens(tmp_path: Path) ->
 
     start = len(machine.device.log)
     with pytest.raises(Cancelled):
-        denoiser.run(plan, **inputs_of(machine.layout, 2, seed=3), on_row=cancel)
+        denoiser.run(plan, **inputs_of(machine.layout, 2, seed=3), on_step=cancel)
     assert machine.request(start).count("launch") == 1
     np.testing.assert_array_equal(denoiser.run(plan, **inputs), expected)
 
@@ -205,9 +159,9 @@ def test_nothing_is_captured_where_it_is_not_wanted_or_cannot_be(tmp_path: Path)
 
 
 def test_fresh_noise_splits_a_plan(tmp_path: Path) -> None:
-    layout = toy.layout_of(3, 3, 3, stochastic=True)
+    layout = full_layout()
     machine = Machine(tmp_path, layout)
-    denoiser, plan, inputs = machine.denoiser(), everything(), inputs_of(layout, 1)
+    denoiser, plan, inputs = machine.denoiser(), full_plan(), inputs_of(layout, 1)
     for _ in range(3):
         start = len(machine.device.log)
         denoiser.run(plan, **inputs, draw=noises(1))

@@ -1,0 +1,134 @@
+"""The build half: ONNX files → engines, and the key that says which engines they are.
+
+A vendor's package is imported when something is built, so that listing backends costs nothing. Knows nothing of
+bundles or of how an engine is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from lemica_trt.backends.options import builder_names, options_class, options_from, vendor_module
+from lemica_trt.core.errors import UsageError
+from lemica_trt.core.files import sha256_of
+from lemica_trt.core.values import json_bytes
+from lemica_trt.ir.engine import EngineEntry, Option
+from lemica_trt.ir.graphs import GraphSet
+from lemica_trt.ir.profile import DType
+
+if TYPE_CHECKING:
+    from lemica_trt.core.progress import Reporter
+
+ENGINES_FOLDER = "engines"
+"""Where builders that write engines put them, each key in a folder of its own: `engines/BACKEND-KEY/ROLE.engine`."""
+
+
+class Estimate(NamedTuple):
+    """What building will take: seconds (None: nobody knows) and peak host memory in bytes."""
+
+    seconds: float | None
+    memory: int
+
+
+class Builder(Protocol):
+    """What the build half of a backend offers. `options` are of the class that the backend declares, checked."""
+
+    def check(self, dtype: DType, options: Any) -> None:
+        """Raise what `build` would raise for a reason that is known before any graph is there."""
+        ...
+
+    def estimate(self, weights: int) -> Estimate:
+        """What building a graph with so many bytes of weights takes."""
+        ...
+
+    def build(self, graphs: GraphSet, root: Path, out: Path, options: Any, reporter: Reporter) -> EngineEntry:
+        """Build engines for all graphs; see `build`."""
+        ...
+
+
+def build(
+    backend: str,
+    graphs: GraphSet,
+    root: Path,
+    out: Path,
+    options: Mapping[str, Option] | None = None,
+    reporter: Reporter | None = None,
+) -> EngineEntry:
+    """Build engines for all graphs of a set.
+
+    Args:
+        backend: one of `options.builder_names`.
+        graphs: what to build.
+        root: folder that the paths in `graphs` are relative to.
+        out: folder that the paths in the returned entry are relative to, where they are not ONNX files of `root`.
+            Engines in it that an earlier call finished from the same key are taken as they are.
+        options: of the backend; the others get their defaults.
+        reporter: is told estimates, progress and costs; None: no progress is reported.
+
+    Raises:
+        UsageError: unknown backend or option, or one that builds nothing.
+        MissingDependencyError: the backend's package or device is not here.
+        UnsupportedError: the backend cannot run this dtype.
+        EngineError: building failed.
+    """
+    if reporter is None:
+        from lemica_trt.core.progress import Quiet
+
+        reporter = Quiet()
+    return _builder(backend).build(graphs, root, out, options_from(backend, options or {}), reporter)
+
+
+def prune(entries: Sequence[EngineEntry], out: Path) -> None:
+    """Remove engines of other keys than these: what a folder keeps for the next build is what the last one used."""
+    used = {out / file for entry in entries for file in entry.files.values()}
+    for folder in (out / ENGINES_FOLDER).glob("*/"):
+        if folder.is_dir() and not any(file.parent == folder for file in used):
+            shutil.rmtree(folder)
+
+
+def check(backend: str, dtype: DType, options: Mapping[str, Option] | None = None) -> None:
+    """Ask a backend before hours of work whether it could build at all.
+
+    Raises:
+        UsageError, MissingDependencyError, UnsupportedError: as `build`.
+    """
+    _builder(backend).check(dtype, options_from(backend, options or {}))
+
+
+def estimate(backend: str, weights: int) -> Estimate:
+    """What building a graph with so many bytes of weights will take.
+
+    Raises:
+        UsageError: unknown backend.
+    """
+    return _builder(backend).estimate(weights)
+
+
+def _builder(backend: str) -> Builder:
+    """The build half of a backend.
+
+    Raises:
+        UsageError: unknown backend, or one that builds nothing.
+    """
+    options_class(backend)
+    if backend not in builder_names():
+        raise UsageError(
+            f"the {backend} backend runs the modules of its own process and builds no engines",
+            fix=f"use --backend {' or '.join(builder_names())}",
+        )
+    builder: Builder = vendor_module(backend, "build").BUILDERS[backend]
+    return builder
+
+
+def graphs_digest(graphs: GraphSet, root: Path) -> str:
+    """SHA-256 (hex) over the description of all graphs and the content of all their files.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    names = sorted({name for graph in graphs.graphs for name in (graph.file, *graph.data_files)})
+    return hashlib.sha256(json_bytes([graphs, {name: sha256_of(root / name) for name in names}])).hexdigest()

@@ -1,0 +1,23 @@
+"""What ONNX Runtime can be told; all of it holds when a graph is loaded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from lemica_trt.backends.options import Options
+
+
+class OrtOptions(Options, frozen=True):
+    """Options of the backend `onnxruntime`."""
+
+    provider: Annotated[
+        Literal["cpu", "cuda"], Meta(description="execution provider; cuda needs the package onnxruntime-gpu")
+    ] = "cpu"
+    optimization: Annotated[
+        Literal["disabled", "basic", "extended", "all"], Meta(description="graph optimizations, done at each load")
+    ] = "all"
+    threads: Annotated[
+        int, Meta(ge=0, description="CPU threads within an operator; 0: one for each CPU that the process may use")
+    ] = 0

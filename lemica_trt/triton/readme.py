@@ -1,0 +1,76 @@
+"""The README.md of a repository: what it needs, how to start it, what a request may ask for."""
+
+from __future__ import annotations
+
+from lemica_trt import __version__
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.triton.interface import MODEL_SUMMARIES, OLDEST_SERVER_NAME
+
+
+def readme_text(bundle: Bundle, models: tuple[str, ...], cpu: bool) -> str:
+    """The page for a bundle that is served as these models; `cpu`: with configs for machines without a GPU."""
+    manifest = bundle.manifest
+    engines = ", ".join(f"{entry.key.backend} {entry.key.version} ({entry.key.target})" for entry in manifest.engines)
+    about = "\n".join(f"| `{name}` | {MODEL_SUMMARIES[name]} |" for name in models)
+    cpu_only = "Without a GPU: `./start.sh --model-config-name=cpu`." if cpu else "The engines need a GPU."
+    memory = sum(manifest.files[file].size for entry in manifest.engines for file in set(entry.files.values())) / 1e6
+    return f"""# {manifest.profile.name} on Triton Inference Server
+
+Written by lemica-trt {__version__}. Needs:
+
+- tritonserver {OLDEST_SERVER_NAME} or newer, with its python backend;
+- in that backend's interpreter (the first `python3` on PATH, or EXECUTION_ENV_PATH) `lemica-trt=={__version__}` without
+  PyTorch, the engines' library – {engines}; TensorRT at exactly this version –, PyAV for MP4, and `numpy<2` if the
+  server is older than its numpy 2 support. A model that finds something else does not load, and says what.
+
+```bash
+lemica-trt triton --check .
+./start.sh
+```
+
+`start.sh` listens on this machine only (`ADDRESS=0.0.0.0` opens it; there is no encryption: put a proxy in front), and
+closes the APIs to load models, to trace and to log (`--http-restricted-api`, `--grpc-restricted-protocol`): whoever may
+load models may upload a `model.py`, and so run any code as the server's user. `ADMIN_TOKEN=…` sets the token that opens
+them. {cpu_only}
+
+Engine files: {memory:.0f} MB, held by `denoiser` and `denoiser_stream` each; the pipelines use the latter only, so load
+`denoiser` where you call it: name the others in `MODELS="denoiser_stream pipeline …"`.
+
+| model | |
+|---|---|
+{about}
+
+Parameters of a request: `plan`, `steps` (full steps, of the plans below), `seed`, `guidance_scale`, and to the
+pipelines `negative_prompt` and `output` (`frames`, `mp4`, `mp4-base64`). `timeout` (microseconds) ends it between two
+steps.
+
+| plan | full steps |
+|---|---|
+{_plan_table(bundle)}
+
+```bash
+lemica-trt client --url localhost:8001 "a prompt" --output clip.mp4
+curl -d '{{"prompt": "a prompt", "seed": 7, "output": "mp4-base64"}}' localhost:8000/v2/models/pipeline/generate
+```
+
+New plans, without a restart:
+
+```bash
+lemica-trt plan denoiser/bundle --budget 12
+lemica-trt triton denoiser/bundle --output .
+for model in denoiser denoiser_stream pipeline pipeline_stream; do
+  curl -X POST -H "admin-token: $ADMIN_TOKEN" localhost:8000/v2/repository/models/$model/load
+done
+```
+
+Each model loads only the bundle whose digest its config names. Requests under way finish on the old plans; a bundle
+that is damaged is refused, and the old one keeps serving.
+"""
+
+
+def _plan_table(bundle: Bundle) -> str:
+    rows = []
+    for plan in map(bundle.plan, bundle.plans):
+        default = " (default)" if plan.name == bundle.manifest.default_plan else ""
+        rows.append(f"| `{plan.name}`{default} | {plan.budget} of {plan.num_steps} |")
+    return "\n".join(rows)
