@@ -1,7 +1,7 @@
 """What it costs that the graphs of a build can do more than its plans use: time of a full step by layout.
 
     OMP_NUM_THREADS=1 python benchmarks/unused_depth.py --output benchmarks/results/unused-depth-cogvideox-tiny.json
-    OMP_NUM_THREADS=1 python benchmarks/unused_depth.py --large --rounds 8 --pairs 3 \\
+    OMP_NUM_THREADS=1 python benchmarks/unused_depth.py --large --rounds 12 --pairs 5 \\
         --output benchmarks/results/unused-depth-large.json
 
 Graphs are exported before there are plans, deep enough for all that the planners may make: as many latents as the
@@ -45,7 +45,7 @@ from lemica_trt.planning.step_plan import uncached_plan
 OUTPUTS = 6
 """Outputs that the deep graphs keep."""
 
-WARM_UP = 1
+WARM_UP = 2
 """Steps of each round before the first that counts."""
 
 
