@@ -106,7 +106,13 @@ def _export(profile: Profile, config: dict[str, int | bool], folder: Path) -> tu
     )
     torch.set_default_dtype(torch.float32)
     model = Model(profile, family_from_name(profile.family), pipeline, folder)
-    layout = step_layout(latent_shape=model.latent_shape, latent_history=1, output_history=1, guided=model.guided)
+    layout = step_layout(
+        latent_shape=model.latent_shape,
+        latent_history=1,
+        output_history=1,
+        conditions=model.conditions,
+        guided=model.guided,
+    )
     graphs = export_graphs(model, layout, folder, roles=("combine", "full", "skip"))
     return graphs, sum(weights.numel() for weights in pipeline.transformer.parameters())
 

@@ -170,13 +170,16 @@ def large_model(part: Part, device: str) -> Any:
 
 def plans_of(model: Any, budgets: Sequence[int]) -> list[StepPlan]:
     """Plans with full steps at equal distances – where they lie does not change the time –, and the uncached one."""
-    from lemica_trt.compiler import Findings, make_plans
     from lemica_trt.models.scheduler import sampler_table
+    from lemica_trt.planning.planner import Problem, planners
     from lemica_trt.planning.step_plan import uncached_plan
 
     table = sampler_table(model.scheduler())
-    plans, _ = make_plans(table, profile=model.profile, budgets=budgets, methods=("uniform",), findings=Findings())
-    return [*plans, uncached_plan(table, guidance_scale=GUIDANCE)]
+    problem = Problem(table=table, guidance_scale=GUIDANCE)
+    return [
+        *(planners()["uniform"](problem, budget) for budget in budgets),
+        uncached_plan(table, guidance_scale=GUIDANCE),
+    ]
 
 
 def layout_of(model: Any, plans: Sequence[StepPlan]) -> StepLayout:

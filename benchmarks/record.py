@@ -41,7 +41,8 @@ class Run(Value, frozen=True):
         system: operating system and architecture.
         processor: model name of the CPU.
         cores: logical cores of the machine.
-        threads: OMP_NUM_THREADS; None: not set, libraries use all cores.
+        threads: OMP_NUM_THREADS, which limits PyTorch, but not ONNX Runtime; None: not set.
+        load: processes that wanted to run, mean of the minute before it began: times of a busy machine mean little.
         python: version.
         versions: library → version.
     """
@@ -53,6 +54,7 @@ class Run(Value, frozen=True):
     processor: str
     cores: int
     threads: int | None
+    load: float
     python: str
     versions: dict[str, str]
 
@@ -157,6 +159,7 @@ class Speed(Value, frozen=True, tag_field="kind", tag="speed"):
         parameters: of the DiT.
         latent_shape: of one sample.
         dtype: of the DiT.
+        threads: of PyTorch, and of the engines.
         backend: engines, version and device.
         steps: N.
         rows: `eager` first, `uncached` second.
@@ -168,6 +171,7 @@ class Speed(Value, frozen=True, tag_field="kind", tag="speed"):
     parameters: int
     latent_shape: tuple[int, ...]
     dtype: str
+    threads: int
     backend: str
     steps: int
     rows: tuple[SpeedRow, ...]
@@ -287,6 +291,7 @@ class UnusedDepth(Value, frozen=True, tag_field="kind", tag="unused-depth"):
         parameters: of the DiT.
         latent_shape: of one sample.
         dtype: of the DiT.
+        threads: of PyTorch, and of the engines.
         backend: engines, version and device.
         outputs: how many outputs the small and the deep graph take; the deep one also gives its trunk residual away.
         seconds, deep_seconds: of CPU; for every round, in which both are opened anew, one number a pair. The
@@ -333,6 +338,7 @@ def this_run(*libraries: str) -> Run:
         processor=_processor(),
         cores=os.cpu_count() or 1,
         threads=int(os.environ["OMP_NUM_THREADS"]) if os.environ.get("OMP_NUM_THREADS") else None,
+        load=os.getloadavg()[0],
         python=platform.python_version(),
         versions={name: importlib.metadata.version(name) for name in libraries or LIBRARIES},
     )

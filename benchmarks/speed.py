@@ -9,6 +9,8 @@ between, `first-order` runs B engine calls and nothing else, as fitted solvers d
 
 A machine's speed drifts by more than the differences that are looked for. So all of them are timed in every round, in
 turn, every other round in reverse; a speed-up is the median over rounds of the ratio of two times of the same round.
+PyTorch and the engines get the same number of threads (`--threads`): OMP_NUM_THREADS alone limits PyTorch only. Run
+nothing else: with more than one thread PyTorch can become many times slower on a busy machine, and the engines do not.
 `--large` is a random CogVideoX of 8 layers × 512 and 2044 tokens. Writes JSON (`record.Speed`) and prints its table.
 """
 
@@ -132,10 +134,10 @@ def by_plan(pipe: Pipeline, plan: StepPlan) -> Callable[[], Timed]:
     return run
 
 
-def runners(bundle: Bundle, model: Model, budgets: Sequence[int]) -> Iterator[Runner]:
+def runners(bundle: Bundle, model: Model, budgets: Sequence[int], threads: int) -> Iterator[Runner]:
     """What is timed: eager, uncached, and two plans a budget."""
     steps, guidance = model.profile.sampling.steps, model.profile.sampling.guidance_scale
-    pipe, table = Pipeline(bundle), sampler_table(model.scheduler())
+    pipe, table = Pipeline(bundle, threads=threads), sampler_table(model.scheduler())
     every = (plan for plan in map(bundle.plan, bundle.plans) if plan.budget == plan.num_steps)
     yield Runner("eager", "", steps, eager(model))
     yield Runner("uncached", "", steps, by_plan(pipe, next(every)))
@@ -165,9 +167,11 @@ def measured(runner: Runner, rounds: Sequence[Timed]) -> SpeedRow:
     )
 
 
-def measure(bundle: Bundle, model: Model, name: str, budgets: Sequence[int], rounds: int) -> Speed:
-    """Time everything in turn, `rounds` times."""
-    every = list(runners(bundle, model, budgets))
+def measure(bundle: Bundle, model: Model, name: str, given: argparse.Namespace) -> Speed:
+    """Time everything in turn, in every round once."""
+    torch.set_num_threads(given.threads)
+    run, rounds = this_run(), given.rounds
+    every = list(runners(bundle, model, given.budgets, given.threads))
     report = reporter()
     report.stage("warm up", f"{len(every)} loops")
     eager(model)(WARM_UP)
@@ -181,12 +185,13 @@ def measure(bundle: Bundle, model: Model, name: str, budgets: Sequence[int], rou
         report.advance(index + 1, rounds)
     report.close()
     return Speed(
-        run=this_run(),
+        run=run,
         model=name,
         revision=None if name == LARGE else bundle.manifest.revision,
         parameters=sum(weights.numel() for weights in model.pipeline.transformer.parameters()),
         latent_shape=tuple(model.latent_shape),
         dtype=model.profile.dtype,
+        threads=given.threads,
         backend=backend_name(bundle.engine(None).key),
         steps=model.profile.sampling.steps,
         rows=tuple(measured(runner, times[runner.name]) for runner in every),
@@ -200,6 +205,7 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="a larger model with random weights instead")
     parser.add_argument("--budgets", type=int, nargs="+", default=[10, 15, 20, 25], help="full steps of the plans")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch, and of the engines")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -207,7 +213,7 @@ def main() -> None:
         source = str(Path(folder) / "model") if given.large else None
         model = load_model(bundle.manifest.profile, source=source)
         name = LARGE if given.large else given.model
-        result = measure(bundle, model, name, given.budgets, given.rounds)
+        result = measure(bundle, model, name, given)
     write_result(result, given.output)
     print(described(result))
 

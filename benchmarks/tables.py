@@ -8,6 +8,8 @@ from statistics import median
 import numpy as np
 from record import EngineBuild, Quality, QualityRow, Result, Run, Serving, Speed, SpeedRow, UnusedDepth
 
+from lemica_trt.core.progress import duration, size
+
 RESAMPLES = 10_000
 """Of the bootstrap."""
 
@@ -40,7 +42,7 @@ def of_run(run: Run) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     return (
         f"`{run.command}`, {run.date}{f', commit {run.commit}' if run.commit else ''}; {run.processor}, "
-        f"{run.cores} cores{threads}, {run.system}; Python {run.python}, {versions}."
+        f"{run.cores} cores{threads}, load {run.load:.1f} before, {run.system}; Python {run.python}, {versions}."
     )
 
 
@@ -118,7 +120,8 @@ def speed_caption(result: Speed) -> str:
     latents = "×".join(map(str, result.latent_shape))
     return (
         f"{result.model} ({weights}), {result.parameters / 1e6:.1f} M parameters, latents {latents}, {result.dtype}, "
-        f"{result.steps} steps, {result.backend}; {len(result.rows[0].seconds)} rounds."
+        f"{result.steps} steps, {result.backend}, threads of PyTorch and of the engines: {result.threads}; "
+        f"{len(result.rows[0].seconds)} rounds."
     )
 
 
@@ -151,8 +154,7 @@ def engine_table(result: EngineBuild) -> str:
     for row in result.rows:
         layers = ", ".join(f"{count} {dtype}" for dtype, count in sorted(row.layers.items()))
         fused = "" if row.fused is None else f"{row.fused} of {row.attentions}"
-        sizes = [f"{number / 1e9:.1f} GB" for number in (row.memory, row.size)]
-        rows.append([row.what, str(row.opset), f"{row.seconds:.0f} s", *sizes, layers, fused])
+        rows.append([row.what, str(row.opset), duration(row.seconds), size(row.memory), size(row.size), layers, fused])
     return table(["", "opset", "time", "peak memory", "files", "layers", "fused attentions"], rows)
 
 

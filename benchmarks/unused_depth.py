@@ -31,7 +31,7 @@ from speed import LARGE, SIDE, write_large_model
 from tables import described
 
 from lemica_trt.backends.base import NUMPY_DTYPES, open_backend
-from lemica_trt.backends.builders import build
+from lemica_trt.backends.build import build
 from lemica_trt.core.progress import reporter
 from lemica_trt.evaluate.timing import backend_name
 from lemica_trt.export.graphs import export_graphs

@@ -32,9 +32,10 @@ def main(path: str, method: str, budget: str, prompt: str, output: str) -> None:
     )
     plan = planners()[method](problem, int(budget))
     print(f"{method}, {plan.budget} of {plan.num_steps} steps in full: {' '.join(map(str, plan.full_steps))}")
-    embeds = np.stack([pipe.encode(""), pipe.encode(prompt)])  # the unconditional branch first
+    branches = [pipe.encode(text) for text in ("", prompt)]  # the unconditional one first
+    conditions = {name: np.stack([branch[name] for branch in branches]) for name in branches[0]}
     noise = Generator(7).randn((1, *bundle.manifest.graphs.layout.latent_shape))
-    write_video(pipe.decode(pipe.latents(embeds, noise, plan=plan)[0]), output, fps=pipe.fps)
+    write_video(pipe.decode(pipe.latents(conditions, noise, plan=plan)[0]), output, fps=pipe.fps)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ __all__ = ["Bundle", "__version__", "build", "load"]
 
 if TYPE_CHECKING:
     from lemica_trt.bundle.reading import Bundle
-    from lemica_trt.compiler import build
+    from lemica_trt.cli.flags import build
     from lemica_trt.runtime.pipeline import load
 
-_FACE = {"Bundle": "lemica_trt.bundle.reading", "build": "lemica_trt.compiler", "load": "lemica_trt.runtime.pipeline"}
+_FACE = {"Bundle": "lemica_trt.bundle.reading", "build": "lemica_trt.cli.flags", "load": "lemica_trt.runtime.pipeline"}
 """Name → module that has it; imported when it is first asked for."""
 
 

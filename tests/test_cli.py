@@ -15,7 +15,7 @@ from command import PAPER, SMALL, lemica
 
 from lemica_trt.bundle.manifest import manifest_digest_line
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.compiler.workspace import work_folder
+from lemica_trt.bundle.workspace import work_folder
 from lemica_trt.core.errors import EXIT_CODES
 from lemica_trt.core.values import read_value
 from lemica_trt.ir.calibration import ErrorGraph, TrajectoryGrams
@@ -275,6 +275,8 @@ def test_a_default_alone_plans_nothing(built: tuple[Path, subprocess.CompletedPr
     assert {file.stem: file.read_bytes() for file in (copy / "plans").iterdir()} == before
     done = lemica("plan", copy, "--default", "b6", "--quiet")
     assert done.returncode == 3 and "b6" in done.stderr
+    done = lemica("plan", copy, "--budget", "4", "--device", "cpu", "--quiet")
+    assert done.returncode == 2 and "got device: a bundle is planned without the model" in done.stderr
 
 
 def test_what_a_build_would_only_find_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from record import EngineBuild, Quality, Result, Serving, Speed, UnusedDepth, read_results
 from tables import described, summary_table, table
 
+from lemica_trt.backends.options import options_table
 from lemica_trt.cli.main import main as cli
 from lemica_trt.compiler.stages import STAGES
 from lemica_trt.core.errors import EXIT_CODES
@@ -145,6 +146,7 @@ def _results(kind: type[Result]) -> Callable[[Sequence[Result]], str]:
 PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "commands": lambda _: commands(),
     "exit-codes": lambda _: exit_codes(),
+    "options": lambda _: options_table().strip(),
     "stages": lambda _: stages(),
     "methods": lambda _: methods(),
     "profiles": lambda _: profiles(),

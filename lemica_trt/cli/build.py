@@ -75,7 +75,7 @@ def build(
 
 
 def _profile_and_request(model: str | None, weights: str | None, given: dict[str, Any]) -> tuple[Any, Any]:
-    from lemica_trt.compiler.flags import PROFILE_FIELDS, profile_from_flags, request_fields
+    from lemica_trt.cli.flags import PROFILE_FIELDS, profile_from_flags, request_fields
     from lemica_trt.compiler.requests import BuildRequest
 
     rest = {name: value for name, value in options.given(given).items() if name not in PROFILE_FIELDS}
@@ -119,7 +119,7 @@ def plan(screen: Screen, target: Path, default: str | None, **given: Any) -> Non
     theirs has changed. A bundle gets plans from what it knows of its calibration, without the model and PyTorch;
     --pareto shows the qualities that it was built with, and adds no plan unless a budget is given.
     """
-    from lemica_trt.compiler.bundle_commands import plan_target
+    from lemica_trt.cli.flags import plan_target
     from lemica_trt.report import summary
 
     options.refuse_contradictions()
@@ -135,8 +135,8 @@ def plan(screen: Screen, target: Path, default: str | None, **given: Any) -> Non
 @common
 def export(screen: Screen, work: Path, **given: Any) -> None:
     """Export the graphs of the model in WORK to ONNX: WORK/onnx. They run the plans of all methods named."""
+    from lemica_trt.cli.flags import request_fields
     from lemica_trt.compiler import work_commands
-    from lemica_trt.compiler.flags import request_fields
     from lemica_trt.report import summary
 
     graphs = work_commands.export(work, request_fields(options.given(given)), screen.reporter)
@@ -153,7 +153,7 @@ def engine(screen: Screen, target: Path, output: Path, **given: Any) -> None:
 
     Takes no PyTorch.
     """
-    from lemica_trt.compiler.bundle_commands import engine_target
+    from lemica_trt.cli.flags import engine_target
     from lemica_trt.compiler.inspection import summarize
     from lemica_trt.report import summary
 

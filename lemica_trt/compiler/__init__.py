@@ -15,7 +15,3 @@ bundle_commands  plan, engine, verify on a finished bundle
 flags            flags by name → profile and request; `lemica_trt.build`
 doctor           what is on this machine
 """
-
-from lemica_trt.compiler.flags import build
-
-__all__ = ["build"]

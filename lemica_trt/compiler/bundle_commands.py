@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from lemica_trt.bundle.contents import calibration_in, read_from, read_if_listed
 from lemica_trt.bundle.manifest import FRONT_FILE, REFERENCE_FILE, REPORTS, SAMPLER_FILE, SELECTION_FILE, plan_path
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.writing import add_plan, require_replaceable
-from lemica_trt.compiler import artifacts, work_commands
-from lemica_trt.compiler.artifacts import Exported, ModelFacts, PlanIndex
+from lemica_trt.bundle.workspace import Workspace, work_folder
+from lemica_trt.bundle.writing import add_plan, require_replaceable, write_bundle
 from lemica_trt.compiler.bundle_stages import verify_bundle
-from lemica_trt.compiler.context import Context, calibration_in, open_model, solver_tables
-from lemica_trt.compiler.flags import ENGINE_FIELDS, PLANNING_FIELDS, request_defaults, request_fields
-from lemica_trt.compiler.requests import BuildRequest, Inputs, PlanResult, profile_of_bundle, prompts_of
-from lemica_trt.compiler.stage import needed_stages, run_stages
-from lemica_trt.compiler.stages import STAGES
-from lemica_trt.compiler.work_commands import ENGINE_STAGES, publish
-from lemica_trt.compiler.workspace import Workspace, read_from, work_folder
+from lemica_trt.compiler.context import open_model, solver_tables
+from lemica_trt.compiler.graph_stages import build_engines
+from lemica_trt.compiler.requests import BuildRequest, PlanResult, prompts_of
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.core.progress import Reporter
-from lemica_trt.core.values import write_value
 from lemica_trt.evaluate.step_timer import StepTimer, require_runnable
 from lemica_trt.ir.budget import Front, MinPsnr
 from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.resources import absolute_source
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.ir.trials import TrialTables
 from lemica_trt.planning.budget import front_rows
 from lemica_trt.planning.planner import Fit, Problem, plan_given, planners
 from lemica_trt.planning.search import PlanSet, best_known, budget_outcomes, resolve_budgets
-from lemica_trt.planning.step_plan import UNCACHED
 
 if TYPE_CHECKING:
     from lemica_trt.ir.report import VerifyReport
@@ -61,37 +57,21 @@ def verify(
     return verify_bundle(bundle, model, prompts, samples, reporter, backend=backend)
 
 
-def plan_target(
-    target: Path, flags: Mapping[str, Any], reporter: Reporter, *, default: str | None = None
-) -> PlanResult:
-    """Plans of a work folder or of a bundle.
-
-    Args:
-        flags: of planning, by name.
-        default: the bundle's new default plan.
+def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:
+    """The profile that a bundle was built as, pointing at weights that are here.
 
     Raises:
-        UsageError: `default` for a work folder: only a bundle has one.
+        UsageError: the bundle was built from a local folder, and that is not named.
     """
-    fields = request_fields(flags)
-    if Workspace(target).is_there:
-        if default is not None:
-            raise UsageError("--default is for bundles", fix="a work folder's first budget becomes the default")
-        return work_commands.plan(target, {**request_defaults(PLANNING_FIELDS), **fields}, reporter)
-    bundle = Bundle.open(target)
-    shown = default is not None or "pareto" in fields
-    if "budgets" not in fields and shown and not fields.keys() & {"methods", "schedule", "reference_steps"}:
-        fields["budgets"] = ()
-    return plan_bundle(bundle, BuildRequest(**fields), reporter, default=default)
-
-
-def engine_target(target: Path, output: Path, flags: Mapping[str, Any], reporter: Reporter) -> Bundle:
-    """Engines of a work folder or of a bundle → a bundle."""
-    if Workspace(target).is_there:
-        return work_commands.engine(
-            target, output, {**request_defaults(ENGINE_FIELDS), **request_fields(flags)}, reporter
-        )
-    return rebuild_engines(Bundle.open(target), output, request_fields(flags), reporter)
+    profile = bundle.manifest.profile
+    if weights is not None:
+        return msgspec.structs.replace(profile, source=absolute_source(weights))
+    if ":" in profile.source or "/" in profile.source:  # package:NAME or a hub id; of folders only the name is kept
+        return profile
+    raise UsageError(
+        f"the bundle was built from a local folder {profile.source!r}, which it does not carry",
+        fix="name it: --weights DIR",
+    )
 
 
 # ---------------------------------------------------------------- plans
@@ -172,9 +152,9 @@ def _plans_for(bundle: Bundle, request: BuildRequest, times: Any, front: Front |
 def _before(bundle: Bundle, cached: Sequence[StepPlan]) -> Mapping[int, Sequence[str]]:
     """Budget → methods, the best first, as the build has found."""
     before = {plan.budget: [plan.method] for plan in cached}
-    if SELECTION_FILE in bundle.listed:
-        for table in read_from(bundle, TrialTables, SELECTION_FILE).tables:
-            before[table.budget] = [trial.label for trial in table.trials]
+    known = read_if_listed(bundle, TrialTables, SELECTION_FILE)
+    for table in known.tables if known is not None else ():
+        before[table.budget] = [trial.label for trial in table.trials]
     return before
 
 
@@ -199,12 +179,13 @@ def _front_of(bundle: Bundle, request: BuildRequest) -> Front | None:
     """The front that a bundle was built with, where it is asked for."""
     if not request.pareto and not any(isinstance(budget, MinPsnr) for budget in request.budgets):
         return None
-    if FRONT_FILE not in bundle.listed:
+    found = read_if_listed(bundle, Front, FRONT_FILE)
+    if found is None:
         raise UsageError(
             "the bundle has no stored qualities: nothing here knows how good a plan would be",
             fix="build it with --pareto or --min-psnr, which runs plans on the model",
         )
-    return read_from(bundle, Front, FRONT_FILE)
+    return found
 
 
 def _reference_of(bundle: Bundle, table: SamplerTable, steps: int | None) -> SamplerTable | None:
@@ -213,7 +194,7 @@ def _reference_of(bundle: Bundle, table: SamplerTable, steps: int | None) -> Sam
     Raises:
         UsageError: the bundle has it for another M.
     """
-    found = read_from(bundle, SamplerTable, REFERENCE_FILE) if REFERENCE_FILE in bundle.listed else None
+    found = read_if_listed(bundle, SamplerTable, REFERENCE_FILE)
     if steps == table.num_steps:
         return None
     if steps is not None and (found is None or found.num_steps != steps):
@@ -241,69 +222,30 @@ def rebuild_engines(bundle: Bundle, output: Path, changes: dict[str, Any], repor
     require_replaceable(output)
     if output.resolve() == bundle.path.resolve():
         raise UsageError(f"--output: expected another folder than the bundle, got {output}", fix="choose another")
-    profile, calibrated = bundle.manifest.profile, calibration_in(bundle) is not None
-    request = BuildRequest(methods=("auto" if calibrated else "uniform",), verify_samples=0, **changes)
-    request.check(profile.dtype)
+    manifest = bundle.manifest
+    request = BuildRequest(**changes)
+    request.check(manifest.profile.dtype)
     bundle.check()
     work = Workspace(work_folder(output))
-    inputs = Inputs(profile=profile, request=request, prompts=(), held_out=())
-    with work.locked(), Context(work, inputs, reporter, output=output) as context:
-        inputs.store(work)
-        stages = context.select(needed_stages(STAGES, context, "bundle"))
-        _take_over(bundle, context)
-        run_stages(stages, context, only=ENGINE_STAGES)
-        return publish(context)
-
-
-def _take_over(bundle: Bundle, context: Context) -> None:
-    """Put what a bundle is made of, apart from its engines, into a work folder, as if the stages had run there."""
-    manifest, work = bundle.manifest, context.work
-    graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
-    plans = tuple(dict.fromkeys((manifest.default_plan, *(name for name in manifest.plans if name != UNCACHED))))
-    layout, (encoder,) = manifest.graphs.layout, manifest.encoders
-    values: dict[str, Any] = {
-        artifacts.MODEL_FILE: ModelFacts(
-            revision=manifest.revision or "",
-            latent_shape=layout.latent_shape,
-            guided=layout.guided,
-            conditions=layout.conditions,
-        ),
-        artifacts.LAYOUT_FILE: layout,
-        artifacts.EXPORT_FILE: Exported(graphs=manifest.graphs, encoder=encoder, versions=manifest.versions),
-        artifacts.PLANS_FILE: PlanIndex(plans=plans, budgets=()),
-    }
-    carried = [path for path in bundle.listed if path.startswith("calibration/")]
-    about_plans = {SAMPLER_FILE, REFERENCE_FILE, SELECTION_FILE, FRONT_FILE}
-    of: dict[str, list[str]] = {
-        "model": [artifacts.MODEL_FILE],
-        "sampler": [SAMPLER_FILE],
-        "uncached": [plan_path(UNCACHED)],
-        "layout": [artifacts.LAYOUT_FILE],
-        "graphs": [artifacts.EXPORT_FILE, encoder.tokenizer, *sorted(graphs)],
-        "calibration": [path for path in carried if path not in about_plans],
-        "plans": [artifacts.PLANS_FILE, *(plan_path(name) for name in plans if name != UNCACHED)],
-        **{
-            name: [path for path in (file,) if path in bundle.listed]
-            for name, file in (("reference", REFERENCE_FILE), ("trials", SELECTION_FILE), ("front", FRONT_FILE))
-        },
-    }
-    for stage in STAGES:
-        if stage.name in context.view.stages and stage.name not in ENGINE_STAGES:
-            with work.staged() as folder:
-                writes = {name: of[name] for name in stage.writes}
-                for path in (path for paths in writes.values() for path in paths):
-                    _copy(values.get(path), bundle.path / path, folder / path)
-                reads = {name: context.digest(name) for name in stage.reads if not context.is_of_environment(name)}
-                work.commit(stage.name, "", reads, writes, folder)
-
-
-def _copy(value: Any, source: Path, target: Path) -> None:
-    """Write a value, or link a file, or copy it where that cannot be."""
-    if value is not None:
-        write_value(value, target)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    with work.locked():
+        entries = build_engines(request, manifest.graphs, bundle.path, work.root, reporter)
+        graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
+        replaced = {name for entry in manifest.engines for name in entry.files.values()} - graphs
+        replaced |= {plan_path(name) for name in manifest.plans}
+        files: dict[str, Path | bytes] = {
+            **{name: work.root / name for entry in entries for name in entry.files.values()},
+            **{name: bundle.path / name for name in manifest.files if name not in replaced},
+        }
+        reporter.stage("bundle", str(output))
+        return write_bundle(
+            output,
+            profile=manifest.profile,
+            graphs=manifest.graphs,
+            plans=[bundle.plan(name) for name in manifest.plans],
+            default_plan=manifest.default_plan,
+            encoders=manifest.encoders,
+            engines=entries,
+            files=files,
+            revision=manifest.revision,
+            versions=manifest.versions,
+        )

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from lemica_trt.bundle.manifest import MANIFEST, REPORTS, VERIFY_REPORT, plan_path
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.workspace import candidate_folder
 from lemica_trt.bundle.writing import write_bundle
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts, PlanIndex, Verified, Written
 from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.graph_stages import bundle_files
 from lemica_trt.compiler.stage import Writes
-from lemica_trt.compiler.workspace import candidate_folder
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.progress import Reporter, size
 from lemica_trt.core.values import write_value

@@ -12,20 +12,15 @@ from typing import TYPE_CHECKING
 
 from lemica_trt import __version__
 from lemica_trt.backends.machine import describe_machine
-from lemica_trt.bundle.manifest import (
-    ERROR_GRAPH_FILE,
-    GRAMS_FILE,
-    REFERENCE_FILE,
-    SAMPLER_FILE,
-    SENSITIVITY_FILE,
-)
+from lemica_trt.bundle.contents import read_from, read_if_listed
+from lemica_trt.bundle.manifest import REFERENCE_FILE, SAMPLER_FILE
+from lemica_trt.bundle.workspace import View, Workspace, digest_of
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.compiler.stage import Stage
-from lemica_trt.compiler.workspace import Files, View, Workspace, digest_of, read_from
 from lemica_trt.core.errors import MissingDependencyError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import V
-from lemica_trt.ir.calibration import Calibration, ErrorGraph, Sensitivity, TrajectoryGrams
+from lemica_trt.ir.calibration import Calibration
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.planning.planner import Fit, Problem, SolverTable
@@ -69,12 +64,12 @@ class Context(contextlib.ExitStack):
     # ------------------------------------------------------------ what stages read
 
     def read(self, kind: type[V], path: str) -> V:
-        """A value that an earlier stage has written; as `workspace.read_from`."""
+        """A value that an earlier stage has written; as `bundle.contents.read_from`."""
         return read_from(self.view, kind, path)
 
     def read_if_there(self, kind: type[V], path: str) -> V | None:
         """The same; None where no stage that takes part has written it."""
-        return read_from(self.view, kind, path) if path in self.view.listed else None
+        return read_if_listed(self.view, kind, path)
 
     @property
     def table(self) -> SamplerTable:
@@ -151,19 +146,6 @@ class Context(contextlib.ExitStack):
 
         load = functools.partial(load_model, self.model.profile, device=self.model.device.type)
         return self.enter_context(RayWorkers(self.inputs.request.ray, self.model, load, note=self.reporter.note))
-
-
-def calibration_in(files: Files) -> Calibration | None:
-    """What a bundle or a work folder knows of its calibration; None: nothing."""
-
-    def found(kind: type[V], path: str) -> V | None:
-        return read_from(files, kind, path) if path in files.listed else None
-
-    graph = found(ErrorGraph, ERROR_GRAPH_FILE)
-    if graph is None:
-        return None
-    grams, sensitivity = found(TrajectoryGrams, GRAMS_FILE), found(Sensitivity, SENSITIVITY_FILE)
-    return Calibration(graph=graph, grams=grams, sensitivity=sensitivity)
 
 
 def solver_tables(table: SamplerTable) -> SolverTable:

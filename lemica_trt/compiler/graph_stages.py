@@ -23,11 +23,13 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts
 from lemica_trt.compiler.context import Context, library_versions
+from lemica_trt.compiler.requests import BuildRequest
 from lemica_trt.compiler.stage import Writes
-from lemica_trt.core.progress import size
+from lemica_trt.core.progress import Reporter, size
 from lemica_trt.core.values import write_value
 from lemica_trt.evaluate.step_timer import StepTimer, times_text
-from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.ir.engine import EngineEntry
+from lemica_trt.ir.graphs import GraphSet, StepLayout
 from lemica_trt.planning.layout import layout_for_methods
 from lemica_trt.planning.minimax import require_feasible
 from lemica_trt.planning.planner import plan_given
@@ -135,15 +137,27 @@ def run_export(context: Context, folder: Path) -> Writes:
 def run_engine(context: Context, folder: Path) -> Writes:
     """Graphs → engines of every backend asked for; finished ones of an interrupted run are taken as they are."""
     graphs, root = context.read(Exported, artifacts.EXPORT_FILE).graphs, context.work.root
-    request = context.inputs.request
-    entries = []
-    for backend, options in options_by_backend(request.backends, request.options).items():
-        context.reporter.stage("engine", backend)
-        entries.append(build_engine(backend, graphs, root, root, options, context.reporter))
-    prune(entries, root)
+    entries = build_engines(context.inputs.request, graphs, root, root, context.reporter)
     write_value(Engines(entries=tuple(entries)), folder / artifacts.ENGINES_FILE)
     built = {name for entry in entries for name in entry.files.values()} - {graph.file for graph in graphs.graphs}
     return {"engines": [artifacts.ENGINES_FILE, *sorted(built)]}
+
+
+def build_engines(
+    request: BuildRequest, graphs: GraphSet, root: Path, out: Path, reporter: Reporter
+) -> list[EngineEntry]:
+    """Engines of a request's backends; finished ones in `out` are taken as they are, it keeps no others.
+
+    Args:
+        root: folder of the graphs.
+        out: folder of the engines.
+    """
+    entries = []
+    for backend, options in options_by_backend(request.backends, request.options).items():
+        reporter.stage("engine", backend)
+        entries.append(build_engine(backend, graphs, root, out, options, reporter))
+    prune(entries, out)
+    return entries
 
 
 def run_time(context: Context, folder: Path) -> Writes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lemica_trt.bundle.contents import calibration_in
 from lemica_trt.bundle.manifest import (
     ERROR_GRAPH_FILE,
     FRONT_FILE,
@@ -14,7 +15,7 @@ from lemica_trt.bundle.manifest import (
 )
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import ModelFacts, PlanIndex
-from lemica_trt.compiler.context import Context, calibration_in
+from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.stage import Writes
 from lemica_trt.core.values import write_value
 from lemica_trt.ir.graphs import StepLayout

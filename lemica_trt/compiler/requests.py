@@ -9,13 +9,13 @@ import msgspec
 
 from lemica_trt.backends.build import check as check_engine
 from lemica_trt.backends.options import options_by_backend
-from lemica_trt.bundle.manifest import GRAMS_FILE, SENSITIVITY_FILE
+from lemica_trt.bundle.contents import calibration_at, read_from, sensitivity_at
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.compiler.workspace import INPUTS, View, Workspace, digest_of, read_from
+from lemica_trt.bundle.workspace import INPUTS, View, Workspace, digest_of
 from lemica_trt.core.errors import InputError, UsageError
-from lemica_trt.core.values import Value, read_value, value_from_json, write_bytes, write_value
+from lemica_trt.core.values import Value, write_bytes, write_value
 from lemica_trt.ir.budget import Budget, FrontRow, Latency, Speedup
-from lemica_trt.ir.calibration import Calibration, ErrorGraph, Sensitivity, TrajectoryGrams
+from lemica_trt.ir.calibration import Calibration, Sensitivity
 from lemica_trt.ir.engine import Option
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import DType, Profile
@@ -160,12 +160,12 @@ def inputs_from_request(profile: Profile, request: BuildRequest) -> Inputs:
     """
     sensitivity = None
     if request.calibration_from is not None:
-        sensitivity = _sensitivity_at(Path(request.calibration_from))
+        sensitivity = sensitivity_at(Path(request.calibration_from))
         settings = msgspec.structs.replace(
             profile.calibration, method="retargeted", samples=sensitivity.samples, seed=sensitivity.seed
         )
         profile = msgspec.structs.replace(profile, calibration=settings)
-    calibration = None if request.error_graph is None else _calibration_at(Path(request.error_graph))
+    calibration = None if request.error_graph is None else calibration_at(Path(request.error_graph))
     return Inputs(
         profile=profile,
         request=request,
@@ -214,36 +214,6 @@ def prompts_of(profile: Profile, file: str | None, *, split: str = "calibration"
     return tuple(read_prompts(file or calibration_path(profile.calibration.prompts) / f"{split}.txt"))
 
 
-def _calibration_at(path: Path) -> Calibration:
-    """An error graph, and the Gram matrices of the same calibration where they lie beside it."""
-    graph, grams = read_value(ErrorGraph, path), path.with_name(Path(GRAMS_FILE).name)
-    try:
-        return Calibration(graph=graph, grams=read_value(TrajectoryGrams, grams) if grams.is_file() else None)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}", fix=f"move {grams.name} away, or use the one of this graph") from None
-
-
-def _sensitivity_at(path: Path) -> Sensitivity:
-    """What a work folder or a bundle knows for calibrations at other steps, shifts and guidance scales.
-
-    Raises:
-        InputError: it is neither, or was calibrated otherwise than by secant, or from one that was.
-    """
-    work = Workspace(path)
-    if work.is_there:
-        view = View(work, ["calibrate"])
-        data = view.read_bytes(SENSITIVITY_FILE) if SENSITIVITY_FILE in view.listed else None
-    else:
-        bundle = Bundle.open(path)
-        data = bundle.read_bytes(SENSITIVITY_FILE) if SENSITIVITY_FILE in bundle.manifest.files else None
-    if data is None:
-        raise InputError(
-            f"{path}: expected a calibration by secant, got another or none",
-            fix="calibrate it with --calibration secant",
-        )
-    return value_from_json(Sensitivity, data, where=f"{path}/{SENSITIVITY_FILE}")
-
-
 class BuildResult(NamedTuple):
     """What `build` made.
 
@@ -274,25 +244,3 @@ class PlanResult(Value, frozen=True):
     plans: tuple[StepPlan, ...]
     outcomes: tuple[BudgetOutcome, ...] = ()
     front: tuple[FrontRow, ...] = ()
-
-
-def absolute_source(source: str) -> str:
-    """A source that means the same from every working directory: folders become absolute."""
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
-
-
-def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:
-    """The profile that a bundle was built as, pointing at weights that are here.
-
-    Raises:
-        UsageError: the bundle was built from a local folder, and that is not named.
-    """
-    profile = bundle.manifest.profile
-    if weights is not None:
-        return msgspec.structs.replace(profile, source=absolute_source(weights))
-    if ":" in profile.source or "/" in profile.source:  # package:NAME or a hub id; of folders only the name is kept
-        return profile
-    raise UsageError(
-        f"the bundle was built from a local folder {profile.source!r}, which it does not carry",
-        fix="name it: --weights DIR",
-    )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lemica_trt.compiler.workspace import Record, digest_of
+from lemica_trt.bundle.workspace import Record, digest_of
 from lemica_trt.core.errors import InputError
 from lemica_trt.ir.report import StageEstimate
 

@@ -11,6 +11,7 @@ import msgspec
 
 from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE, FRONT_FILE, REPORTS, plan_path
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.workspace import Workspace, candidate_folder, work_folder
 from lemica_trt.bundle.writing import move_bundle, require_replaceable
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.bundle_stages import report_of, written_bundle
@@ -27,7 +28,6 @@ from lemica_trt.compiler.requests import (
 )
 from lemica_trt.compiler.stage import estimate_stages, needed_stages, run_stages
 from lemica_trt.compiler.stages import STAGES
-from lemica_trt.compiler.workspace import Workspace, candidate_folder, work_folder
 from lemica_trt.core.progress import Reporter
 from lemica_trt.evaluate.step_timer import StepTimer, speeds_from_report
 from lemica_trt.ir.budget import Front

@@ -61,3 +61,8 @@ def load_profile(name: str) -> Profile:
         return msgspec.convert({**content, "name": path.stem}, Profile, strict=True)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise InputError(f"{path.name}: expected a valid build profile, got: {error}") from None
+
+
+def absolute_source(source: str) -> str:
+    """A source that means the same from every working directory: folders become absolute."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source

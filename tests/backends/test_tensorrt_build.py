@@ -44,8 +44,8 @@ real = pytest.mark.skipif(
 )
 
 
-class Told:
-    """A reporter that keeps what it is told."""
+class RecordingReporter:
+    """A reporter that keeps notes and progress."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -423,7 +423,7 @@ def _until(condition: object, seconds: float = 30) -> None:
 @real
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_engines_are_built_once_and_only_for_the_same_key(dtype: DType, tmp_path: Path) -> None:
-    graphs, told = write_graphs(tmp_path, dtype), Told()
+    graphs, told = write_graphs(tmp_path, dtype), RecordingReporter()
 
     def build_rtx(**options: str | int | bool) -> EngineEntry:
         return build("tensorrt-rtx", graphs, tmp_path, tmp_path / "work", options, told)
@@ -486,7 +486,7 @@ def write_attention(folder: Path, opset: int) -> GraphSet:
 @real
 @pytest.mark.parametrize("opset", [20, 23])
 def test_attention_is_counted_and_fused(opset: int, tmp_path: Path) -> None:
-    told = Told()
+    told = RecordingReporter()
     entry = build("tensorrt-rtx", write_attention(tmp_path, opset), tmp_path, tmp_path, {}, told)
     assert (entry.builds["full"].attentions, entry.builds["full"].fused_attention) == (1, 1)
     assert any(note.startswith("full: ") and note.endswith("1 of 1 attentions fused") for note in told.notes)
@@ -498,20 +498,8 @@ def test_an_engine_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     """TensorRT for RTX does not look at what its writer says, and takes half an engine for a whole one."""
     graphs = write_graphs(tmp_path, "fp16")
     job = msgspec.structs.replace(job_of(graphs.graph("full"), "fp16", tmp_path), engine="/dev/full")
-    with pytest.raises(WorkerError) as caught:
-        worker.build_engine(job, lambda event: None)
-    assert caught.value.answer.what == "the engine cannot be written: No space left on device"
-
-
-@pytest.mark.cpu
-@real
-def test_rtx_engines_are_not_loaded_where_they_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may be for other GPUs than the one that happens to be there: what is in them is read from the file."""
-    h100 = Gpu(name="H100", compute_capability="9.0", driver="13.0")
-    monkeypatch.setattr(worker, "find_gpu", lambda: h100)
-    graphs = write_graphs(tmp_path, "fp16")
-    built = worker.build_engine(job_of(graphs.graph("full"), "fp16", tmp_path), lambda event: None)
-    assert built.engine_precisions == {"fp16": 1}
+    answer = BUILDERS["tensorrt-rtx"]._ask(job, "full")
+    assert answer == Failed(kind="build", what="the engine cannot be written: No space left on device")
 
 
 @pytest.mark.null
@@ -608,10 +596,11 @@ def test_bf16_is_built_where_nothing_can_run_it(tmp_path: Path, monkeypatch: pyt
     shape = msgspec.structs.replace(profile.shape, max_batch=1)
     profile = msgspec.structs.replace(profile, dtype="bf16", shape=shape)
     request = BuildRequest(budgets=(2,), methods=("uniform",), backends=("tensorrt-rtx",), verify_samples=1)
-    bundle, report, unverified, *_ = work_commands.build(profile, tmp_path / "bundle", request, Told())
+    told = RecordingReporter()
+    bundle, report, unverified, *_ = work_commands.build(profile, tmp_path / "bundle", request, told)
     assert report is None and unverified == {"tensorrt-rtx": "no CUDA driver"}
     with pytest.raises(MissingDependencyError, match=r"expected engines that run .* tensorrt-rtx: no CUDA driver"):
-        bundle_commands.verify(bundle, str(tmp_path / "model"), 1, None, None, Told())
+        bundle_commands.verify(bundle, str(tmp_path / "model"), 1, None, None, told)
     monkeypatch.setattr("lemica_trt.runtime.pipeline.open_backend", MagicMock())
     assert runnable_backend(bundle) == ("tensorrt-rtx", {})
     bundle.check()

@@ -171,7 +171,7 @@ def test_the_reader_finds_what_is_used() -> None:
 
 
 @pytest.mark.null
-def test_the_reader_and_the_judge_on_a_small_module(tmp_path: Path) -> None:
+def test_the_reader_and_the_checker_on_a_small_module(tmp_path: Path) -> None:
     source = """
 def f(trt, builder: tensorrt.Builder, many: "list"):
     cache: tensorrt_rtx.Cache | None = builder.make_cache(trt.Flag.NEW)

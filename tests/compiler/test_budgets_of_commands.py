@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import FRONT_FILE, STEP_TIMES, VERIFY_REPORT
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.workspace import Workspace
 from lemica_trt.cli.main import main
 from lemica_trt.compiler import bundle_commands, work_commands
 from lemica_trt.compiler.requests import BuildRequest, PlanResult, stored_inputs
-from lemica_trt.compiler.workspace import Workspace
 from lemica_trt.core.errors import InfeasibleError, UsageError
 from lemica_trt.core.progress import Quiet
 from lemica_trt.evaluate.timing import backend_name, stored_steps

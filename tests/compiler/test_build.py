@@ -12,9 +12,9 @@ from click.testing import CliRunner
 import lemica_trt
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
+from lemica_trt.cli.flags import profile_from_flags, request_fields
 from lemica_trt.cli.main import main
 from lemica_trt.compiler import bundle_commands, work_commands
-from lemica_trt.compiler.flags import profile_from_flags, request_fields
 from lemica_trt.compiler.requests import BuildRequest
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.progress import Quiet
@@ -81,8 +81,10 @@ def test_what_was_calibrated_on_other_prompts_is_fitted_on_them(tmp_path: Path) 
     assert graph.prompts_digest == prompts_digest(["a small blue square"])
 
 
-@pytest.mark.parametrize("damage", [b"", None, b"x" * 100])
-@pytest.mark.parametrize("file", ["onnx/full.onnx", "calibration/sampler.json", "plans/b3.json", "export.json"])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [("onnx/full.onnx", b""), ("calibration/sampler.json", b"x" * 100), ("plans/b3.json", None), ("model.json", b"{")],
+)
 def test_a_damaged_work_folder_makes_the_same_bundle(copy: Path, file: str, damage: bytes | None) -> None:
     right, path = contents(copy), copy.with_name("bundle.work") / file
     path.unlink()

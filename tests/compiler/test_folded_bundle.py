@@ -115,6 +115,11 @@ def uniform_plan(table: SamplerTable, name: str = "unfolded", *, residuals: bool
     )  # fmt: skip
 
 
+def conditions(built: Built) -> dict[str, Array]:
+    (condition,) = built.model.conditions
+    return {condition.name: built.model.embed(["a cat"]).numpy()}
+
+
 def oracle(model: Model, plan: StepPlan, seed: int) -> Array:
     noises = model.noises(seed)
     start = next(noises)[None]
@@ -148,8 +153,7 @@ def test_the_bundle_verifies(built: Built) -> None:
 
 def test_a_folded_plan_is_its_full_steps_and_nothing_else(built: Built) -> None:
     pipe, rows = Pipeline(built.bundle), list[RowDone]()
-    embeds = built.model.embed(["a cat"]).numpy()
-    pipe.latents(embeds, built.model.noise(0)[None].numpy(), plan=f"b{BUDGET}", on_step=rows.append)
+    pipe.latents(conditions(built), built.model.noise(0)[None].numpy(), plan=f"b{BUDGET}", on_step=rows.append)
     assert [(row.variant, row.step) for row in rows] == [("full", 0), ("full", 3), ("full", 5), ("none", STEPS)]
 
 
@@ -157,7 +161,7 @@ def test_runtime_oracle_and_unfolded_plan_agree(built: Built) -> None:
     model, folded = built.model, built.bundle.plan(f"b{BUDGET}")
     expected = oracle(model, uniform_plan(built.table), 5)
     start = model.noise(5)[None].numpy()
-    found = Pipeline(built.bundle).latents(model.embed(["a cat"]).numpy(), start, plan=folded)
+    found = Pipeline(built.bundle).latents(conditions(built), start, plan=folded)
     for latents in (found, oracle(model, folded, 5)):
         assert np.abs(latents - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -195,4 +199,4 @@ def test_one_seed_is_one_video_under_a_sampler_that_draws(tmp_path: Path) -> Non
 def test_plans_of_residuals_are_refused_by_such_a_bundle(built: Built) -> None:
     plan, noise = uniform_plan(built.table, residuals=True), built.model.noise(0)[None].numpy()
     with pytest.raises(InputError, match="plan unfolded needs the graphs combine, full, skip, the bundle has"):
-        Pipeline(built.bundle).latents(built.model.embed(["a"]).numpy(), noise, plan=plan)
+        Pipeline(built.bundle).latents(conditions(built), noise, plan=plan)

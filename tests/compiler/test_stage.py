@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from lemica_trt.bundle import workspace
+from lemica_trt.bundle.workspace import Workspace
 from lemica_trt.compiler import stage as loop
-from lemica_trt.compiler import workspace
 from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.requests import BuildRequest, Inputs, stored_inputs
 from lemica_trt.compiler.stage import Stage, Writes, estimate_stages, needed_stages, run_stages
-from lemica_trt.compiler.workspace import Workspace
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.progress import Quiet
 from lemica_trt.ir.report import StageEstimate

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import toy
 
-from lemica_trt.backends import builders
+from lemica_trt.backends.build import build
 from lemica_trt.backends.onnxruntime.run import OrtBackend
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.writing import add_plan, write_bundle
@@ -83,7 +83,7 @@ def make_bundle(
         encoders=[
             EncoderSpec(tokenizer="tokenizer/tokenizer.json", length=toy.TEXT_LENGTH, pad_id=0, end_id=1, mask=mask)
         ],
-        engines=[builders.build("onnxruntime", graphs, work, work, {"threads": 1})],
+        engines=[build("onnxruntime", graphs, work, work, {"threads": 1})],
         files={**{name: work / name for name in names}, "tokenizer/tokenizer.json": tokenizer_json()},
     )
 

@@ -23,6 +23,7 @@ RUN = Run(
     processor="A CPU",
     cores=2,
     threads=1,
+    load=0.1,
     python="3.11.0",
     versions={"numpy": "2.0"},
 )
@@ -61,6 +62,7 @@ SPEED = Speed(
     parameters=1_000_000,
     latent_shape=(2, 4),
     dtype="fp32",
+    threads=1,
     backend="onnxruntime 1 cpu",
     steps=4,
     rows=(

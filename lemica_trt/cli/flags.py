@@ -8,13 +8,15 @@ from typing import Any
 
 import msgspec
 
-from lemica_trt.compiler.requests import BuildRequest, BuildResult, absolute_source
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.workspace import Workspace
+from lemica_trt.compiler.requests import BuildRequest, BuildResult, PlanResult
 from lemica_trt.core.errors import UsageError
 from lemica_trt.core.progress import Quiet, Reporter
 from lemica_trt.ir import budget
 from lemica_trt.ir.budget import Budget, Latency, MinPsnr, Speedup
 from lemica_trt.ir.profile import Profile
-from lemica_trt.ir.resources import load_profile
+from lemica_trt.ir.resources import absolute_source, load_profile
 
 PROFILE_FIELDS = {
     **{name: ("shape", name) for name in ("frames", "height", "width", "max_batch")},
@@ -144,3 +146,46 @@ def _budgets(name: str, given: Any) -> tuple[Budget, ...]:
         what = "expected integers separated by commas" if name == "budget" else str(error)
         got = f", got {given!r}" if name == "budget" else ""
         raise UsageError(f"--{name.replace('_', '-')}: {what}{got}") from None
+
+
+def plan_target(
+    target: Path, flags: Mapping[str, Any], reporter: Reporter, *, default: str | None = None
+) -> PlanResult:
+    """Plans of a work folder or of a bundle.
+
+    Args:
+        flags: of planning, by name.
+        default: the bundle's new default plan.
+
+    Raises:
+        UsageError: `default` for a work folder: only a bundle has one.
+    """
+    from lemica_trt.compiler import bundle_commands, work_commands
+
+    fields = request_fields(flags)
+    if Workspace(target).is_there:
+        if default is not None:
+            raise UsageError("--default is for bundles", fix="a work folder's first budget becomes the default")
+        return work_commands.plan(target, {**request_defaults(PLANNING_FIELDS), **fields}, reporter)
+    bundle = Bundle.open(target)
+    if unused := sorted(fields.keys() - {*PLANNING_FIELDS}):
+        raise UsageError(
+            f"expected flags of planning only, got {', '.join(unused)}: a bundle is planned without the model, on the "
+            "engines that it has",
+            fix="leave them out, or plan in the work folder",
+        )
+    shown = default is not None or "pareto" in fields
+    if "budgets" not in fields and shown and not fields.keys() & {"methods", "schedule", "reference_steps"}:
+        fields["budgets"] = ()
+    return bundle_commands.plan_bundle(bundle, BuildRequest(**fields), reporter, default=default)
+
+
+def engine_target(target: Path, output: Path, flags: Mapping[str, Any], reporter: Reporter) -> Bundle:
+    """Engines of a work folder or of a bundle → a bundle."""
+    from lemica_trt.compiler import bundle_commands, work_commands
+
+    if Workspace(target).is_there:
+        return work_commands.engine(
+            target, output, {**request_defaults(ENGINE_FIELDS), **request_fields(flags)}, reporter
+        )
+    return bundle_commands.rebuild_engines(Bundle.open(target), output, request_fields(flags), reporter)

@@ -24,7 +24,7 @@ from typing import Protocol
 from lemica_trt.bundle.manifest import FileEntry
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.files import PartedDigest, parted_digests
-from lemica_trt.core.values import V, Value, json_bytes, read_value, value_from_json, write_value
+from lemica_trt.core.values import Value, json_bytes, read_value, write_value
 
 INPUTS = "inputs"
 """Name of the record, and the folder, of what was asked for."""
@@ -51,7 +51,7 @@ class Record(Value, frozen=True):
 
     Attributes:
         stage: its name.
-        key: digest of everything that decides what it makes; see `stage.Loop`.
+        key: digest of everything that decides what it makes; see `compiler.stage`.
         reads: what it read → digest.
         writes: artifact → path below the work folder → file.
     """
@@ -235,15 +235,6 @@ class View:
 def digest_of(value: object) -> str:
     """SHA-256 (hex) of a value's canonical JSON."""
     return hashlib.sha256(json_bytes(value)).hexdigest()
-
-
-def read_from(files: Files, kind: type[V], path: str) -> V:
-    """A value out of a bundle or a work folder.
-
-    Raises:
-        InputError: it is not there, was altered, or is something else.
-    """
-    return value_from_json(kind, files.read_bytes(path), where=path)
 
 
 def work_folder(output: Path) -> Path:
