@@ -27,8 +27,10 @@ from lemica_trt.calibrate.prompts import read_prompts
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.metrics import Frames, psnr, ssim
 from lemica_trt.core.progress import reporter
-from lemica_trt.evaluate.evaluator import HELD_OUT_SEED, PlanEvaluator, held_out_samples
-from lemica_trt.evaluate.quality import baselines, error_graph_of
+from lemica_trt.evaluate.baselines import baselines
+from lemica_trt.evaluate.evaluator import PlanEvaluator
+from lemica_trt.evaluate.quality import error_graph_of
+from lemica_trt.evaluate.samples import HELD_OUT_SEED, held_out_samples
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.resources import calibration_path
 from lemica_trt.models import Model, load_model, scheduler_like

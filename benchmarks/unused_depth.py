@@ -1,7 +1,7 @@
 """What it costs that the graphs of a build can do more than its plans use: time of a full step by layout.
 
     OMP_NUM_THREADS=1 python benchmarks/unused_depth.py --output benchmarks/results/unused-depth-cogvideox-tiny.json
-    OMP_NUM_THREADS=1 python benchmarks/unused_depth.py --large --rounds 8 --pairs 3 \\
+    OMP_NUM_THREADS=1 python benchmarks/unused_depth.py --large --rounds 12 --pairs 5 \\
         --output benchmarks/results/unused-depth-large.json
 
 Graphs are exported before there are plans, deep enough for all that the planners may make: as many latents as the
@@ -31,7 +31,7 @@ from speed import LARGE, SIDE, write_large_model
 from tables import described
 
 from lemica_trt.backends.base import NUMPY_DTYPES, open_backend
-from lemica_trt.backends.builders import build
+from lemica_trt.backends.build import build
 from lemica_trt.core.progress import reporter
 from lemica_trt.evaluate.timing import backend_name
 from lemica_trt.export.graphs import export_graphs
@@ -45,7 +45,7 @@ from lemica_trt.planning.step_plan import uncached_plan
 OUTPUTS = 6
 """Outputs that the deep graphs keep."""
 
-WARM_UP = 1
+WARM_UP = 2
 """Steps of each round before the first that counts."""
 
 

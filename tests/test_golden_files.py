@@ -84,7 +84,7 @@ def test_an_older_bundle_is_refused_with_the_command_that_builds_it_again() -> N
 def test_journals() -> None:
     from lemica_trt.calibrate.fit import Fit, FitMeasurement
     from lemica_trt.calibrate.journal import CheapMeasurement, Piece
-    from lemica_trt.evaluate.evaluator import FrameScore, LatentScore, TrialHeader
+    from lemica_trt.evaluate.runs import FrameScore, LatentScore, TrialHeader
 
     kinds: dict[str, tuple[Any, Any]] = {
         "fits": (FitMeasurement, Fit),

@@ -186,7 +186,7 @@ def make_pictures(bundle: Path) -> None:
     import lemica_trt
     from lemica_trt.calibrate.prompts import read_prompts
     from lemica_trt.core.metrics import psnr
-    from lemica_trt.evaluate.evaluator import held_out_samples
+    from lemica_trt.evaluate.samples import held_out_samples
     from lemica_trt.ir.resources import calibration_path
     from lemica_trt.planning.step_plan import UNCACHED
     from lemica_trt.report.contact_sheet import contact_sheet

@@ -106,8 +106,8 @@ def verify_bundle(
         MissingDependencyError, UnsupportedError: these engines cannot run here.
         VerificationError: after the report was stored.
     """
-    from lemica_trt.evaluate.evaluator import held_out_samples
     from lemica_trt.evaluate.quality import error_graph_of
+    from lemica_trt.evaluate.samples import held_out_samples
     from lemica_trt.evaluate.verify import require_verified, verify
     from lemica_trt.report.pictures import write_pictures
 

@@ -81,7 +81,8 @@ def run_plan(context: Context, folder: Path) -> Writes:
 def make_plans(context: Context) -> PlanSet:
     """Plans of the request's budgets, or of its schedule."""
     from lemica_trt.calibrate.calibration import fit_by_model
-    from lemica_trt.evaluate.evaluator import PlanEvaluator, validation_samples
+    from lemica_trt.evaluate.evaluator import PlanEvaluator
+    from lemica_trt.evaluate.samples import validation_samples
 
     inputs, table, reference = context.inputs, context.table, context.reference
     request, settings, journals = inputs.request, inputs.profile.calibration, context.work.journals

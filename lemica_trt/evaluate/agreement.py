@@ -16,7 +16,7 @@ import torch
 
 from lemica_trt.core.errors import VerificationError
 from lemica_trt.core.metrics import psnr
-from lemica_trt.evaluate.evaluator import run_plan
+from lemica_trt.evaluate.runs import run_plan
 from lemica_trt.ir.graphs import GraphSpec, StepLayout, TensorSpec
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import Agreement, GraphCheck

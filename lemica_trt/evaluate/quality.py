@@ -6,7 +6,6 @@ decoded by the bundle's engine. Each plan is compared with the uncached run, or 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,18 +14,16 @@ import numpy.typing as npt
 
 from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.core.errors import InfeasibleError, UnsupportedError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.agreement import deployed_latents
-from lemica_trt.evaluate.evaluator import ClipScore, Samples, run_plan, score_clip
-from lemica_trt.ir.calibration import Calibration, ErrorGraph
+from lemica_trt.evaluate.baselines import baselines, table_of_steps
+from lemica_trt.evaluate.runs import ClipScore, run_plan, score_clip
+from lemica_trt.evaluate.samples import Samples
+from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import PLAN, Clip, Quality
-from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.models import Model
-from lemica_trt.models.scheduler import sampler_table
-from lemica_trt.planning.planner import Problem, planners
 from lemica_trt.planning.step_plan import uncached_plan
 from lemica_trt.runtime.pipeline import Pipeline
 
@@ -34,9 +31,6 @@ Array = npt.NDArray[Any]
 
 CLIPS = 4
 """Clips that are kept to be looked at."""
-
-FEWER_STEPS = "fewer-steps"
-"""Baseline: the sampler itself with B steps."""
 
 
 class Case(NamedTuple):
@@ -94,29 +88,6 @@ def measure_quality(
     return [_quality(case, found) for case, found in zip(cases, scores)], clips
 
 
-def baselines(plan: StepPlan, model: Model, graph: ErrorGraph | None) -> dict[str, StepPlan]:
-    """Method → its plan of the same budget; those that there are, without any that is the plan itself.
-
-    lemica         the paper: minimax steps of the same error graph, residual reuse
-    uniform        full steps at equal distances, residual reuse
-    fewer-steps    the sampler itself with B steps
-    """
-    table = _table(model)
-    calibration = None if graph is None or not graph.is_of(table) else Calibration(graph=graph)
-    problem = Problem(table=table, guidance_scale=plan.guidance_scale, calibration=calibration)
-    known, found = planners(), dict[str, StepPlan]()
-    for name in ("lemica", "uniform"):
-        if known[name].needs <= problem.has:
-            with contextlib.suppress(InfeasibleError):
-                found[name] = known[name](problem, plan.budget)
-    with contextlib.suppress(UnsupportedError):  # few steps are beyond some samplers
-        few = _table(model, plan.budget)
-        # Heun and PNDM call the model more than once a step: their B steps are no baseline of B calls.
-        if few.num_steps == plan.budget:
-            found[FEWER_STEPS] = uncached_plan(few, guidance_scale=plan.guidance_scale)
-    return {name: other for name, other in found.items() if other.rows != plan.rows}
-
-
 def error_graph_of(bundle: Bundle) -> ErrorGraph | None:
     """The error graph that a bundle carries."""
     if ERROR_GRAPH_FILE not in bundle.manifest.files:
@@ -124,14 +95,12 @@ def error_graph_of(bundle: Bundle) -> ErrorGraph | None:
     return read_value(ErrorGraph, bundle.file(ERROR_GRAPH_FILE))
 
 
-def _table(model: Model, steps: int | None = None) -> SamplerTable:
-    return sampler_table(model.scheduler(steps), dynamic_guidance=model.profile.sampling.dynamic_guidance)
-
-
 def _finer_references(plans: Sequence[StepPlan], model: Model, guidance_scale: float) -> dict[int, StepPlan]:
     """M → the sampler with M steps in full, for every M that a plan is compared with."""
     counts = {plan.reference_steps for plan in plans if plan.reference_steps is not None}
-    return {steps: uncached_plan(_table(model, steps), guidance_scale=guidance_scale) for steps in sorted(counts)}
+    return {
+        steps: uncached_plan(table_of_steps(model, steps), guidance_scale=guidance_scale) for steps in sorted(counts)
+    }
 
 
 def _quality(case: Case, scores: Sequence[ClipScore]) -> Quality:

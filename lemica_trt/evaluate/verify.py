@@ -18,8 +18,8 @@ from lemica_trt.core.errors import InputError, VerificationError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.agreement import check_graphs, check_runs
-from lemica_trt.evaluate.evaluator import Samples
 from lemica_trt.evaluate.quality import measure_quality
+from lemica_trt.evaluate.samples import Samples
 from lemica_trt.evaluate.timing import backend_name, measure_steps, measure_timing
 from lemica_trt.ir.report import Clip, VerifyReport
 from lemica_trt.models import Model
@@ -42,7 +42,7 @@ def verify(
     Args:
         bundle: what to verify; every file is checked first.
         model: the same model in PyTorch.
-        samples: the held-out ones, see `evaluator.held_out_samples`.
+        samples: the held-out ones, see `evaluate.samples`.
         backend: which engines; None: the preferred ones.
 
     Returns:

@@ -109,7 +109,7 @@ class Quality(Value, frozen=True):
 
     Attributes:
         plan: the bundle's plan, or the plan whose budget a baseline has.
-        method: `PLAN`, or see `evaluate.quality.baselines`.
+        method: `PLAN`, or see `evaluate.baselines.baselines`.
         budget: full steps.
         psnr, ssim: mean over clips (dB; 1 is best).
         psnr_p5, ssim_p5: 5th percentile over clips.

@@ -21,7 +21,8 @@ from lemica_trt.calibrate.estimate import calibrate_cheaply
 from lemica_trt.calibrate.exact import measure
 from lemica_trt.core.errors import InputError, MissingDependencyError
 from lemica_trt.core.values import json_bytes
-from lemica_trt.evaluate.evaluator import PlanEvaluator, Samples
+from lemica_trt.evaluate.evaluator import PlanEvaluator
+from lemica_trt.evaluate.samples import Samples
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.step_plan import plan_from_schedule
 from lemica_trt.testing.toy_model import ToyModel, euler

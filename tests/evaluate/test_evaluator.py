@@ -11,15 +11,9 @@ import torch
 
 from lemica_trt.core.errors import InputError, VerificationError
 from lemica_trt.core.metrics import PSNR_CAP, psnr
-from lemica_trt.evaluate.evaluator import (
-    HELD_OUT_SEED,
-    SNR_CAP_DB,
-    PlanEvaluator,
-    Samples,
-    _Runs,
-    held_out_samples,
-    validation_samples,
-)
+from lemica_trt.evaluate.evaluator import PlanEvaluator
+from lemica_trt.evaluate.runs import SNR_CAP_DB, PlanRuns
+from lemica_trt.evaluate.samples import HELD_OUT_SEED, Samples, held_out_samples, validation_samples
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import CalibrationSettings
 from lemica_trt.ir.schedule import Schedule
@@ -58,7 +52,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(plan.budget)
         return denoise(model, plan, *arguments, **fresh)
 
-    monkeypatch.setattr("lemica_trt.evaluate.evaluator.denoise", record)
+    monkeypatch.setattr("lemica_trt.evaluate.runs.denoise", record)
     return found
 
 
@@ -149,7 +143,7 @@ def test_samples_of_each_kind_are_others() -> None:
 
 def test_what_is_not_finite() -> None:
     model = ToyModel()
-    start = _Runs(UNCACHED, Samples(prompts=PROMPTS, seed=5, count=4)).start(model)
+    start = PlanRuns(UNCACHED, Samples(prompts=PROMPTS, seed=5, count=4)).start(model)
     (fine,) = start((0, plan(0, 3), False))
     assert math.isfinite(fine.snr)
     with torch.no_grad():

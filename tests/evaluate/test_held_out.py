@@ -12,7 +12,8 @@ from lemica_trt.calibrate.calibration import require_calibration_of
 from lemica_trt.calibrate.prompts import read_prompts
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import read_value
-from lemica_trt.evaluate.evaluator import PlanEvaluator, held_out_samples
+from lemica_trt.evaluate.evaluator import PlanEvaluator
+from lemica_trt.evaluate.samples import held_out_samples
 from lemica_trt.ir.calibration import Calibration, ErrorGraph
 from lemica_trt.ir.resources import calibration_path, load_profile
 from lemica_trt.ir.sampler import SamplerTable

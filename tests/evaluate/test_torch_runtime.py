@@ -28,7 +28,7 @@ def plan_of(model: Model, full_steps: tuple[int, ...]) -> StepPlan:
 def compare(model: Model, **settings: object) -> float:
     """Largest difference of a plan with skipped steps and of one without, at two batch sizes, run three times each."""
     plans = [plan_of(model, (0, 2)), plan_of(model, (0, 1, 2, 3))]
-    layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided)
+    layout = layout_from_plans(plans, latent_shape=model.latent_shape, guided=model.guided, conditions=model.conditions)
     denoiser = torch_denoiser(model, layout, **settings)  # type: ignore[arg-type]
     largest = 0.0
     for batch in (1, 2):
@@ -37,7 +37,7 @@ def compare(model: Model, **settings: object) -> float:
         scales = torch.tensor([3.0, 4.5])[:batch]
         for plan in plans:
             expected = denoise(model, plan, embeds, noise, guidance_scale=scales).cpu().numpy()
-            arrays = (embeds.float().cpu().numpy(), noise.cpu().numpy(), scales.double().numpy())
+            arrays = ({"prompt_embeds": embeds.float().cpu().numpy()}, noise.cpu().numpy(), scales.double().numpy())
             found = [denoiser.run(plan, *arrays) for _ in range(3)]  # on CUDA: enqueued, captured, replayed
             assert all(np.array_equal(found[0], other) for other in found)
             largest = max(largest, float(np.abs(found[0] - expected).max()))

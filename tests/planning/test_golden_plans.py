@@ -17,7 +17,8 @@ import pytest
 from lemica_trt.calibrate.estimate import calibrate_cheaply
 from lemica_trt.calibrate.fit import Fitter
 from lemica_trt.calibrate.prompts import read_prompts
-from lemica_trt.evaluate.evaluator import PlanEvaluator, held_out_samples
+from lemica_trt.evaluate.evaluator import PlanEvaluator
+from lemica_trt.evaluate.samples import held_out_samples
 from lemica_trt.ir.calibration import Calibration
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.resources import calibration_path, load_profile

@@ -1,0 +1,168 @@
+"""A plan run whole in PyTorch on one sample, and the scores that journals keep."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lemica_trt.calibrate.exact import provenance_of
+from lemica_trt.calibrate.journal import Header
+from lemica_trt.core.errors import VerificationError
+from lemica_trt.core.metrics import PSNR_CAP, Frames, lpips, psnr, ssim
+from lemica_trt.core.values import Value, require, require_finite
+from lemica_trt.evaluate.samples import Samples
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.models import Model, denoise
+
+SNR_CAP_DB = 120.0
+"""A higher signal-to-noise ratio cannot be told apart in fp32."""
+
+
+def run_plan(model: Model, plan: StepPlan, prompt: str, seed: int, *, start: Tensor | None = None) -> Tensor:
+    """Run one request by a plan; noise as diffusers draws it from the seed.
+
+    Args:
+        start: fp32 latent_shape, used in place of the initial noise that the seed gives.
+
+    Returns:
+        x_N, fp32 latent_shape on the CPU; not checked for NaN.
+    """
+    noises = (noise[None] for noise in model.noises(seed))
+    first = next(noises)
+    start = first if start is None else start[None]
+    with torch.inference_mode():
+        embeds = model.embed([prompt])
+        return denoise(model, plan, embeds, start, fresh_noise=lambda _: next(noises))[0].cpu()
+
+
+def decode(model: Model, latents: Tensor) -> Frames:
+    """Latents fp32 latent_shape → frames uint8 [F, H, W, 3]."""
+    with torch.inference_mode():
+        frames: Frames = model.decode(latents[None])[0].cpu().numpy()
+    return frames
+
+
+class ClipScore(NamedTuple):
+    """How alike two clips are; `lpips` is None where the lpips package or its weights are not installed."""
+
+    psnr: float
+    ssim: float
+    lpips: float | None
+
+
+def score_clip(clip: Frames, reference: Frames) -> ClipScore:
+    """Compare two clips of one shape [F, H, W, 3]; see `core.metrics`."""
+    return ClipScore(psnr(clip, reference), ssim(clip, reference), lpips(clip, reference))
+
+
+class TrialHeader(Header, frozen=True, kw_only=True):
+    """What a journal of scores is bound to.
+
+    Attributes:
+        reference: digest of the rows of the plan that all others are compared with.
+    """
+
+    reference: str
+
+
+def trial_header(model: Model, table: SamplerTable, samples: Samples, reference: StepPlan) -> TrialHeader:
+    """What scores of these samples are bound to; how many samples there are is not in it."""
+    origin = provenance_of(model, table, samples.prompts, samples.seed)
+    return TrialHeader(**origin, reference=reference.rows_digest)
+
+
+class _PlanEntry(Value, frozen=True):
+    """What is known of one plan on one sample.
+
+    Attributes:
+        sample: its number.
+        plan: digest of its rows.
+    """
+
+    sample: int
+    plan: str
+
+    def __post_init__(self) -> None:
+        require(self.sample >= 0, f"sample must not be negative, got {self.sample}")
+        require_finite((self.decibels,), "score")
+
+    @property
+    def decibels(self) -> float:
+        raise NotImplementedError
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return self.sample, self.plan
+
+    def mismatch(self, measurement: Header) -> str | None:
+        """Nothing can be wrong with it alone."""
+        return None
+
+
+class LatentScore(_PlanEntry, frozen=True):
+    """The latents of one plan on one sample; `snr` is in dB, at most `SNR_CAP_DB`."""
+
+    snr: float
+
+    @property
+    def decibels(self) -> float:
+        return self.snr
+
+
+class FrameScore(_PlanEntry, frozen=True):
+    """The frames of one plan on one sample; `psnr` is in dB, see `core.metrics.psnr`."""
+
+    psnr: float
+
+    @property
+    def decibels(self) -> float:
+        return self.psnr
+
+
+class PlanRuns(NamedTuple):
+    """The job of `PlanEvaluator`; a unit is (sample, plan, whether its frames are scored)."""
+
+    reference: StepPlan
+    samples: Samples
+
+    def start(self, model: Model) -> Callable[[tuple[int, StepPlan, bool]], list[Any]]:
+        @functools.cache
+        def reference(s: int) -> Tensor:
+            found = run_plan(model, self.reference, *self.samples[s])
+            if not bool(found.isfinite().all()):
+                raise VerificationError(
+                    f"sample {s}: expected a finite uncached run, got NaN or infinity in {model.profile.dtype}",
+                    fix="build with another --dtype",
+                )
+            return found
+
+        @functools.cache
+        def reference_frames(s: int) -> Frames:
+            return decode(model, reference(s))
+
+        def work(unit: tuple[int, StepPlan, bool]) -> list[Any]:
+            s, plan, decoded = unit
+            if decoded and plan.rows == self.reference.rows:
+                return [FrameScore(sample=s, plan=plan.rows_digest, psnr=PSNR_CAP)]
+            wanted, latents = reference(s), run_plan(model, plan, *self.samples[s])
+            if not decoded:
+                return [LatentScore(sample=s, plan=plan.rows_digest, snr=_snr(latents, wanted))]
+            finite = bool(latents.isfinite().all())
+            score = psnr(decode(model, latents), reference_frames(s)) if finite else 0.0
+            return [FrameScore(sample=s, plan=plan.rows_digest, psnr=score)]
+
+        return work
+
+
+def _snr(latents: Tensor, reference: Tensor) -> float:
+    signal = float(reference.double().square().sum())
+    noise = float((latents.double() - reference.double()).square().sum())
+    if not math.isfinite(noise):
+        return -SNR_CAP_DB
+    return min(10 * math.log10(signal / noise), SNR_CAP_DB) if noise > 0 else SNR_CAP_DB

@@ -1,0 +1,53 @@
+"""Numbered samples: which prompt and which seed a plan is run on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lemica_trt.core.values import Value, require
+from lemica_trt.ir.profile import CalibrationSettings
+
+HELD_OUT_SEED = 1_000_000
+"""Seed of the first held-out sample; calibration seeds start at 0."""
+
+
+class Samples(Value, frozen=True):
+    """Numbered (prompt, seed) pairs: sample s has prompt s, repeating, and draws all its noise from `seed` + s.
+
+    Attributes:
+        prompts: at least one.
+        seed: of sample 0.
+        count: how many samples there are.
+    """
+
+    prompts: tuple[str, ...]
+    seed: int
+    count: int
+
+    def __post_init__(self) -> None:
+        require(len(self.prompts) > 0, "expected at least one prompt, got none")
+        require(self.count >= 1, f"count must be at least 1, got {self.count}")
+
+    def __getitem__(self, number: int) -> tuple[str, int]:
+        """(prompt, seed) of a sample; numbers beyond `count` are allowed."""
+        return self.prompts[number % len(self.prompts)], self.seed + number
+
+
+def validation_samples(prompts: Sequence[str], settings: CalibrationSettings) -> Samples:
+    """The samples that candidates are compared on: prompts and seeds behind those of the calibration.
+
+    Args:
+        prompts: of the calibration.
+        settings: how many samples the calibration has, and how many validation needs.
+    """
+    first = settings.samples % len(prompts)
+    return Samples(
+        prompts=(*prompts[first:], *prompts[:first]),
+        seed=settings.seed + settings.samples,
+        count=settings.validation_samples,
+    )
+
+
+def held_out_samples(prompts: Sequence[str], count: int) -> Samples:
+    """The samples that verification and benchmarks report on; neither calibration nor validation has seen them."""
+    return Samples(prompts=tuple(prompts), seed=HELD_OUT_SEED, count=count)
