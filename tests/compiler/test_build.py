@@ -25,7 +25,7 @@ from lemica_trt.planning.planner import planners
 
 pytestmark = pytest.mark.cpu
 
-SMALL = {"denoising_steps": 6, "samples": 1, "validation_samples": 1, "max_skip": 3}
+SMALL = {"denoising_steps": 8, "samples": 1, "validation_samples": 1, "max_skip": 3}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

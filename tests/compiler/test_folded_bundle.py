@@ -154,7 +154,7 @@ def test_the_bundle_verifies(built: Built) -> None:
 def test_a_folded_plan_is_its_full_steps_and_nothing_else(built: Built) -> None:
     pipe, rows = Pipeline(built.bundle), list[RowDone]()
     pipe.latents(conditions(built), built.model.noise(0)[None].numpy(), plan=f"b{BUDGET}", on_step=rows.append)
-    assert [(row.variant, row.step) for row in rows] == [("full", 0), ("full", 3), ("full", 5), ("none", STEPS)]
+    assert [(row.variant, row.step) for row in rows] == [("full", 0), ("full", 3), ("full", 5), (None, STEPS)]
 
 
 def test_runtime_oracle_and_unfolded_plan_agree(built: Built) -> None:
