@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from lemica_trt.core.errors import InfeasibleError
 from lemica_trt.evaluate.timing import shortened
 from lemica_trt.ir.budget import (
-    Afforded,
     Budget,
     Front,
     Latency,
     MinPsnr,
     Point,
     Speedup,
+    StepBudget,
     StepTimes,
     format_budget,
     latency_from_text,
@@ -28,7 +28,7 @@ from lemica_trt.ir.budget import (
 )
 from lemica_trt.ir.graphs import StepLayout, step_layout
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.planning.budget import afforded, dominated, front_budgets, front_rows, least_reaching
+from lemica_trt.planning.budget import dominated, front_budgets, front_rows, least_reaching, max_full_steps
 from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.minimax import least_budget
 from lemica_trt.planning.schedules import uniform
@@ -112,7 +112,7 @@ def test_time_never_falls_with_the_budget(times: StepTimes) -> None:
 @quick
 @given(times=step_times, share=st.floats(0.01, 1.2), folds=st.booleans(), skips=st.booleans())
 def test_a_time_affords_the_most_that_keeps_it(times: StepTimes, share: float, folds: bool, skips: bool) -> None:
-    """What is afforded meets the latency by the formula, one step more does not; else nothing feasible does."""
+    """What a latency allows meets the latency by the formula, one step more does not; else nothing feasible does."""
     uncached = times.total(N)
     budget = Latency(seconds=share * uncached)
     kinds = [kind for kind, wanted in ((True, folds), (False, skips and times.skipped is not None)) if wanted]
@@ -121,12 +121,12 @@ def test_a_time_affords_the_most_that_keeps_it(times: StepTimes, share: float, f
     ]  # fmt: skip
     least = least_budget(N, K)
     if share >= 1:
-        assert afforded(budget, times, N, K, folds=folds, skips=skips) == Afforded(folded=N, skipping=N)
+        assert max_full_steps(budget, times, N, K, folds=folds, skips=skips) == StepBudget(folded=N, skipping=N)
     elif max((b for b, _ in feasible), default=0) < least:
         with pytest.raises(InfeasibleError):
-            afforded(budget, times, N, K, folds=folds, skips=skips)
+            max_full_steps(budget, times, N, K, folds=folds, skips=skips)
     else:
-        found = afforded(budget, times, N, K, folds=folds, skips=skips)
+        found = max_full_steps(budget, times, N, K, folds=folds, skips=skips)
         for kind, most in ((True, found.folded), (False, found.skipping)):
             expected = max((b for b, k in feasible if k is kind), default=0)
             assert (most or 0) == (expected if expected >= least else 0)
@@ -142,15 +142,15 @@ def test_a_speedup_is_a_latency(times: StepTimes, factor: float) -> None:
     results = []
     for budget in asked:
         try:
-            results.append(afforded(budget, times, N, None))
+            results.append(max_full_steps(budget, times, N, None))
         except InfeasibleError:
             results.append(None)
     assert results[0] == results[1]
 
 
 def test_ways_that_fold_afford_more_full_steps() -> None:
-    found = afforded(Latency(seconds=10.0), StepTimes(full=1.0, skipped=0.2, rest=0.0), N, K)
-    assert found == Afforded(folded=10, skipping=7) and found.budgets == (10, 7)
+    found = max_full_steps(Latency(seconds=10.0), StepTimes(full=1.0, skipped=0.2, rest=0.0), N, K)
+    assert found == StepBudget(folded=10, skipping=7) and found.budgets == (10, 7)
     assert found.admits(PLANS[10, True]) and found.admits(PLANS[7, False])
     assert not found.admits(PLANS[7, True]) and not found.admits(PLANS[10, False])
 
@@ -170,17 +170,17 @@ def test_ways_that_fold_afford_more_full_steps() -> None:
 def test_what_is_not_affordable_names_the_nearest_that_is(budget: Latency, kinds: dict[str, bool], words: str) -> None:
     times = StepTimes(full=1.0, skipped=0.2, rest=0.002)
     with pytest.raises(InfeasibleError, match=words) as caught:
-        afforded(budget, times, N, K, **kinds)
+        max_full_steps(budget, times, N, K, **kinds)
     nearest = str(caught.value.fix).rsplit(" is ", 1)[1].split(";")[0]
     again = speedup_from_text(nearest) if nearest.endswith("×") else latency_from_text(nearest)
-    assert least_budget(N, K) in afforded(again, times, N, K, **kinds).budgets
+    assert least_budget(N, K) in max_full_steps(again, times, N, K, **kinds).budgets
 
 
 def test_no_skip_graph_affords_no_plan_that_runs_it() -> None:
     times = StepTimes(full=1.0, skipped=None, rest=0.0)
-    assert afforded(Latency(seconds=5.0), times, N, K) == Afforded(folded=5, skipping=None)
+    assert max_full_steps(Latency(seconds=5.0), times, N, K) == StepBudget(folded=5, skipping=None)
     with pytest.raises(InfeasibleError, match="skip graph"):
-        afforded(Latency(seconds=5.0), times, N, K, folds=False)
+        max_full_steps(Latency(seconds=5.0), times, N, K, folds=False)
 
 
 @pytest.mark.parametrize(("full", "skipped", "rest"), [(0.0, 0.0, 0.0), (1.0, 1.5, 0.0), (1.0, 0.1, -0.1)])

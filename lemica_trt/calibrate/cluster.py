@@ -4,7 +4,7 @@ The last digits of a result depend on the library versions, the device and the n
 or libraries are others than here are refused, and all compute with as many threads as this process has. What is sent
 is a job and the name of the weights; each machine must find those under that name.
 
-A worker that dies takes one unit with it, which another does anew; in its place a new one is hired as soon as Ray has
+A worker that dies takes one unit with it, which another does anew; in its place a new one is started as soon as Ray has
 room for it.
 """
 

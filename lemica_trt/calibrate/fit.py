@@ -177,11 +177,11 @@ class Fitter:
             msgspec.structs.replace(row, latents=fitted.latents, outputs=fitted.outputs)
             for row, fitted in zip(start.rows[1:], self._book.entries[schedule.full_steps].rows)
         ]
-        fine = self._reference.num_steps
+        reference_steps = self._reference.num_steps
         plan = msgspec.structs.replace(
             start,
             rows=(start.rows[0], *rows),
-            reference_steps=fine if fine > self._table.num_steps else None,
+            reference_steps=reference_steps if reference_steps > self._table.num_steps else None,
         )
         return assign_steps(plan, schedule, self._table)
 

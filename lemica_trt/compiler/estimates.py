@@ -16,7 +16,7 @@ from lemica_trt.core.progress import Quiet
 from lemica_trt.ir.budget import Budget, MinPsnr, StepTimes, format_budget
 from lemica_trt.ir.report import StageEstimate
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.planning.budget import afforded, front_budgets
+from lemica_trt.planning.budget import front_budgets, max_full_steps
 from lemica_trt.planning.minimax import least_budget
 from lemica_trt.planning.planner import AUTO, planners_named, trial_runs
 from lemica_trt.planning.search import search_full_steps
@@ -78,7 +78,7 @@ class DryContext(Context):
             return self.table.num_steps // 2
         times = StepTimes(full=self.step.full_step, skipped=self.step.skipped_step, rest=0.0)
         with contextlib.suppress(InfeasibleError):  # by the engines it may be feasible
-            return afforded(budget, times, self.table.num_steps, self.max_skip).budgets[0]
+            return max_full_steps(budget, times, self.table.num_steps, self.max_skip).budgets[0]
         return least_budget(self.table.num_steps, self.max_skip)
 
     def of_steps(self, name: str, what: str, full_steps: float, *, models: int = 1) -> StageEstimate:

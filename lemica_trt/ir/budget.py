@@ -154,7 +154,7 @@ def skipped_steps(plan: StepPlan) -> int:
     return sum(row.cached for row in plan.rows)
 
 
-class Afforded(Value, frozen=True):
+class StepBudget(Value, frozen=True):
     """The full steps that a plan may have; None: there is no plan of that kind.
 
     Attributes:

@@ -7,7 +7,7 @@
 
 The time of a plan is a sum over its steps as they were measured, t = B·full + S·skipped + rest (`StepTimes`): S counts
 the steps that run the skip graph, none where skipped steps are folded away. So a time allows plans that fold and plans
-that do not different numbers of full steps (`Afforded`); the best of all plans within the time is looked for.
+that do not different numbers of full steps (`StepBudget`); the best of all plans within the time is looked for.
 
 Pure values and functions: nothing of how times or qualities are measured.
 """
@@ -20,14 +20,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lemica_trt.core.errors import InfeasibleError
-from lemica_trt.ir.budget import Afforded, Front, FrontRow, Latency, Speedup, StepTimes, format_seconds, skipped_steps
+from lemica_trt.ir.budget import Front, FrontRow, Latency, Speedup, StepBudget, StepTimes, format_seconds, skipped_steps
 from lemica_trt.planning.minimax import least_budget
 
 FRONT_POINTS = 12
 """Budgets of a Pareto front, unless others are named."""
 
 
-def afforded(
+def max_full_steps(
     budget: Speedup | Latency,
     times: StepTimes,
     num_steps: int,
@@ -35,7 +35,7 @@ def afforded(
     *,
     folds: bool = True,
     skips: bool = True,
-) -> Afforded:
+) -> StepBudget:
     """The most full steps that a time allows; t never falls with B.
 
     Args:
@@ -51,7 +51,7 @@ def afforded(
     uncached = times.total(num_steps)
     seconds = budget.seconds if isinstance(budget, Latency) else uncached / budget.factor
     if seconds >= uncached:
-        return Afforded(folded=num_steps, skipping=num_steps)
+        return StepBudget(folded=num_steps, skipping=num_steps)
     skips = skips and times.skipped is not None
     least = least_budget(num_steps, max_skip)
 
@@ -76,7 +76,7 @@ def afforded(
             fix=f"the nearest that is feasible is {nearest}" + ("" if max_skip is None else "; or raise --max-skip"),
         )
     folded, skipping = (b if b >= least else None for b in (found.get(False, 0), found.get(True, 0)))
-    return Afforded(folded=folded, skipping=skipping)
+    return StepBudget(folded=folded, skipping=skipping)
 
 
 def _up(seconds: float) -> float:

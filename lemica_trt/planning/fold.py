@@ -79,21 +79,21 @@ def fold(plan: StepPlan) -> StepPlan:
     return msgspec.structs.replace(plan, rows=tuple(folded))
 
 
-def nearest_steps(table: SamplerTable, fine: SamplerTable) -> tuple[int, ...]:
+def nearest_steps(table: SamplerTable, finer: SamplerTable) -> tuple[int, ...]:
     """The step of a sampler with more steps that is nearest in timestep to each of N; the first stays the first, where
     the noise comes in.
 
     Raises:
-        UsageError: fine steps are no more than N, or two of the N have one nearest among them; the sampler draws noise,
-            so that its every step belongs to a path of its own.
+        UsageError: the other sampler has no more steps than N, or two of the N have the same nearest one; it draws
+            noise, so that its every step belongs to a path of its own.
     """
-    if fine.stochastic:
-        raise UsageError(f"{fine.scheduler} draws noise at each step: a finer grid is another path, not a better one")
-    there = np.array(fine.timesteps)
+    if finer.stochastic:
+        raise UsageError(f"{finer.scheduler} draws noise at each step: a finer grid is another path, not a better one")
+    there = np.array(finer.timesteps)
     found = (0, *(int(np.abs(there - timestep).argmin()) for timestep in table.timesteps[1:]))
-    if fine.num_steps <= table.num_steps or len(set(found)) < len(found):
+    if finer.num_steps <= table.num_steps or len(set(found)) < len(found):
         raise UsageError(
-            f"expected more reference steps than {table.num_steps}, all of these apart, got {fine.num_steps}",
+            f"expected more reference steps than {table.num_steps}, all of these apart, got {finer.num_steps}",
             fix="use a multiple of the sampler's steps, 4 times as many say",
         )
     return found

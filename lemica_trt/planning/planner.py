@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
-from lemica_trt.ir.budget import Afforded
+from lemica_trt.ir.budget import StepBudget
 from lemica_trt.ir.calibration import Calibration, ErrorGraph, TrajectoryGrams
 from lemica_trt.ir.plan import PlanRow, StepPlan, guidance_range
 from lemica_trt.ir.sampler import SAMPLER_TOLERANCE, SamplerTable
@@ -278,7 +278,7 @@ def _lowers(planner: Planner, problem: Problem) -> bool:
     return True
 
 
-def candidates(planners: Sequence[Planner], problem: Problem, budget: int | Afforded) -> list[StepPlan]:
+def candidates(planners: Sequence[Planner], problem: Problem, budget: int | StepBudget) -> list[StepPlan]:
     """Their plans for one budget; of equal plans the first.
 
     Args:

@@ -9,12 +9,12 @@ from typing import NamedTuple, Protocol
 
 from lemica_trt.core.errors import InfeasibleError, InputError, UsageError
 from lemica_trt.core.progress import Reporter
-from lemica_trt.ir.budget import Afforded, Budget, Front, Latency, MinPsnr, Point, Speedup, StepTimes, format_budget
+from lemica_trt.ir.budget import Budget, Front, Latency, MinPsnr, Point, Speedup, StepBudget, StepTimes, format_budget
 from lemica_trt.ir.graphs import StepLayout
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import BudgetOutcome, Speed
 from lemica_trt.ir.trials import TrialTable
-from lemica_trt.planning.budget import afforded, front_budgets, front_rows, least_reaching
+from lemica_trt.planning.budget import front_budgets, front_rows, least_reaching, max_full_steps
 from lemica_trt.planning.layout import misfit
 from lemica_trt.planning.minimax import least_budget
 from lemica_trt.planning.planner import Planner, Problem, candidates, choose_planners, trial_runs
@@ -25,7 +25,7 @@ FINALISTS = 3
 NEAR_FACTOR = 2.0
 """Budgets within this factor of one that tried every method are near it."""
 
-Candidates = Callable[[int | Afforded], list[StepPlan]]
+Candidates = Callable[[int | StepBudget], list[StepPlan]]
 """A budget → the plans that there are for it, at least one."""
 
 
@@ -63,21 +63,21 @@ def resolve_budgets(
     times: StepTimes | None,
     num_steps: int,
     max_skip: int | None,
-) -> list[int | Afforded | MinPsnr]:
+) -> list[int | StepBudget | MinPsnr]:
     """Budgets, those in units of time as full steps.
 
     Args:
         times: of the steps; needed where a budget is in a unit of time.
 
     Raises:
-        InfeasibleError: as `planning.budget.afforded`.
+        InfeasibleError: as `planning.budget.max_full_steps`.
     """
-    found: list[int | Afforded | MinPsnr] = []
+    found: list[int | StepBudget | MinPsnr] = []
     kinds = {planner.folds for planner in planners}
     for budget in budgets:
         if isinstance(budget, (Speedup, Latency)):
             assert times is not None
-            found.append(afforded(budget, times, num_steps, max_skip, folds=True in kinds, skips=False in kinds))
+            found.append(max_full_steps(budget, times, num_steps, max_skip, folds=True in kinds, skips=False in kinds))
         else:
             found.append(budget)
     return found
@@ -90,7 +90,7 @@ def candidates_on(layout: StepLayout, problem: Problem, planners: Sequence[Plann
         InputError: none does.
     """
 
-    def found(budget: int | Afforded) -> list[StepPlan]:
+    def found(budget: int | StepBudget) -> list[StepPlan]:
         several = candidates(planners, problem, budget)
         fitting = [plan for plan in several if misfit(plan, layout) is None]
         if not fitting:
@@ -129,7 +129,7 @@ class BudgetSearch:
         """All points so far."""
         return Front(points=tuple(self._points[b] for b in sorted(self._points))) if self._points else None
 
-    def plan(self, budget: int | Afforded) -> StepPlan:
+    def plan(self, budget: int | StepBudget) -> StepPlan:
         """The best plan of a budget; every method is tried."""
         plan, table = self._best(self._candidates(budget))
         if table is not None:
@@ -168,7 +168,7 @@ def is_near(tried: int, budget: int) -> bool:
 
 
 def plan_budgets(
-    budgets: Sequence[int | Afforded | MinPsnr],
+    budgets: Sequence[int | StepBudget | MinPsnr],
     search: BudgetSearch,
     reporter: Reporter,
     *,
@@ -222,7 +222,7 @@ def best_known(
     planners = choose_planners(methods, problem)
     known = {planner.name: planner for planner in planners}
 
-    def found(budget: int | Afforded) -> list[StepPlan]:
+    def found(budget: int | StepBudget) -> list[StepPlan]:
         if len(planners) == 1:
             return candidates_on(layout, problem, planners)(budget)
         count = budget if isinstance(budget, int) else budget.budgets[0]

@@ -122,10 +122,10 @@ def _scores(row: Quality | None, perceptual: bool) -> list[str]:
 
 def _references(report: VerifyReport) -> str:
     """What the plans were compared with."""
-    fine = {row.plan: row.reference_steps for row in report.quality if row.reference_steps is not None}
-    if fine and len(fine) == len({row.plan for row in report.quality}):
-        return f"the sampler with {' or '.join(map(str, sorted(set(fine.values()))))} steps"
-    return ", ".join(["the uncached run", *(f"{plan} against {steps} steps" for plan, steps in fine.items())])
+    others = {row.plan: row.reference_steps for row in report.quality if row.reference_steps is not None}
+    if others and len(others) == len({row.plan for row in report.quality}):
+        return f"the sampler with {' or '.join(map(str, sorted(set(others.values()))))} steps"
+    return ", ".join(["the uncached run", *(f"{plan} against {steps} steps" for plan, steps in others.items())])
 
 
 def agreement_text(report: VerifyReport) -> RenderableType:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
-from lemica_trt.ir.budget import Afforded
+from lemica_trt.ir.budget import StepBudget
 from lemica_trt.ir.calibration import Calibration
 from lemica_trt.ir.plan import StepPlan, trunk_reads
 from lemica_trt.ir.sampler import SamplerTable
@@ -113,12 +113,12 @@ def test_all_steps_in_full_is_one_plan() -> None:
 
 def test_a_time_is_more_full_steps_for_planners_that_fold() -> None:
     problem, chosen = problem_of(), [planners()[name] for name in ("lemica", "linear", "stock:unipc")]
-    found = candidates(chosen, problem, Afforded(folded=7, skipping=5))
+    found = candidates(chosen, problem, StepBudget(folded=7, skipping=5))
     assert [(plan.method, plan.budget) for plan in found] == [("lemica", 5), ("linear", 7), ("stock:unipc", 7)]
-    alone = candidates(chosen, problem, Afforded(folded=7, skipping=None))
+    alone = candidates(chosen, problem, StepBudget(folded=7, skipping=None))
     assert [plan.method for plan in alone] == ["linear", "stock:unipc"]
     with pytest.raises(UsageError, match="none of the methods has a plan in this time"):
-        candidates(chosen[:1], problem, Afforded(folded=7, skipping=None))
+        candidates(chosen[:1], problem, StepBudget(folded=7, skipping=None))
 
 
 def test_given_steps_reuse_residuals() -> None:

@@ -10,7 +10,7 @@ from test_budget import PLANS, K, N
 
 from lemica_trt.core.errors import InfeasibleError
 from lemica_trt.core.progress import Quiet
-from lemica_trt.ir.budget import Afforded, Latency, MinPsnr, Speedup, StepTimes
+from lemica_trt.ir.budget import Latency, MinPsnr, Speedup, StepBudget, StepTimes
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import Speed
 from lemica_trt.ir.trials import Trial, TrialTable
@@ -27,7 +27,7 @@ class Fake:
         self.looked_at: list[int] = []
 
     @staticmethod
-    def candidates(budget: int | Afforded) -> list[StepPlan]:
+    def candidates(budget: int | StepBudget) -> list[StepPlan]:
         several = [
             plan
             for (count, _), plan in PLANS.items()
@@ -96,9 +96,9 @@ def test_near_budgets_take_the_methods_that_were_best_and_try_none_alone() -> No
 
 
 def test_a_time_tries_each_kind_with_what_it_affords() -> None:
-    found = planned(Fake(), Afforded(folded=9, skipping=7))
+    found = planned(Fake(), StepBudget(folded=9, skipping=7))
     assert found.plans == [PLANS[9, True]]
-    assert planned(Fake(), Afforded(folded=None, skipping=7)).plans == [PLANS[7, False]]
+    assert planned(Fake(), StepBudget(folded=None, skipping=7)).plans == [PLANS[7, False]]
 
 
 def test_what_came_of_a_budget_is_compared_with_what_was_asked() -> None:
