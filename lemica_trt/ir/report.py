@@ -171,7 +171,7 @@ class Clip(NamedTuple):
 
     Attributes:
         prompt: of both.
-        uncached: by the uncached plan, or the M steps that the default plan is held against.
+        uncached: by the uncached plan, or the M steps that the default plan is compared with.
         plan: by the bundle's default plan.
     """
 
@@ -184,7 +184,7 @@ class VerifyReport(Value, frozen=True):
     """Everything that was verified, `reports/verify.json`.
 
     Attributes:
-        manifest_digest: SHA-256 of the bundle's manifest: of what all this was said.
+        manifest_digest: SHA-256 of the bundle's manifest: what all this is of.
         samples: held-out clips behind `quality`.
         machine: what it ran on.
         backend: backend and version.

@@ -60,7 +60,7 @@ def plan_table(plan: StepPlan) -> RenderableType:
         f"{plan.scheduler}, guidance {plan.guidance_scale:g} ({guidance_text(plan)}), planned by {plan.method}"
     )
     if plan.reference_steps is not None:
-        title += f", held against {plan.reference_steps} steps"
+        title += f", compared with {plan.reference_steps} steps"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     rows = plan.rows
     columns = {
