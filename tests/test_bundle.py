@@ -790,3 +790,12 @@ def test_digests_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert parted_digests([]) == []
     with pytest.raises(InputError, match="absent: expected a readable file, got: No such file"):
         parted_digests([tmp_path / "absent"])
+
+
+def test_a_bundle_of_an_older_format_is_refused_by_its_format(tmp_path: Path) -> None:
+    """It has no digest beside the manifest either; that is not what is said of it."""
+    golden = Path(__file__).parent / "golden/bundle/manifest.json"
+    old = golden.read_bytes().replace(b'"format_version": 4', b'"format_version": 1')
+    (tmp_path / "manifest.json").write_bytes(old)
+    with pytest.raises(IntegrityError, match=r"expected bundle format 4, got 1.* → build it again: lemica-trt build"):
+        Bundle.open(tmp_path)

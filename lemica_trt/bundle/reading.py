@@ -69,6 +69,8 @@ class Bundle:
             data, line = _read_manifest(folder)
         except OSError as error:
             name = Path(error.filename or MANIFEST).name
+            if name == MANIFEST_DIGEST:  # bundles of older formats had none: say so
+                manifest_from_json((folder / MANIFEST).read_bytes(), where=f"{path}/{MANIFEST}")
             raise IntegrityError(
                 f"{path}: expected a bundle with a {name}, got: {error.strerror}",
                 fix=REBUILD if name == MANIFEST_DIGEST else "give the folder that 'lemica-trt build' wrote",
