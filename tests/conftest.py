@@ -6,8 +6,12 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypothesis
 import pytest
 from command import PAPER, SMALL, lemica
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # no test depends on the clock
+hypothesis.settings.load_profile("any machine")
 
 BUILD_LIBRARIES = ("torch", "diffusers", "onnx")
 
