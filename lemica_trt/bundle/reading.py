@@ -78,10 +78,8 @@ class Bundle:
         if line != manifest_digest_line(data):
             raise IntegrityError(f"{path}/{MANIFEST}: does not match {MANIFEST_DIGEST}: altered", fix=REBUILD)
         manifest = manifest_from_json(data, where=f"{path}/{MANIFEST}")
-        for report in (folder / REPORTS, *(folder / REPORTS).rglob("*")):
-            if report.is_symlink() or not (report.is_file() or report.is_dir() or not report.exists()):
-                where = report.relative_to(folder).as_posix()
-                raise IntegrityError(f"{where}: expected a file or folder, got a link or device", fix="remove it")
+        with suppress(FileNotFoundError):  # a writer may be putting another bundle in its place
+            _require_plain(folder, REPORTS)
         return cls(folder, manifest, hashlib.sha256(data).hexdigest())
 
     def __repr__(self) -> str:
@@ -233,6 +231,14 @@ def files_below(folder: Path) -> Iterator[str]:
     for path in folder.rglob("*"):
         if path.is_symlink() or not path.is_dir():
             yield path.relative_to(folder).as_posix()
+
+
+def _require_plain(folder: Path, name: str) -> None:
+    """Raise IntegrityError unless a folder of the bundle holds files and folders only."""
+    for path in (folder / name, *(folder / name).rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir() or not path.exists()):
+            where = path.relative_to(folder).as_posix()
+            raise IntegrityError(f"{where}: expected a file or folder, got a link or device", fix="remove it")
 
 
 def _read_manifest(folder: Path) -> tuple[bytes, bytes]:
