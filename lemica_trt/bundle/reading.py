@@ -236,7 +236,8 @@ def files_below(folder: Path) -> Iterator[str]:
 def _require_plain(folder: Path, name: str) -> None:
     """Raise IntegrityError unless a folder of the bundle holds files and folders only."""
     for path in (folder / name, *(folder / name).rglob("*")):
-        if path.is_symlink() or not (path.is_file() or path.is_dir() or not path.exists()):
+        mode = path.lstat().st_mode  # one look: in two, a writer may come between
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             where = path.relative_to(folder).as_posix()
             raise IntegrityError(f"{where}: expected a file or folder, got a link or device", fix="remove it")
 
