@@ -248,13 +248,15 @@ def _read_manifest(folder: Path) -> tuple[bytes, bytes]:
     Raises:
         OSError: one of them cannot be read.
     """
-    previous = None
+    previous, missed = None, 0
     for attempt in range(SWAP_RETRIES):
         finish_swap(folder)
         try:
             found = _read_small(folder / MANIFEST), _read_small(folder / MANIFEST_DIGEST)
         except FileNotFoundError:
-            if attempt == SWAP_RETRIES - 1 or not is_being_written(folder):
+            # A writer may have come between, and be gone by now: a second miss without one is no accident.
+            missed += not is_being_written(folder)
+            if attempt == SWAP_RETRIES - 1 or missed > 1:
                 raise
         else:
             if found[1] == manifest_digest_line(found[0]) or found == previous:
