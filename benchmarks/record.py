@@ -294,6 +294,7 @@ class UnusedDepth(Value, frozen=True, tag_field="kind", tag="unused-depth"):
         threads: of PyTorch, and of the engines.
         backend: engines, version and device.
         outputs: how many outputs the small and the deep graph take; the deep one also gives its trunk residual away.
+        extra_node_seconds: what the nodes take that only the deep graph has, in the profile of a step.
         seconds, deep_seconds: of CPU; for every round, in which both are opened anew, one number a pair. The
             small one is opened first in the first round, and in every other one after it.
     """
@@ -306,6 +307,7 @@ class UnusedDepth(Value, frozen=True, tag_field="kind", tag="unused-depth"):
     dtype: str
     backend: str
     outputs: tuple[int, int]
+    extra_node_seconds: float
     seconds: tuple[tuple[float, ...], ...]
     deep_seconds: tuple[tuple[float, ...], ...]
 

@@ -168,23 +168,27 @@ def engine_caption(result: EngineBuild) -> str:
 
 
 def extra_time(result: UnusedDepth) -> tuple[float, float, float]:
-    """What the deep graph takes beyond the small one, as a fraction of it: mean over rounds of the median over pairs,
-    and the ends of its 95 % bootstrap interval. A round counts with the next, in which the other was opened first."""
-    rounds = np.median(np.divide(result.deep_seconds, result.seconds) - 1, axis=1).reshape(-1, 2).mean(axis=1)
+    """What the deep graph takes beyond the small one, as a fraction of it: geometric mean over rounds of the median
+    ratio over pairs, and the ends of its 95 % bootstrap interval. A round counts with the next, in which the other was
+    opened first: of two ratios r and 1/r only the geometric mean is 1."""
+    rounds = np.log(np.median(np.divide(result.deep_seconds, result.seconds), axis=1)).reshape(-1, 2).mean(axis=1)
     means = np.random.default_rng(0).choice(rounds, (RESAMPLES, len(rounds))).mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(rounds.mean()), float(low), float(high)
+    return float(np.expm1(rounds.mean())), float(np.expm1(low)), float(np.expm1(high))
 
 
 def depth_table(result: UnusedDepth) -> str:
     """Both graphs, and what the larger one takes more."""
     middle, low, high = extra_time(result)
     small, deep = (f"{np.median(seconds) * 1e3:.4g} ms" for seconds in (result.seconds, result.deep_seconds))
+    nodes = result.extra_node_seconds
+    share = f"{nodes * 1e3:.2g} ms ({nodes / np.median(result.seconds):.2%})"
+    paired = f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]"
     rows = [
-        ["smallest graph", str(result.outputs[0]), "", small, ""],
-        ["graph of the layout", str(result.outputs[1]), "yes", deep, f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]"],
+        ["smallest graph", str(result.outputs[0]), "", small, "", ""],
+        ["graph of the layout", str(result.outputs[1]), "yes", deep, paired, share],
     ]
-    return table(["", "outputs kept", "residual kept", "full step, median", "difference"], rows)
+    return table(["", "outputs kept", "residual kept", "full step, median", "difference", "its extra nodes"], rows)
 
 
 def depth_caption(result: UnusedDepth) -> str:

@@ -1,7 +1,7 @@
 """What it costs that the graphs of a build can do more than its plans use: time of a full step by layout.
 
     OMP_NUM_THREADS=1 python benchmarks/unused_depth.py --output benchmarks/results/unused-depth-cogvideox-tiny.json
-    OMP_NUM_THREADS=1 python benchmarks/unused_depth.py --large --rounds 12 --pairs 5 \\
+    OMP_NUM_THREADS=1 python benchmarks/unused_depth.py --large --rounds 16 --pairs 2 \\
         --output benchmarks/results/unused-depth-large.json
 
 Graphs are exported before there are plans, deep enough for all that the planners may make: as many latents as the
@@ -13,19 +13,25 @@ difference that is looked for, so that the figure is the median of the ratios of
 first makes more of a difference, too (4 % on the tiny model): both are opened anew for every round, in every other
 round in reverse. Times are seconds of CPU: what another process takes meanwhile is not counted. Writes JSON
 (`record.UnusedDepth`) and prints its table.
+
+On a large model even that is too noisy for a tenth of a percent: beside it stands what the nodes take that only the
+deep graph has, by ONNX Runtime's own profile.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from time import process_time
 
 import msgspec
 import numpy as np
+import onnxruntime
 from record import UnusedDepth, this_run, write_result
 from speed import LARGE, SIDE, write_large_model
 from tables import described
@@ -44,6 +50,9 @@ from lemica_trt.planning.step_plan import uncached_plan
 
 OUTPUTS = 6
 """Outputs that the deep graphs keep."""
+
+PROFILED = 10
+"""Steps whose nodes are timed one by one."""
 
 WARM_UP = 2
 """Steps of each round before the first that counts."""
@@ -115,6 +124,39 @@ class Step:
             run()
         return run
 
+    def nodes(self) -> dict[str, list[float]]:
+        """Operator and shapes → median seconds of each node of the graph that has them, from ONNX Runtime's profile."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.enable_profiling = True
+        options.profile_file_prefix = str(self._path.parent / "profile")
+        session = onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
+        inputs = {
+            spec.name: np.full(spec.at(1), 0.1, NUMPY_DTYPES[spec.dtype])
+            for spec in self._graph.inputs if spec.name != "coefficients"
+        }  # fmt: skip
+        for _ in range(PROFILED):
+            session.run(None, {"coefficients": self._coefficients, **inputs})
+        seconds: dict[tuple[str, str], list[float]] = {}
+        for event in json.loads(Path(session.end_profiling()).read_text()):
+            if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+                about = event["args"]
+                kind = f"{about['op_name']} {about['input_type_shape']} {about['output_type_shape']}"
+                seconds.setdefault((kind, event["name"]), []).append(event["dur"] * 1e-6)
+        found: dict[str, list[float]] = {}
+        for (kind, _), times in seconds.items():
+            found.setdefault(kind, []).append(median(times))
+        return found
+
+
+def extra_seconds(small: dict[str, list[float]], deep: dict[str, list[float]]) -> float:
+    """What the nodes take that only the deep graph has, less those that only the small one has."""
+    extra = 0.0
+    for kind in {*small, *deep}:
+        more = len(deep.get(kind, ())) - len(small.get(kind, ()))
+        extra += more * median([*deep.get(kind, ()), *small.get(kind, ())])
+    return extra
+
 
 def timed_round(small: Step, deep: Step, pairs: int, *, deep_first: bool) -> tuple[list[float], list[float]]:
     """Seconds of both steps, in turn."""
@@ -132,6 +174,8 @@ def measure(name: str, model: Model, folder: Path, rounds: int, pairs: int) -> U
     report = reporter()
     report.stage("export", name)
     steps = [Step(model, layout, folder / f"{number}") for number, layout in enumerate(layouts(model))]
+    report.stage("profile", f"{PROFILED} steps of each")
+    extra = extra_seconds(*(step.nodes() for step in steps))
     report.stage("time", f"{rounds} rounds of {pairs} pairs")
     small, deep = list[tuple[float, ...]](), list[tuple[float, ...]]()
     for number in range(rounds):
@@ -149,6 +193,7 @@ def measure(name: str, model: Model, folder: Path, rounds: int, pairs: int) -> U
         dtype=model.profile.dtype,
         backend=backend_name(steps[0].key),
         outputs=tuple(layout.output_history for layout in layouts(model)),
+        extra_node_seconds=extra,
         seconds=tuple(small),
         deep_seconds=tuple(deep),
     )
