@@ -114,14 +114,19 @@ def speed_table(result: Speed) -> str:
     return table(head, rows)
 
 
-def speed_caption(result: Speed) -> str:
-    """What the table is of."""
+def model_line(result: Speed | UnusedDepth) -> str:
+    """The model that was timed."""
     weights = "random weights" if result.revision is None else f"revision {result.revision[:12]}"
     latents = "×".join(map(str, result.latent_shape))
+    parameters = f"{result.parameters / 1e6:.1f} M parameters"
+    return f"{result.model} ({weights}), {parameters}, latents {latents}, {result.dtype}"
+
+
+def speed_caption(result: Speed) -> str:
+    """What the table is of."""
     return (
-        f"{result.model} ({weights}), {result.parameters / 1e6:.1f} M parameters, latents {latents}, {result.dtype}, "
-        f"{result.steps} steps, {result.backend}, threads of PyTorch and of the engines: {result.threads}; "
-        f"{len(result.rows[0].seconds)} rounds."
+        f"{model_line(result)}, {result.steps} steps, {result.backend}, "
+        f"threads of PyTorch and of the engines: {result.threads}; {len(result.rows[0].seconds)} rounds."
     )
 
 
@@ -193,13 +198,8 @@ def depth_table(result: UnusedDepth) -> str:
 
 def depth_caption(result: UnusedDepth) -> str:
     """What the table is of."""
-    weights = "random weights" if result.revision is None else f"revision {result.revision[:12]}"
-    latents = "×".join(map(str, result.latent_shape))
-    return (
-        f"{result.model} ({weights}), {result.parameters / 1e6:.1f} M parameters, latents {latents}, {result.dtype}, "
-        f"{result.backend}, one thread; {len(result.seconds)} rounds of "
-        f"{len(result.seconds[0])} pairs."
-    )
+    rounds, pairs = len(result.seconds), len(result.seconds[0])
+    return f"{model_line(result)}, {result.backend}, one thread; {rounds} rounds of {pairs} pairs."
 
 
 def described(result: Result) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,3 +184,15 @@ def test_only_the_ir_and_the_step_modules_know_the_variants() -> None:
             if isinstance(node, ast.Constant) and node.value in VARIANT_NAMES:
                 found.append(f"{module}:{node.lineno} spells {node.value!r}")
     assert not found
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("package", LAYERS)
+def test_every_module_is_on_the_map_of_its_package(package: str) -> None:
+    """Nothing that is there is left out, nothing is listed that has moved."""
+    folder = PACKAGE / package
+    there = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/*.py")}
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    assert not {name for name in there - {"__init__"} if not re.search(rf"\b{name}\b", text)}
+    listed = re.findall(r"^(?: {4})?([a-z_]+)/? {2,}\S", text, re.MULTILINE)
+    assert set(listed) <= there | {"__init__"}

@@ -11,6 +11,10 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cache=${1:-$root/.cache/triton}
 wheel=nvidia-pytriton==0.7.0
+if [[ $cache =~ [[:space:]] ]]; then # Triton's Python backend starts its stub by an unquoted shell line
+  echo "fetch_tritonserver: expected a folder without white space, got '$cache' → name one: $0 /tmp/triton" >&2
+  exit 2
+fi
 mkdir -p "$cache"
 cache=$(cd "$cache" && pwd)
 

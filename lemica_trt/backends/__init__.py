@@ -11,6 +11,14 @@ A vendor is a folder here, found by listing; nothing else names it. It holds
                     machine and finished for the GPU where it is first loaded
     torch           `torch`: PyTorch modules of the calling process, CPU or CUDA; nothing is built
 
+Beside them lies what they share:
+
+    base        the run half's protocols, and opening a backend
+    build       the build half's protocol, and building with a backend
+    options     backends by listing, and what follows from their options
+    machine     the processor and the GPU of this machine
+    onnx_file   what an ONNX file may ask for, checked before a library reads it
+
 Importing a folder's `__init__` costs nothing: the library itself is imported when something is built or run. The
 backend is a value that travels in the manifest, never an environment variable: one process may hold two.
 """

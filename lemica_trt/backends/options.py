@@ -122,7 +122,7 @@ def options_class(backend: str) -> type[Options]:
         UsageError: unknown backend.
     """
     if backend not in _folders():
-        raise UsageError(f"unknown backend {backend!r}", fix=f"use one of: {', '.join(backend_names())}")
+        raise UsageError(f"unknown backend {backend!r}", fix=f"use one of: {', '.join(builder_names())}")
     found: type[Options] = importlib.import_module(_folders()[backend]).BACKENDS[backend]
     return found
 

@@ -8,6 +8,7 @@
     cluster   workers on a Ray cluster
     exact     every edge of the error graph replayed; what it costs
     estimate  the same graph from a few samplings a sample, with trajectory Grams
+    calibration   a whole calibration by the method of a profile; whether one made elsewhere fits
     fit       a multistep solver of a plan's own, fitted while the plan runs
 
 Knows nothing of how schedules are searched, of export or engines.

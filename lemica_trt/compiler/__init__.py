@@ -1,17 +1,16 @@
 """The stages of a build, the one loop that runs them, and what commands do with it.
 
-workspace        the work folder: artifacts, and records of what stages have made
-requests         what is asked for, and what comes of it
-context          what a stage is given
-stage            a stage, and the loop
-artifacts        what stages leave for each other
-graph_stages     lower, layout, export, engine, time
-plan_stages      calibrate, plan
-bundle_stages    bundle, verify
-stages           the list
-estimates        what each would take: `--dry-run`
-work_commands    build, calibrate, export, engine, plan: the loop, up to one stage
-bundle_commands  plan, engine, verify on a finished bundle
-flags            flags by name → profile and request; `lemica_trt.build`
-doctor           what is on this machine
+requests          what is asked for, and what comes of it
+context           what a stage is given
+stage             a stage, and the loop
+artifacts         what stages leave for each other
+graph_stages      lower, layout, export, engine, time
+plan_stages       calibrate, plan
+bundle_stages     bundle, verify
+stages            the list
+estimates         what each would take: `--dry-run`
+work_commands     build, calibrate, export, engine, plan: the loop, up to one stage
+bundle_commands   plan, engine, verify on a finished bundle
+inspection        what lies behind a path, as values that `report` shows
+doctor            what is on this machine
 """

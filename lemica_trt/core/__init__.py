@@ -1,1 +1,10 @@
-"""What knows nothing of diffusion: errors, values, progress, metrics, files."""
+"""What knows nothing of diffusion: errors, values, progress, metrics, files.
+
+errors          the exception tree, and the exit code of each
+values          base of all values: frozen, strict, JSON in and out
+text            prompts before they are tokenised; what may be shown on a terminal
+files           digests in threads, memory maps
+atomic_folder   a folder in the place of another, whole or not at all
+progress        a live bar, plain lines, or nothing
+metrics         how alike two clips are: PSNR, SSIM, LPIPS
+"""

@@ -1,1 +1,14 @@
-"""Runs plans and scores what they make: trials, timing, verification."""
+"""Runs plans and scores what they make: trials, timing, verification.
+
+samples         which prompt and which seed a plan is run on
+runs            a plan run whole in PyTorch on one sample, and its scores
+evaluator       plans on numbered samples: the one place that scores them
+baselines       other ways of spending the same number of full steps
+quality         held-out quality of a bundle's plans, beside the baselines
+agreement       engines against PyTorch, graph by graph and in whole runs
+timing          what plans and their steps take on the engines of this machine
+step_timer      step times that are kept; which engines run here
+torch_runtime   the deployed loop on a model's PyTorch modules
+verify          agreement, quality and timing of a bundle as one report
+estimate        what a model costs here, before anything is run
+"""

@@ -1,7 +1,7 @@
 """Model, step layout → ONNX files and the `GraphSet` that describes them.
 
-    graphs   which graphs there are, what they are called with, and the export of each
-    clean    an exported model → the same computation, with nothing of the machine that exported it
+    graphs   the export of each graph, and the check of what the exporter made of it
+    passes   an exported model → the same computation, with nothing of the machine that exported it
 
 Knows nothing of plans' contents, engines or bundles.
 """

@@ -1,1 +1,14 @@
-"""Nouns: the frozen values that flow between stages. Every on-disk format has its version here."""
+"""Nouns: the frozen values that flow between stages. Every on-disk format has its version here.
+
+profile       what is built: everything about a model that is not its weights
+resources     profiles, prompts, schedules and models that ship with the package
+graphs        exported graphs, and the interface that all step graphs share
+sampler       a sampler as a table of coefficients
+calibration   error graph, trajectory Grams, sensitivities, and what they were measured on
+schedule      which steps run in full
+plan          the static step plan
+budget        budgets in any unit, times of steps, quality by budget
+trials        how candidates did when they ran whole
+engine        which engine it is, and what it was built from
+report        what verification, timing and `doctor` find
+"""

@@ -4,6 +4,8 @@
     split                    any diffusers transformer → whole run with trunk residual, and run without trunk
     load                     profile → `Model`
     model                    what every stage asks of a model
+    scheduler                diffusers scheduler → `SamplerTable`
+    graph_specs              what each graph is called with and gives
     steps                    the step graphs as torch modules: the very modules that are exported
     denoise                  a `StepPlan` run with them: the oracle of the deployed runtime
 

@@ -11,5 +11,7 @@ extrapolation    outputs of skipped steps extrapolated linearly
 fold             rows that run nothing are taken out
 elimination      a row of a linear recurrence over a shorter window
 transfer         what a calibration may be carried over to
+layout           the interface of the graphs that a sampler and the planners may need
+search           plans of any number of budgets, and what came of them
 budget           times and qualities → full steps; the Pareto front
 """

@@ -1,4 +1,11 @@
-"""Tables, contact sheets and plots that a person looks at: values of `ir` in, text and pictures out."""
+"""Tables, contact sheets and plots that a person looks at: values of `ir` in, text and pictures out.
+
+summary         tables
+timeline        a plan on one line, and row by row
+plots           error graph, schedules, quality by budget
+contact_sheet   clips as rows of frames
+pictures        the pictures of a bundle's `reports/` folder
+"""
 
 CONTACT_SHEET, SCHEDULES, FRONT = "contact_sheet.png", "schedules.png", "pareto.png"
 """Pictures in the `reports/` folder of a bundle."""

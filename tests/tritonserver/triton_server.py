@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "triton"
+if " " in str(ROOT):  # the server cannot be started from such a path
+    CACHE = Path(tempfile.gettempdir()) / f"lemica-trt-triton-{hashlib.sha256(bytes(ROOT)).hexdigest()[:16]}"
 SHM = Path("/dev/shm")
 
 STARTS = 3
