@@ -62,7 +62,7 @@ _CONTROL_CHARACTER = re.compile(
     rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]"
     rb"|(?<!\\)(?:\\\\)*\\(?:[bfr]|u00(?:0[0-8b-fB-F]|1[0-9a-fA-F]|7[fF]|[89][0-9a-fA-F]))"
 )
-"""What a terminal might obey, as it lies in JSON: raw, or escaped (but for `\\n` and `\\t`)."""
+"""What a terminal might obey, as it lies in JSON: raw, or escaped (except `\\n` and `\\t`)."""
 
 
 def read_value(cls: type[V], path: str | os.PathLike[str]) -> V:

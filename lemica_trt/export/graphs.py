@@ -5,7 +5,7 @@ request: both run once where the steps run N times, and a video decoded alone is
 build for one request a call have static shapes too (best for engines); otherwise their batch is a symbol, and an
 exporter that specialises it silently is found out here.
 
-Precision: the DiT and the text encoder have the profile's dtype, but for the modules that their classes keep in
+Precision: the DiT and the text encoder have the profile's dtype, except the modules that their classes keep in
 fp32 (in T5 the `wo` of each block: what lets it run in fp16 at all, here as in every fp16 pipeline); the VAE has
 what users of the family run it in. Combination, guidance and the mix of residuals are fp32. ONNX Runtime's CPU
 provider runs fp32 and fp16 graphs; bf16 ones it cannot load.

@@ -49,7 +49,7 @@ class SamplerRow(Value, frozen=True):
         outputs: coefficient of the guided model output m_{i−1−k} at index k.
         noise: coefficient of fresh noise z_i; 0 for a deterministic sampler.
         timestep: what the model gets as timestep; None in the last row.
-        in_scale: factor on x_i before the model (1 but for sigma-parameterised samplers such as Euler).
+        in_scale: factor on x_i before the model (1 except for sigma-parameterised samplers such as Euler).
         guidance: (offset, factor) of the guidance scale at this step.
     """
 

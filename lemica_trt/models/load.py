@@ -83,7 +83,7 @@ def load_model(
 ) -> Model:
     """Load a model for a profile.
 
-    The DiT and the text encoder are in the profile's dtype, but for what their classes keep in fp32; the VAE is in
+    The DiT and the text encoder are in the profile's dtype, except what their classes keep in fp32; the VAE is in
     what users of the family run it in (`Family.vae_dtype`).
 
     Args:
