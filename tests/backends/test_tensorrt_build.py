@@ -553,8 +553,9 @@ def test_files_that_are_not_the_graphs(tmp_path: Path) -> None:
 
 @pytest.mark.cpu
 @real
-def test_a_build_without_memory_is_one_line(tmp_path: Path) -> None:
-    """In a process that may not have as much as the library wants."""
+@pytest.mark.parametrize("limit", [40, 60, 70, 80, 90, 120])
+def test_a_build_without_memory_is_one_line(limit: int, tmp_path: Path) -> None:
+    """In a process that may not have as much as the library wants: to load, to start a thread, to build."""
     graphs = tmp_path / "graphs.json"
     graphs.write_bytes(msgspec.json.encode(write_graphs(tmp_path, "fp16")))
     script = f"""
@@ -567,7 +568,7 @@ graphs = msgspec.json.decode((folder / "graphs.json").read_bytes(), type=GraphSe
 builder = BUILDERS["tensorrt-rtx"]
 found = builder._probe()
 builder._probe = lambda: found
-resource.setrlimit(resource.RLIMIT_DATA, (60 << 20, 60 << 20))
+resource.setrlimit(resource.RLIMIT_DATA, ({limit << 20}, {limit << 20}))
 try:
     build("tensorrt-rtx", graphs, folder, folder)
 except Exception as error:

@@ -337,7 +337,9 @@ def test_a_plan_is_replaced_while_serving(server: Server, tiny: Path, reference:
         with grpc.InferenceServerClient(server.grpc) as client:
             client.infer("denoiser", inputs, parameters={"plan": "b5"})
             plan = bundle / "plans" / "b4.json"
-            plan.write_bytes(plan.read_bytes().replace(b'"residuals": [', b'"residuals": [ 2.0,', 1))
+            whole = plan.read_bytes()
+            plan.write_bytes(whole.replace(b'"guidance_scale": ', b'"guidance_scale": 1', 1))
+            assert plan.read_bytes() != whole
             status, body = server.load("denoiser")
             assert status == 400
             assert b"plans/b4.json" in body

@@ -59,7 +59,7 @@ for i, case in enumerate(json.loads(sys.argv[2])):
     result = pipe(case.pop("prompt"), **case)
     found[f"frames_{i}"], found[f"latents_{i}"] = result.frames, result.latents
 for text in ("", "blue", "a big red circle moves left", "a small blue square moves up"):
-    found["embeds_" + text] = pipe.encode(text)
+    found["embeds_" + text] = pipe.encode(text)["prompt_embeds"]
 np.savez(sys.argv[3], **found)
 """
 

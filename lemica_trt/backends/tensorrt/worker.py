@@ -55,17 +55,24 @@ if TYPE_CHECKING:
     import tensorrt
     import tensorrt_rtx
 
+# What the dynamic loader says at the end of its line where memory is short.
+_NO_ROOM = ("failed to map segment from shared object", "Cannot allocate memory")
+
 
 def load_vendor(name: Module) -> Any:
     """The vendor's module.
 
     Raises:
         WorkerError: it is not installed, or its libraries do not load.
+        MemoryError: its libraries do not fit into memory.
     """
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:  # a missing shared library is either
-        raise WorkerError("import", str(error).strip().splitlines()[0]) from None
+        reason = str(error).strip().splitlines()[0]
+        if reason.endswith(_NO_ROOM):
+            raise MemoryError(reason) from None
+        raise WorkerError("import", reason) from None
 
 
 # ---------------------------------------------------------------- building
@@ -256,7 +263,10 @@ class HostMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> HostMemory:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # no room for its stack
+            raise MemoryError(str(error)) from None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -301,8 +311,8 @@ def _answer(request: Probe | BuildJob, send: Callable[[Event], None]) -> Event:
         return Built(build=build_engine(request, send))
     except WorkerError as error:
         return error.answer
-    except MemoryError:
-        return Failed(kind="memory", what="memory ran out")
+    except MemoryError as error:
+        return Failed(kind="memory", what=f"memory ran out ({error})" if str(error) else "memory ran out")
 
 
 def _write(events: TextIO, event: Event) -> None:

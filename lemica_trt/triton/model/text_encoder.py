@@ -16,7 +16,7 @@ class TritonPythonModel:
         """Check everything, load the engine, encode a prompt."""
         try:
             self.pipeline, _ = load.load_pipeline(pb_utils, args, ("text_encoder",))
-            if not np.isfinite(self.pipeline.encode("")).all():
+            if not all(np.isfinite(array).all() for array in self.pipeline.encode("").values()):
                 raise LemicaError("the text encoder's numbers are not finite")
         except LemicaError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
