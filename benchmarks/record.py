@@ -323,7 +323,63 @@ class UnusedDepth(Value, frozen=True, tag_field="kind", tag="unused-depth"):
         )
 
 
-Result = Quality | Speed | Serving | EngineBuild | UnusedDepth
+class BuildCostRow(Value, frozen=True):
+    """One build.
+
+    Attributes:
+        way: how: an effort, or another combination of settings.
+        seed: of the first calibration sample.
+        budgets: full steps of each plan; the first is scored.
+        full_steps: stage → full steps of the DiT that it ran, both branches of the guidance as one.
+        method: that the plan was made by.
+        psnr: dB against the uncached run, one number a held-out clip.
+    """
+
+    way: str
+    seed: int
+    budgets: tuple[int, ...]
+    full_steps: dict[str, int]
+    method: str
+    psnr: tuple[float, ...]
+
+    @property
+    def total(self) -> int:
+        """Full steps of all stages."""
+        return sum(self.full_steps.values())
+
+
+class BuildCost(Value, frozen=True, tag_field="kind", tag="build-cost"):
+    """What builds cost, and what their plans are worth.
+
+    Attributes:
+        run: what made this.
+        model: name of the profile.
+        revision: of the model's weights.
+        steps: N.
+        budget: B of the plans that are scored.
+        rows: by seed, then way.
+        stock: standard solver with B steps → dB, one number a held-out clip.
+    """
+
+    run: Run
+    model: str
+    revision: str | None
+    steps: int
+    budget: int
+    rows: tuple[BuildCostRow, ...]
+    stock: dict[str, tuple[float, ...]]
+
+    @property
+    def ways(self) -> list[str]:
+        """In the order in which they were built."""
+        return list(dict.fromkeys(row.way for row in self.rows))
+
+    def of_way(self, way: str) -> list[BuildCostRow]:
+        """By seed."""
+        return [row for row in self.rows if row.way == way]
+
+
+Result = Quality | Speed | Serving | EngineBuild | UnusedDepth | BuildCost
 
 
 def this_run(*libraries: str) -> Run:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 import numpy as np
-from record import EngineBuild, Quality, QualityRow, Result, Run, Serving, Speed, SpeedRow, UnusedDepth
+from record import BuildCost, EngineBuild, Quality, QualityRow, Result, Run, Serving, Speed, SpeedRow, UnusedDepth
 
 from lemica_trt.core.progress import duration, size
 
@@ -202,6 +202,40 @@ def depth_caption(result: UnusedDepth) -> str:
     return f"{model_line(result)}, {result.backend}, one thread; {rounds} rounds of {pairs} pairs."
 
 
+def cost_table(result: BuildCost) -> str:
+    """A row a way of building, with what it cost and what its plans are worth, by seed; below it stock solvers."""
+    first = result.of_way(result.ways[0])
+    parts = ("calibrate", "fit", "select", "verify")
+    rows = []
+    for way in result.ways:
+        builds = result.of_way(way)
+        samplings = [np.mean([row.full_steps.get(part, 0) for row in builds]) / result.steps for part in parts]
+        total = np.mean([row.total for row in builds]) / result.steps
+        both = [np.concatenate([row.psnr for row in each]).tolist() for each in (builds, first)]
+        rows.append(
+            [
+                f"{way} ({', '.join(map(str, builds[0].budgets))})",
+                *(f"{number:.1f}" for number in samplings),
+                f"**{total:.1f}**",
+                *(mean_p5(row.psnr) for row in builds),
+                "" if way == result.ways[0] else gain(*both),
+            ]
+        )
+    blank = [""] * (len(parts) + 1)
+    rows += [[name, *blank, *[mean_p5(each)] * len(first), ""] for name, each in result.stock.items()]
+    seeds = [f"seed {row.seed}" for row in first]
+    return table(["build (full steps)", *parts, "samplings", *seeds, "dB more than before"], rows)
+
+
+def cost_caption(result: BuildCost) -> str:
+    """What is in the table."""
+    return (
+        f"`{result.model}`, {result.steps} steps: samplings that builds ran, by stage and in all (mean over seeds); "
+        f"PSNR mean / 5th percentile of their first plan on {len(result.rows[0].psnr)} held-out clips, by calibration "
+        "seed."
+    )
+
+
 def described(result: Result) -> str:
     """Caption, table, and the line of its run."""
     if isinstance(result, Quality):
@@ -210,6 +244,8 @@ def described(result: Result) -> str:
         parts = [speed_caption(result), speed_table(result)]
     elif isinstance(result, Serving):
         parts = [serving_caption(result), serving_tables(result)]
+    elif isinstance(result, BuildCost):
+        parts = [cost_caption(result), cost_table(result)]
     elif isinstance(result, UnusedDepth):
         parts = [depth_caption(result), depth_table(result)]
     else:

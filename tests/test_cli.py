@@ -35,7 +35,7 @@ def test_build_makes_a_verified_bundle(built: tuple[Path, subprocess.CompletedPr
     assert [len(bundle.plan(name).full_steps) for name in bundle.plans] == [4, 5, 8]
     report = json.loads((output / "reports" / "verify.json").read_text())
     differences = {(run["plan"], run["against"]): run["difference"] for run in report["agreement"]}
-    assert set(differences) == {("b4", "torch"), ("b5", "torch"), ("uncached", "diffusers"), ("uncached", "torch")}
+    assert set(differences) == {("b4", "torch"), ("b5", "torch"), ("uncached", "diffusers")}
     assert max(differences.values()) <= 1e-4
     assert {(row["plan"], row["method"]) for row in report["quality"]} == {
         (plan, way) for plan in ("b4", "b5") for way in ("plan", "uniform", "fewer-steps")
@@ -132,7 +132,7 @@ def test_cheap_calibration_says_what_it_costs_before_and_after(tmp_path: Path) -
     assert read_value(TrajectoryGrams, work / "calibration" / "grams.json").sampler_digest == graph.sampler_digest
     assert lemica("plan", work, "--budget", "4").returncode == 0
     (trials,) = read_value(TrialTables, work / "calibration" / "selection.json").tables
-    assert {trial.label for trial in trials.trials} <= set(AUTO) and "lemica" in {t.label for t in trials.trials}
+    assert {trial.label for trial in trials.trials} == set(AUTO)
 
 
 def test_plan_adds_to_a_bundle_without_torch(

@@ -97,7 +97,7 @@ def plan_bundle(bundle: Bundle, request: BuildRequest, reporter: Reporter, *, de
     times = timer.steps if request.is_timed else None
     made = _plans_for(bundle, request, times, front)
     for plan in made.plans:
-        reporter.stage("plan", f"{plan.name}: full steps {' '.join(map(str, plan.full_steps))}")
+        reporter.stage("plan", f"{plan.name}: {plan.method}; full steps {' '.join(map(str, plan.full_steps))}")
     speeds = timer.speeds(made.plans, times) if times is not None else {}
     if times is None and front is not None:
         with contextlib.suppress(MissingDependencyError):  # a front is worth showing where no engine runs

@@ -18,6 +18,7 @@ from lemica_trt.compiler.context import Context, open_model
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.core.errors import InfeasibleError
 from lemica_trt.core.progress import Quiet
+from lemica_trt.evaluate.timing import TIMED_STEPS
 from lemica_trt.ir.budget import Budget, MinPsnr, StepTimes, format_budget
 from lemica_trt.ir.report import StageEstimate
 from lemica_trt.ir.sampler import SamplerTable
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
 
 SKIPPED_STEP = 0.02
 """A skipped step in full ones: 1 % of a large model, 4 % of the bundled ones."""
-
-TIMED_STEPS = 16
-"""Full steps that timing takes at least; see `evaluate.timing.measure_steps`."""
 
 
 class DryContext(Context):

@@ -163,6 +163,10 @@ def stages_run(
         inputs.store(work)
         stages = context.select(needed_stages(STAGES, context, last))
         todo = estimate_stages(stages, context, Forecast.of_inputs(inputs, output))
+        steps = sum(found.full_steps for found in todo)
+        if steps:
+            samplings = steps / inputs.profile.sampling.steps
+            reporter.stage("work", f"about {steps:.0f} full steps of the DiT, {samplings:.1f} samplings' work")
         reporter.expect([(found.name, found.full_steps) for found in todo])
         run_stages(stages, context, only=only)
         yield context

@@ -96,7 +96,7 @@ def check_runs(
     """Compare whole runs of every plan on one request, which are kept for the next one who wants them.
 
     Args:
-        done: told of full steps.
+        done: told of full steps in PyTorch.
 
     Raises:
         VerificationError: a result of the model itself is not finite.

@@ -7,7 +7,7 @@ row, which gives the times of rows; the others do not, and give the time of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -28,13 +28,14 @@ class Deployed:
 
     Args:
         pipe: an open pipeline of the bundle.
+        done: told of full steps that were run.
 
     Attributes:
         pipe: as given.
     """
 
-    def __init__(self, pipe: Pipeline) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: Pipeline, done: Callable[[float], None]) -> None:
+        self.pipe, self._done = pipe, done
         self._kept: dict[tuple[str, str, int], Array] = {}
         self._rows: dict[str, tuple[float, RowSeconds]] = {}
         self._whole: dict[str, list[float]] = {}
@@ -67,6 +68,7 @@ class Deployed:
             self._whole.setdefault(plan.name, []).append(seconds_of(request))
         else:
             self._rows[plan.name] = row_by_row(request)
+        self._done(plan.budget)
         latents: Array = results[0][0]
         return latents
 

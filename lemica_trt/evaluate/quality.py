@@ -68,7 +68,7 @@ def measure_quality(
 
     Args:
         cases: as `cases_of`.
-        done: told of full steps.
+        done: told of full steps in PyTorch.
 
     Returns:
         Scores, each plan before its baselines, and the first `CLIPS` clips by the default plan.
@@ -85,7 +85,9 @@ def measure_quality(
         prompt, seed = samples[number]
 
         def in_torch(plan: StepPlan, prompt: str = prompt, seed: int = seed) -> Array:
-            return pipe.decode(run_plan(model, plan, prompt, seed).numpy())
+            latents = run_plan(model, plan, prompt, seed)
+            done(plan.budget)
+            return pipe.decode(latents.numpy())
 
         references: dict[int | None, Array] = {None: deployed.decoded(uncached, prompt, seed)}
         references |= {count: in_torch(plan) for count, plan in finer.items()}
@@ -95,7 +97,6 @@ def measure_quality(
             found.append(score_clip(clip, reference))
             if case.method == PLAN and case.plan.name == default and number < CLIPS:
                 clips.append(Clip(prompt, reference, clip))
-        done(quality_steps(cases))
     return [_quality(case, found) for case, found in zip(cases, scores)], clips
 
 

@@ -38,7 +38,10 @@ SHORT = 4
 """Full rows of the plan that steps are timed on, and skipped ones."""
 
 
-SHORT_RUNS, SHORT_SECONDS = (3, 25), 1.0
+TIMED_STEPS = 20
+"""Full steps that `measure_steps` runs, about."""
+
+SHORT_RUNS, SHORT_SECONDS = (3, 6), 1.0
 """Least and most runs of it, and the seconds after which no further one begins."""
 
 

@@ -21,7 +21,7 @@ from lemica_trt.evaluate.agreement import check_graphs, check_runs
 from lemica_trt.evaluate.deployed import Deployed
 from lemica_trt.evaluate.quality import cases_of, measure_quality, quality_steps
 from lemica_trt.evaluate.samples import Samples
-from lemica_trt.evaluate.timing import backend_name, measure_steps
+from lemica_trt.evaluate.timing import TIMED_STEPS, backend_name, measure_steps
 from lemica_trt.ir.report import Clip, VerifyReport
 from lemica_trt.models import Model
 from lemica_trt.runtime.pipeline import Pipeline
@@ -57,10 +57,12 @@ def verify(
     pipe = Pipeline(bundle, backend=backend)
     key = bundle.engine(backend).key
     reporter.stage("verify", f"{samples.count} held-out clips, {key.backend} {key.version} on {key.target}")
-    graphs, steps, deployed = check_graphs(pipe, model), measure_steps(pipe), Deployed(pipe)
+    graphs, steps = check_graphs(pipe, model), measure_steps(pipe)
     plans, cases = [bundle.plan(name) for name in bundle.plans], cases_of(bundle, model)
-    tally = Tally(reporter, sum(plan.budget for plan in plans) + samples.count * quality_steps(cases))
-    tally(0)
+    compared = sum(plan.budget for plan in plans) + samples.count * quality_steps(cases)
+    tally = Tally(reporter, TIMED_STEPS + compared)
+    tally(TIMED_STEPS)
+    deployed = Deployed(pipe, tally)
     agreement = check_runs(deployed, model, *samples[0], tally)
     quality, clips = measure_quality(deployed, model, samples, cases, tally)
     report = VerifyReport(

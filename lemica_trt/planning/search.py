@@ -17,7 +17,15 @@ from lemica_trt.ir.trials import TrialTable
 from lemica_trt.planning.budget import front_budgets, front_rows, least_reaching, max_full_steps
 from lemica_trt.planning.layout import misfit
 from lemica_trt.planning.minimax import least_budget
-from lemica_trt.planning.planner import Planner, Problem, candidates, choose_planners, full_steps_for
+from lemica_trt.planning.planner import (
+    UNFITTED,
+    Planner,
+    Problem,
+    candidates,
+    choose_planners,
+    full_steps_for,
+    planners,
+)
 
 NEAR_FACTOR = 2.0
 """Budgets within this factor of one that tried every method are near it."""
@@ -214,24 +222,26 @@ def best_known(
     """The plan of the method that did best at the nearest budget, of those that can make one here.
 
     Args:
+        methods: with `auto`, any that was tried, and where none of those can make a plan the first of `UNFITTED`.
         before: budget → methods, the best first.
 
     Raises (when called):
         UsageError: none that is possible here was tried.
     """
-    planners = choose_planners(methods, problem)
-    known = {planner.name: planner for planner in planners}
+    chosen, auto = choose_planners(methods, problem), "auto" in methods
+    known = planners() if auto else {planner.name: planner for planner in chosen}
 
     def found(budget: int | StepBudget, method: str | None = None) -> list[StepPlan]:
-        if len(planners) == 1:
-            return candidates_on(layout, problem, planners)(budget)
+        if len(chosen) == 1:
+            return candidates_on(layout, problem, chosen)(budget)
         count = budget if isinstance(budget, int) else budget.budgets[0]
-        for tried in sorted(before, key=lambda tried: abs(tried - count)):
-            for planner in (known[method] for method in before[tried] if method in known):
+        names = [name for tried in sorted(before, key=lambda tried: abs(tried - count)) for name in before[tried]]
+        for name in dict.fromkeys((*names, *(UNFITTED if auto else ()))):
+            if name in known:
                 with contextlib.suppress(UsageError, InputError):
-                    return candidates_on(layout, problem, [planner])(budget)
+                    return candidates_on(layout, problem, [known[name]])(budget)
         raise UsageError(
-            f"{len(planners)} methods are allowed for {count} full steps, and none that is possible here was tried",
+            f"{len(chosen)} methods are allowed for {count} full steps, and none that is possible here was tried",
             fix="name one, for example --method linear, or let `lemica-trt build` try them",
         )
 

@@ -53,8 +53,10 @@ class RecordingReporter:
 
     def stage(self, name: str, detail: str) -> None: ...
 
-    def advance(self, done: int, total: int, seconds_left: float | None = None) -> None:
-        self.progress.append(done * 100 // total)
+    def expect(self, stages: object) -> None: ...
+
+    def advance(self, done: float, total: float) -> None:
+        self.progress.append(int(done * 100 // total))
 
     def note(self, text: str) -> None:
         self.notes.append(text)

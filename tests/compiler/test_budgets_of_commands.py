@@ -20,8 +20,9 @@ from lemica_trt.compiler import bundle_commands, work_commands
 from lemica_trt.compiler.requests import BuildRequest, PlanResult, stored_inputs
 from lemica_trt.core.errors import InfeasibleError, UsageError
 from lemica_trt.core.progress import Quiet
+from lemica_trt.evaluate.step_timer import StepTimer
 from lemica_trt.evaluate.timing import backend_name, stored_steps
-from lemica_trt.ir.budget import Latency, MinPsnr, Speedup
+from lemica_trt.ir.budget import Latency, MinPsnr, Speedup, StepTimes
 from lemica_trt.ir.resources import load_profile
 
 PAPER = ("lemica",)
@@ -88,14 +89,36 @@ def test_a_time_is_planned_from_what_the_engines_take(bundle: Path) -> None:
     assert {first.plan, "b8"} <= set(Bundle.open(bundle).plans) == {plan.name for plan in made.plans}
     with pytest.raises(InfeasibleError, match="at least 2 are needed where at most 3"):
         planned(bundle, Latency(seconds=1e-6))
-    (bundle / VERIFY_REPORT).unlink()  # then it is measured, once
+
+
+@pytest.mark.cpu
+def test_times_are_measured_each_time_and_changes_are_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Notes(Quiet):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    backend, notes = backend_name(Bundle.open(bundle).engine().key), list[str]()
+    (bundle / VERIFY_REPORT).unlink()
     assert stored_steps(Bundle.open(bundle), backend) is None
-    planned(bundle, Speedup(factor=1.2))
-    stored = (bundle / STEP_TIMES).read_bytes()
-    assert describe_machine() in stored.decode() and stored_steps(Bundle.open(bundle), backend) is not None
-    planned(bundle, Speedup(factor=1.2))
-    assert (bundle / STEP_TIMES).read_bytes() == stored
+    for full, stored, told in ((0.010, 0.010, 0), (0.0115, 0.010, 0), (0.015, 0.015, 1), (0.014, 0.015, 1)):
+        times = StepTimes(full=full, skipped=0.001, rest=0.0)
+        monkeypatch.setattr("lemica_trt.evaluate.step_timer.measure_steps", lambda _, times=times: times)
+        assert StepTimer(Bundle.open(bundle), Notes()).steps == times
+        kept = stored_steps(Bundle.open(bundle), backend)
+        assert kept is not None and kept.full == stored and len(notes) == told
+    assert "took 10 ms when it was measured before: +50%" in notes[0]
+    assert describe_machine() in (bundle / STEP_TIMES).read_text()
     assert stored_steps(Bundle.open(bundle), f"{backend} of another machine") is None
+
+
+@pytest.mark.cpu
+def test_no_speed_up_is_above_n_over_b(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Bundle.open(bundle)
+    plan = opened.plan()
+    monkeypatch.setattr("lemica_trt.evaluate.step_timer.measure_total", lambda *_: 0.1)
+    for full, expected in ((1.0, plan.num_steps / plan.budget), (0.02, 0.02 * plan.num_steps / 0.1)):
+        times = StepTimes(full=full, skipped=None, rest=0.0)
+        assert StepTimer(opened, Quiet()).speeds([plan], times)[plan.name].speedup == pytest.approx(expected)
 
 
 @pytest.mark.cpu

@@ -152,5 +152,5 @@ def test_flags_become_a_profile_and_a_request() -> None:
 def test_methods_are_listed_with_what_they_need() -> None:
     done = CliRunner().invoke(main, ["methods", "--json"])
     found = {method["name"]: method for method in json.loads(done.stdout)}
-    assert set(found) == set(planners()) and found["lemica"]["needs"] == ["error-graph"] and found["lemica"]["auto"]
+    assert set(found) == set(planners()) and found["fitted"]["auto"] and not found["lemica"]["auto"]
     assert CliRunner().invoke(main, ["methods"]).stdout.count("\n") > len(found)

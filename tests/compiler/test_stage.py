@@ -22,6 +22,8 @@ from lemica_trt.ir.resources import load_profile
 pytestmark = pytest.mark.null
 
 PROFILE = load_profile("cogvideox-tiny")
+FORECAST: Any = None
+"""Toy stages look at none."""
 
 
 class Toy:
@@ -157,7 +159,7 @@ def test_estimates_are_of_what_would_run(toy: Toy) -> None:
     toy.run()
     context: Any = Context(Workspace(toy.root), toy.inputs(1, 2, prompts=("b",)), Quiet())
     stages = context.select(needed_stages(toy.stages, context, "join"))
-    assert [(found.name, found.what) for found in estimate_stages(stages, context)] == [
+    assert [(found.name, found.what) for found in estimate_stages(stages, context, FORECAST)] == [
         ("count", "unchanged"), ("double", "unchanged"), ("join", "toy"),
     ]  # fmt: skip
 

@@ -143,7 +143,7 @@ def test_samples_of_each_kind_are_others() -> None:
 
 def test_what_is_not_finite() -> None:
     model = ToyModel()
-    start = PlanRuns(UNCACHED, Samples(prompts=PROMPTS, seed=5, count=4)).start(model)
+    start = PlanRuns(TABLE, Samples(prompts=PROMPTS, seed=5, count=4), None).start(model)
     (fine,) = start((0, plan(0, 3), False))
     assert math.isfinite(fine.snr)
     with torch.no_grad():
