@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ from lemica_trt.calibrate.exact import (
     usual_batch,
 )
 from lemica_trt.calibrate.journal import CheapMeasurement, Journal, Piece
-from lemica_trt.calibrate.replay import Run, Stepper, distance
+from lemica_trt.calibrate.replay import Run, Stepper, Uncached, Visit, distance
 from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
 from lemica_trt.core.errors import UsageError
 from lemica_trt.ir.calibration import ErrorGraph, Sensitivity, TrajectoryGrams
@@ -131,7 +131,7 @@ def calibrate_cheaply(
     job = _Samples(measurement, table, tuple(prompts), batch or usual_batch(model), sensitivity)
     missing = {s: 1.0 for s in range(samples) if s not in book.entries}
     complete(book, range(samples), job, missing, workers or InProcess(model), progress)
-    return _calibrated(measurement, table, [book.entries[s] for s in range(samples)])
+    return calibrated(measurement, table, [book.entries[s] for s in range(samples)])
 
 
 def cheap_measurement(
@@ -168,24 +168,42 @@ class _Samples(NamedTuple):
 
         def work(s: int) -> list[Piece]:
             known = None if self.sensitivity is None else self.sensitivity.at(s, self.table)
-            return [piece(stepper, self.measurement, s, self.prompts[s % len(self.prompts)], known)]
+            sample = stepper.sample(f"sample {s}", self.prompts[s % len(self.prompts)], self.measurement.seed + s)
+            return [piece(sample, self.table, self.measurement, s, known)]
 
         return work
 
 
+class Traced(Protocol):
+    """A sample as it is measured; `replay.Sample` is one.
+
+    Attributes:
+        full_count, skip_count: evaluations made so far, counted for one latent.
+    """
+
+    full_count: int
+    skip_count: int
+
+    def trace(self, max_skip: int, visit: Visit) -> Uncached:
+        """The uncached run with the chains of skipped steps of all starts beside it."""
+
+    def roll_out(self, branches: Mapping[tuple[int, int], Run]) -> dict[tuple[int, int], torch.Tensor]:
+        """Run branches in full to the end."""
+
+
 def piece(
-    stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: str, known: Array | None = None
+    sample: Traced, table: SamplerTable, measurement: CheapMeasurement, number: int, known: Array | None = None
 ) -> Piece:
-    """One sample.
+    """What is measured on one sample.
 
     Args:
+        sample: before its first step.
+        number: its number.
         known: c_0 … c_N; None: they are measured.
 
     Raises:
         VerificationError: NaN or infinity; names sample and edge.
     """
-    seed = measurement.seed + number
-    sample = stepper.sample(f"sample {number}", prompt, seed)
     knots = {  # stop → start
         j: max(j - min(measurement.gap, measurement.max_skip + 1), 0)
         for j in (knot_stops(measurement.num_steps, measurement.knots, number) if known is None else ())
@@ -194,7 +212,7 @@ def piece(
     branches: dict[tuple[int, int], Run] = {}
 
     def visit(i: int, j: int, chain: Run, run: Run) -> None:
-        changes[i, j] = distance_behind(stepper.table, j, chain, run)
+        changes[i, j] = distance_behind(table, j, chain, run)
         if knots.get(j) == i:
             branches[i, j] = chain
 
@@ -248,7 +266,8 @@ def distance_behind(table: SamplerTable, stop: int, changed: Run, run: Run) -> f
     return sum(changes[1:], changes[0]).abs().mean(dtype=torch.float64).item()
 
 
-def _calibrated(measurement: CheapMeasurement, table: SamplerTable, pieces: Sequence[Piece]) -> Calibrated:
+def calibrated(measurement: CheapMeasurement, table: SamplerTable, pieces: Sequence[Piece]) -> Calibrated:
+    """What all samples together give."""
     samples, common = len(pieces), provenance(measurement)
     full, skip = sum(part.full for part in pieces), sum(part.skip for part in pieces)
     cost = Cost.of(samples, full, skip, measurement.num_steps)
