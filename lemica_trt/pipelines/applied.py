@@ -109,7 +109,7 @@ def _with_plan(kind: Any, scheduler: PlanScheduler) -> Any:
         given = call_arguments(kind, bound.arguments)
         if "num_inference_steps" in given and given.get("timesteps") is None and given.get("sigmas") is None:
             asked = bound.arguments.get("num_inference_steps")
-            bound.arguments["num_inference_steps"] = plan.num_steps if asked is None else asked
+            bound.arguments["num_inference_steps"] = scheduler.steps_to_ask if asked is None else asked
         if given.get("guidance_scale") is not None:
             plan.require_guidance(float(given["guidance_scale"]))
         if bool(given.get("use_dynamic_cfg")) != is_dynamic(plan.rows):
@@ -120,7 +120,7 @@ def _with_plan(kind: Any, scheduler: PlanScheduler) -> Any:
         return kind.__call__(*bound.args, **bound.kwargs)
 
     def progress_bar(self: Any, iterable: Any = None, total: int | None = None) -> Any:
-        return kind.progress_bar(self, iterable, len(scheduler.timesteps) if total == plan.num_steps else total)
+        return kind.progress_bar(self, iterable, len(scheduler.timesteps) if total == scheduler.steps_to_ask else total)
 
     names = {"__call__": call, "progress_bar": progress_bar, "__module__": kind.__module__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), names)

@@ -132,6 +132,7 @@ class _Fitter:
                 self._reporter.note(f"{error}: the sensitivity of the result to each step is not measured")
                 known = np.ones(n + 1)
                 pieces.append(piece(sample, self._table, measurement, s, known))
+            sample.drop_outputs()
         found = calibrated(measurement, self._table, pieces)
         return Calibration(graph=found.graph, grams=found.grams, sensitivity=found.sensitivity)
 

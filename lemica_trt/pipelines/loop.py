@@ -24,9 +24,9 @@ from torch import Tensor
 from lemica_trt.calibrate.replay import Run, Uncached, Visit
 from lemica_trt.core.errors import UnsupportedError, VerificationError
 from lemica_trt.ir.plan import PlanRow, StepPlan
-from lemica_trt.ir.sampler import SamplerRow, SamplerTable
+from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.models.scheduler import sampler_table
-from lemica_trt.pipelines.scheduler import History, PlanScheduler
+from lemica_trt.pipelines.scheduler import History, PlanScheduler, combination
 
 INJECTED = 0.02
 """Largest deviation of latents from those that a pipeline was given, relative to the largest: it may round them."""
@@ -181,32 +181,42 @@ class RecordedSample:
     def __init__(self, loop: Loop, number: int, plan: StepPlan, table: SamplerTable, ran: Ran) -> None:
         self._loop, self._number, self._plan, self._table, self._ran = loop, number, plan, table, ran
         self.full_count = self.skip_count = 0
+        self._latents: list[Tensor] = []
+        self._outputs: list[Tensor] = []
 
-    @functools.cached_property
-    def _recorded(self) -> LoopScheduler:
+    def _record(self) -> None:
+        """Run uncached; once."""
+        if self._latents:
+            return
         scheduler = LoopScheduler(self._plan, self._loop.own, behind=self._counted)
         self._loop.call(self._number, scheduler)
-        if not all(bool(latents.isfinite().all()) for latents in scheduler.history.latents):
+        self._latents = [latents.cpu() for latents in reversed(scheduler.history.latents)]  # x_{−1} … x_N
+        self._outputs = [output.cpu() for output in reversed(scheduler.history.outputs)]
+        self._like = scheduler.sample
+        if not all(bool(latents.isfinite().all()) for latents in self._latents):
             raise VerificationError(f"sample {self._number}, the uncached run: expected finite latents")
-        return scheduler
 
-    @functools.cached_property
+    @property
     def path(self) -> list[Tensor]:
         """Latents of the uncached run at each of the N steps and at the end, on the host: fp32."""
-        return [latents.cpu() for latents in reversed(self._recorded.history.latents)][1:]
+        self._record()
+        return self._latents[1:]
+
+    def drop_outputs(self) -> None:
+        """Keep the path only: there is nothing left to trace."""
+        self._outputs.clear()
 
     def trace(self, max_skip: int, visit: Visit) -> Uncached:
         """The uncached run, and the chains of skipped steps of all starts, which run nothing."""
-        rows, end = self._table.rows, self._table.num_steps
-        latents = [x.cpu() for x in reversed(self._recorded.history.latents)]  # x_{−1} … x_N
-        outputs = [m.cpu() for m in reversed(self._recorded.history.outputs)]
+        self._record()
+        rows, end, latents, outputs = self._plan.rows, self._table.num_steps, self._latents, self._outputs
         blank = torch.zeros_like(latents[0])
         begin = Run((latents[0], *[blank] * self._table.latent_history), (blank,) * self._table.output_history)
         chains: dict[int, Run] = {}
         runs = [begin]
         for t in range(end):
             for i, chain in chains.items():
-                chains[i] = _stepped(chain, combined(rows[t], chain), outputs[i])
+                chains[i] = _stepped(chain, combination(rows[t], *chain), outputs[i])
                 self.skip_count += 1
             chains[t] = _stepped(runs[t], latents[t + 1], outputs[t])
             runs.append(chains[t])
@@ -223,10 +233,10 @@ class RecordedSample:
         Raises:
             UnsupportedError: the pipeline takes no latents, or makes others of them.
         """
-        rows, end, found = self._table.rows, self._table.num_steps, {}
-        like = self._recorded.sample
+        self._record()
+        rows, end, like, found = self._plan.rows, self._table.num_steps, self._like, {}
         for (i, j), run in branches.items():
-            latents = combined(rows[j], run)
+            latents = combination(rows[j], *run)
             if j < end:
                 before = Run(*(tuple(tensor.to(like.device) for tensor in part) for part in run))
                 scheduler = LoopScheduler(self._plan, self._loop.own, start=j, before=before, behind=self._counted)
@@ -307,12 +317,6 @@ class DrivenRun:
             self._reports.put(error)
         else:
             self._reports.put(None)
-
-
-def combined(row: SamplerRow, run: Run) -> Tensor:
-    """x of a row behind a history."""
-    terms = [*zip(row.latents, run.latents), *zip(row.outputs, run.outputs)]
-    return sum((weight * tensor for weight, tensor in terms), torch.zeros_like(run.latents[0]))
 
 
 def _stepped(run: Run, latents: Tensor, output: Tensor) -> Run:

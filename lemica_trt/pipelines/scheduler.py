@@ -77,10 +77,13 @@ class History:
                 kept.insert(0, new.float())
                 del kept[depth:]
 
-    def combine(self, row: PlanRow) -> Tensor:
-        """x of the row."""
-        terms = [*zip(row.latents, self.latents), *zip(row.outputs, self.outputs), *zip(row.noise, self.draws)]
-        return sum((weight * tensor for weight, tensor in terms), torch.zeros_like(self.latents[0]))
+
+def combination(
+    row: PlanRow, latents: Sequence[Tensor], outputs: Sequence[Tensor], draws: Sequence[Tensor] = ()
+) -> Tensor:
+    """x of a row from what is behind it, each newest first."""
+    terms = [*zip(row.latents, latents), *zip(row.outputs, outputs), *zip(row.noise, draws)]
+    return sum((weight * tensor for weight, tensor in terms), torch.zeros_like(latents[0]))
 
 
 class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -150,6 +153,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return int(self.config.get("num_train_timesteps", 1000))
 
     @property
+    def steps_to_ask(self) -> int:
+        """What a call gives as `num_inference_steps`: N, or less where a step of the own scheduler is several calls."""
+        order = getattr(self._own, "order", 1)
+        return (self.plan.num_steps + order - 1) // order
+
+    @property
     def position(self) -> tuple[int, int]:
         """Number of the request, and of the row that runs."""
         return self.requests, self._row
@@ -171,7 +180,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Begin a request.
 
         Args:
-            num_inference_steps: N, of which B run.
+            num_inference_steps: `steps_to_ask`.
             device: of `timesteps`.
             timesteps, sigmas, mu, kwargs: for the pipeline's own scheduler.
 
@@ -191,7 +200,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if steps != self.plan.num_steps:
             raise UsageError(
                 f"plan {self.plan.name} stands in for {self.plan.num_steps} steps, got {steps}",
-                fix=f"num_inference_steps={self.plan.num_steps}: {self.plan.budget} of them run in full",
+                fix=f"num_inference_steps={self.steps_to_ask}: {self.plan.budget} of the steps run in full",
             )
         if own is not None:
             self._check(own)
@@ -264,7 +273,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         row = self._next_row()
         for _ in range(row.draws):
             history.push(draw=randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype))
-        latents = history.combine(row)
+        latents = combination(row, history.latents, history.outputs, history.draws)
         history.push(latents)
         self._row += 1
         self._returned = latents.to(sample.dtype)

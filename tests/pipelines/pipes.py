@@ -114,7 +114,29 @@ def ltx() -> Case:
     return _quiet(Case(pipe, {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": 3.0}, prompts))
 
 
-CASES: dict[str, Callable[[], Case]] = {"flux": flux, "sd3": sd3, "ltx": ltx}
+def sd(**scheduler: Any) -> Case:
+    """Stable Diffusion 1: a U-Net, latents in units of sigma that are scaled before it, guidance by a doubled batch."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH, norm_num_groups=2, attention_head_dim=4,
+    )  # fmt: skip
+    names = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
+    pipe = diffusers.StableDiffusionPipeline(
+        scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1, **scheduler),
+        unet=_awake(unet),
+        requires_safety_checker=False,
+        **dict.fromkeys(names),
+    )
+    prompts = [
+        {"prompt_embeds": _embeds(s, TOKENS, WIDTH), "negative_prompt_embeds": _embeds(97, TOKENS, WIDTH)}
+        for s in range(8)
+    ]
+    return _quiet(Case(pipe, {"height": 64, "width": 64, "guidance_scale": 3.0}, prompts))
+
+
+CASES: dict[str, Callable[[], Case]] = {"flux": flux, "sd3": sd3, "ltx": ltx, "sd": sd}
 
 
 def _quiet(case: Case) -> Case:

@@ -26,7 +26,10 @@ from lemica_trt.planning.planner import Problem, planners
 from lemica_trt.planning.schedules import uniform
 from lemica_trt.planning.step_plan import plan_from_schedule, uncached_plan
 
-pytestmark = pytest.mark.cpu
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers under NumPy 2
+]
 
 PROMPT, SEED, N = "a big red circle moves left", 7, 10
 
@@ -144,7 +147,7 @@ def test_fewer_steps_are_those_of_the_solver(name: str, solver: Any) -> None:
     with lemica_trt.apply(case.pipe, plan) as applied:
         found = case()
         assert [float(t) for t in applied.scheduler.timesteps] == [table.timesteps[i] for i in schedule.full_steps]
-    if solver == "first-order":
+    if solver == "first-order" and name != "sd":
         own = case.pipe.scheduler
         case.pipe.scheduler = Given(own, schedule.full_steps)
         assert_close(found, case(num_inference_steps=8))
@@ -180,6 +183,30 @@ def test_residuals_need_a_known_trunk() -> None:
     with pytest.raises(UnsupportedError, match="reuses residuals, which works in CogVideoXPipeline, WanPipeline"):
         lemica_trt.apply(case.pipe, plan)
     assert case.pipe.scheduler is before and type(case.pipe) is diffusers.FluxPipeline
+
+
+def test_latents_that_a_callback_changes_are_what_goes_on() -> None:
+    """Replaced by equal ones nothing changes; replaced by others the pipeline's own sampler does the same with them."""
+    case = flux()
+    own = case(num_inference_steps=8)
+
+    def scaled(factor: float) -> Callable[..., dict[str, Any]]:
+        return lambda pipe, i, t, kwargs: {"latents": factor * kwargs["latents"]}
+
+    changed = case(num_inference_steps=8, callback_on_step_end=scaled(0.9))
+    with lemica_trt.apply(case.pipe, uncached_plan(case.table(8), guidance_scale=3.5)):
+        assert_close(case(callback_on_step_end=scaled(1.0)), own)
+        assert_close(case(callback_on_step_end=scaled(0.9)), changed)
+
+
+def test_dynamic_guidance_is_the_pipelines_own_affair(models: Models) -> None:
+    model = models("cogvideox-tiny")
+    plan = uncached_plan(sampler_table(model.scheduler(N), dynamic_guidance=True), guidance_scale=4.0)
+    own = latents(model, num_inference_steps=N, use_dynamic_cfg=True)
+    with lemica_trt.apply(model.pipeline, plan):
+        assert_close(latents(model, use_dynamic_cfg=True), own)
+        with pytest.raises(UsageError, match=r"was made with use_dynamic_cfg → use_dynamic_cfg=True"):
+            latents(model)
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

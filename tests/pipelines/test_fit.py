@@ -28,7 +28,10 @@ from lemica_trt.pipelines.fitting import PipelineBars, decibels
 from lemica_trt.pipelines.loop import DrivenRun, Loop, RecordedSample
 from lemica_trt.planning.step_plan import uncached_plan
 
-pytestmark = pytest.mark.cpu
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers under NumPy 2
+]
 
 N, B = 20, 6
 
@@ -39,7 +42,7 @@ Models = Callable[[str], Model]
 
 
 @pytest.mark.parametrize("name", ["cogvideox-tiny", "wan-tiny"])
-def test_it_beats_fewer_steps_on_held_out_prompts(models: Models, name: str) -> None:
+def test_it_beats_fewer_steps_on_held_out_prompts(models: Models, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean dB of the latents against all steps. Measured on 6 clips: 43.5 against 23.3 and 31.2 (cogvideox-tiny), 33.5
     against 23.5 and 23.5 (wan-tiny, whose own sampler is UniPC)."""
     model = models(name)
@@ -66,9 +69,8 @@ def test_it_beats_fewer_steps_on_held_out_prompts(models: Models, name: str) -> 
     with lemica_trt.apply(pipe, plan):
         fitted = clips()
     fewer = clips(num_inference_steps=budget)
-    pipe.scheduler = scheduler_like(diffusers.UniPCMultistepScheduler, own)
+    monkeypatch.setattr(pipe, "scheduler", scheduler_like(diffusers.UniPCMultistepScheduler, own))
     unipc = clips(num_inference_steps=budget)
-    pipe.scheduler = own
     scores = [np.mean([decibels(a, b) for a, b in zip(found, exact)]) for found in (fitted, fewer, unipc)]
     assert scores[0] > max(scores[1:]) + 3.0, scores
 
