@@ -28,7 +28,7 @@ from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models.family import DTYPES
 from lemica_trt.pipelines.applied import call_arguments, require_plain
-from lemica_trt.pipelines.loop import DrivenRun, Loop, RecordedSample
+from lemica_trt.pipelines.loop import DrivenRun, Loop, NoMiddle, RecordedSample
 from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.minimax import require_feasible
 from lemica_trt.planning.planner import Problem, planners
@@ -49,7 +49,7 @@ Prompt = str | Mapping[str, Any]
 def fit(
     pipe: Any,
     budget: int,
-    prompts: Sequence[Prompt],
+    prompts: str | Sequence[Prompt],
     *,
     samples: int | None = None,
     seed: int = 0,
@@ -85,6 +85,7 @@ def fit(
     require_plain(pipe)
     if not prompts:
         raise InputError("prompts: expected at least one, got none")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     count = samples or max(SAMPLES, len(prompts))
     given = [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]
     told = reporter or PipelineBars(pipe)
@@ -128,7 +129,7 @@ class _Fitter:
         for s, sample in enumerate(self._samples):
             try:
                 pieces.append(piece(sample, self._table, measurement, s, known))
-            except UnsupportedError as error:
+            except NoMiddle as error:
                 self._reporter.note(f"{error}: the sensitivity of the result to each step is not measured")
                 known = np.ones(n + 1)
                 pieces.append(piece(sample, self._table, measurement, s, known))

@@ -35,6 +35,10 @@ Ran = Callable[[], None]
 """Called behind each evaluation of the transformer for one sample."""
 
 
+class NoMiddle(UnsupportedError):
+    """A loop cannot begin in the middle: the pipeline takes no latents, or makes others of them."""
+
+
 class _Stop(BaseException):
     """Ends a call of a pipeline from within its scheduler."""
 
@@ -211,7 +215,7 @@ class RecordedSample:
         self._record()
         rows, end, latents, outputs = self._plan.rows, self._table.num_steps, self._latents, self._outputs
         blank = torch.zeros_like(latents[0])
-        begin = Run((latents[0], *[blank] * self._table.latent_history), (blank,) * self._table.output_history)
+        begin = Run((latents[0], *[blank] * (self._table.latent_history - 1)), (blank,) * self._table.output_history)
         chains: dict[int, Run] = {}
         runs = [begin]
         for t in range(end):
@@ -231,23 +235,27 @@ class RecordedSample:
         """Run branches to the end: calls that begin at their stop, on latents that the pipeline is given.
 
         Raises:
-            UnsupportedError: the pipeline takes no latents, or makes others of them.
+            NoMiddle: see there.
         """
         self._record()
-        rows, end, like, found = self._plan.rows, self._table.num_steps, self._like, {}
+        rows, end, like = self._plan.rows, self._table.num_steps, self._like
+        found: dict[tuple[int, int], Tensor] = {}
         for (i, j), run in branches.items():
-            latents = combination(rows[j], *run)
-            if j < end:
-                before = Run(*(tuple(tensor.to(like.device) for tensor in part) for part in run))
-                scheduler = LoopScheduler(self._plan, self._loop.own, start=j, before=before, behind=self._counted)
-                if not self._loop.takes_latents:
-                    raise UnsupportedError("the pipeline takes no latents")
+            latents = found[i, j] = combination(rows[j], *run)
+            if j == end:
+                continue
+            if not self._loop.takes_latents:
+                raise NoMiddle("the pipeline takes no latents")
+            before = Run(*(tuple(tensor.to(like.device) for tensor in part) for part in run))
+            scheduler = LoopScheduler(self._plan, self._loop.own, start=j, before=before, behind=self._counted)
+            try:
                 self._loop.call(self._number, scheduler, latents=latents.to(like))
-                entered = scheduler.history.latents[end - j].cpu()
-                if not (entered - latents).abs().max() <= INJECTED * latents.abs().max():
-                    raise UnsupportedError("the pipeline makes other latents of those that it is given")
-                latents = scheduler.history.latents[0].cpu()
-            found[i, j] = latents
+            except (TypeError, ValueError) as error:
+                raise NoMiddle(f"the pipeline does not take its own latents: {error}") from error
+            entered = scheduler.history.latents[end - j].cpu()
+            if not (entered - latents).abs().max() <= INJECTED * latents.abs().max():
+                raise NoMiddle("the pipeline makes other latents of those that it is given")
+            found[i, j] = scheduler.history.latents[0].cpu()
         return found
 
     def _counted(self) -> None:

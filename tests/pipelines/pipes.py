@@ -11,7 +11,11 @@ import torch
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.pipelines.loop import Loop
 
-TOKENS, WIDTH, POOLED = 6, 32, 16
+TOKENS, WIDTH, POOLED, PROMPTS = 6, 32, 16, 8
+
+FlowMatch = diffusers.FlowMatchEulerDiscreteScheduler
+
+IMAGE = {"height": 64, "width": 64}
 
 
 class Case(NamedTuple):
@@ -34,111 +38,134 @@ class Case(NamedTuple):
             return loop.table()
 
 
+def _case(
+    kind: Any,
+    scheduler: Any,
+    network: torch.nn.Module,
+    call: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    *,
+    pooled: bool,
+) -> Case:
+    """A pipeline that has a network and a scheduler, and nothing to encode or decode with.
+
+    Args:
+        fixed: of every prompt.
+        pooled: whether prompts have a pooled embedding too.
+    """
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = 0.2 * torch.randn_like(parameter) if parameter.ndim > 1 else parameter + 0.1
+    missing = dict.fromkeys(set(kind._get_signature_keys(kind)[0]) - {"transformer", "unet", "scheduler"})
+    name = "unet" if isinstance(network, diffusers.UNet2DConditionModel) else "transformer"
+    options = {"requires_safety_checker": False} if name == "unet" else {}
+    pipe = kind(**missing, **options, scheduler=scheduler, **{name: network.eval()})
+    pipe.set_progress_bar_config(disable=True)
+    prompts = []
+    for seed in range(PROMPTS):
+        prompt = {"prompt_embeds": _embeds(seed, TOKENS, WIDTH), **fixed}
+        prompts.append(prompt | ({"pooled_prompt_embeds": _embeds(50 + seed, POOLED)} if pooled else {}))
+    return Case(pipe, call, prompts)
+
+
 def _embeds(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _awake(module: torch.nn.Module) -> Any:
-    torch.manual_seed(0)
-    for parameter in module.parameters():
-        parameter.data = 0.2 * torch.randn_like(parameter) if parameter.ndim > 1 else parameter + 0.1
-    return module.eval()
+def _masked(suffix: str, dtype: torch.dtype, *, negative: bool = True) -> dict[str, Any]:
+    """Masks of prompts, and a negative prompt."""
+    mask = torch.ones(1, TOKENS, dtype=dtype)
+    found = {f"prompt{suffix}": mask}
+    if negative:
+        found |= {"negative_prompt_embeds": _embeds(97, TOKENS, WIDTH), f"negative_prompt{suffix}": mask}
+    return found
 
 
-def flux(**scheduler: Any) -> Case:
+def flux() -> Case:
     """FLUX.1: packed latents, timesteps/1000, embedded guidance, a shift that depends on the size."""
-    torch.manual_seed(0)
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=WIDTH, pooled_projection_dim=POOLED, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
-    pipe = diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **scheduler),
-        transformer=_awake(transformer),
-        **dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
-    )
-    prompts = [
-        {"prompt_embeds": _embeds(s, TOKENS, WIDTH), "pooled_prompt_embeds": _embeds(50 + s, POOLED)} for s in range(8)
-    ]
-    return _quiet(Case(pipe, {"height": 64, "width": 64, "guidance_scale": 3.5}, prompts))
+    call = {**IMAGE, "guidance_scale": 3.5}
+    return _case(diffusers.FluxPipeline, FlowMatch(use_dynamic_shifting=True), transformer, call, {}, pooled=True)
 
 
 def sd3() -> Case:
     """Stable Diffusion 3: guidance by a doubled batch."""
-    torch.manual_seed(0)
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=WIDTH, caption_projection_dim=32, pooled_projection_dim=POOLED,
         pos_embed_max_size=8,
     )  # fmt: skip
-    names = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-    pipe = diffusers.StableDiffusion3Pipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=_awake(transformer),
-        **dict.fromkeys(names),
-    )
-    prompts = [
-        {
-            "prompt_embeds": _embeds(s, TOKENS, WIDTH),
-            "pooled_prompt_embeds": _embeds(50 + s, POOLED),
-            "negative_prompt_embeds": _embeds(97, TOKENS, WIDTH),
-            "negative_pooled_prompt_embeds": _embeds(98, POOLED),
-        }
-        for s in range(8)
-    ]
-    return _quiet(Case(pipe, {"height": 64, "width": 64, "guidance_scale": 3.0}, prompts))
+    negative = {
+        "negative_prompt_embeds": _embeds(97, TOKENS, WIDTH),
+        "negative_pooled_prompt_embeds": _embeds(98, POOLED),
+    }
+    call = {**IMAGE, "guidance_scale": 3.0}
+    return _case(diffusers.StableDiffusion3Pipeline, FlowMatch(shift=3.0), transformer, call, negative, pooled=True)
 
 
 def ltx() -> Case:
     """LTX-Video: packed latents of a video, sigmas that the pipeline makes, guidance by a doubled batch."""
-    torch.manual_seed(0)
     transformer = diffusers.LTXVideoTransformer3DModel(
         in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
         num_layers=1, caption_channels=WIDTH,
     )  # fmt: skip
-    pipe = diffusers.LTXPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        transformer=_awake(transformer),
-        **dict.fromkeys(("vae", "text_encoder", "tokenizer")),
-    )
-    mask = torch.ones(1, TOKENS, dtype=torch.bool)
-    prompts = [
-        {
-            "prompt_embeds": _embeds(s, TOKENS, WIDTH),
-            "prompt_attention_mask": mask,
-            "negative_prompt_embeds": _embeds(97, TOKENS, WIDTH),
-            "negative_prompt_attention_mask": mask,
-        }
-        for s in range(8)
-    ]
-    return _quiet(Case(pipe, {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": 3.0}, prompts))
+    call, fixed = {**IMAGE, "num_frames": 9, "guidance_scale": 3.0}, _masked("_attention_mask", torch.bool)
+    return _case(diffusers.LTXPipeline, FlowMatch(use_dynamic_shifting=True), transformer, call, fixed, pooled=False)
 
 
-def sd(**scheduler: Any) -> Case:
+def hunyuan() -> Case:
+    """HunyuanVideo: a video, embedded guidance."""
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=WIDTH, pooled_projection_dim=POOLED,
+        rope_axes_dim=(4, 6, 6), guidance_embeds=True,
+    )  # fmt: skip
+    call = {**IMAGE, "num_frames": 5, "guidance_scale": 4.0}
+    fixed = _masked("_attention_mask", torch.long, negative=False)
+    return _case(diffusers.HunyuanVideoPipeline, FlowMatch(shift=7.0), transformer, call, fixed, pooled=True)
+
+
+def qwen() -> Case:
+    """Qwen-Image: two calls a step, guidance whose result is rescaled: not linear in the outputs."""
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    call, fixed = {**IMAGE, "true_cfg_scale": 3.0}, _masked("_embeds_mask", torch.long)
+    scheduler = FlowMatch(use_dynamic_shifting=True)
+    return _case(diffusers.QwenImagePipeline, scheduler, transformer, call, fixed, pooled=False)
+
+
+def pixart() -> Case:
+    """PixArt-Σ: noise is predicted, with a variance that is cut off; DPM-Solver++."""
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3, caption_channels=WIDTH,
+        in_channels=4, cross_attention_dim=24, out_channels=8, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    call = {**IMAGE, "guidance_scale": 3.0, "use_resolution_binning": False, "negative_prompt": None}
+    fixed = _masked("_attention_mask", torch.long)
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    return _case(diffusers.PixArtSigmaPipeline, scheduler, transformer, call, fixed, pooled=False)
+
+
+def sd() -> Case:
     """Stable Diffusion 1: a U-Net, latents in units of sigma that are scaled before it, guidance by a doubled batch."""
-    torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
         block_out_channels=(8, 16), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=WIDTH, norm_num_groups=2, attention_head_dim=4,
     )  # fmt: skip
-    names = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
-    pipe = diffusers.StableDiffusionPipeline(
-        scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1, **scheduler),
-        unet=_awake(unet),
-        requires_safety_checker=False,
-        **dict.fromkeys(names),
-    )
-    prompts = [
-        {"prompt_embeds": _embeds(s, TOKENS, WIDTH), "negative_prompt_embeds": _embeds(97, TOKENS, WIDTH)}
-        for s in range(8)
-    ]
-    return _quiet(Case(pipe, {"height": 64, "width": 64, "guidance_scale": 3.0}, prompts))
+    scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1)
+    call, negative = {**IMAGE, "guidance_scale": 3.0}, {"negative_prompt_embeds": _embeds(97, TOKENS, WIDTH)}
+    return _case(diffusers.StableDiffusionPipeline, scheduler, unet, call, negative, pooled=False)
 
 
-CASES: dict[str, Callable[[], Case]] = {"flux": flux, "sd3": sd3, "ltx": ltx, "sd": sd}
+CASES: dict[str, Callable[[], Case]] = {case.__name__: case for case in (flux, sd3, ltx, hunyuan, qwen, pixart, sd)}
 
 
-def _quiet(case: Case) -> Case:
-    case.pipe.set_progress_bar_config(disable=True)
-    return case
+def is_euler(case: Case) -> bool:
+    """Whether its sampler is flow matching's Euler."""
+    return isinstance(case.pipe.scheduler, FlowMatch)

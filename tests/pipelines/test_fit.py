@@ -80,7 +80,8 @@ def test_any_pipeline(name: str) -> None:
     """Another family, from prompts to latents: the plan that comes of it ends nearer than as many steps do."""
     case = CASES[name]()
     plan = fitted(case)
-    assert plan.guidance_scale == case.call["guidance_scale"] and plan.error_graph_digest is not None
+    scale = case.call.get("guidance_scale")  # of Qwen-Image the default of the call: none
+    assert plan.guidance_scale == (1.0 if scale is None else scale) and plan.error_graph_digest is not None
     exact = [case(s, num_inference_steps=N) for s in range(4, 8)]
     fewer = [case(s, num_inference_steps=B) for s in range(4, 8)]
     with lemica_trt.apply(case.pipe, plan):
@@ -161,6 +162,20 @@ def test_where_latents_are_not_taken_sensitivities_are_not_measured(monkeypatch:
     plan = fitted(case, reporter=Notes())
     assert plan.budget == B and len(Notes.texts) == 1
     assert Notes.texts[0].startswith("the pipeline makes other latents of those that it is given")
+
+
+def test_where_latents_are_refused_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ltx()
+    prepare = case.pipe.prepare_latents
+
+    def strict(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if args[-1] is not None:
+            raise ValueError("unexpected latents")
+        found: torch.Tensor = prepare(*args, **kwargs)
+        return found
+
+    monkeypatch.setattr(case.pipe, "prepare_latents", strict)
+    assert fitted(case).budget == B
 
 
 def test_progress_reaches_its_end() -> None:
