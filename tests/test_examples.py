@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,16 @@ def test_fit_pipeline(tmp_path: Path) -> None:
     assert "5 of 12 steps in full" in lines[0] and plan.is_file()
     by_plan, by_scheduler = (float(line.split()[3]) for line in lines[1:])
     assert by_plan < by_scheduler
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells in order, as a notebook runs them; it is kept without outputs."""
+    book = json.loads((EXAMPLES / "fit_pipeline.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert book["nbformat"] == 4 and not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for cell in cells:
+        exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    errors = [float(line.split()[-3]) for line in capsys.readouterr().out.splitlines() if "mean difference" in line]
+    assert errors[0] == 0.0 < errors[1] < errors[2] and (tmp_path / "plan.json").is_file()
