@@ -259,7 +259,7 @@ def test_rows_of_a_front() -> None:
     assert [row.seconds for row in rows] == pytest.approx([5.0, 7.0, 9.2])
     assert [row.speedup for row in rows] == pytest.approx([4.0, 20 / 7, 20 / 9.2])
     low = rows[0].psnr_low
-    assert low == pytest.approx(32 - 1.96 * np.std([30, 34], ddof=1) / np.sqrt(2)) and rows[0].psnr_p5 == 30.2
+    assert low == pytest.approx(32 - 12.71 * np.std([30, 34], ddof=1) / np.sqrt(2)) and rows[0].psnr_p5 == 30.2
     for times in (None, StepTimes(full=1.0, skipped=None, rest=0.0)):  # one of the plans has no time
         assert all(row.seconds is row.speedup is None for row in front_rows(front(), times))
     single = Point(plan=PLANS[5, True], psnr=(30.0,))

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lemica_trt.calibrate.estimate import calibrate_cheaply, cheap_cost, cheap_measurement
-from lemica_trt.calibrate.exact import Cost, cost, measure, measurement_digest
+from lemica_trt.calibrate.cost import calibration_cost, rollouts_of
+from lemica_trt.calibrate.estimate import calibrate_cheaply, cheap_measurement
+from lemica_trt.calibrate.exact import measure, measurement_digest
 from lemica_trt.calibrate.fit import Fitter, fit_measurement
 from lemica_trt.calibrate.workers import Workers
 from lemica_trt.core.errors import InputError
@@ -20,12 +21,8 @@ from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models.model import Model
 from lemica_trt.planning.planner import Fit
 
-
-def calibration_cost(settings: CalibrationSettings, num_steps: int) -> Cost:
-    """What a calibration costs from its beginning."""
-    if settings.method == "exact":
-        return cost(num_steps, settings.max_skip, settings.samples)
-    return cheap_cost(num_steps, settings.max_skip, settings.samples, method=settings.method)
+TRAJECTORIES = "trajectories"
+"""Folder of the uncached runs, below that of the journals."""
 
 
 def calibrate(
@@ -62,6 +59,7 @@ def calibrate(
         exact = measure(model, table, prompts, journal=journal, **running, **common)
         return Calibration(graph=exact.graph, grams=exact.grams)
     common |= {"method": settings.method, "sensitivity": sensitivity}
+    running |= {"rollouts": rollouts_of(settings), "trajectories": journals / TRAJECTORIES}
     journal = _journal(journals, cheap_measurement(model, table, prompts, **common).digest)
     found = calibrate_cheaply(model, table, prompts, journal=journal, **running, **common)
     reporter.note(
@@ -85,7 +83,7 @@ def fit_by_model(
     journals: Path,
     reporter: Reporter,
 ) -> Fit | None:
-    """Fits solvers to a model on the samples of its calibration; None where the sampler draws noise.
+    """Fits solvers to a model on the first samples of its calibration; None where the sampler draws noise.
 
     Args:
         model: opens it; called when there is something to fit.
@@ -94,19 +92,20 @@ def fit_by_model(
     """
     if table.stochastic:
         return None
-    target = reference or table
+    target, samples = reference or table, settings.fit_samples
 
     @functools.cache
     def fitter() -> Fitter:
-        measurement = fit_measurement(model(), table, target, prompts, settings.samples, settings.seed)
+        measurement = fit_measurement(model(), table, target, prompts, samples, settings.seed)
         return Fitter(
             model(),
             table,
             target,
             prompts,
-            samples=settings.samples,
+            samples=samples,
             seed=settings.seed,
             journal=journals / f"fits-{measurement.digest[:16]}.jsonl",
+            trajectories=journals / TRAJECTORIES,
             progress=reporter.advance,
         )
 
@@ -114,8 +113,8 @@ def fit_by_model(
         evaluations = fitter().evaluations_for(schedule)
         reporter.stage(
             "fit",
-            f"a solver for {schedule.budget} steps, on {settings.samples} samples, to {target.num_steps} steps: "
-            f"{evaluations / table.num_steps / settings.samples:.1f} samplings a sample",
+            f"a solver for {schedule.budget} steps, on {samples} samples, to {target.num_steps} steps: "
+            f"{evaluations / table.num_steps:.1f} samplings' work",
         )
         return fitter()(schedule)
 

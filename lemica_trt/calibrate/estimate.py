@@ -5,14 +5,16 @@ The error of segment (i, j) is estimated as
     e_ij = ε_ij · c_j,    ε_ij = ‖Δ_ij‖₁/n
 
 Δ_ij is the change of x_j by the segment's chain of skipped steps (under a multistep sampler: of all rows behind j that
-read its history), seen without any further evaluation; c_j, the sensitivity, is exact / ε on one segment (j − gap, j)
-for each of a few *knots* j, whose run is rolled out to the end, and between them interpolated in log c over j: the
-secant of the result over the latents at j.
+read its history), seen without any further evaluation; c_j, the sensitivity, is what such a change does to the result:
+exact error / ε on one segment (j − gap, j) for each of a few *knots* j, whose run is rolled out to the end, and between
+them interpolated in log c over j. That is what costs, so that only some samples are rolled out, and the mean of their
+log c serves all. (Each of them at all knots: from sample to sample c differs more than from knot to knot.)
 
 Retargeted: ε on another grid or at another guidance scale; c from a calibration by secant that there is
 (`planning.transfer`), so that nothing is rolled out.
 
-All chains run beside the one uncached run (`Sample.trace`). A piece of work is one sample; it depends on nothing else.
+All chains run beside the one uncached run (`Sample.trace`), which is kept (`trajectories`). A piece of work is one
+sample; it depends on nothing else.
 
 Held for a sample, in units of one latent and one residual (for CogVideoX-2B 4.5 MB in fp32 and 135 MB in bf16): on the
 device K residuals and 2·N latents.
@@ -20,7 +22,6 @@ device K residuals and 2·N latents.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -29,8 +30,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lemica_trt.calibrate.cost import KNOTS, Cost, knot_stops, sample_cost
 from lemica_trt.calibrate.exact import (
-    Cost,
     edge_error,
     error_graph,
     measurement_fields,
@@ -42,6 +43,7 @@ from lemica_trt.calibrate.exact import (
 )
 from lemica_trt.calibrate.journal import CheapMeasurement, Journal, Piece
 from lemica_trt.calibrate.replay import Run, Stepper, Uncached, Visit, distance
+from lemica_trt.calibrate.trajectories import Trajectories
 from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
 from lemica_trt.core.errors import UsageError
 from lemica_trt.ir.calibration import ErrorGraph, Sensitivity, TrajectoryGrams
@@ -50,15 +52,6 @@ from lemica_trt.models.model import Model
 from lemica_trt.planning.transfer import knots_from_stops, require_retargetable
 
 CheapMethod = Literal["secant", "retargeted"]
-
-KNOTS: dict[CheapMethod, int] = {"secant": 4, "retargeted": 0}
-"""Stops j whose sensitivity is measured, at equal distances, beside the first and the last ones."""
-
-TAIL = 3
-"""N − 3 … N are knots in any case: they cost next to nothing, and sensitivity jumps there. See `knot_stops`."""
-
-STAGGER = (math.sqrt(5) - 1) / 2
-"""Knots of sample s + 1 lie this part of their distance behind those of sample s: together they see every j."""
 
 GAP = 5
 """Length of the segments that it is measured on, where K and j allow."""
@@ -82,14 +75,6 @@ class Calibrated(NamedTuple):
     cost: Cost
 
 
-def cheap_cost(num_steps: int, max_skip: int, samples: int, *, method: CheapMethod) -> Cost:
-    """Cost from the beginning, exact: N evaluations, N − j for each knot j, a skipped step for each in every chain."""
-    knots = [j for s in range(samples) for j in knot_stops(num_steps, KNOTS[method], s)] if KNOTS[method] else []
-    full = samples * num_steps + sum(num_steps - j for j in knots)
-    skip = samples * sum(min(max_skip, num_steps - i - 1) for i in range(num_steps - 1))
-    return Cost.of(samples, full, skip, num_steps)
-
-
 def calibrate_cheaply(
     model: Model,
     table: SamplerTable,
@@ -100,6 +85,8 @@ def calibrate_cheaply(
     seed: int,
     max_skip: int,
     journal: Path,
+    rollouts: int | None = None,
+    trajectories: Path | None = None,
     progress: Progress | None = None,
     batch: int | None = None,
     workers: Workers | None = None,
@@ -108,6 +95,8 @@ def calibrate_cheaply(
     """Estimate the error graph; see the module docstring.
 
     Args:
+        rollouts: samples whose sensitivity is measured, the first ones; None: all. None is where it is retargeted.
+        trajectories: folder where the uncached runs are kept, by workers that see it; None: they are not.
         sensitivity: of another calibration; given exactly where the method is `retargeted`.
         model, table, prompts, samples, seed, max_skip, journal, progress, batch, workers: as in `measure`; a unit of
             the journal is a sample.
@@ -126,12 +115,14 @@ def calibrate_cheaply(
         model, table, prompts, method=method, seed=seed, max_skip=max_skip, sensitivity=sensitivity
     )
     if sensitivity is not None:
-        require_retargetable(sensitivity, measurement, table, samples=samples)
+        require_retargetable(sensitivity, measurement, table)
     book = Journal(journal, measurement, Piece)
-    job = _Samples(measurement, table, tuple(prompts), batch or usual_batch(model), sensitivity)
-    missing = {s: 1.0 for s in range(samples) if s not in book.entries}
-    complete(book, range(samples), job, missing, workers or InProcess(model), progress)
-    return calibrated(measurement, table, [book.entries[s] for s in range(samples)])
+    job = _Samples(measurement, table, tuple(prompts), batch or usual_batch(model), trajectories)
+    rolled_out = 0 if sensitivity is not None else samples if rollouts is None else rollouts
+    units = [(s, s < rolled_out) for s in range(samples)]
+    costs = {unit: float(sample_cost(table.num_steps, unit[1], unit[0])) for unit in units}
+    complete(book, costs, lambda unit: [unit], job, workers or InProcess(model), progress)
+    return calibrated(measurement, table, [book.entries[unit] for unit in units], sensitivity)
 
 
 def cheap_measurement(
@@ -148,28 +139,31 @@ def cheap_measurement(
     return CheapMeasurement(
         **measurement_fields(model, table, prompts, seed, max_skip),
         method=method,
-        knots=KNOTS[method],
-        gap=GAP if KNOTS[method] else 0,
+        knots=KNOTS,
+        gap=GAP,
         sensitivity=None if sensitivity is None else sensitivity.digest,
     )
 
 
 class _Samples(NamedTuple):
-    """The job of `calibrate_cheaply`; what is done at a time is a sample."""
+    """The job of `calibrate_cheaply`; what is done at a time is a sample, which is rolled out or not."""
 
     measurement: CheapMeasurement
     table: SamplerTable
     prompts: tuple[str, ...]
     batch: int
-    sensitivity: Sensitivity | None
+    trajectories: Path | None
 
-    def start(self, model: Model) -> Callable[[int], list[Piece]]:
-        stepper = Stepper(model, self.table, self.batch)
+    def start(self, model: Model) -> Callable[[tuple[int, bool]], list[Piece]]:
+        stepper, kept = Stepper(model, self.table, self.batch), Trajectories(self.trajectories)
 
-        def work(s: int) -> list[Piece]:
-            known = None if self.sensitivity is None else self.sensitivity.at(s, self.table)
-            sample = stepper.sample(f"sample {s}", self.prompts[s % len(self.prompts)], self.measurement.seed + s)
-            return [piece(sample, self.table, self.measurement, s, known)]
+        def work(unit: tuple[int, bool]) -> list[Piece]:
+            number, rolled_out = unit
+            prompt, seed = self.prompts[number % len(self.prompts)], self.measurement.seed + number
+            sample = stepper.sample(f"sample {number}", prompt, seed)
+            found, uncached = piece(sample, self.table, self.measurement, number, rolled_out=rolled_out)
+            kept.keep(model, self.table, prompt, seed, uncached)
+            return [found]
 
         return work
 
@@ -192,22 +186,20 @@ class Traced(Protocol):
 
 
 def piece(
-    sample: Traced, table: SamplerTable, measurement: CheapMeasurement, number: int, known: Array | None = None
-) -> Piece:
-    """What is measured on one sample.
+    sample: Traced, table: SamplerTable, measurement: CheapMeasurement, number: int, *, rolled_out: bool
+) -> tuple[Piece, Uncached]:
+    """What is measured on one sample, and its uncached run.
 
     Args:
         sample: before its first step.
         number: its number.
-        known: c_0 … c_N; None: they are measured.
+        rolled_out: whether its sensitivity is measured.
 
     Raises:
         VerificationError: NaN or infinity; names sample and edge.
     """
-    knots = {  # stop → start
-        j: max(j - min(measurement.gap, measurement.max_skip + 1), 0)
-        for j in (knot_stops(measurement.num_steps, measurement.knots, number) if known is None else ())
-    }
+    stops = knot_stops(measurement.num_steps, measurement.knots, number) if rolled_out else []
+    knots = {j: max(j - min(measurement.gap, measurement.max_skip + 1), 0) for j in stops}  # stop → start
     changes: dict[tuple[int, int], float] = {}
     branches: dict[tuple[int, int], Run] = {}
 
@@ -221,23 +213,24 @@ def piece(
         finals = sample.roll_out(branches) if branches else {}
         exact = {j: distance(final, uncached.final) for (_, j), final in finals.items()}
     measured = {j: exact[j] / changes[i, j] for j, i in knots.items() if exact[j] > 0 and changes[i, j] > 0}
-    sensitivity = interpolate_sensitivity(measured, measurement.num_steps) if known is None else known
-    return Piece(
+    found = Piece(
         sample=number,
-        errors=tuple(edge_error(number, i, j, changes[i, j] * float(sensitivity[j])) for i, j in measurement.segments),
+        rolled_out=rolled_out,
+        changes=tuple(edge_error(number, i, j, changes[i, j]) for i, j in measurement.segments),
         outputs=output_products(uncached),
         knots=tuple(sorted(measured.items())),
         full=sample.full_count,
         skip=sample.skip_count,
     )
+    return found, uncached
 
 
-def knot_stops(num_steps: int, count: int, sample: int) -> list[int]:
-    """Stops of a sample: 2, `count` at equal distances in 3 … N − 4, and N − 3 … N; fewer where N is small."""
-    first, last = 3, num_steps - TAIL
-    shift = (0.5 + sample * STAGGER) % 1.0
-    spread = {int(first + (last - first) * (k + shift) / count) for k in range(count)}
-    return sorted({2} | {j for j in spread | set(range(last, num_steps + 1)) if first <= j <= num_steps})
+def mean_sensitivity(pieces: Sequence[Piece], num_steps: int) -> Array:
+    """c_0 … c_N of the samples that were rolled out, the geometric mean; 1 where there are none."""
+    curves = [interpolate_sensitivity(dict(part.knots), num_steps) for part in pieces if part.rolled_out]
+    curves = curves or [np.ones(num_steps + 1)]
+    found: Array = np.exp(np.mean(np.log(curves), 0))
+    return found
 
 
 def interpolate_sensitivity(knots: Mapping[int, float], num_steps: int) -> Array:
@@ -266,21 +259,28 @@ def distance_behind(table: SamplerTable, stop: int, changed: Run, run: Run) -> f
     return sum(changes[1:], changes[0]).abs().mean(dtype=torch.float64).item()
 
 
-def calibrated(measurement: CheapMeasurement, table: SamplerTable, pieces: Sequence[Piece]) -> Calibrated:
-    """What all samples together give."""
+def calibrated(
+    measurement: CheapMeasurement, table: SamplerTable, pieces: Sequence[Piece], known: Sensitivity | None = None
+) -> Calibrated:
+    """What all samples together give.
+
+    Args:
+        known: of another calibration; None: that of the samples that were rolled out, all alike where none was.
+    """
     samples, common = len(pieces), provenance(measurement)
     full, skip = sum(part.full for part in pieces), sum(part.skip for part in pieces)
     cost = Cost.of(samples, full, skip, measurement.num_steps)
-    errors = {segment: tuple(part.errors[k] for part in pieces) for k, segment in enumerate(measurement.segments)}
+    curve = mean_sensitivity(pieces, measurement.num_steps) if known is None else known.at(table)
+    errors = {
+        (i, j): tuple(part.changes[k] * float(curve[j]) for part in pieces)
+        for k, (i, j) in enumerate(measurement.segments)
+    }
+    knots = [knots_from_stops(dict(part.knots), table) for part in pieces if part.rolled_out]
     return Calibrated(
         graph=error_graph(
             measurement, errors, samples=samples, method=measurement.method, samplings=cost.samplings / samples
         ),
         grams=trajectory_grams(measurement, pieces),
-        sensitivity=Sensitivity(
-            **common, samples=samples, knots=tuple(knots_from_stops(dict(part.knots), table) for part in pieces)
-        )
-        if measurement.method == "secant" and all(part.knots for part in pieces)
-        else None,
+        sensitivity=Sensitivity(**common, samples=len(knots), knots=tuple(knots)) if knots and all(knots) else None,
         cost=cost,
     )

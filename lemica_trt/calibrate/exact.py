@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from msgspec import UNSET, UnsetType
 
+from lemica_trt.calibrate.cost import start_cost
 from lemica_trt.calibrate.inner_products import inner_products, matrix
 from lemica_trt.calibrate.journal import Journal, Measurement, Piece, Unit
 from lemica_trt.calibrate.prompts import prompts_digest
@@ -36,27 +37,6 @@ BATCH_ELEMENTS = 2**16
 about 20; measured on it, time per latent is flat from 8 to 32 on a CPU."""
 
 
-class Cost(NamedTuple):
-    """What a measurement costs, counted in evaluations for one latent (both branches of the guidance together).
-
-    Attributes:
-        units: (sample, start) pairs.
-        full: evaluations of the whole DiT.
-        skip: evaluations without its trunk: a few percent of a full one each.
-        samplings: uncached samplings that do the same number of full evaluations.
-    """
-
-    units: int
-    full: int
-    skip: int
-    samplings: float
-
-    @classmethod
-    def of(cls, units: int, full: int, skip: int, num_steps: int) -> Cost:
-        """The cost of these counts."""
-        return cls(units, full, skip, full / num_steps)
-
-
 class Measured(NamedTuple):
     """What a measurement gives.
 
@@ -67,21 +47,6 @@ class Measured(NamedTuple):
 
     graph: ErrorGraph
     grams: TrajectoryGrams
-
-
-def cost(num_steps: int, max_skip: int, samples: int) -> Cost:
-    """Cost of a measurement from its beginning, exact.
-
-    Each sample runs once uncached: N full steps. Each start i ≤ N − 2 runs step i again for its residual – keeping
-    all residuals would need tens of gigabytes for a large model – then skips up to its last stop J = min(i + K + 1, N),
-    and every stop j runs the N − j steps behind it in full:
-
-        full = S·(N + Σ_i (1 + Σ_{j=i+2}^{J} (N − j))),    skip = S·Σ_i (J − i − 1)
-    """
-    starts = range(num_steps - 1)
-    full = samples * (num_steps + sum(_start_cost(num_steps, max_skip, i) for i in starts))
-    skip = samples * sum(min(max_skip, num_steps - i - 1) for i in starts)
-    return Cost.of(samples * len(starts), full, skip, num_steps)
 
 
 def measure(
@@ -129,14 +94,12 @@ def measure(
     width = max(batch // measurement.max_skip, 1)
     waves = [measurement.starts[a : a + width] for a in range(0, len(measurement.starts), width)]
     costs = {
-        (s, wave): float(sum(_start_cost(table.num_steps, measurement.max_skip, i) for i in wave))
+        (s, wave): float(sum(start_cost(table.num_steps, measurement.max_skip, i) for i in wave))
         for s in range(samples)
         for wave in waves
-        if any((s, i) not in book.entries for i in wave)
     }
-    wanted = [(s, i) for s in range(samples) for i in measurement.starts]
     job = _Waves(measurement, table, tuple(prompts), batch)
-    complete(book, wanted, job, costs, workers or InProcess(model), progress)
+    complete(book, costs, lambda unit: [(unit[0], i) for i in unit[1]], job, workers or InProcess(model), progress)
     first = [book.entries[s, 0] for s in range(samples)]
     return Measured(
         graph=_graph(measurement, book, samples),
@@ -193,11 +156,6 @@ class _Waves(NamedTuple):
                 return units
 
         return work
-
-
-def _start_cost(num_steps: int, max_skip: int, start: int) -> int:
-    """Full evaluations of all segments of a start; see `cost`."""
-    return 1 + sum(num_steps - j for j in range(start + 2, min(start + max_skip + 1, num_steps) + 1))
 
 
 def provenance_of(model: Model, table: SamplerTable, prompts: Sequence[str], seed: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ linearly extrapolated, folded one, and never fits worse than that one would, fro
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -29,17 +29,19 @@ from torch import Tensor
 from lemica_trt.calibrate.exact import provenance_of
 from lemica_trt.calibrate.inner_products import inner_products
 from lemica_trt.calibrate.journal import Header, Journal
+from lemica_trt.calibrate.replay import Stepper
+from lemica_trt.calibrate.trajectories import Trajectories, missing_runs
 from lemica_trt.calibrate.workers import Progress
 from lemica_trt.core.errors import InputError, UnsupportedError, VerificationError
 from lemica_trt.core.values import Value, require_finite
 from lemica_trt.ir.plan import PlanRow, StepPlan, layout_from_plans
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
-from lemica_trt.models.denoise import Rollout, denoise
+from lemica_trt.models.denoise import Rollout
 from lemica_trt.models.model import Model
 from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.fold import nearest_steps
-from lemica_trt.planning.step_plan import assign_steps, uncached_plan
+from lemica_trt.planning.step_plan import assign_steps
 
 OUTPUTS = 6
 """Model outputs that a row reads back, where there are as many; and at least what the extrapolated row reads."""
@@ -132,6 +134,7 @@ class Fitter:
         samples: how many.
         seed: of sample 0.
         journal: file of finished fits; a fit under way is lost with its process.
+        trajectories: folder of the reference's runs, see there; None: they are made here, and not kept.
         progress: told what is done, in evaluations of the DiT.
 
     Raises:
@@ -154,6 +157,7 @@ class Fitter:
         samples: int,
         seed: int,
         journal: Path,
+        trajectories: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
         if table.stochastic:
@@ -170,7 +174,8 @@ class Fitter:
         self.samples, self._prompts, self._seed = samples, prompts, seed
         self._progress = progress
         self._book = Journal(journal, fit_measurement(model, table, reference, prompts, samples, seed), Fit)
-        self._paths: list[list[Tensor]] = []
+        self._trajectories = Trajectories(trajectories)
+        self._paths: list[Sequence[Tensor]] = []
         self.evaluations = 0
 
     def __call__(self, schedule: Schedule) -> StepPlan:
@@ -194,8 +199,13 @@ class Fitter:
         the first time, and the plan, each on every sample."""
         if schedule.full_steps in self._book.entries:
             return 0
-        paths = self.samples - len(self._paths)
+        runs = [self._sample(s) for s in range(len(self._paths), self.samples)]
+        paths = missing_runs(self._trajectories, self._model, self._reference, runs)
         return paths * self._reference.num_steps + self.samples * schedule.budget
+
+    def _sample(self, s: int) -> tuple[str, int]:
+        """Prompt and seed."""
+        return self._prompts[s % len(self._prompts)], self._seed + s
 
     def _start(self, schedule: Schedule) -> StepPlan:
         """The extrapolated plan that the fit begins with, in steps of the reference, folded."""
@@ -207,12 +217,11 @@ class Fitter:
 
     def _fit(self, start: StepPlan, schedule: Schedule) -> list[FittedRow]:
         """Run the plan on all samples, row by row, each row fitted before it runs."""
-        began, before, todo = time.monotonic(), self.evaluations, self.evaluations_for(schedule)
+        before, todo = self.evaluations, self.evaluations_for(schedule)
 
         def tell() -> None:
             if self._progress is not None:
-                done = self.evaluations - before
-                self._progress(done, todo, (time.monotonic() - began) / done * (todo - done) if done else None)
+                self._progress(self.evaluations - before, todo)
 
         tell()
         for s in range(len(self._paths), self.samples):
@@ -225,8 +234,8 @@ class Fitter:
             Rollout(
                 self._model,
                 layout,
-                self._model.embed([self._prompts[s % len(self._prompts)]]),
-                self._model.noise(self._seed + s)[None],
+                self._model.embed([self._sample(s)[0]]),
+                self._model.noise(self._sample(s)[1])[None],
                 guidance_scale=start.guidance_scale,
             )
             for s in range(self.samples)
@@ -238,22 +247,18 @@ class Fitter:
 
         return fit_rows(start, runs, targets_of(schedule, self._paths), ran)
 
-    def _path(self, s: int) -> list[Tensor]:
+    def _path(self, s: int) -> Sequence[Tensor]:
         """The reference's latents at each of the N steps and at the end, on the host: fp32 [1, *latent_shape]."""
-        end = self._reference.num_steps
-        plan = uncached_plan(self._reference, guidance_scale=self._model.profile.sampling.guidance_scale)
-        steps = (*self._steps, end)
-        kept: dict[int, Tensor] = {}
+        prompt, seed = self._sample(s)
+        found = self._trajectories.find(self._model, self._reference, prompt, seed)
+        if found is None:
+            found = self._trajectories.run(self._stepper, prompt, seed, f"sample {s}")
+            self.evaluations += self._reference.num_steps
+        return found[[*self._steps, self._reference.num_steps]][:, None].unbind(0)
 
-        def keep(row: PlanRow, result: dict[str, Tensor]) -> None:
-            self.evaluations += row.full
-            if row.step in steps:
-                kept[row.step] = result["latents"].cpu()
-
-        embeds = self._model.embed([self._prompts[s % len(self._prompts)]])
-        final = denoise(self._model, plan, embeds, self._model.noise(self._seed + s)[None], on_row=keep)
-        _require_finite(final, f"sample {s}, the reference")
-        return [kept[step] for step in steps]
+    @functools.cached_property
+    def _stepper(self) -> Stepper:
+        return Stepper(self._model, self._reference, batch=1)
 
 
 def fit_rows(

@@ -20,7 +20,7 @@ from lemica_trt.ir.calibration import Matrix, Provenance
 from lemica_trt.ir.profile import CalibrationMethod
 from lemica_trt.ir.sampler import probes_agree
 
-JOURNAL_FORMAT = 3
+JOURNAL_FORMAT = 4
 
 
 class Header(Provenance, frozen=True, kw_only=True):
@@ -101,14 +101,16 @@ class Piece(Value, frozen=True):
 
     Attributes:
         sample: its number.
-        errors: estimates of eq. 4, one a segment, in the order of `Measurement.segments`.
+        rolled_out: whether its sensitivity was measured.
+        changes: ε of each segment, in the order of `Measurement.segments`; see `calibrate.estimate`.
         outputs: N × N raw inner products, see `lemica_trt.ir.calibration.gram_from_samples`.
-        knots: (j, c_j) of each stop whose sensitivity was measured.
+        knots: (j, c_j) of each stop whose sensitivity was measured; none where it was not rolled out.
         full, skip: evaluations that were made, counted as in `calibrate.Cost`.
     """
 
     sample: int
-    errors: tuple[float, ...]
+    rolled_out: bool
+    changes: tuple[float, ...]
     outputs: Matrix
     knots: tuple[tuple[int, float], ...]
     full: int
@@ -116,16 +118,16 @@ class Piece(Value, frozen=True):
 
     def __post_init__(self) -> None:
         require(self.sample >= 0, f"sample must not be negative, got {self.sample}")
-        _require_errors(self.errors)
+        _require_errors(self.changes)
 
     @property
-    def key(self) -> int:
-        return self.sample
+    def key(self) -> tuple[int, bool]:
+        return self.sample, self.rolled_out
 
     def mismatch(self, measurement: Measurement) -> str | None:
         n, expected = measurement.num_steps, len(measurement.segments)
-        if len(self.errors) != expected:
-            return f"expected {expected} errors, got {len(self.errors)}"
+        if len(self.changes) != expected:
+            return f"expected changes of {expected} segments, got {len(self.changes)}"
         if len(self.outputs) != n or any(len(row) != n for row in self.outputs):
             return f"expected inner products of {n} steps, got others"
         return None

@@ -8,7 +8,6 @@ Knows nothing of what is measured, or of clusters (`cluster`).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -22,9 +21,9 @@ U_contra = TypeVar("U_contra", bound=Hashable, contravariant=True)
 
 
 class Progress(Protocol):
-    """Called at the beginning and after each unit; `seconds_left` is None until something was done."""
+    """Called at the beginning and after each unit, in full steps of the DiT; what was done before is done."""
 
-    def __call__(self, done: int, total: int, seconds_left: float | None) -> None: ...
+    def __call__(self, done: float, total: float) -> None: ...
 
 
 class Job(Protocol[U_contra, E_co]):
@@ -58,9 +57,9 @@ class InProcess:
 
 def complete(
     book: Journal[E],
-    wanted: Iterable[Hashable],
+    units: Mapping[U, float],
+    keys: Callable[[U], Iterable[Hashable]],
     job: Job[U, E],
-    costs: Mapping[U, float],
     workers: Workers,
     progress: Progress | None,
 ) -> None:
@@ -68,23 +67,23 @@ def complete(
 
     Args:
         book: gets the entries.
-        wanted: keys of the entries that are wanted; progress is counted in them.
-        job: what is done for each unit.
-        costs: the units that are missing, and what each costs relative to the others.
+        units: everything that is wanted, and the full steps that each unit takes.
+        keys: of the entries that come of a unit.
+        job: what is done for each unit that lacks an entry.
         workers: do them.
         progress: told what is done.
     """
-    keys = list(wanted)
-    began, spent, total = time.monotonic(), 0.0, sum(costs.values())
+    missing = {unit: cost for unit, cost in units.items() if any(key not in book.entries for key in keys(unit))}
+    total = sum(units.values())
+    done = total - sum(missing.values())
 
     def tell() -> None:
         if progress is not None:
-            left = (time.monotonic() - began) / spent * (total - spent) if spent else None
-            progress(sum(key in book.entries for key in keys), len(keys), left)
+            progress(done, total)
 
     tell()
-    if costs:
-        for unit, entries in workers(job, list(costs)):
+    if missing:
+        for unit, entries in workers(job, list(missing)):
             book.add(entries)
-            spent += costs[unit]
+            done += missing[unit]
             tell()

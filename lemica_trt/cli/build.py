@@ -19,8 +19,8 @@ from lemica_trt.cli.options import Screen, common, flags
 @options.engines
 @flags(
     click.option("--error-graph", type=options.FILE, help="Use this error graph instead of calibrating."),
-    click.option("--verify-samples", type=click.IntRange(0), default=8, show_default=True,
-                 help="Held-out clips that the plans are judged by; 0: no verification."),
+    click.option("--verify-samples", type=click.IntRange(0),
+                 help="Held-out clips that the plans are judged by; 0: no verification.  [default: by --effort]"),
     click.option("--output", "-o", type=options.PATH, help="Bundle folder  [default: out/MODEL]"),
     click.option("--triton", "repository", type=options.FOLDER, metavar="DIR",
                  help="Also write a Triton model repository from the bundle."),

@@ -15,7 +15,7 @@ from lemica_trt.core.errors import UsageError
 from lemica_trt.core.progress import Quiet, Reporter
 from lemica_trt.ir import budget
 from lemica_trt.ir.budget import Budget, Latency, MinPsnr, Speedup
-from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.profile import EFFORTS, Effort, Profile
 from lemica_trt.ir.resources import absolute_source, load_profile
 
 PROFILE_FIELDS = {
@@ -23,7 +23,7 @@ PROFILE_FIELDS = {
     "denoising_steps": ("sampling", "steps"),
     **{name: ("sampling", name) for name in ("guidance_scale", "scheduler", "flow_shift")},
     "calibration": ("calibration", "method"),
-    **{name: ("calibration", name) for name in ("samples", "validation_samples", "max_skip", "seed")},
+    **{name: ("calibration", name) for name in ("samples", "rollouts", "validation_samples", "max_skip", "seed")},
     "dtype": ("", "dtype"),
     "opset": ("", "opset"),
 }
@@ -97,6 +97,10 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
         raise UsageError("expected --model, got none", fix="name a profile, for example --model cogvideox-tiny")
     profile, replace = load_profile(model), msgspec.structs.replace
     parts: dict[str, dict[str, Any]] = {"": {}, "shape": {}, "sampling": {}, "calibration": {}}
+    effort = effort_from_flags(flags)
+    if effort is not None:
+        names = ("samples", "rollouts", "validation_samples")
+        parts["calibration"] = {name: getattr(effort, name) for name in names}
     for name, (part, field) in PROFILE_FIELDS.items():
         if flags.get(name) is not None:
             parts[part][field] = flags[name]
@@ -108,20 +112,35 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
         raise UsageError(str(error)) from None
 
 
+def effort_from_flags(flags: Mapping[str, Any]) -> Effort | None:
+    """What `effort` stands for, if it was given.
+
+    Raises:
+        UsageError: it is none that there is.
+    """
+    name = flags.get("effort")
+    if name is not None and name not in EFFORTS:
+        raise UsageError(f"effort: expected {', '.join(EFFORTS)}, got {name!r}")
+    return None if name is None else EFFORTS[name]
+
+
 def request_fields(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a `BuildRequest` from flags; builder options become `options`.
+    """Fields of a `BuildRequest` from flags; builder options become `options`, `effort` what it stands for.
 
     Raises:
         UsageError: budgets in several units, or one that is not what it must be; an unknown flag is left to the
             backends, which say what options they have.
     """
+    effort = effort_from_flags(flags)
     fields: dict[str, Any] = {}
+    if effort is not None:
+        fields = {"methods": effort.methods, "verify_samples": effort.verify_samples}
     units = [name for name in BUDGETS if flags.get(name) is not None]
     if len(units) > 1:
         first, *others = (f"--{name.replace('_', '-')}" for name in units)
         raise UsageError(f"{first} cannot be used together with {', '.join(others)}", fix=f"leave out {first}")
     for name, value in flags.items():
-        if value is None:
+        if value is None or name == "effort":
             continue
         if name in BUDGETS:
             fields["budgets"] = _budgets(name, value)

@@ -15,6 +15,7 @@ import click
 
 from lemica_trt.cli.engine_flags import option_flags
 from lemica_trt.core.errors import UsageError
+from lemica_trt.ir.profile import EFFORTS
 
 if TYPE_CHECKING:
     from lemica_trt.core.progress import Reporter
@@ -133,7 +134,7 @@ def refuse_together(flag: str, *others: str) -> None:
 
 def refuse_contradictions() -> None:
     """Raise UsageError for flags of planning and calibration that exclude each other."""
-    calibration = ("samples", "max_skip", "seed", "prompts", "calibration", "calibration_from")
+    calibration = ("samples", "rollouts", "max_skip", "seed", "prompts", "calibration", "calibration_from")
     refuse_together(
         "schedule", "budget", "speedup", "latency", "min_psnr", "pareto", "method", "error_graph", *calibration
     )
@@ -160,10 +161,16 @@ model = flags(
 )
 
 calibration = flags(
+    click.option("--effort", type=click.Choice(list(EFFORTS)),
+                 help="How much is measured for a plan of 15 of 50 steps: about 8, 25 or 200 samplings; stands for "
+                 "--samples, --rollouts, --validation-samples, --verify-samples and --method  [default: normal]"),
     click.option("--calibration", type=click.Choice(["exact", "secant"]),
                  help="How edges are weighed: each one replayed, or estimated from few samplings  [default: secant]"),
-    click.option("--samples", type=int, help="Calibration samples: (prompt, seed) pairs."),
-    click.option("--validation-samples", type=int, help="Samples that the best of several plans is chosen on."),
+    click.option("--samples", type=int, help="Calibration samples: (prompt, seed) pairs, one sampling each."),
+    click.option("--rollouts", type=int,
+                 help="Of those, how many also tell how errors grow: three samplings more each."),
+    click.option("--validation-samples", type=int,
+                 help="Samples that the best of several plans is chosen on; 0: the first method is taken."),
     click.option("--max-skip", type=int, metavar="K", help="Most steps that one segment skips."),
     click.option("--seed", type=int, help="Seed of the first calibration sample."),
     click.option("--calibration-from", type=EXISTING_FOLDER, metavar="DIR",

@@ -168,6 +168,8 @@ def open_model(profile: Profile, reporter: Reporter, *, device: str | None = Non
     reporter.stage("model", f"{profile.name} from {profile.source}, {profile.dtype}")
     with _build_libraries():
         from lemica_trt.models import load_model, usable_device
+        from lemica_trt.models.load import limit_threads
+    limit_threads()
     model = load_model(profile, device=usable_device(device))
     parameters = sum(p.numel() for p in model.pipeline.transformer.parameters())
     shape = "×".join(str(n) for n in model.latent_shape)

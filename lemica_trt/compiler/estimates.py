@@ -1,8 +1,13 @@
-"""What stages would take, before anything is computed: `build --dry-run`. From the beginning, as if no journal were."""
+"""What stages would take, before anything is computed, counted in full steps of the DiT; from the beginning, as if no
+journal were. For `build --dry-run`, and for the time that is left while a build runs.
+
+Needs neither weights nor PyTorch. Where the model is on this machine, steps become seconds (`evaluate.estimate`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +22,19 @@ from lemica_trt.ir.budget import Budget, MinPsnr, StepTimes, format_budget
 from lemica_trt.ir.report import StageEstimate
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.planning.budget import front_budgets, max_full_steps
-from lemica_trt.planning.minimax import least_budget
-from lemica_trt.planning.planner import AUTO, planners_named, trial_runs
-from lemica_trt.planning.search import search_full_steps
+from lemica_trt.planning.minimax import least_budget, require_feasible
+from lemica_trt.planning.planner import AUTO, UNFITTED, Planner, planners_named, trial_runs
+from lemica_trt.planning.search import tried_budgets
 
 if TYPE_CHECKING:
     from lemica_trt.evaluate.estimate import Estimate
     from lemica_trt.models import Model
+
+SKIPPED_STEP = 0.02
+"""A skipped step in full ones: 1 % of a large model, 4 % of the bundled ones."""
+
+TIMED_STEPS = 16
+"""Full steps that timing takes at least; see `evaluate.timing.measure_steps`."""
 
 
 class DryContext(Context):
@@ -47,11 +58,45 @@ class DryContext(Context):
         return None
 
     @cached_property
-    def step(self) -> Estimate:
-        """What a step costs on this machine, by PyTorch."""
+    def has_model(self) -> bool:
+        """Whether weights and libraries are on this machine."""
+        try:
+            from lemica_trt.models.load import is_here
+        except ImportError:
+            return False
+        return is_here(self.inputs.profile)
+
+    @property
+    def forecast(self) -> Forecast:
+        """By the model's own sampler and size, where the model is here."""
+        if not self.has_model:
+            return Forecast.of_inputs(self.inputs, self.output)
         from lemica_trt.evaluate.estimate import estimate
 
-        return estimate(self.model)
+        return Forecast(self.inputs, self.output, self.table.num_steps, self.table.stochastic, estimate(self.model))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What stages are estimated from.
+
+    Attributes:
+        inputs, output: of the build.
+        num_steps: N.
+        stochastic: whether the sampler draws noise.
+        cost: of the model on this machine, by PyTorch; None: not known.
+    """
+
+    inputs: Inputs
+    output: Path | None
+    num_steps: int
+    stochastic: bool
+    cost: Estimate | None
+
+    @classmethod
+    def of_inputs(cls, inputs: Inputs, output: Path | None) -> Forecast:
+        """Without the model: of N steps as the profile has it, deterministic."""
+        return cls(inputs, output, inputs.profile.sampling.steps, False, None)
 
     @cached_property
     def budgets(self) -> list[int]:
@@ -69,93 +114,151 @@ class DryContext(Context):
     @property
     def reference_steps(self) -> int:
         """M."""
-        return self.inputs.request.reference_steps or self.table.num_steps
+        return self.inputs.request.reference_steps or self.num_steps
+
+    @property
+    def tried(self) -> list[Planner]:
+        """The planners that are asked."""
+        request, given = self.inputs.request, self.inputs.given.calibration
+        if request.schedule is not None:
+            return []
+        fits = not self.stochastic and (given is None or given.grams is not None)
+        auto = AUTO if fits else UNFITTED
+        names = [name for method in request.methods for name in (auto if method == "auto" else (method,))]
+        found = [planner for planner in planners_named(names) if fits or "fit" not in planner.needs]
+        return found if self.inputs.profile.calibration.validation_samples else found[:1]
 
     def _full_steps(self, budget: Budget) -> int:
         if isinstance(budget, int):
             return budget
-        if isinstance(budget, MinPsnr):
-            return self.table.num_steps // 2
-        times = StepTimes(full=self.step.full_step, skipped=self.step.skipped_step, rest=0.0)
+        if isinstance(budget, MinPsnr) or self.cost is None:
+            return self.num_steps // 2
+        times = StepTimes(full=self.cost.full_step, skipped=self.cost.skipped_step, rest=0.0)
         with contextlib.suppress(InfeasibleError):  # by the engines it may be feasible
-            return max_full_steps(budget, times, self.table.num_steps, self.max_skip).budgets[0]
-        return least_budget(self.table.num_steps, self.max_skip)
+            return max_full_steps(budget, times, self.num_steps, self.max_skip).budgets[0]
+        return least_budget(self.num_steps, self.max_skip)
 
-    def of_steps(self, name: str, what: str, full_steps: float, *, models: int = 1) -> StageEstimate:
+    def stage(
+        self, name: str, what: str, full_steps: float = 0.0, *, models: int = 1, disk: int | None = None
+    ) -> StageEstimate:
         """A stage that runs full steps in PyTorch, on so many copies of the model."""
-        seconds, memory = full_steps * self.step.full_step, models * self.step.run_memory
-        return StageEstimate(name=name, what=f"{what} {full_steps:.0f} full steps", seconds=seconds, memory=memory)
+        known = self.cost is not None and full_steps > 0
+        return StageEstimate(
+            name=name,
+            what=what,
+            full_steps=full_steps,
+            samplings=full_steps / self.num_steps,
+            seconds=full_steps * self.cost.full_step if known and self.cost else 1.0 if not full_steps else None,
+            memory=models * self.cost.run_memory if known and self.cost else None,
+            disk=disk,
+        )
 
 
-def lower(dry: DryContext) -> list[StageEstimate]:
-    return [StageEstimate(name="lower", what=dry.table.scheduler, seconds=1.0)]
+def require_counts(forecast: Forecast) -> None:
+    """Refuse budgets that no schedule of N steps has, without the model.
+
+    Raises:
+        InfeasibleError: which, and what is feasible.
+    """
+    budgets = [budget for budget in forecast.inputs.request.budgets if isinstance(budget, int)]
+    if forecast.inputs.request.schedule is None:
+        require_feasible(forecast.num_steps, forecast.max_skip or forecast.num_steps, budgets)
 
 
-def layout(dry: DryContext) -> list[StageEstimate]:
-    return [StageEstimate(name="layout", what=", ".join(dry.inputs.request.methods), seconds=1.0)]
+def lower(forecast: Forecast) -> list[StageEstimate]:
+    return [forecast.stage("lower", f"{forecast.num_steps} steps")]
 
 
-def export(dry: DryContext) -> list[StageEstimate]:
-    profile = dry.inputs.profile
+def layout(forecast: Forecast) -> list[StageEstimate]:
+    return [forecast.stage("layout", ", ".join(forecast.inputs.request.methods))]
+
+
+def export(forecast: Forecast) -> list[StageEstimate]:
+    profile, cost = forecast.inputs.profile, forecast.cost
     what = f"step graphs, text encoder, VAE decoder to ONNX, opset {profile.opset}, {profile.dtype}"
-    return [StageEstimate(name="export", what=what, disk=dry.step.weights, memory=dry.step.export_memory)]
+    if cost is None:
+        return [StageEstimate(name="export", what=what)]
+    return [
+        StageEstimate(
+            name="export", what=what, seconds=cost.export_seconds, disk=cost.weights, memory=cost.export_memory
+        )
+    ]
 
 
-def engine(dry: DryContext) -> list[StageEstimate]:
-    built = {name: estimate_engine(name, dry.step.weights) for name in dry.inputs.request.backends}
-    return [StageEstimate(name="engine", what=name, seconds=e.seconds, memory=e.memory) for name, e in built.items()]
+def engine(forecast: Forecast) -> list[StageEstimate]:
+    found = []
+    for name in forecast.inputs.request.backends:
+        built = None if forecast.cost is None else estimate_engine(name, forecast.cost.weights)
+        found.append(
+            StageEstimate(name="engine", what=name)
+            if built is None
+            else StageEstimate(name="engine", what=name, seconds=built.seconds, memory=built.memory)
+        )
+    return found
 
 
-def time(dry: DryContext) -> list[StageEstimate]:
-    return [dry.of_steps("time", "on the engines; what follows is by PyTorch's time:", 40)]
+def time(forecast: Forecast) -> list[StageEstimate]:
+    return [forecast.stage("time", "a few steps on the engines", TIMED_STEPS)]
 
 
-def calibrate(dry: DryContext) -> list[StageEstimate]:
-    from lemica_trt.calibrate.calibration import calibration_cost
+def calibrate(forecast: Forecast) -> list[StageEstimate]:
+    from lemica_trt.calibrate.cost import calibration_cost
 
-    if dry.inputs.given.calibration is not None:
-        return [StageEstimate(name="calibrate", what="the error graph that was given", seconds=0.0)]
-    settings = dry.inputs.profile.calibration
-    calls = calibration_cost(settings, dry.table.num_steps)
-    what = (
-        f"{settings.method}, {settings.samples} samples: {calls.skip} skipped steps, {calls.samplings:.0f} samplings' "
-        "work at most,"
-    )
-    return [dry.of_steps("calibrate", what, calls.full)]
+    if forecast.inputs.given.calibration is not None:
+        return [forecast.stage("calibrate", "the error graph that was given")]
+    settings = forecast.inputs.profile.calibration
+    calls = calibration_cost(settings, forecast.num_steps)
+    rolled = f", {settings.rollouts} rolled out" if settings.method == "secant" else ""
+    what = f"{settings.method}: {settings.samples} samples{rolled}"
+    return [forecast.stage("calibrate", what, calls.full + SKIPPED_STEP * calls.skip)]
 
 
-def plan(dry: DryContext) -> list[StageEstimate]:
+def plan(forecast: Forecast) -> list[StageEstimate]:
     """Fits, trials, and the quality of other budgets; one line each."""
-    request, settings, budgets = dry.inputs.request, dry.inputs.profile.calibration, dry.budgets
-    given = dry.inputs.given.calibration
-    fits = not dry.table.stochastic and (given is None or given.grams is not None)
-    methods = [name for m in request.methods for name in (AUTO if m == "auto" and fits else (m,))]
-    tried = [] if request.schedule is not None else planners_named(methods)
-    fitted, found = sum("fit" in planner.needs for planner in tried), list[StageEstimate]()
-    if fitted:
-        what = f"{fitted} solvers for each budget, to {dry.reference_steps} steps on {settings.samples} samples:"
-        full = settings.samples * (dry.reference_steps + fitted * sum(budgets))
-        found.append(dry.of_steps("fit", what, full))
-    if len(tried) > 1:
-        runs = trial_runs(len(tried), settings.validation_samples)
-        full = settings.validation_samples * dry.reference_steps + runs * sum(budgets)
-        found.append(dry.of_steps("select", f"up to {len(tried)} plans of each budget compared:", full))
-    if request.schedule is None and (request.pareto or any(isinstance(b, MinPsnr) for b in request.budgets)):
-        front = front_budgets(dry.table.num_steps, dry.max_skip)
-        full = search_full_steps(front, dry.table.num_steps, len(tried), settings.validation_samples)
-        full += fitted * settings.samples * sum(front)
-        found.append(dry.of_steps("quality", f"{len(front)} budgets of {front[0]} … {front[-1]} looked at:", full))
+    request, settings = forecast.inputs.request, forecast.inputs.profile.calibration
+    tried, budgets = forecast.tried, forecast.budgets
+    searches = request.schedule is None and (request.pareto or any(isinstance(b, MinPsnr) for b in request.budgets))
+    front = front_budgets(forecast.num_steps, forecast.max_skip) if searches else ()
+    complete = tried_budgets([*budgets, *front], try_all=request.tries_all)
+    found = []
+    fits = sum(
+        sum("fit" in planner.needs for planner in (tried if budget in complete else tried[:1])) * budget
+        for budget in (*budgets, *front)
+    )
+    if fits:
+        what = f"solvers on {settings.fit_samples} samples, to {forecast.reference_steps} steps"
+        made_anew = 0 if forecast.reference_steps == forecast.num_steps and _keeps_runs(forecast) else 1
+        steps = settings.fit_samples * (made_anew * forecast.reference_steps + fits)
+        found.append(forecast.stage("fit", what, steps))
+    runs = trial_runs(len(tried), settings.validation_samples) if len(tried) > 1 else 0
+    if runs:
+        known = _keeps_runs(forecast) and settings.fit_samples < settings.samples
+        references = 0 if known else settings.validation_samples * forecast.reference_steps
+        what = f"{len(tried)} plans compared on {settings.validation_samples} samples"
+        found.append(forecast.stage("select", what, references + runs * sum(complete)))
+    if front:
+        what = f"{len(front)} budgets of {front[0]} … {front[-1]} looked at"
+        found.append(forecast.stage("quality", what, max(settings.validation_samples, 1) * sum(front)))
     plans = "given schedule" if request.schedule is not None else ", ".join(map(format_budget, request.budgets))
     what = f"{', '.join(request.methods)}; {plans}"
     return [*found, StageEstimate(name="plan", what=what, seconds=0.1, disk=20_000)]
 
 
-def bundle(dry: DryContext) -> list[StageEstimate]:
-    return [StageEstimate(name="bundle", what=str(dry.output), disk=dry.step.weights)]
+def _keeps_runs(forecast: Forecast) -> bool:
+    """Whether the calibration leaves the uncached runs of its samples."""
+    inputs = forecast.inputs
+    return inputs.given.calibration is None and inputs.profile.calibration.method != "exact"
 
 
-def verify(dry: DryContext) -> list[StageEstimate]:
-    """Plans and what they are compared with, and their timing."""
-    samples, full = dry.inputs.request.verify_samples, sum(dry.budgets)
-    count = samples * (dry.reference_steps + 3 * full) + 8 * (dry.table.num_steps + full)
-    return [dry.of_steps("verify", f"{samples} held-out clips:", count, models=2)]
+def bundle(forecast: Forecast) -> list[StageEstimate]:
+    disk = None if forecast.cost is None else forecast.cost.weights
+    return [StageEstimate(name="bundle", what=str(forecast.output), seconds=1.0, disk=disk)]
+
+
+def verify(forecast: Forecast) -> list[StageEstimate]:
+    """Agreement of one run of each plan, and the held-out clips: plans, and baselines of the first."""
+    samples, budgets = forecast.inputs.request.verify_samples, forecast.budgets
+    finer = forecast.reference_steps if forecast.reference_steps != forecast.num_steps else 0
+    agreement = forecast.num_steps + sum(budgets) + TIMED_STEPS
+    clips = samples * (forecast.num_steps + finer + sum(budgets) + 2 * budgets[0])
+    return [forecast.stage("verify", f"{samples} held-out clips", agreement + clips, models=2)]

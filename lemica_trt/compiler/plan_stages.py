@@ -80,7 +80,7 @@ def run_plan(context: Context, folder: Path) -> Writes:
 
 def make_plans(context: Context) -> PlanSet:
     """Plans of the request's budgets, or of its schedule."""
-    from lemica_trt.calibrate.calibration import fit_by_model
+    from lemica_trt.calibrate.calibration import TRAJECTORIES, fit_by_model
     from lemica_trt.evaluate.evaluator import PlanEvaluator
     from lemica_trt.evaluate.samples import validation_samples
 
@@ -99,20 +99,27 @@ def make_plans(context: Context) -> PlanSet:
     budgets = resolve_budgets(
         request.budgets, request.planners, None if measured is None else measured.steps, table.num_steps, max_skip
     )
+    samples = validation_samples(inputs.prompts, settings)
     evaluator = PlanEvaluator(
         lambda: context.model,
         table,
-        validation_samples(inputs.prompts, settings),
+        samples,
         reference=reference,
         folder=journals,
+        trajectories=journals / TRAJECTORIES,
         reporter=context.reporter,
         workers=context.work_on,
     )
+    planners = choose_planners(request.methods, problem)
+    if samples.count == 0:  # nothing to choose by
+        planners = planners[:1]
     layout = context.read(StepLayout, artifacts.LAYOUT_FILE)
-    possible = candidates_on(layout, problem, choose_planners(request.methods, problem))
+    search = BudgetSearch(
+        candidates_on(layout, problem, planners), evaluator, context.reporter, try_all=request.tries_all
+    )
     return plan_budgets(
         budgets,
-        BudgetSearch(possible, evaluator, context.reporter),
+        search,
         context.reporter,
         pareto=request.pareto,
         num_steps=table.num_steps,

@@ -18,7 +18,7 @@ from lemica_trt.ir.budget import Budget, FrontRow, Latency, Speedup
 from lemica_trt.ir.calibration import Calibration, Sensitivity
 from lemica_trt.ir.engine import Option
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.profile import DType, Profile
+from lemica_trt.ir.profile import NORMAL, DType, Profile
 from lemica_trt.ir.report import BudgetOutcome
 from lemica_trt.ir.resources import calibration_path
 from lemica_trt.planning.planner import Planner, planners_named
@@ -38,7 +38,7 @@ class BuildRequest(Value, frozen=True):
     Attributes:
         budgets: of each plan, in full steps or another unit; the first plan is the default.
         pareto: whether the quality of budgets over the whole range is measured too.
-        methods: names of planners, or `auto`; see `planning.planner`.
+        methods: names of planners, `auto` or `all`; see `planning.planner`.
         schedule: full steps as given; then budgets and methods are not used and nothing is calibrated.
         error_graph: path of an error graph to use instead of calibrating; `grams.json` beside it is used too.
         calibration_from: path of a work folder or bundle of the same model whose calibration is carried over.
@@ -62,7 +62,7 @@ class BuildRequest(Value, frozen=True):
     ray: str | None = None
     backends: tuple[str, ...] = ("onnxruntime",)
     options: dict[str, Option] = {}
-    verify_samples: int = 8
+    verify_samples: int = NORMAL.verify_samples
     reference_steps: int | None = None
 
     @property
@@ -78,6 +78,11 @@ class BuildRequest(Value, frozen=True):
     def needs_calibration(self) -> bool:
         """Whether some planner reads what a calibration measures."""
         return any(planner.needs & CALIBRATED for planner in self.planners)
+
+    @property
+    def tries_all(self) -> bool:
+        """Whether every budget tries every method: `auto` tries those of budgets that are not near one that has."""
+        return self.methods != ("auto",)
 
     @property
     def is_timed(self) -> bool:
@@ -161,9 +166,7 @@ def inputs_from_request(profile: Profile, request: BuildRequest) -> Inputs:
     sensitivity = None
     if request.calibration_from is not None:
         sensitivity = sensitivity_at(Path(request.calibration_from))
-        settings = msgspec.structs.replace(
-            profile.calibration, method="retargeted", samples=sensitivity.samples, seed=sensitivity.seed
-        )
+        settings = msgspec.structs.replace(profile.calibration, method="retargeted")
         profile = msgspec.structs.replace(profile, calibration=settings)
     calibration = None if request.error_graph is None else calibration_at(Path(request.error_graph))
     return Inputs(

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 from lemica_trt.bundle.workspace import Record, digest_of
 from lemica_trt.core.errors import InputError
+from lemica_trt.core.progress import Reporter
 from lemica_trt.ir.report import StageEstimate
 
 if TYPE_CHECKING:
     from lemica_trt.compiler.context import Context
-    from lemica_trt.compiler.estimates import DryContext
+    from lemica_trt.compiler.estimates import Forecast
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -63,7 +64,7 @@ class Stage:
     writes: tuple[str, ...]
     packages: tuple[str, ...]
     run: Callable[[Context, Path], Writes]
-    estimate: Callable[[DryContext], list[StageEstimate]]
+    estimate: Callable[[Forecast], list[StageEstimate]]
     command: str
     is_needed: Callable[[Context], bool] = _always
     is_whole: Callable[[Context], bool] = _always
@@ -99,7 +100,7 @@ def run_stages(stages: Sequence[Stage], context: Context, *, only: Collection[st
     for stage in stages:
         if stage.name not in may_run:
             continue
-        if is_unchanged(stage, context):
+        if is_unchanged(stage, context, note=context.reporter):
             context.reporter.stage(stage.name, "unchanged")
         else:
             _run_again_what_is_damaged(stage, stages, may_run, context)
@@ -107,7 +108,7 @@ def run_stages(stages: Sequence[Stage], context: Context, *, only: Collection[st
         stage.ensures(context)
 
 
-def estimate_stages(stages: Sequence[Stage], context: DryContext) -> list[StageEstimate]:
+def estimate_stages(stages: Sequence[Stage], context: Context, forecast: Forecast) -> list[StageEstimate]:
     """What `run_stages` would do, and what it would take; computes next to nothing."""
     found: list[StageEstimate] = []
     stale: set[str] = set()
@@ -116,18 +117,22 @@ def estimate_stages(stages: Sequence[Stage], context: DryContext) -> list[StageE
             found.append(StageEstimate(name=stage.name, what="unchanged", seconds=0.0))
         else:
             stale |= set(stage.writes)
-            found += stage.estimate(context)
-        stage.ensures(context)
+            found += stage.estimate(forecast)
     return found
 
 
-def is_unchanged(stage: Stage, context: Context) -> bool:
-    """Whether what a stage left is what it would make now."""
+def is_unchanged(stage: Stage, context: Context, *, note: Reporter | None = None) -> bool:
+    """Whether what a stage left is what it would make now.
+
+    Args:
+        note: told what was damaged.
+    """
     record = context.work.record(stage.name)
     if record is None or record.key != stage_key(stage, context):
         return False
     damaged = context.work.damaged(record)
-    _note_damage(stage, damaged, context)
+    if note is not None:
+        _note_damage(stage, damaged, note)
     return not damaged and stage.is_whole(context)
 
 
@@ -165,7 +170,7 @@ def _run_again_what_is_damaged(
         if damaged:
             if other.name not in may_run:
                 _require_finished(other, context, damaged)
-            _note_damage(other, damaged, context)
+            _note_damage(other, damaged, context.reporter)
             _run(other, context)
 
 
@@ -189,9 +194,9 @@ def _differing(record: Record, reads: Iterable[str], context: Context) -> str | 
     return next((name for name in names if record.reads.get(name) != context.digest(name)), None)
 
 
-def _note_damage(stage: Stage, damaged: Sequence[str], context: Context) -> None:
+def _note_damage(stage: Stage, damaged: Sequence[str], reporter: Reporter) -> None:
     if damaged:
-        context.reporter.stage(stage.name, f"runs again: {', '.join(damaged)} is missing or was altered")
+        reporter.stage(stage.name, f"runs again: {', '.join(damaged)} is missing or was altered")
 
 
 def _digests(names: Iterable[str], context: Context) -> dict[str, str]:

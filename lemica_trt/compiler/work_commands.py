@@ -16,7 +16,7 @@ from lemica_trt.bundle.writing import move_bundle, require_replaceable
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.bundle_stages import report_of, written_bundle
 from lemica_trt.compiler.context import Context
-from lemica_trt.compiler.estimates import DryContext
+from lemica_trt.compiler.estimates import DryContext, Forecast, require_counts
 from lemica_trt.compiler.requests import (
     BuildRequest,
     BuildResult,
@@ -66,12 +66,19 @@ def build(profile: Profile, output: Path, request: BuildRequest, reporter: Repor
 
 
 def dry_run(profile: Profile, output: Path, request: BuildRequest) -> list[StageEstimate]:
-    """What `build` would do. Loads the model, so that a hub id is downloaded, but computes next to nothing."""
+    """What `build` would do; nothing is downloaded, and next to nothing computed.
+
+    Where the model is not on this machine there are samplings and no times.
+    """
     require_replaceable(output)
     request.check(profile.dtype)
     with DryContext(Workspace(work_folder(output)), inputs_from_request(profile, request), output=output) as context:
         stages = context.select(needed_stages(STAGES, context, "verify" if request.verify_samples else "bundle"))
-        return estimate_stages(stages, context)
+        require_counts(context.forecast)
+        if context.has_model:
+            for stage in stages:
+                stage.ensures(context)
+        return estimate_stages(stages, context, context.forecast)
 
 
 def calibrate(profile: Profile, work: Path, request: BuildRequest, reporter: Reporter) -> ErrorGraph:
@@ -155,6 +162,8 @@ def stages_run(
     with work.locked(), Context(work, inputs, reporter, output=output) as context:
         inputs.store(work)
         stages = context.select(needed_stages(STAGES, context, last))
+        todo = estimate_stages(stages, context, Forecast.of_inputs(inputs, output))
+        reporter.expect([(found.name, found.full_steps) for found in todo])
         run_stages(stages, context, only=only)
         yield context
 

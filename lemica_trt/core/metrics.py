@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +113,21 @@ def _check(a: Frames, b: Frames) -> None:
         raise ValueError(f"expected two clips of one shape, got {a.shape} and {b.shape}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("expected clips of finite values, got NaN or infinity")
+
+
+STUDENT_95 = (
+    *(12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13),
+    *(2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04),
+)
+"""Student's t: two-sided 95 % quantiles of 1 … 30 degrees of freedom."""
+
+NORMAL_95 = 1.96
+
+
+def margin_95(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval of the mean of some independent values; None for a single one."""
+    freedom = len(values) - 1
+    if freedom == 0:
+        return None
+    quantile = STUDENT_95[freedom - 1] if freedom <= len(STUDENT_95) else NORMAL_95
+    return quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))

@@ -1,27 +1,35 @@
 """How stages tell what they do: a live bar on a terminal, plain lines in a log, nothing when quiet.
 
-Everything goes to standard error. Stages know `Reporter` only.
+Everything goes to standard error. Stages know `Reporter` only. The time that is left is that of the whole build, from
+the time that its steps have taken so far (`Clock`).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lemica_trt.core.text import printable
+
+Expected = Sequence[tuple[str, float]]
+"""The stages that are going to run, in order, each with the full steps of the DiT that are expected of it."""
 
 
 class Reporter(Protocol):
     """Receives what happens, in order: a stage begins, advances, has notes, and the next one begins."""
 
-    def stage(self, name: str, detail: str) -> None:
-        """A stage begins."""
+    def expect(self, stages: Expected) -> None:
+        """What is going to come."""
 
-    def advance(self, done: int, total: int, seconds_left: float | None = None) -> None:
-        """The running stage has done `done` of `total` units."""
+    def stage(self, name: str, detail: str) -> None:
+        """A stage begins, or goes on with something else."""
+
+    def advance(self, done: float, total: float) -> None:
+        """What the running stage does is done so far: in full steps of the DiT where some were expected of it."""
 
     def note(self, text: str) -> None:
         """Something worth a line."""
@@ -33,39 +41,133 @@ class Reporter(Protocol):
 class Quiet:
     """Says nothing."""
 
+    def expect(self, stages: Expected) -> None: ...
+
     def stage(self, name: str, detail: str) -> None: ...
 
-    def advance(self, done: int, total: int, seconds_left: float | None = None) -> None: ...
+    def advance(self, done: float, total: float) -> None: ...
 
     def note(self, text: str) -> None: ...
 
     def close(self) -> None: ...
 
 
+class Tally:
+    """Counts what is done of a stage whose parts do not know of each other.
+
+    Args:
+        reporter: told.
+        total: of all parts.
+    """
+
+    def __init__(self, reporter: Reporter, total: float) -> None:
+        self._reporter, self._total, self._done = reporter, total, 0.0
+
+    def __call__(self, steps: float) -> None:
+        """So many more are done."""
+        self._done += steps
+        self._reporter.advance(self._done, self._total)
+
+
+class Clock:
+    """How long the stages that are left will take: their full steps, each as long as those were that have been done.
+
+    Args:
+        now: seconds.
+
+    Attributes:
+        counts: whether full steps are expected of the running stage.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._left: dict[str, float] = {}
+        self._names: list[str] = []
+        self._name = ""
+        self._last: tuple[float, float] | None = None  # what was done, and when
+        self._steps = self._seconds = 0.0
+
+    def expect(self, stages: Expected) -> None:
+        self._names, self._left = [name for name, _ in stages], {}
+        for name, steps in stages:
+            if steps > 0:
+                self._left[name] = self._left.get(name, 0.0) + steps
+
+    def stage(self, name: str) -> None:
+        """A stage begins: those before it are over, whatever was expected of them."""
+        self._name, self._last = name, None
+        if name in self._names:
+            for before in self._names[: self._names.index(name)]:
+                self._left.pop(before, None)
+
+    def advance(self, done: float, total: float) -> None:
+        """Of `total` steps, those that are known from an earlier run among them, `done` are done."""
+        if not self.counts:
+            return
+        now, known = self._now(), self._last is None
+        before, since = (0.0, now) if self._last is None else self._last
+        if not known:
+            self._steps += done - before
+            self._seconds += now - since
+        self._left[self._name] = max(self._left[self._name] - (done - before), total - done)
+        self._last = done, now
+
+    @property
+    def counts(self) -> bool:
+        return self._name in self._left
+
+    @property
+    def place(self) -> str | None:
+        """Which of the stages is running; None: none of those that were expected."""
+        if self._name not in self._names:
+            return None
+        return f"stage {self._names.index(self._name) + 1} of {len(self._names)}"
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the running stage and all that come; None as long as no step has been done."""
+        if self._steps <= 0:
+            return None
+        return self._seconds / self._steps * sum(self._left.values())
+
+
 class Lines:
     """Plain lines for a log: each stage, each note, and progress at most every `interval` seconds."""
 
-    def __init__(self, console: Console, *, interval: float = 15.0) -> None:
+    def __init__(self, console: Console, *, interval: float = 15.0, clock: Clock | None = None) -> None:
         self._console = console
         self._interval = interval
+        self._clock = clock or Clock()
         self._name = ""
         self._next = 0.0
 
+    def expect(self, stages: Expected) -> None:
+        self._clock.expect(stages)
+
     def stage(self, name: str, detail: str) -> None:
         self._name = name
+        self._clock.stage(name)
         self._next = time.monotonic() + self._interval
         self._print(f"{name:<10} {detail}")
 
-    def advance(self, done: int, total: int, seconds_left: float | None = None) -> None:
+    def advance(self, done: float, total: float) -> None:
+        self._clock.advance(done, total)
         if time.monotonic() >= self._next or (done == total and self._interval == 0):
             self._next = time.monotonic() + self._interval
-            left = "" if seconds_left is None else f", {duration(seconds_left)} left"
-            self._print(f"{self._name:<10} {done}/{total}{left}")
+            self._print(f"{self._name:<10} {self._progress(done, total)}")
 
     def note(self, text: str) -> None:
         self._print(f"{'':<10} {text}")
 
     def close(self) -> None: ...
+
+    def _progress(self, done: float, total: float) -> str:
+        """How far the stage is, and the build."""
+        text = f"{done:.0f}/{total:.0f}" + (" full steps" if self._clock.counts else "")
+        left, place = self._clock.seconds_left, self._clock.place
+        if left is not None and self._clock.counts:
+            return f"{text}; {place}, {duration(left)} left"
+        return text
 
     def _print(self, text: str) -> None:
         self._console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
@@ -74,8 +176,8 @@ class Lines:
 class Bars(Lines):
     """Like `Lines`, with a live bar while a stage advances."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
+    def __init__(self, console: Console, *, clock: Clock | None = None) -> None:
+        super().__init__(console, clock=clock)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -83,22 +185,21 @@ class Bars(Lines):
         self.close()
         super().stage(name, detail)
 
-    def advance(self, done: int, total: int, seconds_left: float | None = None) -> None:
+    def advance(self, done: float, total: float) -> None:
+        self._clock.advance(done, total)
         if self._bar is None:
             self._bar = Progress(
                 TextColumn(" " * 10),
-                BarColumn(bar_width=40),
-                MofNCompleteColumn(),
+                BarColumn(bar_width=30),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
+                TextColumn("{task.fields[text]}"),
                 console=self._console,
                 transient=True,
             )
-            self._task = self._bar.add_task("", total=total, left="")
+            self._task = self._bar.add_task("", total=total, text="")
             self._bar.start()
-        left = "" if seconds_left is None else f"{duration(seconds_left)} left"
         assert self._task is not None
-        self._bar.update(self._task, completed=done, total=total, left=left)
+        self._bar.update(self._task, completed=done, total=total, text=self._progress(done, total))
         if done >= total:
             self.close()
 

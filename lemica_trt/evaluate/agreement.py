@@ -1,8 +1,8 @@
 """Whether a bundle's engines compute what PyTorch does: graph by graph, and in whole runs.
 
 graphs   each graph on its engine against the torch module that it was exported from
-runs     the uncached plan against the diffusers pipeline itself, every plan against the same plan in PyTorch, all
-         from the same noise
+runs     the uncached plan against the diffusers pipeline itself, every other plan against the same plan in PyTorch,
+         all from the same noise
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from lemica_trt.core.errors import VerificationError
 from lemica_trt.core.metrics import psnr
+from lemica_trt.evaluate.deployed import Deployed
 from lemica_trt.evaluate.runs import run_plan
 from lemica_trt.ir.graphs import GraphSpec, StepLayout, TensorSpec
 from lemica_trt.ir.plan import StepPlan
@@ -89,54 +90,48 @@ def _tensors(
     return {name: tensor.to(floats.get(specs[name].dtype, tensor.dtype)) for name, tensor in tensors.items()}
 
 
-def check_runs(pipe: Pipeline, model: Model, prompt: str, seed: int) -> list[Agreement]:
-    """Compare whole runs of every plan on one request.
+def check_runs(
+    deployed: Deployed, model: Model, prompt: str, seed: int, done: Callable[[float], None]
+) -> list[Agreement]:
+    """Compare whole runs of every plan on one request, which are kept for the next one who wants them.
+
+    Args:
+        done: told of full steps.
 
     Raises:
         VerificationError: a result of the model itself is not finite.
     """
-    found = []
+    found, pipe = [], deployed.pipe
     for name in pipe.bundle.plans:
         plan = pipe.bundle.plan(name)
-        got = deployed_latents(pipe, plan, prompt, seed)
-        for against, expected in _torch_runs(model, plan, prompt, seed).items():
-            if not np.isfinite(expected).all():
-                raise VerificationError(
-                    f"the model itself gives numbers that are not finite in {model.profile.dtype}",
-                    fix="build with another --dtype",
-                )
-            found.append(
-                Agreement(
-                    plan=name,
-                    against=against,
-                    difference=_largest(got - expected),
-                    psnr=psnr(pipe.decode(got), pipe.decode(expected)),
-                )
+        got = deployed.latents(plan, prompt, seed, keep=True)
+        against, expected = _torch_run(model, plan, prompt, seed)
+        done(plan.budget)
+        if not np.isfinite(expected).all():
+            raise VerificationError(
+                f"the model itself gives numbers that are not finite in {model.profile.dtype}",
+                fix="build with another --dtype",
             )
+        found.append(
+            Agreement(
+                plan=name,
+                against=against,
+                difference=_largest(got - expected),
+                psnr=psnr(pipe.decode(got), pipe.decode(expected)),
+            )
+        )
     return found
 
 
-def _torch_runs(model: Model, plan: StepPlan, prompt: str, seed: int) -> dict[str, Array]:
-    """What a plan is compared with → its latents."""
+def _torch_run(model: Model, plan: StepPlan, prompt: str, seed: int) -> tuple[str, Array]:
+    """What a plan is compared with, and its latents: the uncached plan with the pipeline itself."""
     noise = torch.from_numpy(
         Generator(seed).randn((1, *model.latent_shape))
     )  # the runtime's, which differs in rounding
-    runs = {"torch": run_plan(model, plan, prompt, seed, start=noise[0]).numpy()}
     # A stochastic scheduler may draw more than it uses: the pipeline's noise is then not the plan's.
     if plan.budget == plan.num_steps and not plan.stochastic:
-        runs["diffusers"] = model.reference([prompt], noise)[0].numpy()
-    return runs
-
-
-def deployed_latents(pipe: Pipeline, plan: StepPlan, prompt: str, seed: int) -> Array:
-    """One request on the bundle's engines: x_N, fp32 latent_shape."""
-    manifest = pipe.bundle.manifest
-    negative = [manifest.profile.sampling.negative_prompt] if manifest.graphs.layout.guided else []
-    encoded = [pipe.encode(text) for text in (*negative, prompt)]
-    conditions = {name: np.stack([each[name] for each in encoded]) for name in encoded[0]}
-    noise = Generator(seed).randn((1, *manifest.graphs.layout.latent_shape))
-    latents: Array = pipe.latents(conditions, noise, plan=plan, seeds=[seed] if plan.stochastic else None)[0]
-    return latents
+        return "diffusers", model.reference([prompt], noise)[0].numpy()
+    return "torch", run_plan(model, plan, prompt, seed, start=noise[0]).numpy()
 
 
 def _largest(*arrays: Array) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 from lemica_trt.core.errors import InfeasibleError, UnsupportedError
 from lemica_trt.ir.calibration import Calibration, ErrorGraph
@@ -17,18 +18,23 @@ FEWER_STEPS = "fewer-steps"
 """Baseline: the sampler itself with B steps."""
 
 
-def baselines(plan: StepPlan, model: Model, graph: ErrorGraph | None) -> dict[str, StepPlan]:
+def baselines(
+    plan: StepPlan, model: Model, graph: ErrorGraph | None, names: Sequence[str] = ("lemica", "uniform")
+) -> dict[str, StepPlan]:
     """Method → its plan of the same budget; those that there are, without any that is the plan itself.
 
     lemica         the paper: minimax steps of the same error graph, residual reuse
     uniform        full steps at equal distances, residual reuse
-    fewer-steps    the sampler itself with B steps
+    fewer-steps    the sampler itself with B steps; in any case
+
+    Args:
+        names: which of the others.
     """
     table = table_of_steps(model)
     calibration = None if graph is None or not graph.is_of(table) else Calibration(graph=graph)
     problem = Problem(table=table, guidance_scale=plan.guidance_scale, calibration=calibration)
     known, found = planners(), dict[str, StepPlan]()
-    for name in ("lemica", "uniform"):
+    for name in names:
         if known[name].needs <= problem.has:
             with contextlib.suppress(InfeasibleError):
                 found[name] = known[name](problem, plan.budget)

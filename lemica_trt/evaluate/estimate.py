@@ -15,6 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lemica_trt.models import Model
 
+EXPORT_SECONDS, EXPORT_SPEED = 8.0, 17e6
+"""What an export takes at least, and bytes of weights a second beyond: the bundled models took 6 to 10 s, CogVideoX-5B
+at its true size (12.0 GB) 12 min."""
+
 PROCESS_MEMORY = 700_000_000
 """Bytes of a process that has imported PyTorch and diffusers; measured on Linux."""
 
@@ -27,6 +31,7 @@ class Estimate(NamedTuple):
         weights: all components, as they are stored.
         run_memory: peak while the model runs.
         export_memory: peak of the export; 1.15 times the weights was measured for CogVideoX-2B.
+        export_seconds: of the export: `EXPORT_SECONDS` and its bytes at `EXPORT_SPEED`.
     """
 
     full_step: float
@@ -34,6 +39,7 @@ class Estimate(NamedTuple):
     weights: int
     run_memory: int
     export_memory: int
+    export_seconds: float
 
 
 def estimate(model: Model) -> Estimate:
@@ -48,6 +54,7 @@ def estimate(model: Model) -> Estimate:
         weights=weights,
         run_memory=PROCESS_MEMORY + round(1.5 * weights),
         export_memory=PROCESS_MEMORY + round(1.15 * weights),
+        export_seconds=EXPORT_SECONDS + weights / EXPORT_SPEED,
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lemica_trt.calibrate.journal import Journal
+from lemica_trt.calibrate.trajectories import Trajectories
 from lemica_trt.calibrate.workers import InProcess, Workers, complete
 from lemica_trt.core.metrics import Frames
 from lemica_trt.core.progress import Quiet, Reporter
@@ -28,7 +29,6 @@ from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.trials import TrialTable
 from lemica_trt.models import Model
 from lemica_trt.planning.planner import select
-from lemica_trt.planning.step_plan import uncached_plan
 
 
 class PlanEvaluator:
@@ -41,6 +41,7 @@ class PlanEvaluator:
         reference: the sampler of the uncached runs, where it has other steps than `table`.
         folder: where journals are kept, one for each combination of model, sampler, reference and samples; None: scores
             are kept in memory.
+        trajectories: folder of uncached runs that may have been kept (`calibrate.trajectories`); None: none.
         reporter: told what is done.
         workers: run the plans; None: this process.
 
@@ -56,12 +57,15 @@ class PlanEvaluator:
         *,
         reference: SamplerTable | None = None,
         folder: Path | None = None,
+        trajectories: Path | None = None,
         reporter: Reporter | None = None,
         workers: Workers | None = None,
     ) -> None:
         self.samples = samples
         self._open, self._table, self._reference = model, table, reference or table
-        self._folder, self._reporter, self._given_workers = folder, reporter or Quiet(), workers
+        self._folder, self._trajectories = folder, trajectories
+        self._reporter, self._given_workers = reporter or Quiet(), workers
+        self._compared: set[int] = set()
 
     def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, TrialTable]:
         """Choose the best of several plans by successive halving; see `planning.planner.select`."""
@@ -119,8 +123,7 @@ class PlanEvaluator:
 
     @functools.cached_property
     def _job(self) -> PlanRuns:
-        scale = self._model.profile.sampling.guidance_scale
-        return PlanRuns(uncached_plan(self._reference, guidance_scale=scale), self.samples)
+        return PlanRuns(self._reference, self.samples, self._trajectories)
 
     @functools.cached_property
     def _latent_book(self) -> Journal[LatentScore]:
@@ -132,7 +135,7 @@ class PlanEvaluator:
 
     @functools.cached_property
     def _header(self) -> TrialHeader:
-        return trial_header(self._model, self._table, self.samples, self._job.reference)
+        return trial_header(self._model, self._table, self.samples, self._job.reference_plan(self._model))
 
     def _journal(self, name: str) -> Path | None:
         return None if self._folder is None else self._folder / f"{name}-{self._header.digest[:16]}.jsonl"
@@ -140,7 +143,25 @@ class PlanEvaluator:
     def _complete(
         self, book: Journal[Any], plans: Sequence[StepPlan], samples: range, *, decoded: bool
     ) -> Journal[Any]:
-        wanted = {(s, plan.rows_digest): (s, plan, decoded) for s in samples for plan in plans}
-        missing = {unit: float(unit[1].budget) for key, unit in wanted.items() if key not in book.entries}
-        complete(book, wanted, self._job, missing, self._workers, self._reporter.advance)
+        units = {
+            (s, plan, decoded): float(plan.budget + (self._reference_steps(s) if plan is plans[0] else 0))
+            for s in samples
+            for plan in plans
+        }
+        complete(
+            book,
+            units,
+            lambda unit: [(unit[0], unit[1].rows_digest)],
+            self._job,
+            self._workers,
+            self._reporter.advance,
+        )
+        self._compared |= set(samples)
         return book
+
+    def _reference_steps(self, s: int) -> int:
+        """Full steps of the uncached run of a sample that are still to be made."""
+        known = s in self._compared or Trajectories(self._trajectories).files(
+            self._model, self._reference, *self.samples[s]
+        )
+        return 0 if known else self._reference.num_steps

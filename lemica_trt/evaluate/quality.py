@@ -6,7 +6,7 @@ decoded by the bundle's engine. Each plan is compared with the uncached run, or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +14,9 @@ import numpy.typing as npt
 
 from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import read_value
-from lemica_trt.evaluate.agreement import deployed_latents
 from lemica_trt.evaluate.baselines import baselines, table_of_steps
+from lemica_trt.evaluate.deployed import Deployed
 from lemica_trt.evaluate.runs import ClipScore, run_plan, score_clip
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.ir.calibration import ErrorGraph
@@ -25,9 +24,11 @@ from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import PLAN, Clip, Quality
 from lemica_trt.models import Model
 from lemica_trt.planning.step_plan import uncached_plan
-from lemica_trt.runtime.pipeline import Pipeline
 
 Array = npt.NDArray[Any]
+
+BASELINES = ("lemica",)
+"""What the default plan is compared with, beside the sampler with as few steps."""
 
 CLIPS = 4
 """Clips that are kept to be looked at."""
@@ -41,50 +42,60 @@ class Case(NamedTuple):
     run: StepPlan
 
 
-class Request(NamedTuple):
-    """One sample; gives its clips, uint8 [F, H, W, 3]."""
+def cases_of(bundle: Bundle, model: Model) -> list[Case]:
+    """The cached plans of a bundle, and baselines of the default one."""
+    plans = [plan for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps]
+    default, found = bundle.plan(), list[Case]()
+    for plan in plans:
+        found.append(Case(plan, PLAN, plan))
+        if plan.name == default.name:
+            others = baselines(plan, model, error_graph_of(bundle), BASELINES)
+            found += [Case(plan, method, other) for method, other in others.items()]
+    return found
 
-    pipe: Pipeline
-    model: Model
-    prompt: str
-    seed: int
 
-    def on_engines(self, plan: StepPlan) -> Array:
-        return self.pipe.decode(deployed_latents(self.pipe, plan, self.prompt, self.seed))
-
-    def in_torch(self, plan: StepPlan) -> Array:
-        return self.pipe.decode(run_plan(self.model, plan, self.prompt, self.seed).numpy())
+def quality_steps(cases: Sequence[Case]) -> int:
+    """Full steps of one sample of `measure_quality`."""
+    references = {case.plan.reference_steps or case.plan.num_steps for case in cases}
+    references |= {case.plan.num_steps for case in cases}
+    return sum(case.run.budget for case in cases) + sum(references)
 
 
 def measure_quality(
-    pipe: Pipeline, model: Model, samples: Samples, reporter: Reporter
+    deployed: Deployed, model: Model, samples: Samples, cases: Sequence[Case], done: Callable[[float], None]
 ) -> tuple[list[Quality], list[Clip]]:
-    """Score every cached plan of a bundle and its baselines; nothing where the bundle has no uncached plan.
+    """Score plans and baselines; nothing where the bundle has no uncached plan.
+
+    Args:
+        cases: as `cases_of`.
+        done: told of full steps.
 
     Returns:
         Scores, each plan before its baselines, and the first `CLIPS` clips by the default plan.
     """
-    plans = [pipe.bundle.plan(name) for name in pipe.bundle.plans]
-    uncached = next((plan for plan in plans if plan.budget == plan.num_steps), None)
-    cached = [plan for plan in plans if plan.budget < plan.num_steps]
-    if uncached is None or not cached:
+    pipe = deployed.pipe
+    bundle = pipe.bundle
+    uncached = next((plan for plan in map(bundle.plan, bundle.plans) if plan.budget == plan.num_steps), None)
+    if uncached is None or not cases:
         return [], []
-    graph = error_graph_of(pipe.bundle)
-    cases = [Case(plan, *case) for plan in cached for case in [(PLAN, plan), *baselines(plan, model, graph).items()]]
-    finer = _finer_references(cached, model, uncached.guidance_scale)
-    default, clips = pipe.bundle.plan().name, list[Clip]()
+    finer = _finer_references([case.plan for case in cases], model, uncached.guidance_scale)
+    default, clips = bundle.plan().name, list[Clip]()
     scores: list[list[ClipScore]] = [[] for _ in cases]
     for number in range(samples.count):
-        request = Request(pipe, model, *samples[number])
-        references: dict[int | None, Array] = {None: request.on_engines(uncached)}
-        references |= {steps: request.in_torch(plan) for steps, plan in finer.items()}
+        prompt, seed = samples[number]
+
+        def in_torch(plan: StepPlan, prompt: str = prompt, seed: int = seed) -> Array:
+            return pipe.decode(run_plan(model, plan, prompt, seed).numpy())
+
+        references: dict[int | None, Array] = {None: deployed.decoded(uncached, prompt, seed)}
+        references |= {count: in_torch(plan) for count, plan in finer.items()}
         for case, found in zip(cases, scores):
-            clip = request.on_engines(case.run) if case.method == PLAN else request.in_torch(case.run)
+            clip = deployed.decoded(case.run, prompt, seed) if case.method == PLAN else in_torch(case.run)
             reference = references[case.plan.reference_steps]
             found.append(score_clip(clip, reference))
             if case.method == PLAN and case.plan.name == default and number < CLIPS:
-                clips.append(Clip(request.prompt, reference, clip))
-        reporter.advance(number + 1, samples.count)
+                clips.append(Clip(prompt, reference, clip))
+        done(quality_steps(cases))
     return [_quality(case, found) for case, found in zip(cases, scores)], clips
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lemica_trt.calibrate.exact import provenance_of
 from lemica_trt.calibrate.journal import Header
+from lemica_trt.calibrate.trajectories import Trajectories
 from lemica_trt.core.errors import VerificationError
 from lemica_trt.core.metrics import PSNR_CAP, Frames, lpips, psnr, ssim
 from lemica_trt.core.values import Value, require, require_finite
@@ -19,6 +21,7 @@ from lemica_trt.evaluate.samples import Samples
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.models import Model, denoise
+from lemica_trt.planning.step_plan import uncached_plan
 
 SNR_CAP_DB = 120.0
 """A higher signal-to-noise ratio cannot be told apart in fp32."""
@@ -126,15 +129,29 @@ class FrameScore(_PlanEntry, frozen=True):
 
 
 class PlanRuns(NamedTuple):
-    """The job of `PlanEvaluator`; a unit is (sample, plan, whether its frames are scored)."""
+    """The job of `PlanEvaluator`; a unit is (sample, plan, whether its frames are scored).
 
-    reference: StepPlan
+    Attributes:
+        table: the sampler of the uncached runs that plans are compared with.
+        samples: what plans run on.
+        trajectories: folder of uncached runs that may have been kept.
+    """
+
+    table: SamplerTable
     samples: Samples
+    trajectories: Path | None
+
+    def reference_plan(self, model: Model) -> StepPlan:
+        """What plans are compared with."""
+        return uncached_plan(self.table, guidance_scale=model.profile.sampling.guidance_scale)
 
     def start(self, model: Model) -> Callable[[tuple[int, StepPlan, bool]], list[Any]]:
+        uncached, kept = self.reference_plan(model), Trajectories(self.trajectories)
+
         @functools.cache
         def reference(s: int) -> Tensor:
-            found = run_plan(model, self.reference, *self.samples[s])
+            path = kept.find(model, self.table, *self.samples[s])
+            found = run_plan(model, uncached, *self.samples[s]) if path is None else path[-1]
             if not bool(found.isfinite().all()):
                 raise VerificationError(
                     f"sample {s}: expected a finite uncached run, got NaN or infinity in {model.profile.dtype}",
@@ -148,7 +165,7 @@ class PlanRuns(NamedTuple):
 
         def work(unit: tuple[int, StepPlan, bool]) -> list[Any]:
             s, plan, decoded = unit
-            if decoded and plan.rows == self.reference.rows:
+            if decoded and plan.rows == uncached.rows:
                 return [FrameScore(sample=s, plan=plan.rows_digest, psnr=PSNR_CAP)]
             wanted, latents = reference(s), run_plan(model, plan, *self.samples[s])
             if not decoded:

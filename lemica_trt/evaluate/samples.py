@@ -17,7 +17,7 @@ class Samples(Value, frozen=True):
     Attributes:
         prompts: at least one.
         seed: of sample 0.
-        count: how many samples there are.
+        count: how many samples there are; 0: there is nothing to compare on.
     """
 
     prompts: tuple[str, ...]
@@ -26,7 +26,7 @@ class Samples(Value, frozen=True):
 
     def __post_init__(self) -> None:
         require(len(self.prompts) > 0, "expected at least one prompt, got none")
-        require(self.count >= 1, f"count must be at least 1, got {self.count}")
+        require(self.count >= 0, f"count must not be negative, got {self.count}")
 
     def __getitem__(self, number: int) -> tuple[str, int]:
         """(prompt, seed) of a sample; numbers beyond `count` are allowed."""
@@ -34,16 +34,16 @@ class Samples(Value, frozen=True):
 
 
 def validation_samples(prompts: Sequence[str], settings: CalibrationSettings) -> Samples:
-    """The samples that candidates are compared on: prompts and seeds behind those of the calibration.
+    """The samples that candidates are compared on: prompts and seeds behind those that solvers are fitted to.
 
     Args:
         prompts: of the calibration.
-        settings: how many samples the calibration has, and how many validation needs.
+        settings: how many samples fits have, and how many validation needs.
     """
-    first = settings.samples % len(prompts)
+    first = settings.fit_samples % len(prompts)
     return Samples(
         prompts=(*prompts[first:], *prompts[:first]),
-        seed=settings.seed + settings.samples,
+        seed=settings.seed + settings.fit_samples,
         count=settings.validation_samples,
     )
 

@@ -22,6 +22,9 @@ from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import Measured, Speed, VerifyReport
 from lemica_trt.runtime.pipeline import Pipeline
 
+CHANGED = 0.2
+"""Part by which step times may differ from stored ones without a word."""
+
 SMALLEST = (COMBINE,)
 """Engines that are loaded to see whether those of a backend run here: one speaks for all of them."""
 
@@ -93,16 +96,22 @@ class StepTimer:
 
     @functools.cached_property
     def steps(self) -> StepTimes:
-        """Step times: those in the bundle's reports if they are of this machine, otherwise measured and put there.
+        """Step times, measured now; those in the bundle's reports are compared with them and, where they are of another
+        machine or differ by more than `CHANGED`, replaced.
 
         Raises:
             MissingDependencyError: none of the bundle's engines run here.
         """
-        found = stored_steps(self._bundle, self._name)
-        if found is None:
-            store_steps(self._bundle, self.measured)
-            found = self.measured.steps
+        found, before = self.measured.steps, stored_steps(self._bundle, self._name)
         self._reporter.stage("time", times_text(found, self._name))
+        change = None if before is None else found.full / before.full - 1
+        if change is not None and abs(change) > CHANGED:
+            self._reporter.note(
+                f"a full step took {format_seconds(before.full if before else 0.0)} when it was measured before: "
+                f"{change:+.0%}; is this machine busy, or was it then?"
+            )
+        if change is None or abs(change) > CHANGED:
+            store_steps(self._bundle, self.measured)
         return found
 
     @property
@@ -110,11 +119,15 @@ class StepTimer:
         return backend_name(self._bundle.engine(self._backend).key)
 
     def speeds(self, plans: Sequence[StepPlan], times: StepTimes) -> dict[str, Speed]:
-        """Whole plans, measured now; the time of the uncached plan follows from its steps."""
+        """Whole plans, measured now; the time of the uncached plan follows from its steps.
+
+        A speed-up is N/B at most: what the drift of a machine shows beyond is none of the plan's.
+        """
         found = {}
         for plan in plans:
             seconds = measure_total(self._pipe, plan)
-            found[plan.name] = Speed(seconds=seconds, speedup=times.total(plan.num_steps) / seconds)
+            speedup = min(times.total(plan.num_steps) / seconds, plan.num_steps / plan.budget)
+            found[plan.name] = Speed(seconds=seconds, speedup=speedup)
         return found
 
 

@@ -1,14 +1,14 @@
 """What plans and their steps take on the engines of this machine. No PyTorch.
 
-    measure_timing   whole plans, and their rows: what `verify` reports
-    measure_steps    a full step, a skipped one and the rest, in the time of a few steps: what a time affords
+    measure_steps   a full step, a skipped one and the rest, in the time of a few steps: what a time affords
+    measure_total   a whole plan
 
 One request of the bundle's shape, its denoising loop: the text encoder and the VAE are not in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -26,7 +26,7 @@ from lemica_trt.ir.budget import StepTimes
 from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.graphs import StepLayout
 from lemica_trt.ir.plan import CacheRead, StepPlan
-from lemica_trt.ir.report import Measured, Timing
+from lemica_trt.ir.report import Measured
 from lemica_trt.runtime.denoise import RowDone
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.runtime.random import Generator
@@ -40,46 +40,6 @@ SHORT = 4
 
 SHORT_RUNS, SHORT_SECONDS = (3, 25), 1.0
 """Least and most runs of it, and the seconds after which no further one begins."""
-
-
-def measure_timing(pipe: Pipeline, plans: Sequence[StepPlan], *, repeats: int = 5) -> list[Timing]:
-    """Time whole plans and their rows, one request, after one warm-up of each.
-
-    Row times, and what a run takes beyond them, come from runs that wait for the device after every row; totals from
-    runs that do not; medians of both. A run is only compared with its own rows: machines drift between runs.
-    """
-    timings = []
-    for plan in sorted(plans, key=lambda plan: -plan.budget):
-        run = request(pipe, plan)
-        run()
-        totals, overheads, ratios = [], [], []
-        full: list[float] = []
-        skipped: list[float] = []
-        for _ in range(repeats):
-            totals.append(_seconds(run))
-            whole, rows = _row_by_row(run)
-            overheads.append(whole / (sum(rows.full) + sum(rows.cached)) - 1)
-            ratios.append(whole / (plan.budget * median(rows.full)))
-            full += rows.full
-            skipped += rows.cached
-        timings.append(
-            Timing(
-                plan=plan.name,
-                budget=plan.budget,
-                full_step=median(full),
-                skipped_step=median(skipped) if skipped else None,
-                total=median(totals),
-                overhead=median(overheads),
-                ratio=median(ratios),
-                speedup=None,
-            )
-        )
-    uncached = next((plan.name for plan in plans if plan.budget == plan.num_steps), None)
-    reference = next((timing.total for timing in timings if timing.plan == uncached), None)
-    return [
-        timing if reference is None else msgspec.structs.replace(timing, speedup=reference / timing.total)
-        for timing in timings
-    ]
 
 
 def measure_steps(pipe: Pipeline) -> StepTimes:
@@ -99,7 +59,7 @@ def measure_steps(pipe: Pipeline) -> StepTimes:
     rest: list[float] = []
     least, most = SHORT_RUNS
     while len(rest) < least or (len(rest) < most and perf_counter() - began < SHORT_SECONDS):
-        whole, rows = _row_by_row(run)
+        whole, rows = row_by_row(run)
         full += rows.full
         skipped += rows.cached
         rest.append(whole - sum(rows.full) - sum(rows.cached))
@@ -136,7 +96,7 @@ def measure_total(pipe: Pipeline, plan: StepPlan, *, repeats: int = 3) -> float:
     """Seconds of a whole plan: median of some runs, after a warm-up."""
     run = request(pipe, plan)
     run()
-    return median(_seconds(run) for _ in range(repeats))
+    return median(seconds_of(run) for _ in range(repeats))
 
 
 def request(pipe: Pipeline, plan: StepPlan) -> Callable[..., object]:
@@ -150,22 +110,27 @@ def request(pipe: Pipeline, plan: StepPlan) -> Callable[..., object]:
     return partial(pipe.latents, random, noise, plan=plan, seeds=[0] if plan.stochastic else None)
 
 
-class _RowSeconds(NamedTuple):
+class RowSeconds(NamedTuple):
     """Seconds of the rows of one run that run the DiT."""
 
     full: list[float]
     cached: list[float]
 
 
-def _row_by_row(run: Callable[..., object]) -> tuple[float, _RowSeconds]:
-    """Seconds of a run, and of its rows."""
+def row_by_row(run: Callable[..., object]) -> tuple[float, RowSeconds]:
+    """Seconds of a run, and of its rows.
+
+    Args:
+        run: takes `on_step`, and waits for the device after every row where that is given.
+    """
     rows: list[RowDone] = []
-    whole = _seconds(partial(run, on_step=rows.append))
+    whole = seconds_of(partial(run, on_step=rows.append))
     ran = [row for row in rows if row.variant is not None]
-    return whole, _RowSeconds([row.seconds for row in ran if row.full], [row.seconds for row in ran if not row.full])
+    return whole, RowSeconds([row.seconds for row in ran if row.full], [row.seconds for row in ran if not row.full])
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
+    """What a call takes."""
     start = perf_counter()
     run()
     return perf_counter() - start

@@ -2,7 +2,7 @@
 
     agreement   graphs and whole runs on the bundle's engines against PyTorch and diffusers
     quality     each plan on held-out prompts, beside other ways of spending the same budget
-    timing      a full step, a skipped step, each whole plan, and what a plan costs beyond its steps
+    timing      a full step, a skipped step, each whole plan, and what a plan costs beyond its steps, of the same runs
 
 Knows nothing of how the bundle was made.
 """
@@ -15,12 +15,13 @@ from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import VERIFY_REPORT
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import InputError, VerificationError
-from lemica_trt.core.progress import Reporter
+from lemica_trt.core.progress import Reporter, Tally
 from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.agreement import check_graphs, check_runs
-from lemica_trt.evaluate.quality import measure_quality
+from lemica_trt.evaluate.deployed import Deployed
+from lemica_trt.evaluate.quality import cases_of, measure_quality, quality_steps
 from lemica_trt.evaluate.samples import Samples
-from lemica_trt.evaluate.timing import backend_name, measure_steps, measure_timing
+from lemica_trt.evaluate.timing import backend_name, measure_steps
 from lemica_trt.ir.report import Clip, VerifyReport
 from lemica_trt.models import Model
 from lemica_trt.runtime.pipeline import Pipeline
@@ -56,8 +57,12 @@ def verify(
     pipe = Pipeline(bundle, backend=backend)
     key = bundle.engine(backend).key
     reporter.stage("verify", f"{samples.count} held-out clips, {key.backend} {key.version} on {key.target}")
-    graphs, agreement = check_graphs(pipe, model), check_runs(pipe, model, *samples[0])
-    quality, clips = measure_quality(pipe, model, samples, reporter)
+    graphs, steps, deployed = check_graphs(pipe, model), measure_steps(pipe), Deployed(pipe)
+    plans, cases = [bundle.plan(name) for name in bundle.plans], cases_of(bundle, model)
+    tally = Tally(reporter, sum(plan.budget for plan in plans) + samples.count * quality_steps(cases))
+    tally(0)
+    agreement = check_runs(deployed, model, *samples[0], tally)
+    quality, clips = measure_quality(deployed, model, samples, cases, tally)
     report = VerifyReport(
         manifest_digest=bundle.manifest.digest,
         samples=samples.count,
@@ -67,8 +72,8 @@ def verify(
         graphs=tuple(graphs),
         agreement=tuple(agreement),
         quality=tuple(quality),
-        timing=tuple(measure_timing(pipe, [bundle.plan(name) for name in bundle.plans])),
-        steps=measure_steps(pipe),
+        timing=tuple(deployed.timing(plans)),
+        steps=steps,
     )
     return report, clips
 

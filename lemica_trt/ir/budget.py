@@ -8,12 +8,9 @@ import re
 import numpy as np
 
 from lemica_trt.core.errors import InfeasibleError
-from lemica_trt.core.metrics import PSNR_CAP
+from lemica_trt.core.metrics import PSNR_CAP, margin_95
 from lemica_trt.core.values import Value, require, require_finite
 from lemica_trt.ir.plan import StepPlan
-
-NORMAL_95 = 1.96
-"""Half the 95 % interval of a mean, in standard errors."""
 
 
 class Speedup(Value, frozen=True, tag="speedup"):
@@ -202,9 +199,9 @@ class Point(Value, frozen=True):
 
     @property
     def low(self) -> float | None:
-        """dB, the low end of the 95 % interval of the mean, as if it were normal; None for a single clip."""
-        n = len(self.psnr)
-        return None if n == 1 else self.mean - NORMAL_95 * float(np.std(self.psnr, ddof=1)) / math.sqrt(n)
+        """dB, the low end of the 95 % interval of the mean (Student's t); None for a single clip."""
+        margin = margin_95(self.psnr)
+        return None if margin is None else self.mean - margin
 
     @property
     def p5(self) -> float:

@@ -241,8 +241,8 @@ class Sensitivity(Provenance, frozen=True, kw_only=True):
     """Sensitivities at a few levels for each sample, and what they were measured on.
 
     Attributes:
-        samples: number of (prompt, seed) pairs; all else as in `Provenance`.
-        knots: for each sample (t, c), t rising: the mean absolute change of the result for each unit of mean absolute
+        samples: number of (prompt, seed) pairs that were rolled out; all else as in `Provenance`.
+        knots: for each of them (t, c), t rising: the mean absolute change of the result for each unit of mean absolute
             change of the latents at timestep t (`RESULT`: of the result itself).
         format_version: 1.
     """
@@ -268,10 +268,13 @@ class Sensitivity(Provenance, frozen=True, kw_only=True):
             require_finite((value for _, value in knots), f"knots[{s}]")
             require(min(value for _, value in knots) > 0, f"knots[{s}]: sensitivities must be above 0")
 
-    def at(self, sample: int, table: SamplerTable) -> Array:
-        """c_0 … c_N of a sample for the rows of a sampler, float64: log c is linear in the timestep."""
-        known, values = np.array(self.knots[sample]).T
-        found: Array = np.exp(np.interp([*table.timesteps, RESULT], known, np.log(values)))
+    def at(self, table: SamplerTable) -> Array:
+        """c_0 … c_N for the rows of a sampler, float64: log c is linear in the timestep, its mean is over samples."""
+        curves = []
+        for knots in self.knots:
+            known, values = np.array(knots).T
+            curves.append(np.interp([*table.timesteps, RESULT], known, np.log(values)))
+        found: Array = np.exp(np.mean(curves, 0))
         return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lemica_trt.core.values import Value, require, require_finite
 
@@ -67,30 +67,71 @@ class Sampling(Value, frozen=True):
         return self.guidance_scale > 1.0
 
 
+class Effort(NamedTuple):
+    """How much is measured for a build, in samples: (prompt, seed) pairs.
+
+    Attributes:
+        samples, rollouts, validation_samples: as in `CalibrationSettings`.
+        verify_samples: held-out clips of the verification.
+        methods: planners that are tried.
+    """
+
+    samples: int
+    rollouts: int
+    validation_samples: int
+    verify_samples: int
+    methods: tuple[str, ...]
+
+
+EFFORTS = {
+    "quick": Effort(samples=2, rollouts=1, validation_samples=0, verify_samples=1, methods=("auto",)),
+    "normal": Effort(samples=9, rollouts=2, validation_samples=1, verify_samples=3, methods=("auto",)),
+    "thorough": Effort(samples=16, rollouts=16, validation_samples=32, verify_samples=32, methods=("all",)),
+}
+"""What `--effort` takes: about 8, 25 and 200 samplings for one budget of 15 of 50 steps."""
+
+NORMAL = EFFORTS["normal"]
+
+
 class CalibrationSettings(Value, frozen=True):
-    """How the error graph is measured.
+    """How the error graph is measured, solvers are fitted, and plans are chosen.
 
     Attributes:
         prompts: name of a folder below `calibration/` with `calibration.txt` and `held_out.txt`.
         samples: (prompt, seed) pairs.
+        rollouts: those of them on which it is measured how errors grow, the first ones, which is what costs most; see
+            `calibrate.estimate`.
         max_skip: K, the most steps that one segment skips.
         seed: seed of sample 0.
         method: how edges are weighed.
-        validation_samples: (prompt, seed) pairs, others than those, that the best of several plans is chosen on.
+        validation_samples: (prompt, seed) pairs that the best of several plans is chosen on, and no solver was fitted
+            to; 0: the first method is taken, untried.
     """
 
     prompts: str = "video"
-    samples: int = 8
+    samples: int = NORMAL.samples
+    rollouts: int = NORMAL.rollouts
     max_skip: int = 9
     seed: int = 0
     method: CalibrationMethod = "secant"
-    validation_samples: int = 32
+    validation_samples: int = NORMAL.validation_samples
 
     def __post_init__(self) -> None:
         require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")
-        require(self.validation_samples >= 1, f"validation_samples must be at least 1, got {self.validation_samples}")
+        require(self.rollouts >= 1, f"rollouts must be at least 1, got {self.rollouts}")
+        require(self.validation_samples >= 0, f"validation_samples must not be negative, got {self.validation_samples}")
         require(self.max_skip >= 1, f"max_skip must be at least 1, got {self.max_skip}")
         require(0 <= self.seed < 1 << 62, f"seed must be 0 … 2^62 - 1, got {self.seed}")
+
+    @property
+    def fit_samples(self) -> int:
+        """Samples that solvers are fitted to, the first ones: validation has those behind them.
+
+        Where validation wants no more than a quarter of the calibration's samples it takes them from there, whose
+        uncached runs have been made; else it has samples of its own.
+        """
+        left = self.samples - self.validation_samples
+        return left if 4 * left >= 3 * self.samples else self.samples
 
 
 class Profile(Value, frozen=True):

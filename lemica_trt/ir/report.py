@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
+from lemica_trt.core.metrics import margin_95
 from lemica_trt.core.values import Value
 from lemica_trt.ir.budget import FrontRow, StepTimes
 from lemica_trt.ir.engine import EngineEntry
@@ -128,6 +129,11 @@ class Quality(Value, frozen=True):
     lpips: float | None
     each_psnr: tuple[float, ...]
     reference_steps: int | None = None
+
+    @property
+    def psnr_margin(self) -> float | None:
+        """dB: the 95 % interval of the mean is `psnr` ± this (Student's t); None for a single clip."""
+        return margin_95(self.each_psnr)
 
     @property
     def psnr_worst(self) -> float:
@@ -285,12 +291,16 @@ class StageEstimate(Value, frozen=True):
     Attributes:
         name: of the stage.
         what: what it would do.
+        full_steps: of the DiT that it would run, both branches of the guidance together.
+        samplings: uncached samplings that are as many steps.
         seconds: wall-clock time on this machine.
         disk, memory: bytes; memory is the peak of the process.
     """
 
     name: str
     what: str
+    full_steps: float = 0.0
+    samplings: float = 0.0
     seconds: float | None = None
     disk: int | None = None
     memory: int | None = None

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import msgspec
 import safetensors
 import torch
 import transformers
 
 from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError
+from lemica_trt.core.threads import usable_threads
 from lemica_trt.ir.profile import DType, Profile
 from lemica_trt.ir.resources import zoo_path
 from lemica_trt.models.cogvideox import CogVideoX
@@ -78,6 +80,11 @@ def usable_device(name: str | None) -> str:
     return name
 
 
+def limit_threads() -> None:
+    """Let PyTorch use no more CPU threads than this process may; fewer that were set before stay."""
+    torch.set_num_threads(min(torch.get_num_threads(), usable_threads()))
+
+
 def load_model(
     profile: Profile, *, source: str | None = None, dtype: DType | None = None, device: str = "cpu"
 ) -> Model:
@@ -128,6 +135,14 @@ def revision_of(profile: Profile) -> str:
     """
     with _quiet():
         return folder_revision(_folder_from_source(profile.source))
+
+
+def is_here(profile: Profile) -> bool:
+    """Whether a profile's model can be loaded without a download; True of a source that is no hub id."""
+    source = profile.source
+    if source.startswith("package:") or Path(source).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return True
+    return isinstance(huggingface_hub.try_to_load_from_cache(source, "model_index.json"), str)
 
 
 def _folder_from_source(source: str) -> Path:

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lemica_trt.calibrate.estimate import GAP, KNOTS, calibrated, knot_stops, piece
+from lemica_trt.calibrate.cost import KNOTS, sample_cost
+from lemica_trt.calibrate.estimate import GAP, calibrated, piece
 from lemica_trt.calibrate.fit import OUTPUTS, fit_rows, fitted_plan, targets_of
-from lemica_trt.calibrate.journal import CheapMeasurement
+from lemica_trt.calibrate.journal import CheapMeasurement, Piece
 from lemica_trt.calibrate.prompts import prompts_digest
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
-from lemica_trt.core.progress import Reporter
+from lemica_trt.core.progress import Expected, Reporter
 from lemica_trt.ir.calibration import Calibration
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import DType
@@ -36,6 +37,9 @@ from lemica_trt.planning.step_plan import assign_steps, uncached_plan
 
 SAMPLES = 8
 """Samples of a fit, where there are not more prompts."""
+
+ROLLOUTS = 2
+"""Samples on which it is measured how much an error at a step does to the result."""
 
 MAX_SKIP, SPREAD = 9, 3
 """K: at least the first; at least the second times N/B, so that the full steps may be that uneven."""
@@ -123,19 +127,19 @@ class _Fitter:
     def calibrate(self, measurement: CheapMeasurement) -> Calibration:
         """Record all samples; see `calibrate.estimate`. Where the pipeline cannot begin in the middle, errors are taken
         to grow alike everywhere."""
-        n, pieces, known = self._table.num_steps, [], None
-        knots = [j for s in range(len(self._samples)) for j in knot_stops(n, measurement.knots, s)]
-        self._stage("record", len(self._samples) * n + sum(n - j for j in knots))
+        n, rollouts, pieces = self._table.num_steps, ROLLOUTS, list[Piece]()
+        self._stage("record", sum(sample_cost(n, s < rollouts, s) for s in range(len(self._samples))))
         for s, sample in enumerate(self._samples):
             try:
-                pieces.append(piece(sample, self._table, measurement, s, known))
+                found = piece(sample, self._table, measurement, s, rolled_out=s < rollouts)[0]
             except NoMiddle as error:
                 self._reporter.note(f"{error}: the sensitivity of the result to each step is not measured")
-                known = np.ones(n + 1)
-                pieces.append(piece(sample, self._table, measurement, s, known))
+                rollouts = 0
+                found = piece(sample, self._table, measurement, s, rolled_out=False)[0]
+            pieces.append(found)
             sample.drop_outputs()
-        found = calibrated(measurement, self._table, pieces)
-        return Calibration(graph=found.graph, grams=found.grams, sensitivity=found.sensitivity)
+        made = calibrated(measurement, self._table, pieces)
+        return Calibration(graph=made.graph, grams=made.grams, sensitivity=made.sensitivity)
 
     def __call__(self, schedule: Schedule) -> StepPlan:
         """The plan of the solver fitted for a schedule."""
@@ -177,15 +181,17 @@ class PipelineBars:
     """A reporter with the pipeline's own progress bars, as `set_progress_bar_config` has set them."""
 
     def __init__(self, pipe: Any) -> None:
-        self._open: Callable[[int], Any] = _bar_opener(pipe)
+        self._open: Callable[[float], Any] = _bar_opener(pipe)
         self._name = ""
         self._bar: Any = None
+
+    def expect(self, stages: Expected) -> None: ...
 
     def stage(self, name: str, detail: str) -> None:
         self.close()
         self._name = name
 
-    def advance(self, done: int, total: int, seconds_left: float | None = None) -> None:
+    def advance(self, done: float, total: float) -> None:
         if self._bar is None:
             self._bar = self._open(total)
             self._bar.set_description(self._name)
@@ -201,11 +207,11 @@ class PipelineBars:
             self._bar = None
 
 
-def _bar_opener(pipe: Any) -> Callable[[int], Any]:
+def _bar_opener(pipe: Any) -> Callable[[float], Any]:
     """Total → a bar with the settings that the pipeline has now, not those that it has then."""
     settings = dict(getattr(pipe, "_progress_bar_config", {}))
 
-    def opened(total: int) -> Any:
+    def opened(total: float) -> Any:
         then = dict(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(**settings)
         try:
@@ -249,6 +255,6 @@ def _measurement(
         versions={"diffusers": version("diffusers"), "torch": str(torch.__version__)},
         max_skip=max_skip,
         method="secant",
-        knots=KNOTS["secant"],
+        knots=KNOTS,
         gap=GAP,
     )

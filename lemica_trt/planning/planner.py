@@ -57,11 +57,14 @@ MISSING: dict[Need, tuple[str, str]] = {
 }
 """Need → what is missing where a problem does not have it, and how to get it."""
 
-AUTO = ("lemica", "fitted", "fitted-flat", "stock:dpmsolver++", "stock:unipc")
-"""What `auto` tries: the paper for comparison, what won wherever it could be fitted, and the best stock solvers."""
+AUTO = ("fitted", "stock:dpmsolver++", "stock:unipc")
+"""What `auto` tries: what won wherever it could be fitted, and the best stock solvers, which it must not be below."""
 
-UNFITTED = ("lemica", "linear", "stock:dpmsolver++", "stock:unipc")
+UNFITTED = ("linear", "lemica", "stock:dpmsolver++", "stock:unipc")
 """What `auto` tries where no solver can be fitted."""
+
+GROUPS = ("auto", "all")
+"""What may stand for several methods: a few, or every one that goes by measurements or a standard solver."""
 
 PAPER = "lemica"
 """The planner that every gain is measured against."""
@@ -233,26 +236,27 @@ def planners_named(methods: Sequence[str]) -> list[Planner]:
         UsageError: no such planner.
     """
     known = planners()
-    names = [name for method in methods for name in ((*AUTO, *UNFITTED) if method == "auto" else (method,))]
+    groups = {"auto": (*AUTO, *UNFITTED), "all": tuple(_measuring())}
+    names = [name for method in methods for name in groups.get(method, (method,))]
     for name in names:
         if name not in known:
-            raise UsageError(f"method: expected auto or one of {', '.join(known)}, got {name!r}")
+            raise UsageError(f"method: expected {' or '.join(GROUPS)} or one of {', '.join(known)}, got {name!r}")
     return [known[name] for name in dict.fromkeys(names)]
 
 
 def choose_planners(methods: Sequence[str], problem: Problem) -> list[Planner]:
-    """The planners named, in that order, each once; `auto` is those of `AUTO` (or `UNFITTED`) that are possible.
+    """The planners named, in that order, each once; of a group those that are possible.
 
     Args:
-        methods: names, or `auto`.
+        methods: names, `auto` (`AUTO` or `UNFITTED`), or `all`.
 
     Raises:
-        UsageError: no such planner, or a named one needs what the problem does not have; `auto` finds none.
+        UsageError: no such planner, or a named one needs what the problem does not have; a group has none.
     """
     chosen: list[Planner] = []
     for method in methods:
-        if method == "auto":
-            chosen += _possible(problem)
+        if method in GROUPS:
+            chosen += _possible(problem, every=method == "all")
             continue
         (planner,) = planners_named([method])
         planner.require_needs(problem)
@@ -262,10 +266,17 @@ def choose_planners(methods: Sequence[str], problem: Problem) -> list[Planner]:
     return list(dict.fromkeys(chosen))
 
 
-def _possible(problem: Problem) -> list[Planner]:
+def _possible(problem: Problem, *, every: bool) -> list[Planner]:
     known = planners()
     names = AUTO if known["fitted"].needs <= problem.has else UNFITTED
+    if every:
+        names = tuple(dict.fromkeys((*names, *_measuring())))
     return [known[name] for name in names if known[name].needs <= problem.has and _lowers(known[name], problem)]
+
+
+def _measuring() -> list[str]:
+    """Names of planners that go by something that was measured, or by a solver: those that may win."""
+    return [name for name, planner in planners().items() if planner.needs]
 
 
 def _lowers(planner: Planner, problem: Problem) -> bool:
@@ -276,6 +287,13 @@ def _lowers(planner: Planner, problem: Problem) -> bool:
         except UnsupportedError:
             return False
     return True
+
+
+def full_steps_for(planner: Planner, budget: int | StepBudget) -> int | None:
+    """B of a planner's plan; None: the time does not allow its kind."""
+    if isinstance(budget, int):
+        return budget
+    return budget.folded if planner.folds else budget.skipping
 
 
 def candidates(planners: Sequence[Planner], problem: Problem, budget: int | StepBudget) -> list[StepPlan]:
@@ -291,7 +309,7 @@ def candidates(planners: Sequence[Planner], problem: Problem, budget: int | Step
     """
     found: dict[tuple[PlanRow, ...], StepPlan] = {}
     for planner in planners:
-        count = budget if isinstance(budget, int) else budget.folded if planner.folds else budget.skipping
+        count = full_steps_for(planner, budget)
         if count is not None:
             plan = planner(problem, count)
             found.setdefault(plan.rows, plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from lemica_trt.core.errors import InfeasibleError, InputError, UsageError
@@ -17,16 +17,18 @@ from lemica_trt.ir.trials import TrialTable
 from lemica_trt.planning.budget import front_budgets, front_rows, least_reaching, max_full_steps
 from lemica_trt.planning.layout import misfit
 from lemica_trt.planning.minimax import least_budget
-from lemica_trt.planning.planner import Planner, Problem, candidates, choose_planners, trial_runs
-
-FINALISTS = 3
-"""The best methods of a budget, which near budgets try."""
+from lemica_trt.planning.planner import Planner, Problem, candidates, choose_planners, full_steps_for
 
 NEAR_FACTOR = 2.0
 """Budgets within this factor of one that tried every method are near it."""
 
-Candidates = Callable[[int | StepBudget], list[StepPlan]]
-"""A budget → the plans that there are for it, at least one."""
+
+class Candidates(Protocol):
+    """The plans that there are for a budget."""
+
+    def __call__(self, budget: int | StepBudget, method: str | None = None) -> list[StepPlan]:
+        """At least one; where a method is named, its plan alone if it has one for this budget."""
+        ...
 
 
 class Evaluator(Protocol):
@@ -90,8 +92,9 @@ def candidates_on(layout: StepLayout, problem: Problem, planners: Sequence[Plann
         InputError: none does.
     """
 
-    def found(budget: int | StepBudget) -> list[StepPlan]:
-        several = candidates(planners, problem, budget)
+    def found(budget: int | StepBudget, method: str | None = None) -> list[StepPlan]:
+        named = [p for p in planners if p.name == method and full_steps_for(p, budget) is not None]
+        several = candidates(named or planners, problem, budget)
         fitting = [plan for plan in several if misfit(plan, layout) is None]
         if not fitting:
             raise InputError(
@@ -106,21 +109,23 @@ def candidates_on(layout: StepLayout, problem: Problem, planners: Sequence[Plann
 class BudgetSearch:
     """Plans of any number of budgets, and the quality of each on validation clips.
 
-    A budget that a plan is asked for tries every method. One whose quality alone is asked for – along the front, or by
-    bisection – does so if none within `NEAR_FACTOR` did; otherwise it tries the best `FINALISTS` of that one.
+    A budget tries every method if none within `NEAR_FACTOR` did; else it takes the method that was best there.
 
     Args:
         candidates: the plans of a budget.
         evaluator: chooses among them, and measures the quality of the one.
+        try_all: whether every budget that a plan is asked for tries every method, near ones too.
 
     Attributes:
         tables: budget → how plans did.
     """
 
-    def __init__(self, candidates: Candidates, evaluator: Evaluator, reporter: Reporter) -> None:
+    def __init__(
+        self, candidates: Candidates, evaluator: Evaluator, reporter: Reporter, *, try_all: bool = False
+    ) -> None:
         self._candidates, self._evaluator, self._reporter = candidates, evaluator, reporter
+        self._try_all = try_all
         self._plans: dict[int, StepPlan] = {}
-        self._complete: dict[int, TrialTable] = {}
         self._points: dict[int, Point] = {}
         self.tables: dict[int, TrialTable] = {}
 
@@ -130,36 +135,31 @@ class BudgetSearch:
         return Front(points=tuple(self._points[b] for b in sorted(self._points))) if self._points else None
 
     def plan(self, budget: int | StepBudget) -> StepPlan:
-        """The best plan of a budget; every method is tried."""
-        plan, table = self._best(self._candidates(budget))
-        if table is not None:
-            self._complete[plan.budget] = table
-        return plan
+        """The plan of a budget."""
+        return self._best(budget, self._try_all)
 
     def point(self, budget: int) -> Point:
         """A plan of a budget, and the PSNR of its frames."""
         if budget not in self._points:
-            plan = self._plans.get(budget) or self._finalist(budget)
+            plan = self._plans.get(budget) or self._best(budget, False)
             self._reporter.stage("quality", f"{plan.name}: {plan.method}")
             point = Point(plan=plan, psnr=self._evaluator.psnr(plan))
             self._points[budget] = point
             self._reporter.note(f"{point.mean:.1f} dB")
         return self._points[budget]
 
-    def _finalist(self, budget: int) -> StepPlan:
-        near = [tried for tried in self._complete if is_near(tried, budget)]
-        if not near:
-            return self.plan(budget)
-        best = self._complete[min(near, key=lambda tried: abs(tried - budget))].trials[:FINALISTS]
-        plans = self._candidates(budget)
-        return self._best([plan for plan in plans if plan.method in {trial.label for trial in best}] or plans)[0]
-
-    def _best(self, plans: list[StepPlan]) -> tuple[StepPlan, TrialTable | None]:
-        plan, table = (plans[0], None) if len(plans) == 1 else self._evaluator(plans)
+    def _best(self, budget: int | StepBudget, try_all: bool) -> StepPlan:
+        count = budget if isinstance(budget, int) else budget.budgets[0]
+        near = [] if try_all else [tried for tried in self.tables if is_near(tried, count)]
+        method = None
+        if near:
+            method = self.tables[min(near, key=lambda tried: abs(tried - count))].best.label
+        plans = self._candidates(budget, method)
+        plan = plans[0]
+        if len(plans) > 1:
+            plan, self.tables[plan.budget] = self._evaluator(plans)
         self._plans[plan.budget] = plan
-        if table is not None:
-            self.tables[plan.budget] = table
-        return plan, table
+        return plan
 
 
 def is_near(tried: int, budget: int) -> bool:
@@ -222,7 +222,7 @@ def best_known(
     planners = choose_planners(methods, problem)
     known = {planner.name: planner for planner in planners}
 
-    def found(budget: int | StepBudget) -> list[StepPlan]:
+    def found(budget: int | StepBudget, method: str | None = None) -> list[StepPlan]:
         if len(planners) == 1:
             return candidates_on(layout, problem, planners)(budget)
         count = budget if isinstance(budget, int) else budget.budgets[0]
@@ -238,17 +238,13 @@ def best_known(
     return found
 
 
-def search_full_steps(budgets: Sequence[int], num_steps: int, methods: int, samples: int) -> int:
-    """Full steps of looking at budgets in order, apart from the uncached runs: about."""
-    total, complete = 0, list[int]()
+def tried_budgets(budgets: Sequence[int], *, try_all: bool) -> list[int]:
+    """Those of some budgets, in order, that try every method."""
+    found: list[int] = []
     for budget in budgets:
-        tried = min(methods, FINALISTS)
-        if not any(is_near(other, budget) for other in complete):
-            complete.append(budget)
-            tried = methods
-        runs = trial_runs(tried, samples) if tried > 1 else 0
-        total += budget * (runs + samples)
-    return total + samples * num_steps
+        if try_all or not any(is_near(other, budget) for other in found):
+            found.append(budget)
+    return found
 
 
 def budget_outcomes(

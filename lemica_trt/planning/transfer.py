@@ -32,27 +32,15 @@ def knots_from_stops(found: Mapping[int, float], table: SamplerTable) -> Knots:
     return tuple(sorted({times[j]: value for j, value in sorted(found.items())}.items()))
 
 
-def require_retargetable(known: Sensitivity, target: Provenance, table: SamplerTable, *, samples: int) -> None:
+def require_retargetable(known: Sensitivity, target: Provenance, table: SamplerTable) -> None:
     """Raise UnsupportedError, saying why, unless a sensitivity holds for another measurement.
 
     Args:
         known: what was measured.
         target: what it is wanted for.
         table: the sampler there.
-        samples: how many are wanted.
     """
-    if samples > known.samples:
-        raise _refused(f"{known.samples} samples", str(samples))
-    for name in (
-        "model",
-        "revision",
-        "dtype",
-        "latent_shape",
-        "text_length",
-        "negative_prompt",
-        "prompts_digest",
-        "seed",
-    ):
+    for name in ("model", "revision", "dtype", "latent_shape", "text_length", "negative_prompt"):
         there, here = getattr(known, name), getattr(target, name)
         if there != here:
             raise _refused(f"{name.replace('_', ' ')} {there!r}", f"{here!r}")

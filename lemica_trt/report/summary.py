@@ -92,6 +92,7 @@ def quality_table(report: VerifyReport, *, title: str | None = None) -> Table:
         ">full step",
         ">skipped",
         ">PSNR dB",
+        ">95 %",
         ">5th pct.",
         ">worst",
         ">SSIM",
@@ -117,7 +118,8 @@ def quality_table(report: VerifyReport, *, title: str | None = None) -> Table:
 def _scores(row: Quality | None, perceptual: bool) -> list[str]:
     if row is None:
         return ["reference"]
-    scores = [f"{psnr:.1f}" for psnr in (row.psnr, row.psnr_p5, row.psnr_worst)] + [f"{row.ssim:.4f}"]
+    margin = "" if row.psnr_margin is None else f"±{row.psnr_margin:.1f}"
+    scores = [f"{row.psnr:.1f}", margin, f"{row.psnr_p5:.1f}", f"{row.psnr_worst:.1f}", f"{row.ssim:.4f}"]
     return [*scores, "" if row.lpips is None else f"{row.lpips:.3f}"] if perceptual else scores
 
 
@@ -247,16 +249,31 @@ def error_graph_table(graph: ErrorGraph) -> Table:
 
 
 def dry_run_table(stages: Sequence[StageEstimate]) -> RenderableType:
-    """What a build would do."""
-    made = table("stage", "what", ">time", ">disk", ">memory")
+    """What a build would do, and what all of it takes."""
+    made = table("stage", "what", ">samplings", ">time", ">disk", ">memory")
     for stage in stages:
         made.add_row(
             stage.name,
             stage.what,
+            f"{stage.samplings:.1f}" if stage.samplings else "",
             "–" if stage.seconds is None else f"~{duration(stage.seconds)}",
             "–" if stage.disk is None else f"~{size(stage.disk)}",
             "–" if stage.memory is None else f"~{size(stage.memory)}",
         )
+    seconds = [stage.seconds for stage in stages]
+    known = [each for each in seconds if each is not None]
+    disk = [stage.disk for stage in stages if stage.disk is not None]
+    memory = [stage.memory for stage in stages if stage.memory is not None]
+    made.add_section()
+    made.add_row(
+        "total",
+        "" if len(known) == len(seconds) else "without what is not known here (–)",
+        f"{sum(stage.samplings for stage in stages):.1f}",
+        f"~{duration(sum(known))}" if known else "–",
+        f"~{size(sum(disk))}" if disk else "–",
+        f"~{size(max(memory))}" if memory else "–",
+        style="bold",
+    )
     return made
 
 

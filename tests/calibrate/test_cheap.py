@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from lemica_trt.calibrate import estimate as cheap
 from lemica_trt.calibrate import inner_products
+from lemica_trt.calibrate.cost import KNOTS, cheap_cost, knot_stops
 from lemica_trt.calibrate.estimate import (
     Calibrated,
     calibrate_cheaply,
-    cheap_cost,
     cheap_measurement,
     interpolate_sensitivity,
-    knot_stops,
+    mean_sensitivity,
     piece,
 )
 from lemica_trt.calibrate.exact import usual_batch
@@ -26,6 +25,7 @@ from lemica_trt.calibrate.journal import CheapMeasurement, Piece
 from lemica_trt.calibrate.replay import Stepper
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, VerificationError
 from lemica_trt.core.values import json_bytes, value_from_json
+from lemica_trt.ir.profile import NORMAL
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.testing.toy_model import Naive, ToyModel, awkward, euler
 
@@ -60,19 +60,18 @@ def parts(result: Calibrated) -> bytes:
 
 @pytest.mark.parametrize("table", [euler(12), awkward(12)], ids=["euler", "awkward"])
 def test_estimates_are_exact_at_knots(tmp_path: Path, model: ToyModel, table: SamplerTable) -> None:
-    graph = calibrated(model, tmp_path / "j", table=table).graph
+    graph = calibrated(model, tmp_path / "j", table=table, rollouts=1).graph
     errors = {(edge.start, edge.stop): edge.errors for edge in graph.edges}
     assert list(errors) == [(i, j) for i in range(11) for j in range(i + 2, min(i + 5, 12) + 1)]
-    for s in range(2):
-        naive = Naive(model, table, PROMPTS[s], 5 + s)
-        for j in knot_stops(12, cheap.KNOTS["secant"], s):
-            i = max(j - 5, 0)
-            assert errors[i, j][s] == pytest.approx(naive.error(i, j), rel=1e-3, abs=3e-6)
+    naive = Naive(model, table, PROMPTS[0], 5)
+    for j in knot_stops(12, KNOTS, 0):
+        i = max(j - 5, 0)
+        assert errors[i, j][0] == pytest.approx(naive.error(i, j), rel=1e-3, abs=3e-6)
 
 
 @pytest.mark.parametrize("table", [euler(12), awkward(12)], ids=["euler", "awkward"])
 def test_secants_to_the_end_are_exact(tmp_path: Path, model: ToyModel, table: SamplerTable) -> None:
-    graph = calibrated(model, tmp_path / "j", table=table).graph
+    graph = calibrated(model, tmp_path / "j", table=table, rollouts=1).graph
     naive = Naive(model, table, PROMPTS[0], 5)
     last = [edge for edge in graph.edges if edge.stop == 12]
     assert len(last) == 4
@@ -80,10 +79,18 @@ def test_secants_to_the_end_are_exact(tmp_path: Path, model: ToyModel, table: Sa
         assert edge.errors[0] == pytest.approx(naive.error(edge.start, 12), rel=1e-3, abs=3e-6)
 
 
-def test_samples_average_to_the_edge(tmp_path: Path, model: ToyModel) -> None:
-    both = calibrated(model, tmp_path / "a", samples=2).graph
-    first = calibrated(model, tmp_path / "b", samples=1).graph
-    assert [edge.errors[0] for edge in both.edges] == [edge.errors[0] for edge in first.edges]
+def test_one_curve_serves_all_samples(tmp_path: Path, model: ToyModel) -> None:
+    """That of the samples that were rolled out, the geometric mean; what each sample changes is its own."""
+    first = calibrated(model, tmp_path / "a", samples=1)
+    more = calibrated(model, tmp_path / "b", samples=2, rollouts=1)
+    assert [edge.errors[0] for edge in more.graph.edges] == [edge.errors[0] for edge in first.graph.edges]
+    assert [edge.errors[1] for edge in more.graph.edges] != [edge.errors[0] for edge in first.graph.edges]
+    assert more.sensitivity == first.sensitivity
+    pieces = [
+        Piece(sample=s, rolled_out=s < 2, changes=(), outputs=(), knots=knots, full=0, skip=0)
+        for s, knots in enumerate((((2, 4.0), (4, 1.0)), ((2, 1.0), (4, 4.0)), ()))
+    ]
+    np.testing.assert_allclose(mean_sensitivity(pieces, 4), [2, 2, 2, 2, 2])
 
 
 def test_sensitivity_is_interpolated_in_its_logarithm() -> None:
@@ -116,8 +123,10 @@ def test_cost_is_what_is_run(tmp_path: Path, num_steps: int, max_skip: int, batc
 
     toy.pipeline.transformer.embed.register_forward_pre_hook(count("all"))
     toy.pipeline.transformer.blocks[0].register_forward_pre_hook(count("full"))
-    found = calibrated(toy, tmp_path / "j", table=euler(num_steps), max_skip=max_skip, batch=batch, samples=3)
-    expected = cheap_cost(num_steps, max_skip, 3, method="secant")
+    found = calibrated(
+        toy, tmp_path / "j", table=euler(num_steps), max_skip=max_skip, batch=batch, samples=3, rollouts=2
+    )
+    expected = cheap_cost(num_steps, max_skip, 3, rollouts=2)
     assert found.cost == expected
     assert expected.full == rows["full"] / 2  # two branches
     assert expected.skip == (rows["all"] - rows["full"]) / 2
@@ -125,8 +134,8 @@ def test_cost_is_what_is_run(tmp_path: Path, num_steps: int, max_skip: int, batc
     assert found.graph.method == "secant"
 
 
-def test_the_usual_cost_is_below_six_samplings() -> None:
-    assert cheap_cost(50, 9, 8, method="secant").samplings / 8 < 6
+def test_the_usual_cost_is_below_two_samplings_a_sample() -> None:
+    assert cheap_cost(50, 9, NORMAL.samples, rollouts=NORMAL.rollouts).samplings / NORMAL.samples < 2
 
 
 # --- Grams of the same runs ------------ ---------------------------------------------------------------------------
@@ -165,7 +174,7 @@ def test_retargeted_to_where_it_came_from_nothing_changes(tmp_path: Path, model:
         assert mine.errors == pytest.approx(theirs.errors, rel=0.02)  # knots at equal distances in time, not in index
     assert found.grams == source.grams
     assert (found.graph.method, found.sensitivity) == ("retargeted", None)
-    assert found.cost == cheap_cost(12, 4, 2, method="retargeted")
+    assert found.cost == cheap_cost(12, 4, 2, rollouts=0)
     assert (found.cost.full, found.graph.samplings) == (24, 1.0)
 
 
@@ -195,7 +204,8 @@ def test_a_piece_depends_on_its_sample_alone(tmp_path: Path, model: ToyModel) ->
     lines = (tmp_path / "j").read_bytes().splitlines()
     stepper = Stepper(model, euler(12), usual_batch(model))
     made = measurement(model, euler(12))
-    alone = piece(stepper.sample("sample 2", PROMPTS[2], made.seed + 2), euler(12), made, 2)
+    sample = stepper.sample("sample 2", PROMPTS[2], made.seed + 2)
+    alone, _ = piece(sample, euler(12), made, 2, rolled_out=True)
     assert alone == value_from_json(Piece, lines[3], where="j")
 
 
@@ -210,11 +220,11 @@ def test_cut_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, model: ToyMod
 
 
 def test_more_samples_extend_and_a_finished_journal_needs_no_model(tmp_path: Path) -> None:
-    toy, told = ToyModel(), list[tuple[int, int, float | None]]()
+    toy, told = ToyModel(), list[tuple[float, float]]()
     calibrated(toy, tmp_path / "j", samples=1)
     found = calibrated(toy, tmp_path / "j", samples=3, progress=lambda *args: told.append(args))
-    assert [(done, total) for done, total, _ in told] == [(1, 3), (2, 3), (3, 3)]
-    assert told[0][2] is None and told[1][2] is not None and told[1][2] > 0 and told[2][2] == 0.0
+    steps = [cheap_cost(12, 4, count, rollouts=count).full for count in (1, 2, 3)]
+    assert told == [(done, steps[-1]) for done in steps]
     toy.pipeline.transformer.embed.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
     assert parts(calibrated(toy, tmp_path / "j", samples=3)) == parts(found)
 
@@ -228,8 +238,8 @@ def test_journals_of_other_methods_are_refused(tmp_path: Path, model: ToyModel) 
 def test_a_damaged_piece_is_named(tmp_path: Path, model: ToyModel) -> None:
     calibrated(model, tmp_path / "j", samples=1)
     data = (tmp_path / "j").read_bytes()
-    (tmp_path / "j").write_bytes(data.replace(b'"errors":[', b'"errors":[1.0,'))
-    with pytest.raises(InputError, match="line 2: expected 38 errors, got 39"):
+    (tmp_path / "j").write_bytes(data.replace(b'"changes":[', b'"changes":[1.0,'))
+    with pytest.raises(InputError, match="line 2: expected changes of 38 segments, got 39"):
         calibrated(model, tmp_path / "j", samples=1)
     (tmp_path / "j").write_bytes(data.replace(b'"outputs":[[', b'"outputs":[[1.0,'))
     with pytest.raises(InputError, match="line 2: expected inner products of 12 steps, got others"):

@@ -10,10 +10,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from lemica_trt.calibrate.exact import cost, measure, measurement_digest
+from lemica_trt.calibrate.cost import exact_cost, start_cost
+from lemica_trt.calibrate.exact import measure, measurement_digest
 from lemica_trt.core.errors import InputError, UsageError, VerificationError
 from lemica_trt.core.values import json_bytes
 from lemica_trt.ir.calibration import ErrorGraph
@@ -104,7 +106,7 @@ def test_cost_is_what_is_run(tmp_path: Path, num_steps: int, max_skip: int, batc
     toy.pipeline.transformer.embed.register_forward_pre_hook(count("all"))
     toy.pipeline.transformer.blocks[0].register_forward_pre_hook(count("full"))
     measured(toy, tmp_path / "j", table=euler(num_steps), max_skip=max_skip, batch=batch, samples=3)
-    expected = cost(num_steps, max_skip, 3)
+    expected = exact_cost(num_steps, max_skip, 3)
     assert expected.full == rows["full"] / 2  # two branches
     assert expected.skip == (rows["all"] - rows["full"]) / 2
     assert expected.samplings == expected.full / num_steps
@@ -113,7 +115,7 @@ def test_cost_is_what_is_run(tmp_path: Path, num_steps: int, max_skip: int, batc
 
 
 def test_cost_of_the_usual_measurement() -> None:
-    assert cost(50, 9, 1) == (49, 9039, 405, 180.78)
+    assert exact_cost(50, 9, 1) == (49, 9039, 405, 180.78)
 
 
 # --- what goes wrong -----------------------------------------------------------------------------------------------
@@ -170,10 +172,10 @@ def test_nan_in_an_edge_is_named_and_finished_units_are_kept(tmp_path: Path) -> 
 
 
 def test_more_samples_extend_and_fewer_are_taken_from_it(model: ToyModel, tmp_path: Path) -> None:
-    done: list[int] = []
+    told: list[tuple[float, float]] = []
     measured(model, tmp_path / "j", samples=1)
-    graph = measured(model, tmp_path / "j", samples=3, progress=lambda d, t, left: done.append(d))
-    assert done[0] == 5
+    graph = measured(model, tmp_path / "j", samples=3, progress=lambda *args: told.append(args))
+    assert told[0][0] == told[0][1] / 3
     assert json_bytes(graph) == json_bytes(measured(model, tmp_path / "at once", samples=3))
     assert (tmp_path / "j").read_bytes() == (tmp_path / "at once").read_bytes()
     before = (tmp_path / "j").read_bytes()
@@ -259,14 +261,12 @@ def test_a_damaged_line_is_named(model: ToyModel, tmp_path: Path, line: bytes, s
 
 
 def test_progress_counts_units_to_the_end(model: ToyModel, tmp_path: Path) -> None:
-    told: list[tuple[int, int, float | None]] = []
+    told: list[tuple[float, float]] = []
     measured(model, tmp_path / "j", batch=6, progress=lambda *args: told.append(args))
-    done, totals, left = zip(*told)
-    assert done == (0, 2, 4, 5, 7, 9, 10)
-    assert set(totals) == {10}
-    assert left[0] is None
-    assert all(seconds > 0 for seconds in left[1:-1])
-    assert left[-1] == 0.0
+    done, totals = zip(*told)
+    each = [start_cost(6, 3, i) for i in range(5)]
+    assert done == tuple(np.cumsum([0, sum(each[:2]), sum(each[2:4]), each[4], sum(each[:2]), sum(each[2:4]), each[4]]))
+    assert set(totals) == {2 * sum(each)}
 
 
 KILLED = textwrap.dedent(

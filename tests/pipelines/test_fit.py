@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lemica_trt
-from lemica_trt.calibrate.estimate import knot_stops
+from lemica_trt.calibrate.cost import sample_cost
 from lemica_trt.calibrate.prompts import read_prompts
 from lemica_trt.core.errors import InfeasibleError, InputError, UnsupportedError, UsageError
 from lemica_trt.core.progress import Quiet
@@ -24,7 +24,7 @@ from lemica_trt.ir.resources import calibration_path
 from lemica_trt.models.load import scheduler_like
 from lemica_trt.models.model import Model
 from lemica_trt.pipelines import loop as loops
-from lemica_trt.pipelines.fitting import PipelineBars, decibels
+from lemica_trt.pipelines.fitting import ROLLOUTS, PipelineBars, decibels
 from lemica_trt.pipelines.loop import DrivenRun, Loop, RecordedSample
 from lemica_trt.planning.step_plan import uncached_plan
 
@@ -179,14 +179,14 @@ def test_where_latents_are_refused_likewise(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_progress_reaches_its_end() -> None:
-    seen: dict[str, list[tuple[int, int]]] = {}
+    seen: dict[str, list[tuple[float, float]]] = {}
 
     class Watched(Quiet):
         def stage(self, name: str, detail: str) -> None:
             self.name = name
             seen.setdefault(name, [])
 
-        def advance(self, done: int, total: int, seconds_left: float | None = None) -> None:
+        def advance(self, done: float, total: float) -> None:
             seen[self.name].append((done, total))
 
     fitted(ltx(), reporter=Watched())
@@ -234,7 +234,7 @@ def test_what_cannot_be_fitted() -> None:
         fitted(case)
 
 
-RECORDED = sum(N + sum(N - j for j in knot_stops(N, 4, s)) for s in range(4))
+RECORDED = sum(sample_cost(N, s < ROLLOUTS, s) for s in range(4))
 """Evaluations that four samples take before anything is fitted."""
 
 

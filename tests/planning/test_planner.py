@@ -41,9 +41,15 @@ def names(problem: Problem, *methods: str) -> list[str]:
 
 
 def test_auto_is_at_most_five_and_all_that_is_possible() -> None:
-    assert len(AUTO) <= 5 and PAPER in AUTO and {*AUTO, *UNFITTED} <= planners().keys()
+    assert len(AUTO) <= 5 and {*AUTO, *UNFITTED} <= planners().keys()
     assert names(problem_of()) == list(AUTO)
-    assert names(problem_of(solver=None)) == ["lemica", "fitted", "fitted-flat"]
+    assert names(problem_of(solver=None)) == ["fitted"]
+
+
+def test_all_is_every_method_that_may_win() -> None:
+    found = names(problem_of(), "all")
+    assert found[: len(AUTO)] == list(AUTO) and set(found) == planners().keys() - {"uniform", "published"}
+    assert names(problem_of(fit=None, solver=None), "all") == ["linear", PAPER]
 
 
 @pytest.mark.parametrize(
@@ -73,12 +79,12 @@ def test_auto_leaves_out_solvers_that_do_not_lower() -> None:
 
 def test_named_planners_come_in_their_order_each_once() -> None:
     assert names(problem_of(), "linear", "uniform", "linear") == ["linear", "uniform"]
-    assert names(problem_of(), "uniform", "auto", "lemica") == ["uniform", *AUTO]
+    assert names(problem_of(), "uniform", "auto", "lemica") == ["uniform", *AUTO, "lemica"]
     assert {planner.name for planner in planners_named(["auto", "uniform"])} == {*AUTO, *UNFITTED, "uniform"}
 
 
 def test_what_is_not_possible_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"expected auto or one of fitted, fitted-flat, lemica.*got 'signed'"):
+    with pytest.raises(UsageError, match=r"expected auto or all or one of fitted, fitted-flat, lemica.*got 'signed'"):
         names(problem_of(), "signed")
     with pytest.raises(UsageError, match="no method is possible"):
         names(problem_of(calibration=None, solver=None))

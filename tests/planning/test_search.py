@@ -14,7 +14,7 @@ from lemica_trt.ir.budget import Latency, MinPsnr, Speedup, StepBudget, StepTime
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import Speed
 from lemica_trt.ir.trials import Trial, TrialTable
-from lemica_trt.planning.search import BudgetSearch, PlanSet, budget_outcomes, plan_budgets, search_full_steps
+from lemica_trt.planning.search import BudgetSearch, PlanSet, budget_outcomes, plan_budgets, tried_budgets
 
 pytestmark = pytest.mark.null
 
@@ -27,12 +27,13 @@ class Fake:
         self.looked_at: list[int] = []
 
     @staticmethod
-    def candidates(budget: int | StepBudget) -> list[StepPlan]:
+    def candidates(budget: int | StepBudget, method: str | None = None) -> list[StepPlan]:
         several = [
             plan
             for (count, _), plan in PLANS.items()
             if (plan.budget == budget if isinstance(budget, int) else budget.admits(plan) and count in budget.budgets)
         ]
+        several = [plan for plan in several if plan.method == method] or several
         return several[:1] if len({plan.rows for plan in several}) == 1 else several
 
     def __call__(self, plans: Sequence[StepPlan]) -> tuple[StepPlan, TrialTable]:
@@ -53,8 +54,8 @@ class Fake:
         return (self.quality(plan),) * 2
 
 
-def planned(fake: Fake, *budgets: Any, pareto: bool = False) -> PlanSet:
-    search = BudgetSearch(fake.candidates, fake, Quiet())
+def planned(fake: Fake, *budgets: Any, pareto: bool = False, try_all: bool = False) -> PlanSet:
+    search = BudgetSearch(fake.candidates, fake, Quiet(), try_all=try_all)
     return plan_budgets(budgets, search, Quiet(), pareto=pareto, num_steps=N, max_skip=K)
 
 
@@ -63,7 +64,7 @@ def test_full_steps_are_not_looked_at() -> None:
     found = planned(fake, 6, 9, 6)
     assert [plan.name for plan in found.plans] == ["b6", "b9"] and found.names == ("b6", "b9", "b6")
     assert found.front is None and fake.looked_at == []
-    assert [table.budget for table in found.tables] == [6, 9]
+    assert [table.budget for table in found.tables] == [6]
 
 
 @pytest.mark.parametrize("wanted", [12.0, 21.5, 25.0, 40.0, 49.0])
@@ -91,8 +92,17 @@ def test_near_budgets_take_the_methods_that_were_best_and_try_none_alone() -> No
     alone = Fake()
     planned(alone, 20, pareto=True)  # 20 has one method; 4 is the first to try both, 9 is more than twice that
     assert dict(alone.tried) == {4: 2, 9: 2}
-    # Counted as it is done: two methods where none is near, the best elsewhere.
-    assert search_full_steps([4, 5, 9], N, 2, 8) == 8 * N + 8 * (4 + 5 + 9) + 4 * 16 + 5 * 16 + 9 * 16
+    assert tried_budgets([4, 5, 9], try_all=False) == [4, 9]  # as it is done
+
+
+def test_near_budgets_that_are_asked_for_take_the_method_that_was_best() -> None:
+    few, all_of_them = Fake(), Fake()
+    found = planned(few, 9, 6, 8)
+    assert few.tried == [(9, 2)] and [plan.method for plan in found.plans] == ["linear"] * 3
+    assert [table.budget for table in found.tables] == [9]
+    planned(all_of_them, 9, 6, 8, try_all=True)
+    assert [budget for budget, _ in all_of_them.tried] == [9, 6, 8]
+    assert tried_budgets([9, 6, 8], try_all=True) == [9, 6, 8]
 
 
 def test_a_time_tries_each_kind_with_what_it_affords() -> None:

@@ -14,6 +14,7 @@ from lemica_trt.backends.build import Estimate, graphs_digest
 from lemica_trt.backends.onnx_file import require_plain
 from lemica_trt.backends.onnxruntime.options import OrtOptions
 from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError
+from lemica_trt.core.threads import usable_threads
 from lemica_trt.ir.engine import EngineEntry, EngineKey
 from lemica_trt.ir.graphs import GraphSet, GraphSpec
 from lemica_trt.ir.profile import DType
@@ -114,7 +115,7 @@ def open_session(graph: GraphSpec, path: Path, options: OrtOptions, device: int 
     wanted = require_provider(ort, options)
     settings = ort.SessionOptions()
     settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, OPTIMIZATION_LEVELS[options.optimization])
-    settings.intra_op_num_threads = options.threads or _available_cpus()  # its own 0 also pins threads to cores
+    settings.intra_op_num_threads = options.threads or usable_threads()  # its own 0 also pins threads to cores
     settings.inter_op_num_threads = 1
     # Each graph's session has threads of its own; by default they spin between two calls, against the graph that runs.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -150,8 +151,3 @@ def require_provider(ort: Any, options: OrtOptions) -> str:
             fix="pip uninstall onnxruntime && pip install onnxruntime-gpu" if options.provider == "cuda" else None,
         )
     return wanted
-
-
-def _available_cpus() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,0 +1,87 @@
+"""Uncached runs, made once and used by all: errors, Gram matrices, the targets of fits, the references of trials.
+
+A run is found by what decides it (model, sampler, guidance, prompt, seed), whoever made it. For one sample a file holds
+x_0 … x_N, fp32 [N + 1, *latent_shape]: 230 MB for CogVideoX-2B. Its name carries a digest of its content: a file that
+was damaged or altered is not used, and its run is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from lemica_trt.calibrate.exact import provenance_of
+from lemica_trt.calibrate.replay import Stepper, Uncached
+from lemica_trt.core.values import write_bytes
+from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.models.model import Model
+
+
+class Trajectories(NamedTuple):
+    """A folder of uncached runs.
+
+    Attributes:
+        folder: need not exist; None: runs are not kept.
+    """
+
+    folder: Path | None
+
+    def files(self, model: Model, table: SamplerTable, prompt: str, seed: int) -> list[Path]:
+        """What may hold a run."""
+        if self.folder is None:
+            return []
+        return sorted(self.folder.glob(f"{_key(model, table, prompt, seed)}-*.npy"))
+
+    def find(self, model: Model, table: SamplerTable, prompt: str, seed: int) -> Tensor | None:
+        """x_0 … x_N of a run, on the host; None: it was not kept."""
+        for path in self.files(model, table, prompt, seed):
+            data = path.read_bytes()
+            if path.stem.endswith(_digest(data)):
+                return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+            path.unlink()
+        return None
+
+    def keep(self, model: Model, table: SamplerTable, prompt: str, seed: int, run: Uncached) -> Tensor:
+        """Put a run into the folder; returns x_0 … x_N, on the host."""
+        latents = torch.stack([part.latents[0] for part in run.runs[1:]] + [run.final]).cpu()
+        if self.folder is not None:
+            file = io.BytesIO()
+            np.save(file, latents.numpy())
+            data = file.getvalue()
+            write_bytes(data, self.folder / f"{_key(model, table, prompt, seed)}-{_digest(data)}.npy")
+        return latents
+
+    def run(self, stepper: Stepper, prompt: str, seed: int, name: str) -> Tensor:
+        """Make a run and keep it; returns x_0 … x_N, on the host.
+
+        Args:
+            name: of the run, for messages.
+
+        Raises:
+            VerificationError: latents are not finite; names the run and the step.
+        """
+        with torch.no_grad():
+            uncached = stepper.sample(name, prompt, seed).uncached()
+        return self.keep(stepper.model, stepper.table, prompt, seed, uncached)
+
+
+def missing_runs(trajectories: Trajectories, model: Model, table: SamplerTable, runs: Sequence[tuple[str, int]]) -> int:
+    """How many of some (prompt, seed) have not been kept; files are not looked into."""
+    return sum(not trajectories.files(model, table, prompt, seed) for prompt, seed in runs)
+
+
+def _key(model: Model, table: SamplerTable, prompt: str, seed: int) -> str:
+    origin = msgspec.json.encode(provenance_of(model, table, [prompt], seed), order="sorted")
+    return hashlib.sha256(origin).hexdigest()[:32]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]

@@ -1,0 +1,103 @@
+"""A bundle's plans on its engines: what they make of numbered samples, and what that takes.
+
+Every run serves twice: its latents are compared, and its denoising loop is timed. Plans run in turns, sample by sample,
+so that a machine that drifts is the same to all of them. The first run of each plan waits for the device after every
+row, which gives the times of rows; the others do not, and give the time of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lemica_trt.evaluate.timing import RowSeconds, row_by_row, seconds_of
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.report import Timing
+from lemica_trt.runtime.pipeline import Pipeline
+from lemica_trt.runtime.random import Generator
+
+Array = npt.NDArray[Any]
+
+
+class Deployed:
+    """Runs plans on the engines of a pipeline.
+
+    Args:
+        pipe: an open pipeline of the bundle.
+
+    Attributes:
+        pipe: as given.
+    """
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self.pipe = pipe
+        self._kept: dict[tuple[str, str, int], Array] = {}
+        self._rows: dict[str, tuple[float, RowSeconds]] = {}
+        self._whole: dict[str, list[float]] = {}
+
+    def latents(self, plan: StepPlan, prompt: str, seed: int, *, keep: bool = False) -> Array:
+        """One request: x_N, fp32 latent_shape.
+
+        Args:
+            keep: for the next call with the same arguments, which then runs nothing.
+        """
+        key = plan.name, prompt, seed
+        found = self._kept.pop(key) if key in self._kept else self._run(plan, prompt, seed)
+        if keep:
+            self._kept[key] = found
+        return found
+
+    def _run(self, plan: StepPlan, prompt: str, seed: int) -> Array:
+        pipe, manifest = self.pipe, self.pipe.bundle.manifest
+        negative = [manifest.profile.sampling.negative_prompt] if manifest.graphs.layout.guided else []
+        encoded = [pipe.encode(text) for text in (*negative, prompt)]
+        conditions = {name: np.stack([each[name] for each in encoded]) for name in encoded[0]}
+        noise = Generator(seed).randn((1, *manifest.graphs.layout.latent_shape))
+        results: list[Array] = []
+
+        def request(**options: Any) -> None:
+            seeds = [seed] if plan.stochastic else None
+            results.append(pipe.latents(conditions, noise, plan=plan, seeds=seeds, **options))
+
+        if plan.name in self._rows:
+            self._whole.setdefault(plan.name, []).append(seconds_of(request))
+        else:
+            self._rows[plan.name] = row_by_row(request)
+        latents: Array = results[0][0]
+        return latents
+
+    def decoded(self, plan: StepPlan, prompt: str, seed: int) -> Array:
+        """The frames of one request: uint8 [F, H, W, 3]."""
+        frames: Array = self.pipe.decode(self.latents(plan, prompt, seed))
+        return frames
+
+    def timing(self, plans: Sequence[StepPlan]) -> list[Timing]:
+        """Times of plans that have run, those with the most full steps first."""
+        uncached = next((plan for plan in plans if plan.budget == plan.num_steps), None)
+        return [self._timing(plan, uncached) for plan in sorted(plans, key=lambda plan: -plan.budget)]
+
+    def _timing(self, plan: StepPlan, uncached: StepPlan | None) -> Timing:
+        whole, rows = self._rows[plan.name]
+        step, totals = median(rows.full), self._totals(plan)
+        return Timing(
+            plan=plan.name,
+            budget=plan.budget,
+            full_step=step,
+            skipped_step=median(rows.cached) if rows.cached else None,
+            total=median(totals),
+            overhead=whole / (sum(rows.full) + sum(rows.cached)) - 1,
+            ratio=whole / (plan.budget * step),
+            speedup=None if uncached is None else self._speedup(plan, uncached),
+        )
+
+    def _speedup(self, plan: StepPlan, uncached: StepPlan) -> float:
+        """Median of what the same samples took; N/B at most: what a busy machine shows beyond is none of the plan's."""
+        ratios = [before / after for before, after in zip(self._totals(uncached), self._totals(plan))]
+        return min(median(ratios), plan.num_steps / plan.budget)
+
+    def _totals(self, plan: StepPlan) -> list[float]:
+        return self._whole.get(plan.name) or [self._rows[plan.name][0]]
