@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 from lemica_trt.core.errors import UsageError
@@ -35,9 +34,7 @@ class Applied:
     def __enter__(self) -> Applied:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def __repr__(self) -> str:

@@ -15,7 +15,6 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -130,9 +129,7 @@ class Loop:
         self._pipe.set_progress_bar_config(**{**self._bars, "disable": True})
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.use(self.own)
         self._pipe.set_progress_bar_config(**self._bars)
 
