@@ -7,6 +7,12 @@ that says when to call them.
     build(…)       a model → a bundle
     Bundle         a bundle on disk, to look into
 
+A plan in a diffusers pipeline, without a bundle; these need PyTorch:
+
+    fit(pipe, budget, prompts)      a loaded pipeline → a step plan
+    apply(pipe, plan)               the pipeline runs by the plan, until it is removed
+    PlanScheduler                   the same as a diffusers scheduler
+
 The packages, each below those that import it (`docs/architecture.md`; `tests/test_architecture.py` holds it):
 
     core        knows nothing of diffusion: errors, values, progress, metrics, files
@@ -19,6 +25,7 @@ The packages, each below those that import it (`docs/architecture.md`; `tests/te
     bundle      the folder that is deployed: manifest, digests, atomic writing
     runtime     runs a step plan on engines, numpy in and out
     evaluate    runs plans and scores what they make: trials, timing, verification                  torch
+    pipelines   plans in a diffusers pipeline: applied to one, fitted to one                        torch, diffusers
     report      tables, contact sheets and plots that a person looks at
     compiler    the stages of a build, and the loop that runs them
     triton      bundle → model repository of Triton Inference Server; what runs in it; a client     tritonclient
@@ -32,14 +39,24 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Bundle", "__version__", "build", "load"]
+__all__ = ["Bundle", "PlanScheduler", "__version__", "apply", "build", "fit", "load"]
 
 if TYPE_CHECKING:
     from lemica_trt.bundle.reading import Bundle
     from lemica_trt.cli.flags import build
+    from lemica_trt.pipelines.applied import apply
+    from lemica_trt.pipelines.fitting import fit
+    from lemica_trt.pipelines.scheduler import PlanScheduler
     from lemica_trt.runtime.pipeline import load
 
-_FACE = {"Bundle": "lemica_trt.bundle.reading", "build": "lemica_trt.cli.flags", "load": "lemica_trt.runtime.pipeline"}
+_FACE = {
+    "Bundle": "lemica_trt.bundle.reading",
+    "PlanScheduler": "lemica_trt.pipelines.scheduler",
+    "apply": "lemica_trt.pipelines.applied",
+    "build": "lemica_trt.cli.flags",
+    "fit": "lemica_trt.pipelines.fitting",
+    "load": "lemica_trt.runtime.pipeline",
+}
 """Name → module that has it; imported when it is first asked for."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import os
 import shlex
 import stat
@@ -29,6 +30,7 @@ from lemica_trt.core.files import PartedDigest, parted_digests
 from lemica_trt.core.values import value_from_json
 from lemica_trt.ir.engine import EngineEntry, EngineKey
 from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.timeline import timeline_svg
 
 MANIFEST_MAX_BYTES = 64 << 20
 
@@ -87,6 +89,14 @@ class Bundle:
         plans = ", ".join(f"{name} (default)" if name == manifest.default_plan else name for name in manifest.plans)
         engines = ", ".join(f"{entry.key.backend} for {entry.key.target}" for entry in manifest.engines)
         return f"<Bundle {str(self.path)!r}: {manifest.profile.name}; plans {plans}; engines {engines}>"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for name in self.plans:
+            plan = self.plan(name)
+            cells = html.escape(name), f"{plan.budget} of {plan.num_steps}", html.escape(plan.method)
+            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in (*cells, timeline_svg(plan))) + "</tr>")
+        return f"<div>{html.escape(repr(self))}<table>{''.join(rows)}</table></div>"
 
     @property
     def plans(self) -> tuple[str, ...]:

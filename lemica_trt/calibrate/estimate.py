@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,7 @@ from lemica_trt.calibrate.exact import (
     usual_batch,
 )
 from lemica_trt.calibrate.journal import CheapMeasurement, Journal, Piece
-from lemica_trt.calibrate.replay import Run, Stepper, Uncached, distance
+from lemica_trt.calibrate.replay import Run, Stepper, Uncached, Visit, distance
 from lemica_trt.calibrate.trajectories import Trajectories
 from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
 from lemica_trt.core.errors import UsageError
@@ -122,7 +122,7 @@ def calibrate_cheaply(
     units = [(s, s < rolled_out) for s in range(samples)]
     costs = {unit: float(sample_cost(table.num_steps, unit[1], unit[0])) for unit in units}
     complete(book, costs, lambda unit: [unit], job, workers or InProcess(model), progress)
-    return _calibrated(measurement, table, [book.entries[unit] for unit in units], sensitivity)
+    return calibrated(measurement, table, [book.entries[unit] for unit in units], sensitivity)
 
 
 def cheap_measurement(
@@ -160,29 +160,51 @@ class _Samples(NamedTuple):
         def work(unit: tuple[int, bool]) -> list[Piece]:
             number, rolled_out = unit
             prompt, seed = self.prompts[number % len(self.prompts)], self.measurement.seed + number
-            found, uncached = piece(stepper, self.measurement, number, prompt, rolled_out=rolled_out)
+            sample = stepper.sample(f"sample {number}", prompt, seed)
+            found, uncached = piece(sample, self.table, self.measurement, number, rolled_out=rolled_out)
             kept.keep(model, self.table, prompt, seed, uncached)
             return [found]
 
         return work
 
 
+class Traced(Protocol):
+    """A sample as it is measured; `replay.Sample` is one.
+
+    Attributes:
+        full_count, skip_count: evaluations made so far, counted for one latent.
+    """
+
+    full_count: int
+    skip_count: int
+
+    def trace(self, max_skip: int, visit: Visit) -> Uncached:
+        """The uncached run with the chains of skipped steps of all starts beside it."""
+
+    def roll_out(self, branches: Mapping[tuple[int, int], Run]) -> dict[tuple[int, int], torch.Tensor]:
+        """Run branches in full to the end."""
+
+
 def piece(
-    stepper: Stepper, measurement: CheapMeasurement, number: int, prompt: str, *, rolled_out: bool
+    sample: Traced, table: SamplerTable, measurement: CheapMeasurement, number: int, *, rolled_out: bool
 ) -> tuple[Piece, Uncached]:
-    """One sample, and its uncached run.
+    """What is measured on one sample, and its uncached run.
+
+    Args:
+        sample: before its first step.
+        number: its number.
+        rolled_out: whether its sensitivity is measured.
 
     Raises:
         VerificationError: NaN or infinity; names sample and edge.
     """
-    sample = stepper.sample(f"sample {number}", prompt, measurement.seed + number)
     stops = knot_stops(measurement.num_steps, measurement.knots, number) if rolled_out else []
     knots = {j: max(j - min(measurement.gap, measurement.max_skip + 1), 0) for j in stops}  # stop → start
     changes: dict[tuple[int, int], float] = {}
     branches: dict[tuple[int, int], Run] = {}
 
     def visit(i: int, j: int, chain: Run, run: Run) -> None:
-        changes[i, j] = distance_behind(stepper.table, j, chain, run)
+        changes[i, j] = distance_behind(table, j, chain, run)
         if knots.get(j) == i:
             branches[i, j] = chain
 
@@ -204,8 +226,9 @@ def piece(
 
 
 def mean_sensitivity(pieces: Sequence[Piece], num_steps: int) -> Array:
-    """c_0 … c_N of the samples that were rolled out, the geometric mean."""
+    """c_0 … c_N of the samples that were rolled out, the geometric mean; 1 where there are none."""
     curves = [interpolate_sensitivity(dict(part.knots), num_steps) for part in pieces if part.rolled_out]
+    curves = curves or [np.ones(num_steps + 1)]
     found: Array = np.exp(np.mean(np.log(curves), 0))
     return found
 
@@ -236,9 +259,14 @@ def distance_behind(table: SamplerTable, stop: int, changed: Run, run: Run) -> f
     return sum(changes[1:], changes[0]).abs().mean(dtype=torch.float64).item()
 
 
-def _calibrated(
-    measurement: CheapMeasurement, table: SamplerTable, pieces: Sequence[Piece], known: Sensitivity | None
+def calibrated(
+    measurement: CheapMeasurement, table: SamplerTable, pieces: Sequence[Piece], known: Sensitivity | None = None
 ) -> Calibrated:
+    """What all samples together give.
+
+    Args:
+        known: of another calibration; None: that of the samples that were rolled out, all alike where none was.
+    """
     samples, common = len(pieces), provenance(measurement)
     full, skip = sum(part.full for part in pieces), sum(part.skip for part in pieces)
     cost = Cost.of(samples, full, skip, measurement.num_steps)

@@ -16,9 +16,9 @@ linearly extrapolated, folded one, and never fits worse than that one would, fro
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -107,11 +107,20 @@ class Fit(Value, frozen=True):
         return f"expected {len(self.full_steps)} rows, got {len(self.rows)}"
 
 
-class _Fitting(NamedTuple):
-    """A sample under way: its run of the plan, and the reference's latents at each of the N steps and at the end."""
+class Run(Protocol):
+    """A sample under way: each call takes it one row of a plan further. `models.denoise.Rollout` is one.
 
-    rollout: Rollout
-    reference: Sequence[Tensor]
+    Attributes:
+        latents, outputs: of the rows so far, newest first, as deep as rows may read.
+    """
+
+    @property
+    def latents(self) -> list[Tensor]: ...
+
+    @property
+    def outputs(self) -> list[Tensor]: ...
+
+    def __call__(self, row: PlanRow) -> object: ...
 
 
 class Fitter:
@@ -178,14 +187,9 @@ class Fitter:
         start = self._start(schedule)
         if schedule.full_steps not in self._book.entries:
             self._book.add([Fit(full_steps=schedule.full_steps, rows=tuple(self._fit(start, schedule)))])
-        rows = [
-            msgspec.structs.replace(row, latents=fitted.latents, outputs=fitted.outputs)
-            for row, fitted in zip(start.rows[1:], self._book.entries[schedule.full_steps].rows)
-        ]
         reference_steps = self._reference.num_steps
         plan = msgspec.structs.replace(
-            start,
-            rows=(start.rows[0], *rows),
+            fitted_plan(start, self._book.entries[schedule.full_steps].rows),
             reference_steps=reference_steps if reference_steps > self._table.num_steps else None,
         )
         return assign_steps(plan, schedule, self._table)
@@ -226,31 +230,22 @@ class Fitter:
         layout = layout_from_plans([start], latent_shape=self._model.latent_shape, guided=self._model.guided)
         depth = max(OUTPUTS, layout.output_history)
         layout = msgspec.structs.replace(layout, output_history=min(depth, schedule.budget))
-        under_way = [
-            _Fitting(
-                Rollout(
-                    self._model,
-                    layout,
-                    self._model.embed([self._sample(s)[0]]),
-                    self._model.noise(self._sample(s)[1])[None],
-                    guidance_scale=start.guidance_scale,
-                ),
-                self._paths[s],
+        runs = [
+            Rollout(
+                self._model,
+                layout,
+                self._model.embed([self._sample(s)[0]]),
+                self._model.noise(self._sample(s)[1])[None],
+                guidance_scale=start.guidance_scale,
             )
             for s in range(self.samples)
         ]
-        stops = [*schedule.full_steps[1:], self._table.num_steps]
-        fitted: list[FittedRow] = []
-        for number, row in enumerate(start.rows):
-            if number > 0:
-                weights = _fitted_row(row, [(run.rollout, run.reference[stops[number - 1]]) for run in under_way])
-                row = msgspec.structs.replace(row, latents=weights.latents, outputs=weights.outputs)
-                fitted.append(weights)
-            for s, run in enumerate(under_way):
-                _require_finite(run.rollout(row)["latents"], f"sample {s}, the fitted run at step {row.step}")
-                self.evaluations += row.full
-                tell()
-        return fitted
+
+        def ran(row: PlanRow) -> None:
+            self.evaluations += row.full
+            tell()
+
+        return fit_rows(start, runs, targets_of(schedule, self._paths), ran)
 
     def _path(self, s: int) -> Sequence[Tensor]:
         """The reference's latents at each of the N steps and at the end, on the host: fp32 [1, *latent_shape]."""
@@ -264,6 +259,55 @@ class Fitter:
     @functools.cached_property
     def _stepper(self) -> Stepper:
         return Stepper(self._model, self._reference, batch=1)
+
+
+def fit_rows(
+    start: StepPlan, runs: Sequence[Run], targets: Sequence[Sequence[Tensor]], ran: Callable[[PlanRow], None]
+) -> list[FittedRow]:
+    """Run a plan on all samples, row by row, each row fitted before it runs.
+
+    Args:
+        start: B full rows and the last; what the weights begin with.
+        runs: one a sample, before its first row.
+        targets: targets[s][k]: the latents of sample s that row k + 1 shall reach.
+        ran: called behind each row of each sample.
+
+    Returns:
+        The weights of all rows but the first.
+
+    Raises:
+        VerificationError: a run is not finite.
+    """
+    fitted: list[FittedRow] = []
+    for number, row in enumerate(start.rows):
+        if number > 0:
+            weights = _fitted_row(row, [(run, target[number - 1]) for run, target in zip(runs, targets)])
+            row = msgspec.structs.replace(row, latents=weights.latents, outputs=weights.outputs)
+            fitted.append(weights)
+        for s, run in enumerate(runs):
+            run(row)
+            _require_finite(run.latents[0], f"sample {s}, the fitted run at step {row.step}")
+            ran(row)
+    return fitted
+
+
+def targets_of(schedule: Schedule, paths: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """`targets` of `fit_rows`.
+
+    Args:
+        paths: of each sample the reference's latents at each of the N steps and at the end.
+    """
+    stops = [*schedule.full_steps[1:], schedule.num_steps]
+    return [[path[stop] for stop in stops] for path in paths]
+
+
+def fitted_plan(start: StepPlan, fitted: Sequence[FittedRow]) -> StepPlan:
+    """The plan that a fit began with, with the weights that it found."""
+    rows = [
+        msgspec.structs.replace(row, latents=weights.latents, outputs=weights.outputs)
+        for row, weights in zip(start.rows[1:], fitted)
+    ]
+    return msgspec.structs.replace(start, rows=(start.rows[0], *rows))
 
 
 def fit_measurement(
@@ -309,7 +353,7 @@ def closest_combination(grams: Array, start: Array, *, ridge: float = RIDGE, rou
     return best
 
 
-def _fitted_row(row: PlanRow, runs: Sequence[tuple[Rollout, Tensor]]) -> FittedRow:
+def _fitted_row(row: PlanRow, runs: Sequence[tuple[Run, Tensor]]) -> FittedRow:
     """The weights with which a row comes closest to the target of each run, from the histories that the runs have."""
     grams, count = [], max(1, len(row.latents))
     for run, target in runs:

@@ -7,6 +7,7 @@ sampler       a sampler as a table of coefficients
 calibration   error graph, trajectory Grams, sensitivities, and what they were measured on
 schedule      which steps run in full
 plan          the static step plan
+timeline      a plan on one line
 budget        budgets in any unit, times of steps, quality by budget
 trials        how candidates did when they ran whole
 engine        which engine it is, and what it was built from

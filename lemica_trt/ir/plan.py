@@ -20,15 +20,18 @@ Knows values only: nothing of torch, engines, or how a plan is found.
 from __future__ import annotations
 
 import hashlib
+import html
 import math
+import os
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from lemica_trt.core.errors import InputError
-from lemica_trt.core.values import Value, json_bytes, require, require_finite
+from lemica_trt.core.values import Value, json_bytes, require, require_finite, write_value
 from lemica_trt.ir.graphs import COMBINE, TRUNK, GraphSet, StepLayout, TensorSpec, step_layout
+from lemica_trt.ir.timeline import plan_line, timeline_svg, timeline_text
 
 PLAN_FORMAT = 4
 
@@ -182,6 +185,16 @@ class StepPlan(Value, frozen=True):
             require(last or row.variant is not None or bool(row.reuse), f"{where}: a row without a variant needs reuse")
             previous, full = row.step, full + row.full
         require(self.rows[0].full, "rows[0] must compute everything: there is nothing to reuse yet")
+
+    def __repr__(self) -> str:
+        return f"<StepPlan {plan_line(self)}: {timeline_text(self, 100)}>"
+
+    def _repr_html_(self) -> str:
+        return f"<div>{html.escape(plan_line(self))}<br>{timeline_svg(self)}</div>"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON: what `lemica_trt.apply` and `PlanScheduler.from_plan` read."""
+        write_value(self, path)
 
     @property
     def rows_digest(self) -> str:

@@ -11,8 +11,9 @@ The hidden stream alone is enough for every family: what the trunk makes of the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -21,6 +22,46 @@ from lemica_trt.core.errors import UnsupportedError
 
 STREAM = "hidden_states"
 """Name of the hidden stream where diffusers passes it to a block by keyword; otherwise it is the first argument."""
+
+
+@contextlib.contextmanager
+def watched(entry: nn.Module, epilogue: nn.Module) -> Iterator[list[Tensor]]:
+    """The hidden stream as it enters these modules, in the order in which it does; see `residual_of`."""
+    seen: list[Tensor] = []
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs[STREAM] if STREAM in kwargs else args[0])
+
+    hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in (entry, epilogue)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def residual_of(seen: Sequence[Tensor]) -> Tensor:
+    """h_out − h_in of one call of a transformer under `watched`, in the dtype of the hidden stream."""
+    if len(seen) != 2:
+        raise UnsupportedError(f"expected one entry of the trunk and one of the epilogue, got {len(seen)} in all")
+    entered, left = seen
+    return (left - entered).to(entered.dtype)
+
+
+@contextlib.contextmanager
+def added(epilogue: nn.Module, residual: Tensor) -> Iterator[None]:
+    """A residual added to the hidden stream that enters the epilogue."""
+
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if STREAM in kwargs:
+            return args, {**kwargs, STREAM: kwargs[STREAM] + residual}
+        return (args[0] + residual, *args[1:]), kwargs
+
+    hook = epilogue.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class Full(nn.Module):
@@ -41,21 +82,9 @@ class Full(nn.Module):
             (output, residual): the model output as diffusers gives it, and h_out − h_in [R, tokens, width] in the
             dtype of the hidden stream.
         """
-        seen: list[Tensor] = []
-
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(kwargs[STREAM] if STREAM in kwargs else args[0])
-
-        hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in self._cut]
-        try:
+        with watched(*self._cut) as seen:
             output = self.transformer(**inputs, return_dict=False)[0]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if len(seen) != 2:
-            raise UnsupportedError(f"expected one entry of the trunk and one of the epilogue, got {len(seen)} in all")
-        entered, left = seen
-        return output, (left - entered).to(entered.dtype)
+        return output, residual_of(seen)
 
 
 class Skip(nn.Module):
@@ -76,17 +105,8 @@ class Skip(nn.Module):
         Returns:
             The model output as diffusers gives it.
         """
-
-        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            if STREAM in kwargs:
-                return args, {**kwargs, STREAM: kwargs[STREAM] + residual}
-            return (args[0] + residual, *args[1:]), kwargs
-
-        hook = self._epilogue[0].register_forward_pre_hook(add, with_kwargs=True)
-        try:
+        with added(self._epilogue[0], residual):
             output: Tensor = self.transformer(**inputs, return_dict=False)[0]
-        finally:
-            hook.remove()
         return output
 
 
@@ -97,11 +117,10 @@ class SplitTransformer(NamedTuple):
     skip: Skip
 
 
-def split_transformer(transformer: nn.Module, block_lists: Sequence[str], epilogue: str) -> SplitTransformer:
-    """Cut a diffusers transformer; nothing is copied and the transformer stays usable as it was.
+def trunk_ends(transformer: nn.Module, block_lists: Sequence[str], epilogue: str) -> tuple[nn.Module, nn.Module]:
+    """The first block of a trunk, and the first module behind it.
 
     Args:
-        transformer: a diffusers `ModelMixin` whose forward takes `return_dict`.
         block_lists: attribute names of the trunk's `nn.ModuleList`s, in the order in which they run.
         epilogue: dotted name of the first module behind the trunk.
 
@@ -120,7 +139,20 @@ def split_transformer(transformer: nn.Module, block_lists: Sequence[str], epilog
         last = transformer.get_submodule(epilogue)
     except AttributeError:
         raise UnsupportedError(f"expected {kind} to have a module {epilogue!r} behind its blocks, got none") from None
+    return blocks[0], last
 
+
+def split_transformer(transformer: nn.Module, block_lists: Sequence[str], epilogue: str) -> SplitTransformer:
+    """Cut a diffusers transformer; nothing is copied and the transformer stays usable as it was.
+
+    Args:
+        transformer: a diffusers `ModelMixin` whose forward takes `return_dict`.
+        block_lists, epilogue: as in `trunk_ends`.
+
+    Raises:
+        UnsupportedError: as `trunk_ends`.
+    """
+    first, last = trunk_ends(transformer, block_lists, epilogue)
     trunkless = copy.copy(transformer)
     trunkless._modules = {**transformer._modules, **{name: nn.ModuleList() for name in block_lists}}
-    return SplitTransformer(Full(transformer, blocks[0], last), Skip(trunkless, last))
+    return SplitTransformer(Full(transformer, first, last), Skip(trunkless, last))

@@ -1,7 +1,7 @@
 """Tables, contact sheets and plots that a person looks at: values of `ir` in, text and pictures out.
 
 summary         tables
-timeline        a plan on one line, and row by row
+timeline        a plan row by row
 plots           error graph, schedules, quality by budget
 contact_sheet   clips as rows of frames
 pictures        the pictures of a bundle's `reports/` folder

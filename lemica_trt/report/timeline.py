@@ -1,8 +1,6 @@
-"""A plan on one line, and a plan as a table of its rows."""
+"""A plan as a table of its rows; on one line: `ir.timeline`."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -10,44 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lemica_trt.ir.plan import PlanRow, StepPlan
-
-FULL, MIXED, SKIP, NONE = "■", "▪", "·", " "
-"""Marks of a timeline: the whole DiT; several steps a mark, some of them full; the skip graph; no graph at all."""
-
+from lemica_trt.ir.timeline import FULL, NONE, SKIP, guidance_text, mark, timeline_text
 
 STYLES = {FULL: "bold", SKIP: "dim", NONE: "dim italic"}
-
-
-def _mark(row: PlanRow) -> str:
-    return FULL if row.full else SKIP if row.cached else NONE
-
-
-def timeline_text(plan: StepPlan, width: int) -> str:
-    """One character a denoising step: ■ full, · skip, blank where no graph runs (reused or folded steps).
-
-    A plan of more steps than `width` is drawn to scale, several steps a character: ■ all of them full, ▪ some, · none.
-
-    Args:
-        width: most characters, at least 1.
-
-    Raises:
-        ValueError: `width` below 1.
-    """
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
-    marks = [NONE] * plan.num_steps
-    for row in plan.rows[:-1]:
-        marks[row.step] = _mark(row)
-    if plan.num_steps <= width:
-        return "".join(marks)
-    bounds = [plan.num_steps * k // width for k in range(width + 1)]
-    cells = ["".join(marks[a:b]) for a, b in pairwise(bounds)]
-    return "".join(FULL if set(c) == {FULL} else MIXED if FULL in c else SKIP if SKIP in c else NONE for c in cells)
-
-
-def guidance_text(plan: StepPlan) -> str:
-    """For which guidance scales of a request a plan holds: `2 … 7`, or `any`."""
-    return "any" if plan.guidance_range is None else " … ".join(f"{scale:g}" for scale in plan.guidance_range)
 
 
 def plan_table(plan: StepPlan) -> RenderableType:
@@ -86,7 +49,7 @@ def plan_table(plan: StepPlan) -> RenderableType:
         right = name in ("step", "timestep")
         table.add_column(name, justify="right" if right else "left", no_wrap=name in ("step", "timestep", "graph"))
     for row, cells in zip(rows, zip(*columns.values())):
-        table.add_row(*cells, style=STYLES[_mark(row)] if row is not rows[-1] else "")
+        table.add_row(*cells, style=STYLES[mark(row)] if row is not rows[-1] else "")
     return Group(Text(title, style="bold"), Text(timeline_text(plan, 100)), table)
 
 

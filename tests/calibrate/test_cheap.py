@@ -203,7 +203,9 @@ def test_a_piece_depends_on_its_sample_alone(tmp_path: Path, model: ToyModel) ->
     calibrated(model, tmp_path / "j", samples=3)
     lines = (tmp_path / "j").read_bytes().splitlines()
     stepper = Stepper(model, euler(12), usual_batch(model))
-    alone, _ = piece(stepper, measurement(model, euler(12)), 2, PROMPTS[2], rolled_out=True)
+    made = measurement(model, euler(12))
+    sample = stepper.sample("sample 2", PROMPTS[2], made.seed + 2)
+    alone, _ = piece(sample, euler(12), made, 2, rolled_out=True)
     assert alone == value_from_json(Piece, lines[3], where="j")
 
 

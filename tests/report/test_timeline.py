@@ -9,7 +9,8 @@ from report_data import plan
 from rich.console import Console
 
 from lemica_trt.ir.plan import PlanRow, StepPlan
-from lemica_trt.report.timeline import plan_table, timeline_text
+from lemica_trt.ir.timeline import timeline_text
+from lemica_trt.report.timeline import plan_table
 
 pytestmark = pytest.mark.null
 
