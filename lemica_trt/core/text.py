@@ -14,6 +14,11 @@ def basic_clean(text: str) -> str:
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its class: libraries raise pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def printable(text: str) -> str:
     """Text in one line that no terminal obeys: control characters are shown as Python writes them, `\\x1b`."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)

@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lemica_trt.backends.base import first_line
 from lemica_trt.backends.build import Estimate, graphs_digest
 from lemica_trt.backends.onnx_file import require_plain
 from lemica_trt.backends.onnxruntime.options import OrtOptions
 from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError
+from lemica_trt.core.text import first_line
 from lemica_trt.ir.engine import EngineEntry, EngineKey
 from lemica_trt.ir.graphs import GraphSet, GraphSpec
 from lemica_trt.ir.profile import DType

@@ -22,12 +22,12 @@ from lemica_trt.backends.base import (
     Settings,
     check_binding,
     check_upload,
-    first_line,
 )
 from lemica_trt.backends.onnxruntime.build import import_onnxruntime, open_session
 from lemica_trt.backends.onnxruntime.options import OrtOptions
 from lemica_trt.backends.options import options_from_key
 from lemica_trt.core.errors import EngineError, UnsupportedError
+from lemica_trt.core.text import first_line
 from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.graphs import GraphSpec, TensorDType
 
