@@ -182,8 +182,13 @@ def require_replaceable(target: Path) -> None:
     """Ask before the work is done whether a bundle can be written there.
 
     Raises:
-        UsageError: `target` is something else than a bundle, an empty folder, or nothing.
+        UsageError: `target` is something else than a bundle, an empty folder, or nothing; or a mount point.
     """
+    if os.path.ismount(target):
+        raise UsageError(
+            f"{target}: expected a folder that can be renamed, got a mount point",
+            fix=f"give a folder inside it: {target / 'bundle'}",
+        )
     if target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir())):
         return
     if target.exists():

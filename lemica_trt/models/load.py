@@ -57,7 +57,7 @@ def family_from_pipeline(folder: Path) -> Family:
     """
     try:
         kind = json.loads((folder / "model_index.json").read_bytes())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{folder}: expected a diffusers pipeline folder, got no readable model_index.json") from None
     for family in FAMILIES.values():
         if family.pipeline_class == kind:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,9 @@ def require_fitting(model: Model) -> None:
 @contextlib.contextmanager
 def _fitting(model: Model, part: str) -> Iterator[None]:
     shape = model.profile.shape
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback of what it raises
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     except BROKEN as error:
@@ -162,6 +166,8 @@ def _fitting(model: Model, part: str) -> Iterator[None]:
             f"{shape.width}x{shape.height}: {first_line(error)}",
             fix="check that all folders are of one text-to-video model, and the shape",
         ) from None
+    finally:
+        log.setLevel(level)
 
 
 def _require_shape(tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
