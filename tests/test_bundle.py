@@ -21,7 +21,7 @@ import pytest
 from lemica_trt.bundle import reading
 from lemica_trt.bundle.manifest import FileEntry, manifest_digest_line, plan_path, portable_source, require_relative
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.writing import add_plan, move_bundle, write_bundle
+from lemica_trt.bundle.writing import add_plan, copy_bundle, move_bundle, write_bundle
 from lemica_trt.core import files
 from lemica_trt.core.errors import InputError, IntegrityError, LemicaError, MissingDependencyError, UsageError
 from lemica_trt.core.files import PART_BYTES, PartedDigest, parted_digests
@@ -218,6 +218,53 @@ def test_damage_is_found_before_use(bundle: Bundle, damage: Callable[[Path], Non
         assert caught.value.exit_code == 4
     with pytest.raises(IntegrityError):
         bundle.check()
+
+
+def in_hub_cache(bundle: Bundle, cache: Path, below: str = ".") -> Path:
+    """The bundle as `snapshot_download` of huggingface_hub leaves it: every file a link into `blobs`."""
+    snapshot, blobs = cache / "models--a--b/snapshots/0123" / below, cache / "models--a--b/blobs"
+    blobs.mkdir(parents=True)
+    for path in [path for path in bundle.path.rglob("*") if path.is_file()]:
+        blob, link = blobs / hashlib.sha256(path.read_bytes()).hexdigest(), snapshot / path.relative_to(bundle.path)
+        shutil.copy(path, blob)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+@pytest.mark.parametrize("below", [".", "bundles/one"])
+def test_a_snapshot_in_the_cache_of_a_hub(bundle: Bundle, tmp_path: Path, below: str) -> None:
+    snapshot = in_hub_cache(bundle, tmp_path / "hub", below)
+    found = Bundle.open(snapshot)
+    found.check()
+    assert found.digest == bundle.digest
+    assert found.read_bytes("onnx/full.onnx") == bundle.read_bytes("onnx/full.onnx")
+    assert not any(path.is_symlink() for path in copy_bundle(found, tmp_path / "copy").path.rglob("*"))
+    Bundle.open(tmp_path / "copy").check()
+    for change in (lambda: add_plan(found, default="slow"), lambda: write(snapshot)):
+        with pytest.raises(UsageError, match="got a snapshot in the cache of a hub → copy it"):
+            change()
+
+
+@pytest.mark.parametrize(
+    "target", ["../../../outside", "../../../blobs-too/x", "../../../blobs/../x", "../../../blobs/below/x"]
+)
+def test_links_of_a_snapshot_lead_into_its_blobs_only(bundle: Bundle, tmp_path: Path, target: str) -> None:
+    snapshot = in_hub_cache(bundle, tmp_path / "hub")
+    link = snapshot / "onnx/full.onnx"
+    outside = Path(os.path.normpath(link.parent / "../../.." / target))
+    outside.parent.mkdir(exist_ok=True)
+    if not outside.exists():
+        shutil.copy(bundle.path / "onnx/full.onnx", outside)
+    link.unlink()
+    link.symlink_to(f"../../../{target}")
+    with pytest.raises(IntegrityError, match=r"onnx/full\.onnx: expected a file in the bundle, got a link"):
+        Bundle.open(snapshot).file("onnx/full.onnx")
+    blobs = tmp_path / "hub/models--a--b/blobs"
+    blobs.rename(blobs.with_name("elsewhere"))
+    blobs.symlink_to("elsewhere")
+    with pytest.raises(IntegrityError):
+        Bundle.open(snapshot)
 
 
 def test_unlisted_files(bundle: Bundle) -> None:

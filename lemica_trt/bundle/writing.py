@@ -24,7 +24,7 @@ from lemica_trt.bundle.manifest import (
     portable_source,
     require_relative,
 )
-from lemica_trt.bundle.reading import Bundle, files_below
+from lemica_trt.bundle.reading import Bundle, files_below, hub_blobs
 from lemica_trt.core.atomic_folder import replacing
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.core.files import PIECE_BYTES, PartedDigest
@@ -182,8 +182,14 @@ def require_replaceable(target: Path) -> None:
     """Ask before the work is done whether a bundle can be written there.
 
     Raises:
-        UsageError: `target` is something else than a bundle, an empty folder, or nothing; or a mount point.
+        UsageError: `target` is something else than a bundle, an empty folder, or nothing; or it is a mount point, or
+            in the cache of a hub.
     """
+    if hub_blobs(Path(os.path.realpath(target))) is not None:
+        raise UsageError(
+            f"{target}: expected a folder of your own, got a snapshot in the cache of a hub",
+            fix="copy it with its content in place of links: cp -rL",
+        )
     if os.path.ismount(target):
         raise UsageError(
             f"{target}: expected a folder that can be renamed, got a mount point",
@@ -227,10 +233,10 @@ def _opened(content: Path | bytes) -> BinaryIO:
 
 
 def _link(source: Path, path: Path) -> None:
-    """A hard link, or a copy where there are none."""
+    """A hard link to a file's content, or a copy where there are none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, path)
+        os.link(os.path.realpath(source), path)  # of a link itself there is no use in another folder
     except OSError:
         _store(source, path)
 
