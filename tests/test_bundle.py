@@ -246,9 +246,7 @@ def test_a_snapshot_in_the_cache_of_a_hub(bundle: Bundle, tmp_path: Path, below:
             change()
 
 
-@pytest.mark.parametrize(
-    "target", ["../../../outside", "../../../blobs-too/x", "../../../blobs/../x", "../../../blobs/below/x"]
-)
+@pytest.mark.parametrize("target", ["outside", "blobs-too/x", "blobs/../x", "blobs/below/x"])
 def test_links_of_a_snapshot_lead_into_its_blobs_only(bundle: Bundle, tmp_path: Path, target: str) -> None:
     snapshot = in_hub_cache(bundle, tmp_path / "hub")
     link = snapshot / "onnx/full.onnx"
