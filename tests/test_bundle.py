@@ -379,7 +379,9 @@ def rename_file(name: str) -> Callable[[Any], None]:
             r"full, latents_0: expected latents \[4, 4\], got \[4, 5\]",
         ),
         (tensors("full", [("x", ["batch", 0])]), "graph full, x must be 1 …"),
-        (tensors("full", [("x", ["x"])], [("y", ["batch"])]), "graph full, y: no input has the dimension 'batch'"),
+        (tensors("full", [("x", ["x"])], [("y", ["batch"])]), "graph full, x: expected a multiple of batch, got .x."),
+        (tensors("full", [("x", [4])], [("y", ["batch"])]), "graph full, y: no input has the dimension .batch."),
+        (tensors("full", [("x", [4])]), "graph full, x: the step layout has no such tensor"),
     ],
 )
 def test_bad_manifests(bundle: Bundle, edit: Callable[[Any], None], message: str) -> None:

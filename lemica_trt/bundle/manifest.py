@@ -141,6 +141,8 @@ class Manifest(Value, frozen=True):
             require(path in self.files, f"files must list {path}")
         for name, bucket in self.buckets.items():
             require(name == bucket_name(bucket.shape), f"bucket {name} must be named {bucket_name(bucket.shape)}")
+            for entry in bucket.engines:
+                require(entry.key.dtype == bucket.graphs.dtype, f"bucket {name} must be of one dtype")
             require_bounded(bucket.shape, self.profile.sampling, bucket.graphs, self.encoders)
 
     @property

@@ -19,5 +19,6 @@ class OrtOptions(Options, frozen=True):
         Literal["disabled", "basic", "extended", "all"], Meta(description="graph optimizations, done at each load")
     ] = "all"
     threads: Annotated[
-        int, Meta(ge=0, description="CPU threads within an operator; 0: one for each CPU that the process may use")
+        int,
+        Meta(ge=0, le=1024, description="CPU threads within an operator; 0: one for each CPU that the process may use"),
     ] = 0
