@@ -41,6 +41,18 @@ def test_any_other_error_is_one_line_that_says_how_to_see_more(
         main()
 
 
+def test_a_library_that_is_missing_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "run_checks", lambda: __import__("antigravity_engine"))
+    monkeypatch.setattr(sys, "argv", ["lemica-trt", "doctor"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 7
+    said = "lemica-trt: No module named 'antigravity_engine' → pip install 'lemica-trt[build]'\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_console_of_another_encoding(encoding: str) -> None:
     command = [sys.executable, "-m", "lemica_trt", "inspect", str(GOLDEN)]

@@ -69,6 +69,9 @@ class _Group(click.Group):
         except Exception as error:
             if debug:
                 raise
+            if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lemica_trt"):
+                click.echo(f"lemica-trt: {first_line(error)} → pip install 'lemica-trt[build]'", err=True)
+                sys.exit(7)
             click.echo(f"lemica-trt: {_fault(error)}", err=True)
             sys.exit(INTERNAL_ERROR)
 
