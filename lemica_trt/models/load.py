@@ -142,6 +142,10 @@ def _folder_from_source(source: str) -> Path:
     folder = zoo_path(name) if scheme == "package" else Path(source)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise InputError(
+            f"{source}: expected a pipeline folder, got a file", fix="give the folder that has model_index.json"
+        )
     if scheme == "package" or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise InputError(f"{source}: expected a folder, a hub id or package:NAME, got none that exists")
     try:

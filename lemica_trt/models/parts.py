@@ -11,6 +11,7 @@ import contextlib
 import importlib.metadata
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def _class_of(name: str, entry: list[Any]) -> Any:
 
 
 def _load_network(kind: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    _require_no_variant(folder)
     key = "torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"
     network, info = kind.from_pretrained(
         folder, **{key: dtype}, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
@@ -111,6 +113,20 @@ def _load_network(kind: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Modul
     if info.get("error_msgs"):
         raise InputError(f"{folder.name}: expected weights that match config.json: {info['error_msgs'][0]}")
     return network  # type: ignore[no-any-return]
+
+
+def _require_no_variant(folder: Path) -> None:
+    """Raise InputError where there are weights of a variant only (`model.fp16.safetensors`); no variant is loaded."""
+    names = [path.name for path in folder.glob("*.safetensors")] + [path.name for path in folder.glob("*.bin")]
+    variants = {match[1] for name in names if (match := _VARIANT.search(name))}
+    if variants and all(_VARIANT.search(name) for name in names):
+        raise InputError(
+            f"{folder.name}: expected weights, got some of the variant {', '.join(sorted(variants))} only",
+            fix="download the others, or save the pipeline again with save_pretrained without a variant",
+        )
+
+
+_VARIANT = re.compile(r"\.([A-Za-z]\w*)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
 
 
 def require_vocabulary(folder: Path, pipeline: Any) -> None:

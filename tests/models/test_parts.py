@@ -85,6 +85,20 @@ def test_weights_that_do_not_match_their_config(wan: Path, part: str, harm: str,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "model.fp16-00001-of-00001.safetensors"])
+def test_weights_of_a_variant_alone(wan: Path, name: str) -> None:
+    file = wan / WEIGHTS["text_encoder"]
+    file.rename(file.with_name(name))
+    assert "text_encoder: expected weights, got some of the variant fp16 only → download the others" in _refusal(wan)
+    shutil.copy(file.with_name(name), file)
+    assert load_model(_profile(wan))
+
+
+def test_a_file_in_place_of_a_folder(wan: Path) -> None:
+    message = "expected a pipeline folder, got a file → give the folder that has model_index.json"
+    assert message in _refusal(wan / WEIGHTS["transformer"])
+
+
 def test_a_config_of_fewer_layers(wan: Path) -> None:
     _edit(wan / "transformer/config.json", num_layers=1)
     assert "transformer: expected weights that match config.json, got a file that has an unknown" in _refusal(wan)
