@@ -20,6 +20,7 @@ from lemica_trt.bundle.limits import require_runnable
 from lemica_trt.bundle.manifest import manifest_from_json
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import LemicaError
+from lemica_trt.core.text import printable
 from lemica_trt.core.values import json_bytes, read_value, value_from_json
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.graphs import EncoderSpec
@@ -35,7 +36,7 @@ def refused(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except LemicaError as error:
-        assert str(error).isprintable()
+        assert printable(str(error)) == str(error)
         assert len(str(error)) < 20_000
         return None
 
