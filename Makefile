@@ -14,7 +14,7 @@ JOBS ?= 2
 bin := $(VENV)/bin
 out := out
 
-.PHONY: demo test benchmark lint types pythons clean
+.PHONY: demo test benchmark fuzz lint types pythons clean
 
 demo: $(VENV)/.installed
 	$(bin)/lemica-trt build --model cogvideox-tiny --budget $(BUDGET) --samples $(SAMPLES) --output $(out)/cogvideox-tiny
@@ -26,6 +26,10 @@ test: $(VENV)/.installed lint types pythons
 # Tests with a limit in seconds: on a machine that does nothing else.
 benchmark: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -m benchmark
+
+# A hundred thousand mutations of files and requests; a quarter of an hour of one core.
+fuzz: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -m fuzz
 
 lint: $(VENV)/.installed
 	$(bin)/ruff check .

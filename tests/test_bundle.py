@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,9 @@ import pytest
 from lemica_trt.bundle import reading
 from lemica_trt.bundle.manifest import FileEntry, manifest_digest_line, plan_path, portable_source, require_relative
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.writing import add_plan, move_bundle, write_bundle
+from lemica_trt.bundle.writing import add_plan, copy_bundle, move_bundle, write_bundle
 from lemica_trt.core import files
+from lemica_trt.core.atomic_folder import held
 from lemica_trt.core.errors import InputError, IntegrityError, LemicaError, MissingDependencyError, UsageError
 from lemica_trt.core.files import PART_BYTES, PartedDigest, parted_digests
 from lemica_trt.core.values import json_bytes, write_bytes
@@ -220,6 +222,51 @@ def test_damage_is_found_before_use(bundle: Bundle, damage: Callable[[Path], Non
         bundle.check()
 
 
+def in_hub_cache(bundle: Bundle, cache: Path, below: str = ".") -> Path:
+    """The bundle as `snapshot_download` of huggingface_hub leaves it: every file a link into `blobs`."""
+    snapshot, blobs = cache / "models--a--b/snapshots/0123" / below, cache / "models--a--b/blobs"
+    blobs.mkdir(parents=True)
+    for path in [path for path in bundle.path.rglob("*") if path.is_file()]:
+        blob, link = blobs / hashlib.sha256(path.read_bytes()).hexdigest(), snapshot / path.relative_to(bundle.path)
+        shutil.copy(path, blob)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+@pytest.mark.parametrize("below", [".", "bundles/one"])
+def test_a_snapshot_in_the_cache_of_a_hub(bundle: Bundle, tmp_path: Path, below: str) -> None:
+    snapshot = in_hub_cache(bundle, tmp_path / "hub", below)
+    found = Bundle.open(snapshot)
+    found.check()
+    assert found.digest == bundle.digest
+    assert found.read_bytes("onnx/full.onnx") == bundle.read_bytes("onnx/full.onnx")
+    assert not any(path.is_symlink() for path in copy_bundle(found, tmp_path / "copy").path.rglob("*"))
+    Bundle.open(tmp_path / "copy").check()
+    for change in (lambda: add_plan(found, default="slow"), lambda: write(snapshot)):
+        with pytest.raises(UsageError, match="got a snapshot in the cache of a hub → copy it"):
+            change()
+
+
+@pytest.mark.parametrize("target", ["outside", "blobs-too/x", "blobs/../x", "blobs/below/x"])
+def test_links_of_a_snapshot_lead_into_its_blobs_only(bundle: Bundle, tmp_path: Path, target: str) -> None:
+    snapshot = in_hub_cache(bundle, tmp_path / "hub")
+    link = snapshot / "onnx/full.onnx"
+    outside = Path(os.path.normpath(link.parent / "../../.." / target))
+    outside.parent.mkdir(exist_ok=True)
+    if not outside.exists():
+        shutil.copy(bundle.path / "onnx/full.onnx", outside)
+    link.unlink()
+    link.symlink_to(f"../../../{target}")
+    with pytest.raises(IntegrityError, match=r"onnx/full\.onnx: expected a file in the bundle, got a link"):
+        Bundle.open(snapshot).file("onnx/full.onnx")
+    blobs = tmp_path / "hub/models--a--b/blobs"
+    blobs.rename(blobs.with_name("elsewhere"))
+    blobs.symlink_to("elsewhere")
+    with pytest.raises(IntegrityError):
+        Bundle.open(snapshot)
+
+
 def test_unlisted_files(bundle: Bundle) -> None:
     (bundle.path / "onnx" / "extra.onnx").write_bytes(b"")
     (bundle.path / "reports" / "later.json").write_bytes(b"")
@@ -334,7 +381,9 @@ def rename_file(name: str) -> Callable[[Any], None]:
             r"full, latents_0: expected latents \[4, 4\], got \[4, 5\]",
         ),
         (tensors("full", [("x", ["batch", 0])]), "graph full, x must be 1 …"),
-        (tensors("full", [("x", ["x"])], [("y", ["batch"])]), "graph full, y: no input has the dimension 'batch'"),
+        (tensors("full", [("x", ["x"])], [("y", ["batch"])]), "graph full, x: expected a multiple of batch, got .x."),
+        (tensors("full", [("x", [4])], [("y", ["batch"])]), "graph full, y: no input has the dimension .batch."),
+        (tensors("full", [("x", [4])]), "graph full, x: the step layout has no such tensor"),
     ],
 )
 def test_bad_manifests(bundle: Bundle, edit: Callable[[Any], None], message: str) -> None:
@@ -677,7 +726,9 @@ def runs_killed_everywhere(target: Path, action: str) -> Iterator[None]:
         while status == -signal.SIGKILL:
             limit += 1
             for leftover in target.parent.iterdir():
-                if leftover != original:
+                if leftover.is_file():  # the lock, which nobody holds any more
+                    leftover.unlink()
+                elif leftover != original:
                     shutil.rmtree(leftover)
             shutil.copytree(original, target)
             process.stdin.write(f"{limit}\n")
@@ -799,3 +850,66 @@ def test_a_bundle_of_an_older_format_is_refused_by_its_format(tmp_path: Path) ->
     (tmp_path / "manifest.json").write_bytes(old)
     with pytest.raises(IntegrityError, match=r"expected bundle format 4, got 1.* → build it again: lemica-trt build"):
         Bundle.open(tmp_path)
+
+
+# ---------------------------------------------------------------- several writers
+
+ADDER = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_bundle as t
+from lemica_trt.core.errors import UsageError
+
+bundle = t.Bundle.open(sys.argv[1])
+print("ready", flush=True)
+for line in sys.stdin:  # a name a line: "added" or who writes
+    try:
+        t.add_plan(bundle, t.plan_of(line.strip()))
+        print("added", flush=True)
+    except UsageError as error:
+        print(error, flush=True)
+"""
+
+
+def test_of_several_writers_each_that_succeeds_has_its_plan_in(bundle: Bundle) -> None:
+    """All have opened the bundle before any of them has written."""
+    command = [sys.executable, "-c", ADDER.format(tests=str(Path(__file__).parent)), str(bundle.path)]
+    writers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said: dict[str, str] = {}
+    try:
+        for writer in writers:
+            assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+        for turn in range(5):
+            names = [f"p{turn}{number}" for number in range(len(writers))]
+            for writer, name in zip(writers, names):
+                assert writer.stdin is not None
+                writer.stdin.write(f"{name}\n")
+                writer.stdin.flush()
+            said |= {name: writer.stdout.readline().strip() for writer, name in zip(writers, names) if writer.stdout}
+    finally:
+        for writer in writers:
+            writer.communicate()
+    added = {name for name, answer in said.items() if answer == "added"}
+    assert len({name[:2] for name in added}) == 5  # in each turn at least one
+    for name in said.keys() - added:
+        match = re.search(r"another lemica-trt \(process (\d+|unknown)\) is writing it → wait for it", said[name])
+        assert match and (match[1] == "unknown" or int(match[1]) in [writer.pid for writer in writers])
+    found = Bundle.open(bundle.path)
+    found.check()
+    assert set(found.plans) == {*bundle.plans, *added}
+    assert names_in(bundle.path.parent) == ["b"]
+
+
+def test_a_bundle_that_is_held_is_not_written(bundle: Bundle) -> None:
+    before = tree(bundle.path)
+    with held(bundle.path):
+        for write_it in (lambda: add_plan(bundle, plan_of("fast")), lambda: write(bundle.path, "2")):
+            with pytest.raises(UsageError, match=rf"another lemica-trt \(process {os.getpid()}\) is writing it"):
+                write_it()
+        assert tree(bundle.path) == before
+    add_plan(bundle, plan_of("fast"))
+    lock = bundle.path.with_name(".b.lock")
+    lock.write_text("1")  # what a killed writer leaves
+    add_plan(bundle, plan_of("faster"))
+    assert Bundle.open(bundle.path).plans == ("default", "fast", "faster", "slow") and not lock.exists()

@@ -83,7 +83,7 @@ def test_an_older_bundle_is_refused_with_the_command_that_builds_it_again() -> N
 @pytest.mark.cpu
 def test_journals() -> None:
     from lemica_trt.calibrate.fit import Fit, FitMeasurement
-    from lemica_trt.calibrate.journal import CheapMeasurement, Piece
+    from lemica_trt.calibrate.journal import CheapMeasurement, Piece, line_content
     from lemica_trt.evaluate.runs import FrameScore, LatentScore, TrialHeader
 
     kinds: dict[str, tuple[Any, Any]] = {
@@ -95,8 +95,8 @@ def test_journals() -> None:
     assert {path.stem for path in GOLDEN.rglob("*.jsonl")} == set(kinds)
     for name, (header, entry) in kinds.items():
         first, *lines = (GOLDEN / f"work/journals/{name}.jsonl").read_bytes().splitlines()
-        measurement = value_from_json(header, first, where=name)
+        measurement = value_from_json(header, line_content(first), where=name)
         assert lines, name
         for line in lines:
-            found = value_from_json(entry, line, where=name)
+            found = value_from_json(entry, line_content(line), where=name)
             assert found.mismatch(measurement) is None, name

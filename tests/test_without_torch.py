@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.core.errors import InputError, MissingDependencyError
 
 pytestmark = pytest.mark.cpu
 
@@ -18,6 +22,38 @@ for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "safete
 from lemica_trt.cli.main import main
 main()
 """
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("build", "--model", "cogvideox-tiny", "--dry-run", "--output", "out"),
+        ("build", "--model", "cogvideox-tiny", "--output", "out"),
+        ("calibrate", "--model", "cogvideox-tiny", "--output", "out"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:1] + arguments[3:4]),
+)
+def test_what_needs_the_model_says_so_before_it_does_anything(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT, *arguments]
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert done.returncode == MissingDependencyError.exit_code
+    assert done.stderr.startswith("lemica-trt: building needs PyTorch and diffusers, got: ")
+    assert done.stderr.endswith("→ pip install 'lemica-trt[build]'\n") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_takes_a_work_folder_and_leaves_a_bundle_as_it_is(
+    built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(built[0], tmp_path / "bundle")
+    command = [sys.executable, "-c", SCRIPT, "export", str(bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == InputError.exit_code
+    assert "expected a work folder, got a bundle, whose graphs are exported → give the work folder" in done.stderr
+    Bundle.open(bundle).check()
 
 
 def test_inspect_plan_and_run(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:

@@ -206,11 +206,6 @@ def check_upload(array: Array, buffer: Buffer) -> None:
         raise EngineError(f"expected {buffer.dtype} {list(buffer.shape)}, got {array.dtype} {list(array.shape)}")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class: libraries raise pages."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def encode(array: Array, dtype: TensorDType) -> Array:
     """Numbers → the array that `Backend.upload` takes. bf16: rounded to nearest even."""
     if dtype != "bf16":

@@ -15,7 +15,7 @@ import numpy as np
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import require
-from lemica_trt.ir.graphs import EncoderSpec, GraphSet, GraphSpec
+from lemica_trt.ir.graphs import EncoderSpec, GraphSet, GraphSpec, StepLayout, TensorDType, TensorSpec
 from lemica_trt.ir.plan import StepPlan, check_plan
 from lemica_trt.ir.profile import Sampling, Shape
 
@@ -32,6 +32,12 @@ MAX_HISTORY = 64
 """Latents, outputs, residuals and noise draws that a row reads or makes."""
 
 MAX_COEFFICIENT = float(np.finfo(np.float32).max)
+
+_SYMBOL = re.compile(r"(?:[1-9]\d?\*)?batch")
+"""A dimension that grows with the batch."""
+
+VAE_DECODER = "vae_decoder"
+"""Name of the graph that makes frames."""
 
 _LATENT_TENSOR = re.compile(r"latents|output|noise|latents_\d+|outputs_\d+")
 """Tensors of a graph that have the shape of the latents."""
@@ -56,6 +62,13 @@ def require_bounded(shape: Shape, sampling: Sampling, graphs: GraphSet, encoders
     _require_within("elements of layout.latent_shape", math.prod(layout.latent_shape), 1, MAX_LATENT_ELEMENTS)
     for graph in graphs.graphs:
         _require_tensors(graph, layout.latent_shape)
+        if graph.role in layout.step_graphs:
+            _require_interface(graph, layout, graphs.max_batch)
+        elif graph.role == VAE_DECODER:
+            frames = TensorSpec(name="frames", dtype="uint8", shape=(1, shape.frames, shape.height, shape.width, 3))
+            _require_tensor(graph, graph.outputs, frames)
+    for encoder in encoders:
+        _require_encoder(encoder, graphs)
 
 
 def require_runnable(plan: StepPlan, graphs: GraphSet) -> None:
@@ -71,6 +84,58 @@ def require_runnable(plan: StepPlan, graphs: GraphSet) -> None:
     check_plan(plan, graphs)
 
 
+def _require_interface(graph: GraphSpec, layout: StepLayout, max_batch: int) -> None:
+    """The tensors of a step graph are those of the layout (see the table at `StepLayout`), each as it is there; where
+    only one request fits, its batch is 1 instead of a symbol."""
+    latents = [f"latents_{j}" for j in range(layout.latent_history)] + ["latents", "output"]
+    latents += [f"outputs_{k}" for k in range(layout.output_history)] + ["noise"] * layout.stochastic
+    known: dict[str, tuple[TensorDType, tuple[int | str, ...]]] = {
+        name: ("fp32", ("batch", *layout.latent_shape)) for name in latents
+    }
+    known["coefficients"] = ("fp32", (max(part.stop for part in layout.offsets.values()),))
+    if layout.guided:
+        known["guidance"] = ("fp32", ("batch",))
+    known.update({spec.name: (spec.dtype, spec.shape) for spec in layout.conditions})
+    slots = {name for slot in layout.caches for name in (slot.name, *(f"{slot.name}_{k}" for k in range(slot.depth)))}
+    for tensor in (*graph.inputs, *graph.outputs):
+        where = f"graph {graph.role}, {tensor.name}"
+        require(tensor.name in known or tensor.name in slots, f"{where}: the step layout has no such tensor")
+        if tensor.name in known:
+            dtype, shape = known[tensor.name]
+            expected = TensorSpec(name=tensor.name, dtype=dtype, shape=shape)
+            shapes = (shape, expected.at(1)) if max_batch == 1 else (shape,)
+            got = f"got {tensor.dtype} {list(tensor.shape)}"
+            fits = tensor.dtype == dtype and tensor.shape in shapes
+            require(fits, f"{where}: expected {dtype} {list(shape)}, {got}")
+
+
+def _require_encoder(encoder: EncoderSpec, graphs: GraphSet) -> None:
+    """The graph of a text encoder, where there is one, takes what its tokenizer makes, and gives conditions."""
+    graph = next((graph for graph in graphs.graphs if graph.role == encoder.graph), None)
+    if graph is None:
+        return
+    names = ["input_ids", *["attention_mask"] * encoder.mask]
+    found = [tensor.name for tensor in graph.inputs]
+    require(found == names, f"graph {graph.role}: expected inputs {', '.join(names)}, got {', '.join(found)}")
+    for name in names:
+        _require_tensor(graph, graph.inputs, TensorSpec(name=name, dtype="int64", shape=(1, encoder.length)))
+    conditions = {spec.name: spec for spec in graphs.layout.conditions}
+    for tensor in graph.outputs:
+        where = f"graph {graph.role}, {tensor.name}"
+        require(tensor.name in conditions, f"{where}: the step layout has no such condition")
+        expected = msgspec.structs.replace(conditions[tensor.name], shape=(1, *conditions[tensor.name].shape[1:]))
+        _require_tensor(graph, graph.outputs, expected)
+
+
+def _require_tensor(graph: GraphSpec, among: Sequence[TensorSpec], expected: TensorSpec) -> None:
+    found = next((tensor for tensor in among if tensor.name == expected.name), None)
+    require(
+        found is not None and found.dtype == expected.dtype and found.shape[1:] == expected.shape[1:],
+        f"graph {graph.role}, {expected.name}: expected {expected.dtype} [rows, {str(list(expected.shape[1:]))[1:]}, "
+        f"got {'none' if found is None else f'{found.dtype} {list(found.shape)}'}",
+    )
+
+
 def _require_tensors(graph: GraphSpec, latent_shape: tuple[int, ...]) -> None:
     """Dimensions are within bounds, symbols of outputs are known from inputs, latents have the layout's shape."""
     symbols = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
@@ -80,6 +145,7 @@ def _require_tensors(graph: GraphSpec, latent_shape: tuple[int, ...]) -> None:
             if isinstance(size, int):
                 _require_within(where, size, 1, MAX_DIMENSION)
             else:
+                require(bool(_SYMBOL.fullmatch(size)), f"{where}: expected a multiple of batch, got {size!r}")
                 require(size in symbols, f"{where}: no input has the dimension {size!r}")
         if _LATENT_TENSOR.fullmatch(tensor.name):
             found = tensor.shape[1:]

@@ -15,7 +15,8 @@ Rules that readers enforce:
 - `manifest.sha256` matches `manifest.json`; a file in use matches its size and digest there. A digest is SHA-256, of
   files above 64 MiB in parts (`lemica_trt.core.files.PartedDigest`). One bit changed anywhere is found.
 - Nothing is loaded that the manifest does not list. Paths are relative, `/`-separated and stay inside the folder;
-  files are regular files: no links, no devices, no pipes.
+  files are regular files: no links, no devices, no pipes. In a snapshot of a hub's cache (`snapshots/REVISION` beside
+  `blobs`) a file may be a link into `blobs`, and nowhere else.
 - JSON, ONNX, safetensors and engines only; no pickle. JSON is strict (unknown keys are refused) and canonical: sorted
   keys, two-space indent, so that the same input gives the same bytes.
 - Numbers are bounded (`limits`), strings hold no control characters.
@@ -140,6 +141,8 @@ class Manifest(Value, frozen=True):
             require(path in self.files, f"files must list {path}")
         for name, bucket in self.buckets.items():
             require(name == bucket_name(bucket.shape), f"bucket {name} must be named {bucket_name(bucket.shape)}")
+            for entry in bucket.engines:
+                require(entry.key.dtype == bucket.graphs.dtype, f"bucket {name} must be of one dtype")
             require_bounded(bucket.shape, self.profile.sampling, bucket.graphs, self.encoders)
 
     @property

@@ -174,7 +174,7 @@ class Bundle:
         """Compare listed files with the manifest, in threads; those that changed since they were last compared.
 
         Raises:
-            IntegrityError: not listed, missing, altered, a link or not a regular file.
+            IntegrityError: not listed, missing, altered, a link to elsewhere or not a regular file.
         """
         versions = {name: self._version(name) for name in names}
         changed = [name for name, version in versions.items() if self._checked.get(name) != version]
@@ -212,10 +212,11 @@ class Bundle:
             raise IntegrityError(f"{relative}: not listed in the manifest", fix=REBUILD)
         path = self.path / relative
         try:
-            found = path.lstat()
+            content = real_file(self.path, path)
+            found = path.lstat() if content is None else content.lstat()
         except OSError:
             raise self._broken(f"{relative}: expected a file of {listed.size} bytes, it is missing") from None
-        if stat.S_ISLNK(found.st_mode) or Path(os.path.realpath(path)) != path:
+        if content is None:
             raise self._broken(f"{relative}: expected a file in the bundle, got a link", fix=UNLINK)
         if not stat.S_ISREG(found.st_mode):
             raise self._broken(f"{relative}: expected a file, got a folder, pipe or device")
@@ -231,9 +232,33 @@ class Bundle:
     def _broken(self, what: str, *, fix: str = REBUILD) -> IntegrityError:
         """The error that says what is wrong with a file, unless another bundle lies there by now."""
         with suppress(OSError, IntegrityError):
-            if hashlib.sha256(_read_small(self.path / MANIFEST)).hexdigest() != self.digest:
+            if hashlib.sha256(_read_small(self.path, MANIFEST)).hexdigest() != self.digest:
                 return IntegrityError(f"{self.path}: replaced after it was opened", fix="open the bundle again")
         return IntegrityError(what, fix=fix)
+
+
+def hub_blobs(folder: Path) -> Path | None:
+    """The only folder that links of a bundle may point into: `blobs` of a hub's cache, if the bundle is a snapshot
+    there (`models--OWNER--NAME/snapshots/REVISION`) or below one; None: it is not, and no link may be in it."""
+    for snapshots in folder.parents:
+        if snapshots.name == "snapshots":
+            blobs = snapshots.parent / "blobs"
+            return blobs if blobs.is_dir() and not blobs.is_symlink() else None
+    return None
+
+
+def real_file(folder: Path, path: Path) -> Path | None:
+    """Where the content of a file of the bundle lies: there, or in `hub_blobs`; None: it is a link to elsewhere.
+
+    Args:
+        folder: of the bundle, without links.
+        path: below it.
+    """
+    real = Path(os.path.realpath(path))
+    if real == path:
+        return path
+    in_cache = real.parent == hub_blobs(folder) and os.path.realpath(path.parent) == str(path.parent)
+    return real if in_cache else None
 
 
 def files_below(folder: Path) -> Iterator[str]:
@@ -247,6 +272,8 @@ def _require_plain(folder: Path, name: str) -> None:
     """Raise IntegrityError unless a folder of the bundle holds files and folders only."""
     for path in (folder / name, *(folder / name).rglob("*")):
         mode = path.lstat().st_mode  # one look: in two, a writer may come between
+        if stat.S_ISLNK(mode) and (content := real_file(folder, path)) is not None:
+            mode = content.lstat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             where = path.relative_to(folder).as_posix()
             raise IntegrityError(f"{where}: expected a file or folder, got a link or device", fix="remove it")
@@ -262,7 +289,7 @@ def _read_manifest(folder: Path) -> tuple[bytes, bytes]:
     for attempt in range(SWAP_RETRIES):
         finish_swap(folder)
         try:
-            found = _read_small(folder / MANIFEST), _read_small(folder / MANIFEST_DIGEST)
+            found = _read_small(folder, MANIFEST), _read_small(folder, MANIFEST_DIGEST)
         except FileNotFoundError:
             # A writer may have come between, and be gone by now: a second miss without one is no accident.
             missed += not is_being_written(folder)
@@ -273,16 +300,18 @@ def _read_manifest(folder: Path) -> tuple[bytes, bytes]:
                 return found
             previous = found  # they are of two bundles if a writer came between, damaged if they stay like this
         time.sleep(SWAP_PAUSE_SECONDS)
-    return _read_small(folder / MANIFEST), _read_small(folder / MANIFEST_DIGEST)
+    return _read_small(folder, MANIFEST), _read_small(folder, MANIFEST_DIGEST)
 
 
-def _read_small(path: Path) -> bytes:
-    """The content of a regular file of at most `MANIFEST_MAX_BYTES`.
+def _read_small(folder: Path, name: str) -> bytes:
+    """The content of a regular file of the bundle of at most `MANIFEST_MAX_BYTES`.
 
     Raises:
         OSError: it cannot be read.
         IntegrityError: it is something else.
     """
+    path = folder / name
+    path = real_file(folder, path) or path
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode) or found.st_size > MANIFEST_MAX_BYTES:
         raise IntegrityError(f"{path}: expected a file of at most {MANIFEST_MAX_BYTES} bytes, no link", fix=UNLINK)

@@ -24,7 +24,7 @@ from lemica_trt.bundle.manifest import (
     portable_source,
     require_relative,
 )
-from lemica_trt.bundle.reading import Bundle, files_below
+from lemica_trt.bundle.reading import Bundle, files_below, hub_blobs
 from lemica_trt.core.atomic_folder import replacing
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.core.files import PIECE_BYTES, PartedDigest
@@ -104,26 +104,20 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
     Files that stay are linked, not copied, where the file system can.
 
     Args:
-        bundle: stays as it was read; use the returned one.
+        bundle: stays as it was read; use the returned one. Plans that others have added since are kept.
         plans: what to add.
         default: the new default plan; None: as before.
 
     Raises:
         InputError: a plan does not fit the graphs, or is for another sampler, or `default` is not there.
         IntegrityError: the bundle is not whole.
+        UsageError: another process writes the bundle.
     """
-    sampler = bundle.plan().sampler_digest
-    for plan in plans:
-        require_runnable(plan, bundle.manifest.graphs)
-        if plan.sampler_digest != sampler:
-            raise InputError(
-                f"plan {plan.name}: expected a plan for the sampler {sampler[:12]}, got one for "
-                f"{plan.sampler_digest[:12]} ({plan.scheduler}, {plan.num_steps} steps)",
-                fix="build another bundle for it; `--calibration-from` saves most of the calibration",
-            )
     changed = {plan_path(plan.name): json_bytes(plan) for plan in plans}
-    bundle.check()
     with replacing(bundle.path, require_replaceable) as (folder, staged):
+        bundle = Bundle.open(folder)  # others may have added plans since
+        _require_plans(bundle, plans)
+        bundle.check()
         reports = [path for path in files_below(folder) if PurePosixPath(path).parts[0] == REPORTS]
         for path in (*(path for path in bundle.manifest.files if path not in changed), *reports):
             _link(folder / path, staged / path)
@@ -141,6 +135,19 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
         for path, data in manifest_files(manifest).items():
             _store(data, staged / path)
     return Bundle.open(folder)
+
+
+def _require_plans(bundle: Bundle, plans: Iterable[StepPlan]) -> None:
+    """Raise InputError unless these plans fit the graphs and the sampler of a bundle."""
+    sampler = bundle.plan().sampler_digest
+    for plan in plans:
+        require_runnable(plan, bundle.manifest.graphs)
+        if plan.sampler_digest != sampler:
+            raise InputError(
+                f"plan {plan.name}: expected a plan for the sampler {sampler[:12]}, got one for "
+                f"{plan.sampler_digest[:12]} ({plan.scheduler}, {plan.num_steps} steps)",
+                fix="build another bundle for it; `--calibration-from` saves most of the calibration",
+            )
 
 
 def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
@@ -182,8 +189,19 @@ def require_replaceable(target: Path) -> None:
     """Ask before the work is done whether a bundle can be written there.
 
     Raises:
-        UsageError: `target` is something else than a bundle, an empty folder, or nothing.
+        UsageError: `target` is something else than a bundle, an empty folder, or nothing; or it is a mount point, or
+            in the cache of a hub.
     """
+    if hub_blobs(Path(os.path.realpath(target))) is not None:
+        raise UsageError(
+            f"{target}: expected a folder of your own, got a snapshot in the cache of a hub",
+            fix="copy it with its content in place of links: cp -rL",
+        )
+    if os.path.ismount(target):
+        raise UsageError(
+            f"{target}: expected a folder that can be renamed, got a mount point",
+            fix=f"give a folder inside it: {target / 'bundle'}",
+        )
     if target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir())):
         return
     if target.exists():
@@ -222,10 +240,10 @@ def _opened(content: Path | bytes) -> BinaryIO:
 
 
 def _link(source: Path, path: Path) -> None:
-    """A hard link, or a copy where there are none."""
+    """A hard link to a file's content, or a copy where there are none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, path)
+        os.link(os.path.realpath(source), path)  # of a link itself there is no use in another folder
     except OSError:
         _store(source, path)
 

@@ -1,12 +1,14 @@
 """Finished work on disk: a file of JSON lines that only ever grows.
 
-The first line says what is measured (`Header`), every further one is a finished entry. A line is there as a
-whole or not at all: what a killed process left behind the last newline is dropped. The number of samples is not in
+The first line says what is measured (`Header`), every further one is a finished entry; each is a pair, its digest and
+itself. A line is there as a whole or not at all: what a killed process left behind the last newline is dropped, and a
+line that does not match its digest counts for nothing: what it held is measured again. The number of samples is not in
 the first line, so that a later measurement with more samples goes on with the same file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -20,7 +22,10 @@ from lemica_trt.ir.calibration import Matrix, Provenance
 from lemica_trt.ir.profile import CalibrationMethod
 from lemica_trt.ir.sampler import probes_agree
 
-JOURNAL_FORMAT = 4
+JOURNAL_FORMAT = 5
+
+DIGEST_DIGITS = 16
+"""Of SHA-256, in hex: a line that was damaged passes with a chance of 2^-64."""
 
 
 class Header(Provenance, frozen=True, kw_only=True):
@@ -159,8 +164,8 @@ class Journal(Generic[E]):
         kind: class of its entries.
 
     Raises:
-        InputError: the file is of another measurement (says which fields differ), or is no journal. It is left as
-            it is.
+        InputError: the file is of another measurement (says which fields differ), or is no journal, or its first line
+            is damaged. It is left as it is.
 
     Attributes:
         entries: all finished ones, by key.
@@ -173,7 +178,7 @@ class Journal(Generic[E]):
         self._kind = kind
         if path is None:
             return
-        header = _line(measurement)
+        header = journal_line(measurement)
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
         if len(data) < len(header) and header.startswith(data):  # new, or killed while it was made
@@ -190,7 +195,7 @@ class Journal(Generic[E]):
     def add(self, entries: Iterable[E]) -> None:
         """Append entries that are not there yet; when this returns they are on the disk."""
         new = [entry for entry in entries if entry.key not in self.entries]
-        self._append(b"".join(map(_line, new)))
+        self._append(b"".join(map(journal_line, new)))
         self.entries.update({entry.key: entry for entry in new})
 
     def _append(self, data: bytes) -> None:
@@ -203,7 +208,13 @@ class Journal(Generic[E]):
 
     def _check_header(self, line: bytes) -> None:
         mine = self._measurement
-        found = value_from_json(type(mine), line, where=f"{self._path}, line 1")
+        content = line_content(line)
+        if content is None:
+            raise InputError(
+                f"{self._path}, line 1: expected a {type(mine).__name__} and its digest, got something else",
+                fix="move the file away to begin anew",
+            )
+        found = value_from_json(type(mine), content, where=f"{self._path}, line 1")
         changed = [
             name
             for name in mine.__struct_fields__
@@ -222,7 +233,10 @@ class Journal(Generic[E]):
 
     def _read_entry(self, line: bytes, number: int) -> None:
         where = f"{self._path}, line {number}"
-        entry = value_from_json(self._kind, line, where=where)
+        content = line_content(line)
+        if content is None:
+            return
+        entry = value_from_json(self._kind, content, where=where)
         mismatch = entry.mismatch(self._measurement)
         if mismatch is not None:
             raise InputError(f"{where}: {mismatch}", fix="remove the line: what it holds is measured again")
@@ -234,5 +248,17 @@ def _require_errors(errors: tuple[float, ...]) -> None:
     require(min(errors, default=0.0) >= 0.0, "errors must not be negative")
 
 
-def _line(value: object) -> bytes:
-    return msgspec.json.encode(value, order="sorted") + b"\n"
+def journal_line(value: object) -> bytes:
+    """A value as a line of a journal: `["DIGEST",VALUE]`."""
+    content = msgspec.json.encode(value, order="sorted")
+    return b'["%b",%b]\n' % (_digest(content), content)
+
+
+def line_content(line: bytes) -> bytes | None:
+    """The JSON of the value in a line without its newline; None: the line is damaged."""
+    content = line[DIGEST_DIGITS + 4 : -1]
+    return content if line == b'["%b",%b]' % (_digest(content), content) else None
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest()[:DIGEST_DIGITS].encode()

@@ -6,6 +6,7 @@ output, progress and notes to standard error, so that `--json` can be piped. Dec
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any
@@ -14,7 +15,8 @@ import click
 
 from lemica_trt import __version__
 from lemica_trt.cli import build, bundle, serve
-from lemica_trt.core.errors import EXIT_CODES, LemicaError
+from lemica_trt.core.errors import EXIT_CODES, INTERNAL_ERROR, LemicaError
+from lemica_trt.core.text import first_line
 
 _EPILOG = "Exit codes: 0 done; " + "; ".join(
     f"{code} {text[0].lower()}{text[1:-1]}" for code, text in EXIT_CODES.items()
@@ -26,6 +28,9 @@ class _Group(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         debug = "--debug" in sys.argv
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a console of another encoding shows ? for what it lacks
         try:
             result = super().main(*args, **{**kwargs, "standalone_mode": False})
             sys.exit(result if isinstance(result, int) else 0)
@@ -45,8 +50,11 @@ class _Group(click.Group):
             click.echo(f"lemica-trt: {error}", err=True)
             sys.exit(error.exit_code)
         except (MemoryError, RuntimeError) as error:
-            if debug or not _out_of_memory(error):
+            if debug:
                 raise
+            if not _out_of_memory(error):
+                click.echo(f"lemica-trt: {_fault(error)}", err=True)
+                sys.exit(INTERNAL_ERROR)
             line = next(iter(str(error).splitlines()), "no more was said")
             click.echo(
                 f"lemica-trt: out of memory: {line} → free some, use another --device, or build fewer --frames",
@@ -59,6 +67,22 @@ class _Group(click.Group):
             what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
             click.echo(f"lemica-trt: {what} → check the path, its permissions and the free disk space", err=True)
             sys.exit(7)
+        except Exception as error:
+            if debug:
+                raise
+            if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lemica_trt"):
+                click.echo(f"lemica-trt: {first_line(error)} → pip install 'lemica-trt[build]'", err=True)
+                sys.exit(7)
+            click.echo(f"lemica-trt: {_fault(error)}", err=True)
+            sys.exit(INTERNAL_ERROR)
+
+
+def _fault(error: Exception) -> LemicaError:
+    """What is said about an error that no code expected."""
+    return LemicaError(
+        f"a fault of lemica-trt itself: {type(error).__name__}: {first_line(error)}",
+        fix="run the command with --debug, and report what it prints",
+    )
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from lemica_trt.compiler.bundle_stages import verify_bundle
 from lemica_trt.compiler.context import open_model, solver_tables
 from lemica_trt.compiler.graph_stages import build_engines
 from lemica_trt.compiler.requests import BuildRequest, PlanResult, prompts_of
+from lemica_trt.core.atomic_folder import held
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.evaluate.step_timer import StepTimer, require_runnable
@@ -108,7 +109,8 @@ def plan_bundle(bundle: Bundle, request: BuildRequest, reporter: Reporter, *, de
     if rows:
         from lemica_trt.report.pictures import write_front
 
-        with contextlib.suppress(MissingDependencyError):  # matplotlib comes with what builds
+        # matplotlib comes with what builds; and where another process writes the bundle, there is no picture
+        with contextlib.suppress(MissingDependencyError, UsageError), held(bundle.path):
             write_front(rows, bundle.path / REPORTS, num_steps=bundle.manifest.profile.sampling.steps)
     return PlanResult(
         plans=tuple(bundle.plan(name) for name in bundle.plans),

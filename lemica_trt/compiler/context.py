@@ -183,6 +183,12 @@ def _revision(profile: Profile) -> str:
     return revision_of(profile)
 
 
+def require_build_libraries() -> None:
+    """Raise MissingDependencyError where PyTorch or diffusers cannot be imported, before anything is done."""
+    with _build_libraries():
+        import lemica_trt.models  # noqa: F401
+
+
 @contextlib.contextmanager
 def _build_libraries() -> Iterator[None]:
     try:

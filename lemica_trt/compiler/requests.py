@@ -10,8 +10,9 @@ import msgspec
 from lemica_trt.backends.build import check as check_engine
 from lemica_trt.backends.options import options_by_backend
 from lemica_trt.bundle.contents import calibration_at, read_from, sensitivity_at
+from lemica_trt.bundle.manifest import MANIFEST
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.workspace import INPUTS, View, Workspace, digest_of
+from lemica_trt.bundle.workspace import INPUTS, View, Workspace, digest_of, work_folder
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.values import Value, write_bytes, write_value
 from lemica_trt.ir.budget import Budget, FrontRow, Latency, Speedup
@@ -185,6 +186,11 @@ def stored_inputs(work: Workspace) -> Inputs:
         InputError: it is no work folder, or a file of its inputs was altered.
     """
     files = View(work, [INPUTS])
+    if not work.is_there and (work.root / MANIFEST).is_file():
+        raise InputError(
+            f"{work.root}: expected a work folder, got a bundle, whose graphs are exported",
+            fix=f"give the work folder of the build: {work_folder(work.root).name} if it lies beside the bundle",
+        )
     if not work.is_there:
         raise InputError(
             f"{work.root}: expected a work folder or a bundle, got neither",

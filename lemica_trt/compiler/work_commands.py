@@ -15,7 +15,7 @@ from lemica_trt.bundle.workspace import Workspace, candidate_folder, work_folder
 from lemica_trt.bundle.writing import move_bundle, require_replaceable
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.bundle_stages import report_of, written_bundle
-from lemica_trt.compiler.context import Context
+from lemica_trt.compiler.context import Context, require_build_libraries
 from lemica_trt.compiler.estimates import DryContext, Forecast, require_counts
 from lemica_trt.compiler.requests import (
     BuildRequest,
@@ -59,6 +59,7 @@ def build(profile: Profile, output: Path, request: BuildRequest, reporter: Repor
     """
     require_replaceable(output)
     request.check(profile.dtype)
+    require_build_libraries()
     inputs = inputs_from_request(profile, request)
     last = "verify" if request.verify_samples else "bundle"
     with stages_run(Workspace(work_folder(output)), inputs, reporter, last, output=output) as context:
@@ -84,6 +85,7 @@ def dry_run(profile: Profile, output: Path, request: BuildRequest) -> list[Stage
 def calibrate(profile: Profile, work: Path, request: BuildRequest, reporter: Reporter) -> ErrorGraph:
     """Profile, prompts → error graph, in a work folder."""
     request.check(None)
+    require_build_libraries()
     inputs = inputs_from_request(profile, request)
     with stages_run(Workspace(work), inputs, reporter, "calibrate") as context:
         return context.read(ErrorGraph, ERROR_GRAPH_FILE)

@@ -5,13 +5,15 @@ Three names lie beside each other:
     NAME                  the folder
     .NAME.tmp-PID-RANDOM  unfinished, or on its way to be removed; files that are being written are called so, too
     .NAME.old             the old folder, whole, in the moment between the two renames
+    .NAME.lock            locked by whoever writes, who removes it; one that a killed process left is locked by nobody
 
 Whoever finds `.NAME.old` and no NAME renames it back (`finish_swap`). Leftovers of processes that have died are removed
-by the next writer. One writer at a time.
+by the next writer. One writer at a time (`held`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -19,6 +21,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from lemica_trt.core.errors import UsageError
 
 SWAP_RETRIES = 40
 """How often a reader looks again while a writer swaps folders."""
@@ -37,9 +41,59 @@ def replacing(target: Path, require_replaceable: Callable[[Path], None]) -> Iter
 
     Yields:
         (the target without links, the empty folder beside it).
+
+    Raises:
+        UsageError: another process writes there.
     """
     folder = Path(os.path.realpath(target))
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        yield from _replaced(folder, require_replaceable)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the right to write a folder, or in it.
+
+    Raises:
+        UsageError: another process, or another thread of this one, holds it; says which.
+    """
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        yield
+        return
+    folder = Path(os.path.realpath(folder))
+    lock = folder.with_name(f".{folder.name}.lock")
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            writer = os.pread(handle, 20, 0).decode(errors="replace")
+            os.close(handle)
+            raise UsageError(
+                f"{folder}: expected a free folder, another lemica-trt (process {writer or 'unknown'}) is writing it",
+                fix="wait for it, and give the command again",
+            ) from None
+        except OSError:  # a file system without locks
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(lock.stat(), os.fstat(handle)):
+                break
+        os.close(handle)  # its holder has just removed it: once more
+    try:
+        with contextlib.suppress(OSError):  # who writes is told where there is room to say it
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _replaced(folder: Path, require_replaceable: Callable[[Path], None]) -> Iterator[tuple[Path, Path]]:
+    """`replacing`, of a folder that is held."""
     finish_swap(folder)
     _clean_up(folder)
     require_replaceable(folder)

@@ -10,7 +10,7 @@
     ├── EngineError             8   building or running an engine failed
     └── VerificationError       9   a built bundle does not do what it must
 
-130 is Ctrl-C, as in every shell tool.
+70 is a fault of this program (EX_SOFTWARE of sysexits.h); 130 is Ctrl-C, as in every shell tool.
 
 A message is one line in three parts: what was expected, what came, how to fix it. Names and values in it may come from
 files that nobody trusts: control characters are shown escaped.
@@ -85,17 +85,23 @@ class VerificationError(LemicaError):
     exit_code = 9
 
 
+INTERNAL_ERROR = 70
+"""Exit code of what nobody has thought of."""
+
 EXIT_CODES: dict[int, str] = {
-    cls.exit_code: (cls.__doc__ or "").splitlines()[0]
-    for cls in (
-        UsageError,
-        InputError,
-        IntegrityError,
-        UnsupportedError,
-        InfeasibleError,
-        MissingDependencyError,
-        EngineError,
-        VerificationError,
-    )
+    **{
+        cls.exit_code: (cls.__doc__ or "").splitlines()[0]
+        for cls in (
+            UsageError,
+            InputError,
+            IntegrityError,
+            UnsupportedError,
+            InfeasibleError,
+            MissingDependencyError,
+            EngineError,
+            VerificationError,
+        )
+    },
+    INTERNAL_ERROR: "A fault of lemica-trt itself; --debug shows where.",
 }
 """Exit code → meaning; the README's table and `lemica-trt --help` are printed from it."""

@@ -9,9 +9,19 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u206
 """Characters that a terminal obeys, that end a line, or that reorder one."""
 
 
+MAX_LINE = 300
+"""Characters of another library's message that are shown."""
+
+
 def basic_clean(text: str) -> str:
     """HTML unescaped twice, runs of white space made one space: `prompt_clean` of diffusers' Wan, without ftfy."""
     return " ".join(html.unescape(html.unescape(text)).split())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, at most `MAX_LINE` of it, or its class: libraries raise pages."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 1]}…"
 
 
 def printable(text: str) -> str:

@@ -11,7 +11,8 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -85,19 +86,30 @@ def write_value(value: object, path: str | os.PathLike[str]) -> None:
 
 def write_bytes(data: bytes, path: str | os.PathLike[str]) -> None:
     """Write a file atomically: a killed process leaves the old file or the new one, never half of one."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(target)
-    temporary = temporary_beside(target)
+    with written({Path(path): data}):
+        pass
+
+
+@contextmanager
+def written(contents: Mapping[Path, bytes]) -> Iterator[None]:
+    """Write files, each atomically, and put them in their places after the block; none of them if anything fails."""
+    temporaries: dict[Path, Path] = {}
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(target)
+        for target, data in contents.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target)
+            temporaries[target] = temporary_beside(target)
+            with temporaries[target].open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporaries[target].chmod(0o644)
+        yield
+        for target, temporary in temporaries.items():
+            temporary.replace(target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
         raise
 
 

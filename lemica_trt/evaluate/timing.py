@@ -8,6 +8,7 @@ One request of the bundle's shape, its denoising loop: the text encoder and the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -21,6 +22,8 @@ import numpy.typing as npt
 from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import STEP_TIMES, VERIFY_REPORT
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.core.atomic_folder import held
+from lemica_trt.core.errors import UsageError
 from lemica_trt.core.values import write_value
 from lemica_trt.ir.budget import StepTimes
 from lemica_trt.ir.engine import EngineKey
@@ -169,4 +172,5 @@ def stored_steps(bundle: Bundle, backend: str) -> StepTimes | None:
 
 def store_steps(bundle: Bundle, measured: Measured) -> None:
     """Put step times into the bundle's reports."""
-    write_value(measured, bundle.path / STEP_TIMES)
+    with contextlib.suppress(UsageError), held(bundle.path):  # not while another bundle is put in its place
+        write_value(measured, bundle.path / STEP_TIMES)

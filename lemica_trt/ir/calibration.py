@@ -32,6 +32,9 @@ from lemica_trt.core.values import Value, json_bytes, require, require_finite
 from lemica_trt.ir.profile import CalibrationMethod, DType
 from lemica_trt.ir.sampler import SamplerTable, probes_agree
 
+MAX_STEPS = 10_000
+"""N of a calibration; the searches take memory that grows with N²."""
+
 
 class Provenance(Value, frozen=True, kw_only=True):
     """Model, sampler, prompts and seeds of a measurement.
@@ -70,7 +73,7 @@ class Provenance(Value, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         require_finite((self.guidance_scale,), "guidance_scale")
         require_finite(self.sampler_probe, "sampler_probe")
-        require(self.num_steps >= 2, f"num_steps must be at least 2, got {self.num_steps}")
+        require(2 <= self.num_steps <= MAX_STEPS, f"num_steps must be 2 … {MAX_STEPS}, got {self.num_steps}")
 
     @property
     def digest(self) -> str:
@@ -92,7 +95,7 @@ class Edge(Value, frozen=True):
         start: i, the full step whose residual is reused.
         stop: j, the next full step, or N; j ≥ i + 2.
         errors: one per sample, in latent units (unit variance at the data end), same order for every edge.
-        cost: what choosing this edge costs, in full steps.
+        cost: what choosing this edge costs, in full steps; at most the j − i that it spans.
     """
 
     start: int
@@ -108,7 +111,8 @@ class Edge(Value, frozen=True):
         require(len(self.errors) > 0, f"edge ({self.start}, {self.stop}) has no errors")
         require_finite(self.errors, f"edge ({self.start}, {self.stop}).errors")
         require(min(self.errors) >= 0, f"edge ({self.start}, {self.stop}) has a negative error")
-        require(self.cost >= 1, f"edge ({self.start}, {self.stop}).cost must be at least 1, got {self.cost}")
+        span = self.stop - self.start
+        require(1 <= self.cost <= span, f"edge ({self.start}, {self.stop}).cost must be 1 … {span}, got {self.cost}")
 
     @property
     def error(self) -> float:

@@ -20,6 +20,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+MAX_PROFILE_BYTES = 1 << 20
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -57,9 +59,15 @@ def load_profile(name: str) -> Profile:
             fix="name one of these, or write a profile like engines/cogvideox.toml",
         )
     try:
+        if path.stat().st_size > MAX_PROFILE_BYTES:
+            raise InputError(f"{path.name}: expected a build profile of at most {MAX_PROFILE_BYTES} bytes")
         content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         return msgspec.convert({**content, "name": path.stem}, Profile, strict=True)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+    except OSError as error:
+        raise InputError(f"{path.name}: expected a readable build profile, got: {error.strerror}") from None
+    except RecursionError:
+        raise InputError(f"{path.name}: expected a valid build profile, got: values nested too deep") from None
+    except (ValueError, OverflowError) as error:  # TOML, UTF-8, integers of thousands of digits, values, invariants
         raise InputError(f"{path.name}: expected a valid build profile, got: {error}") from None
 
 

@@ -2,6 +2,7 @@
 
     family, cogvideox, wan   what one architecture is, declaratively: one small file each
     split                    any diffusers transformer → whole run with trunk residual, and run without trunk
+    parts                    pipeline folder → networks; whether they are whole, and fit each other
     load                     profile → `Model`
     model                    what every stage asks of a model
     scheduler                diffusers scheduler → `SamplerTable`

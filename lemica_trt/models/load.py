@@ -14,24 +14,29 @@ from typing import Any
 import diffusers
 import huggingface_hub
 import msgspec
-import safetensors
 import torch
 import transformers
 
 from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError
+from lemica_trt.core.text import first_line
 from lemica_trt.core.threads import usable_threads
 from lemica_trt.ir.profile import DType, Profile
 from lemica_trt.ir.resources import zoo_path
 from lemica_trt.models.cogvideox import CogVideoX
 from lemica_trt.models.family import DTYPES, Family
 from lemica_trt.models.model import Model, folder_revision
+from lemica_trt.models.parts import (
+    BROKEN,
+    load_networks,
+    reading,
+    require_fitting,
+    require_vocabulary,
+)
+from lemica_trt.models.scheduler import made_scheduler
 from lemica_trt.models.wan import Wan
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (CogVideoX(), Wan())}
 """All families, by name."""
-
-BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, safetensors.SafetensorError)
-"""What diffusers, transformers and the hub's client raise for files that are missing, cut off or of another model."""
 
 
 def family_from_name(name: str) -> Family:
@@ -54,7 +59,7 @@ def family_from_pipeline(folder: Path) -> Family:
     """
     try:
         kind = json.loads((folder / "model_index.json").read_bytes())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{folder}: expected a diffusers pipeline folder, got no readable model_index.json") from None
     for family in FAMILIES.values():
         if family.pipeline_class == kind:
@@ -75,7 +80,7 @@ def usable_device(name: str | None) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise MissingDependencyError(
-            f"expected a torch device, got {name!r}: {_line(error)}", fix="--device cpu"
+            f"expected a torch device, got {name!r}: {first_line(error)}", fix="--device cpu"
         ) from None
     return name
 
@@ -112,19 +117,20 @@ def load_model(
         if found is not family:
             raise InputError(f"{profile.source}: expected a {family.pipeline_class}, got a {found.pipeline_class}")
         dtypes = {"default": DTYPES[profile.dtype], "vae": DTYPES[family.vae_dtype or profile.dtype]}
-        try:
-            pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder, torch_dtype=dtypes)
-        except ImportError as error:
-            raise MissingDependencyError(f"{profile.source}: {_line(error)}") from None
-        except BROKEN as error:
-            raise InputError(f"{profile.source}: expected a complete pipeline, got: {_line(error)}") from None
+        with reading(profile.source):
+            networks = load_networks(folder, dtypes)
+            pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder, **networks)
+            require_vocabulary(folder, pipeline)
         if profile.sampling.scheduler is not None:
             pipeline.scheduler = scheduler_like(_scheduler_class(profile.sampling.scheduler), pipeline.scheduler)
         if profile.sampling.flow_shift is not None:
             pipeline.scheduler = _shifted(pipeline.scheduler, profile.sampling.flow_shift)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    return Model(profile, family, pipeline, folder)
+    model = Model(profile, family, pipeline, folder)
+    with _quiet():
+        require_fitting(model)
+    return model
 
 
 def revision_of(profile: Profile) -> str:
@@ -151,13 +157,17 @@ def _folder_from_source(source: str) -> Path:
     folder = zoo_path(name) if scheme == "package" else Path(source)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise InputError(
+            f"{source}: expected a pipeline folder, got a file", fix="give the folder that has model_index.json"
+        )
     if scheme == "package" or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise InputError(f"{source}: expected a folder, a hub id or package:NAME, got none that exists")
     try:
         return Path(diffusers.DiffusionPipeline.download(source))
     except BROKEN as error:
         raise InputError(
-            f"{source}: expected a folder or a model on the hub, got: {_line(error)}",
+            f"{source}: expected a folder or a model on the hub, got: {first_line(error)}",
             fix="check the name and the network, or give the folder of a downloaded pipeline",
         ) from None
 
@@ -188,13 +198,13 @@ def scheduler_like(kind: Any, scheduler: Any) -> Any:
     known = inspect.signature(kind).parameters
     config = {key: value for key, value in scheduler.config.items() if key in known or key == "_use_default_values"}
     if kind.__name__.startswith("FlowMatch") and flow:
-        return kind.from_config(config, shift=shift)
+        return made_scheduler(kind, config, shift=shift)
     if "use_flow_sigmas" in known and flow:
-        return kind.from_config(config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        return made_scheduler(kind, config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     if kind.__name__.startswith("FlowMatch") or flow:
         what = f"{type(scheduler).__name__} is {'' if flow else 'not '}for flow matching"
         raise UnsupportedError(f"the model's {what}, unlike {kind.__name__}")
-    return kind.from_config(config)
+    return made_scheduler(kind, config)
 
 
 def _shifted(scheduler: Any, shift: float) -> Any:
@@ -205,15 +215,10 @@ def _shifted(scheduler: Any, shift: float) -> Any:
     """
     name = type(scheduler).__name__
     if name.startswith("FlowMatch"):
-        return type(scheduler).from_config(scheduler.config, shift=shift)
+        return made_scheduler(type(scheduler), scheduler.config, shift=shift)
     if scheduler.config.get("use_flow_sigmas", False):
-        return type(scheduler).from_config(scheduler.config, flow_shift=shift)
+        return made_scheduler(type(scheduler), scheduler.config, flow_shift=shift)
     raise UnsupportedError(f"expected a scheduler for flow matching to shift, got {name}", fix="leave --flow-shift out")
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error from outside."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -18,10 +18,11 @@ from lemica_trt.core.text import basic_clean
 from lemica_trt.ir.graphs import EncoderSpec, TensorSpec
 from lemica_trt.ir.profile import Profile
 from lemica_trt.models.family import DTYPES, Family, TextEncoder, VideoDecoder
+from lemica_trt.models.scheduler import made_scheduler, refusing
 from lemica_trt.models.split import SplitTransformer, split_transformer
 
-WEIGHT_FILES = (".json", ".safetensors", ".model", ".txt")
-"""Endings of the files of a pipeline folder that decide what it computes."""
+NOTES = frozenset({".gif", ".jpeg", ".jpg", ".md", ".mp4", ".png", ".webp"})
+"""Endings of the files of a pipeline folder that do not decide what it computes; all others may."""
 
 
 class Model:
@@ -94,9 +95,14 @@ class Model:
 
         Args:
             steps: number of steps; None: the profile's N.
+
+        Raises:
+            UnsupportedError: it cannot make that many with its settings.
         """
-        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
-        self.family.set_timesteps(scheduler, self.profile.sampling.steps if steps is None else steps)
+        scheduler = made_scheduler(type(self.pipeline.scheduler), self.pipeline.scheduler.config)
+        steps = self.profile.sampling.steps if steps is None else steps
+        with refusing(f"{type(scheduler).__name__} cannot make {steps} steps"):
+            self.family.set_timesteps(scheduler, steps)
         return scheduler
 
     def noise(self, seed: int) -> Tensor:
@@ -235,7 +241,7 @@ class Model:
 
 
 def folder_revision(folder: Path) -> str:
-    """SHA-256 (hex) over name and content of `model_index.json` and each component's weight and config files."""
+    """SHA-256 (hex) over name and content of `model_index.json` and each component's files, whatever their format."""
     files = [(name, (folder / name).stat()) for name in pipeline_files(folder)]
     return _hashed(folder, tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in files))
 
@@ -251,5 +257,6 @@ def _hashed(folder: Path, files: tuple[tuple[str, int, int, int], ...]) -> str:
 
 def pipeline_files(folder: Path) -> list[str]:
     """Relative names of the files that decide what a pipeline folder computes, sorted."""
-    found = [path for path in folder.glob("*/*") if path.suffix in WEIGHT_FILES]
+    parts = [part for part in folder.iterdir() if part.is_dir() and not part.name.startswith(".")]
+    found = [path for part in parts for path in part.iterdir() if path.is_file() and path.suffix.lower() not in NOTES]
     return sorted(path.relative_to(folder).as_posix() for path in [folder / "model_index.json", *found])

@@ -36,7 +36,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch.overrides import TorchFunctionMode
 
-from lemica_trt.core.errors import InputError, UnsupportedError
+from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError
+from lemica_trt.core.text import first_line
 from lemica_trt.ir.sampler import NoiseLevels, SamplerRow, SamplerTable, Setting, require_levels
 from lemica_trt.planning.elimination import newest_first, shortest_combination
 from lemica_trt.planning.solvers import first_order_table
@@ -89,7 +90,7 @@ STEP_FAILURES = (
     TypeError,
     ValueError,
 )
-"""What a scheduler's `step` raises when it is asked for something that it cannot do."""
+"""What a scheduler raises when it is asked for something that it cannot do."""
 
 FACTORIES = (torch.tensor, torch.ones, torch.zeros, torch.full, torch.linspace, torch.arange, torch.eye, torch.empty)
 OTHER_DRAWS = (torch.rand, torch.randint, torch.normal, torch.randn_like, torch.rand_like, torch.bernoulli)
@@ -164,6 +165,39 @@ def solver_table(table: SamplerTable, steps: Sequence[int], solver: Solver) -> S
     lowered = sampler_table(scheduler)
     rows = [msgspec.structs.replace(row, guidance=table.rows[i].guidance) for row, i in zip(lowered.rows, kept)]
     return msgspec.structs.replace(lowered, rows=tuple(rows))
+
+
+def made_scheduler(kind: Any, config: Mapping[str, Any], **changes: Setting) -> Any:
+    """`from_config` of a diffusers scheduler class.
+
+    Args:
+        kind: the class.
+        config: of a scheduler, maybe of another class.
+        changes: settings in place of those.
+
+    Raises:
+        UnsupportedError: the class does not take these settings.
+        MissingDependencyError: it needs a library that is not installed.
+    """
+    with refusing(f"{kind.__name__} cannot be made with the model's settings"):
+        return kind.from_config(config, **changes)
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn what a scheduler raises while it is made or set into one line that begins with `what`.
+
+    Raises:
+        UnsupportedError, MissingDependencyError: see there.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(f"{what}: {first_line(error)}") from None
+    except STEP_FAILURES as error:
+        raise UnsupportedError(
+            f"{what}: {first_line(error)}", fix="choose another --scheduler or number of steps"
+        ) from None
 
 
 def support_matrix(tables: Mapping[str, SamplerTable] | Iterable[SamplerTable]) -> str:

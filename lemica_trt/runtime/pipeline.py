@@ -162,6 +162,8 @@ class Pipeline:
 
         Args and raises: see `GenerationRequest` and `run`.
         """
+        if not isinstance(prompt, (str, list, tuple)):
+            raise InputError(f"a prompt must be a string, or a list of strings, got {type(prompt).__name__}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
         if len(seeds) != len(prompts):
@@ -371,6 +373,8 @@ class Pipeline:
 
     def _plan(self, name: str | None) -> StepPlan:
         name = self.default_plan if name is None else name
+        if not isinstance(name, str):
+            raise UsageError(f"plan must be the name of a plan, got {name!r}")
         return self._plans[name] if name in self._plans else self.bundle.plan(name)
 
     def _complete(self, request: GenerationRequest, plan: StepPlan) -> GenerationRequest:

@@ -5,6 +5,9 @@ Equal to what transformers' fast tokenizers give with `padding="max_length", tru
 
 from __future__ import annotations
 
+import base64
+
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -14,6 +17,9 @@ from lemica_trt.ir.graphs import EncoderSpec
 
 MAX_PROMPT_BYTES = 8192
 """Longest prompt, UTF-8; far above every text length, so that tokenizing takes milliseconds."""
+
+MAX_TOKENIZER_BYTES = 128 << 20
+"""Largest `tokenizer.json`; UMT5's, with 256 000 pieces, has 17 MB."""
 
 Ids = npt.NDArray[np.int64]
 
@@ -35,6 +41,40 @@ def require_prompt(prompt: object, name: str = "a prompt") -> str:
     return prompt
 
 
+def checked_tokenizer(data: bytes) -> str:
+    """The content of a `tokenizer.json` without what would make the `tokenizers` library ask for gigabytes.
+
+    A precompiled character map begins with the size of its trie, for which the library makes room before it looks at
+    what is there. What it is given has no key twice, so that it reads what was checked.
+
+    Raises:
+        ValueError: too large, no JSON object, or a character map that is shorter than it says.
+    """
+    if len(data) > MAX_TOKENIZER_BYTES:
+        raise ValueError(f"{len(data)} bytes, more than {MAX_TOKENIZER_BYTES}")
+    try:
+        parts = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        normalizer = msgspec.json.decode(parts.get("normalizer", b"null"))
+    except RecursionError:
+        raise ValueError("values nested too deep") from None
+    left = [normalizer]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            _require_charsmap(value.get("precompiled_charsmap") or "")
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return msgspec.json.encode({**parts, "normalizer": normalizer}).decode()
+
+
+def _require_charsmap(charsmap: object) -> None:
+    if not isinstance(charsmap, str):
+        raise ValueError("expected a character map in base64")
+    content = base64.b64decode(charsmap, validate=True)
+    trie = int.from_bytes(content[:4], "little")
+    if content and not (len(content) >= 4 and trie % 4 == 0 and trie <= len(content) - 4):
+        raise ValueError(f"a character map of {len(content)} bytes that says {trie} are its trie")
+
+
 class PromptTokenizer:
     """Turns prompts into ids. May be shared by threads.
 
@@ -51,7 +91,7 @@ class PromptTokenizer:
 
         self.spec = spec
         try:
-            self._tokenizer = Tokenizer.from_str(tokenizer.decode())
+            self._tokenizer = Tokenizer.from_str(checked_tokenizer(tokenizer))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # tokenizers raises Exception itself, and its panics are no Exceptions

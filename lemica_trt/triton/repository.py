@@ -8,18 +8,21 @@
       denoiser_stream/  text_encoder/  vae_decoder/  pipeline/  pipeline_stream/
 
 Files of the bundle are hard links where the file system can. Writing again over a repository that is being served is
-safe: every file is replaced whole; what runs goes on with what it has loaded until `load_model`.
+safe: every file is replaced whole; what runs goes on with what it has loaded until `load_model`. Where the disk is
+full, a repository stays as it was, and a new one is not there.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.writing import copy_bundle
+from lemica_trt.core.atomic_folder import held
 from lemica_trt.core.errors import UsageError
-from lemica_trt.core.values import write_bytes
+from lemica_trt.core.values import written
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.triton.config import BUNDLE, Settings, config_text
 from lemica_trt.triton.interface import MODELS, interfaces
@@ -44,27 +47,42 @@ def write_repository(
         The names of the models.
 
     Raises:
-        UsageError: `target` is something else.
+        UsageError: `target` is something else, or another process writes it.
         IntegrityError: the bundle is not whole.
     """
     settings = settings or Settings()
     require_repository(target)
     folder = Path(target)
-    found = interfaces(bundle.manifest)
-    copy_bundle(bundle, folder / BUNDLE)
-    gpu, cpu = bundle.engine(), _cpu_engine(bundle)
-    for name, interface in found.items():
-        write_bytes(model_file(name), folder / name / "1" / "model.py")
-        write_bytes(config_text(name, interface, bundle, gpu, settings).encode(), folder / name / "config.pbtxt")
-        path = folder / name / "configs" / "cpu.pbtxt"
-        if cpu is not None:
-            write_bytes(config_text(name, interface, bundle, cpu, settings).encode(), path)
-        else:
-            path.unlink(missing_ok=True)
-    write_bytes(start_script(), folder / START_SCRIPT)
-    (folder / START_SCRIPT).chmod(0o755)
-    write_bytes(readme_text(bundle, tuple(found), cpu is not None).encode(), folder / "README.md")
+    is_new = not folder.exists()
+    found, cpu = interfaces(bundle.manifest), _cpu_engine(bundle)
+    contents = _contents(bundle, tuple(found), settings)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with held(folder):
+            with written({folder / name: data for name, data in contents.items()}):  # fails before anything is replaced
+                copy_bundle(bundle, folder / BUNDLE)
+            (folder / START_SCRIPT).chmod(0o755)
+            for name in found if cpu is None else ():
+                (folder / name / "configs" / "cpu.pbtxt").unlink(missing_ok=True)
+    except BaseException:
+        if is_new and not (folder / BUNDLE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return tuple(found)
+
+
+def _contents(bundle: Bundle, models: tuple[str, ...], settings: Settings) -> dict[str, bytes]:
+    """All files of a repository but the bundle, by path."""
+    found, gpu, cpu = interfaces(bundle.manifest), bundle.engine(), _cpu_engine(bundle)
+    contents = {}
+    for name in models:
+        contents[f"{name}/1/model.py"] = model_file(name)
+        contents[f"{name}/config.pbtxt"] = config_text(name, found[name], bundle, gpu, settings).encode()
+        if cpu is not None:
+            contents[f"{name}/configs/cpu.pbtxt"] = config_text(name, found[name], bundle, cpu, settings).encode()
+    contents[START_SCRIPT] = start_script()
+    contents["README.md"] = readme_text(bundle, models, cpu is not None).encode()
+    return contents
 
 
 def require_repository(target: str | os.PathLike[str]) -> None:

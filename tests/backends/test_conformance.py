@@ -144,7 +144,7 @@ class Toy:
 
     def arrays(self, role: str, batch: int = 2) -> dict[str, Any]:
         """Random inputs of a graph."""
-        random, sizes = np.random.default_rng(batch), {"batch": batch, "rows": 2 * batch}
+        random, sizes = np.random.default_rng(batch), {"batch": batch, "2*batch": 2 * batch}
         return {
             spec.name: random.standard_normal([n if isinstance(n, int) else sizes[n] for n in spec.shape]).astype("f4")
             for spec in self.graphs.graph(role).inputs  # type: ignore[arg-type]
@@ -153,7 +153,7 @@ class Toy:
     def buffers(self, role: str, arrays: dict[str, Any]) -> dict[str, Any]:
         """Inputs uploaded, outputs allocated."""
         graph, batch = self.graphs.graph(role), len(arrays["latents_0"])  # type: ignore[arg-type]
-        sizes = {"batch": batch, "rows": 2 * batch}
+        sizes = {"batch": batch, "2*batch": 2 * batch}
         found = {}
         for spec in (*graph.inputs, *graph.outputs):
             shape = tuple(n if isinstance(n, int) else sizes[n] for n in spec.shape)

@@ -6,6 +6,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import toy
@@ -64,6 +65,11 @@ def test_engine_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = open_backend(entry.key, Settings(threads=2))
     with pytest.raises(EngineError, match=r"onnx/skip\.onnx is not the graph described"):
         backend.load(graphs.graph("skip"), tmp_path / "onnx/full.onnx")
+    full = graphs.graph("full")
+    wider = msgspec.structs.replace(full.inputs[0], shape=("batch", 99))
+    with pytest.raises(EngineError, match=rf"expected {wider.name} \('fp32', 'batch', 99\), got \('fp32', 'batch', "):
+        described = msgspec.structs.replace(full, inputs=(wider, *full.inputs[1:]))
+        backend.load(described, tmp_path / "onnx/full.onnx")
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
     with pytest.raises(InputError, match=r"onnx/full\.onnx: expected an ONNX file"):
         backend.load(graphs.graph("full"), tmp_path / "broken.onnx")
@@ -81,5 +87,5 @@ def test_engine_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             build("onnxruntime", graphs, tmp_path, tmp_path, {"provider": "cuda"})
     with pytest.raises(UsageError, match="--provider must be one of cpu, cuda, got 'tpu'"):
         build("onnxruntime", graphs, tmp_path, tmp_path, {"provider": "tpu"})
-    with pytest.raises(UsageError, match="--threads must be an integer, 0 or more, got -1"):
+    with pytest.raises(UsageError, match="--threads must be an integer, 0 … 1024, got -1"):
         build("onnxruntime", graphs, tmp_path, tmp_path, {"threads": -1})

@@ -64,7 +64,7 @@ class Machine:
         plan = NullPlan(
             graph=self.graphs.graph(role),  # type: ignore[arg-type]
             onnx=str(self.folder / f"onnx/{role}.onnx"),
-            profiles=({"batch": (1, 1), "rows": (2, 2)}, {"batch": (1, 3), "rows": (1, 6)}),
+            profiles=({"batch": (1, 1), "2*batch": (2, 2)}, {"batch": (1, 3), "2*batch": (1, 6)}),
             activations=ACTIVATIONS[role],
         )
         return msgspec.structs.replace(plan, **changes)
@@ -80,7 +80,7 @@ class Machine:
 
     def buffers(self, role: str, batch: int) -> dict[str, Any]:
         graph = self.graphs.graph(role)  # type: ignore[arg-type]
-        sizes = {"batch": batch, "rows": 2 * batch}
+        sizes = {"batch": batch, "2*batch": 2 * batch}
         return {
             spec.name: self.backend.empty(tuple(n if isinstance(n, int) else sizes[n] for n in spec.shape), spec.dtype)
             for spec in (*graph.inputs, *graph.outputs)

@@ -31,7 +31,7 @@ from lemica_trt.backends.tensorrt.inspect import Log
 from lemica_trt.backends.tensorrt.options import RtxOptions, TensorRTOptions
 from lemica_trt.backends.tensorrt.program import Layers, program_layers
 from lemica_trt.backends.tensorrt.protocol import BuildJob, Failed, ProbeResult, WorkerError
-from lemica_trt.core.errors import EngineError, MissingDependencyError
+from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError
 from lemica_trt.core.files import mapped
 from lemica_trt.ir.engine import EngineBuild, EngineEntry
 from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role, TensorSpec, step_layout
@@ -353,11 +353,11 @@ FAKE = """
 
 
 def prepared(folder: Path) -> GraphSet:
-    """Files enough for a build that never reads them."""
+    """Files enough for a build whose library never reads them: models without anything in them."""
     graphs = graph_set(spec("combine", "fp16"), spec("full", "fp16"), dtype="fp16")
     (folder / "onnx").mkdir()
     for graph in graphs.graphs:
-        (folder / graph.file).write_bytes(b"graph")
+        (folder / graph.file).write_bytes(b"")
     return graphs
 
 
@@ -547,7 +547,7 @@ def test_files_that_are_not_the_graphs(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"input x fp32 \[2, 16\], it is fp32 \[-1, 16\]"):
         build("tensorrt-rtx", described, tmp_path, tmp_path)
     (tmp_path / "onnx/combine.onnx").write_bytes(b"broken")
-    with pytest.raises(EngineError, match="cannot build the combine engine") as caught:
+    with pytest.raises(InputError, match=r"onnx/combine\.onnx: expected an ONNX file") as caught:
         build("tensorrt-rtx", graphs, tmp_path, tmp_path)
     assert "\n" not in str(caught.value)
     assert not [path for path in (tmp_path / "engines").rglob("*") if path.suffix == ".tmp"]

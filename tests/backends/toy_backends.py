@@ -35,7 +35,7 @@ def tensorrt(graphs: GraphSet, folder: Path, settings: Settings, *, backend: str
     toy.write_onnx(graphs, folder)
     files = {graph.role: folder / f"{graph.role}.engine" for graph in graphs.graphs}
     for graph in graphs.graphs:
-        profiles = ({"batch": (1, 3), "rows": (1, 6)},)
+        profiles = ({"batch": (1, 3), "2*batch": (1, 6)},)
         null.write_engine(
             null.NullPlan(graph=graph, onnx=str(folder / graph.file), profiles=profiles), files[graph.role]
         )

@@ -21,7 +21,7 @@ from lemica_trt.calibrate.estimate import (
     piece,
 )
 from lemica_trt.calibrate.exact import usual_batch
-from lemica_trt.calibrate.journal import CheapMeasurement, Piece
+from lemica_trt.calibrate.journal import CheapMeasurement, Piece, journal_line, line_content
 from lemica_trt.calibrate.replay import Stepper
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, VerificationError
 from lemica_trt.core.values import json_bytes, value_from_json
@@ -206,7 +206,7 @@ def test_a_piece_depends_on_its_sample_alone(tmp_path: Path, model: ToyModel) ->
     made = measurement(model, euler(12))
     sample = stepper.sample("sample 2", PROMPTS[2], made.seed + 2)
     alone, _ = piece(sample, euler(12), made, 2, rolled_out=True)
-    assert alone == value_from_json(Piece, lines[3], where="j")
+    assert alone == value_from_json(Piece, line_content(lines[3]) or b"", where="j")
 
 
 def test_cut_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, model: ToyModel) -> None:
@@ -235,15 +235,18 @@ def test_journals_of_other_methods_are_refused(tmp_path: Path, model: ToyModel) 
         retargeted(model, tmp_path / "j", source)
 
 
-def test_a_damaged_piece_is_named(tmp_path: Path, model: ToyModel) -> None:
+def test_a_piece_of_no_such_measurement_is_named(tmp_path: Path, model: ToyModel) -> None:
     calibrated(model, tmp_path / "j", samples=1)
-    data = (tmp_path / "j").read_bytes()
-    (tmp_path / "j").write_bytes(data.replace(b'"changes":[', b'"changes":[1.0,'))
-    with pytest.raises(InputError, match="line 2: expected changes of 38 segments, got 39"):
-        calibrated(model, tmp_path / "j", samples=1)
-    (tmp_path / "j").write_bytes(data.replace(b'"outputs":[[', b'"outputs":[[1.0,'))
-    with pytest.raises(InputError, match="line 2: expected inner products of 12 steps, got others"):
-        calibrated(model, tmp_path / "j", samples=1)
+    header, line = (tmp_path / "j").read_bytes().splitlines()
+    content = line_content(line)
+    assert content is not None
+    for old, new, says in (
+        (b'"changes":[', b'"changes":[1.0,', "line 2: expected changes of 38 segments, got 39"),
+        (b'"outputs":[[', b'"outputs":[[1.0,', "line 2: expected inner products of 12 steps, got others"),
+    ):
+        (tmp_path / "j").write_bytes(header + b"\n" + journal_line(msgspec.Raw(content.replace(old, new))))
+        with pytest.raises(InputError, match=says):
+            calibrated(model, tmp_path / "j", samples=1)
 
 
 # --- what goes wrong -----------------------------------------------------------------------------------------------

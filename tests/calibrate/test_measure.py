@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from lemica_trt.calibrate.cost import exact_cost, start_cost
 from lemica_trt.calibrate.exact import measure, measurement_digest
+from lemica_trt.calibrate.journal import journal_line
 from lemica_trt.core.errors import InputError, UsageError, VerificationError
 from lemica_trt.core.values import json_bytes
 from lemica_trt.ir.calibration import ErrorGraph
@@ -238,7 +241,7 @@ def test_journal_of_another_guidance_is_refused(model: ToyModel, tmp_path: Path)
 @pytest.mark.parametrize("content", [b"notes\n", b"notes", b"{}\n", b'{"version": 1}', b"\n\n"])
 def test_a_file_that_is_no_journal_is_refused_and_left_alone(model: ToyModel, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "j").write_bytes(content)
-    with pytest.raises(InputError, match=r"j, line 1: expected a valid Measurement"):
+    with pytest.raises(InputError, match=r"j, line 1: expected a Measurement and its digest, got something else"):
         measured(model, tmp_path / "j")
     assert (tmp_path / "j").read_bytes() == content
 
@@ -246,18 +249,36 @@ def test_a_file_that_is_no_journal_is_refused_and_left_alone(model: ToyModel, tm
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b"{", "line 3: expected a valid Unit"),
+        (b"{}", "line 3: expected a valid Unit"),
         (b'{"errors":[1.0],"sample":0,"start":0}', "line 3: expected 3 errors of start 0, got 1"),
         (b'{"errors":[],"sample":0,"start":9}', "line 3: expected 0 errors of start 9, got 0"),
         (b'{"errors":[1,1,-1],"sample":0,"start":0}', "line 3: .*must not be negative"),
     ],
 )
-def test_a_damaged_line_is_named(model: ToyModel, tmp_path: Path, line: bytes, says: str) -> None:
+def test_a_line_of_no_such_measurement_is_named(model: ToyModel, tmp_path: Path, line: bytes, says: str) -> None:
     measured(model, tmp_path / "j")
     lines = (tmp_path / "j").read_bytes().splitlines(keepends=True)
-    (tmp_path / "j").write_bytes(b"".join([*lines[:2], line + b"\n", *lines[2:]]))
+    (tmp_path / "j").write_bytes(b"".join([*lines[:2], journal_line(msgspec.Raw(line)), *lines[2:]]))
     with pytest.raises(InputError, match=says):
         measured(model, tmp_path / "j")
+
+
+def test_no_changed_bit_is_ever_used(model: ToyModel, tmp_path: Path) -> None:
+    """Of the first line: the file is refused. Of any other: what its line held is measured again."""
+    whole = json_bytes(measured(model, tmp_path / "whole"))
+    data = (tmp_path / "whole").read_bytes()
+    header, rng = data.index(b"\n"), random.Random(0)
+    for bit in rng.sample(range(8 * len(data)), 150):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "j").write_bytes(damaged)
+        if bit // 8 <= header:
+            with pytest.raises(InputError, match="j, line 1: "):
+                measured(model, tmp_path / "j")
+            assert (tmp_path / "j").read_bytes() == damaged
+        else:
+            assert json_bytes(measured(model, tmp_path / "j")) == whole, bit
+            assert json_bytes(measured(model, tmp_path / "j")) == whole, bit
 
 
 def test_progress_counts_units_to_the_end(model: ToyModel, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lemica_trt.core.errors import InputError
+from lemica_trt.core.text import MAX_LINE, first_line
 from lemica_trt.core.values import Value, json_bytes, value_from_json, write_bytes
 
 pytestmark = pytest.mark.null
@@ -37,6 +38,12 @@ def test_other_strings_are_not(text: str) -> None:
 def test_messages_are_one_printable_line() -> None:
     error = InputError("bad \x1b]0;title\x07\nname \u202e", fix="rm '\x9b'")
     assert str(error) == r"bad \x1b]0;title\x07\nname \u202e → rm '\x9b'"
+
+
+def test_another_library_is_quoted_in_a_line_of_bounded_length() -> None:
+    assert first_line(ValueError("\nfirst\nsecond")) == "first"
+    assert first_line(KeyError()) == "KeyError"
+    assert first_line(OSError("x" * 600)) == "x" * (MAX_LINE - 1) + "…"
 
 
 def test_values_nested_too_deep() -> None:

@@ -59,7 +59,7 @@ def test_no_sample_counts_for_more_because_it_is_louder() -> None:
     [
         ({"format_version": 2}, "format_version must be 1, got 2"),
         ({"samples": 0}, "samples must be at least 1"),
-        ({"num_steps": 1}, "num_steps must be at least 2"),
+        ({"num_steps": 1}, "num_steps must be 2 … 10000, got 1"),
         ({"num_steps": N + 1}, f"outputs must have {N + 1} rows of {N + 1} numbers"),
         ({"outputs": tuple((0.0,) * N for _ in range(N))}, r"outputs\[0\]\[0\] must be above 0, got 0.0"),
         ({"outputs": tuple((float("nan"),) * N for _ in range(N))}, r"outputs\[0\]\[0\] must be finite"),

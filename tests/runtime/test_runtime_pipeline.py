@@ -218,7 +218,7 @@ def test_lower_level(bundle: Bundle, pipe: Pipeline) -> None:
     names = {tensor.name: tensor.shape for tensor in bundle.manifest.graphs.graph("full").inputs}
     rng = np.random.default_rng(0)
     inputs = {
-        name: rng.random([{"batch": 2, "rows": 4}.get(n, n) for n in shape]).astype(np.float32)  # type: ignore[call-overload]
+        name: rng.random([{"batch": 2, "2*batch": 4}.get(n, n) for n in shape]).astype(np.float32)  # type: ignore[call-overload]
         for name, shape in names.items()
     }
     found = pipe.run_graph("full", inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.text import basic_clean
 from lemica_trt.ir.graphs import EncoderSpec
-from lemica_trt.runtime.text import MAX_PROMPT_BYTES, PromptTokenizer
+from lemica_trt.runtime.text import MAX_PROMPT_BYTES, PromptTokenizer, checked_tokenizer
 
 pytestmark = pytest.mark.cpu
 
@@ -129,3 +130,32 @@ def test_tokenizers_that_panic(tokenizer_json: bytes, part: str, capfd: pytest.C
     forged = json.dumps({**json.loads(tokenizer_json), **FORGED[part]}).encode()
     with pytest.raises(InputError, match=r"expected a tokenizer\.json|the tokenizer fails on this prompt"):
         PromptTokenizer(EncoderSpec(tokenizer="t", length=64, pad_id=0), forged).ids("a" * 34 + "!")
+
+
+def _with_charsmap(tokenizer_json: bytes, trie: int, length: int, *, again: bool = False) -> bytes:
+    charsmap = base64.b64encode(trie.to_bytes(4, "little") + bytes(length)).decode()
+    precompiled = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    content = json.loads(tokenizer_json)
+    harmless = content["normalizer"]
+    content["normalizer"] = {"type": "Sequence", "normalizers": [precompiled]}
+    data = json.dumps(content)
+    if again:  # the library would read both, and keep the second one
+        data = f'{data[:-1]}, "normalizer": {json.dumps(harmless)}}}'
+    return data.encode()
+
+
+def test_a_character_map_asks_for_no_more_room_than_it_has(tokenizer_json: bytes) -> None:
+    spec = EncoderSpec(tokenizer="t", length=8, pad_id=0)
+    for trie, length in ((0x64000000, 100_000), (8, 4), (6, 8)):
+        with pytest.raises(InputError, match=rf"of {length + 4} bytes that says {trie} are its trie"):
+            PromptTokenizer(spec, _with_charsmap(tokenizer_json, trie, length))
+
+
+def test_the_library_reads_what_was_checked(tokenizer_json: bytes) -> None:
+    """A key that stands there twice is handed on once."""
+    checked = checked_tokenizer(_with_charsmap(tokenizer_json, 0x64000000, 8, again=True))
+    assert checked.count('"normalizer"') == tokenizer_json.decode().count('"normalizer"')
+    assert json.loads(checked) == json.loads(tokenizer_json)
+    for data in (b"[" * 5000, b"[]", b"", b'{"normalizer": {"precompiled_charsmap": 5}}'):
+        with pytest.raises(InputError, match=r"t: expected a tokenizer\.json, got: "):
+            PromptTokenizer(EncoderSpec(tokenizer="t", length=8, pad_id=0), data)

@@ -50,7 +50,7 @@ def layout_of(
 
 def graphs_of(layout: StepLayout, *, max_batch: int = 3, data_file: bool = False, mask: bool = False) -> GraphSet:
     """The description of all five graphs."""
-    rows = "rows" if layout.guided else "batch"
+    rows = "2*batch" if layout.guided else "batch"
     length = max(part.stop for part in layout.offsets.values())
 
     def tensor(name: str, *shape: int | str, dtype: str = "fp32") -> TensorSpec:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ import toy
 from lemica_trt import __version__
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.writing import add_plan, write_bundle
+from lemica_trt.core.atomic_folder import held
 from lemica_trt.core.errors import IntegrityError, UsageError
 from lemica_trt.ir.engine import EngineEntry, EngineKey
 from lemica_trt.ir.graphs import EncoderSpec, Role
@@ -203,3 +206,46 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     write_repository(bundle, tmp_path / "repository")
     assert not left.exists()
     assert living.exists()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_full_disk_leaves_nothing_half(is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every file that is synced: a new repository is not there, an older one is as it was."""
+    bundle, target = make_bundle(tmp_path / "bundle"), tmp_path / "new/repository"
+    if not is_new:
+        write_repository(bundle, target)
+        bundle = add_plan(bundle, toy.euler_plan("fsffff", name="five"))
+    before = _tree(tmp_path / "new")
+    real, left = os.fsync, 0
+
+    def full(handle: int) -> None:
+        nonlocal left
+        left -= stat.S_ISREG(os.fstat(handle).st_mode)  # a folder's names are there by then
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    for room in range(200):
+        left = room
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", full)
+            try:
+                write_repository(bundle, target)
+                break
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+        assert _tree(tmp_path / "new") == before
+    assert 10 < room < 199
+    Bundle.open(target / BUNDLE).check()
+    assert (target / "README.md").is_file() and os.access(target / "start.sh", os.X_OK)
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_two_writers_of_one_repository(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    with held(tmp_path / "repository"), pytest.raises(UsageError, match=r"another lemica-trt .* is writing it"):
+        write_repository(bundle, tmp_path / "repository")
+    write_repository(bundle, tmp_path / "repository")

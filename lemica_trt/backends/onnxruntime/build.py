@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lemica_trt.backends.base import first_line
 from lemica_trt.backends.build import Estimate, graphs_digest
 from lemica_trt.backends.onnx_file import require_plain
 from lemica_trt.backends.onnxruntime.options import OrtOptions
 from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError
+from lemica_trt.core.text import first_line
 from lemica_trt.core.threads import usable_threads
 from lemica_trt.ir.engine import EngineEntry, EngineKey
 from lemica_trt.ir.graphs import GraphSet, GraphSpec
@@ -120,7 +120,7 @@ def open_session(graph: GraphSpec, path: Path, options: OrtOptions, device: int 
     # Each graph's session has threads of its own; by default they spin between two calls, against the graph that runs.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked, whatever it is called
-    settings.log_severity_level = 3
+    settings.log_severity_level = 4  # what it prints is in the exception, too
     try:
         chosen = (wanted, {"device_id": device}) if options.provider == "cuda" else wanted
         session = ort.InferenceSession(str(path), settings, providers=[chosen])
@@ -131,10 +131,15 @@ def open_session(graph: GraphSpec, path: Path, options: OrtOptions, device: int 
             f"{wanted} is in this onnxruntime but does not start; got {', '.join(session.get_providers())}",
             fix="check the CUDA and cuDNN libraries that onnxruntime-gpu names for this version",
         )
-    declared = {tensor.name: DTYPES.get(tensor.type) for tensor in (*session.get_inputs(), *session.get_outputs())}
-    described = {tensor.name: tensor.dtype for tensor in (*graph.inputs, *graph.outputs)}
+    found = (*session.get_inputs(), *session.get_outputs())
+    declared = {tensor.name: (DTYPES.get(tensor.type), *tensor.shape) for tensor in found}
+    described = {tensor.name: (tensor.dtype, *tensor.shape) for tensor in (*graph.inputs, *graph.outputs)}
     if declared != described:
-        raise EngineError(f"{graph.file} is not the graph described: expected {described}, got {declared}")
+        name = next(name for name in (*declared, *described) if declared.get(name) != described.get(name))
+        raise EngineError(
+            f"{graph.file} is not the graph described: expected {name} {described.get(name)}, got {declared.get(name)}",
+            fix="rebuild the bundle",
+        )
     return session
 
 

@@ -22,6 +22,7 @@ class OrtOptions(Options, frozen=True):
         int,
         Meta(
             ge=0,
+            le=1024,
             description="CPU threads within an operator; 0: OMP_NUM_THREADS, or all CPUs that the process may use",
         ),
     ] = 0

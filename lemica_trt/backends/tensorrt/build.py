@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 
 from lemica_trt.backends.build import ENGINES_FOLDER, Estimate, graphs_digest
+from lemica_trt.backends.onnx_file import require_plain
 from lemica_trt.backends.tensorrt.options import RtxOptions, TensorRTOptions
 from lemica_trt.backends.tensorrt.protocol import (
     BuildJob,
@@ -81,7 +82,11 @@ class TensorRTBuilder:
     def build(
         self, graphs: GraphSet, root: Path, out: Path, options: TensorRTOptions | RtxOptions, reporter: Reporter
     ) -> EngineEntry:
-        """Build what is not there yet."""
+        """Build what is not there yet.
+
+        Raises:
+            InputError: a graph asks for what no export does, see `onnx_file`.
+        """
         key = self._key(graphs, root, options)
         folder = f"{ENGINES_FOLDER}/{key.backend}-{key.digest[:16]}"
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -96,6 +101,7 @@ class TensorRTBuilder:
             path = out / files[graph.role]
             record = _finished(path)
             if record is None:
+                require_plain(graph, root / graph.file)  # before the vendor's parser reads it
                 job = BuildJob(
                     module=self.vendor.module,
                     graph=graph,

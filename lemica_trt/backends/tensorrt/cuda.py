@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lemica_trt.backends.base import first_line
 from lemica_trt.backends.tensorrt.device import Host, Memory, MemoryInfo, OutOfMemory
 from lemica_trt.core.errors import EngineError, MissingDependencyError
+from lemica_trt.core.text import first_line
 
 _NO_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 

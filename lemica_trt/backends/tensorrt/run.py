@@ -39,7 +39,6 @@ from lemica_trt.backends.base import (
     Settings,
     check_binding,
     check_upload,
-    first_line,
 )
 from lemica_trt.backends.options import options_from_key
 from lemica_trt.backends.tensorrt.device import ALIGNMENT, Device, Graph, Host, Memory, OutOfMemory, capability_text
@@ -47,6 +46,7 @@ from lemica_trt.backends.tensorrt.options import TensorRTOptions
 from lemica_trt.backends.tensorrt.vendor import DTYPES, LEAN_MODULE, RTX, VENDORS
 from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError
 from lemica_trt.core.files import mapped
+from lemica_trt.core.text import first_line
 from lemica_trt.core.values import write_bytes
 from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.graphs import GraphSpec, TensorDType

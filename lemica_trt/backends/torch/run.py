@@ -24,11 +24,11 @@ from lemica_trt.backends.base import (
     Settings,
     check_binding,
     check_upload,
-    first_line,
 )
 from lemica_trt.backends.options import options_from_key
 from lemica_trt.backends.torch.options import TorchOptions
 from lemica_trt.core.errors import EngineError, MissingDependencyError
+from lemica_trt.core.text import first_line
 from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.graphs import GraphSpec, TensorDType
 

@@ -45,14 +45,29 @@ def read_parameters(request: Any, allowed: Collection[str]) -> dict[str, Any]:
     """A request's parameters; a calling model's come as JSON in `settings`, because models pass no floats on.
 
     Raises:
-        InputError: one of them is unknown.
+        InputError: one of them is unknown, or they are no JSON object.
     """
-    found: dict[str, Any] = json.loads(request.parameters() or "{}")
+    found = _object_from(request.parameters() or "{}", "parameters")
     if "caller" in found and "settings" in found:
-        found.update(json.loads(found.pop("settings")))
+        found.update(_object_from(found.pop("settings"), "settings"))
     for name in found:
         if name not in allowed and not name.startswith("triton_"):
             raise InputError(f"unknown parameter {name!r}: expected {', '.join(sorted(allowed))}")
+    return found
+
+
+def _object_from(text: object, name: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{name} must be a JSON object")
     return found
 
 
@@ -65,7 +80,7 @@ def choose_plan(parameters: Mapping[str, Any], plans: Mapping[str, StepPlan], de
     name, steps = parameters.get("plan"), parameters.get("steps")
     if name == "default" and name not in plans:
         name = default
-    if name is not None and name not in plans:
+    if name is not None and (not isinstance(name, str) or name not in plans):
         raise InputError(f"plan must be one of {', '.join(plans)}; got {name!r}")
     if steps is None:
         return plans[name or default]
