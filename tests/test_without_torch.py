@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -27,7 +28,6 @@ main()
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("build", "--model", "cogvideox-tiny", "--dry-run", "--output", "out"),
         ("build", "--model", "cogvideox-tiny", "--output", "out"),
         ("calibrate", "--model", "cogvideox-tiny", "--output", "out"),
     ],
@@ -42,6 +42,20 @@ def test_what_needs_the_model_says_so_before_it_does_anything(arguments: tuple[s
     assert done.returncode == MissingDependencyError.exit_code
     assert done.stderr.startswith("lemica-trt: building needs PyTorch and diffusers, got: ")
     assert done.stderr.endswith("→ pip install 'lemica-trt[build]'\n") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_counts_samplings_and_knows_no_times(tmp_path: Path) -> None:
+    for model in ("cogvideox-tiny", "cogvideox"):  # one that is here, and one of the hub's
+        command = [sys.executable, "-c", SCRIPT, "build", "--model", model, "--dry-run", "--json", "--output", "out"]
+        root = str(Path(__file__).parents[1])
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}
+        )
+        assert done.returncode == 0, done.stderr
+        stages = {stage["name"]: stage for stage in json.loads(done.stdout)}
+        assert 20 < sum(stage["samplings"] for stage in stages.values()) < 27
+        assert stages["calibrate"]["seconds"] is stages["verify"]["seconds"] is stages["export"]["disk"] is None
     assert not list(tmp_path.iterdir())
 
 

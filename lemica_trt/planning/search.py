@@ -232,7 +232,7 @@ def best_known(
     known = planners() if auto else {planner.name: planner for planner in chosen}
 
     def found(budget: int | StepBudget, method: str | None = None) -> list[StepPlan]:
-        if len(chosen) == 1:
+        if len(chosen) == 1 and not auto:
             return candidates_on(layout, problem, chosen)(budget)
         count = budget if isinstance(budget, int) else budget.budgets[0]
         names = [name for tried in sorted(before, key=lambda tried: abs(tried - count)) for name in before[tried]]
