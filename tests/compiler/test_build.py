@@ -68,7 +68,7 @@ def test_what_was_calibrated_on_other_prompts_is_fitted_on_them(tmp_path: Path) 
     work_commands.plan(work, {"budgets": (3,), "methods": ("fitted", "lemica")}, Quiet())
     digest = prompts_digest(["a small blue square", "a large green ring"])
     headers = {
-        kind: json.loads(next((work / "journals").glob(f"{kind}-*.jsonl")).read_text().splitlines()[0])
+        kind: json.loads(next((work / "journals").glob(f"{kind}-*.jsonl")).read_text().splitlines()[0])[1]
         for kind in ("journal", "fits", "trials")
     }
     assert headers["journal"]["prompts_digest"] == headers["fits"]["prompts_digest"] == digest
