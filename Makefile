@@ -8,7 +8,6 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BUDGET ?= 15
-SAMPLES ?= 2
 JOBS ?= 2
 
 bin := $(VENV)/bin
@@ -17,7 +16,7 @@ out := out
 .PHONY: demo test benchmark fuzz lint types pythons clean
 
 demo: $(VENV)/.installed
-	$(bin)/lemica-trt build --model cogvideox-tiny --budget $(BUDGET) --samples $(SAMPLES) --output $(out)/cogvideox-tiny
+	$(bin)/lemica-trt build --model cogvideox-tiny --budget $(BUDGET) --output $(out)/cogvideox-tiny
 	$(bin)/lemica-trt run $(out)/cogvideox-tiny "a big red circle moves left" --seed 7 --output $(out)/clip.mp4
 
 test: $(VENV)/.installed lint types pythons
