@@ -1,6 +1,7 @@
 """A diffusion transformer as this tool sees it: trunk, head, text encoder, VAE decoder, and the reference itself.
 
     family, cogvideox, wan   what one architecture is, declaratively: one small file each
+    trace                    any diffusers pipeline: its loop, conditions, guidance and trunk, found by running it
     split                    any diffusers transformer → whole run with trunk residual, and run without trunk
     load                     profile → `Model`
     model                    what every stage asks of a model

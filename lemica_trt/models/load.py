@@ -99,7 +99,7 @@ def load_model(
     """
     profile = msgspec.structs.replace(profile, dtype=dtype or profile.dtype, source=source or profile.source)
     family = family_from_name(profile.family)
-    with _quiet():
+    with quiet():
         folder = _folder_from_source(profile.source)
         found = family_from_pipeline(folder)
         if found is not family:
@@ -120,13 +120,81 @@ def load_model(
     return Model(profile, family, pipeline, folder)
 
 
+def load_pipeline(source: str, *, dtype: DType = "fp32", device: str = "cpu") -> Any:
+    """Load any diffusers pipeline whose denoiser is a transformer.
+
+    Args:
+        source: hub id, folder or `package:NAME`.
+        dtype: of all its networks.
+        device: torch device.
+
+    Raises:
+        InputError: the source is not there, or is incomplete.
+        UnsupportedError: its denoiser is a UNet, or its class is not one of diffusers'. Known before a download.
+        MissingDependencyError: a library that the pipeline needs is not installed.
+    """
+    with quiet():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).is_dir():
+            _check_index(source, _hub_index(source))
+        folder = _folder_from_source(source)
+        index = _index(folder / "model_index.json", where=str(folder))
+        kind = _check_index(source, index)
+        for name, value in index.items():
+            if isinstance(value, list) and value[:1] != [None] and not (folder / name).is_dir():
+                raise InputError(f"{source}: expected a complete pipeline, got no folder {name!r}")
+        try:
+            pipeline = kind.from_pretrained(folder, torch_dtype=DTYPES[dtype])
+        except ImportError as error:
+            raise MissingDependencyError(f"{source}: {_line(error)}") from None
+        except BROKEN as error:
+            raise InputError(f"{source}: expected a complete pipeline, got: {_line(error)}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _hub_index(source: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return _index(Path(hf_hub_download(source, "model_index.json")), where=source)
+    except BROKEN as error:
+        raise InputError(
+            f"{source}: expected a folder or a diffusers pipeline on the hub, got: {_line(error)}",
+            fix="check the name and the network, or give the folder of a downloaded pipeline",
+        ) from None
+
+
+def _index(path: Path, *, where: str) -> dict[str, Any]:
+    """Content of a `model_index.json`."""
+    try:
+        index = json.loads(path.read_bytes())
+        if isinstance(index, dict) and isinstance(index.get("_class_name"), str):
+            return index
+    except (OSError, ValueError):
+        pass
+    raise InputError(f"{where}: expected a diffusers pipeline folder, got no readable model_index.json")
+
+
+def _check_index(source: str, index: dict[str, Any]) -> Any:
+    """The class of a pipeline whose denoiser is a transformer."""
+    name = index["_class_name"]
+    parts = {key for key, value in index.items() if isinstance(value, list) and value[:1] != [None]}
+    if not any(part.startswith("transformer") for part in parts):
+        got = "a UNet" if "unet" in parts else f"none in {', '.join(sorted(parts)) or 'no components'}"
+        raise UnsupportedError(f"{source}: expected a pipeline with a diffusion transformer, got {got} ({name})")
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise UnsupportedError(f"{source}: expected a pipeline class of diffusers {diffusers.__version__}, got {name}")
+    return kind
+
+
 def revision_of(profile: Profile) -> str:
     """The revision that a profile's model would have, without loading it; see `model.folder_revision`.
 
     Raises:
         InputError: the source is not there.
     """
-    with _quiet():
+    with quiet():
         return folder_revision(_folder_from_source(profile.source))
 
 
@@ -202,8 +270,8 @@ def _line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither progress bars nor advice on stderr while loading; the caller reports what matters."""
+def quiet() -> Iterator[None]:
+    """Neither progress bars nor advice of libraries on stderr; the caller reports what matters."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     levels = [library.get_verbosity() for library in libraries]
     bars = [library.is_progress_bar_enabled() for library in libraries]
