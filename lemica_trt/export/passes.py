@@ -37,6 +37,35 @@ def clean_model(model: Any, symbols: Mapping[str, str]) -> None:
             model.graph.inputs.remove(value)
 
 
+def rewrite_bool_where(model: Any) -> int:
+    """Where(c, x, y) of truth values → (c ∧ x) ∨ (¬c ∧ y): ONNX Runtime's CPU provider has no such kernel.
+
+    HunyuanVideo's mask of keys has one. Works in place; the number of nodes that were rewritten.
+    """
+    import onnx_ir
+
+    count = 0
+    for graph in _graphs(model):
+        for node in list(graph):
+            if node.op_type != "Where" or node.outputs[0].dtype != onnx_ir.DataType.BOOL:
+                continue
+            choice, one, other = node.inputs
+            both = onnx_ir.node("And", [choice, one])
+            negated = onnx_ir.node("Not", [choice])
+            rest = onnx_ir.node("And", [negated.outputs[0], other])
+            either = onnx_ir.node("Or", [both.outputs[0], rest.outputs[0]])
+            made = [both, negated, rest, either]
+            for k, part in enumerate(made):
+                part.outputs[0].name = f"{node.outputs[0].name}_where_{k}"
+                part.outputs[0].dtype = onnx_ir.DataType.BOOL
+            either.outputs[0].shape = node.outputs[0].shape
+            onnx_ir.convenience.replace_nodes_and_values(
+                graph, node, [node], made, list(node.outputs), [either.outputs[0]]
+            )
+            count += 1
+    return count
+
+
 def _graphs(model: Any) -> Iterator[Any]:
     yield model.graph
     yield from model.graph.subgraphs()

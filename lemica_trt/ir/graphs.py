@@ -260,6 +260,10 @@ class GraphSet(Value, frozen=True):
         raise KeyError(role)
 
 
+PROMPT = "{prompt}"
+"""Stands for the prompt in a template."""
+
+
 class EncoderSpec(Value, frozen=True):
     """How a prompt becomes conditions, without transformers: token ids, then a text encoder graph.
 
@@ -270,6 +274,7 @@ class EncoderSpec(Value, frozen=True):
         pad_id, end_id: token ids.
         clean: `none`, or `basic` = HTML unescaped twice, white space collapsed (Wan).
         mask: whether the text encoder graph takes `attention_mask` beside `input_ids`.
+        template: what is tokenised; `{prompt}` stands for the prompt.
     """
 
     tokenizer: str
@@ -279,3 +284,7 @@ class EncoderSpec(Value, frozen=True):
     end_id: int | None = None
     clean: Literal["none", "basic"] = "none"
     mask: bool = False
+    template: str = PROMPT
+
+    def __post_init__(self) -> None:
+        require(PROMPT in self.template, f"template must have {PROMPT} in it, got {self.template!r}")

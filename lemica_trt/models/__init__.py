@@ -4,6 +4,7 @@
     trace                    any diffusers pipeline: its loop, conditions, guidance and trunk, found by running it
     split                    any diffusers transformer → whole run with trunk residual, and run without trunk
     load                     profile → `Model`
+    traced                   a model made from a trace, of any pipeline
     model                    what every stage asks of a model
     scheduler                diffusers scheduler → `SamplerTable`
     graph_specs              what each graph is called with and gives

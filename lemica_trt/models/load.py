@@ -17,8 +17,8 @@ import safetensors
 import torch
 import transformers
 
-from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError
-from lemica_trt.ir.profile import DType, Profile
+from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError, UsageError
+from lemica_trt.ir.profile import DType, Profile, Sampling, Shape
 from lemica_trt.ir.resources import zoo_path
 from lemica_trt.models.cogvideox import CogVideoX
 from lemica_trt.models.family import DTYPES, Family
@@ -27,6 +27,9 @@ from lemica_trt.models.wan import Wan
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (CogVideoX(), Wan())}
 """All families, by name."""
+
+TRACED = "traced"
+"""`Profile.family` of a pipeline that is traced."""
 
 BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, safetensors.SafetensorError)
 """What diffusers, transformers and the hub's client raise for files that are missing, cut off or of another model."""
@@ -98,6 +101,11 @@ def load_model(
         MissingDependencyError: a library that the pipeline needs is not installed.
     """
     profile = msgspec.structs.replace(profile, dtype=dtype or profile.dtype, source=source or profile.source)
+    if profile.family == TRACED:
+        from lemica_trt.models.traced import TracedModel
+
+        pipeline = load_pipeline(profile.source, dtype=profile.dtype, device=device)
+        return TracedModel(profile, pipeline, _folder_from_source(profile.source))
     family = family_from_name(profile.family)
     with quiet():
         folder = _folder_from_source(profile.source)
@@ -150,6 +158,62 @@ def load_pipeline(source: str, *, dtype: DType = "fp32", device: str = "cpu") ->
             raise InputError(f"{source}: expected a complete pipeline, got: {_line(error)}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def profile_from_pipeline(source: str) -> Profile:
+    """The build profile of a pipeline that has none: shape, steps and guidance by the signature of its class.
+
+    Args:
+        source: folder or hub id; only its `model_index.json` is read.
+
+    Raises:
+        UsageError: its family is one that has profiles.
+        InputError, UnsupportedError: as `load_pipeline`.
+    """
+    with quiet():
+        path = Path(source) / "model_index.json"
+        index = _index(path, where=source) if Path(source).is_dir() else _hub_index(source)
+        kind = _check_index(source, index)
+    for name, family in FAMILIES.items():
+        if family.pipeline_class == kind.__name__:
+            raise UsageError(
+                f"{source}: expected a profile of the family {name}, got the pipeline alone",
+                fix=f"name a profile with its shape and steps, for example --model {EXAMPLES[name]} --weights {source}",
+            )
+    defaults = {name: parameter.default for name, parameter in inspect.signature(kind.__call__).parameters.items()}
+
+    def number(*names: str, otherwise: float) -> float:
+        found = (defaults[name] for name in names if isinstance(defaults.get(name), int | float))
+        return next(found, otherwise)
+
+    scales = [name for name in defaults if name.endswith(("guidance_scale", "cfg_scale"))]
+    on = [name for name in scales if isinstance(defaults[name], int | float) and defaults[name] > 1]
+    return Profile(
+        name=Path(source).name,
+        family=TRACED,
+        source=source,
+        dtype="fp32",
+        text_length=int(number("max_sequence_length", otherwise=UNKNOWN_TEXT_LENGTH)),
+        shape=Shape(
+            frames=int(number("num_frames", "video_length", "frames", otherwise=1)),
+            height=int(number("height", otherwise=UNKNOWN_SIZE)),
+            width=int(number("width", otherwise=UNKNOWN_SIZE)),
+        ),
+        sampling=Sampling(
+            steps=int(number("num_inference_steps", otherwise=50)),
+            guidance_scale=float(number(*on, otherwise=1.0)),
+        ),
+    )
+
+
+EXAMPLES = {"cogvideox": "cogvideox-5b", "wan": "wan2.1-t2v-1.3b"}
+"""Family → a profile of it."""
+
+UNKNOWN_SIZE = 1024
+"""Height and width in pixels where the pipeline's class says none."""
+
+UNKNOWN_TEXT_LENGTH = 77
+"""Tokens of a prompt where it says none."""
 
 
 def _hub_index(source: str) -> dict[str, Any]:

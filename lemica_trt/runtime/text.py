@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.text import basic_clean
-from lemica_trt.ir.graphs import EncoderSpec
+from lemica_trt.ir.graphs import PROMPT, EncoderSpec
 
 MAX_PROMPT_BYTES = 8192
 """Longest prompt, UTF-8; far above every text length, so that tokenizing takes milliseconds."""
@@ -67,6 +67,7 @@ class PromptTokenizer:
         """
         require_prompt(prompt)
         text = basic_clean(prompt) if self.spec.clean == "basic" else prompt
+        text = self.spec.template.replace(PROMPT, text)
         try:
             found = self._tokenizer.encode(text).ids
         except (KeyboardInterrupt, SystemExit):

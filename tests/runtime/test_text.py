@@ -129,3 +129,13 @@ def test_tokenizers_that_panic(tokenizer_json: bytes, part: str, capfd: pytest.C
     forged = json.dumps({**json.loads(tokenizer_json), **FORGED[part]}).encode()
     with pytest.raises(InputError, match=r"expected a tokenizer\.json|the tokenizer fails on this prompt"):
         PromptTokenizer(EncoderSpec(tokenizer="t", length=64, pad_id=0), forged).ids("a" * 34 + "!")
+
+
+def test_a_template_is_put_around_the_prompt(tokenizer_json: bytes) -> None:
+    plain = EncoderSpec(tokenizer="t", length=8, pad_id=0, end_id=1)
+    around = EncoderSpec(tokenizer="t", length=8, pad_id=0, end_id=1, template="a big {prompt} moves")
+    ids, mask = PromptTokenizer(around, tokenizer_json).ids("red circle")
+    expected, its = PromptTokenizer(plain, tokenizer_json).ids("a big red circle moves")
+    assert (ids.tolist(), mask.tolist()) == (expected.tolist(), its.tolist())
+    with pytest.raises(ValueError, match=r"must have \{prompt\} in it"):
+        EncoderSpec(tokenizer="t", length=8, pad_id=0, template="a big moves")

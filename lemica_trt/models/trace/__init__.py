@@ -6,6 +6,7 @@
     slots       programs of several runs → what each slot is: constant, column, condition, guidance
     replay      a trace run again for another request: the check that every trace ends with
     trunk       the blocks of a transformer, left out without rewriting a forward
+    ends        what stands before and behind the loop, as modules
     tracing     all of these → `ir.trace.Trace`
 
 No line knows a family. What cannot be told is refused, by the name of the slot and of the operator.

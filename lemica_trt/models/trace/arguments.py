@@ -96,7 +96,8 @@ class Arguments:
         if self._request.guidance_scale is not None:
             if not given:
                 raise UsageError(f"{self._kind} takes no guidance scale", fix="leave it out")
-            given[next(iter(given))] = self._request.guidance_scale
+            on = [name for name, value in given.items() if isinstance(value, int | float) and value > 1]
+            given[next(iter([*on, *given]))] = self._request.guidance_scale
         return {
             name: float(value)
             for name, value in given.items()
@@ -127,12 +128,14 @@ class Arguments:
         seed: int = 11,
         image: int = 1,
         scales: dict[str, float] | None = None,
+        others: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The arguments of one run.
 
         Args:
             image: seed of a picture.
             scales: of guidance parameters that differ from the request.
+            others: further arguments of the pipeline's call.
         """
         texts = {"prompt": prompt, "negative_prompt": negative}
         return {
@@ -141,6 +144,7 @@ class Arguments:
             **({"image": _picture(self._size, image)} if self.has_image else {}),
             **{name: value for name, value in {**self.scales, **(scales or {})}.items() if name in self._names},
             **({"generator": torch.Generator("cpu").manual_seed(seed)} if "generator" in self._names else {}),
+            **(others or {}),
         }
 
     def numbers(self) -> dict[str, bool | int | float | str]:

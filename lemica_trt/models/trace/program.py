@@ -150,7 +150,7 @@ def programs(tape: Tape) -> list[Program]:
         else:
             for event in _steps(tape.items[spans[i - 1][0] : spans[i - 1][1]]):
                 roots[refs(event.outs)[0].id] = order.index(event.scheduler or 0)
-        found.append(_Extraction(tape, (start, end), roots, order).program(i))
+        found.append(Extraction(tape, (start, end), roots, order).program(i))
     if found[0].digest != found[1].digest:
         found[0] = _adopted(tape, found, denoisers)
     return found
@@ -223,16 +223,30 @@ def _first(tape: Tape, end: int, roots: dict[int, int], denoisers: set[str]) -> 
     return max([0, *events, *born])
 
 
-class _Extraction:
-    """One iteration's program."""
+class Extraction:
+    """A part of a recording as a program of what depends on some tensors.
 
-    def __init__(self, tape: Tape, span: tuple[int, int], roots: dict[int, int], order: list[int]) -> None:
-        self._tape, self._span, self._order = tape, span, order
+    Args:
+        tape, span: the part.
+        roots: id of a tensor → number of the input that it is.
+        order: ids of schedulers, one a state.
+        of_inputs: calls are part of it only where they are given what depends on the roots; else all are.
+
+    Attributes:
+        values: of the slots.
+        host: nodes' outputs that became Python's: (method, leaf).
+    """
+
+    def __init__(
+        self, tape: Tape, span: tuple[int, int], roots: dict[int, int], order: list[int], *, of_inputs: bool = False
+    ) -> None:
+        self._tape, self._span, self._order, self._of_inputs = tape, span, order, of_inputs
         self._items = tape.items[span[0] : span[1]]
         self._places: dict[int, Any] = {number: X(state) for number, state in roots.items()}
         self._tainted = self._taint(set(roots))
         self._slots: dict[Any, int] = {}
-        self._values: list[Any] = []
+        self.values: list[Any] = []
+        self.host: list[tuple[str, Any]] = []
         self._births: list[Ref | None] = []
 
     def _taint(self, roots: set[int]) -> set[int]:
@@ -243,70 +257,82 @@ class _Extraction:
         while size != len(tainted):
             size = len(tainted)
             for item in self._items:
-                if isinstance(item, Event):
+                if isinstance(item, Op):
+                    if self._depends(item, tainted):
+                        tainted |= {tape.storage(ref) for ref in item.outs} | item.mutates
+                elif self._includes(item, tainted):
                     tainted |= {tape.storage(ref) for ref in refs(item.outs)}
-                elif self._depends(item, tainted):
-                    tainted |= {tape.storage(ref) for ref in item.outs} | item.mutates
         return tainted
 
     def _depends(self, op: Op, tainted: set[int]) -> bool:
         read = [] if op.func._schema.name in VALUE_FREE else refs((op.args, op.kwargs))
         return bool(op.mutates & tainted) or any(self._tape.storage(ref) in tainted for ref in (*read, *op.outs))
 
-    def _place(self, leaf: Any) -> Any:
+    def _includes(self, event: Event, tainted: set[int]) -> bool:
+        return not self._of_inputs or (
+            event.kind == "call" and any(self._tape.storage(ref) in tainted for ref in refs(event.inputs))
+        )
+
+    def place(self, leaf: Any) -> Any:
+        """What a leaf of a recorded tree is in the program."""
         if isinstance(leaf, Ref):
             if leaf.id in self._places:
                 return self._places[leaf.id]
             written = self._tape.storage(leaf) in self._tainted  # in place, later: one slot at all versions
             return self._slot(leaf.id if written else leaf, self._tape.values[leaf], leaf)
         if isinstance(leaf, int | float) and not isinstance(leaf, bool):
-            return self._slot(len(self._values), leaf, None)
+            return self._slot(len(self.values), leaf, None)
         return leaf
 
     def _slot(self, key: Any, value: Any, born: Ref | None) -> Slot:
         key = ("number", key) if born is None else key
         if key not in self._slots:
-            self._slots[key] = len(self._values)
-            self._values.append(value)
+            self._slots[key] = len(self.values)
+            self.values.append(value)
             self._births.append(born)
         return Slot(self._slots[key])
 
-    def program(self, index: int) -> Program:
+    def nodes(self) -> list[Step]:
+        """The program's nodes, in order; to be called once."""
         nodes: list[Step] = []
-        x, after, host = dict[int, Tensor](), dict[int, Tensor](), list[tuple[str, Any]]()
         for item in self._items:
+            if isinstance(item, Event) and item.kind == "host":
+                ref = refs(item.inputs)[0]
+                if self._tape.storage(ref) in self._tainted:
+                    self.host.append((item.name, self._places.get(ref.id)))
+                continue
             if isinstance(item, Op):
                 if not self._depends(item, self._tainted):
                     continue
-                tree = pytree.tree_map(self._place, (item.args, item.kwargs))
+                tree = pytree.tree_map(self.place, (item.args, item.kwargs))
                 step, outs = Step("op", item.func, tree), item.outs
-            elif item.kind == "host":
-                ref = refs(item.inputs)[0]
-                if self._tape.storage(ref) in self._tainted:
-                    host.append((item.name, self._places.get(ref.id)))
-                continue
             else:
+                if not self._includes(item, self._tainted):
+                    continue
                 step, outs = self._event(item), tuple(refs(item.outs))
-                if item.kind == "step":
-                    state = self._order.index(item.scheduler or 0)
-                    x[state] = self._tape.value(item.inputs["sample"])
-                    after[state] = self._tape.value(refs(item.outs)[0])
             nodes.append(step)
             for j, ref in enumerate(outs):
                 if not isinstance(item, Op) or not item.mutates or ref.id not in self._places:
                     self._places[ref.id] = Node(len(nodes) - 1, j)
-        states = range(len(self._order))
+        return nodes
+
+    def program(self, index: int) -> Program:
+        """The program of an iteration."""
+        nodes = self.nodes()
+        by_state = {self._order.index(event.scheduler or 0): event for event in _steps(self._items)}
+        steps = [by_state[k] for k in range(len(self._order))]
         return Program(
-            index, tuple(nodes), tuple(self._values), tuple(self._births),
-            tuple(x[k] for k in states), tuple(after[k] for k in states), self._span, tuple(host),
+            index, tuple(nodes), tuple(self.values), tuple(self._births),
+            tuple(self._tape.value(event.inputs["sample"]) for event in steps),
+            tuple(self._tape.value(refs(event.outs)[0]) for event in steps), self._span, tuple(self.host),
         )  # fmt: skip
 
     def _event(self, event: Event) -> Step:
         if event.kind in ("scale", "step"):
             names = ("sample",) if event.kind == "scale" else STEP_INPUTS
-            tree = {name: self._place(event.inputs[name]) for name in names}
+            tree = {name: self.place(event.inputs[name]) for name in names}
             return Step(event.kind, self._order.index(event.scheduler or 0), tree)
-        return Step(event.kind, event.name, pytree.tree_map(self._place, event.inputs))
+        return Step(event.kind, event.name, pytree.tree_map(self.place, event.inputs))
 
 
 def run_program(

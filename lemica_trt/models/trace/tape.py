@@ -309,6 +309,7 @@ class Recorder:
             if self.inside:
                 return original(scheduler, *args, **kwargs)
             if self.tape.steps == self._last_step:
+                self.tape.copied(scheduler)
                 raise Stop
             given = self.tape.refs_from(_bound(functools.partial(original, scheduler), args, kwargs))
             with self._in(SCHEDULER):

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from lemica_trt.models.trace.arguments import (
 from lemica_trt.models.trace.program import Program, programs
 from lemica_trt.models.trace.replay import Replay, nonlinearity
 from lemica_trt.models.trace.slots import IMAGE, NEGATIVE, PROMPT, SEED, Found, Run, find_slots, kinds_of
-from lemica_trt.models.trace.tape import Event, Recorder, refs
+from lemica_trt.models.trace.tape import Event, Recorder, Tape, refs
 from lemica_trt.models.trace.trunk import find_trunk
 
 GUIDANCE_STEP = 1.25
@@ -48,6 +49,24 @@ GUIDANCE_STEP = 1.25
 
 REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, ImportError)
 """What a pipeline raises for arguments that it does not take."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A trace, and what it was made from.
+
+    Attributes:
+        arguments: of the pipeline's call.
+        runs: the recordings.
+        found: what each slot is, by kind of step.
+        named: slots by name.
+    """
+
+    trace: Trace
+    arguments: Arguments
+    runs: Runs
+    found: list[list[Found]]
+    named: Slots
 
 
 def trace_pipeline(pipeline: Any, request: TraceRequest = TraceRequest()) -> Trace:  # noqa: B008  # frozen
@@ -63,8 +82,13 @@ def trace_pipeline(pipeline: Any, request: TraceRequest = TraceRequest()) -> Tra
         InputError: it refuses its arguments.
         UsageError: it has no such argument.
     """
+    return trace_runs(pipeline, request).trace
+
+
+def trace_runs(pipeline: Any, request: TraceRequest) -> Traced:
+    """The same, with the recordings."""
     arguments = Arguments(pipeline, request)
-    runs, components = _Runs(pipeline, arguments), pipeline.components
+    runs, components = Runs(pipeline, arguments), pipeline.components
     base = runs.base
     tables = _tables(base)
     kinds = kinds_of(base, {**runs.others, "prompt, seed and guidance scale": runs.check})
@@ -73,8 +97,8 @@ def trace_pipeline(pipeline: Any, request: TraceRequest = TraceRequest()) -> Tra
     _require_prompt(arguments, found)
     ends = {name: runs.others[name] for name in arguments.scales}
     error = Replay(base, kinds, found, ends).check(runs.check, tables, components)
-    named = _Slots(base, ends, kinds, found)
-    return Trace(
+    named = Slots(base, ends, kinds, found)
+    trace = Trace(
         pipeline=type(pipeline).__name__,
         libraries={name: importlib.metadata.version(name).partition("+")[0] for name in ("diffusers", "transformers")},
         arguments=arguments.numbers(),
@@ -92,9 +116,39 @@ def trace_pipeline(pipeline: Any, request: TraceRequest = TraceRequest()) -> Tra
         python=tuple(sorted(f"{name}: {how}" for name, how in base.tape.inside if name in _networks(base))),
         error=error,
     )
+    return Traced(trace, arguments, runs, found, named)
 
 
-class _Runs:
+def record(pipeline: Any, arguments: Arguments, *, last_step: int | None = None, **changes: Any) -> tuple[Tape, Any]:
+    """One call of a pipeline, recorded.
+
+    Args:
+        last_step: the recording ends before this step; None: with the call.
+        changes: of the arguments, see `Arguments.at`.
+
+    Returns:
+        The recording, and what the call returned; None where it was ended.
+
+    Raises:
+        InputError: the pipeline refuses its arguments.
+        MissingDependencyError: it needs a library that is not installed.
+    """
+    kind, recorder = type(pipeline).__name__, Recorder(pipeline.components, last_step=last_step)
+    output = None
+    try:
+        with torch.no_grad(), quiet(), _guider(pipeline, {**arguments.scales, **changes.get("scales", {})}), recorder():
+            output = pipeline(**arguments.at(**changes))
+    except LemicaError:
+        raise
+    except NameError as error:  # diffusers imports optional libraries only where they are there
+        raise MissingDependencyError(f"{kind} needs a library that is not installed: {error}") from error
+    except REFUSALS as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{kind} refuses its arguments: {line}") from error
+    return recorder.tape, output
+
+
+class Runs:
     """All runs of a trace.
 
     Attributes:
@@ -125,19 +179,8 @@ class _Runs:
         self.check = self._run(seed=77, image=3, scales=scales, **texts)
 
     def _run(self, **changes: Any) -> Run:
-        kind, recorder = type(self._pipeline).__name__, Recorder(self._pipeline.components)
-        scales = {**self._arguments.scales, **changes.get("scales", {})}
-        try:
-            with torch.no_grad(), quiet(), _guider(self._pipeline, scales), recorder():
-                self._pipeline(**self._arguments.at(**changes))
-        except LemicaError:
-            raise
-        except NameError as error:  # diffusers imports optional libraries only where they are there
-            raise MissingDependencyError(f"{kind} needs a library that is not installed: {error}") from error
-        except REFUSALS as error:
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise InputError(f"{kind} refuses its arguments: {line}") from error
-        return Run(recorder.tape, programs(recorder.tape), scales)
+        tape, _ = record(self._pipeline, self._arguments, **changes)
+        return Run(tape, programs(tape), {**self._arguments.scales, **changes.get("scales", {})})
 
     def _other(self, what: str, longer: str, other: str) -> Run:
         """A run with a longer text, so that masks show; where shapes follow its length, with one of equal length."""
@@ -209,7 +252,7 @@ def _require_prompt(arguments: Arguments, found: Sequence[Sequence[Found]]) -> N
         )
 
 
-class _Slots:
+class Slots:
     """Slots by name; those of several kinds of steps that are the same have one.
 
     Attributes:
