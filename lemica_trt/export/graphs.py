@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.values import require, write_bytes
-from lemica_trt.export.passes import clean_model, rewrite_bool_where
+from lemica_trt.export.passes import clean_model, remove_idle_squeeze, rewrite_bool_where
 from lemica_trt.ir.graphs import COMBINE, GraphSet, GraphSpec, Role, StepLayout, TensorDType, TensorSpec
 from lemica_trt.models import Model
 from lemica_trt.models.graph_specs import (
@@ -124,6 +124,7 @@ def _export_graph(
             raise UnsupportedError(f"{where}: expected a graph that torch can export, got: {line}") from error
     assert exported is not None
     graph = exported.model
+    remove_idle_squeeze(graph)
     rewrite_bool_where(graph)
     clean_model(graph, _symbols(graph))
     file = f"onnx/{role}.onnx"

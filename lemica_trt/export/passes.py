@@ -66,6 +66,29 @@ def rewrite_bool_where(model: Any) -> int:
     return count
 
 
+def remove_idle_squeeze(model: Any) -> int:
+    """Squeeze of an axis whose size is not 1: nothing in PyTorch, an error in ONNX. PixArt and Allegro have some.
+
+    Works in place; the number of nodes that were removed.
+    """
+    import onnx_ir
+
+    count = 0
+    for graph in _graphs(model):
+        for node in list(graph):
+            axes = node.inputs[1].const_value if node.op_type == "Squeeze" and len(node.inputs) > 1 else None
+            shape = node.inputs[0].shape if axes is not None else None
+            if axes is None or shape is None:
+                continue
+            sizes = [shape[int(axis)] for axis in axes.numpy().reshape(-1)]
+            if sizes and all(isinstance(size, int) and size != 1 for size in sizes):
+                (result,) = node.outputs
+                onnx_ir.convenience.replace_all_uses_with(result, node.inputs[0], replace_graph_outputs=True)
+                graph.remove(node, safe=True)
+                count += 1
+    return count
+
+
 def _graphs(model: Any) -> Iterator[Any]:
     yield model.graph
     yield from model.graph.subgraphs()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lemica_trt.core.text import Cleaning
 from lemica_trt.core.values import Value, require
 from lemica_trt.ir.profile import DType
 
@@ -272,7 +273,8 @@ class EncoderSpec(Value, frozen=True):
         tokenizer: path of `tokenizer.json` in the bundle, read by the `tokenizers` library.
         length: number of ids, padded or cut to it (the last id of a cut prompt stays the end token).
         pad_id, end_id: token ids.
-        clean: `none`, or `basic` = HTML unescaped twice, white space collapsed (Wan).
+        clean: `none`, `basic` = HTML unescaped twice, white space collapsed (Wan), or `lower` = lower case, white
+            space at the ends cut (PixArt).
         mask: whether the text encoder graph takes `attention_mask` beside `input_ids`.
         template: what is tokenised; `{prompt}` stands for the prompt.
     """
@@ -282,7 +284,7 @@ class EncoderSpec(Value, frozen=True):
     pad_id: int
     graph: str = "text_encoder"
     end_id: int | None = None
-    clean: Literal["none", "basic"] = "none"
+    clean: Cleaning = "none"
     mask: bool = False
     template: str = PROMPT
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.files import sha256_of
-from lemica_trt.core.text import basic_clean
+from lemica_trt.core.text import CLEANINGS
 from lemica_trt.ir.graphs import EncoderSpec, TensorSpec
 from lemica_trt.ir.profile import Profile
 from lemica_trt.models.family import DTYPES, Family, TextEncoder, VideoDecoder
@@ -185,10 +185,8 @@ class Model:
         Returns:
             `input_ids` int64 [len(prompts), text_length], and `attention_mask` alike where the family has a mask.
         """
-        if self.family.clean == "basic":
-            prompts = [basic_clean(prompt) for prompt in prompts]
         tokens = self.pipeline.tokenizer(
-            list(prompts),
+            [CLEANINGS[self.family.clean](prompt) for prompt in prompts],
             padding="max_length",
             max_length=self.profile.text_length,
             truncation=True,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lemica_trt.core.errors import InputError, UnsupportedError
-from lemica_trt.core.text import basic_clean
+from lemica_trt.core.text import CLEANINGS
 from lemica_trt.ir.graphs import EncoderSpec, TensorDType, TensorSpec
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.trace import TraceRequest, TraceSlot
@@ -265,7 +265,7 @@ class TracedModel(Model):
         """The spec with the cleaning that gives the pipeline's own ids, for prompts of several lengths and kinds."""
         runs = self._traced.runs
         tapes = {BASE: runs.base.tape, LONGER: runs.others[PROMPT].tape, SHORTER: runs.check.tape, ODD: self._odd}
-        for clean in ("none", "basic"):
+        for clean in CLEANINGS:
             tried = msgspec.structs.replace(spec, clean=clean)
             if all(
                 self._has_ids(tape, component, self._ids(component, tried, text)[0]) for text, tape in tapes.items()
@@ -292,8 +292,7 @@ class TracedModel(Model):
         tokenizer = Tokenizer.from_str(self.pipeline.components[component].backend_tokenizer.to_str())
         tokenizer.no_padding()
         tokenizer.enable_truncation(spec.length)
-        text = basic_clean(text) if spec.clean == "basic" else text
-        found = tokenizer.encode(spec.template.replace("{prompt}", text)).ids
+        found = tokenizer.encode(spec.template.replace("{prompt}", CLEANINGS[spec.clean](text))).ids
         if spec.end_id is not None and len(found) == spec.length:
             found[-1] = spec.end_id
         count = spec.length - len(found)

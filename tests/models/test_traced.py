@@ -21,7 +21,10 @@ from lemica_trt.testing.pipelines import CASES, tiny_pipeline
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of diffusers and transformers
 
-RUN = ("auraflow", "chroma", "cogvideox", "cogview3-plus", "easyanimate", "flux", "hunyuanvideo", "ltx", "mochi")
+RUN = (
+    *("auraflow", "chroma", "cogvideox", "cogview3-plus", "easyanimate", "flux", "hunyuanvideo", "ltx", "mochi"),
+    "pixart-sigma",
+)
 
 REFUSED = {
     "cogvideox-i2v": "takes more than a prompt",

@@ -35,6 +35,9 @@ FIELDS = {
 """Argument of a pipeline's call → field of a request."""
 
 
+EXACT_SHAPE = {"use_resolution_binning": False}
+"""Latents have the shape that is asked for, not that of the nearest resolution of a list (PixArt, Sana)."""
+
 IMAGE_SIZE = 64
 """Pixels of an input image where the request says nothing."""
 
@@ -66,7 +69,7 @@ class Arguments:
         self._names = inspect.signature(type(pipeline).__call__).parameters
         self._request = request
         self._kind = type(pipeline).__name__
-        fixed: dict[str, Any] = {"num_inference_steps": request.steps, "output_type": "latent"}
+        fixed: dict[str, Any] = {"num_inference_steps": request.steps, "output_type": "latent", **EXACT_SHAPE}
         self._fixed = {name: value for name, value in fixed.items() if name in self._names}
         for field in ("height", "width", "frames", "max_sequence_length"):
             value = getattr(request, field)

@@ -313,8 +313,6 @@ def sana_sprint() -> Any:
     return diffusers.SanaSprintPipeline(**given)
 
 
-UNBINNED: dict[str, bool | int | float | str] = {"use_resolution_binning": False}
-
 CASES = {
     "auraflow": Case(auraflow, SHORT),
     "bria": Case(bria, SHORT),
@@ -334,17 +332,15 @@ CASES = {
     ),
     "flux2-klein": Case(flux2_klein, SHORT),
     "hidream": Case(hidream, SHORT),
-    "hunyuan-dit": Case(hunyuan_dit, TraceRequest(height=32, width=48, arguments=UNBINNED)),
+    "hunyuan-dit": Case(hunyuan_dit, IMAGE),
     "longcat-image": Case(longcat_image, TraceRequest(height=32, width=48, arguments={"enable_prompt_rewrite": False})),
     "lumina2": Case(lumina2, TraceRequest(height=32, width=48, max_sequence_length=128)),
     "ovis-image": Case(ovis_image, IMAGE),
-    "pixart-alpha": Case(pixart_alpha, TraceRequest(height=32, width=48, arguments=UNBINNED)),
-    "pixart-sigma": Case(pixart_sigma, TraceRequest(height=32, width=48, arguments=UNBINNED)),
+    "pixart-alpha": Case(pixart_alpha, IMAGE),
+    "pixart-sigma": Case(pixart_sigma, IMAGE),
     "qwen-image": Case(qwen_image, IMAGE),
-    "sana": Case(sana, TraceRequest(height=64, width=96, arguments=UNBINNED)),
-    "sana-sprint": Case(
-        sana_sprint, TraceRequest(steps=2, height=64, width=96, arguments=UNBINNED), refusal="SCMScheduler"
-    ),
+    "sana": Case(sana, TraceRequest(height=64, width=96)),
+    "sana-sprint": Case(sana_sprint, TraceRequest(steps=2, height=64, width=96), refusal="SCMScheduler"),
     "sd3": Case(sd3, SHORT),
     "z-image": Case(z_image, IMAGE),
     "z-image-normalized": Case(

@@ -340,9 +340,7 @@ CASES = {
     "ltx-i2v": Case(ltx_i2v, TraceRequest(height=32, width=64, frames=9, image=True)),
     "ltx2": Case(ltx2, TraceRequest(height=32, width=64, frames=9, max_sequence_length=64)),
     "mochi": Case(mochi, TraceRequest(height=32, width=48, frames=7)),
-    "sana-video": Case(
-        sana_video, TraceRequest(height=32, width=64, frames=9, arguments={"use_resolution_binning": False})
-    ),
+    "sana-video": Case(sana_video, TraceRequest(height=32, width=64, frames=9)),
     "wan": Case(wan, SHORT),
     "wan-i2v": Case(wan_i2v, SHORT, needs="ftfy"),
     "wan2.2": Case(wan22, SHORT),
