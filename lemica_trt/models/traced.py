@@ -31,9 +31,10 @@ from lemica_trt.models.trace.arguments import NEGATIVE as BASE_NEGATIVE
 from lemica_trt.models.trace.body import Body, Line, Network, Rows, fitted_line
 from lemica_trt.models.trace.ends import FramesDecoder, TapeSlice
 from lemica_trt.models.trace.replay import relative
+from lemica_trt.models.trace.runs import record
 from lemica_trt.models.trace.slots import NEGATIVE, PROMPT
 from lemica_trt.models.trace.tape import Event, Ref, Tape, plain, refs
-from lemica_trt.models.trace.tracing import record, trace_runs
+from lemica_trt.models.trace.tracing import trace_runs
 
 TOLERANCE = 1e-4
 """Largest deviation of conditions and frames from the pipeline's own, relative."""

@@ -3,9 +3,12 @@
     arguments   what the pipeline is called with
     tape        a recording: aten operators between calls of components
     program     recording → one program a step, cut at `scheduler.step`
+    runs        calls of a pipeline that differ in one thing each
     slots       programs of several runs → what each slot is: constant, column, condition, guidance
+    named       slots of all kinds of steps, by name
     replay      a trace run again for another request: the check that every trace ends with
     trunk       the blocks of a transformer, left out without rewriting a forward
+    body        the program of a step as a module, with or without the trunk
     ends        what stands before and behind the loop, as modules
     tracing     all of these → `ir.trace.Trace`
 

@@ -119,7 +119,9 @@ class Tape:
             number = self._ids[id(tensor)] = len(self._alive)
             self._alive.append(tensor)
             try:
-                self._storages.append(tensor.untyped_storage()._cdata)
+                storage = tensor.untyped_storage()
+                self._kept.append(storage)  # its address must not be that of another, even if the tensor lets it go
+                self._storages.append(storage._cdata)
             except (NotImplementedError, RuntimeError):
                 self._storages.append(-1 - number)
         found = Ref(number, 0 if tensor.is_inference() else tensor._version + raised)

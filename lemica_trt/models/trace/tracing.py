@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from lemica_trt.core.errors import InputError, LemicaError, MissingDependencyError, UnsupportedError
+from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.trace import (
     StepKind,
@@ -21,34 +19,21 @@ from lemica_trt.ir.trace import (
     TraceEncoder,
     TraceGuidance,
     TraceRequest,
-    TraceSlot,
     TraceState,
     TraceTrunk,
 )
-from lemica_trt.models.load import quiet
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.models.trace.arguments import (
     BASE,
-    GUIDER,
-    LONGER,
-    LONGER_NEGATIVE,
-    OTHER,
-    OTHER_NEGATIVE,
-    SHORTER,
-    SHORTER_NEGATIVE,
     Arguments,
 )
-from lemica_trt.models.trace.program import Program, programs
+from lemica_trt.models.trace.named import Slots, dtype_name
+from lemica_trt.models.trace.program import Program
 from lemica_trt.models.trace.replay import Replay, nonlinearity
-from lemica_trt.models.trace.slots import IMAGE, NEGATIVE, PROMPT, SEED, Found, Run, find_slots, kinds_of
-from lemica_trt.models.trace.tape import Event, Recorder, Tape, refs
+from lemica_trt.models.trace.runs import Runs
+from lemica_trt.models.trace.slots import PROMPT, Found, Run, find_slots, kinds_of
+from lemica_trt.models.trace.tape import Event, refs
 from lemica_trt.models.trace.trunk import find_trunk
-
-GUIDANCE_STEP = 1.25
-"""How much a guidance scale is raised in the run that shows what follows it; twice in the run of the check."""
-
-REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, ImportError)
-"""What a pipeline raises for arguments that it does not take."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +88,7 @@ def trace_runs(pipeline: Any, request: TraceRequest) -> Traced:
         libraries={name: importlib.metadata.version(name).partition("+")[0] for name in ("diffusers", "transformers")},
         arguments=arguments.numbers(),
         states=tuple(
-            TraceState(shape=tuple(x.shape), dtype=_dtype(x), table=table)
+            TraceState(shape=tuple(x.shape), dtype=dtype_name(x), table=table)
             for x, table in zip(base.programs[0].x, tables)
         ),
         kinds=tuple(_kind(base.programs[steps[0]], steps, names) for steps, names in zip(kinds, named.of_kind)),
@@ -117,114 +102,6 @@ def trace_runs(pipeline: Any, request: TraceRequest) -> Traced:
         error=error,
     )
     return Traced(trace, arguments, runs, found, named)
-
-
-def record(pipeline: Any, arguments: Arguments, *, last_step: int | None = None, **changes: Any) -> tuple[Tape, Any]:
-    """One call of a pipeline, recorded.
-
-    Args:
-        last_step: the recording ends before this step; None: with the call.
-        changes: of the arguments, see `Arguments.at`.
-
-    Returns:
-        The recording, and what the call returned; None where it was ended.
-
-    Raises:
-        InputError: the pipeline refuses its arguments.
-        MissingDependencyError: it needs a library that is not installed.
-    """
-    kind, recorder = type(pipeline).__name__, Recorder(pipeline.components, last_step=last_step)
-    output = None
-    try:
-        with torch.no_grad(), quiet(), _guider(pipeline, {**arguments.scales, **changes.get("scales", {})}), recorder():
-            output = pipeline(**arguments.at(**changes))
-    except LemicaError:
-        raise
-    except NameError as error:  # diffusers imports optional libraries only where they are there
-        raise MissingDependencyError(f"{kind} needs a library that is not installed: {error}") from error
-    except REFUSALS as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{kind} refuses its arguments: {line}") from error
-    return recorder.tape, output
-
-
-class Runs:
-    """All runs of a trace.
-
-    Attributes:
-        base: every argument as requested.
-        others: what differs in it → a run that differs from the base run in one thing.
-        longer: runs with a longer prompt or negative prompt whose shapes or operators follow its length.
-        check: everything is new in it. Its prompt has another length than the base run's, unless shapes follow it.
-    """
-
-    def __init__(self, pipeline: Any, arguments: Arguments) -> None:
-        self._pipeline, self._arguments = pipeline, arguments
-        self.longer: list[Run] = []
-        self.base = self._run()
-        self.others: dict[str, Run] = {}
-        if arguments.has_prompt:
-            self.others[PROMPT] = self._other("prompt", LONGER, OTHER)
-        if arguments.has_negative:
-            self.others[NEGATIVE] = self._other("negative", LONGER_NEGATIVE, OTHER_NEGATIVE)
-        if arguments.has_image:
-            self.others[IMAGE] = self._run(image=2)
-        self.others[SEED] = self._run(seed=12)
-        for name, value in arguments.scales.items():
-            self.others[name] = self._run(scales={name: value * GUIDANCE_STEP})
-        texts = {"prompt": OTHER, "negative": OTHER_NEGATIVE}
-        if not self.longer:
-            texts = {"prompt": SHORTER, "negative": SHORTER_NEGATIVE}
-        scales = {name: value * GUIDANCE_STEP**2 for name, value in arguments.scales.items()}
-        self.check = self._run(seed=77, image=3, scales=scales, **texts)
-
-    def _run(self, **changes: Any) -> Run:
-        tape, _ = record(self._pipeline, self._arguments, **changes)
-        return Run(tape, programs(tape), {**self._arguments.scales, **changes.get("scales", {})})
-
-    def _other(self, what: str, longer: str, other: str) -> Run:
-        """A run with a longer text, so that masks show; where shapes follow its length, with one of equal length."""
-        run = self._run(**{what: longer})
-        if _alike(self.base, run):
-            return run
-        self.longer.append(run)
-        return self._run(**{what: other})
-
-    def following(self, kinds: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-        """(kind, slot) of the tensors whose shapes follow the length of a text."""
-        return [
-            (k, slot)
-            for k, steps in enumerate(kinds)
-            for slot, mine in enumerate(self.base.programs[steps[0]].values)
-            if isinstance(mine, Tensor) and any(_follows(mine, run, steps[0], slot) for run in self.longer)
-        ]
-
-
-@contextlib.contextmanager
-def _guider(pipeline: Any, scales: Mapping[str, float]) -> Iterator[None]:
-    """A guidance scale that is an attribute, set for a run."""
-    if GUIDER not in scales:
-        yield
-        return
-    old = pipeline.guider.guidance_scale
-    pipeline.guider.guidance_scale = scales[GUIDER]
-    try:
-        yield
-    finally:
-        pipeline.guider.guidance_scale = old
-
-
-def _alike(one: Run, other: Run) -> bool:
-    """Whether two runs have the same operators on tensors of the same shapes."""
-    return all(
-        a.digest == b.digest and all(v.shape == w.shape for v, w in zip(a.values, b.values) if isinstance(v, Tensor))
-        for a, b in zip(one.programs, other.programs)
-    )
-
-
-def _follows(mine: Tensor, run: Run, step: int, slot: int) -> bool:
-    values = run.programs[step].values
-    return slot < len(values) and isinstance(values[slot], Tensor) and values[slot].shape != mine.shape
 
 
 def _tables(base: Run) -> list[SamplerTable]:
@@ -250,95 +127,6 @@ def _require_prompt(arguments: Arguments, found: Sequence[Sequence[Found]]) -> N
         raise UnsupportedError(
             "nothing that its loop reads follows the prompt", fix="give a longer --max-sequence-length"
         )
-
-
-class Slots:
-    """Slots by name; those of several kinds of steps that are the same have one.
-
-    Attributes:
-        slots: by name, in order.
-        of_kind: names of each kind's slots.
-    """
-
-    def __init__(
-        self, base: Run, ends: Mapping[str, Run], kinds: Sequence[Sequence[int]], found: Sequence[Sequence[Found]]
-    ) -> None:
-        self.slots: dict[str, TraceSlot] = {}
-        self.of_kind: list[list[str]] = []
-        self._numbers: dict[tuple[int, int], str] = {}
-        by_birth: dict[Any, str] = {}
-        for k, (steps, its) in enumerate(zip(kinds, found)):
-            names = []
-            first = base.programs[steps[0]]
-            for number, slot in enumerate(its):
-                if slot.role == "constant" and first.births[number] is None:
-                    continue
-                birth = first.births[number]
-                known = by_birth.get((birth, slot)) if slot.role in ("constant", "condition") else None
-                name = known or self._add(base, ends, steps, number, slot)
-                by_birth[birth, slot] = self._numbers[k, number] = name
-                names.append(name)
-            self.of_kind.append(names)
-
-    def name(self, kind: int, number: int) -> str | None:
-        """The name of a slot; None: it is a constant number."""
-        return self._numbers.get((kind, number))
-
-    def _add(self, base: Run, ends: Mapping[str, Run], steps: Sequence[int], number: int, slot: Found) -> str:
-        program = base.programs[steps[0]]
-        component, argument = program.destination(number)
-        value = program.values[number]
-        name = stem = "guidance" if slot.role == "guidance" and not component else argument.split(".")[0]
-        for k in range(2, 1000):
-            if name not in self.slots:
-                break
-            name = f"{stem}_{k}"
-        column, factor = _column(base, ends, steps, number, slot)
-        self.slots[name] = TraceSlot(
-            name=name,
-            role=slot.role,
-            of=slot.of,
-            component=component,
-            argument=argument,
-            operator=program.operator(number) if program.operator(number) != component else "",
-            dtype=_dtype(value),
-            shape=tuple(value.shape) if isinstance(value, Tensor) else (),
-            column=column,
-            factor=factor,
-        )
-        return name
-
-
-def _column(
-    base: Run, ends: Mapping[str, Run], steps: Sequence[int], number: int, slot: Found
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Offset and factor of each step, where all elements of the slot are equal."""
-    if slot.role not in ("column", "guidance"):
-        return (), ()
-    starts = [_uniform(base.programs[i].values[number]) for i in steps]
-    if any(start is None for start in starts):
-        return (), ()
-    values = [start for start in starts if start is not None]
-    if slot.role == "column":
-        return tuple(values), ()
-    name = slot.of[-1]
-    run = ends[name]
-    factors = []
-    for i, start in zip(steps, values):
-        end = _uniform(run.programs[i].values[number])
-        factors.append(((start if end is None else end) - start) / (run.scales[name] - base.scales[name]))
-    return tuple(v - f * base.scales[name] for v, f in zip(values, factors)), tuple(factors)
-
-
-def _uniform(value: Any) -> float | None:
-    if isinstance(value, Tensor):
-        first = value.double().flatten()[0] if value.numel() else None
-        return None if first is None or not bool((value.double() == first).all()) else float(first)
-    return float(value)
-
-
-def _dtype(value: Any) -> str:
-    return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
 
 
 def _kind(program: Program, steps: Sequence[int], names: Sequence[str]) -> StepKind:
