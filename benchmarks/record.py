@@ -379,7 +379,49 @@ class BuildCost(Value, frozen=True, tag_field="kind", tag="build-cost"):
         return [row for row in self.rows if row.way == way]
 
 
-Result = Quality | Speed | Serving | EngineBuild | UnusedDepth | BuildCost
+class TraceRow(Value, frozen=True):
+    """One tiny random pipeline, traced.
+
+    Attributes:
+        name: of the case in `lemica_trt.testing.pipelines`.
+        pipeline: diffusers class.
+        refusal: why it was refused; "": it was traced, and the rest is given.
+        sampler: diffusers class of each state's scheduler.
+        kinds: kinds of steps.
+        guidance: how guidance is done, in words.
+        conditions: what a request brings, without duplicates.
+        text: whether shapes follow the prompt: `fixed`, `free`, `none`.
+        trunk: share of the parameters of each network that its blocks have; of random weights, so only > 0 matters.
+        streams: hidden streams that the trunk adds to.
+        error: of the replay for another request, relative.
+    """
+
+    name: str
+    pipeline: str
+    refusal: str = ""
+    sampler: tuple[str, ...] = ()
+    kinds: int = 0
+    guidance: str = ""
+    conditions: tuple[str, ...] = ()
+    text: str = ""
+    trunk: tuple[float, ...] = ()
+    streams: int = 0
+    error: float = 0.0
+
+
+class Traces(Value, frozen=True, tag_field="kind", tag="traces"):
+    """All tiny pipelines, traced.
+
+    Attributes:
+        run: what made this.
+        rows: by name.
+    """
+
+    run: Run
+    rows: tuple[TraceRow, ...]
+
+
+Result = Quality | Speed | Serving | EngineBuild | UnusedDepth | BuildCost | Traces
 
 
 def this_run(*libraries: str) -> Run:

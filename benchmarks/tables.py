@@ -6,7 +6,19 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 import numpy as np
-from record import BuildCost, EngineBuild, Quality, QualityRow, Result, Run, Serving, Speed, SpeedRow, UnusedDepth
+from record import (
+    BuildCost,
+    EngineBuild,
+    Quality,
+    QualityRow,
+    Result,
+    Run,
+    Serving,
+    Speed,
+    SpeedRow,
+    Traces,
+    UnusedDepth,
+)
 
 from lemica_trt.core.progress import duration, size
 
@@ -236,6 +248,30 @@ def cost_caption(result: BuildCost) -> str:
     )
 
 
+def traces_table(result: Traces) -> str:
+    """A row a pipeline."""
+    rows = []
+    for row in result.rows:
+        if row.refusal:
+            rows.append([f"`{row.pipeline}` ({row.name})", f"refused: {row.refusal}", *[""] * 5])
+            continue
+        kinds = f"; {row.kinds} kinds of steps" if row.kinds > 1 else ""
+        streams = f"{row.streams} streams" if row.streams > 1 else "yes" if row.streams else "not found"
+        rows.append(
+            [
+                f"`{row.pipeline}` ({row.name})",
+                row.guidance + kinds,
+                ", ".join(f"`{name}`" for name in row.conditions),
+                {"fixed": "padded", "free": "free", "none": "–"}[row.text],
+                ", ".join(f"`{name}`" for name in dict.fromkeys(row.sampler)),
+                streams,
+                f"{row.error:.0e}",
+            ]
+        )
+    head = ["pipeline", "guidance", "inputs of a request", "text", "sampler", "trunk", "error of the replay"]
+    return table(head, rows, "left")
+
+
 def described(result: Result) -> str:
     """Caption, table, and the line of its run."""
     if isinstance(result, Quality):
@@ -246,6 +282,8 @@ def described(result: Result) -> str:
         parts = [serving_caption(result), serving_tables(result)]
     elif isinstance(result, BuildCost):
         parts = [cost_caption(result), cost_table(result)]
+    elif isinstance(result, Traces):
+        parts = [traces_table(result)]
     elif isinstance(result, UnusedDepth):
         parts = [depth_caption(result), depth_table(result)]
     else:

@@ -23,6 +23,7 @@ from lemica_trt.ir.graphs import COMBINE, FULL, SKIP, TRUNK
 from lemica_trt.ir.plan import coefficient_vector, layout_from_plans
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
+from lemica_trt.models.denoise import Conditions, conditions_of
 from lemica_trt.models.model import Model
 from lemica_trt.models.steps import step_modules
 from lemica_trt.planning.step_plan import plan_from_schedule
@@ -95,7 +96,7 @@ class Sample:
     Args:
         stepper: takes the steps.
         name: for messages.
-        embeds: DiT dtype [R, text_length, width] of one prompt, the unconditional branch first.
+        conditions: of one prompt, from `Model.embed`.
         noise: x_{−1}, fp32 latent_shape.
         fresh: step → z, fp32 latent_shape; the same for every run, as eq. 4 needs it.
 
@@ -104,11 +105,13 @@ class Sample:
         full_count, skip_count: evaluations made so far, counted for one latent, both branches of the guidance together.
     """
 
-    def __init__(self, stepper: Stepper, name: str, embeds: Tensor, noise: Tensor, fresh: dict[int, Tensor]) -> None:
+    def __init__(
+        self, stepper: Stepper, name: str, conditions: Conditions, noise: Tensor, fresh: dict[int, Tensor]
+    ) -> None:
         self._stepper = stepper
         self.name = name
         self.full_count = self.skip_count = 0
-        self._embeds = embeds
+        self._conditions = conditions_of(conditions)
         self._fresh = fresh
         layout = stepper.layout
         blank = torch.zeros_like(noise)
@@ -272,7 +275,7 @@ class Sample:
         inputs = {
             "coefficients": stepper.coefficients[t],
             "guidance": torch.full((count,), scale, device=stepper.model.device),
-            "prompt_embeds": self._embeds.repeat_interleave(count, 0),
+            **{name: x.repeat_interleave(count, 0) for name, x in self._conditions.items()},
         }
         if stepper.layout.stochastic:
             noise = self._fresh.get(t, self._begin.outputs[0])

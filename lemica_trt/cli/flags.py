@@ -25,6 +25,7 @@ PROFILE_FIELDS = {
     "calibration": ("calibration", "method"),
     **{name: ("calibration", name) for name in ("samples", "rollouts", "validation_samples", "max_skip", "seed")},
     "dtype": ("", "dtype"),
+    "max_sequence_length": ("", "text_length"),
     "opset": ("", "opset"),
 }
 """Flag → the part of a profile, and the field there, that it sets."""
@@ -95,7 +96,7 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
     """
     if model is None:
         raise UsageError("expected --model, got none", fix="name a profile, for example --model cogvideox-tiny")
-    profile, replace = load_profile(model), msgspec.structs.replace
+    profile, replace = _profile(model), msgspec.structs.replace
     parts: dict[str, dict[str, Any]] = {"": {}, "shape": {}, "sampling": {}, "calibration": {}}
     effort = effort_from_flags(flags)
     if effort is not None:
@@ -122,6 +123,15 @@ def effort_from_flags(flags: Mapping[str, Any]) -> Effort | None:
     if name is not None and name not in EFFORTS:
         raise UsageError(f"effort: expected {', '.join(EFFORTS)}, got {name!r}")
     return None if name is None else EFFORTS[name]
+
+
+def _profile(model: str) -> Profile:
+    """A profile by name or file; of a diffusers folder or hub id, what its pipeline's class says."""
+    if model.endswith(".toml") or not (Path(model, "model_index.json").is_file() or model.count("/") == 1):
+        return load_profile(model)
+    from lemica_trt.models.load import profile_from_pipeline
+
+    return profile_from_pipeline(model)
 
 
 def request_fields(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from lemica_trt import __version__
-from lemica_trt.cli import build, bundle, serve
+from lemica_trt.cli import build, bundle, serve, trace
 from lemica_trt.core.errors import EXIT_CODES, INTERNAL_ERROR, LemicaError
 from lemica_trt.core.text import first_line
 
@@ -112,6 +112,6 @@ for command in (
     *(build.build, build.calibrate, build.plan, build.export, build.engine),
     *(bundle.verify, bundle.run, bundle.inspect),
     *(serve.triton, serve.client),
-    *(build.methods, build.doctor),
+    *(trace.trace, build.methods, build.doctor),
 ):
     main.add_command(command)

@@ -146,8 +146,13 @@ def refuse_contradictions() -> None:
 
 
 model = flags(
-    click.option("--model", metavar="NAME|FILE.toml", help="Build profile (see `lemica-trt doctor`)."),
+    click.option(
+        "--model",
+        metavar="NAME|FILE.toml|DIR|HUB_ID",
+        help="Build profile (see `lemica-trt doctor`), or a diffusers pipeline that is traced.",
+    ),
     click.option("--weights", metavar="DIR|HUB_ID", help="diffusers folder or hub id instead of the profile's own."),
+    click.option("--max-sequence-length", type=int, metavar="L", help="Tokens of a prompt."),
     click.option("--denoising-steps", type=int, metavar="N", help="Sampling steps of the uncached model."),
     click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1 or less: one branch only."),
     click.option("--scheduler", metavar="CLASS", help="diffusers scheduler class instead of the pipeline's own."),

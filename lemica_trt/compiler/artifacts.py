@@ -18,7 +18,6 @@ from lemica_trt.core.values import Value
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import EncoderSpec, GraphSet, TensorSpec
 
-TOKENIZER_FILE = "tokenizer/tokenizer.json"
 MODEL_FILE = "model.json"
 LAYOUT_FILE = "layout.json"
 EXPORT_FILE = "export.json"
@@ -39,10 +38,10 @@ class ModelFacts(Value, frozen=True):
 
 
 class Exported(Value, frozen=True):
-    """The graphs, how a prompt becomes conditions, and versions of the libraries that exported."""
+    """The graphs, how a prompt becomes conditions, a text encoder each, and versions of the libraries that exported."""
 
     graphs: GraphSet
-    encoder: EncoderSpec
+    encoders: tuple[EncoderSpec, ...]
     versions: dict[str, str]
 
 

@@ -41,7 +41,7 @@ def run_bundle(context: Context, folder: Path) -> Writes:
         graphs=exported.graphs,
         plans=[context.read(StepPlan, plan_path(name)) for name in dict.fromkeys((*index.plans, UNCACHED))],
         default_plan=index.plans[0],
-        encoders=(exported.encoder,),
+        encoders=exported.encoders,
         engines=context.read(Engines, artifacts.ENGINES_FILE).entries,
         files={path: context.work.root / path for path in bundle_files(context)},
         revision=context.read(ModelFacts, artifacts.MODEL_FILE).revision,

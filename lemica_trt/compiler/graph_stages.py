@@ -121,12 +121,13 @@ def run_export(context: Context, folder: Path) -> Writes:
     profile, model = context.inputs.profile, context.model
     context.reporter.stage("export", f"ONNX opset {profile.opset}, {profile.dtype}")
     graphs = export_graphs(model, context.read(StepLayout, artifacts.LAYOUT_FILE), folder)
-    tokenizer = folder / artifacts.TOKENIZER_FILE
-    tokenizer.parent.mkdir(parents=True)
-    tokenizer.write_bytes(model.tokenizer_json())
-    encoder = model.text_spec(artifacts.TOKENIZER_FILE)
-    write_value(Exported(graphs=graphs, encoder=encoder, versions=library_versions()), folder / artifacts.EXPORT_FILE)
-    files = [artifacts.EXPORT_FILE, artifacts.TOKENIZER_FILE]
+    files = [artifacts.EXPORT_FILE]
+    for name, content in model.tokenizer_files().items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(content)
+        files.append(name)
+    found = Exported(graphs=graphs, encoders=model.encoder_specs(), versions=library_versions())
+    write_value(found, folder / artifacts.EXPORT_FILE)
     for graph in graphs.graphs:
         names = [graph.file, *graph.data_files]
         context.reporter.note(f"{graph.role}: {size(sum((folder / name).stat().st_size for name in names))}")
@@ -175,7 +176,7 @@ def run_time(context: Context, folder: Path) -> Writes:
         },
         plans=(UNCACHED,),
         default_plan=UNCACHED,
-        encoders=(exported.encoder,),
+        encoders=exported.encoders,
         files=bundle_files(context) | {uncached: context.view.listed[uncached]},
     )
     measured = StepTimer(Bundle(context.work.root.resolve(), manifest, manifest.digest), context.reporter).measured

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Callable
+from typing import Literal
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Characters that a terminal obeys, that end a line, or that reorder one."""
@@ -22,6 +24,17 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's message, at most `MAX_LINE` of it, or its class: libraries raise pages."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 1]}…"
+
+
+def lower_clean(text: str) -> str:
+    """Lower case, without white space at the ends: `_text_preprocessing` of diffusers' PixArt without clean_caption."""
+    return text.lower().strip()
+
+
+Cleaning = Literal["none", "basic", "lower"]
+
+CLEANINGS: dict[Cleaning, Callable[[str], str]] = {"none": str, "basic": basic_clean, "lower": lower_clean}
+"""How a prompt is cleaned before it is tokenised."""
 
 
 def printable(text: str) -> str:

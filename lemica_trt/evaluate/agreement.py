@@ -22,6 +22,7 @@ from lemica_trt.ir.graphs import GraphSpec, StepLayout, TensorSpec
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import Agreement, GraphCheck
 from lemica_trt.models import Model
+from lemica_trt.models.denoise import conditions_of
 from lemica_trt.models.family import DTYPES
 from lemica_trt.models.steps import step_modules
 from lemica_trt.runtime.pipeline import Pipeline
@@ -35,8 +36,7 @@ def modules_by_role(model: Model, layout: StepLayout) -> dict[str, Module]:
     """Role of a graph → the torch module that it is exported from."""
     return {
         **step_modules(model, layout),
-        "text_encoder": model.text_encoder,
-        "vae_decoder": model.vae_decoder,
+        **{role: end.module for role, end in model.ends.items()},
     }
 
 
@@ -58,7 +58,7 @@ def _check_graph(
     pipe: Pipeline,
     model: Model,
 ) -> GraphCheck:
-    inputs = {spec.name: _random_input(spec, random, model) for spec in graph.inputs}
+    inputs = {spec.name: _random_input(spec, graph.role, random, model) for spec in graph.inputs}
     specs = {**known, **{spec.name: spec for spec in graph.inputs}}
     unread = {name: np.zeros(spec.at(1), np.float32) for name, spec in specs.items() if name not in inputs}
     with torch.inference_mode():
@@ -72,13 +72,19 @@ def _check_graph(
     )
 
 
-def _random_input(spec: TensorSpec, random: np.random.Generator, model: Model) -> Array:
+def _random_input(spec: TensorSpec, role: str, random: np.random.Generator, model: Model) -> Array:
     shape = spec.at(1)
     if spec.name in ("input_ids", "attention_mask"):
-        return np.tile(model.tokens(["a prompt"])[spec.name].cpu().numpy(), (shape[0], 1))
+        return np.tile(model.tokens(["a prompt"], role)[spec.name].cpu().numpy(), (shape[0], 1))
     if spec.name == "coefficients":  # timesteps are large numbers, all others about one
         return random.uniform(0.5, 1.0, shape).astype(np.float32)
+    if spec.dtype == "int64":  # a mask
+        return np.tile(conditions_of(model.embed(["a prompt"]))[spec.name].cpu().numpy()[:1], _tiles(spec, shape))
     return random.standard_normal(shape).astype(np.float32)
+
+
+def _tiles(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], *[1] * (len(shape) - 1))
 
 
 def _tensors(

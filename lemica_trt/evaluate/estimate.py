@@ -13,7 +13,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lemica_trt.ir.graphs import FULL, SKIP, step_layout
 from lemica_trt.models import Model
+from lemica_trt.models.graph_specs import cache_specs, example_inputs, input_specs
+from lemica_trt.models.steps import step_modules
 
 EXPORT_SECONDS, EXPORT_SPEED = 8.0, 17e6
 """What an export takes at least, and bytes of weights a second beyond: the bundled models took 6 to 10 s, CogVideoX-5B
@@ -60,19 +63,21 @@ def estimate(model: Model) -> Estimate:
 
 def _operations(model: Model) -> tuple[int, int]:
     """Floating-point operations of a full and of a skipped step."""
-    rows = 2 if model.guided else 1
+    layout = step_layout(
+        latent_shape=tuple(model.latent_shape),
+        latent_history=1,
+        output_history=1,
+        conditions=model.conditions,
+        guided=model.guided,
+    )
+    modules, caches = step_modules(model, layout), cache_specs(model, layout)
     counts = []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        sample = torch.zeros(rows, *model.latent_shape, dtype=model.dtype)
-        width = model.pipeline.text_encoder.config.d_model
-        embeds = torch.zeros(rows, model.profile.text_length, width, dtype=model.dtype)
-        inputs = model.transformer_inputs(sample, torch.zeros(rows), embeds)
-        with FlopCounterMode(display=False) as counter:
-            _, residual = model.split.full(**inputs)
-        counts.append(counter.get_total_flops())
-        with FlopCounterMode(display=False) as counter:
-            model.split.skip(residual, **inputs)
-        counts.append(counter.get_total_flops())
+        for variant in (FULL.name, SKIP.name):
+            inputs = example_inputs(input_specs(variant, model, layout, caches), 1, model.device)
+            with FlopCounterMode(display=False) as counter:
+                modules[variant](inputs)
+            counts.append(counter.get_total_flops())
     return counts[0], counts[1]
 
 

@@ -72,7 +72,7 @@ def _step_graphs(model: Model, layout: StepLayout, roles: tuple[Role, ...], max_
                 role=role,
                 file="",
                 inputs=tuple(input_specs(role, model, layout, hidden)),
-                outputs=tuple(outputs[name] for name in output_names(role, layout)),
+                outputs=tuple(outputs[name] for name in output_names(role, model, layout)),
                 opset=model.profile.opset,
             )
             for role in sorted(roles)

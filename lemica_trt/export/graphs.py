@@ -28,11 +28,10 @@ from torch import Tensor, nn
 
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.values import require, write_bytes
-from lemica_trt.export.passes import clean_model
+from lemica_trt.export.passes import clean_model, remove_idle_squeeze, rewrite_bool_where
 from lemica_trt.ir.graphs import COMBINE, GraphSet, GraphSpec, Role, StepLayout, TensorDType, TensorSpec
 from lemica_trt.models import Model
 from lemica_trt.models.graph_specs import (
-    ENDS,
     TORCH_DTYPES,
     cache_specs,
     example_inputs,
@@ -73,7 +72,7 @@ def export_graphs(model: Model, layout: StepLayout, folder: Path, *, roles: Sequ
     require(layout.guided == model.guided, f"layout.guided is {layout.guided}, the profile's guidance {model.guided}")
     require(layout.conditions == model.conditions, f"layout for conditions {layout.conditions}, not {model.conditions}")
     widths = cache_specs(model, layout)
-    roles = needed_roles(layout) if roles is None else roles
+    roles = needed_roles(model, layout) if roles is None else roles
     return GraphSet(
         dtype=model.profile.dtype,
         layout=layout,
@@ -82,16 +81,14 @@ def export_graphs(model: Model, layout: StepLayout, folder: Path, *, roles: Sequ
     )
 
 
-def needed_roles(layout: StepLayout) -> tuple[Role, ...]:
+def needed_roles(model: Model, layout: StepLayout) -> tuple[Role, ...]:
     """The graphs of a layout: its step graphs, and those before and behind them."""
-    return (*layout.step_graphs, *ENDS)
+    return (*layout.step_graphs, *model.ends)
 
 
 def _module(role: Role, model: Model, layout: StepLayout) -> nn.Module:
-    if role == "text_encoder":
-        return model.text_encoder
-    if role == "vae_decoder":
-        return model.vae_decoder
+    if role in model.ends:
+        return model.ends[role].module
     return step_modules(model, layout)[role]
 
 
@@ -119,7 +116,7 @@ def _export_graph(
                 dynamo=True,
                 opset_version=profile.opset,
                 input_names=list(inputs),
-                output_names=list(output_names(role, layout)),
+                output_names=list(output_names(role, model, layout)),
                 verbose=False,
             )
         except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
@@ -127,6 +124,8 @@ def _export_graph(
             raise UnsupportedError(f"{where}: expected a graph that torch can export, got: {line}") from error
     assert exported is not None
     graph = exported.model
+    remove_idle_squeeze(graph)
+    rewrite_bool_where(graph)
     clean_model(graph, _symbols(graph))
     file = f"onnx/{role}.onnx"
     data_files = _write(graph, folder / file)
@@ -140,16 +139,20 @@ def _export_graph(
         data_files=tuple(f"onnx/{name}" for name in data_files),
     )
     expected = specs if dynamic else [_spec_of(name, x) for name, x in inputs.items()]
-    _check(where, found, expected, output_names(role, layout), dynamic)
+    _check(where, found, expected, output_names(role, model, layout), dynamic)
     if found.opset != profile.opset:
         raise UnsupportedError(f"{where}: expected opset {profile.opset}, the exporter made {found.opset}")
-    onnx.checker.check_model(str(folder / file))
+    try:
+        onnx.checker.check_model(str(folder / file))
+    except onnx.checker.ValidationError as error:
+        line = next(iter(str(error).splitlines()), "no more was said")
+        raise UnsupportedError(f"{where}: expected a valid graph, the exporter made one that is not: {line}") from error
     return found
 
 
 def _dit(role: str, layout: StepLayout) -> Literal["whole", "part"] | None:
     """How much of the DiT a graph computes."""
-    if role in ENDS or role == COMBINE:
+    if role not in layout.step_graphs or role == COMBINE:
         return None
     return "part" if layout.variant(role).reads else "whole"
 

@@ -2,6 +2,7 @@
 
 profile       what is built: everything about a model that is not its weights
 resources     profiles, prompts, schedules and models that ship with the package
+trace         what tracing finds in a pipeline: loop body, slots, samplers, trunk
 graphs        exported graphs, and the interface that all step graphs share
 sampler       a sampler as a table of coefficients
 calibration   error graph, trajectory Grams, sensitivities, and what they were measured on

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lemica_trt.core.text import Cleaning
 from lemica_trt.core.values import Value, require
 from lemica_trt.ir.profile import DType
 
@@ -260,6 +261,10 @@ class GraphSet(Value, frozen=True):
         raise KeyError(role)
 
 
+PROMPT = "{prompt}"
+"""Stands for the prompt in a template."""
+
+
 class EncoderSpec(Value, frozen=True):
     """How a prompt becomes conditions, without transformers: token ids, then a text encoder graph.
 
@@ -268,8 +273,10 @@ class EncoderSpec(Value, frozen=True):
         tokenizer: path of `tokenizer.json` in the bundle, read by the `tokenizers` library.
         length: number of ids, padded or cut to it (the last id of a cut prompt stays the end token).
         pad_id, end_id: token ids.
-        clean: `none`, or `basic` = HTML unescaped twice, white space collapsed (Wan).
+        clean: `none`, `basic` = HTML unescaped twice, white space collapsed (Wan), or `lower` = lower case, white
+            space at the ends cut (PixArt).
         mask: whether the text encoder graph takes `attention_mask` beside `input_ids`.
+        template: what is tokenised; `{prompt}` stands for the prompt.
     """
 
     tokenizer: str
@@ -277,5 +284,9 @@ class EncoderSpec(Value, frozen=True):
     pad_id: int
     graph: str = "text_encoder"
     end_id: int | None = None
-    clean: Literal["none", "basic"] = "none"
+    clean: Cleaning = "none"
     mask: bool = False
+    template: str = PROMPT
+
+    def __post_init__(self) -> None:
+        require(PROMPT in self.template, f"template must have {PROMPT} in it, got {self.template!r}")

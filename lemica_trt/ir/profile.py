@@ -139,7 +139,7 @@ class Profile(Value, frozen=True):
 
     Attributes:
         name: file name without `.toml`; what `--model` takes.
-        family: name of the family in `lemica_trt.models`.
+        family: name of the family in `lemica_trt.models`, or `traced`.
         source: hub id, local folder, or `package:NAME` for the model that ships with this package.
         dtype: precision of the DiT.
         text_length: tokens of a prompt, padded.

@@ -1,9 +1,11 @@
 """A diffusion transformer as this tool sees it: trunk, head, text encoder, VAE decoder, and the reference itself.
 
     family, cogvideox, wan   what one architecture is, declaratively: one small file each
+    trace                    any diffusers pipeline: its loop, conditions, guidance and trunk, found by running it
     split                    any diffusers transformer → whole run with trunk residual, and run without trunk
     parts                    pipeline folder → networks; whether they are whole, and fit each other
     load                     profile → `Model`
+    traced                   a model made from a trace, of any pipeline
     model                    what every stage asks of a model
     scheduler                diffusers scheduler → `SamplerTable`
     graph_specs              what each graph is called with and gives

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,13 +12,21 @@ from lemica_trt.ir.plan import PlanRow, StepPlan, coefficient_vector, layout_fro
 from lemica_trt.models.model import Model
 from lemica_trt.models.steps import step_modules
 
+Conditions = Mapping[str, Tensor] | Tensor
+"""By name, each [R, …]; a tensor is `prompt_embeds`. What `Model.embed` gives."""
+
+
+def conditions_of(conditions: Conditions) -> dict[str, Tensor]:
+    """Conditions by name."""
+    return {"prompt_embeds": conditions} if isinstance(conditions, Tensor) else dict(conditions)
+
 
 class Rollout:
     """b requests under way: each call takes them one row of a plan further.
 
     Args:
         layout: histories deep enough for the rows to come.
-        prompt_embeds: DiT dtype [R, text_length, width], from `Model.embed`.
+        conditions: from `Model.embed`.
         noise: fp32 [b, *latent_shape], standard normal: x_{−1} of row 0.
         guidance_scale: g, one for all or [b].
         noise_history: how many draws a row mixes at most.
@@ -31,7 +39,7 @@ class Rollout:
         self,
         model: Model,
         layout: StepLayout,
-        prompt_embeds: Tensor,
+        conditions: Conditions,
         noise: Tensor,
         *,
         guidance_scale: float | Tensor,
@@ -40,7 +48,7 @@ class Rollout:
         self._steps = step_modules(model, layout)
         self._layout = layout
         self._device = model.device
-        self._embeds = prompt_embeds.to(model.device)
+        self._conditions = {name: x.to(model.device) for name, x in conditions_of(conditions).items()}
         self._noise_history = noise_history
         self._draws: list[Tensor] = []
         self.latents = [noise.to(model.device, torch.float32)]
@@ -64,7 +72,7 @@ class Rollout:
         inputs = {
             "coefficients": torch.from_numpy(coefficient_vector(row, layout)).to(self._device),
             "guidance": (offset + factor * self._scale).expand(len(self._blank)),
-            "prompt_embeds": self._embeds,
+            **self._conditions,
         }
         for draw in draws:
             self._draws = [draw.to(self._blank), *self._draws][: self._noise_history]
@@ -89,7 +97,7 @@ class Rollout:
 def denoise(
     model: Model,
     plan: StepPlan,
-    prompt_embeds: Tensor,
+    conditions: Conditions,
     noise: Tensor,
     *,
     guidance_scale: float | Tensor | None = None,
@@ -99,7 +107,7 @@ def denoise(
     """Denoise b requests by a plan.
 
     Args:
-        prompt_embeds, noise: as in `Rollout`.
+        conditions, noise: as in `Rollout`.
         guidance_scale: None: the plan's.
         fresh_noise: index of a row → z fp32 [b, *latent_shape]; called in row order, once for each draw of the row.
         on_row: called behind each row with its outputs: `latents`, `output`, and the cache slots that it writes.
@@ -114,7 +122,7 @@ def denoise(
     if layout.stochastic and fresh_noise is None:
         raise ValueError(f"{plan.scheduler} draws noise at each step: pass fresh_noise")
     scale = plan.guidance_scale if guidance_scale is None else guidance_scale
-    rollout = Rollout(model, layout, prompt_embeds, noise, guidance_scale=scale, noise_history=plan.noise_history)
+    rollout = Rollout(model, layout, conditions, noise, guidance_scale=scale, noise_history=plan.noise_history)
     for i, row in enumerate(plan.rows):
         draws = [fresh_noise(i) for _ in range(row.draws)] if fresh_noise is not None else []
         result = rollout(row, draws)

@@ -5,12 +5,13 @@ A new family is one file with one subclass, and its name in `load.FAMILIES`; not
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lemica_trt.core.errors import InputError, UnsupportedError
+from lemica_trt.core.text import Cleaning
 from lemica_trt.ir.profile import DType, Profile, Shape
 
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -34,7 +35,7 @@ class Family:
     block_lists: ClassVar[tuple[str, ...]]
     epilogue: ClassVar[str]
     text_mask: ClassVar[bool] = False
-    clean: ClassVar[Literal["none", "basic"]] = "none"
+    clean: ClassVar[Cleaning] = "none"
     vae_dtype: ClassVar[DType | None] = None
     dynamic_guidance: ClassVar[bool] = False
 

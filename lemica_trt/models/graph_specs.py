@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import msgspec
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
+from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.ir.graphs import COMBINE, Role, StepLayout, TensorDType, TensorSpec
 from lemica_trt.models.model import Model
 from lemica_trt.models.steps import step_modules
-
-ENDS: dict[str, tuple[str, ...]] = {"text_encoder": ("prompt_embeds",), "vae_decoder": ("frames",)}
-"""Graphs before and behind the steps → their outputs, in order."""
 
 TORCH_DTYPES: dict[TensorDType, torch.dtype] = {
     "fp32": torch.float32,
@@ -26,10 +28,10 @@ TORCH_DTYPES: dict[TensorDType, torch.dtype] = {
 }
 
 
-def output_names(role: Role, layout: StepLayout) -> tuple[str, ...]:
+def output_names(role: Role, model: Model, layout: StepLayout) -> tuple[str, ...]:
     """Output names of a graph, in order: a variant's end with the cache slots that it writes."""
-    if role in ENDS:
-        return ENDS[role]
+    if role in model.ends:
+        return model.ends[role].outputs
     return ("latents", "output", *(() if role == COMBINE else layout.variant(role).writes))
 
 
@@ -39,11 +41,8 @@ def input_specs(role: Role, model: Model, layout: StepLayout, caches: dict[str, 
     def latents(name: str) -> TensorSpec:
         return TensorSpec(name=name, dtype="fp32", shape=("batch", *layout.latent_shape))
 
-    if role == "text_encoder":
-        names = ("input_ids", "attention_mask") if model.family.text_mask else ("input_ids",)
-        return [TensorSpec(name=name, dtype="int64", shape=(1, model.profile.text_length)) for name in names]
-    if role == "vae_decoder":
-        return [TensorSpec(name="latents", dtype="fp32", shape=(1, *layout.latent_shape))]
+    if role in model.ends:
+        return list(model.ends[role].inputs)
     specs = [latents(f"latents_{j}") for j in range(layout.latent_history)]
     specs += [latents(f"outputs_{k}") for k in range(layout.output_history)]
     if layout.stochastic:
@@ -61,14 +60,24 @@ def input_specs(role: Role, model: Model, layout: StepLayout, caches: dict[str, 
 
 
 def cache_specs(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
-    """The cache slots of a layout as the model makes them, by name; shapes only, nothing is computed."""
+    """The cache slots of a layout as the model makes them, by name; shapes only, nothing is computed.
+
+    Raises:
+        UnsupportedError: shapes within the transformer follow its data, so that no graph can be exported.
+    """
     rows = "2*batch" if layout.guided else "batch"
     found = {}
     modules = step_modules(model, layout)  # outside: constants that they keep must be real
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         for variant in (variant for variant in layout.variants if variant.writes and not variant.reads):
             inputs = example_inputs(input_specs(variant.name, model, layout, {}), 1, model.device)
-            result = modules[variant.name](inputs)
+            try:
+                result = modules[variant.name](inputs)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise UnsupportedError(
+                    f"{model.profile.source}: expected a transformer that torch can export, got one whose shapes "
+                    f"follow its data ({error})"
+                ) from error
             for slot in variant.writes:
                 _, *shape = result[slot].shape
                 found[slot] = TensorSpec(name=slot, dtype=model.profile.dtype, shape=(rows, *shape))

@@ -17,10 +17,10 @@ import msgspec
 import torch
 import transformers
 
-from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError
+from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.core.text import first_line
 from lemica_trt.core.threads import usable_threads
-from lemica_trt.ir.profile import DType, Profile
+from lemica_trt.ir.profile import DType, Profile, Sampling, Shape
 from lemica_trt.ir.resources import zoo_path
 from lemica_trt.models.cogvideox import CogVideoX
 from lemica_trt.models.family import DTYPES, Family
@@ -37,6 +37,9 @@ from lemica_trt.models.wan import Wan
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (CogVideoX(), Wan())}
 """All families, by name."""
+
+TRACED = "traced"
+"""`Profile.family` of a pipeline that is traced."""
 
 
 def family_from_name(name: str) -> Family:
@@ -110,8 +113,13 @@ def load_model(
         MissingDependencyError: a library that the pipeline needs is not installed.
     """
     profile = msgspec.structs.replace(profile, dtype=dtype or profile.dtype, source=source or profile.source)
+    if profile.family == TRACED:
+        from lemica_trt.models.traced import TracedModel
+
+        pipeline = load_pipeline(profile.source, dtype=profile.dtype, device=device)
+        return TracedModel(profile, pipeline, _folder_from_source(profile.source))
     family = family_from_name(profile.family)
-    with _quiet():
+    with quiet():
         folder = _folder_from_source(profile.source)
         found = family_from_pipeline(folder)
         if found is not family:
@@ -128,9 +136,129 @@ def load_model(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     model = Model(profile, family, pipeline, folder)
-    with _quiet():
+    with quiet():
         require_fitting(model)
     return model
+
+
+def load_pipeline(source: str, *, dtype: DType = "fp32", device: str = "cpu") -> Any:
+    """Load any diffusers pipeline whose denoiser is a transformer.
+
+    Args:
+        source: hub id, folder or `package:NAME`.
+        dtype: of all its networks.
+        device: torch device.
+
+    Raises:
+        InputError: the source is not there, or is incomplete.
+        UnsupportedError: its denoiser is a UNet, or its class is not one of diffusers'. Known before a download.
+        MissingDependencyError: a library that the pipeline needs is not installed.
+    """
+    with quiet():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).is_dir():
+            _check_index(source, _hub_index(source))
+        folder = _folder_from_source(source)
+        index = _index(folder / "model_index.json", where=str(folder))
+        kind = _check_index(source, index)
+        for name, value in index.items():
+            if isinstance(value, list) and value[:1] != [None] and not (folder / name).is_dir():
+                raise InputError(f"{source}: expected a complete pipeline, got no folder {name!r}")
+        with reading(source):
+            pipeline = kind.from_pretrained(folder, **load_networks(folder, {"default": DTYPES[dtype]}))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def profile_from_pipeline(source: str) -> Profile:
+    """The build profile of a pipeline that has none: shape, steps and guidance by the signature of its class.
+
+    Args:
+        source: folder or hub id; only its `model_index.json` is read.
+
+    Raises:
+        UsageError: its family is one that has profiles.
+        InputError, UnsupportedError: as `load_pipeline`.
+    """
+    with quiet():
+        path = Path(source) / "model_index.json"
+        index = _index(path, where=source) if Path(source).is_dir() else _hub_index(source)
+        kind = _check_index(source, index)
+    for name, family in FAMILIES.items():
+        if family.pipeline_class == kind.__name__:
+            raise UsageError(
+                f"{source}: expected a profile of the family {name}, got the pipeline alone",
+                fix=f"name a profile with its shape and steps, for example --model {EXAMPLES[name]} --weights {source}",
+            )
+    defaults = {name: parameter.default for name, parameter in inspect.signature(kind.__call__).parameters.items()}
+
+    def number(*names: str, otherwise: float) -> float:
+        found = (defaults[name] for name in names if isinstance(defaults.get(name), int | float))
+        return next(found, otherwise)
+
+    scales = [name for name in defaults if name.endswith(("guidance_scale", "cfg_scale"))]
+    on = [name for name in scales if isinstance(defaults[name], int | float) and defaults[name] > 1]
+    return Profile(
+        name=Path(source).name,
+        family=TRACED,
+        source=source,
+        dtype="fp32",
+        text_length=int(number("max_sequence_length", otherwise=UNKNOWN_TEXT_LENGTH)),
+        shape=Shape(
+            frames=int(number("num_frames", "video_length", "frames", otherwise=1)),
+            height=int(number("height", otherwise=UNKNOWN_SIZE)),
+            width=int(number("width", otherwise=UNKNOWN_SIZE)),
+        ),
+        sampling=Sampling(
+            steps=int(number("num_inference_steps", otherwise=50)),
+            guidance_scale=float(number(*on, otherwise=1.0)),
+        ),
+    )
+
+
+EXAMPLES = {"cogvideox": "cogvideox-5b", "wan": "wan2.1-t2v-1.3b"}
+"""Family → a profile of it."""
+
+UNKNOWN_SIZE = 1024
+"""Height and width in pixels where the pipeline's class says none."""
+
+UNKNOWN_TEXT_LENGTH = 77
+"""Tokens of a prompt where it says none."""
+
+
+def _hub_index(source: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return _index(Path(hf_hub_download(source, "model_index.json")), where=source)
+    except BROKEN as error:
+        raise InputError(
+            f"{source}: expected a folder or a diffusers pipeline on the hub, got: {first_line(error)}",
+            fix="check the name and the network, or give the folder of a downloaded pipeline",
+        ) from None
+
+
+def _index(path: Path, *, where: str) -> dict[str, Any]:
+    """Content of a `model_index.json`."""
+    try:
+        index = json.loads(path.read_bytes())
+        if isinstance(index, dict) and isinstance(index.get("_class_name"), str):
+            return index
+    except (OSError, ValueError):
+        pass
+    raise InputError(f"{where}: expected a diffusers pipeline folder, got no readable model_index.json")
+
+
+def _check_index(source: str, index: dict[str, Any]) -> Any:
+    """The class of a pipeline whose denoiser is a transformer."""
+    name = index["_class_name"]
+    parts = {key for key, value in index.items() if isinstance(value, list) and value[:1] != [None]}
+    if not any(part.startswith("transformer") for part in parts):
+        got = "a UNet" if "unet" in parts else f"none in {', '.join(sorted(parts)) or 'no components'}"
+        raise UnsupportedError(f"{source}: expected a pipeline with a diffusion transformer, got {got} ({name})")
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise UnsupportedError(f"{source}: expected a pipeline class of diffusers {diffusers.__version__}, got {name}")
+    return kind
 
 
 def revision_of(profile: Profile) -> str:
@@ -139,7 +267,7 @@ def revision_of(profile: Profile) -> str:
     Raises:
         InputError: the source is not there.
     """
-    with _quiet():
+    with quiet():
         return folder_revision(_folder_from_source(profile.source))
 
 
@@ -222,8 +350,8 @@ def _shifted(scheduler: Any, shift: float) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither progress bars nor advice on stderr while loading; the caller reports what matters."""
+def quiet() -> Iterator[None]:
+    """Neither progress bars nor advice of libraries on stderr; the caller reports what matters."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     levels = [library.get_verbosity() for library in libraries]
     bars = [library.is_progress_bar_enabled() for library in libraries]

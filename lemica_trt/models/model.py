@@ -6,15 +6,15 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.files import sha256_of
-from lemica_trt.core.text import basic_clean
+from lemica_trt.core.text import CLEANINGS
 from lemica_trt.ir.graphs import EncoderSpec, TensorSpec
 from lemica_trt.ir.profile import Profile
 from lemica_trt.models.family import DTYPES, Family, TextEncoder, VideoDecoder
@@ -23,6 +23,18 @@ from lemica_trt.models.split import SplitTransformer, split_transformer
 
 NOTES = frozenset({".gif", ".jpeg", ".jpg", ".md", ".mp4", ".png", ".webp"})
 """Endings of the files of a pipeline folder that do not decide what it computes; all others may."""
+
+
+TOKENIZER_FILE = "tokenizer/tokenizer.json"
+"""Path of the tokenizer in a bundle."""
+
+
+class End(NamedTuple):
+    """A graph before or behind the steps: its module, inputs of one request, and names of its outputs, in order."""
+
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
 
 
 class Model:
@@ -77,9 +89,20 @@ class Model:
         return TextEncoder(self.pipeline.text_encoder, mask=self.family.text_mask, dtype=self.dtype)
 
     @cached_property
-    def vae_decoder(self) -> VideoDecoder:
+    def vae_decoder(self) -> nn.Module:
         """The VAE decoder graph as a module."""
         return VideoDecoder(self.family, self.pipeline.vae, self.profile.shape)
+
+    @cached_property
+    def ends(self) -> dict[str, End]:
+        """The graphs before and behind the steps, by role."""
+        names = ("input_ids", "attention_mask") if self.family.text_mask else ("input_ids",)
+        ids = tuple(TensorSpec(name=name, dtype="int64", shape=(1, self.profile.text_length)) for name in names)
+        latents = TensorSpec(name="latents", dtype="fp32", shape=(1, *self.latent_shape))
+        return {
+            "text_encoder": End(self.text_encoder, ids, ("prompt_embeds",)),
+            "vae_decoder": End(self.vae_decoder, (latents,), ("frames",)),
+        }
 
     @property
     def revision(self) -> str:
@@ -154,16 +177,22 @@ class Model:
         text: str = backend.to_str(pretty=False)
         return text.encode()
 
-    def tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def encoder_specs(self) -> tuple[EncoderSpec, ...]:
+        """How the runtime makes conditions of a prompt, a text encoder each."""
+        return (self.text_spec(TOKENIZER_FILE),)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Path in a bundle → `tokenizer.json`."""
+        return {TOKENIZER_FILE: self.tokenizer_json()}
+
+    def tokens(self, prompts: Sequence[str], role: str = "text_encoder") -> dict[str, Tensor]:
         """Inputs of the text encoder.
 
         Returns:
             `input_ids` int64 [len(prompts), text_length], and `attention_mask` alike where the family has a mask.
         """
-        if self.family.clean == "basic":
-            prompts = [basic_clean(prompt) for prompt in prompts]
         tokens = self.pipeline.tokenizer(
-            list(prompts),
+            [CLEANINGS[self.family.clean](prompt) for prompt in prompts],
             padding="max_length",
             max_length=self.profile.text_length,
             truncation=True,

@@ -127,6 +127,11 @@ def sampler_table(scheduler: Any, *, dynamic_guidance: bool = False) -> SamplerT
     return table
 
 
+def counted_draws(scheduler: Any) -> list[int]:
+    """For each step of a scheduler that `sampler_table` lowers: which of its noise draws counts; 0 where none does."""
+    return _rows(scheduler, False)[1]
+
+
 def solver_table(table: SamplerTable, steps: Sequence[int], solver: Solver) -> SamplerTable:
     """A solver set to some steps of a sampler: one model call at each, none skipped.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lemica_trt.ir.graphs import COMBINE, FULL, SKIP, TRUNK, StepLayout
 from lemica_trt.models.model import Model
+from lemica_trt.models.traced import TracedModel
 
 
 class CombineStep(nn.Module):
@@ -101,11 +102,66 @@ class SkipStep(FullStep):
         return {"latents": latents, "output": self._guide(output, inputs)}
 
 
+class TracedFullStep(CombineStep):
+    """Combine, then the whole body of a traced loop; as `FullStep`."""
+
+    def __init__(self, model: TracedModel, layout: StepLayout) -> None:
+        super().__init__(layout)
+        self.body = model.body()
+        self._names = [spec.name for spec in model.conditions]
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The full graph."""
+        latents, (output, residual) = self._run(inputs, None)
+        result = {"latents": latents, "output": output}
+        return {**result, TRUNK: residual} if self.layout.depth(TRUNK) else result
+
+    def _run(self, inputs: dict[str, Tensor], residual: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Latents, output and residual; the body takes one request, so that several run one after another."""
+        latents = self.combine(inputs)
+        count = latents.shape[0]
+        results = []
+        for i in range(count):
+            rows = slice(i, None, count)  # of one request: a row a branch
+            results.append(
+                self.body(
+                    latents[i : i + 1],
+                    self._coefficients(inputs, "timestep"),
+                    self._coefficients(inputs, "in_scale"),
+                    inputs["guidance"][i : i + 1] if self.layout.guided else None,
+                    {name: inputs[name][rows] for name in self._names},
+                    None if residual is None else residual[rows],
+                )
+            )
+        if count == 1:
+            return latents, results[0]
+        outputs, added = zip(*results)
+        return latents, (torch.cat(outputs), torch.stack(added, 1).flatten(0, 1))
+
+
+class TracedSkipStep(TracedFullStep):
+    """Combine, then a traced body with Σ_k weights[k]·trunk_k in place of the blocks."""
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The skip graph."""
+        residual = self._mix(inputs, TRUNK, self.layout.depth(TRUNK))
+        latents, (output, _) = self._run(inputs, residual)
+        return {"latents": latents, "output": output}
+
+
+TRACED: dict[str, type[TracedFullStep]] = {FULL.name: TracedFullStep, SKIP.name: TracedSkipStep}
+"""The same, of a traced model."""
+
 VARIANTS: dict[str, type[FullStep]] = {FULL.name: FullStep, SKIP.name: SkipStep}
 """Variant → the module that runs it."""
 
 
 def step_modules(model: Model, layout: StepLayout) -> dict[str, CombineStep]:
     """The step graphs of a layout as modules, by name."""
-    variants = {variant.name: VARIANTS[variant.name](model, layout) for variant in layout.variants}
-    return {**variants, COMBINE: CombineStep(layout)}
+    made: dict[str, CombineStep] = {COMBINE: CombineStep(layout)}
+    for variant in layout.variants:
+        if isinstance(model, TracedModel):
+            made[variant.name] = TRACED[variant.name](model, layout)
+        else:
+            made[variant.name] = VARIANTS[variant.name](model, layout)
+    return made

@@ -1,6 +1,7 @@
 """Tables, contact sheets and plots that a person looks at: values of `ir` in, text and pictures out.
 
 summary         tables
+trace           what tracing found
 timeline        a plan row by row
 plots           error graph, schedules, quality by budget
 contact_sheet   clips as rows of frames

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lemica_trt.core.errors import InputError
-from lemica_trt.core.text import basic_clean
-from lemica_trt.ir.graphs import EncoderSpec
+from lemica_trt.core.text import CLEANINGS
+from lemica_trt.ir.graphs import PROMPT, EncoderSpec
 
 MAX_PROMPT_BYTES = 8192
 """Longest prompt, UTF-8; far above every text length, so that tokenizing takes milliseconds."""
@@ -106,7 +106,7 @@ class PromptTokenizer:
             InputError: the prompt is not text, is longer than `MAX_PROMPT_BYTES`, or the tokenizer fails on it.
         """
         require_prompt(prompt)
-        text = basic_clean(prompt) if self.spec.clean == "basic" else prompt
+        text = self.spec.template.replace(PROMPT, CLEANINGS[self.spec.clean](prompt))
         try:
             found = self._tokenizer.encode(text).ids
         except (KeyboardInterrupt, SystemExit):

@@ -159,3 +159,13 @@ def test_the_library_reads_what_was_checked(tokenizer_json: bytes) -> None:
     for data in (b"[" * 5000, b"[]", b"", b'{"normalizer": {"precompiled_charsmap": 5}}'):
         with pytest.raises(InputError, match=r"t: expected a tokenizer\.json, got: "):
             PromptTokenizer(EncoderSpec(tokenizer="t", length=8, pad_id=0), data)
+
+
+def test_a_template_is_put_around_the_prompt(tokenizer_json: bytes) -> None:
+    plain = EncoderSpec(tokenizer="t", length=8, pad_id=0, end_id=1)
+    around = EncoderSpec(tokenizer="t", length=8, pad_id=0, end_id=1, template="a big {prompt} moves")
+    ids, mask = PromptTokenizer(around, tokenizer_json).ids("red circle")
+    expected, its = PromptTokenizer(plain, tokenizer_json).ids("a big red circle moves")
+    assert (ids.tolist(), mask.tolist()) == (expected.tolist(), its.tolist())
+    with pytest.raises(ValueError, match=r"must have \{prompt\} in it"):
+        EncoderSpec(tokenizer="t", length=8, pad_id=0, template="a big moves")

@@ -1,0 +1,187 @@
+"""The loop's body as a torch module: what is exported for each step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lemica_trt.core.errors import UnsupportedError
+from lemica_trt.ir.trace import TraceTrunk
+from lemica_trt.models.trace.program import Program, run_program
+from lemica_trt.models.trace.tape import plain
+
+
+@dataclass(frozen=True)
+class Line:
+    """A slot that is factor·v + offset: of the timestep (`timestep`) or of the guidance scale (`guidance`)."""
+
+    of: str
+    factor: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A slot that is a condition.
+
+    Attributes:
+        condition: name.
+        rows: the rows of it, in order; row 0 is the negative prompt's where there is guidance.
+    """
+
+    condition: str
+    rows: tuple[int, ...]
+
+
+class Network(nn.Module):
+    """A transformer whose trunk can be seen, and left out.
+
+    Args:
+        transformer: of the pipeline.
+        trunk: with one stream.
+    """
+
+    def __init__(self, transformer: nn.Module, trunk: TraceTrunk) -> None:
+        super().__init__()
+        self.transformer = transformer
+        emptied = copy.copy(transformer)
+        emptied._modules = {**transformer._modules, **{name: nn.ModuleList() for name in trunk.lists}}
+        ((stream, self._key),) = trunk.streams
+        self._emptied = (emptied,)  # a tuple, so that modules are not registered twice
+        self._stream = (transformer.get_submodule(stream),)
+
+    def whole(self, arguments: Mapping[str, Any]) -> tuple[list[Tensor], Tensor]:
+        """Outputs, and what the trunk added to its stream."""
+        seen: list[Tensor] = []
+
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[int(self._key)] if self._key.isdecimal() else kwargs[self._key])
+
+        hook = self._stream[0].register_forward_pre_hook(watch, with_kwargs=True)
+        try:
+            outputs = _tensors(self.transformer(**arguments))
+            self._emptied[0](**arguments)  # only what comes before the stream is kept of it in a graph
+        finally:
+            hook.remove()
+        if len(seen) != 2:
+            raise UnsupportedError(f"expected one call of the module behind the blocks, got {len(seen) / 2:g}")
+        return outputs, seen[0] - seen[1]
+
+    def without(self, arguments: Mapping[str, Any], residual: Tensor) -> list[Tensor]:
+        """Outputs where a residual stands in for the trunk."""
+
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            if not self._key.isdecimal():
+                return args, {**kwargs, self._key: kwargs[self._key] + residual}
+            at = int(self._key)
+            return (*args[:at], args[at] + residual, *args[at + 1 :]), kwargs
+
+        hook = self._stream[0].register_forward_pre_hook(add, with_kwargs=True)
+        try:
+            return _tensors(self._emptied[0](**arguments))
+        finally:
+            hook.remove()
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(plain(output)) if isinstance(leaf, Tensor)]
+
+
+class Body(nn.Module):
+    """A program with its slots filled in.
+
+    Args:
+        program: of every step.
+        slots: number of a slot → what it is; others are constants, with the program's own values.
+        network: called by it.
+
+    Attributes:
+        calls: of the network.
+    """
+
+    def __init__(self, program: Program, slots: Mapping[int, Line | Rows], network: Network) -> None:
+        super().__init__()
+        self.network = network
+        self.calls = len(program.calls)
+        self._program, self._lines = program, dict(slots)
+        for k, value in enumerate(program.values):
+            if isinstance(value, Tensor) and k not in slots:
+                self.register_buffer(f"constant_{k}", value, persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        in_scale: Tensor,
+        guidance: Tensor | None,
+        conditions: Mapping[str, Tensor],
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One request.
+
+        Args:
+            x: fp32 [1, *latent_shape].
+            timestep, in_scale, guidance: fp32 [1]; guidance: None where it is baked.
+            conditions: by name, [R, …].
+            residual: of all calls, along the first dimension, in place of the trunk; None: the trunk runs.
+
+        Returns:
+            The guided output fp32 [1, *latent_shape], and the trunk's residual of all calls.
+        """
+        own: list[Tensor] = []
+        given = [] if residual is None else list(residual.chunk(self.calls))
+
+        def call(name: str, arguments: Any) -> list[Tensor]:
+            if residual is not None:
+                return self.network.without(arguments, given.pop(0))
+            outputs, added = self.network.whole(arguments)
+            own.append(added)
+            return outputs
+
+        sources = {"timestep": timestep, "guidance": guidance}
+        values = [self._value(k, value, sources, conditions) for k, value in enumerate(self._program.values)]
+        sample = x.to(self._program.x[0].dtype)
+        made, _ = run_program(
+            self._program, [sample], values, call, lambda state, it: (in_scale * it.float()).to(it.dtype)
+        )
+        return made[0].float(), torch.cat(own) if own else x
+
+    def _value(self, k: int, value: Any, sources: Mapping[str, Tensor | None], conditions: Mapping[str, Tensor]) -> Any:
+        slot = self._lines.get(k)
+        if slot is None:
+            return self.get_buffer(f"constant_{k}") if isinstance(value, Tensor) else value
+        if isinstance(slot, Rows):
+            whole = conditions[slot.condition]
+            rows = (
+                whole if slot.rows == tuple(range(whole.shape[0])) else torch.cat([whole[i : i + 1] for i in slot.rows])
+            )
+            return rows.to(value.dtype)
+        source = sources[slot.of]
+        assert source is not None
+        line = slot.factor * source + slot.offset
+        if not isinstance(value, Tensor):
+            return line[0]
+        line = line if value.dtype.is_floating_point else line.round()
+        return line.to(value.dtype).expand(value.shape) if value.dim() else line.to(value.dtype)[0]
+
+
+def fitted_line(of: str, sources: Sequence[float], values: Sequence[float], name: str) -> Line:
+    """The straight line through points.
+
+    Raises:
+        UnsupportedError: they are on none.
+    """
+    x, y = np.asarray(sources, np.float64), np.asarray(values, np.float64)
+    factor = offset = 0.0
+    if np.ptp(x):
+        factor, offset = (float(number) for number in np.polyfit(x, y, 1))
+    if not np.allclose(factor * x + offset, y, rtol=1e-5, atol=1e-5 * max(float(np.abs(y).max()), 1e-9)):
+        raise UnsupportedError(f"{name} is no straight line in the {of}")
+    return Line(of, factor, offset)

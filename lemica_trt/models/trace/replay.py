@@ -1,0 +1,179 @@
+"""A trace run again for another request: the check that every trace ends with, and how guidance enters the output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lemica_trt.core.errors import UnsupportedError
+from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.models.scheduler import counted_draws
+from lemica_trt.models.trace.program import Program, run_program
+from lemica_trt.models.trace.slots import Found, Run, same
+from lemica_trt.models.trace.tape import Event, plain, refs
+
+TOLERANCE = 1e-4
+"""Largest deviation of the final latents, relative to the largest of them: the sampler runs in float64 from its table,
+the pipeline's own in float32."""
+
+
+class Network:
+    """Calls components by name, and keeps what they were given."""
+
+    def __init__(self, components: Mapping[str, Any]) -> None:
+        self._components = components
+        self.given: list[tuple[str, Any]] = []
+
+    def __call__(self, name: str, arguments: Mapping[str, Any]) -> list[Tensor]:
+        """Output tensors of a component (`transformer`), of a module in it, or of a method (`vae.encode`)."""
+        self.given.append((name, arguments))
+        component, _, path = name.partition(".")
+        called = self._components[component]
+        if path in ("encode", "decode"):
+            called = getattr(called, path)
+        elif path:
+            called = called.get_submodule(path)
+        positional = [value for key, value in arguments.items() if key.isdecimal()]
+        output = called(*positional, **{key: value for key, value in arguments.items() if not key.isdecimal()})
+        return [leaf for leaf in pytree.tree_leaves(plain(output)) if isinstance(leaf, Tensor)]
+
+
+class Replay:
+    """The loop, run from a trace.
+
+    Args:
+        kinds: steps of each kind.
+        found: for each kind, what its slots are.
+        ends: guidance parameter → the run in which it differs from the base run.
+    """
+
+    def __init__(
+        self, base: Run, kinds: Sequence[Sequence[int]], found: Sequence[Sequence[Found]], ends: Mapping[str, Run]
+    ) -> None:
+        self._base, self._kinds, self._found = base, kinds, found
+        self._ends = ends
+
+    def _values(self, i: int, new: Run) -> list[Any]:
+        """What the slots of step i are for a new request.
+
+        Conditions are read from the new run's first step of this kind. Constants and columns are the base run's;
+        guidance is the straight line through the base run's and another's. Nothing else of the new run is used.
+        """
+        kind = next(k for k, steps in enumerate(self._kinds) if i in steps)
+        values = list(self._base.programs[i].values)
+        for k, slot in enumerate(self._found[kind]):
+            if slot.role == "condition":
+                values[k] = new.programs[self._kinds[kind][0]].values[k]
+            elif slot.role == "guidance":
+                name = slot.of[-1]
+                end, start = self._ends[name].scales[name], self._base.scales[name]
+                part = (new.scales[name] - start) / (end - start)
+                line = values[k] + part * (self._ends[name].programs[i].values[k] - values[k])
+                values[k] = line.to(values[k].dtype) if isinstance(values[k], Tensor) else line
+        return values
+
+    def check(self, new: Run, tables: Sequence[SamplerTable], components: Mapping[str, Any]) -> float:
+        """The largest deviation from a run's own final latents, relative to the largest of them.
+
+        Raises:
+            UnsupportedError: it is more than `TOLERANCE`, or a network is given something else in step 0, be its effect
+                as small as it may; says where it begins.
+        """
+        draws = [counted_draws(copied) for copied in new.tape.schedulers.values()]
+        latents = [[x.double()] for x in new.programs[0].x]
+        outputs: list[list[Tensor]] = [[] for _ in latents]
+        first = ""
+        for program in self._base.programs:
+            i, network = program.index, Network(components)
+            x = [history[-1].to(program.x[k].dtype) for k, history in enumerate(latents)]
+            scale = lambda k, sample: (sample.double() * tables[k].rows[i].in_scale).to(sample.dtype)  # noqa: B023,E731
+            with torch.no_grad():
+                made, samples = run_program(program, x, self._values(i, new), network, scale)
+            first = first or _difference(network, new, i)
+            for k, table in enumerate(tables):
+                _check_sample(samples[k], x[k], program)
+                outputs[k].append(made[k].double())
+                row = table.rows[i + 1]
+                terms = [*zip(row.latents, reversed(latents[k])), *zip(row.outputs, reversed(outputs[k]))]
+                if row.noise:
+                    terms.append((row.noise, new.tape.draws[i][draws[k][i]].double()))
+                latents[k].append(sum((c * v for c, v in terms), torch.zeros_like(latents[k][-1])))
+        wanted = new.programs[-1].after
+        error = max(relative(history[-1], want) for history, want in zip(latents, wanted))
+        if first.endswith(" at step 0") or not error <= TOLERANCE:
+            where = f"; {first}" if first else ""
+            raise UnsupportedError(
+                f"its trace does not hold for another prompt and seed (latents differ by {error:.1e} of the largest"
+                f"{where}{_host(self._base)})"
+            )
+        return error
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    """Largest difference, of the largest element of `other`."""
+    if one.shape != other.shape:
+        return float("inf")
+    size = float(other.double().abs().max())
+    difference = float((one.double() - other.double()).abs().max())
+    return difference / size if size else difference
+
+
+def _check_sample(sample: Tensor, x: Tensor, program: Program) -> None:
+    if relative(sample, x) > 1e-5:
+        last = [node.what for node in program.nodes if node.kind == "op"][-1:]
+        raise UnsupportedError(
+            "it changes the latents between two steps of the sampler"
+            + (f" (its last operator is {last[0]})" if last else "")
+        )
+
+
+def _difference(network: Network, new: Run, i: int) -> str:
+    """The first argument of a network that differs from what it was in the new run; "" where all agree."""
+    tape = new.tape
+    events = [item for item in tape.items[slice(*new.programs[i].span)] if isinstance(item, Event)]
+    for (name, given), event in zip(network.given, [event for event in events if event.kind == "call"]):
+        wanted = pytree.tree_map(tape.value, event.inputs)
+        its = dict(pytree.tree_flatten_with_path(wanted)[0])
+        for path, leaf in pytree.tree_flatten_with_path(dict(given))[0]:
+            other = its.get(path)
+            close = same(leaf, other)
+            if isinstance(leaf, Tensor) and isinstance(other, Tensor):
+                close = relative(leaf, other) < 1e-4
+            elif not isinstance(leaf, int | float):
+                continue
+            if not close:
+                return f"the first difference is {name}.{getattr(path[0], 'key', '')} at step {i}"
+    return ""
+
+
+def _host(base: Run) -> str:
+    """Values of the tape that became Python's."""
+    methods = sorted({item.name for item in base.tape.items if isinstance(item, Event) and item.kind == "host"})
+    return f"; the pipeline reads values by {', '.join(methods)}" if methods else ""
+
+
+def nonlinearity(base: Run) -> float:
+    """How far the guided output is from linear in what the networks of a step return, relative."""
+    program = base.programs[-1]
+    events = [item for item in base.tape.items[slice(*program.span)] if isinstance(item, Event)]
+    shapes = [[base.tape.values[ref].shape for ref in refs(event.outs)] for event in events if event.kind == "call"]
+    generator = torch.Generator("cpu").manual_seed(0)
+    one, other, third = ([[torch.randn(shape, generator=generator) for shape in row] for row in shapes] for _ in "abc")
+    mixed = [[a + b - c for a, b, c in zip(*rows)] for rows in zip(one, other, third)]
+
+    def guided(outputs: list[list[Tensor]]) -> list[Tensor]:
+        left = iter(outputs)
+        with torch.no_grad():
+            made, _ = run_program(
+                program, program.x, program.values, lambda name, tree: next(left), lambda state, sample: sample
+            )
+        return [made[k].double() for k in sorted(made)]
+
+    # f(a) + f(b) = f(c) + f(a + b − c) holds of what is linear, and of what is linear but for what depends on x alone
+    return max(
+        relative(c + mix, a + b) for a, b, c, mix in zip(guided(one), guided(other), guided(third), guided(mixed))
+    )

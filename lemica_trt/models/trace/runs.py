@@ -1,0 +1,142 @@
+"""Calls of a pipeline that differ in one thing each, recorded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemica_trt.core.errors import InputError, LemicaError, MissingDependencyError
+from lemica_trt.models.load import quiet
+from lemica_trt.models.trace.arguments import (
+    GUIDER,
+    LONGER,
+    LONGER_NEGATIVE,
+    OTHER,
+    OTHER_NEGATIVE,
+    SHORTER,
+    SHORTER_NEGATIVE,
+    Arguments,
+)
+from lemica_trt.models.trace.program import programs
+from lemica_trt.models.trace.slots import IMAGE, NEGATIVE, PROMPT, SEED, Run
+from lemica_trt.models.trace.tape import Recorder, Tape
+
+GUIDANCE_STEP = 1.25
+"""How much a guidance scale is raised in the run that shows what follows it; twice in the run of the check."""
+
+REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, ImportError)
+"""What a pipeline raises for arguments that it does not take."""
+
+
+def record(pipeline: Any, arguments: Arguments, *, last_step: int | None = None, **changes: Any) -> tuple[Tape, Any]:
+    """One call of a pipeline, recorded.
+
+    Args:
+        last_step: the recording ends before this step; None: with the call.
+        changes: of the arguments, see `Arguments.at`.
+
+    Returns:
+        The recording, and what the call returned; None where it was ended.
+
+    Raises:
+        InputError: the pipeline refuses its arguments.
+        MissingDependencyError: it needs a library that is not installed.
+    """
+    kind, recorder = type(pipeline).__name__, Recorder(pipeline.components, last_step=last_step)
+    output = None
+    try:
+        with torch.no_grad(), quiet(), _guider(pipeline, {**arguments.scales, **changes.get("scales", {})}), recorder():
+            output = pipeline(**arguments.at(**changes))
+    except LemicaError:
+        raise
+    except NameError as error:  # diffusers imports optional libraries only where they are there
+        raise MissingDependencyError(f"{kind} needs a library that is not installed: {error}") from error
+    except REFUSALS as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{kind} refuses its arguments: {line}") from error
+    return recorder.tape, output
+
+
+class Runs:
+    """All runs of a trace.
+
+    Attributes:
+        base: every argument as requested.
+        others: what differs in it → a run that differs from the base run in one thing.
+        longer: runs with a longer prompt or negative prompt whose shapes or operators follow its length.
+        check: everything is new in it. Its prompt has another length than the base run's, unless shapes follow it.
+    """
+
+    def __init__(self, pipeline: Any, arguments: Arguments) -> None:
+        self._pipeline, self._arguments = pipeline, arguments
+        self.longer: list[Run] = []
+        self.base = self._run()
+        self.others: dict[str, Run] = {}
+        if arguments.has_prompt:
+            self.others[PROMPT] = self._other("prompt", LONGER, OTHER)
+        if arguments.has_negative:
+            self.others[NEGATIVE] = self._other("negative", LONGER_NEGATIVE, OTHER_NEGATIVE)
+        if arguments.has_image:
+            self.others[IMAGE] = self._run(image=2)
+        self.others[SEED] = self._run(seed=12)
+        for name, value in arguments.scales.items():
+            self.others[name] = self._run(scales={name: value * GUIDANCE_STEP})
+        texts = {"prompt": OTHER, "negative": OTHER_NEGATIVE}
+        if not self.longer:
+            texts = {"prompt": SHORTER, "negative": SHORTER_NEGATIVE}
+        scales = {name: value * GUIDANCE_STEP**2 for name, value in arguments.scales.items()}
+        self.check = self._run(seed=77, image=3, scales=scales, **texts)
+
+    def _run(self, **changes: Any) -> Run:
+        tape, _ = record(self._pipeline, self._arguments, **changes)
+        return Run(tape, programs(tape), {**self._arguments.scales, **changes.get("scales", {})})
+
+    def _other(self, what: str, longer: str, other: str) -> Run:
+        """A run with a longer text, so that masks show; where shapes follow its length, with one of equal length."""
+        run = self._run(**{what: longer})
+        if _alike(self.base, run):
+            return run
+        self.longer.append(run)
+        return self._run(**{what: other})
+
+    def following(self, kinds: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        """(kind, slot) of the tensors whose shapes follow the length of a text."""
+        return [
+            (k, slot)
+            for k, steps in enumerate(kinds)
+            for slot, mine in enumerate(self.base.programs[steps[0]].values)
+            if isinstance(mine, Tensor) and any(_follows(mine, run, steps[0], slot) for run in self.longer)
+        ]
+
+
+@contextlib.contextmanager
+def _guider(pipeline: Any, scales: Mapping[str, float]) -> Iterator[None]:
+    """A guidance scale that is an attribute, set for a run."""
+    if GUIDER not in scales:
+        yield
+        return
+    old = pipeline.guider.guidance_scale
+    pipeline.guider.guidance_scale = scales[GUIDER]
+    try:
+        yield
+    finally:
+        pipeline.guider.guidance_scale = old
+
+
+def _alike(one: Run, other: Run) -> bool:
+    """Whether two runs have the same operators on tensors of the same shapes."""
+    return all(
+        a.digest == b.digest and all(v.shape == w.shape for v, w in zip(a.values, b.values) if isinstance(v, Tensor))
+        for a, b in zip(one.programs, other.programs)
+    )
+
+
+def _follows(mine: Tensor, run: Run, step: int, slot: int) -> bool:
+    values = run.programs[step].values
+    return slot < len(values) and isinstance(values[slot], Tensor) and values[slot].shape != mine.shape

@@ -1,0 +1,172 @@
+"""The trunk of any diffusers transformer, found by watching calls of it, and left out without rewriting a forward.
+
+With its block lists emptied, a transformer still runs: embeddings, then whatever comes behind the blocks. A *stream*
+is an argument of a module behind the blocks that differs between the whole run and the emptied one; its residual is
+the difference. Nothing is assumed of what lies between the last block and the head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lemica_trt.ir.trace import TraceTrunk
+from lemica_trt.models.trace.replay import relative
+from lemica_trt.models.trace.tape import plain
+
+TOLERANCE = 2e-5
+"""Largest deviation of the output with residuals in place of blocks, relative to the largest output."""
+
+MAX_STREAMS = 3
+"""The most streams that are corrected."""
+
+Place = tuple[str, int, str]
+"""Name of a module, number of its call, argument: by name, or by position."""
+
+
+class NoTrunkError(Exception):
+    """The blocks cannot be left out; says why."""
+
+
+class Watched:
+    """A transformer whose block lists can be emptied for a call.
+
+    Args:
+        transformer: any module.
+    """
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self._module = transformer
+        self.lists = {
+            name: child
+            for name, child in transformer.named_children()
+            if isinstance(child, nn.ModuleList) and len(child)
+        }
+        self._names = {module: name for name, module in transformer.named_modules() if name}
+        self._list_of = {block: name for name, blocks in self.lists.items() for block in blocks}
+
+    def run(
+        self, arguments: Mapping[str, Any], without: Sequence[str] = (), add: Mapping[Place, Tensor] | None = None
+    ) -> tuple[list[Tensor], dict[Place, tuple[str, Tensor]]]:
+        """One call.
+
+        Args:
+            without: lists that are empty in it.
+            add: what is added to an argument of a module.
+
+        Returns:
+            Output tensors; and all tensors that modules were given, in order: place → (the list that the module is a
+            block of, or "", and the tensor).
+        """
+        seen: dict[Place, tuple[str, Tensor]] = {}
+        count: dict[str, int] = {}
+        inside: list[nn.Module] = []
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            inside.append(module)
+            if len(inside) > 1:
+                return None
+            name = self._names[module]
+            number = count[name] = count.get(name, -1) + 1
+            given = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+            for key, value in given.items():
+                if isinstance(value, Tensor):
+                    extra = (add or {}).get((name, number, key))
+                    given[key] = value if extra is None else value + extra
+                    seen[name, number, key] = (self._list_of.get(module, ""), given[key].clone())
+            args = tuple(value for key, value in given.items() if key.isdecimal())
+            return args, {key: value for key, value in given.items() if not key.isdecimal()}
+
+        def leave(*_: Any) -> None:
+            inside.pop()
+
+        with contextlib.ExitStack() as undo, torch.no_grad():
+            for module in self._names:
+                undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+            undo.enter_context(self._emptied(without))
+            output = self._module(**arguments)
+        return [leaf for leaf in pytree.tree_leaves(plain(output)) if isinstance(leaf, Tensor)], seen
+
+    @contextlib.contextmanager
+    def _emptied(self, lists: Sequence[str]) -> Iterator[None]:
+        try:
+            for name in lists:
+                self._module._modules[name] = nn.ModuleList()
+            yield
+        finally:
+            for name in lists:
+                self._module._modules[name] = self.lists[name]
+
+    def residuals(self, arguments: Mapping[str, Any], lists: Sequence[str]) -> tuple[dict[Place, Tensor], float]:
+        """What the blocks of some lists add to each stream, and the error of a run with that in their place.
+
+        Raises:
+            NoTrunkError: they cannot be left out.
+        """
+        reference, whole = self.run(arguments)
+        found: dict[Place, Tensor] = {}
+        while True:
+            try:
+                output, seen = self.run(arguments, lists, found)
+            except Exception as failure:  # a forward without its blocks fails in any way
+                raise NoTrunkError(str(failure).partition("\n")[0] or type(failure).__name__) from None
+            error = max(map(relative, output, reference), default=float("inf"))
+            if error <= TOLERANCE and found:
+                return found, error
+            stream = next(self._streams(whole, seen, lists, found), None)
+            if stream is None or len(found) == MAX_STREAMS:
+                raise NoTrunkError(f"the output differs by {error:.1e} without its blocks")
+            found[stream] = whole[stream][1] - seen[stream][1]
+
+    @staticmethod
+    def _streams(
+        whole: Mapping[Place, tuple[str, Tensor]],
+        seen: Mapping[Place, tuple[str, Tensor]],
+        lists: Sequence[str],
+        found: Mapping[Place, Tensor],
+    ) -> Iterator[Place]:
+        for place, (_, tensor) in seen.items():
+            if place in found or place not in whole or whole[place][0] in lists or not tensor.is_floating_point():
+                continue
+            other = whole[place][1]
+            if other.shape != tensor.shape:
+                raise NoTrunkError(f"{place[0]} gets {list(tensor.shape)} without the blocks, {list(other.shape)} with")
+            if relative(tensor, other) > 1e-6:
+                yield place
+
+
+def find_trunk(component: str, transformer: nn.Module, calls: Sequence[Mapping[str, Any]]) -> TraceTrunk:
+    """The block lists, as many parameters as possible, that one residual a stream can stand in for.
+
+    Args:
+        component: its name.
+        calls: arguments of calls. The trunk is found on the first one, and must hold for all.
+    """
+    watched = Watched(transformer)
+    called = {name for name, _ in watched.run(calls[0])[1].values() if name}
+    size = {name: sum(p.numel() for p in watched.lists[name].parameters()) for name in called}
+    total = sum(parameter.numel() for parameter in transformer.parameters())
+    subsets = [c for r in range(len(size), 0, -1) for c in itertools.combinations(sorted(size), r)]
+    reason = f"{type(transformer).__name__} calls no list of blocks"
+    for lists in sorted(subsets, key=lambda names: -sum(size[name] for name in names)):
+        try:
+            results = [watched.residuals(call, lists) for call in calls]
+        except NoTrunkError as error:
+            reason = reason if subsets[0] != lists else str(error)
+            continue
+        if len({tuple(residuals) for residuals, _ in results}) == 1:
+            return TraceTrunk(
+                component=component,
+                lists={name: len(watched.lists[name]) for name in lists},
+                share=sum(size[name] for name in lists) / max(total, 1),
+                streams=tuple((name, key) for name, _, key in results[0][0]),
+                error=max(error for _, error in results),
+            )
+    return TraceTrunk(component=component, lists={}, share=0.0, streams=(), error=0.0, reason=reason)

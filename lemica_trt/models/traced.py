@@ -1,0 +1,491 @@
+"""A model made from a trace: any pipeline that tracing understands, with the interface of `model.Model`.
+
+What is not understood well enough to be built is refused when the model is loaded, before long work: several samplers,
+kinds of steps or networks, prompts that are not padded, a trunk with several streams, a text encoder that reads values
+in Python. Last, the uncached loop is run from its own parts and compared with the pipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lemica_trt.core.errors import InputError, UnsupportedError
+from lemica_trt.core.text import CLEANINGS
+from lemica_trt.ir.graphs import EncoderSpec, TensorDType, TensorSpec
+from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.trace import TraceRequest, TraceSlot
+from lemica_trt.models.family import DTYPES
+from lemica_trt.models.model import End, Model, folder_revision
+from lemica_trt.models.trace.arguments import BASE, LONGER, SHORTER, SHORTER_NEGATIVE
+from lemica_trt.models.trace.arguments import NEGATIVE as BASE_NEGATIVE
+from lemica_trt.models.trace.body import Body, Line, Network, Rows, fitted_line
+from lemica_trt.models.trace.ends import FramesDecoder, TapeSlice
+from lemica_trt.models.trace.replay import relative
+from lemica_trt.models.trace.runs import record
+from lemica_trt.models.trace.slots import NEGATIVE, PROMPT
+from lemica_trt.models.trace.tape import Event, Ref, Tape, plain, refs
+from lemica_trt.models.trace.tracing import trace_runs
+
+TOLERANCE = 1e-4
+"""Largest deviation of conditions and frames from the pipeline's own, relative."""
+
+ODD = "The RED Cat &amp; a  blue <b>bird</b>, 2 trees\n"
+"""A prompt that shows how a pipeline cleans its prompts."""
+
+TAKEN = ("input_ids", "attention_mask", "latents", "output", "noise", "coefficients", "guidance", "frames")
+"""Names of other inputs and outputs of graphs."""
+
+NAMES: dict[torch.dtype, TensorDType] = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.bool: "int64",
+}
+"""dtype of a condition → of the graphs' tensors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """A text encoder graph: tokenizer's component, how text becomes ids, and the graph."""
+
+    component: str
+    spec: EncoderSpec
+    module: TapeSlice
+    outputs: tuple[str, ...]
+
+
+class TracedModel(Model):
+    """See the module docstring; attributes and methods are those of `model.Model`.
+
+    Raises:
+        UnsupportedError: the pipeline cannot be traced, or not built; says why.
+    """
+
+    def __init__(self, profile: Profile, pipeline: Any, folder: Path) -> None:
+        self.profile, self.pipeline, self.folder = profile, pipeline, folder  # a family is what it has not
+        if profile.dtype != "fp32" or profile.shape.max_batch != 1:
+            raise UnsupportedError("a traced pipeline is built in fp32 and for one request a call", fix="--dtype fp32")
+        self._traced = trace_runs(pipeline, request_from_profile(profile, pipeline))
+        self.trace = self._traced.trace
+        self._require_buildable()
+        self.latent_shape = tuple(self.trace.states[0].shape[1:])
+        self._conditions = self._named_conditions()
+        self._encoders = self._make_encoders()
+        self.check_own_parts()
+
+    # ------------------------------------------------------------ what it is
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.profile.dtype]
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.pipeline.device
+        return device
+
+    @property
+    def guided(self) -> bool:
+        """Whether a negative prompt is a condition: then the guidance scale is an input too."""
+        return any(NEGATIVE in slot.of for slot in self.trace.role("condition"))
+
+    @property
+    def revision(self) -> str:
+        return folder_revision(self.folder)
+
+    @property
+    def conditions(self) -> tuple[TensorSpec, ...]:
+        """As the loop reads them, without duplicates; R = 2 under guidance, the negative prompt's row first."""
+        rows = "2*batch" if self.guided else "batch"
+        return tuple(
+            TensorSpec(name=name, dtype=NAMES[value.dtype], shape=(rows, *value.shape[1:]))
+            for name, value in self._conditions.items()
+        )
+
+    def _require_buildable(self) -> None:
+        trace, kind = self.trace, self.trace.pipeline
+        trunk = trace.trunks[0] if len(trace.trunks) == 1 else None
+        reasons = {
+            "it steps several latents at once": len(trace.states) != 1,
+            "its steps are of several kinds": len(trace.kinds) != 1,
+            "it calls several networks": trunk is None or trunk.component != "transformer",
+            "shapes follow the length of the prompt": trace.text != "fixed",
+            "its blocks add to no stream, or to several": trunk is not None and len(trunk.streams) != 1,
+            "it takes more than a prompt": bool(
+                {what for slot in trace.role("condition") for what in slot.of} - {PROMPT, NEGATIVE}
+            ),
+            f"its network reads values in Python ({', '.join(trace.python)})": bool(trace.python),
+            "it follows several guidance scales": len(trace.guidance.parameters) > 1,
+            "its latents are not of one request": trace.states[0].shape[0] != 1,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise UnsupportedError(f"{kind} cannot be built yet: {reason}")
+
+    # ------------------------------------------------------------ conditions
+
+    def _slots(self) -> list[tuple[int, TraceSlot]]:
+        """Number and value of each slot of the program that is not a constant number."""
+        traced = self._traced
+        by_name = {slot.name: slot for slot in self.trace.slots}
+        found = range(len(traced.found[0]))
+        return [(k, by_name[name]) for k in found for name in [traced.named.name(0, k)] if name]
+
+    def _named_conditions(self) -> dict[str, Tensor]:
+        """Name → the base run's value of one row of each: conditions that differ only in the branch are one."""
+        found: dict[str, Tensor] = {}
+        for k, slot in self._slots():
+            if slot.role == "condition":
+                value = self._traced.runs.base.programs[0].values[k]
+                if not isinstance(value, Tensor) or not value.dim():
+                    raise UnsupportedError(f"{slot.name} is a number that follows the prompt: it cannot be built yet")
+                name = self._name(slot)
+                row = value[self._prompt_row(k) if PROMPT in slot.of else 0][None]
+                if name in found and found[name].shape != row.shape:
+                    raise UnsupportedError(f"{slot.name} has another shape in another call: it cannot be built yet")
+                if PROMPT in slot.of or name not in found:
+                    found[name] = row
+        return found
+
+    def _name(self, slot: TraceSlot) -> str:
+        """A condition's name in graphs: that of the network's argument, unless it is the only one, or graphs use that
+        for something else."""
+        if len({its.argument for _, its in self._slots() if its.role == "condition"}) == 1:
+            return "prompt_embeds"
+        name = slot.argument.replace(".", "_")
+        return f"dit_{name}" if name in TAKEN else name
+
+    def _prompt_row(self, k: int) -> int:
+        """The row of a condition that follows the prompt."""
+        runs = self._traced.runs
+        base, other = runs.base.programs[0].values[k], runs.others[PROMPT].programs[0].values[k]
+        rows = [i for i in range(base.shape[0]) if not torch.equal(base[i], other[i])]
+        if len(rows) != 1 or base.shape[0] > 2:
+            raise UnsupportedError(f"expected one row of a condition to follow the prompt, got rows {rows}")
+        return rows[0]
+
+    def body(self) -> Body:
+        """The program of a step, as a module."""
+        runs = self._traced.runs
+        program = runs.base.programs[-1]
+        timesteps = [row.timestep or 0.0 for row in self.trace.states[0].table.rows[:-1]]
+        slots: dict[int, Line | Rows] = {}
+        for k, slot in self._slots():
+            if slot.role == "column":
+                if not slot.column:
+                    raise UnsupportedError(f"{slot.name} has another value in each element: it cannot be built yet")
+                slots[k] = fitted_line("timestep", timesteps, slot.column, slot.name)
+            elif slot.role == "guidance" and self.guided:
+                spread = [max(numbers) - min(numbers) for numbers in (slot.factor, slot.column) if numbers]
+                if not spread or max(spread) > 1e-5 * abs(slot.factor[0]):
+                    raise UnsupportedError(f"{slot.name} has another guidance scale each step: it cannot be built yet")
+                slots[k] = Line("guidance", slot.factor[0], slot.column[0])
+            elif slot.role == "guidance" and "step" in slot.of:
+                raise UnsupportedError(f"{slot.name} has another guidance scale each step: it cannot be built yet")
+            elif slot.role == "condition":
+                slots[k] = Rows(self._name(slot), self._rows(k, slot))
+        trunk = self.trace.trunks[0]
+        return Body(program, slots, Network(self.pipeline.components[trunk.component], trunk))
+
+    def _rows(self, k: int, slot: TraceSlot) -> tuple[int, ...]:
+        """Rows of a condition that a slot has: 0 is the negative prompt's, where there is guidance."""
+        if not self.guided:
+            return (0,)
+        if slot.of == (PROMPT, NEGATIVE):
+            return (0, 1) if self._prompt_row(k) == 1 else (1, 0)
+        return (1,) if PROMPT in slot.of else (0,)
+
+    # ------------------------------------------------------------ text
+
+    def _make_encoders(self) -> list[_Encoder]:
+        """A graph for each tokenizer whose ids conditions follow."""
+        runs = self._traced.runs
+        program, tape = runs.base.programs[0], runs.base.tape
+        left = dict.fromkeys(self._conditions)
+        births = {}
+        for k, slot in self._slots():
+            name = self._name(slot)
+            if slot.role == "condition" and PROMPT in slot.of:
+                births[name] = (program.births[k], self._prompt_row(k))
+        encoders = []
+        for at, event in enumerate(tape.items[: program.span[1]]):
+            if not (isinstance(event, Event) and event.kind == "tokenize" and _texts(event)):
+                continue
+            encoder = self._encoder(at, event, {name: births[name] for name in left}, program.span[1])
+            if encoder is not None:
+                encoders.append(encoder)
+                left = {name: None for name in left if name not in encoder.outputs}
+        if left:
+            raise UnsupportedError(
+                f"{', '.join(left)}: expected a condition that follows one tokenizer's ids; it cannot be built yet"
+            )
+        return encoders
+
+    def _encoder(self, at: int, event: Event, births: dict[str, tuple[Ref | None, int]], end: int) -> _Encoder | None:
+        tape, components = self._traced.runs.base.tape, self.pipeline.components
+        inputs = {name: event.outs[name] for name in ("input_ids", "attention_mask") if name in event.outs}
+        outputs = {}
+        for name, (ref, _) in births.items():
+            try:
+                TapeSlice(tape, (at + 1, end), inputs, {name: ref}, components)  # type: ignore[dict-item]
+                outputs[name] = ref
+            except UnsupportedError:
+                continue
+        if not outputs:
+            return None
+        module = TapeSlice(tape, (at + 1, end), inputs, outputs, components)  # type: ignore[arg-type]
+        rows = {name: births[name][1] for name in outputs}
+        tokens, ids = components[event.name], tape.value(event.outs["input_ids"])
+        role = event.name.replace("tokenizer", "text_encoder")
+        text = next(text for text in _texts(event) if BASE in text)
+        spec = EncoderSpec(
+            tokenizer=f"{event.name}/tokenizer.json",
+            length=ids.shape[1],
+            pad_id=tokens.pad_token_id,
+            end_id=tokens.eos_token_id,
+            graph=role,
+            mask="attention_mask" in module.read,
+            template=text.replace(BASE, "{prompt}"),
+        )
+        spec = self._checked_ids(event.name, spec)
+        return _Encoder(event.name, spec, _FirstRows(module, rows), tuple(outputs))  # type: ignore[arg-type]
+
+    def _checked_ids(self, component: str, spec: EncoderSpec) -> EncoderSpec:
+        """The spec with the cleaning that gives the pipeline's own ids, for prompts of several lengths and kinds."""
+        runs = self._traced.runs
+        tapes = {BASE: runs.base.tape, LONGER: runs.others[PROMPT].tape, SHORTER: runs.check.tape, ODD: self._odd}
+        for clean in CLEANINGS:
+            tried = msgspec.structs.replace(spec, clean=clean)
+            if all(
+                self._has_ids(tape, component, self._ids(component, tried, text)[0]) for text, tape in tapes.items()
+            ):
+                return tried
+        raise UnsupportedError(f"{component}: the runtime would give other token ids; it cannot be built yet")
+
+    @cached_property
+    def _odd(self) -> Tape:
+        """A prompt with capitals, white space and markup, up to the loop."""
+        return record(self.pipeline, self._traced.arguments, last_step=0, prompt=ODD)[0]
+
+    @staticmethod
+    def _has_ids(tape: Tape, component: str, ids: Tensor) -> bool:
+        """Whether a tokenizer gave these ids in a recording."""
+        events = [e for e in tape.items if isinstance(e, Event) and e.kind == "tokenize" and e.name == component]
+        found = [tape.value(event.outs["input_ids"]) for event in events if "input_ids" in event.outs]
+        return any(its.shape == ids.shape and bool((its == ids).all()) for its in found)
+
+    def _ids(self, component: str, spec: EncoderSpec, text: str) -> tuple[Tensor, Tensor]:
+        """As `runtime.text.PromptTokenizer.ids`; int64 [1, length] each."""
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(self.pipeline.components[component].backend_tokenizer.to_str())
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(spec.length)
+        found = tokenizer.encode(spec.template.replace("{prompt}", CLEANINGS[spec.clean](text))).ids
+        if spec.end_id is not None and len(found) == spec.length:
+            found[-1] = spec.end_id
+        count = spec.length - len(found)
+        mask = torch.tensor([[1] * len(found) + [0] * count])
+        return torch.tensor([[*found, *[spec.pad_id] * count]]), mask
+
+    def tokens(self, prompts: Sequence[str], role: str = "text_encoder") -> dict[str, Tensor]:
+        """Inputs of a text encoder graph, for one prompt."""
+        encoder = next(each for each in self._encoders if each.spec.graph == role)
+        ids, mask = self._ids(encoder.component, encoder.spec, prompts[0])
+        names = {"input_ids": ids, "attention_mask": mask}
+        return {name: names[name].to(self.device) for name in encoder.module.read}
+
+    @torch.no_grad()
+    def embed(  # type: ignore[override]  # `denoise.Conditions`
+        self, prompts: Sequence[str], negative: str | Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Conditions by name, [R, …]; under guidance the negative prompts' rows first."""
+        negative = self.profile.sampling.negative_prompt if negative is None else negative
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        rows = [self._embed(text) for text in ([*negatives, *prompts] if self.guided else prompts)]
+        return {name: torch.cat([row[name] for row in rows]) for name in self._conditions}
+
+    def _embed(self, text: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for encoder in self._encoders:
+            found |= encoder.module(self.tokens([text], encoder.spec.graph))
+        return found
+
+    def encoder_specs(self) -> tuple[EncoderSpec, ...]:
+        """How the runtime makes conditions of a prompt, a text encoder each."""
+        return tuple(encoder.spec for encoder in self._encoders)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Path in a bundle → `tokenizer.json`, without padding and truncation."""
+        files = {}
+        for encoder in self._encoders:
+            backend = self.pipeline.components[encoder.component].backend_tokenizer
+            copied = type(backend).from_str(backend.to_str())
+            copied.no_padding()
+            copied.no_truncation()
+            files[encoder.spec.tokenizer] = copied.to_str(pretty=False).encode()
+        return files
+
+    # ------------------------------------------------------------ ends
+
+    @cached_property
+    def ends(self) -> dict[str, End]:
+        """The graphs before and behind the steps, by role."""
+        found = {}
+        for encoder in self._encoders:
+            length = encoder.spec.length
+            specs = [TensorSpec(name=name, dtype="int64", shape=(1, length)) for name in encoder.module.read]
+            found[encoder.spec.graph] = End(encoder.module, tuple(specs), encoder.outputs)
+        latents = TensorSpec(name="latents", dtype="fp32", shape=(1, *self.latent_shape))
+        found["vae_decoder"] = End(self.vae_decoder, (latents,), ("frames",))
+        return found
+
+    @cached_property
+    def vae_decoder(self) -> nn.Module:
+        """The VAE decoder graph as a module, as the pipeline decodes for `output_type="pt"`."""
+        tape, output = record(self.pipeline, self._traced.arguments, others={"output_type": "pt"})
+        last = max(k for k, item in enumerate(tape.items) if isinstance(item, Event) and item.kind == "step")
+        final, step = next(iter(plain(output).values())), tape.items[last]
+        if not isinstance(final, Tensor) or final.dim() not in (4, 5):
+            raise UnsupportedError(f"{self.trace.pipeline} cannot be built yet: its output is no tensor of pixels")
+        slice_ = TapeSlice(
+            tape, (last + 1, len(tape.items)), {"latents": refs(step.outs)[0]}, {"pixels": tape.ref(final)},
+            self.pipeline.components,
+        )  # fmt: skip
+        decoder = FramesDecoder(slice_, tape.value(refs(step.outs)[0]).dtype)
+        with torch.no_grad():
+            pixels = slice_({"latents": tape.value(refs(step.outs)[0])})["pixels"]
+        if relative(pixels, final) > TOLERANCE:
+            raise UnsupportedError(f"{self.trace.pipeline} cannot be built yet: its decoding is not reproduced")
+        return decoder
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents fp32 [1, *latent_shape] → frames uint8 [1, frames, height, width, 3]."""
+        frames: Tensor = self.vae_decoder({"latents": latents.to(self.device)})["frames"]
+        return frames
+
+    # ------------------------------------------------------------ sampling
+
+    def scheduler(self, steps: int | None = None) -> Any:
+        """The diffusers scheduler as the pipeline sets it up for so many steps."""
+        count = self.profile.sampling.steps if steps is None else steps
+        tape, _ = record(self.pipeline, self._traced.arguments, last_step=0, others={"num_inference_steps": count})
+        return next(iter(tape.schedulers.values()))
+
+    def noise(self, seed: int) -> Tensor:
+        """As `Model.noise`."""
+        return next(self.noises(seed))
+
+    def noises(self, seed: int) -> Iterator[Tensor]:
+        """As `Model.noises`: drawn in the shape of the latents that the sampler steps (packed, where they are)."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        while True:
+            yield torch.randn((1, *self.latent_shape), generator=generator)[0]
+
+    @torch.no_grad()
+    def reference(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        *,
+        negative: str | Sequence[str] | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        steps: int | None = None,
+    ) -> Tensor:
+        """The pipeline's own final latents for one request, fp32 [1, *latent_shape] on the CPU."""
+        if len(prompts) != 1:
+            raise InputError(f"a traced pipeline runs one request a call, got {len(prompts)}")
+        arguments = self._traced.arguments
+        first = next(iter(arguments.scales), None)
+        scales = {} if guidance_scale is None or first is None else {first: guidance_scale}
+        negative = self.profile.sampling.negative_prompt if negative is None else negative
+        tape, _ = record(
+            self.pipeline,
+            arguments,
+            prompt=prompts[0],
+            negative=negative if isinstance(negative, str) else negative[0],
+            scales=scales,
+            others={
+                "latents": noise.to(self.device, self._traced.runs.base.programs[0].x[0].dtype),
+                "num_inference_steps": self.profile.sampling.steps if steps is None else steps,
+                **({} if generator is None else {"generator": generator}),
+            },
+        )
+        return _final(tape).float().cpu()
+
+    def check_own_parts(self) -> None:
+        """Conditions and one whole run, from the model's own parts, must be the pipeline's.
+
+        Raises:
+            UnsupportedError: they are not; says which part.
+        """
+        runs = self._traced.runs
+        for prompt, negative, run in (
+            (BASE, BASE_NEGATIVE, runs.base),
+            (SHORTER, SHORTER_NEGATIVE, runs.check),
+        ):
+            own = self.embed([prompt], negative)
+            for k, slot in self._slots():
+                if slot.role != "condition":
+                    continue
+                name, wanted = self._name(slot), run.programs[0].values[k]
+                rows = own[name][list(self._rows(k, slot))]
+                if relative(rows.to(wanted.dtype).float(), wanted.float()) > TOLERANCE:
+                    raise UnsupportedError(
+                        f"{self.trace.pipeline} cannot be built yet: {name} is not reproduced from token ids"
+                    )
+        self.body()
+        _ = self.vae_decoder
+
+
+class _FirstRows(nn.Module):
+    """A text encoder whose outputs are one row each: the prompt's."""
+
+    def __init__(self, module: TapeSlice, rows: dict[str, int]) -> None:
+        super().__init__()
+        self.module, self._rows = module, rows
+        self.read = module.read
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Token ids → conditions [1, …]; masks as int64."""
+        found = {name: value[self._rows[name]][None] for name, value in self.module(inputs).items()}
+        return {name: value.long() if value.dtype == torch.bool else value for name, value in found.items()}
+
+
+def _texts(event: Event) -> list[str]:
+    """The texts of a tokenizer's call that have the base prompt in them."""
+    return [leaf for leaf in pytree.tree_leaves(event.inputs) if isinstance(leaf, str) and BASE in leaf]
+
+
+def _final(tape: Tape) -> Tensor:
+    """What the sampler's last step returned."""
+    step = [item for item in tape.items if isinstance(item, Event) and item.kind == "step"][-1]
+    latents: Tensor = tape.value(refs(step.outs)[0])
+    return latents
+
+
+def request_from_profile(profile: Profile, pipeline: Any) -> TraceRequest:
+    """What a profile asks of a trace."""
+    names = inspect.signature(type(pipeline).__call__).parameters
+    frames = profile.shape.frames if any(name in names for name in ("num_frames", "video_length", "frames")) else None
+    return TraceRequest(
+        height=profile.shape.height,
+        width=profile.shape.width,
+        frames=frames,
+        guidance_scale=profile.sampling.guidance_scale,
+        max_sequence_length=profile.text_length if "max_sequence_length" in names else None,
+    )

@@ -1,0 +1,280 @@
+"""Tracing: every tiny pipeline, found by listing; and toy pipelines that do what must be refused."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
+from lemica_trt.core.values import json_bytes, value_from_json
+from lemica_trt.ir.trace import Trace, TraceRequest
+from lemica_trt.models.trace import trace_pipeline
+from lemica_trt.models.trace.tape import Recorder
+from lemica_trt.testing.pipelines import CASES, tiny_pipeline
+
+pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of diffusers and transformers
+
+FOUND: dict[str, Trace] = {}
+
+
+def traced(name: str) -> Trace:
+    """The trace of a case, made once."""
+    case = CASES[name]
+    if case.needs and importlib.util.find_spec(case.needs) is None:
+        pytest.skip(f"needs {case.needs}")
+    if name not in FOUND:
+        FOUND[name] = trace_pipeline(tiny_pipeline(name), case.request)
+    return FOUND[name]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.refusal])
+def test_every_pipeline_is_reproduced_for_another_request(name: str) -> None:
+    trace = traced(name)
+    assert trace.error <= 1e-4
+    prompted = {what for slot in trace.role("condition") for what in slot.of}
+    assert "prompt" in prompted
+    assert all(trunk.streams and trunk.error <= 2e-5 for trunk in trace.trunks), trace.trunks
+    assert value_from_json(Trace, json_bytes(trace), where="here") == trace
+    assert not [slot for slot in trace.slots if slot.role in ("condition", "column") and not slot.of]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.refusal])
+def test_known_refusals_say_why(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=CASES[name].refusal):
+        trace_pipeline(tiny_pipeline(name), CASES[name].request)
+
+
+def test_guidance_is_told_apart() -> None:
+    embedded, doubled, calls = traced("flux"), traced("cogvideox"), traced("wan")
+    assert [slot.component for slot in embedded.role("guidance")] == ["transformer"]
+    assert (doubled.guidance.doubled, doubled.guidance.calls) == (True, 1)
+    assert (calls.guidance.doubled, calls.guidance.calls) == (False, 2)
+    assert max(trace.guidance.nonlinearity for trace in (embedded, doubled, calls)) < 1e-5
+    assert traced("qwen-image").guidance.nonlinearity > 1e-2  # it rescales the guided output
+
+
+def test_dynamic_guidance_is_a_line_at_each_step() -> None:
+    (slot,) = traced("cogvideox-dpm").role("guidance")
+    assert slot.of == ("step", "guidance_scale")
+    offsets, factors = zip(*(row.guidance for row in _dynamic_rows()))
+    assert slot.column == pytest.approx(offsets, abs=1e-4)
+    assert slot.factor == pytest.approx(factors, abs=1e-4)
+
+
+def _dynamic_rows() -> Any:
+    from lemica_trt.models.scheduler import sampler_table
+
+    scheduler = tiny_pipeline("cogvideox-dpm").scheduler
+    scheduler.set_timesteps(4)
+    return sampler_table(scheduler, dynamic_guidance=True).rows[:-1]
+
+
+def test_two_experts_are_two_kinds_of_steps_that_share_conditions() -> None:
+    trace = traced("wan2.2")
+    assert [kind.calls for kind in trace.kinds] == [("transformer",) * 2, ("transformer_2",) * 2]
+    assert [trunk.component for trunk in trace.trunks] == ["transformer", "transformer_2"]
+    assert len(trace.role("condition")) == 2
+
+
+def test_several_states_have_a_sampler_each() -> None:
+    trace = traced("ltx2")
+    assert len(trace.states) == 2
+    assert len(trace.trunks[0].streams) == 2
+
+
+def test_masks_are_conditions_although_equal_prompts_share_them() -> None:
+    arguments = {slot.argument for slot in traced("pixart-sigma").role("condition")}
+    assert arguments == {"encoder_hidden_states", "encoder_attention_mask"}
+
+
+def test_shapes_that_follow_the_prompt_are_told() -> None:
+    assert traced("latte").text == "free"
+    assert traced("latte").text_slots == ("encoder_hidden_states",)
+    assert traced("flux").text == "fixed"
+
+
+def test_values_that_become_pythons_inside_a_network_are_told() -> None:
+    assert traced("lumina2").python == ("transformer: tolist",)
+    assert traced("flux").python == ()
+
+
+def test_templates_of_chats_are_found() -> None:
+    templates = [encoder.template for encoder in traced("z-image").encoders]
+    assert any("{prompt}" in template and "user" in template for template in templates)
+
+
+def test_the_pipeline_is_left_as_it_was() -> None:
+    pipeline = tiny_pipeline("wan")
+    kinds = (type(pipeline.scheduler), type(pipeline.tokenizer))
+    before = [dict(vars(kind)) for kind in kinds]
+    trace_pipeline(pipeline, CASES["wan"].request)
+    assert [dict(vars(kind)) for kind in kinds] == before
+    assert "decode" not in vars(pipeline.vae)
+    hooks = [m for m in pipeline.transformer.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not hooks
+
+
+class Net(nn.Module):
+    """x, t, text → output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        x = self.inner(x) + text + 0.001 * t
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return self.head(x)
+
+
+class Toy:
+    """A pipeline whose loop is overridden by what a test wants of it."""
+
+    def __init__(self, body: Any = None) -> None:
+        torch.manual_seed(0)
+        self.transformer = Net()
+        self.text_encoder = nn.Embedding(128, 4)
+        self.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        self.body = body or (lambda toy, x, t, text, state: toy.transformer(x, t, text))
+        self.after = lambda toy, x, state: x
+        self.times = 1
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("transformer", "text_encoder", "scheduler")}
+
+    def __call__(self, prompt: str, num_inference_steps: int = 4, generator: Any = None) -> Tensor:
+        letters = torch.tensor([ord(letter) for letter in prompt.ljust(80)[:80]])
+        text = self.text_encoder(letters)[:8].mean(0) + self.text_encoder(letters).std(0)
+        x = torch.randn((1, 3, 4), generator=generator)
+        state = SimpleNamespace(
+            text=text, generator=generator, momentum=torch.zeros_like(x), length=len(prompt.split())
+        )
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            output = self.body(self, x, t, text, state)
+            for _ in range(self.times):
+                x = self.scheduler.step(output, t, x, return_dict=False)[0]
+            x = self.after(self, x, state)
+        return x
+
+
+def test_a_plain_loop_is_traced() -> None:
+    trace = trace_pipeline(Toy())
+    assert [slot.name for slot in trace.role("condition")] == ["text"]
+    assert [slot.name for slot in trace.role("column")] == ["t"]
+    assert trace.trunks[0].lists == {"blocks": 2}
+    assert trace.trunks[0].streams == (("head", "0"),)
+    assert trace.guidance.parameters == ()
+
+
+def _by_list(toy: Any, x: Tensor, t: Tensor, text: Tensor, state: Any) -> Tensor:
+    return toy.transformer(x, t, torch.tensor(text.tolist())) * (1.0 + sum(text.tolist()))
+
+
+def _momentum(toy: Any, x: Tensor, t: Tensor, text: Tensor, state: Any) -> Tensor:
+    state.momentum = 0.5 * state.momentum + toy.transformer(x, t, text)
+    return state.momentum
+
+
+def _noise(toy: Any, x: Tensor, t: Tensor, text: Tensor, state: Any) -> Tensor:
+    return toy.transformer(x, t, text) + torch.randn(x.shape, generator=state.generator)
+
+
+def _branch(toy: Any, x: Tensor, t: Tensor, text: Tensor, state: Any) -> Tensor:
+    output = toy.transformer(x, t, text)
+    return 2 * output if output.mean() > 1e9 else output
+
+
+def _random(toy: Any, x: Tensor, t: Tensor, text: Tensor, state: Any) -> Tensor:
+    """Another operator in every call of the pipeline."""
+    state.calls = toy.calls = getattr(toy, "calls", 0) + 1
+    output = toy.transformer(x, t, text)
+    return output.sin() if (state.calls - 1) // 4 % 2 else output
+
+
+def _length(toy: Any, x: Tensor, t: Tensor, text: Tensor, state: Any) -> Tensor:
+    return toy.transformer(x, t, text) if state.length % 2 else toy.transformer(x, t, text).sin()
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (_momentum, "aten.add.Tensor reads for the sampler's input changes with the step and the request"),
+        (_noise, r"made by aten.randn.generator"),
+        (_branch, r"step 0 reads what depends on the latents by .item\(\)"),
+        (_random, r"step \d runs other operators with another"),
+        (lambda toy, x, t, text, state: toy.transformer(x, t, torch.ones(4)), "follows the prompt"),
+        (lambda toy, x, t, text, state: -x, "none of which calls a network"),
+    ],
+    ids=["momentum", "noise", "branch", "random", "no-prompt", "no-network"],
+)  # fmt: skip
+def test_loops_that_cannot_be_traced_are_refused_by_name(body: Any, reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=reason):
+        trace_pipeline(Toy(body))
+
+
+def test_operators_that_follow_the_length_of_the_prompt_are_told() -> None:
+    trace = trace_pipeline(Toy(_length))
+    assert (trace.text, trace.text_slots) == ("free", ())
+
+
+def test_values_that_leave_through_python_are_conditions_or_refused() -> None:
+    """Numbers of a list become constants of the program; they follow the prompt, and so show as conditions."""
+    trace = trace_pipeline(Toy(_by_list))
+    assert {slot.argument for slot in trace.role("condition")} >= {"text"}
+
+
+def test_samplers_that_are_stepped_twice_are_refused() -> None:
+    toy = Toy()
+    toy.times = 2
+    with pytest.raises((UnsupportedError, InputError), match=r"FlowMatchEulerDiscreteScheduler|index"):
+        trace_pipeline(toy)
+
+
+def test_latents_that_are_changed_between_steps_are_refused() -> None:
+    toy = Toy()
+    toy.after = lambda toy, x, state: 0.9 * x
+    with pytest.raises(UnsupportedError, match="changes the latents between two steps"):
+        trace_pipeline(toy)
+
+
+def test_arguments_that_the_pipeline_has_not_are_refused() -> None:
+    with pytest.raises(UsageError, match="takes no height"):
+        trace_pipeline(Toy(), TraceRequest(height=8))
+    with pytest.raises(UsageError, match="takes no argument 'speed'"):
+        trace_pipeline(Toy(), TraceRequest(arguments={"speed": 2}))
+
+
+def test_shapes_that_the_pipeline_refuses_are_told_in_its_words() -> None:
+    with pytest.raises(InputError, match=r"WanPipeline refuses its arguments: .*height.*divisible by 16"):
+        trace_pipeline(tiny_pipeline("wan"), TraceRequest(height=33, width=48, frames=9))
+
+
+def test_in_place_writes_are_seen() -> None:
+    """A buffer that is written to in each step, and read whole."""
+
+    def body(toy: Any, x: Tensor, t: Tensor, text: Tensor, state: Any) -> Tensor:
+        buffer = torch.zeros(1, 5, 4)
+        buffer[:, :3] = x
+        buffer[:, 3:] = text
+        return toy.transformer(buffer, t, text)[:, :3]
+
+    assert trace_pipeline(Toy(body)).error < 1e-5
+
+
+def test_a_recording_ends_where_it_is_told_to() -> None:
+    toy = Toy()
+    recorder = Recorder(toy.components, last_step=2)
+    with torch.no_grad(), recorder() as tape:
+        toy("a bird")
+    assert tape.steps == 2

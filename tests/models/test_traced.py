@@ -1,0 +1,135 @@
+"""Models made from traces: every tiny pipeline either runs from its own parts as the pipeline does, or says why not."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from lemica_trt.core.errors import LemicaError, UnsupportedError
+from lemica_trt.ir.graphs import FULL, SKIP, TRUNK, step_layout
+from lemica_trt.ir.profile import Profile, Sampling, Shape
+from lemica_trt.models.denoise import denoise
+from lemica_trt.models.graph_specs import example_inputs, input_specs
+from lemica_trt.models.scheduler import sampler_table
+from lemica_trt.models.steps import step_modules
+from lemica_trt.models.traced import TracedModel
+from lemica_trt.planning.step_plan import uncached_plan
+from lemica_trt.testing.pipelines import CASES, tiny_pipeline
+
+pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of diffusers and transformers
+
+RUN = (
+    *("auraflow", "chroma", "cogvideox", "cogview3-plus", "easyanimate", "flux", "hunyuanvideo", "ltx", "mochi"),
+    "pixart-sigma",
+)
+
+REFUSED = {
+    "cogvideox-i2v": "takes more than a prompt",
+    "cogview4": "shapes follow the length of the prompt",
+    "latte": "shapes follow the length of the prompt",
+    "ltx2": "steps several latents at once",
+    "lumina2": r"reads values in Python \(transformer: tolist\)",
+    "sd3": "expected a condition that follows one tokenizer's ids|not reproduced from token ids",
+    "wan2.2": "its steps are of several kinds",
+}
+
+MODELS: dict[str, TracedModel] = {}
+
+
+def profile(name: str) -> Profile:
+    request, call = CASES[name].request, inspect.signature(type(tiny_pipeline(name)).__call__).parameters
+    scales = [parameter.default for key, parameter in call.items() if key.endswith(("guidance_scale", "cfg_scale"))]
+    length = call["max_sequence_length"].default if "max_sequence_length" in call else 77
+    return Profile(
+        name=name,
+        family="traced",
+        source="here",
+        dtype="fp32",
+        text_length=request.max_sequence_length or length,
+        shape=Shape(frames=request.frames or 1, height=request.height or 32, width=request.width or 32),
+        sampling=Sampling(
+            steps=5, guidance_scale=next((float(s) for s in scales if isinstance(s, int | float) and s > 1), 1.0)
+        ),
+    )
+
+
+def model(name: str) -> TracedModel:
+    if name not in MODELS:
+        MODELS[name] = TracedModel(profile(name), tiny_pipeline(name), Path("here"))
+    return MODELS[name]
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_uncached_plan_is_the_pipeline(name: str) -> None:
+    """With a prompt, noise, guidance scale and number of steps that tracing has not seen."""
+    traced = model(name)
+    scale = traced.profile.sampling.guidance_scale * (1.1 if traced.guided else 1.0)
+    plan = uncached_plan(sampler_table(traced.scheduler()), guidance_scale=scale)
+    noise = traced.noise(5)[None]
+    prompt = "a green house by the tree"
+    got = denoise(traced, plan, traced.embed([prompt], "a dull picture"), noise)
+    want = traced.reference([prompt], noise, negative="a dull picture", guidance_scale=scale)
+    other = denoise(traced, plan, traced.embed(["the red cat"], "a dull picture"), noise)
+    effect = float((other - want).abs().max())  # of the prompt: small in networks of random weights
+    assert got == pytest.approx(want, abs=min(1e-4 * float(want.abs().max()), 0.05 * effect))
+    frames = traced.decode(got)
+    shape = traced.profile.shape
+    assert tuple(frames.shape) == (1, shape.frames, shape.height, shape.width, 3)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_skipping_with_the_own_residual_is_the_full_step(name: str) -> None:
+    traced = model(name)
+    layout = step_layout(
+        latent_shape=traced.latent_shape,
+        latent_history=1,
+        output_history=1,
+        conditions=traced.conditions,
+        guided=traced.guided,
+    )
+    modules = step_modules(traced, layout)
+    inputs = example_inputs(input_specs(FULL.name, traced, layout, {}), 1, traced.device)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {key: torch.rand(x.shape, generator=generator).to(x.dtype) for key, x in inputs.items()}
+    inputs |= traced.embed(["a bird"])
+    with torch.no_grad():
+        full = modules[FULL.name](inputs)
+        coefficients = inputs["coefficients"].clone()
+        coefficients[layout.offsets[TRUNK]] = 1.0
+        skipped = modules[SKIP.name]({**inputs, "coefficients": coefficients, f"{TRUNK}_0": full[TRUNK]})
+    output = full["output"]
+    assert skipped["output"] == pytest.approx(output, abs=2e-5 * float(output.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["chroma", "flux"])
+def test_requests_of_a_batch_are_independent(name: str) -> None:
+    traced = model(name)
+    plan = uncached_plan(sampler_table(traced.scheduler()), guidance_scale=traced.profile.sampling.guidance_scale)
+    noise = torch.stack([traced.noise(1), traced.noise(2)])
+    prompts = ["a red cat", "a green dog"]
+    together = denoise(traced, plan, traced.embed(prompts), noise)
+    for i, prompt in enumerate(prompts):
+        alone = denoise(traced, plan, traced.embed([prompt]), noise[i : i + 1])
+        assert together[i : i + 1] == pytest.approx(alone, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_built_yet_says_why(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=REFUSED[name]):
+        TracedModel(profile(name), tiny_pipeline(name), Path("here"))
+
+
+def test_other_precisions_and_batches_are_refused() -> None:
+    import msgspec
+
+    for changes in ({"dtype": "bf16"}, {"shape": msgspec.structs.replace(profile("flux").shape, max_batch=2)}):
+        with pytest.raises(LemicaError, match="in fp32 and for one request a call"):
+            TracedModel(msgspec.structs.replace(profile("flux"), **changes), tiny_pipeline("flux"), Path("here"))
+
+
+def test_the_guidance_scale_that_a_network_embeds_is_baked() -> None:
+    assert not model("flux").guided
+    assert model("ltx").guided
