@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -331,14 +332,21 @@ FIRST_ROUND = 2
 that began with 4 samples, each would have had the same winner."""
 
 
+LEAD, ENOUGH = 6.0, 8
+"""Of fewer samples than `ENOUGH` chance decides which plan comes out best: the first plan, whose method is known to be
+good, is kept unless another one leads by more than `LEAD`/√samples dB, about what two plans differ by from sample to
+sample over the root of their number."""
+
+
 def select(plans: Sequence[StepPlan], samples: int, run: Run) -> tuple[StepPlan, TrialTable]:
     """The plan that does best, by successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943).
 
     The first round tries every plan on `FIRST_ROUND` samples; each further round keeps the better half, at least 2,
-    and doubles the samples. LeMiCa's plan stays to the end if it is there, so that every gain is seen against it.
+    and doubles the samples. The first plan stays to the end, and LeMiCa's if it is there, so that every gain is seen
+    against it.
 
     Args:
-        plans: of one budget or one time, at least one; of equals the first wins.
+        plans: of one budget or one time, at least one; of equals the first wins, and see `LEAD`.
         samples: of the last round.
         run: tries plans.
     """
@@ -351,10 +359,11 @@ def select(plans: Sequence[StepPlan], samples: int, run: Run) -> tuple[StepPlan,
     for new, count in rounds(len(plans), samples):
         if scores[0]:
             kept = sorted(alive, key=mean, reverse=True)[:count]
-            alive = [index for index in alive if index in kept or plans[index].method == PAPER]
+            alive = [index for index in alive if index in (0, *kept) or plans[index].method == PAPER]
         for index, found in zip(alive, run([plans[index] for index in alive], new)):
             scores[index] += found
-    order = sorted(range(len(plans)), key=lambda index: (-len(scores[index]), -mean(index)))
+    lead = LEAD / math.sqrt(samples) if samples < ENOUGH else 0.0
+    order = sorted(range(len(plans)), key=lambda index: (-len(scores[index]), -mean(index) + lead * (index > 0)))
     trials = [
         Trial(label=plans[index].method, full_steps=plans[index].full_steps, snr=tuple(scores[index]))
         for index in order
@@ -372,5 +381,5 @@ def rounds(plans: int, samples: int) -> list[tuple[range, int]]:
 
 
 def trial_runs(plans: int, samples: int) -> int:
-    """Runs of plans that `select` makes, apart from LeMiCa's where it is not among the better half."""
+    """Runs of plans that `select` makes, apart from those of the first and LeMiCa's where the better half lacks them."""
     return sum(len(new) * alive for new, alive in rounds(plans, samples))

@@ -260,17 +260,16 @@ def dry_run_table(stages: Sequence[StageEstimate]) -> RenderableType:
             "–" if stage.disk is None else f"~{size(stage.disk)}",
             "–" if stage.memory is None else f"~{size(stage.memory)}",
         )
-    seconds = [stage.seconds for stage in stages]
-    known = [each for each in seconds if each is not None]
+    known = [stage.seconds for stage in stages if stage.seconds is not None]
     disk = [stage.disk for stage in stages if stage.disk is not None]
     memory = [stage.memory for stage in stages if stage.memory is not None]
     made.add_section()
     made.add_row(
         "total",
-        "" if len(known) == len(seconds) else "without what is not known here (–)",
+        "" if len(known) == len(stages) else "times and sizes are not known without the model",
         f"{sum(stage.samplings for stage in stages):.1f}",
-        f"~{duration(sum(known))}" if known else "–",
-        f"~{size(sum(disk))}" if disk else "–",
+        f"~{duration(sum(known))}" if len(known) == len(stages) else "–",
+        f"~{size(sum(disk))}" if len(known) == len(stages) else "–",
         f"~{size(max(memory))}" if memory else "–",
         style="bold",
     )
