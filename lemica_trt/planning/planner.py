@@ -381,5 +381,5 @@ def rounds(plans: int, samples: int) -> list[tuple[range, int]]:
 
 
 def trial_runs(plans: int, samples: int) -> int:
-    """Runs of plans that `select` makes, apart from those of the first and LeMiCa's where the better half lacks them."""
+    """Runs of plans that `select` makes, apart from those of the first and LeMiCa's where they are the worse half."""
     return sum(len(new) * alive for new, alive in rounds(plans, samples))
