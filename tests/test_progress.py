@@ -145,6 +145,21 @@ def test_the_time_left_is_that_of_all_stages() -> None:
     assert clock.seconds_left == pytest.approx(2 * 12)
 
 
+def test_stages_that_take_turns_are_not_over_before_all_are() -> None:
+    time = Time()
+    clock = Clock(time)
+    clock.expect([("fit", 20.0), ("select", 10.0), ("verify", 5.0)])
+    for name, total in (("fit", 10), ("select", 5), ("fit", 10)):
+        clock.stage(name)
+        clock.advance(0, total)
+        assert clock.counts
+        time.now += total
+        clock.advance(total, total)
+    assert clock.seconds_left == pytest.approx(5 + 5)
+    clock.stage("verify")
+    assert clock.seconds_left == pytest.approx(5)
+
+
 def test_lines_say_where_the_build_is() -> None:
     time, file = Time(), StringIO()
     lines = Lines(Console(file=file), interval=-1, clock=Clock(time))

@@ -83,3 +83,21 @@ def test_inspect_plan_and_run(built: tuple[Path, subprocess.CompletedProcess[str
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{arguments[0]}: {done.stderr}"
     assert clip.stat().st_size > 0
+
+
+def test_engines_are_built_and_dry_runs_count_on_a_work_folder_without_the_model(
+    built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    work = Path(shutil.copytree(built[0].with_name("bundle.work"), tmp_path / "bundle.work"))
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root}
+    command = [sys.executable, "-c", SCRIPT, "engine", str(work), "--output", str(tmp_path / "other"), "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert Bundle.open(tmp_path / "other").plans == Bundle.open(built[0]).plans
+    command = [sys.executable, "-c", SCRIPT, "build", "--model", "cogvideox-tiny", "--dry-run", "--json"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "bundle")], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "unchanged" not in {stage["what"] for stage in json.loads(done.stdout)}

@@ -21,9 +21,6 @@ from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models.model import Model
 from lemica_trt.planning.planner import Fit
 
-TRAJECTORIES = "trajectories"
-"""Folder of the uncached runs, below that of the journals."""
-
 
 def calibrate(
     model: Model,
@@ -31,6 +28,7 @@ def calibrate(
     prompts: Sequence[str],
     *,
     journals: Path,
+    trajectories: Path,
     reporter: Reporter,
     workers: Workers,
     sensitivity: Sensitivity | None = None,
@@ -40,6 +38,8 @@ def calibrate(
     Args:
         model, table, prompts, workers: as in `exact.measure`.
         journals: folder of finished work, which is not done again.
+        trajectories: folder where the uncached runs are kept, which must exist where the workers run; see
+            `calibrate.trajectories`.
         sensitivity: of another calibration, where the profile's method is `retargeted`.
 
     Raises:
@@ -59,7 +59,7 @@ def calibrate(
         exact = measure(model, table, prompts, journal=journal, **running, **common)
         return Calibration(graph=exact.graph, grams=exact.grams)
     common |= {"method": settings.method, "sensitivity": sensitivity}
-    running |= {"rollouts": rollouts_of(settings), "trajectories": journals / TRAJECTORIES}
+    running |= {"rollouts": rollouts_of(settings), "trajectories": trajectories}
     journal = _journal(journals, cheap_measurement(model, table, prompts, **common).digest)
     found = calibrate_cheaply(model, table, prompts, journal=journal, **running, **common)
     reporter.note(
@@ -81,6 +81,7 @@ def fit_by_model(
     *,
     reference: SamplerTable | None,
     journals: Path,
+    trajectories: Path,
     reporter: Reporter,
 ) -> Fit | None:
     """Fits solvers to a model on the first samples of its calibration; None where the sampler draws noise.
@@ -89,6 +90,7 @@ def fit_by_model(
         model: opens it; called when there is something to fit.
         reference: the sampler at M steps, where plans are compared with that.
         journals: folder of finished fits.
+        trajectories: folder of uncached runs.
     """
     if table.stochastic:
         return None
@@ -105,7 +107,7 @@ def fit_by_model(
             samples=samples,
             seed=settings.seed,
             journal=journals / f"fits-{measurement.digest[:16]}.jsonl",
-            trajectories=journals / TRAJECTORIES,
+            trajectories=trajectories,
             progress=reporter.advance,
         )
 

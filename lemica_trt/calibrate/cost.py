@@ -66,7 +66,7 @@ def exact_cost(num_steps: int, max_skip: int, samples: int) -> Cost:
 
 
 def start_cost(num_steps: int, max_skip: int, start: int) -> int:
-    """Full evaluations of all segments of a start; see `cost`."""
+    """Full evaluations of all segments of a start; see `exact_cost`."""
     return 1 + sum(num_steps - j for j in range(start + 2, min(start + max_skip + 1, num_steps) + 1))
 
 

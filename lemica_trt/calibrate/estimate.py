@@ -96,7 +96,7 @@ def calibrate_cheaply(
 
     Args:
         rollouts: samples whose sensitivity is measured, the first ones; None: all. None is where it is retargeted.
-        trajectories: folder where the uncached runs are kept, by workers that see it; None: they are not.
+        trajectories: folder where the uncached runs are kept, by workers that see its parent; None: they are not.
         sensitivity: of another calibration; given exactly where the method is `retargeted`.
         model, table, prompts, samples, seed, max_skip, journal, progress, batch, workers: as in `measure`; a unit of
             the journal is a sample.

@@ -59,7 +59,7 @@ class CheapMeasurement(Measurement, frozen=True, kw_only=True):
 
     Attributes:
         method: how.
-        knots, gap: of the sensitivities; 0 where they are those of another calibration.
+        knots, gap: of the sensitivities.
         sensitivity: digest of the `Sensitivity` of another calibration, where that is used.
     """
 

@@ -7,6 +7,7 @@ was damaged or altered is not used, and its run is made again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ class Trajectories(NamedTuple):
     """A folder of uncached runs.
 
     Attributes:
-        folder: need not exist; None: runs are not kept.
+        folder: absolute; need not exist, its parent must, else nothing is kept; None: runs are not kept.
     """
 
     folder: Path | None
@@ -43,16 +44,17 @@ class Trajectories(NamedTuple):
     def find(self, model: Model, table: SamplerTable, prompt: str, seed: int) -> Tensor | None:
         """x_0 … x_N of a run, on the host; None: it was not kept."""
         for path in self.files(model, table, prompt, seed):
-            data = path.read_bytes()
-            if path.stem.endswith(_digest(data)):
-                return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
-            path.unlink()
+            with contextlib.suppress(FileNotFoundError):  # another process has found it damaged, too
+                data = path.read_bytes()
+                if path.stem.endswith(_digest(data)):
+                    return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+                path.unlink()
         return None
 
     def keep(self, model: Model, table: SamplerTable, prompt: str, seed: int, run: Uncached) -> Tensor:
         """Put a run into the folder; returns x_0 … x_N, on the host."""
         latents = torch.stack([part.latents[0] for part in run.runs[1:]] + [run.final]).cpu()
-        if self.folder is not None:
+        if self.folder is not None and self.folder.parent.is_dir():  # else this is a worker that does not see it
             file = io.BytesIO()
             np.save(file, latents.numpy())
             data = file.getvalue()

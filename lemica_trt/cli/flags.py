@@ -38,6 +38,9 @@ BUDGETS: dict[str, Callable[[str], Budget]] = {
 }
 """Flags that say what a plan may cost, and how one is read; one of them can be given."""
 
+SEARCH_SAMPLES = 8
+"""Validation samples at least, unless a flag says how many, where qualities are measured and not only compared."""
+
 REQUEST_FIELDS = frozenset(BuildRequest.__struct_fields__)
 
 PLANNING_FIELDS = ("budgets", "pareto", "methods", "schedule", "reference_steps")
@@ -102,6 +105,9 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
     if effort is not None:
         names = ("samples", "rollouts", "validation_samples")
         parts["calibration"] = {name: getattr(effort, name) for name in names}
+    if flags.get("min_psnr") is not None or flags.get("pareto"):
+        few = parts["calibration"].get("validation_samples", profile.calibration.validation_samples)
+        parts["calibration"]["validation_samples"] = max(few, SEARCH_SAMPLES)
     for name, (part, field) in PROFILE_FIELDS.items():
         if flags.get(name) is not None:
             parts[part][field] = flags[name]

@@ -139,7 +139,9 @@ def refuse_contradictions() -> None:
         "schedule", "budget", "speedup", "latency", "min_psnr", "pareto", "method", "error_graph", *calibration
     )
     refuse_together("error_graph", *calibration)
-    refuse_together("calibration_from", "calibration", "samples", "seed")
+    refuse_together("calibration_from", "calibration", "samples", "rollouts", "seed")
+    if click.get_current_context().params.get("calibration") == "exact":
+        refuse_together("rollouts", "calibration")
     for name, instead in REPLACED.items():
         if click.get_current_context().params.get(name) is not None:
             raise UsageError(f"--{name} is part of --method now", fix=instead)
@@ -218,8 +220,8 @@ planning = flags(
                  help="Or so long for the denoising loop of one request here, text encoder and VAE not in it: "
                  "2.5s, 800ms."),
     click.option("--min-psnr", metavar="DB[,DB…]",
-                 help="Or as few full steps as have this PSNR against the uncached run, the mean over clips that "
-                 "calibration has not seen."),
+                 help="Or as few full steps as have this PSNR against the uncached run, the mean over the validation "
+                 "samples, 8 at least unless --validation-samples says otherwise."),
     click.option("--pareto", is_flag=True, default=None,
                  help="Also measure budgets over the whole range: quality and speed-up, as a table and a plot."),
     method,

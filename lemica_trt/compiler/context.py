@@ -56,6 +56,11 @@ class Context(contextlib.ExitStack):
         self.work, self.inputs, self.reporter, self.output = work, inputs, reporter, output
         self.view = View(work, [])
 
+    @property
+    def trajectories(self) -> Path:
+        """Where uncached runs are kept; absolute, because workers may run elsewhere."""
+        return (self.work.journals / "trajectories").resolve()
+
     def select(self, stages: Sequence[Stage]) -> list[Stage]:
         """Let these stages, and no others, take part."""
         self.view = View(self.work, [stage.name for stage in stages])

@@ -20,6 +20,7 @@ from lemica_trt.core.errors import InfeasibleError
 from lemica_trt.core.progress import Quiet
 from lemica_trt.evaluate.timing import TIMED_STEPS
 from lemica_trt.ir.budget import Budget, MinPsnr, StepTimes, format_budget
+from lemica_trt.ir.profile import TRACED
 from lemica_trt.ir.report import StageEstimate
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.planning.budget import front_budgets, max_full_steps
@@ -55,6 +56,12 @@ class DryContext(Context):
     def reference(self) -> None:
         return None
 
+    def digest(self, name: str) -> str:
+        """As `Context.digest`; weights that are not here are of no known revision, so that nothing is unchanged."""
+        if name in ("weights", "libraries") and not self.has_model:
+            return ""
+        return super().digest(name)
+
     @cached_property
     def has_model(self) -> bool:
         """Whether weights and libraries are on this machine."""
@@ -64,10 +71,10 @@ class DryContext(Context):
             return False
         return is_here(self.inputs.profile)
 
-    @property
+    @cached_property
     def forecast(self) -> Forecast:
-        """By the model's own sampler and size, where the model is here."""
-        if not self.has_model:
+        """By the model's own sampler and size, where the model is here, and need not be run to be understood."""
+        if not self.has_model or self.inputs.profile.family == TRACED:
             return Forecast.of_inputs(self.inputs, self.output)
         from lemica_trt.evaluate.estimate import estimate
 
@@ -107,12 +114,22 @@ class Forecast:
     @property
     def max_skip(self) -> int | None:
         """K; None where nothing is searched."""
-        return self.inputs.profile.calibration.max_skip if self.inputs.request.needs_calibration else None
+        if not self.inputs.request.needs_calibration:
+            return None
+        given = self.inputs.given.calibration
+        return self.inputs.profile.calibration.max_skip if given is None else given.graph.max_skip
 
     @property
     def reference_steps(self) -> int:
         """M."""
         return self.inputs.request.reference_steps or self.num_steps
+
+    @property
+    def reuses_runs(self) -> bool:
+        """Whether the calibration leaves the uncached runs that fits and trials compare with."""
+        inputs = self.inputs
+        calibrates = inputs.request.needs_calibration and inputs.given.calibration is None
+        return calibrates and inputs.profile.calibration.method != "exact" and self.reference_steps == self.num_steps
 
     @property
     def tried(self) -> list[Planner]:
@@ -190,7 +207,7 @@ def engine(forecast: Forecast) -> list[StageEstimate]:
         found.append(
             StageEstimate(name="engine", what=name)
             if built is None
-            else StageEstimate(name="engine", what=name, seconds=built.seconds, memory=built.memory)
+            else StageEstimate(name="engine", what=name, seconds=built.seconds or 0.0, memory=built.memory)
         )
     return found
 
@@ -200,40 +217,39 @@ def time(forecast: Forecast) -> list[StageEstimate]:
 
 
 def calibrate(forecast: Forecast) -> list[StageEstimate]:
-    from lemica_trt.calibrate.cost import calibration_cost
+    from lemica_trt.calibrate.cost import calibration_cost, rollouts_of
 
     if forecast.inputs.given.calibration is not None:
         return [forecast.stage("calibrate", "the error graph that was given")]
     settings = forecast.inputs.profile.calibration
-    calls = calibration_cost(settings, forecast.num_steps)
-    rolled = f", {settings.rollouts} rolled out" if settings.method == "secant" else ""
-    what = f"{settings.method}: {settings.samples} samples{rolled}"
+    calls, rollouts = calibration_cost(settings, forecast.num_steps), rollouts_of(settings)
+    what = f"{settings.method}: {count(settings.samples, 'sample')}" + (f", {rollouts} rolled out" if rollouts else "")
     return [forecast.stage("calibrate", what, calls.full + SKIPPED_STEP * calls.skip)]
 
 
 def plan(forecast: Forecast) -> list[StageEstimate]:
     """Fits, trials, and the quality of other budgets; one line each."""
     request, settings = forecast.inputs.request, forecast.inputs.profile.calibration
-    tried, budgets = forecast.tried, forecast.budgets
+    tried, budgets = forecast.tried, [budget for budget in forecast.budgets if budget < forecast.num_steps]
     searches = request.schedule is None and (request.pareto or any(isinstance(b, MinPsnr) for b in request.budgets))
     front = front_budgets(forecast.num_steps, forecast.max_skip) if searches else ()
-    complete = tried_budgets([*budgets, *front], try_all=request.tries_all)
+    planned = list(dict.fromkeys([*budgets, *front]))
+    complete = tried_budgets(planned, try_all=request.tries_all)
     found = []
     fits = sum(
         sum("fit" in planner.needs for planner in (tried if budget in complete else tried[:1])) * budget
-        for budget in (*budgets, *front)
+        for budget in planned
     )
     if fits:
-        what = f"solvers on {settings.fit_samples} samples, to {forecast.reference_steps} steps"
-        made_anew = 0 if forecast.reference_steps == forecast.num_steps and _keeps_runs(forecast) else 1
+        what = f"solvers on {count(settings.fit_samples, 'sample')}, to {forecast.reference_steps} steps"
+        made_anew = 0 if forecast.reuses_runs else 1
         steps = settings.fit_samples * (made_anew * forecast.reference_steps + fits)
         found.append(forecast.stage("fit", what, steps))
     runs = trial_runs(len(tried), settings.validation_samples) if len(tried) > 1 else 0
     if runs:
-        known = _keeps_runs(forecast) and settings.fit_samples < settings.samples
+        known = forecast.reuses_runs and settings.fit_samples < settings.samples
         references = 0 if known else settings.validation_samples * forecast.reference_steps
-        count = settings.validation_samples
-        what = f"{len(tried)} plans compared on {count} sample{'s' if count > 1 else ''}"
+        what = f"{len(tried)} plans compared on {count(settings.validation_samples, 'sample')}"
         found.append(forecast.stage("select", what, references + runs * sum(complete)))
     if front:
         what = f"{len(front)} budgets of {front[0]} … {front[-1]} looked at"
@@ -241,12 +257,6 @@ def plan(forecast: Forecast) -> list[StageEstimate]:
     plans = "given schedule" if request.schedule is not None else ", ".join(map(format_budget, request.budgets))
     what = f"{', '.join(request.methods)}; {plans}"
     return [*found, StageEstimate(name="plan", what=what, seconds=0.1, disk=20_000)]
-
-
-def _keeps_runs(forecast: Forecast) -> bool:
-    """Whether the calibration leaves the uncached runs of its samples."""
-    inputs = forecast.inputs
-    return inputs.given.calibration is None and inputs.profile.calibration.method != "exact"
 
 
 def bundle(forecast: Forecast) -> list[StageEstimate]:
@@ -258,6 +268,13 @@ def verify(forecast: Forecast) -> list[StageEstimate]:
     """Agreement of one run of each plan, and the held-out clips: plans, and baselines of the first."""
     samples, budgets = forecast.inputs.request.verify_samples, forecast.budgets
     finer = forecast.reference_steps if forecast.reference_steps != forecast.num_steps else 0
-    agreement = forecast.num_steps + sum(budgets) + TIMED_STEPS
-    clips = samples * (forecast.num_steps + finer + sum(budgets) + 2 * budgets[0])
-    return [forecast.stage("verify", f"{samples} held-out clips", agreement + clips, models=2)]
+    agreement = forecast.num_steps + sum(set(budgets) - {forecast.num_steps}) + TIMED_STEPS
+    cached = [budget for budget in budgets if budget < forecast.num_steps]
+    compared = finer + sum(cached) + 2 * budgets[0] * (budgets[0] < forecast.num_steps)
+    clips = samples * (forecast.num_steps + compared) if cached else 0
+    return [forecast.stage("verify", count(samples, "held-out clip"), agreement + clips, models=2)]
+
+
+def count(number: int, what: str) -> str:
+    """`1 sample`, `2 samples`."""
+    return f"{number} {what}{'s' if number != 1 else ''}"

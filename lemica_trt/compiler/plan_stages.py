@@ -48,6 +48,7 @@ def run_calibrate(context: Context, folder: Path) -> Writes:
             table,
             inputs.prompts,
             journals=context.work.journals,
+            trajectories=context.trajectories,
             reporter=context.reporter,
             workers=context.work_on,
             sensitivity=inputs.given.sensitivity,
@@ -80,7 +81,7 @@ def run_plan(context: Context, folder: Path) -> Writes:
 
 def make_plans(context: Context) -> PlanSet:
     """Plans of the request's budgets, or of its schedule."""
-    from lemica_trt.calibrate.calibration import TRAJECTORIES, fit_by_model
+    from lemica_trt.calibrate.calibration import fit_by_model
     from lemica_trt.evaluate.evaluator import PlanEvaluator
     from lemica_trt.evaluate.samples import validation_samples
 
@@ -88,7 +89,7 @@ def make_plans(context: Context) -> PlanSet:
     request, settings, journals = inputs.request, inputs.profile.calibration, context.work.journals
     fit = fit_by_model(
         lambda: context.model, settings, table, inputs.prompts, reference=reference, journals=journals,
-        reporter=context.reporter,
+        trajectories=context.trajectories, reporter=context.reporter,
     )  # fmt: skip
     problem = context.problem(calibration_in(context.view), fit=fit)
     if request.schedule is not None:
@@ -106,7 +107,7 @@ def make_plans(context: Context) -> PlanSet:
         samples,
         reference=reference,
         folder=journals,
-        trajectories=journals / TRAJECTORIES,
+        trajectories=context.trajectories,
         reporter=context.reporter,
         workers=context.work_on,
     )

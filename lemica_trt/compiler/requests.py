@@ -15,7 +15,7 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import INPUTS, View, Workspace, digest_of, work_folder
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.values import Value, write_bytes, write_value
-from lemica_trt.ir.budget import Budget, FrontRow, Latency, Speedup
+from lemica_trt.ir.budget import Budget, FrontRow, Latency, MinPsnr, Speedup
 from lemica_trt.ir.calibration import Calibration, Sensitivity
 from lemica_trt.ir.engine import Option
 from lemica_trt.ir.plan import StepPlan
@@ -90,11 +90,12 @@ class BuildRequest(Value, frozen=True):
         """Whether a budget is in a unit of time."""
         return self.schedule is None and any(isinstance(budget, (Speedup, Latency)) for budget in self.budgets)
 
-    def check(self, dtype: DType | None) -> None:
+    def check(self, dtype: DType | None, *, validation_samples: int | None = None) -> None:
         """Refuse before any work what could only fail behind it.
 
         Args:
             dtype: of the engines; None: none are built.
+            validation_samples: of the calibration settings; None: no plan is tried.
 
         Raises:
             UsageError: unknown method, backend or option; budgets to be searched of a method that has only its own.
@@ -104,6 +105,12 @@ class BuildRequest(Value, frozen=True):
             planners_named(self.methods)
         if "published" in self.methods and (self.pareto or not all(isinstance(b, int) for b in self.budgets)):
             raise UsageError("published schedules have budgets of their own", fix="name one of them with --budget")
+        searches = self.pareto or any(isinstance(budget, MinPsnr) for budget in self.budgets)
+        if self.schedule is None and searches and validation_samples == 0:
+            raise UsageError(
+                "--min-psnr and --pareto measure quality on validation samples, and there are none",
+                fix="--validation-samples 8, or another --effort",
+            )
         if dtype is not None:
             for backend, options in options_by_backend(self.backends, self.options).items():
                 check_engine(backend, dtype, options)

@@ -58,7 +58,7 @@ def build(profile: Profile, output: Path, request: BuildRequest, reporter: Repor
         LemicaError: whatever a stage raises; finished stages stay in the work folder.
     """
     require_replaceable(output)
-    request.check(profile.dtype)
+    request.check(profile.dtype, validation_samples=profile.calibration.validation_samples)
     require_build_libraries()
     inputs = inputs_from_request(profile, request)
     last = "verify" if request.verify_samples else "bundle"
@@ -72,7 +72,7 @@ def dry_run(profile: Profile, output: Path, request: BuildRequest) -> list[Stage
     Where the model is not on this machine there are samplings and no times.
     """
     require_replaceable(output)
-    request.check(profile.dtype)
+    request.check(profile.dtype, validation_samples=profile.calibration.validation_samples)
     with DryContext(Workspace(work_folder(output)), inputs_from_request(profile, request), output=output) as context:
         stages = context.select(needed_stages(STAGES, context, "verify" if request.verify_samples else "bundle"))
         require_counts(context.forecast)
@@ -125,7 +125,10 @@ def plan(work: Path, changes: dict[str, Any], reporter: Reporter) -> PlanResult:
         changes: fields of the request.
     """
     inputs = changed_inputs(stored_inputs(Workspace(work)), changes)
-    inputs.request.check(inputs.profile.dtype if inputs.request.is_timed else None)
+    settings = inputs.profile.calibration
+    inputs.request.check(
+        inputs.profile.dtype if inputs.request.is_timed else None, validation_samples=settings.validation_samples
+    )
     with stages_run(Workspace(work), inputs, reporter, "plan") as context:
         made = plans_of(context)
         measured = context.read_if_there(Measured, artifacts.TIMES_FILE)
@@ -164,7 +167,8 @@ def stages_run(
     with work.locked(), Context(work, inputs, reporter, output=output) as context:
         inputs.store(work)
         stages = context.select(needed_stages(STAGES, context, last))
-        todo = estimate_stages(stages, context, Forecast.of_inputs(inputs, output))
+        may_run = [stage for stage in stages if only is None or stage.name in only]
+        todo = estimate_stages(may_run, context, Forecast.of_inputs(inputs, output))
         steps = sum(found.full_steps for found in todo)
         if steps:
             samplings = steps / inputs.profile.sampling.steps

@@ -69,6 +69,10 @@ class Tally:
         self._reporter.advance(self._done, self._total)
 
 
+TOGETHER = frozenset({"fit", "select", "quality"})
+"""Stages that take turns, once for each budget."""
+
+
 class Clock:
     """How long the stages that are left will take: their full steps, each as long as those were that have been done.
 
@@ -94,11 +98,13 @@ class Clock:
                 self._left[name] = self._left.get(name, 0.0) + steps
 
     def stage(self, name: str) -> None:
-        """A stage begins: those before it are over, whatever was expected of them."""
+        """A stage begins: those before it are over, whatever was expected of them; of `TOGETHER` none is over before
+        all are."""
         self._name, self._last = name, None
         if name in self._names:
             for before in self._names[: self._names.index(name)]:
-                self._left.pop(before, None)
+                if not {before, name} <= TOGETHER:
+                    self._left.pop(before, None)
 
     def advance(self, done: float, total: float) -> None:
         """Of `total` steps, those that are known from an earlier run among them, `done` are done."""

@@ -32,8 +32,13 @@ def cpu_share(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")
         lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    own = next((line.removeprefix("0::").strip("/") for line in lines if line.startswith("0::")), "")
-    folders = [root.joinpath(*own.split("/")[:depth]) for depth in range(len(own.split("/")) + 1)]
+    folders = []
+    for line in lines or ["0::/"]:
+        controllers, _, own = line.partition(":")[2].partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        names = [part for part in own.split("/") if part]
+        folders += [root.joinpath(controllers, *names[:depth]) for depth in range(len(names) + 1)]
     found = [share for share in map(_share_of, folders) if share is not None]
     return min(found, default=None)
 

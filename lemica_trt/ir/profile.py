@@ -10,6 +10,9 @@ DType = Literal["fp32", "fp16", "bf16"]
 """Precision of a network, by the names that trtexec and Polygraphy use."""
 
 
+TRACED = "traced"
+"""`Profile.family` of a pipeline that is traced."""
+
 CalibrationMethod = Literal["exact", "secant", "retargeted"]
 """How the weights of the error graph are obtained, see `lemica_trt.calibrate`."""
 

@@ -21,11 +21,12 @@ class Timing(Value, frozen=True):
         plan: its name.
         budget: full steps.
         full_step, skipped_step: median of a row that runs the full or the skip graph; None where there is none.
-        total: the whole denoising loop, median of the runs.
-        overhead: what a run takes beyond its full and skipped steps, as a fraction of them: in each run that is
-            timed row by row, its whole time against its own rows; median of the runs.
-        ratio: in the same runs, whole time / (budget · its median full step): 1 would be skipping at no cost at all.
-        speedup: total of the uncached plan / total; None where the bundle has no uncached plan.
+        total: the whole denoising loop, median of the runs but the first; of a single run that.
+        overhead: what a run takes beyond its full and skipped steps, as a fraction of them: of the first run, which
+            waits for the device after every row, its whole time against its own rows.
+        ratio: of the same run, whole time / (budget · its median full step): 1 would be skipping at no cost at all.
+        speedup: time of the uncached plan / time of this one on the same samples, the median, N/B at most; None where
+            the bundle has no uncached plan.
     """
 
     plan: str
@@ -208,11 +209,6 @@ class VerifyReport(Value, frozen=True):
     quality: tuple[Quality, ...]
     timing: tuple[Timing, ...]
     steps: StepTimes | None = None
-
-    def is_of(self, *, manifest_digest: str, backend: str, samples: int, machine: str) -> bool:
-        """Whether this is what `verify` would find out again: same bundle, engines, samples, machine."""
-        asked = (manifest_digest, backend, samples, machine)
-        return (self.manifest_digest, self.backend, self.samples, self.machine) == asked
 
     def failures(self) -> list[str]:
         """What is not as it must be; empty when all is well. A number that is not finite fails every comparison."""

@@ -20,7 +20,7 @@ import transformers
 from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.core.text import first_line
 from lemica_trt.core.threads import usable_threads
-from lemica_trt.ir.profile import DType, Profile, Sampling, Shape
+from lemica_trt.ir.profile import TRACED, DType, Profile, Sampling, Shape
 from lemica_trt.ir.resources import zoo_path
 from lemica_trt.models.cogvideox import CogVideoX
 from lemica_trt.models.family import DTYPES, Family
@@ -37,9 +37,6 @@ from lemica_trt.models.wan import Wan
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (CogVideoX(), Wan())}
 """All families, by name."""
-
-TRACED = "traced"
-"""`Profile.family` of a pipeline that is traced."""
 
 
 def family_from_name(name: str) -> Family:

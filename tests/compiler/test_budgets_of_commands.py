@@ -162,3 +162,11 @@ def test_a_work_folder_plans_by_time_on_engines_that_it_builds_for_it(
     record = Workspace(work).record("time")
     again = work_commands.plan(work, {"budgets": (Speedup(factor=1.2),), "methods": PAPER}, Quiet())
     assert again == made and Workspace(work).record("time") == record
+
+
+def test_a_quality_is_not_asked_for_where_nothing_measures_it() -> None:
+    request = BuildRequest(budgets=(MinPsnr(decibels=30.0),))
+    with pytest.raises(UsageError, match="measure quality on validation samples, and there are none"):
+        request.check(None, validation_samples=0)
+    request.check(None, validation_samples=1)
+    BuildRequest(budgets=(4,)).check(None, validation_samples=0)

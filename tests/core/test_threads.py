@@ -36,8 +36,12 @@ def test_what_is_no_number_is_left_aside(monkeypatch: pytest.MonkeyPatch, text: 
         ({}, "0::/\n", None),
         ({"cpu.max": "max 100000", "a/cpu.max": "400000 100000", "a/b/cpu.max": "50000 100000"}, "0::/a/b\n", 0.5),
         ({"a/cpu.max": "100000 100000", "a/b/cpu.max": "300000 100000"}, "1:x:/y\n0::/a/b\n", 1.0),
-        ({"cpu.cfs_quota_us": "200000\n", "cpu.cfs_period_us": "100000\n"}, "4:cpu:/\n", 2.0),
-        ({"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}, "", None),
+        (
+            {"cpu,cpuacct/a/cpu.cfs_quota_us": "200000\n", "cpu,cpuacct/a/cpu.cfs_period_us": "100000\n"},
+            "5:memory:/b\n4:cpu,cpuacct:/a\n",
+            2.0,
+        ),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, "4:cpu:/\n", None),
         ({"cpu.max": "nonsense"}, "0::/\n", None),
     ],
 )

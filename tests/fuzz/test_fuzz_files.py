@@ -85,13 +85,13 @@ def read(name: str) -> bytes:
     return (GOLDEN / name).read_bytes()
 
 
-@pytest.mark.null
+@pytest.mark.cpu
 @TIERS
 def test_manifests_with_a_digest_of_their_own(many: bool) -> None:
     run(manifest_alone, changed(read("bundle/manifest.json"), is_json=True), many=many)
 
 
-@pytest.mark.null
+@pytest.mark.cpu
 @TIERS
 def test_manifests_beside_their_digest(many: bool, tmp_path: Path) -> None:
     folder = shutil.copytree(GOLDEN / "bundle", tmp_path / "b")
@@ -99,27 +99,27 @@ def test_manifests_beside_their_digest(many: bool, tmp_path: Path) -> None:
     run(lambda data: manifest_in_its_folder(folder, data), data, many=many)
 
 
-@pytest.mark.null
+@pytest.mark.cpu
 @TIERS
 def test_plans(many: bool) -> None:
     run(plan, st.one_of(*(changed(read(f"bundle/plans/{name}.json"), is_json=True) for name in ("b3", "uncached"))),
         many=many)  # fmt: skip
 
 
-@pytest.mark.null
+@pytest.mark.cpu
 @TIERS
 def test_error_graphs(many: bool) -> None:
     run(error_graph, changed(read("bundle/calibration/error_graph.json"), is_json=True), many=many)
 
 
-@pytest.mark.null
+@pytest.mark.cpu
 @TIERS
 def test_all_other_values(many: bool) -> None:
     files = [st.tuples(st.just(name), changed(read(name), is_json=True)) for name in FILES if "manifest" not in name]
     run(any_value, st.one_of(*files), many=many)
 
 
-@pytest.mark.null
+@pytest.mark.cpu
 @TIERS
 def test_profiles(many: bool, tmp_path: Path) -> None:
     data = changed((ROOT / "engines/cogvideox-tiny.toml").read_bytes())

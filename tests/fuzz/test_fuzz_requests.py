@@ -60,7 +60,7 @@ def parameters_of_a_request(text: str) -> None:
     assert prompt is None or isinstance(prompt.encode(), bytes)
 
 
-@pytest.mark.null
+@pytest.mark.cpu
 @TIERS
 def test_parameters_of_triton_requests(many: bool) -> None:
     run(parameters_of_a_request, parameter_texts(), many=many)
@@ -81,7 +81,7 @@ def tensor_of_a_request(drawn: tuple[str, tuple[int, ...], float, bool]) -> None
         assert found is None or (found.shape == (4,) and found.dtype == kind)
 
 
-@pytest.mark.null
+@pytest.mark.cpu
 @TIERS
 def test_tensors_of_triton_requests(many: bool) -> None:
     numbers = st.sampled_from((0.0, 1.0, -1e300, 1e30, float("nan"), float("inf")))
