@@ -273,7 +273,12 @@ def is_here(profile: Profile) -> bool:
     source = profile.source
     if source.startswith("package:") or Path(source).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return True
-    return isinstance(huggingface_hub.try_to_load_from_cache(source, "model_index.json"), str)
+    found = huggingface_hub.try_to_load_from_cache(source, "model_index.json")
+    if not isinstance(found, str):
+        return False
+    index = _index(Path(found), where=source)
+    parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[:1] != [None]]
+    return all((Path(found).parent / name).is_dir() for name in parts)
 
 
 def _folder_from_source(source: str) -> Path:

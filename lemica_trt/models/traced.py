@@ -2,7 +2,8 @@
 
 What is not understood well enough to be built is refused when the model is loaded, before long work: several samplers,
 kinds of steps or networks, prompts that are not padded, a trunk with several streams, a text encoder that reads values
-in Python. Last, the uncached loop is run from its own parts and compared with the pipeline.
+in Python. Last, the conditions that its own encoders make of two requests are compared with the pipeline's. Whole runs
+are compared by `lemica-trt verify`, as for every model.
 """
 
 from __future__ import annotations
@@ -428,10 +429,10 @@ class TracedModel(Model):
         return _final(tape).float().cpu()
 
     def check_own_parts(self) -> None:
-        """Conditions and one whole run, from the model's own parts, must be the pipeline's.
+        """The conditions that its own encoders make of two requests must be the pipeline's; body and decoder can be made.
 
         Raises:
-            UnsupportedError: they are not; says which part.
+            UnsupportedError: they are not, or cannot; says which part.
         """
         runs = self._traced.runs
         for prompt, negative, run in (
