@@ -429,7 +429,7 @@ class TracedModel(Model):
         return _final(tape).float().cpu()
 
     def check_own_parts(self) -> None:
-        """The conditions that its own encoders make of two requests must be the pipeline's; body and decoder can be made.
+        """The conditions that its own encoders make of two requests must be the pipeline's; body and decoder are made.
 
         Raises:
             UnsupportedError: they are not, or cannot; says which part.
