@@ -169,7 +169,7 @@ model = flags(
 
 calibration = flags(
     click.option("--effort", type=click.Choice(list(EFFORTS)),
-                 help="How much is measured for a plan of 15 of 50 steps: about 8, 25 or 200 samplings; stands for "
+                 help="How much is measured for a plan of 15 of 50 steps: about 9, 25 or 190 samplings; stands for "
                  "--samples, --rollouts, --validation-samples, --verify-samples and --method  [default: normal]"),
     click.option("--calibration", type=click.Choice(["exact", "secant"]),
                  help="How edges are weighed: each one replayed, or estimated from few samplings  [default: secant]"),

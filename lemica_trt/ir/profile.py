@@ -91,7 +91,7 @@ EFFORTS = {
     "normal": Effort(samples=9, rollouts=2, validation_samples=1, verify_samples=3, methods=("auto",)),
     "thorough": Effort(samples=16, rollouts=16, validation_samples=32, verify_samples=32, methods=("all",)),
 }
-"""What `--effort` takes: about 8, 25 and 200 samplings for one budget of 15 of 50 steps."""
+"""What `--effort` takes: about 9, 25 and 190 samplings for one budget of 15 of 50 steps."""
 
 NORMAL = EFFORTS["normal"]
 
