@@ -74,8 +74,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     finer = sampler_table(model.scheduler(2 * STEPS))
     settings, prompts = model.profile.calibration, ["a cat", "a dog"]
     fit = fit_by_model(
-        lambda: model, settings, table, prompts, reference=finer, journals=folder / "journals", reporter=Quiet()
-    )
+        lambda: model, settings, table, prompts, reference=finer, journals=folder / "journals",
+        trajectories=folder / "trajectories", reporter=Quiet(),
+    )  # fmt: skip
     assert fit is not None
     solver = solver_table(table, schedule.full_steps, "dpmsolver++")
     plans = [
