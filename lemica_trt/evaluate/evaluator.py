@@ -72,7 +72,8 @@ class PlanEvaluator:
         budgets = "/".join(str(budget) for budget in sorted({plan.budget for plan in plans}))
         self._reporter.stage(
             "select",
-            f"{len(plans)} candidates for {budgets} full steps, compared on {self.samples.count} samples with "
+            f"{len(plans)} candidates for {budgets} full steps, compared on {self.samples.count} "
+            f"sample{'s' if self.samples.count != 1 else ''} with "
             f"{self._reference.num_steps} uncached steps",
         )
         plan, trials = select(plans, self.samples.count, self.scores)
