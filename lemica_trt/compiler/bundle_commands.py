@@ -145,7 +145,7 @@ def _plans_for(bundle: Bundle, request: BuildRequest, times: Any, front: Front |
             assert front is not None
             chosen.append(front.least(budget).plan)
         else:
-            chosen.append(found(budget)[0])
+            chosen.append(found(budget))
     return PlanSet(
         list({plan.name: plan for plan in chosen}.values()), tuple(plan.name for plan in chosen), front=front
     )

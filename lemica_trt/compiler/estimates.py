@@ -12,12 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from lemica_trt.backends.build import estimate as estimate_engine
 from lemica_trt.bundle.workspace import Workspace
 from lemica_trt.compiler.context import Context, open_model
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.core.errors import InfeasibleError
-from lemica_trt.core.progress import Quiet
+from lemica_trt.core.progress import Quiet, count
 from lemica_trt.evaluate.timing import TIMED_STEPS
 from lemica_trt.ir.budget import Budget, MinPsnr, StepTimes, format_budget
 from lemica_trt.ir.profile import TRACED
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
 
 SKIPPED_STEP = 0.01
 """A skipped step in full ones, of a large model; of the bundled ones it is four times that."""
+
+
+MOMENT = 1.0
+"""Seconds of a stage that computes next to nothing."""
 
 
 class DryContext(Context):
@@ -156,17 +162,16 @@ class Forecast:
     def stage(
         self, name: str, what: str, full_steps: float = 0.0, *, models: int = 1, disk: int | None = None
     ) -> StageEstimate:
-        """A stage that runs full steps in PyTorch, on so many copies of the model."""
-        known = self.cost is not None and full_steps > 0
-        return StageEstimate(
-            name=name,
-            what=what,
-            full_steps=full_steps,
-            samplings=full_steps / self.num_steps,
-            seconds=full_steps * self.cost.full_step if known and self.cost else 1.0 if not full_steps else None,
-            memory=models * self.cost.run_memory if known and self.cost else None,
-            disk=disk,
+        """A stage that runs full steps in PyTorch, on so many copies of the model; without any it takes a moment."""
+        found = StageEstimate(
+            name=name, what=what, full_steps=full_steps, samplings=full_steps / self.num_steps, disk=disk
         )
+        if not full_steps:
+            return msgspec.structs.replace(found, seconds=MOMENT)
+        if self.cost is None:
+            return found
+        seconds, memory = full_steps * self.cost.full_step, models * self.cost.run_memory
+        return msgspec.structs.replace(found, seconds=seconds, memory=memory)
 
 
 def require_counts(forecast: Forecast) -> None:
@@ -224,7 +229,9 @@ def calibrate(forecast: Forecast) -> list[StageEstimate]:
     settings = forecast.inputs.profile.calibration
     calls, rollouts = calibration_cost(settings, forecast.num_steps), rollouts_of(settings)
     what = f"{settings.method}: {count(settings.samples, 'sample')}" + (f", {rollouts} rolled out" if rollouts else "")
-    return [forecast.stage("calibrate", what, calls.full + SKIPPED_STEP * calls.skip)]
+    latents = settings.samples * (forecast.num_steps + 1)  # of the uncached runs, which are kept
+    kept = forecast.cost.latent * latents if forecast.cost is not None and settings.method != "exact" else None
+    return [forecast.stage("calibrate", what, calls.full + SKIPPED_STEP * calls.skip, disk=kept)]
 
 
 def plan(forecast: Forecast) -> list[StageEstimate]:
@@ -261,7 +268,7 @@ def plan(forecast: Forecast) -> list[StageEstimate]:
 
 def bundle(forecast: Forecast) -> list[StageEstimate]:
     disk = None if forecast.cost is None else forecast.cost.weights
-    return [StageEstimate(name="bundle", what=str(forecast.output), seconds=1.0, disk=disk)]
+    return [forecast.stage("bundle", str(forecast.output), disk=disk)]
 
 
 def verify(forecast: Forecast) -> list[StageEstimate]:
@@ -273,8 +280,3 @@ def verify(forecast: Forecast) -> list[StageEstimate]:
     compared = finer + sum(cached) + 2 * budgets[0] * (budgets[0] < forecast.num_steps)
     clips = samples * (forecast.num_steps + compared) if cached else 0
     return [forecast.stage("verify", count(samples, "held-out clip"), agreement + clips, models=2)]
-
-
-def count(number: int, what: str) -> str:
-    """`1 sample`, `2 samples`."""
-    return f"{number} {what}{'s' if number != 1 else ''}"

@@ -110,9 +110,9 @@ class Clock:
         """Of `total` steps, those that are known from an earlier run among them, `done` are done."""
         if not self.counts:
             return
-        now, known = self._now(), self._last is None
-        before, since = (0.0, now) if self._last is None else self._last
-        if not known:
+        now, before = self._now(), 0.0
+        if self._last is not None:  # what the first call says was done before this run
+            before, since = self._last
             self._steps += done - before
             self._seconds += now - since
         self._left[self._name] = max(self._left[self._name] - (done - before), total - done)
@@ -236,6 +236,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def count(number: int, what: str) -> str:
+    """`1 sample`, `2 samples`."""
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def size(count: int) -> str:

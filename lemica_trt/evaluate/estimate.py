@@ -6,6 +6,7 @@ measured here. Estimates: within a factor of about two for models that are busy 
 
 from __future__ import annotations
 
+import math
 from time import perf_counter
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ class Estimate(NamedTuple):
     Attributes:
         full_step, skipped_step: one request, both branches of the guidance.
         weights: all components, as they are stored.
+        latent: one latent in fp32.
         run_memory: peak while the model runs.
         export_memory: peak of the export; 1.15 times the weights was measured for CogVideoX-2B.
         export_seconds: of the export: `EXPORT_SECONDS` and its bytes at `EXPORT_SPEED`.
@@ -40,6 +42,7 @@ class Estimate(NamedTuple):
     full_step: float
     skipped_step: float
     weights: int
+    latent: int
     run_memory: int
     export_memory: int
     export_seconds: float
@@ -55,6 +58,7 @@ def estimate(model: Model) -> Estimate:
         full_step=full / speed,
         skipped_step=skipped / speed,
         weights=weights,
+        latent=4 * math.prod(model.latent_shape),
         run_memory=PROCESS_MEMORY + round(1.5 * weights),
         export_memory=PROCESS_MEMORY + round(1.15 * weights),
         export_seconds=EXPORT_SECONDS + weights / EXPORT_SPEED,

@@ -21,7 +21,7 @@ from lemica_trt.calibrate.journal import Journal
 from lemica_trt.calibrate.trajectories import Trajectories
 from lemica_trt.calibrate.workers import InProcess, Workers, complete
 from lemica_trt.core.metrics import Frames
-from lemica_trt.core.progress import Quiet, Reporter
+from lemica_trt.core.progress import Quiet, Reporter, count
 from lemica_trt.evaluate.runs import FrameScore, LatentScore, PlanRuns, TrialHeader, decode, run_plan, trial_header
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.ir.plan import StepPlan
@@ -72,9 +72,8 @@ class PlanEvaluator:
         budgets = "/".join(str(budget) for budget in sorted({plan.budget for plan in plans}))
         self._reporter.stage(
             "select",
-            f"{len(plans)} candidates for {budgets} full steps, compared on {self.samples.count} "
-            f"sample{'s' if self.samples.count != 1 else ''} with "
-            f"{self._reference.num_steps} uncached steps",
+            f"{len(plans)} candidates for {budgets} full steps, compared on "
+            f"{count(self.samples.count, 'sample')} with {self._reference.num_steps} uncached steps",
         )
         plan, trials = select(plans, self.samples.count, self.scores)
         self._reporter.note(f"{trials.best.label}: {trials.best.mean:.1f} dB")

@@ -40,7 +40,7 @@ class Latency(Value, frozen=True, tag="latency"):
 
 
 class MinPsnr(Value, frozen=True, tag="min-psnr"):
-    """PSNR against the uncached run, dB, at least: the mean over clips that calibration has not seen."""
+    """PSNR against the uncached run, dB, at least: the mean over the validation samples."""
 
     decibels: float
 

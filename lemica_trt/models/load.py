@@ -354,18 +354,20 @@ def _shifted(scheduler: Any, shift: float) -> Any:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Neither progress bars nor advice of libraries on stderr; the caller reports what matters."""
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    with_bars = (diffusers.utils.logging, transformers.utils.logging)
+    libraries = (*with_bars, huggingface_hub.utils.logging)  # the hub's client tells of every request that failed
     levels = [library.get_verbosity() for library in libraries]
-    bars = [library.is_progress_bar_enabled() for library in libraries]
+    bars = [library for library in with_bars if library.is_progress_bar_enabled()]
     for library in libraries:
         library.set_verbosity_error()
+    for library in bars:
         library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        for library, level, bar in zip(libraries, levels, bars):
+        for library, level in zip(libraries, levels):
             library.set_verbosity(level)
-            if bar:
-                library.enable_progress_bar()
+        for library in bars:
+            library.enable_progress_bar()

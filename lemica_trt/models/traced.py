@@ -25,8 +25,7 @@ from lemica_trt.core.text import CLEANINGS
 from lemica_trt.ir.graphs import EncoderSpec, TensorDType, TensorSpec
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.trace import TraceRequest, TraceSlot
-from lemica_trt.models.family import DTYPES
-from lemica_trt.models.model import End, Model, folder_revision
+from lemica_trt.models.model import End, Model
 from lemica_trt.models.trace.arguments import BASE, LONGER, SHORTER, SHORTER_NEGATIVE
 from lemica_trt.models.trace.arguments import NEGATIVE as BASE_NEGATIVE
 from lemica_trt.models.trace.body import Body, Line, Network, Rows, fitted_line
@@ -89,22 +88,9 @@ class TracedModel(Model):
     # ------------------------------------------------------------ what it is
 
     @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.profile.dtype]
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.pipeline.device
-        return device
-
-    @property
     def guided(self) -> bool:
         """Whether a negative prompt is a condition: then the guidance scale is an input too."""
         return any(NEGATIVE in slot.of for slot in self.trace.role("condition"))
-
-    @property
-    def revision(self) -> str:
-        return folder_revision(self.folder)
 
     @property
     def conditions(self) -> tuple[TensorSpec, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from lemica_trt.core.errors import InfeasibleError, InputError, UsageError
@@ -218,7 +218,7 @@ def plan_budgets(
 
 def best_known(
     methods: Sequence[str], problem: Problem, layout: StepLayout, before: Mapping[int, Sequence[str]]
-) -> Candidates:
+) -> Callable[[int | StepBudget], StepPlan]:
     """The plan of the method that did best at the nearest budget, of those that can make one here.
 
     Args:
@@ -231,15 +231,15 @@ def best_known(
     chosen, auto = choose_planners(methods, problem), "auto" in methods
     known = planners() if auto else {planner.name: planner for planner in chosen}
 
-    def found(budget: int | StepBudget, method: str | None = None) -> list[StepPlan]:
+    def found(budget: int | StepBudget) -> StepPlan:
         if len(chosen) == 1 and not auto:
-            return candidates_on(layout, problem, chosen)(budget)
+            return candidates_on(layout, problem, chosen)(budget)[0]
         count = budget if isinstance(budget, int) else budget.budgets[0]
         names = [name for tried in sorted(before, key=lambda tried: abs(tried - count)) for name in before[tried]]
         for name in dict.fromkeys((*names, *(UNFITTED if auto else ()))):
             if name in known:
                 with contextlib.suppress(UsageError, InputError):
-                    return candidates_on(layout, problem, [known[name]])(budget)
+                    return candidates_on(layout, problem, [known[name]])(budget)[0]
         raise UsageError(
             f"{len(chosen)} methods are allowed for {count} full steps, and none that is possible here was tried",
             fix="name one, for example --method linear, or let `lemica-trt build` try them",
