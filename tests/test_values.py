@@ -216,9 +216,18 @@ def test_spec_refuses(make: Any, says: str) -> None:
 
 
 def test_offsets_tile_the_vector() -> None:
-    layout = step_layout(latent_shape=(4,), latent_history=2, output_history=3, trunk_depth=2)
-    parts = list(layout.offsets.values())
-    assert [(part.start, part.stop) for part in parts] == [(0, 2), (2, 5), (5, 6), (6, 7), (7, 8), (8, 10), (10, 13)]
+    layout = step_layout(latent_shape=(4,), latent_history=2, output_history=3, trunk_depth=2, guidance_history=1)
+    ends = {name: (part.start, part.stop) for name, part in layout.offsets.items()}
+    assert ends == {
+        "latents": (0, 2),
+        "outputs": (2, 5),
+        "guidance_terms": (5, 6),
+        "noise": (6, 7),
+        "in_scale": (7, 8),
+        "timestep": (8, 9),
+        "trunk": (9, 11),
+        "reuse": (11, 14),
+    }
 
 
 # --- sampler -------------------------------------------------------------------------------------------------------

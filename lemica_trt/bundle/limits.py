@@ -15,7 +15,7 @@ import numpy as np
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import require
-from lemica_trt.ir.graphs import EncoderSpec, GraphSet, GraphSpec, StepLayout, TensorDType, TensorSpec
+from lemica_trt.ir.graphs import TERM, EncoderSpec, GraphSet, GraphSpec, StepLayout, TensorDType, TensorSpec
 from lemica_trt.ir.plan import StepPlan, check_plan
 from lemica_trt.ir.profile import Sampling, Shape
 
@@ -39,7 +39,7 @@ _SYMBOL = re.compile(r"(?:[1-9]\d?\*)?batch")
 VAE_DECODER = "vae_decoder"
 """Name of the graph that makes frames."""
 
-_LATENT_TENSOR = re.compile(r"latents|output|noise|latents_\d+|outputs_\d+")
+_LATENT_TENSOR = re.compile(r"latents|output|noise|guidance_term|(latents|outputs|guidance_terms)_\d+")
 """Tensors of a graph that have the shape of the latents."""
 
 
@@ -55,6 +55,7 @@ def require_bounded(shape: Shape, sampling: Sampling, graphs: GraphSet, encoders
     _require_within("graphs.max_batch", graphs.max_batch, 1, MAX_BATCH)
     layout = graphs.layout
     depths = {"latent_history": layout.latent_history, "output_history": layout.output_history}
+    _require_within("layout.guidance_history", layout.guidance_history, 0, MAX_HISTORY)
     for name, depth in (depths | {slot.name: slot.depth for slot in layout.caches}).items():
         _require_within(f"layout.{name}", depth, 1, MAX_HISTORY)
     for size in layout.latent_shape:
@@ -89,6 +90,7 @@ def _require_interface(graph: GraphSpec, layout: StepLayout, max_batch: int) -> 
     only one request fits, its batch is 1 instead of a symbol."""
     latents = [f"latents_{j}" for j in range(layout.latent_history)] + ["latents", "output"]
     latents += [f"outputs_{k}" for k in range(layout.output_history)] + ["noise"] * layout.stochastic
+    latents += [f"guidance_terms_{k}" for k in range(layout.guidance_history)] + [TERM] * bool(layout.guidance_history)
     known: dict[str, tuple[TensorDType, tuple[int | str, ...]]] = {
         name: ("fp32", ("batch", *layout.latent_shape)) for name in latents
     }

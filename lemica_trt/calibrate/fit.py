@@ -5,10 +5,14 @@ non-stationary solvers of Shaul et al. 2024 (arXiv 2403.01329), of which every l
 UniPC among them, is one, and every folded plan. The weights are fitted row by row while the plan itself runs on some
 samples: row k gets those with which its latents come closest to the reference's there,
 
-    x̂_k = Σ_j latents[j]·x̂_{k−1−j} + Σ_l outputs[l]·m̂_{k−1−l},    minimising Σ_s log ‖x̂_k − x_k‖²  over samples s,
+    x̂_k = Σ_j latents[j]·x̂_{k−1−j} + Σ_l outputs[l]·m̂_{k−1−l} + Σ_l guidance_terms[l]·ê_{k−1−l},
 
-and the run goes on from x̂_k, so that the next row sees and corrects what this one left. (Shaul et al. optimise all
-rows at once by gradient descent; row by row it takes B evaluations a sample, no backward pass, and least squares.)
+    minimising Σ_s log ‖x̂_k − x_k‖²  over samples s,
+
+where ê is the guidance term of m̂ (`ir.plan`): the two branches of the guidance have weights of their own, at no
+evaluation more. The run goes on from x̂_k, so that the next row sees and corrects what this one left. (Shaul et al.
+optimise all rows at once by gradient descent; row by row it takes B evaluations a sample, no backward pass, and least
+squares.)
 The logarithm is what the score of a plan has, dB: no single chaotic sample decides. Each row begins with the
 linearly extrapolated, folded one, and never fits worse than that one would, from the same latents.
 """
@@ -65,6 +69,7 @@ class FitMeasurement(Header, frozen=True, kw_only=True):
         samples: number of (prompt, seed) pairs that are fitted to.
         reference: digest of the reference's sampler table.
         outputs, ridge, rounds: see the constants.
+        branches: whether guidance terms are weighed.
     """
 
     samples: int
@@ -72,6 +77,7 @@ class FitMeasurement(Header, frozen=True, kw_only=True):
     outputs: int = OUTPUTS
     ridge: float = RIDGE
     rounds: int = ROUNDS
+    branches: bool = False
 
 
 class FittedRow(Value, frozen=True):
@@ -79,10 +85,17 @@ class FittedRow(Value, frozen=True):
 
     latents: tuple[float, ...]
     outputs: tuple[float, ...]
+    guidance_terms: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        require_finite(self.latents, "latents")
-        require_finite(self.outputs, "outputs")
+        for name in ("latents", "outputs", "guidance_terms"):
+            require_finite(getattr(self, name), name)
+
+    def of(self, row: PlanRow) -> PlanRow:
+        """A row with these weights."""
+        return msgspec.structs.replace(
+            row, latents=self.latents, outputs=self.outputs, guidance_terms=self.guidance_terms
+        )
 
 
 class Fit(Value, frozen=True):
@@ -111,7 +124,8 @@ class Run(Protocol):
     """A sample under way: each call takes it one row of a plan further. `models.denoise.Rollout` is one.
 
     Attributes:
-        latents, outputs: of the rows so far, newest first, as deep as rows may read.
+        latents, outputs, guidance_terms: of the rows so far, newest first, as deep as rows may read; no guidance terms
+            where the branches are not weighed apart.
     """
 
     @property
@@ -119,6 +133,9 @@ class Run(Protocol):
 
     @property
     def outputs(self) -> list[Tensor]: ...
+
+    @property
+    def guidance_terms(self) -> list[Tensor]: ...
 
     def __call__(self, row: PlanRow) -> object: ...
 
@@ -229,7 +246,10 @@ class Fitter:
             tell()
         layout = layout_from_plans([start], latent_shape=self._model.latent_shape, guided=self._model.guided)
         depth = max(OUTPUTS, layout.output_history)
-        layout = msgspec.structs.replace(layout, output_history=min(depth, schedule.budget))
+        depth = min(depth, schedule.budget)
+        layout = msgspec.structs.replace(
+            layout, output_history=depth, guidance_history=depth if self._model.branches else 0
+        )
         runs = [
             Rollout(
                 self._model,
@@ -282,7 +302,7 @@ def fit_rows(
     for number, row in enumerate(start.rows):
         if number > 0:
             weights = _fitted_row(row, [(run, target[number - 1]) for run, target in zip(runs, targets)])
-            row = msgspec.structs.replace(row, latents=weights.latents, outputs=weights.outputs)
+            row = weights.of(row)
             fitted.append(weights)
         for s, run in enumerate(runs):
             run(row)
@@ -303,10 +323,7 @@ def targets_of(schedule: Schedule, paths: Sequence[Sequence[Tensor]]) -> list[li
 
 def fitted_plan(start: StepPlan, fitted: Sequence[FittedRow]) -> StepPlan:
     """The plan that a fit began with, with the weights that it found."""
-    rows = [
-        msgspec.structs.replace(row, latents=weights.latents, outputs=weights.outputs)
-        for row, weights in zip(start.rows[1:], fitted)
-    ]
+    rows = [weights.of(row) for row, weights in zip(start.rows[1:], fitted)]
     return msgspec.structs.replace(start, rows=(start.rows[0], *rows))
 
 
@@ -314,7 +331,12 @@ def fit_measurement(
     model: Model, table: SamplerTable, reference: SamplerTable, prompts: Sequence[str], samples: int, seed: int
 ) -> FitMeasurement:
     """What a journal of fits is bound to; its digest names the file."""
-    return FitMeasurement(**provenance_of(model, table, prompts, seed), samples=samples, reference=reference.digest)
+    return FitMeasurement(
+        **provenance_of(model, table, prompts, seed),
+        samples=samples,
+        reference=reference.digest,
+        branches=model.branches,
+    )
 
 
 def closest_combination(grams: Array, start: Array, *, ridge: float = RIDGE, rounds: int = ROUNDS) -> Array:
@@ -357,13 +379,19 @@ def _fitted_row(row: PlanRow, runs: Sequence[tuple[Run, Tensor]]) -> FittedRow:
     """The weights with which a row comes closest to the target of each run, from the histories that the runs have."""
     grams, count = [], max(1, len(row.latents))
     for run, target in runs:
-        vectors = [vector.cpu() for vector in (*run.latents[:count], *run.outputs, target)]
+        vectors = [vector.cpu() for vector in (*run.latents[:count], *run.outputs, *run.guidance_terms, target)]
         grams.append(inner_products(vectors, vectors))
-    start = np.zeros(count + len(runs[0][0].outputs))
+    terms = count + len(runs[0][0].outputs)
+    start = np.zeros(len(grams[0]) - 1)
     start[: len(row.latents)] = row.latents
     start[count : count + len(row.outputs)] = row.outputs
-    weights = closest_combination(np.array(grams), start).tolist()
-    return FittedRow(latents=tuple(weights[:count]), outputs=tuple(weights[count:]))
+    start[:terms] = closest_combination(
+        np.array(grams)[:, [*range(terms), -1]][..., [*range(terms), -1]], start[:terms]
+    )
+    if terms < len(start):  # begun with the branches joined, so that apart they are never farther
+        start = closest_combination(np.array(grams), start)
+    weights = tuple(start.tolist())
+    return FittedRow(latents=weights[:count], outputs=weights[count:terms], guidance_terms=weights[terms:])
 
 
 def _require_finite(latents: Tensor, where: str) -> None:

@@ -34,6 +34,7 @@ class ModelFacts(Value, frozen=True):
     revision: str
     latent_shape: tuple[int, ...]
     guided: bool
+    branches: bool
     conditions: tuple[TensorSpec, ...]
 
 

@@ -54,6 +54,7 @@ def run_lower(context: Context, folder: Path) -> Writes:
         revision=model.revision,
         latent_shape=tuple(model.latent_shape),
         guided=model.guided,
+        branches=model.branches,
         conditions=model.conditions,
     )
     write_value(facts, folder / artifacts.MODEL_FILE)
@@ -103,11 +104,13 @@ def run_layout(context: Context, folder: Path) -> Writes:
         context.inputs.request.planners,
         latent_shape=facts.latent_shape,
         guided=facts.guided,
+        branches=facts.branches,
         conditions=facts.conditions,
     )
     context.reporter.stage(
         "layout",
         f"plans read at most {layout.latent_history} latents and {layout.output_history} outputs back"
+        + (", the branches of the guidance apart" if layout.guidance_history else "")
         + (f", and caches {', '.join(slot.name for slot in layout.caches)}" if layout.caches else ""),
     )
     write_value(layout, folder / artifacts.LAYOUT_FILE)

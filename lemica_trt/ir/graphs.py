@@ -108,7 +108,10 @@ SKIP = Variant(name="skip", reads=(TRUNK,))
 COMBINE = "combine"
 """Name of the graph of rows that do not run the DiT."""
 
-RESERVED = ("latents", "outputs", "noise", "in_scale", "timestep", "reuse")
+TERM = "guidance_term"
+"""Output of the step graphs that keep it: what guidance adds to the conditional output, (g − 1)·(c − u)."""
+
+RESERVED = ("latents", "outputs", "guidance_terms", "noise", "in_scale", "timestep", "reuse")
 """Groups of coefficients that are not of a cache slot."""
 
 
@@ -121,17 +124,20 @@ class StepLayout(Value, frozen=True):
     |---|---|---|---|
     | `latents_j`, j < latent_history | fp32 [b, *latent_shape] | all | x_{i−1−j} |
     | `outputs_k`, k < output_history | fp32 [b, *latent_shape] | all | guided output m_{i−1−k} |
+    | `guidance_terms_k`, k < guidance_history | fp32 [b, *latent_shape] | all | (g_i − 1)·(c_i − u_i) of outputs_k |
     | `noise` | fp32 [b, *latent_shape] | all, if stochastic | standard normal: the row's draws, mixed |
     | `coefficients` | fp32 [len(vector)] | all | see `offsets` |
     | `guidance` | fp32 [b] | variants, if guided | g_i of each request |
     | each of `conditions` | as declared, first dimension R | variants | unconditional branches first |
     | `SLOT_k`, k < its depth | dtype, first dimension R | variants that read it | of the k-th last row that wrote it |
 
-    Outputs: `latents` (x_i, fp32), `output` (m_i, fp32), and each cache slot that the variant writes.
+    Outputs: `latents` (x_i, fp32), `output` (m_i, fp32), `guidance_term` (e_i, fp32) if guidance_history > 0, and each
+    cache slot that the variant writes.
 
     Attributes:
         latent_shape: without batch.
         latent_history, output_history: depths, at least 1.
+        guidance_history: depth to which the guidance terms of outputs can be read back; 0: none are kept.
         conditions: what every variant is given beside the latents: prompt embeddings, masks, image latents.
         caches: slots, by name.
         variants: how a step can run, the one that computes everything first.
@@ -147,6 +153,7 @@ class StepLayout(Value, frozen=True):
     variants: tuple[Variant, ...] = (FULL,)
     stochastic: bool = False
     guided: bool = True
+    guidance_history: int = 0
 
     def __post_init__(self) -> None:
         slots = [slot.name for slot in self.caches]
@@ -160,6 +167,10 @@ class StepLayout(Value, frozen=True):
             require(not unknown, f"variant {variant.name} has cache slots that the layout has not: {unknown}")
         require(
             min(self.latent_history, self.output_history) >= 1, "latent_history and output_history must be at least 1"
+        )
+        require(
+            0 <= self.guidance_history <= self.output_history * self.guided,
+            f"guidance_history must be 0 … output_history, and 0 without guidance, got {self.guidance_history}",
         )
 
     @property
@@ -186,13 +197,14 @@ class StepLayout(Value, frozen=True):
     def offsets(self) -> dict[str, slice]:
         """Where each group of coefficients lies in the `coefficients` vector.
 
-        `reuse` (`COMBINE` only) weighs outputs_k into the new output; the group of a cache slot, under its name, weighs
-        what is read from it. The vector is the same length for every graph; a graph ignores the groups that are not
-        its own.
+        `reuse` (`COMBINE` only) weighs outputs_k into the new output, and their guidance terms into the new one; the
+        group of a cache slot, under its name, weighs what is read from it. The vector is the same length for every
+        graph; a graph ignores the groups that are not its own.
         """
         sizes = {
             "latents": self.latent_history,
             "outputs": self.output_history,
+            "guidance_terms": self.guidance_history,
             "noise": 1,
             "in_scale": 1,
             "timestep": 1,
@@ -215,6 +227,7 @@ def step_layout(
     trunk_depth: int = 1,
     stochastic: bool = False,
     guided: bool = True,
+    guidance_history: int = 0,
 ) -> StepLayout:
     """The layout of one transformer that runs whole, or without its trunk where `trunk_depth` residuals are kept.
 
@@ -231,6 +244,7 @@ def step_layout(
         variants=(FULL_TO_CACHE, SKIP) if trunk_depth else (FULL,),
         stochastic=stochastic,
         guided=guided,
+        guidance_history=guidance_history,
     )
 
 

@@ -10,6 +10,9 @@ A plan is a sampler table whose rows also say *how the DiT runs*:
     no variant                combination                    Σ_k reuse[k]·m_{i−1−k}; in the last row nothing at all
 
 LeMiCa (arXiv 2511.00090) reads the last trunk residual as it is: one slot, weights (1.0,).
+Where the two branches of the guidance are weighed apart, the combination has a third sum, Σ_k guidance_terms[k]·
+e_{i−1−k}, of the guidance terms e_i = m_i − c_i = (g_i − 1)·(c_i − u_i): what guidance adds to the conditional output.
+In this form the weights hold for other guidance scales, too. A row without a variant weighs them by `reuse`, as m.
 Histories count *rows*, that of the noise counts *draws*: where skipped steps are folded into the coefficients of the
 next row (see `fold`), a plan has fewer rows than the sampler has steps, a row may draw several times, and the runtime
 does not notice. Each step's noise is drawn in the same order, so that one seed means one video however it is run.
@@ -66,6 +69,7 @@ class PlanRow(Value, frozen=True, omit_defaults=True):
         draws: how often fresh noise is drawn before the row.
         noise: coefficient of the k-th last draw at index k, this row's draws being the last.
         caches: what is read from cache slots; empty where everything is computed.
+        guidance_terms: coefficient of the guidance term of m_{i−1−k} at index k.
         reuse: coefficient of m_{i−1−k} in rows without a variant; empty in the last row.
     """
 
@@ -80,9 +84,10 @@ class PlanRow(Value, frozen=True, omit_defaults=True):
     guidance: tuple[float, float] = (0.0, 1.0)
     caches: tuple[CacheRead, ...] = ()
     reuse: tuple[float, ...] = ()
+    guidance_terms: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("latents", "outputs", "noise", "reuse", "guidance"):
+        for name in ("latents", "outputs", "noise", "reuse", "guidance", "guidance_terms"):
             require_finite(getattr(self, name), name)
         require_finite((self.in_scale, self.timestep or 0.0), "in_scale, timestep")
         require(self.draws >= 0, f"step {self.step}: draws must not be negative, got {self.draws}")
@@ -171,8 +176,9 @@ class StepPlan(Value, frozen=True):
                 1 <= len(row.latents) <= i + 1 or (not row.latents and i > 0),
                 f"{where}.latents: {len(row.latents)} given, {i + 1} exist there",
             )
-            require(len(row.outputs) <= i, f"{where}.outputs: {len(row.outputs)} given, {i} exist there")
-            require(len(row.reuse) <= i, f"{where}.reuse: {len(row.reuse)} given, {i} exist there")
+            for name in ("outputs", "guidance_terms", "reuse"):
+                given = len(getattr(row, name))
+                require(given <= i, f"{where}.{name}: {given} given, {i} exist there")
             for read in row.caches:
                 given = len(read.weights)
                 require(given <= full, f"{where}: reads {read.slot} {given} full rows back, {full} are before it")
@@ -226,7 +232,13 @@ class StepPlan(Value, frozen=True):
 
     @property
     def output_history(self) -> int:
-        return max(max(len(row.outputs), len(row.reuse)) for row in self.rows)
+        return max(max(len(row.outputs), len(row.reuse), len(row.guidance_terms)) for row in self.rows)
+
+    @property
+    def guidance_history(self) -> int:
+        """How many rows back guidance terms are read; those of rows that reuse outputs are mixed of their terms."""
+        weighed = any(row.guidance_terms for row in self.rows)
+        return max(max(len(row.guidance_terms), len(row.reuse)) for row in self.rows) if weighed else 0
 
     @property
     def cache_depths(self) -> dict[str, int]:
@@ -274,6 +286,7 @@ def layout_from_plans(
         trunk_depth=max(plan.cache_depths.get(TRUNK, 0) for plan in plans),
         stochastic=any(plan.stochastic for plan in plans),
         guided=guided,
+        guidance_history=max(plan.guidance_history for plan in plans),
     )
 
 
@@ -291,6 +304,7 @@ def coefficient_vector(row: PlanRow, layout: StepLayout) -> npt.NDArray[np.float
     values = {
         "latents": row.latents,
         "outputs": row.outputs,
+        "guidance_terms": row.guidance_terms,
         "noise": (row.noise_scale,),
         "in_scale": (row.in_scale,),
         "timestep": (0.0 if row.timestep is None else row.timestep,),

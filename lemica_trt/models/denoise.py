@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lemica_trt.ir.graphs import COMBINE, StepLayout
+from lemica_trt.ir.graphs import COMBINE, TERM, StepLayout
 from lemica_trt.ir.plan import PlanRow, StepPlan, coefficient_vector, layout_from_plans
 from lemica_trt.models.model import Model
 from lemica_trt.models.steps import step_modules
@@ -32,7 +32,7 @@ class Rollout:
         noise_history: how many draws a row mixes at most.
 
     Attributes:
-        latents, outputs, caches: histories, newest first, as deep as the layout says.
+        latents, outputs, guidance_terms, caches: histories, newest first, as deep as the layout says.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Rollout:
         self._draws: list[Tensor] = []
         self.latents = [noise.to(model.device, torch.float32)]
         self.outputs: list[Tensor] = []
+        self.guidance_terms: list[Tensor] = []
         self.caches: dict[str, list[Tensor]] = {slot.name: [] for slot in layout.caches}
         self._scale = torch.as_tensor(guidance_scale).to(self.latents[0])
         self._blank = torch.zeros_like(self.latents[0])
@@ -65,7 +66,7 @@ class Rollout:
             draws: z fp32 [b, *latent_shape] of each of the row's draws, in order.
 
         Returns:
-            `latents`, `output`, and the cache slots that the row writes.
+            `latents`, `output`, the guidance term where the layout keeps it, and the cache slots that the row writes.
         """
         layout = self._layout
         offset, factor = row.guidance
@@ -80,6 +81,7 @@ class Rollout:
         for name, history, count in (
             ("latents", self.latents, layout.latent_history),
             ("outputs", self.outputs, layout.output_history),
+            ("guidance_terms", self.guidance_terms, layout.guidance_history),
             *((slot.name, self.caches[slot.name], slot.depth) for slot in layout.caches),
         ):
             blank = torch.zeros_like(history[0]) if history else self._blank
@@ -88,6 +90,8 @@ class Rollout:
         result: dict[str, Tensor] = self._steps[row.variant or COMBINE](inputs)
         self.latents = [result["latents"], *self.latents][: layout.latent_history]
         self.outputs = [result["output"], *self.outputs][: layout.output_history]
+        if layout.guidance_history:
+            self.guidance_terms = [result[TERM], *self.guidance_terms][: layout.guidance_history]
         for slot in layout.caches:
             if slot.name in result:
                 self.caches[slot.name] = [result[slot.name], *self.caches[slot.name]][: slot.depth]

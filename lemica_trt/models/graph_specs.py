@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from lemica_trt.core.errors import UnsupportedError
-from lemica_trt.ir.graphs import COMBINE, Role, StepLayout, TensorDType, TensorSpec
+from lemica_trt.ir.graphs import COMBINE, TERM, Role, StepLayout, TensorDType, TensorSpec
 from lemica_trt.models.model import Model
 from lemica_trt.models.steps import step_modules
 
@@ -32,7 +32,8 @@ def output_names(role: Role, model: Model, layout: StepLayout) -> tuple[str, ...
     """Output names of a graph, in order: a variant's end with the cache slots that it writes."""
     if role in model.ends:
         return model.ends[role].outputs
-    return ("latents", "output", *(() if role == COMBINE else layout.variant(role).writes))
+    kept = (TERM,) if layout.guidance_history else ()
+    return ("latents", "output", *kept, *(() if role == COMBINE else layout.variant(role).writes))
 
 
 def input_specs(role: Role, model: Model, layout: StepLayout, caches: dict[str, TensorSpec]) -> list[TensorSpec]:
@@ -45,6 +46,7 @@ def input_specs(role: Role, model: Model, layout: StepLayout, caches: dict[str, 
         return list(model.ends[role].inputs)
     specs = [latents(f"latents_{j}") for j in range(layout.latent_history)]
     specs += [latents(f"outputs_{k}") for k in range(layout.output_history)]
+    specs += [latents(f"guidance_terms_{k}") for k in range(layout.guidance_history)]
     if layout.stochastic:
         specs.append(latents("noise"))
     size = max(part.stop for part in layout.offsets.values())

@@ -73,6 +73,11 @@ class Model:
         """Whether each request runs two branches: R = 2b, unconditional ones first."""
         return self.profile.sampling.guided
 
+    @property
+    def branches(self) -> bool:
+        """Whether the steps give the guidance term beside the output, so that a fit can weigh the branches apart."""
+        return self.guided
+
     @cached_property
     def split(self) -> SplitTransformer:
         """The transformer with and without its trunk."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lemica_trt.ir.graphs import COMBINE, FULL, SKIP, TRUNK, StepLayout
+from lemica_trt.ir.graphs import COMBINE, FULL, SKIP, TERM, TRUNK, StepLayout
 from lemica_trt.models.model import Model
+from lemica_trt.models.trace.body import Step
 from lemica_trt.models.traced import TracedModel
 
 
@@ -26,14 +27,19 @@ class CombineStep(nn.Module):
         layout = self.layout
         latents = self._mix(inputs, "latents", layout.latent_history)
         latents = latents + self._mix(inputs, "outputs", layout.output_history)
+        if layout.guidance_history:
+            latents = latents + self._mix(inputs, "guidance_terms", layout.guidance_history)
         if layout.stochastic:
             latents = latents + self._coefficients(inputs, "noise")[0] * inputs["noise"]
         return latents
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Combine only; `latents` and `output`."""
+        """Combine only; `latents`, `output`, and the guidance term where the layout keeps it."""
         output = self._mix(inputs, "outputs", self.layout.output_history, weights="reuse")
-        return {"latents": self.combine(inputs), "output": output}
+        result = {"latents": self.combine(inputs), "output": output}
+        if self.layout.guidance_history:
+            result[TERM] = self._mix(inputs, "guidance_terms", self.layout.guidance_history, weights="reuse")
+        return result
 
     def _coefficients(self, inputs: dict[str, Tensor], group: str) -> Tensor:
         return inputs["coefficients"][self.layout.offsets[group]]
@@ -48,7 +54,7 @@ class CombineStep(nn.Module):
 
 
 class FullStep(CombineStep):
-    """Combine, then the whole DiT under guidance; `latents`, `output`, and its trunk residual where one is kept."""
+    """Combine, then the whole DiT under guidance; `latents`, `output`, and what else the layout keeps."""
 
     def __init__(self, model: Model, layout: StepLayout) -> None:
         super().__init__(layout)
@@ -66,7 +72,7 @@ class FullStep(CombineStep):
         """The full graph."""
         latents = self.combine(inputs)
         output, residual = self.dit(**self._dit_inputs(latents, inputs))
-        result = {"latents": latents, "output": self._guide(output, inputs)}
+        result = {"latents": latents, **self._guide(output, inputs)}
         return {**result, TRUNK: residual} if self.layout.depth(TRUNK) else result
 
     def _dit_inputs(self, latents: Tensor, inputs: dict[str, Tensor]) -> dict[str, object]:
@@ -77,15 +83,18 @@ class FullStep(CombineStep):
         constants = {name: self.get_buffer(name) for name in self._constants}
         return self._family.transformer_inputs(sample, timestep, inputs["prompt_embeds"], constants)
 
-    def _guide(self, output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """m = u + g·(c − u), fp32 [b, *latent_shape]."""
+    def _guide(self, output: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """m = u + g·(c − u), and where the layout keeps it (g − 1)·(c − u); fp32 [b, *latent_shape]."""
         output = output.float()
         if not self.layout.guided:
-            return output
+            return {"output": output}
         guidance = inputs["guidance"]
         unconditional, conditional = output.reshape(2, guidance.shape[0], *self.layout.latent_shape).unbind(0)
         scale = guidance.view(-1, *[1] * len(self.layout.latent_shape))
-        return unconditional + scale * (conditional - unconditional)
+        result = {"output": unconditional + scale * (conditional - unconditional)}
+        if self.layout.guidance_history:
+            result[TERM] = (scale - 1) * (conditional - unconditional)
+        return result
 
 
 class SkipStep(FullStep):
@@ -99,7 +108,7 @@ class SkipStep(FullStep):
         latents = self.combine(inputs)
         residual = self._mix(inputs, TRUNK, self.layout.depth(TRUNK)).to(self._dtype)
         output = self.dit(residual, **self._dit_inputs(latents, inputs))
-        return {"latents": latents, "output": self._guide(output, inputs)}
+        return {"latents": latents, **self._guide(output, inputs)}
 
 
 class TracedFullStep(CombineStep):
@@ -112,12 +121,16 @@ class TracedFullStep(CombineStep):
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The full graph."""
-        latents, (output, residual) = self._run(inputs, None)
-        result = {"latents": latents, "output": output}
-        return {**result, TRUNK: residual} if self.layout.depth(TRUNK) else result
+        latents, step = self._run(inputs, None)
+        result = {"latents": latents, **self._kept(step)}
+        return {**result, TRUNK: step.residual} if self.layout.depth(TRUNK) else result
 
-    def _run(self, inputs: dict[str, Tensor], residual: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Latents, output and residual; the body takes one request, so that several run one after another."""
+    def _kept(self, step: Step) -> dict[str, Tensor]:
+        term = {TERM: step.guidance_term} if self.layout.guidance_history else {}
+        return {"output": step.output, **term}
+
+    def _run(self, inputs: dict[str, Tensor], residual: Tensor | None) -> tuple[Tensor, Step]:
+        """Latents, and what the body makes of them; it takes one request, so that several run one after another."""
         latents = self.combine(inputs)
         count = latents.shape[0]
         results = []
@@ -135,8 +148,8 @@ class TracedFullStep(CombineStep):
             )
         if count == 1:
             return latents, results[0]
-        outputs, added = zip(*results)
-        return latents, (torch.cat(outputs), torch.stack(added, 1).flatten(0, 1))
+        outputs, terms, added = zip(*results)
+        return latents, Step(torch.cat(outputs), torch.cat(terms), torch.stack(added, 1).flatten(0, 1))
 
 
 class TracedSkipStep(TracedFullStep):
@@ -145,8 +158,8 @@ class TracedSkipStep(TracedFullStep):
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The skip graph."""
         residual = self._mix(inputs, TRUNK, self.layout.depth(TRUNK))
-        latents, (output, _) = self._run(inputs, residual)
-        return {"latents": latents, "output": output}
+        latents, step = self._run(inputs, residual)
+        return {"latents": latents, **self._kept(step)}
 
 
 TRACED: dict[str, type[TracedFullStep]] = {FULL.name: TracedFullStep, SKIP.name: TracedSkipStep}

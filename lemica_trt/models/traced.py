@@ -30,6 +30,7 @@ from lemica_trt.models.trace.arguments import BASE, LONGER, SHORTER, SHORTER_NEG
 from lemica_trt.models.trace.arguments import NEGATIVE as BASE_NEGATIVE
 from lemica_trt.models.trace.body import Body, Line, Network, Rows, fitted_line
 from lemica_trt.models.trace.ends import FramesDecoder, TapeSlice
+from lemica_trt.models.trace.program import effects
 from lemica_trt.models.trace.replay import relative
 from lemica_trt.models.trace.runs import record
 from lemica_trt.models.trace.slots import NEGATIVE, PROMPT
@@ -91,6 +92,19 @@ class TracedModel(Model):
     def guided(self) -> bool:
         """Whether a negative prompt is a condition: then the guidance scale is an input too."""
         return any(NEGATIVE in slot.of for slot in self.trace.role("condition"))
+
+    @cached_property
+    def branches(self) -> bool:
+        """Whether the guidance scale is known to be used behind the networks only."""
+        if not self.guided:
+            return False
+        program, tape = self._traced.runs.base.programs[-1], self._traced.runs.base.tape
+        others = list(program.values)
+        for k, slot in self._slots():
+            if slot.role == "guidance":
+                others[k] = 2 * others[k]
+        *given, _ = zip(effects(tape, program, program.values), effects(tape, program, others))
+        return all(torch.equal(one, other) for one, other in given)
 
     @property
     def conditions(self) -> tuple[TensorSpec, ...]:
@@ -184,7 +198,8 @@ class TracedModel(Model):
             elif slot.role == "condition":
                 slots[k] = Rows(self._name(slot), self._rows(k, slot))
         trunk = self.trace.trunks[0]
-        return Body(program, slots, Network(self.pipeline.components[trunk.component], trunk))
+        network = Network(self.pipeline.components[trunk.component], trunk)
+        return Body(program, slots, network, branches=self.branches)
 
     def _rows(self, k: int, slot: TraceSlot) -> tuple[int, ...]:
         """Rows of a condition that a slot has: 0 is the negative prompt's, where there is guidance."""

@@ -289,6 +289,11 @@ class DrivenRun:
     def outputs(self) -> list[Tensor]:
         return self._scheduler.history.outputs
 
+    @property
+    def guidance_terms(self) -> list[Tensor]:
+        """None: a scheduler sees the guided output only."""
+        return []
+
     def __call__(self, row: PlanRow) -> None:
         """Take the row: its latents, and the transformer on them unless it is the last."""
         self._loop.use(self._scheduler)

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lemica_trt.core.errors import UsageError
+from lemica_trt.core.values import require
 from lemica_trt.ir.plan import PlanRow, StepPlan
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.planning.elimination import newest_first, shortest_combination
@@ -45,6 +46,7 @@ def fold(plan: StepPlan) -> StepPlan:
     kept = [i for i, row in enumerate(rows) if row.variant is not None or row is rows[-1]]
     if len(kept) == len(rows):
         return plan
+    require(not plan.guidance_history, "a plan that weighs guidance terms must have no rows without a graph")
     draws = np.cumsum([0, *(row.draws for row in rows)])  # draws before each row
     count = len(kept)
     # Coordinates: x_{−1} and the latents of the kept rows, their outputs, all draws; each oldest first.

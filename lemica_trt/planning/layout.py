@@ -29,6 +29,7 @@ def layout_for_methods(
     *,
     latent_shape: tuple[int, ...],
     guided: bool,
+    branches: bool,
     conditions: tuple[TensorSpec, ...],
 ) -> StepLayout:
     """The layout of graphs on which the plans of some planners run, of any number of full steps.
@@ -37,6 +38,7 @@ def layout_for_methods(
         problem: sampler, reference and solvers; a calibration is not needed.
         planners: none where full steps are given by the user, which reuse what is cached.
         latent_shape, guided, conditions: as in `StepLayout`.
+        branches: whether the model's steps give guidance terms (`Model.branches`); kept where a solver may be fitted.
     """
     scale = problem.guidance_scale
     plans = [uncached_plan(problem.table, guidance_scale=scale)]
@@ -49,7 +51,9 @@ def layout_for_methods(
     if not planners or any(not planner.folds for planner in planners):
         plans.append(plan_given(problem, (0,)))  # reuses the cache in every other step
     layout = layout_from_plans(plans, latent_shape=latent_shape, guided=guided, conditions=conditions)
-    return msgspec.structs.replace(layout, output_history=max(OUTPUT_HISTORY, layout.output_history))
+    depth = max(OUTPUT_HISTORY, layout.output_history)
+    weighed = branches and any("fit" in planner.needs for planner in planners)
+    return msgspec.structs.replace(layout, output_history=depth, guidance_history=depth if weighed else 0)
 
 
 def _budgets(table: SamplerTable) -> list[int]:

@@ -33,6 +33,8 @@ def plan_table(plan: StepPlan) -> RenderableType:
         "latents": [_numbers(row.latents) for row in rows],
         "outputs": [_numbers(row.outputs) for row in rows],
     }
+    if plan.guidance_history:
+        columns["guidance terms"] = [_numbers(row.guidance_terms) for row in rows]
     if plan.stochastic:
         columns["noise"] = [_numbers(row.noise) for row in rows]
     if any(row.in_scale != 1.0 for row in rows):

@@ -23,7 +23,7 @@ import numpy as np
 
 from lemica_trt.backends.base import NUMPY_DTYPES, Array, Backend, Buffer, Call, Engine, decode, encode
 from lemica_trt.core.errors import InputError, UsageError
-from lemica_trt.ir.graphs import COMBINE, GraphSet, Role, TensorDType, TensorSpec
+from lemica_trt.ir.graphs import COMBINE, TERM, GraphSet, Role, TensorDType, TensorSpec
 from lemica_trt.ir.plan import StepPlan, check_plan, coefficient_vector
 
 PREPARED_PROGRAMS = 16
@@ -79,6 +79,7 @@ class _Buffers:
 
     latents: _Ring
     outputs: _Ring
+    guidance_terms: _Ring
     caches: dict[str, _Ring]
     zeros: Buffer
     noise: Buffer | None
@@ -264,6 +265,10 @@ class Denoiser:
             tensors.update({f"latents_{j}": buffers.latents[i - 1 - j] for j in range(layout.latent_history)})
             tensors.update({f"outputs_{k}": buffers.outputs[i - 1 - k] for k in range(layout.output_history)})
             tensors.update({"latents": buffers.latents[i], "output": buffers.outputs[i]})
+            if layout.guidance_history:
+                terms = buffers.guidance_terms
+                tensors.update({f"guidance_terms_{k}": terms[i - 1 - k] for k in range(layout.guidance_history)})
+                tensors[TERM] = terms[i]
             if buffers.noise is not None:
                 tensors["noise"] = buffers.noise if row.noise else buffers.zeros
             if layout.guided and row.variant is not None:
@@ -293,6 +298,7 @@ class Denoiser:
         if batch not in self._buffers:
             layout = self._graphs.layout
             samples = 2 * batch if layout.guided else batch
+            terms = layout.guidance_history + 1 if layout.guidance_history else 0
             shape = (batch, *layout.latent_shape)
             zeros = self._zeros(shape, "fp32")
             caches = {}
@@ -307,6 +313,7 @@ class Denoiser:
             self._buffers[batch] = _Buffers(
                 latents=_Ring(self._slots(layout.latent_history + 1, shape, "fp32"), zeros, -1),
                 outputs=_Ring(self._slots(layout.output_history + 1, shape, "fp32"), zeros, 0),
+                guidance_terms=_Ring(self._slots(terms, shape, "fp32"), zeros, 0),
                 caches=caches,
                 zeros=zeros,
                 noise=self._backend.empty(shape, "fp32") if layout.stochastic else None,

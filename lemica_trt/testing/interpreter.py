@@ -6,7 +6,7 @@ Works on numpy arrays and torch tensors of any float type. No rings, no graphs, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,14 @@ class Network(Protocol):
 
     def head(self, row: PlanRow, sample: Any, residual: Any) -> Any:
         """The DiT with a residual in the place of its trunk: the model output."""
+
+
+@runtime_checkable
+class Branches(Protocol):
+    """A network that plans can be run on that weigh guidance terms."""
+
+    def guidance_term(self, row: PlanRow, sample: Any, residual: Any) -> Any:
+        """What guidance adds to the conditional output of `Network.head`."""
 
 
 def mix(weights: Sequence[float], newest_last: Sequence[Any], *, like: Any) -> Any:
@@ -52,23 +60,30 @@ def interpret(
     Returns:
         Each row with its latents; the last are the result.
     """
-    latents, outputs, residuals, draws = [noise], list[Any](), list[Any](), list[Any]()
+    latents, outputs, terms, residuals, draws = [noise], list[Any](), list[Any](), list[Any](), list[Any]()
     for row in plan.rows:
         draws += [draw(row) for _ in range(row.draws)] if draw is not None else []
         x = mix(row.latents, latents, like=noise) + mix(row.outputs, outputs, like=noise)
+        x = x + mix(row.guidance_terms, terms, like=noise)
         if row.noise:
             x = x + row.noise_scale * mix(row.noise_weights, draws, like=noise)
         latents.append(x)
         if row.variant is None:
             outputs.append(mix(row.reuse, outputs, like=noise))
-        elif row.full:
+            if plan.guidance_history:
+                terms.append(mix(row.reuse, terms, like=noise))
+            continue
+        if row.full:
             output, residual = network.full(row, row.in_scale * x)
-            outputs.append(output)
             residuals.append(residual)
         else:
             (read,) = row.caches
             residual = mix(read.weights, residuals, like=residuals[-1])
-            outputs.append(network.head(row, row.in_scale * x, residual))
+            output = network.head(row, row.in_scale * x, residual)
+        outputs.append(output)
+        if plan.guidance_history:
+            assert isinstance(network, Branches)
+            terms.append(network.guidance_term(row, row.in_scale * x, residual))
     return list(zip(plan.rows, latents[1:]))
 
 
@@ -83,6 +98,9 @@ class Waves:
 
     def head(self, row: PlanRow, sample: Any, residual: Any) -> Any:
         return np.tanh(0.5 * sample + residual)
+
+    def guidance_term(self, row: PlanRow, sample: Any, residual: Any) -> Any:
+        return 0.75 * np.sin(sample - residual)
 
 
 def run_plan(plan: StepPlan, seed: int = 0, dtype: Any = np.float64) -> list[Array]:

@@ -282,7 +282,7 @@ def test_what_cannot_be_loaded_is_one_line(backend: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("capture", ["plan", "step", "none"])
 def test_backends_agree_on_a_plan(guided: bool, capture: Capture, tmp_path: Path) -> None:
     """With the plan as its documentation reads, hence with each other; batch sizes in turn."""
-    layout, plan = full_layout(guided=guided), full_plan()
+    layout, plan = full_layout(guided=guided), full_plan(guided=guided)
     for backend in backend_names():
         case = Toy(backend, tmp_path / backend, layout, capture)
         denoiser = Denoiser(case.backend, case.graphs, load_steps(case.opened, case.graphs))

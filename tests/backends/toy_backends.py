@@ -76,18 +76,19 @@ def load_steps(opened: Opened, graphs: GraphSet) -> dict[Any, Any]:
     }
 
 
-def full_plan() -> StepPlan:
+def full_plan(*, guided: bool = True) -> StepPlan:
     """All that a plan can hold: histories of 3, folded rows, reuse, fresh noise, guidance of each request."""
     return toy.plan_of(
         PlanRow(variant="full", step=0, latents=(1.0,), timestep=0.9, in_scale=0.5),
         PlanRow(variant="full", step=1, latents=(0.9, 0.1), outputs=(-0.2,), timestep=0.7, guidance=(1.0, 0.5)),
         PlanRow(variant="skip", step=2, latents=(1.0,), outputs=(-0.3, 0.1), timestep=0.6,
-                caches=trunk_reads(1.5, -0.5)),
+                caches=trunk_reads(1.5, -0.5), guidance_terms=(0.2, -0.1) if guided else ()),
         PlanRow(
             step=4, latents=(1.0, 0.0, 0.1), outputs=(-0.1,), draws=2, noise=(0.3, -0.4),
             reuse=(1.5, -0.5),
         ),
-        PlanRow(variant="full", step=7, latents=(), outputs=(0.5, 0.2, 0.1), timestep=0.3),
+        PlanRow(variant="full", step=7, latents=(), outputs=(0.5, 0.2, 0.1), timestep=0.3,
+                guidance_terms=(0.1, -0.3, 0.2) if guided else ()),
         PlanRow(
             variant="skip", step=8, latents=(1.0,), outputs=(-0.1,), timestep=0.2, draws=1,
             caches=trunk_reads(0.5, 0.3, 0.2),
@@ -99,4 +100,4 @@ def full_plan() -> StepPlan:
 
 def full_layout(*, guided: bool = True) -> StepLayout:
     """The layout of `full_plan`."""
-    return toy.layout_of(3, 3, 3, stochastic=True, guided=guided)
+    return toy.layout_of(3, 3, 3, stochastic=True, guided=guided, terms=3 if guided else 0)

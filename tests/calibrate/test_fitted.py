@@ -156,12 +156,53 @@ def test_each_row_is_nearer_than_the_extrapolated_row_from_there(tmp_path: Path)
         for k, row in enumerate(plan.rows):
             for which, candidate in enumerate((row, start.rows[k])):
                 history = [*zip(candidate.latents, rollout.latents), *zip(candidate.outputs, rollout.outputs)]
+                history += zip(candidate.guidance_terms, rollout.guidance_terms)
                 latents = sum((c * x.double() for c, x in history), torch.zeros(1, *LATENT_SHAPE).double())
                 error = float((latents - path[row.step]).square().sum())
                 logs[which, k] += np.log(error + FLOOR * float(path[row.step].double().square().sum()))
             rollout(row)
     assert (logs[0, 1:] <= logs[1, 1:] + 1e-6).all()
     assert logs[0, -1] < logs[1, -1] - 1, "nothing was gained at the end"
+
+
+def test_branches_apart_are_never_farther_than_joined(tmp_path: Path) -> None:
+    """Row by row, from the same histories, on the samples that were fitted to; and nearer at the end."""
+    model, table = ToyModel(), euler(N)
+    plan = fitter(model, tmp_path / "j", table=table)(SCHEDULE)
+    assert plan.guidance_history == 5
+    runs, targets, ends = [], [], []
+    for s in range(SAMPLES):
+        path = []
+        embeds, noise = model.embed([PROMPTS[s]]), model.noise(SEED + s)[None]
+        uncached = uncached_plan(table, guidance_scale=3.0)
+        denoise(model, uncached, embeds, noise, on_row=lambda row, result, path=path: path.append(result["latents"]))
+        layout = layout_from_plans([plan], latent_shape=LATENT_SHAPE, guided=True)
+        runs.append(Rollout(model, layout, embeds, noise, guidance_scale=3.0))
+        targets.append([path[step] for step in (*SCHEDULE.full_steps[1:], N)])
+        ends.append(path[-1])
+    for k, row in enumerate(plan.rows):
+        if k:
+            apart, joined = np.zeros(2), np.zeros(2)
+            vectors = np.array(
+                [
+                    [
+                        v.double().numpy().ravel()
+                        for v in (run.latents[0], *run.outputs, *run.guidance_terms, target[k - 1])
+                    ]
+                    for run, target in zip(runs, targets)
+                ]
+            )
+            weights = np.array([*row.latents, *row.outputs, *row.guidance_terms])
+            count = 1 + len(row.outputs)
+            grams = grams_of(vectors)
+            without = np.delete(np.delete(grams, range(count, len(weights)), 1), range(count, len(weights)), 2)
+            start = linear_plan(SCHEDULE, table, guidance_scale=3.0).rows[k]
+            padded = np.array([*start.latents, *start.outputs, *[0.0] * (count - 1 - len(start.outputs))])
+            apart, joined = objective(grams, weights), objective(without, closest_combination(without, padded))
+            assert apart <= joined + 1e-9
+        for run in runs:
+            run(row)
+    assert apart < joined - 1, "nothing was gained at the end"
 
 
 def test_fitted_plans_are_what_the_fit_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

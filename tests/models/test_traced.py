@@ -11,7 +11,7 @@ import torch
 from lemica_trt.core.errors import LemicaError, UnsupportedError
 from lemica_trt.ir.graphs import FULL, SKIP, TRUNK, step_layout
 from lemica_trt.ir.profile import Profile, Sampling, Shape
-from lemica_trt.models.denoise import denoise
+from lemica_trt.models.denoise import Rollout, denoise
 from lemica_trt.models.graph_specs import example_inputs, input_specs
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.models.steps import step_modules
@@ -128,6 +128,32 @@ def test_other_precisions_and_batches_are_refused() -> None:
     for changes in ({"dtype": "bf16"}, {"shape": msgspec.structs.replace(profile("flux").shape, max_batch=2)}):
         with pytest.raises(LemicaError, match="in fp32 and for one request a call"):
             TracedModel(msgspec.structs.replace(profile("flux"), **changes), tiny_pipeline("flux"), Path("here"))
+
+
+@pytest.mark.parametrize("name", ["chroma", "cogvideox", "ltx"])
+def test_guidance_terms_are_what_guidance_adds_to_the_conditional_output(name: str) -> None:
+    """At scale 1 there is none; at others output and term lie on the line from it, whose slope is the same."""
+    traced = model(name)
+    assert traced.guided and traced.branches
+    layout = step_layout(
+        latent_shape=traced.latent_shape, latent_history=1, output_history=1, conditions=traced.conditions,
+        trunk_depth=0, guidance_history=1,
+    )  # fmt: skip
+    plan = uncached_plan(sampler_table(traced.scheduler(), dynamic_guidance=False), guidance_scale=3.0)
+    found = {}
+    for scale in (1.0, 2.0, 4.0):
+        rollout = Rollout(traced, layout, traced.embed(["a prompt"]), traced.noise(0)[None], guidance_scale=scale)
+        found[scale] = rollout(plan.rows[0])
+    conditional = found[1.0]["output"]
+    size = float(conditional.abs().max())
+    for scale, result in found.items():
+        assert_near(result["output"] - result["guidance_term"], conditional, size)
+        assert_near(result["guidance_term"], (scale - 1) * found[2.0]["guidance_term"], scale * size)
+    assert float(found[2.0]["guidance_term"].abs().max()) > 1e-3 * size
+
+
+def assert_near(left: torch.Tensor, right: torch.Tensor, size: float) -> None:
+    assert float((left - right).abs().max()) <= 1e-5 * size
 
 
 def test_the_guidance_scale_that_a_network_embeds_is_baked() -> None:

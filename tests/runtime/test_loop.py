@@ -44,8 +44,15 @@ def denoiser_of(layout: StepLayout, **kwargs: Any) -> tuple[Denoiser, toy.NullBa
 def cases(draw: st.DrawFn) -> tuple[StepLayout, StepPlan, int]:
     """A layout with histories 1–3, a valid plan that it can run, and a batch size."""
     depth = st.integers(1, 3)
+    guided = draw(st.booleans())
+    outputs = draw(depth)
     layout = toy.layout_of(
-        draw(depth), draw(depth), draw(depth), stochastic=draw(st.booleans()), guided=draw(st.booleans())
+        draw(depth),
+        outputs,
+        draw(depth),
+        stochastic=draw(st.booleans()),
+        guided=guided,
+        terms=draw(st.integers(0, outputs)) if guided else 0,
     )
     weight = st.integers(-8, 8).map(lambda number: number / 8)
 
@@ -64,13 +71,16 @@ def cases(draw: st.DrawFn) -> tuple[StepLayout, StepPlan, int]:
                 step=step,
                 latents=weights(1, min(i + 1, layout.latent_history)),
                 outputs=weights(0, min(i, layout.output_history)),
+                guidance_terms=weights(0, min(i, layout.guidance_history)),
                 draws=fresh,
                 noise=tuple(draw(st.lists(weight.filter(bool), max_size=min(drawn, 3)))),
                 timestep=None if variant is None else draw(weight),
                 in_scale=draw(weight),
                 guidance=draw(st.sampled_from([(0.0, 1.0), (1.0, 0.5)])),
                 caches=trunk_reads(*weights(1, min(full, layout.depth("trunk")))) if variant == "skip" else (),
-                reuse=weights(1, min(i, layout.output_history)) if variant is None and not last else (),
+                reuse=weights(1, min(i, layout.guidance_history or layout.output_history))
+                if variant is None and not last
+                else (),
             )
         )
         full += variant == "full"

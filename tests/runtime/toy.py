@@ -34,7 +34,13 @@ Arrays = Mapping[str, Any]
 
 
 def layout_of(
-    latents: int = 1, outputs: int = 1, residuals: int = 1, *, stochastic: bool = False, guided: bool = True
+    latents: int = 1,
+    outputs: int = 1,
+    residuals: int = 1,
+    *,
+    stochastic: bool = False,
+    guided: bool = True,
+    terms: int = 0,
 ) -> StepLayout:
     rows = "2*batch" if guided else "batch"
     return step_layout(
@@ -45,6 +51,7 @@ def layout_of(
         trunk_depth=residuals,
         stochastic=stochastic,
         guided=guided,
+        guidance_history=terms,
     )
 
 
@@ -59,12 +66,14 @@ def graphs_of(layout: StepLayout, *, max_batch: int = 3, data_file: bool = False
     sample = ("batch", *LATENT_SHAPE)
     combine = [tensor(f"latents_{j}", *sample) for j in range(layout.latent_history)]
     combine += [tensor(f"outputs_{k}", *sample) for k in range(layout.output_history)]
+    combine += [tensor(f"guidance_terms_{k}", *sample) for k in range(layout.guidance_history)]
     combine += [tensor("noise", *sample)] if layout.stochastic else []
     combine += [tensor("coefficients", length)]
     dit = combine + ([tensor("guidance", "batch")] if layout.guided else [])
     dit += [tensor("prompt_embeds", rows, TEXT_LENGTH, WIDTH)]
     skip = dit + [tensor(f"trunk_{k}", rows, TOKENS, WIDTH) for k in range(layout.depth("trunk"))]
     outputs = [tensor("latents", *sample), tensor("output", *sample)]
+    outputs += [tensor("guidance_term", *sample)] if layout.guidance_history else []
     ids = [tensor("input_ids", "batch", TEXT_LENGTH, dtype="int64")]
     ids += [tensor("attention_mask", "batch", TEXT_LENGTH, dtype="int64")] if mask else []
     frames = [tensor("frames", "batch", 2, 4, 4, 3, dtype="uint8")]
@@ -113,9 +122,11 @@ def mix(weights: Any, arrays: list[Any]) -> Any:
     return total
 
 
-def guide(output: Any, guidance: Any) -> Any:
+def guide(output: Any, guidance: Any) -> tuple[Any, Any]:
+    """Output and guidance term."""
     unconditional, conditional = np.split(output, 2)
-    return unconditional + guidance.reshape(-1, 1, 1, 1, 1) * (conditional - unconditional)
+    scale, difference = guidance.reshape(-1, 1, 1, 1, 1), conditional - unconditional
+    return unconditional + scale * difference, (scale - 1) * difference
 
 
 def step(role: str, layout: StepLayout, inputs: Arrays) -> dict[str, Any]:
@@ -124,12 +135,17 @@ def step(role: str, layout: StepLayout, inputs: Arrays) -> dict[str, Any]:
     history = {
         "latents": [inputs[f"latents_{j}"] for j in range(layout.latent_history)],
         "outputs": [inputs[f"outputs_{k}"] for k in range(layout.output_history)],
+        "guidance_terms": [inputs[f"guidance_terms_{k}"] for k in range(layout.guidance_history)],
     }
+    kept = layout.guidance_history > 0
     latents = mix(part["latents"], history["latents"]) + mix(part["outputs"], history["outputs"])
+    if kept:
+        latents = latents + mix(part["guidance_terms"], history["guidance_terms"])
     if layout.stochastic:
         latents = latents + part["noise"][0] * inputs["noise"]
     if role == "combine":
-        return {"latents": latents, "output": mix(part["reuse"], history["outputs"])}
+        term = {"guidance_term": mix(part["reuse"], history["guidance_terms"])} if kept else {}
+        return {"latents": latents, "output": mix(part["reuse"], history["outputs"]), **term}
     sample = part["in_scale"][0] * latents
     hidden = embed(np.concatenate([sample] * (1 + layout.guided)), part["timestep"][0], inputs["prompt_embeds"])
     if role == "full":
@@ -137,8 +153,11 @@ def step(role: str, layout: StepLayout, inputs: Arrays) -> dict[str, Any]:
     else:
         residual = mix(part["trunk"], [inputs[f"trunk_{k}"] for k in range(layout.depth("trunk"))])
     output = (hidden + residual).reshape(-1, *LATENT_SHAPE)
-    output = guide(output, inputs["guidance"]) if layout.guided else output
-    return {"latents": latents, "output": output, **({"trunk": residual} if role == "full" else {})}
+    output, term = guide(output, inputs["guidance"]) if layout.guided else (output, None)
+    extra = {"guidance_term": term, "trunk": residual}
+    return {"latents": latents, "output": output} | {
+        name: value for name, value in extra.items() if (kept if name == "guidance_term" else role == "full")
+    }
 
 
 class Dit:
@@ -152,9 +171,15 @@ class Dit:
         return self.head(row, sample, residual), residual
 
     def head(self, row: PlanRow, sample: Any, residual: Any) -> Any:
+        return self._guided(row, sample, residual)[0]
+
+    def guidance_term(self, row: PlanRow, sample: Any, residual: Any) -> Any:
+        return self._guided(row, sample, residual)[1]
+
+    def _guided(self, row: PlanRow, sample: Any, residual: Any) -> tuple[Any, Any]:
         output = (self._embed(row, sample) + residual).reshape(-1, *LATENT_SHAPE)
         if not self.guided:
-            return output
+            return output, None
         offset, factor = row.guidance
         return guide(output, (offset + factor * self.guidance).astype(np.float32))
 
@@ -341,11 +366,15 @@ def _model(graph: GraphSpec, layout: StepLayout) -> Any:
             mixed("latents", "latents", layout.latent_history),
             mixed("outputs", "outputs", layout.output_history),
         )
+        if layout.guidance_history:
+            latents = op("Add", latents, mixed("guidance_terms", "guidance_terms", layout.guidance_history))
         if layout.stochastic:
             latents = op("Add", latents, op("Mul", coefficient("noise"), "noise"))
         result(latents, "latents")
         if graph.role == "combine":
             output = mixed("reuse", "outputs", layout.output_history)
+            if layout.guidance_history:
+                result(mixed("reuse", "guidance_terms", layout.guidance_history), "guidance_term")
         else:
             sample = op("Mul", coefficient("in_scale"), latents)
             if layout.guided:
@@ -364,7 +393,11 @@ def _model(graph: GraphSpec, layout: StepLayout) -> Any:
                 pair = shaped(output, 2, -1, *LATENT_SHAPE)
                 uncond, cond = (op("Gather", pair, constant(i, np.int64), axis=0) for i in (0, 1))
                 scale = shaped("guidance", -1, 1, 1, 1, 1)
-                output = op("Add", uncond, op("Mul", scale, op("Sub", cond, uncond)))
+                difference = op("Sub", cond, uncond)
+                output = op("Add", uncond, op("Mul", scale, difference))
+                if layout.guidance_history:
+                    term = op("Mul", op("Sub", scale, constant(1.0)), difference)
+                    result(term, "guidance_term")
         result(output, "output")
 
     def values(tensors: tuple[TensorSpec, ...]) -> list[Any]:

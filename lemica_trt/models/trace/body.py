@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,6 +94,20 @@ def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(plain(output)) if isinstance(leaf, Tensor)]
 
 
+class Step(NamedTuple):
+    """What a body makes of one request.
+
+    Attributes:
+        output: guided, fp32 [1, *latent_shape].
+        guidance_term: what a guidance scale above 1 adds to it, fp32 [1, *latent_shape]; zeros if not asked for.
+        residual: of the trunk, of all calls.
+    """
+
+    output: Tensor
+    guidance_term: Tensor
+    residual: Tensor
+
+
 class Body(nn.Module):
     """A program with its slots filled in.
 
@@ -101,14 +115,16 @@ class Body(nn.Module):
         program: of every step.
         slots: number of a slot → what it is; others are constants, with the program's own values.
         network: called by it.
+        branches: whether to give guidance terms; no network may follow the guidance scale then.
 
     Attributes:
         calls: of the network.
     """
 
-    def __init__(self, program: Program, slots: Mapping[int, Line | Rows], network: Network) -> None:
+    def __init__(self, program: Program, slots: Mapping[int, Line | Rows], network: Network, *, branches: bool) -> None:
         super().__init__()
         self.network = network
+        self._branches = branches
         self.calls = len(program.calls)
         self._program, self._lines = program, dict(slots)
         for k, value in enumerate(program.values):
@@ -123,7 +139,7 @@ class Body(nn.Module):
         guidance: Tensor | None,
         conditions: Mapping[str, Tensor],
         residual: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Step:
         """One request.
 
         Args:
@@ -131,27 +147,35 @@ class Body(nn.Module):
             timestep, in_scale, guidance: fp32 [1]; guidance: None where it is baked.
             conditions: by name, [R, …].
             residual: of all calls, along the first dimension, in place of the trunk; None: the trunk runs.
-
-        Returns:
-            The guided output fp32 [1, *latent_shape], and the trunk's residual of all calls.
         """
         own: list[Tensor] = []
+        returned: list[list[Tensor]] = []
         given = [] if residual is None else list(residual.chunk(self.calls))
 
         def call(name: str, arguments: Any) -> list[Tensor]:
             if residual is not None:
-                return self.network.without(arguments, given.pop(0))
-            outputs, added = self.network.whole(arguments)
-            own.append(added)
+                outputs = self.network.without(arguments, given.pop(0))
+            else:
+                outputs, added = self.network.whole(arguments)
+                own.append(added)
+            returned.append([output.clone() for output in outputs])  # what follows may write into them
             return outputs
 
-        sources = {"timestep": timestep, "guidance": guidance}
-        values = [self._value(k, value, sources, conditions) for k, value in enumerate(self._program.values)]
-        sample = x.to(self._program.x[0].dtype)
-        made, _ = run_program(
-            self._program, [sample], values, call, lambda state, it: (in_scale * it.float()).to(it.dtype)
-        )
-        return made[0].float(), torch.cat(own) if own else x
+        def output(guidance: Tensor | None, call: Callable[[str, Any], list[Tensor]]) -> Tensor:
+            sources = {"timestep": timestep, "guidance": guidance}
+            values = [self._value(k, value, sources, conditions) for k, value in enumerate(self._program.values)]
+            sample = x.to(self._program.x[0].dtype)
+            made, _ = run_program(
+                self._program, [sample], values, call, lambda state, it: (in_scale * it.float()).to(it.dtype)
+            )
+            return made[0].float()
+
+        guided = output(guidance, call)
+        term = torch.zeros_like(guided)
+        if self._branches and guidance is not None:  # at scale 1 the output is the conditional one
+            again = iter(returned)
+            term = guided - output(torch.ones_like(guidance), lambda name, arguments: next(again))
+        return Step(guided, term, torch.cat(own) if own else x)
 
     def _value(self, k: int, value: Any, sources: Mapping[str, Tensor | None], conditions: Mapping[str, Tensor]) -> Any:
         slot = self._lines.get(k)
