@@ -203,7 +203,7 @@ def depth_table(result: UnusedDepth) -> str:
     paired = f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]"
     rows = [
         ["smallest graph", str(result.outputs[0]), "", small, "", ""],
-        ["graph of the layout", str(result.outputs[1]), "yes", deep, paired, share],
+        ["graph of the layout", f"{result.outputs[1]}, and guidance terms", "yes", deep, paired, share],
     ]
     return table(["", "outputs kept", "residual kept", "full step, median", "difference", "its extra nodes"], rows)
 

@@ -5,7 +5,7 @@
         --output benchmarks/results/unused-depth-large.json
 
 Graphs are exported before there are plans, deep enough for all that the planners may make: as many latents as the
-sampler reads back, six outputs, and the trunk residual is given away. What a plan does not read has a coefficient of 0.
+sampler reads back, six outputs and guidance terms, and the trunk residual is given away. What a plan does not read has a coefficient of 0.
 Here the full step of such graphs is timed beside that of the smallest graphs that run the uncached sampler.
 
 Both are in one process, with one thread, and are run in turn: A B A B … A machine's speed drifts by more than the
@@ -88,6 +88,7 @@ def layouts(model: Model) -> tuple[StepLayout, StepLayout]:
         trunk_depth=1,
         stochastic=small.stochastic,
         guided=small.guided,
+        guidance_history=max(OUTPUTS, small.output_history) if model.branches else 0,
     )
     return small, deep
 

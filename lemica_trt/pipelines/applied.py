@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lemica_trt.core.errors import UsageError
+from lemica_trt.pipelines.branches import BranchOutputs
 from lemica_trt.pipelines.residuals import ResidualReuse, reuses_residuals
 from lemica_trt.pipelines.scheduler import PlanScheduler, PlanSource, is_dynamic
 
@@ -27,6 +28,10 @@ class Applied:
         self._residuals = None
         if reuses_residuals(scheduler.plan):
             self._residuals = ResidualReuse(self._kind.__name__, getattr(pipe, "transformer", None), scheduler)
+        self._branches = None
+        if scheduler.plan.guidance_history:
+            self._branches = BranchOutputs(pipe)
+            scheduler.see_branches(self._branches)
         pipe.scheduler = scheduler
         pipe.__class__ = _with_plan(self._kind, scheduler)
         self._is_on = True
@@ -48,8 +53,9 @@ class Applied:
             self._is_on = False
             self.pipe.__class__ = self._kind
             self.pipe.scheduler = self._before
-            if self._residuals is not None:
-                self._residuals.remove()
+            for hooks in (self._residuals, self._branches):
+                if hooks is not None:
+                    hooks.remove()
 
 
 def apply(pipe: Any, plan: PlanSource, *, name: str | None = None) -> Applied:
@@ -69,7 +75,8 @@ def apply(pipe: Any, plan: PlanSource, *, name: str | None = None) -> Applied:
     Raises:
         UsageError: a plan is on the pipeline already; the bundle has no such plan.
         InputError: not a plan. When the pipeline is called: its sampler or guidance is not the plan's.
-        UnsupportedError: the plan reuses residuals, and the trunk of this pipeline is not known.
+        UnsupportedError: the plan reuses residuals, and the trunk of this pipeline is not known. When the pipeline is
+            called: the plan weighs the branches of the guidance apart, and they are not to be seen.
     """
     require_plain(pipe)
     return Applied(pipe, PlanScheduler.from_plan(plan, name=name, scheduler=pipe.scheduler))

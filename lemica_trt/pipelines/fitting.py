@@ -29,6 +29,7 @@ from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.models.family import DTYPES
 from lemica_trt.pipelines.applied import call_arguments, require_plain
+from lemica_trt.pipelines.branches import BranchOutputs
 from lemica_trt.pipelines.loop import DrivenRun, Loop, NoMiddle, RecordedSample
 from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.minimax import require_feasible
@@ -58,6 +59,7 @@ def fit(
     samples: int | None = None,
     seed: int = 0,
     max_skip: int | None = None,
+    branches: bool = True,
     reporter: Reporter | None = None,
     **call: Any,
 ) -> StepPlan:
@@ -73,6 +75,8 @@ def fit(
         samples: (prompt, seed) pairs; None: 8, or as many as there are prompts.
         seed: of sample 0; sample s has seed + s, and prompt s mod len(prompts).
         max_skip: K, the most steps that are skipped in a row; None: 9, or 3·N/B.
+        branches: whether the branches of the guidance are weighed apart, where they can be seen. False: a plan that
+            `PlanScheduler` runs by itself.
         reporter: told what is done; None: the pipeline's progress bars.
         call: keywords of every call (`num_inference_steps`, `guidance_scale`, `height`, …), as they will be used.
 
@@ -105,7 +109,7 @@ def fit(
             )
         skip = max(MAX_SKIP, -(-SPREAD * n // budget)) if max_skip is None else max_skip
         require_feasible(n, skip, [budget])
-        fitter = _Fitter(loop, table, float(1.0 if scale is None else scale), count, told)
+        fitter = _Fitter(loop, table, float(1.0 if scale is None else scale), count, told, branches=branches)
         measurement = _measurement(pipe, table, fitter.guidance_scale, given, seed, min(skip, n - 1), call)
         problem = Problem(table, fitter.guidance_scale, fitter.calibrate(measurement), fit=fitter)
         return max((planners()[name](problem, budget) for name in METHODS), key=fitter.quality)
@@ -115,13 +119,21 @@ class _Fitter:
     """What a problem needs to be planned for: calibrates, and fits plans to schedules (`planning.planner.Fit`)."""
 
     def __init__(
-        self, loop: Loop, table: SamplerTable, guidance_scale: float, samples: int, reporter: Reporter
+        self,
+        loop: Loop,
+        table: SamplerTable,
+        guidance_scale: float,
+        samples: int,
+        reporter: Reporter,
+        *,
+        branches: bool,
     ) -> None:
         self._loop, self._table, self.guidance_scale, self._reporter = loop, table, guidance_scale, reporter
         plan = uncached_plan(table, guidance_scale=guidance_scale)
         self._done = self._total = 0
         self._samples = [RecordedSample(loop, s, plan, table, self._ran) for s in range(samples)]
         self._plans: dict[tuple[int, ...], StepPlan] = {}
+        self._apart: bool | None = None if branches and guidance_scale > 1.0 else False
         self._decibels: dict[tuple[int, ...], float] = {}
 
     def calibrate(self, measurement: CheapMeasurement) -> Calibration:
@@ -157,9 +169,11 @@ class _Fitter:
         depths = max(start.latent_history, 1), min(max(OUTPUTS, start.output_history), schedule.budget)
         paths = [sample.path for sample in self._samples]
         with contextlib.ExitStack() as stack:
-            runs = []
+            runs, branches = [], self._loop.branches()
+            stack.callback(branches.remove)
+            apart = branches if self._sees(branches, start) else None
             for s in range(len(self._samples)):
-                runs.append(DrivenRun(self._loop, s, start, depths))
+                runs.append(DrivenRun(self._loop, s, start, depths, apart))
                 stack.callback(runs[-1].close)
             fitted = fit_rows(start, runs, targets_of(schedule, paths), lambda row: self._ran() if row.full else None)
             ends = [run.latents[0].cpu() for run in runs]
@@ -167,6 +181,19 @@ class _Fitter:
             np.mean([decibels(end, path[-1]) for end, path in zip(ends, paths)])
         )
         return assign_steps(fitted_plan(start, fitted), schedule, self._table)
+
+    def _sees(self, branches: BranchOutputs, start: StepPlan) -> bool:
+        """Whether the branches of the guidance can be weighed apart; found out by one evaluation, once."""
+        if self._apart is None:
+            run = DrivenRun(self._loop, 0, start, (1, 1), branches)
+            try:
+                run(start.rows[0])
+                self._apart = bool(run.guidance_terms[0].any())
+            except UnsupportedError:
+                self._apart = False
+            finally:
+                run.close()
+        return self._apart
 
     def _stage(self, name: str, total: int) -> None:
         self._done, self._total = 0, total

@@ -25,6 +25,7 @@ from lemica_trt.core.errors import UnsupportedError, VerificationError
 from lemica_trt.ir.plan import PlanRow, StepPlan
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.models.scheduler import sampler_table
+from lemica_trt.pipelines.branches import BranchOutputs
 from lemica_trt.pipelines.scheduler import History, PlanScheduler, combination
 
 INJECTED = 0.02
@@ -50,6 +51,7 @@ class LoopScheduler(PlanScheduler):
         start: row that the loop begins with, on latents that it is given.
         before: history behind which that row begins.
         depths: of the history; None: all is kept.
+        branches: where guidance terms come from; None: there are none.
         ready: called when the loop is about to begin.
         behind: called behind each evaluation; what it returns, if anything, runs in place of the next row.
     """
@@ -62,6 +64,7 @@ class LoopScheduler(PlanScheduler):
         start: int = 0,
         before: Run | None = None,
         depths: tuple[int, int] | None = None,
+        branches: BranchOutputs | None = None,
         ready: Callable[[], object] = lambda: None,
         behind: Callable[[], PlanRow | None] = lambda: None,
     ) -> None:
@@ -69,6 +72,8 @@ class LoopScheduler(PlanScheduler):
         self._depths = depths or (2 * len(plan.rows), 2 * len(plan.rows))
         super().__init__(plan, own)
         self._checked = True
+        if branches is not None:
+            self.see_branches(branches)
         self._rows = self._rows[start:]
         if start:
             self.init_noise_sigma = 1.0
@@ -132,6 +137,10 @@ class Loop:
     def __exit__(self, *_: object) -> None:
         self.use(self.own)
         self._pipe.set_progress_bar_config(**self._bars)
+
+    def branches(self) -> BranchOutputs:
+        """Hooks that see the branches of the guidance, to be removed behind their use."""
+        return BranchOutputs(self._pipe)
 
     def use(self, scheduler: Any) -> None:
         """Let the pipeline's loop find this scheduler."""
@@ -266,17 +275,27 @@ class DrivenRun:
     Args:
         plan: B full rows and the last.
         depths: of the histories.
+        branches: where guidance terms come from; None: the branches are not weighed apart.
 
     Attributes:
         number: as given.
-        latents, outputs: see `Run`.
+        latents, outputs, guidance_terms: see `Run`.
     """
 
-    def __init__(self, loop: Loop, number: int, plan: StepPlan, depths: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        number: int,
+        plan: StepPlan,
+        depths: tuple[int, int],
+        branches: BranchOutputs | None = None,
+    ) -> None:
         self._loop, self.number = loop, number
         self._given: SimpleQueue[PlanRow | None] = SimpleQueue()
         self._reports: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._scheduler = LoopScheduler(plan, loop.own, depths=depths, ready=self._wait, behind=self._wait)
+        self._scheduler = LoopScheduler(
+            plan, loop.own, depths=depths, branches=branches, ready=self._wait, behind=self._wait
+        )
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
         self._listen()  # it has encoded its prompt, and is about to begin
@@ -291,8 +310,7 @@ class DrivenRun:
 
     @property
     def guidance_terms(self) -> list[Tensor]:
-        """None: a scheduler sees the guided output only."""
-        return []
+        return self._scheduler.history.guidance_terms
 
     def __call__(self, row: PlanRow) -> None:
         """Take the row: its latents, and the transformer on them unless it is the last."""

@@ -32,6 +32,7 @@ from lemica_trt.ir.plan import PlanRow, StepPlan
 from lemica_trt.ir.sampler import SAMPLER_TOLERANCE, SamplerTable, probes_agree
 from lemica_trt.ir.timeline import plan_line
 from lemica_trt.models.scheduler import sampler_table
+from lemica_trt.pipelines.branches import BranchOutputs
 from lemica_trt.planning.fold import fold
 
 PLAN_KEY, SAMPLER_KEY = "lemica_plan", "lemica_sampler"
@@ -62,27 +63,45 @@ def plan_from_source(source: PlanSource, name: str | None = None) -> tuple[StepP
 
 
 class History:
-    """Latents, outputs and draws of the rows of one request, newest first, fp32, on the device of the latents."""
+    """Latents, outputs, guidance terms and draws of the rows of one request, newest first, fp32, on the device of the
+    latents.
+
+    Args:
+        depths: of latents, of outputs and guidance terms, of draws.
+    """
 
     def __init__(self, depths: tuple[int, int, int]) -> None:
         self._depths = depths
         self.latents: list[Tensor] = []
         self.outputs: list[Tensor] = []
+        self.guidance_terms: list[Tensor] = []
         self.draws: list[Tensor] = []
 
-    def push(self, latents: Tensor | None = None, output: Tensor | None = None, draw: Tensor | None = None) -> None:
+    def push(
+        self,
+        latents: Tensor | None = None,
+        output: Tensor | None = None,
+        draw: Tensor | None = None,
+        guidance_term: Tensor | None = None,
+    ) -> None:
         """Put what is given in front, and let the oldest go."""
-        for kept, new, depth in zip((self.latents, self.outputs, self.draws), (latents, output, draw), self._depths):
+        kept = (self.latents, self.outputs, self.draws, self.guidance_terms)
+        for history, new, depth in zip(kept, (latents, output, draw, guidance_term), (*self._depths, self._depths[1])):
             if new is not None:
-                kept.insert(0, new.float())
-                del kept[depth:]
+                history.insert(0, new.float())
+                del history[depth:]
 
 
 def combination(
-    row: PlanRow, latents: Sequence[Tensor], outputs: Sequence[Tensor], draws: Sequence[Tensor] = ()
+    row: PlanRow,
+    latents: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    draws: Sequence[Tensor] = (),
+    guidance_terms: Sequence[Tensor] = (),
 ) -> Tensor:
     """x of a row from what is behind it, each newest first."""
     terms = [*zip(row.latents, latents), *zip(row.outputs, outputs), *zip(row.noise, draws)]
+    terms += zip(row.guidance_terms, guidance_terms)
     return sum((weight * tensor for weight, tensor in terms), torch.zeros_like(latents[0]))
 
 
@@ -112,6 +131,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._folded = fold(plan)
         self._rows = self._folded.rows  # each runs the transformer, except the last
         self._own, self._table, self._checked = copy.deepcopy(scheduler), table, False
+        self._branches: BranchOutputs | None = None
         config = {} if scheduler is None else {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
         name = None if scheduler is None else type(scheduler).__name__
         self.register_to_config(**config, **{PLAN_KEY: msgspec.to_builtins(plan), SAMPLER_KEY: name})
@@ -151,6 +171,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def __len__(self) -> int:
         return int(self.config.get("num_train_timesteps", 1000))
+
+    def see_branches(self, branches: BranchOutputs) -> None:
+        """Take guidance terms from a pipeline's hooks; plans that weigh them cannot run without."""
+        self._branches = branches
 
     @property
     def steps_to_ask(self) -> int:
@@ -269,11 +293,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if self._row and self._returned is not None:
                 del history.latents[0]
             history.push(sample)
-        history.push(output=model_output)
+        term = self._branches.guidance_term(model_output) if self._branches is not None else None
+        history.push(output=model_output, guidance_term=term)
         row = self._next_row()
         for _ in range(row.draws):
             history.push(draw=randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype))
-        latents = combination(row, history.latents, history.outputs, history.draws)
+        latents = combination(row, history.latents, history.outputs, history.draws, history.guidance_terms)
         history.push(latents)
         self._row += 1
         self._returned = latents.to(sample.dtype)
@@ -286,12 +311,19 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _begin(self) -> History:
         """The history of a new request."""
         plan = self._folded
+        if self._branches is not None:
+            self._branches.clear()
         self._row, self._returned, self._thread = 0, None, threading.get_ident()
         return History((max(plan.latent_history, 1), max(plan.output_history, 1), max(plan.noise_history, 1)))
 
     def _check_step(self, timestep: Any, eta: float) -> None:
         if self.num_inference_steps is None or self._row >= len(self.timesteps):
             raise UsageError("PlanScheduler: expected set_timesteps before each request", fix="call it")
+        if self.plan.guidance_history and self._branches is None:
+            raise UsageError(
+                f"plan {self.plan.name} weighs the branches of the guidance apart, which a scheduler does not see",
+                fix="lemica_trt.apply(pipe, plan) puts it on the pipeline",
+            )
         if self._thread != threading.get_ident():
             raise UsageError(
                 "PlanScheduler: another thread's request is under way",

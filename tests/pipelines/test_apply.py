@@ -20,6 +20,7 @@ from lemica_trt.ir.plan import StepPlan
 from lemica_trt.models.denoise import denoise
 from lemica_trt.models.model import Model
 from lemica_trt.models.scheduler import sampler_table
+from lemica_trt.pipelines.branches import BranchOutputs
 from lemica_trt.pipelines.scheduler import PlanScheduler
 from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.planner import Problem, planners
@@ -40,11 +41,19 @@ def table_of(model: Model) -> Any:
     return sampler_table(model.scheduler(N))
 
 
+def with_terms(plan: StepPlan) -> StepPlan:
+    """The plan with some weights on guidance terms."""
+    terms = (0.05, -0.02, 0.01)
+    rows = [msgspec.structs.replace(row, guidance_terms=terms[: min(i, 3)]) for i, row in enumerate(plan.rows)]
+    return msgspec.structs.replace(plan, rows=tuple(rows))
+
+
 def plans(table: Any, guidance: float) -> dict[str, StepPlan]:
     schedule = uniform(table.num_steps, 4)
     return {
         "uncached": uncached_plan(table, guidance_scale=guidance),
         "linear": linear_plan(schedule, table, guidance_scale=guidance),
+        "branches": with_terms(linear_plan(schedule, table, guidance_scale=guidance)),
         "lemica": plan_from_schedule(schedule, table, name="lemica", guidance_scale=guidance, method="lemica"),
     }
 
@@ -68,10 +77,10 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> N
 # --- the bundled models --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["uncached", "linear", "lemica"])
+@pytest.mark.parametrize("kind", ["uncached", "linear", "branches", "lemica"])
 @pytest.mark.parametrize("name", ["cogvideox-tiny", "wan-tiny"])
 def test_latents_are_those_of_the_step_modules(models: Models, name: str, kind: str) -> None:
-    """Wan runs the branches of its guidance one after the other: a residual for each."""
+    """Wan runs the branches of its guidance one after the other, the conditional one first: a residual for each."""
     model = models(name)
     plan = plans(table_of(model), model.profile.sampling.guidance_scale)[kind]
     expected = denoise(model, plan, model.embed([PROMPT]), model.noise(SEED)[None])
@@ -104,6 +113,32 @@ def test_a_bundle_runs_in_its_pipeline(
         lemica_trt.apply(model.pipeline, tmp_path / "b4.json", name="b5")
     with pytest.raises(InputError):
         lemica_trt.apply(model.pipeline, tmp_path / "nothing.json")
+
+
+def test_branches_that_are_not_seen_are_said(models: Models) -> None:
+    model = models("cogvideox-tiny")
+    plan = plans(table_of(model), 4.0)["branches"]
+    scheduler = PlanScheduler(plan)
+    scheduler.set_timesteps(N)
+    with pytest.raises(UsageError, match=r"weighs the branches of the guidance apart.*lemica_trt\.apply"):
+        scheduler.step(torch.zeros(1, 3), scheduler.timesteps[0], torch.zeros(1, 3))
+
+    hooks = BranchOutputs(model.pipeline)
+    try:
+        unconditional, conditional = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(0)).unbind()
+        guided = unconditional + 4 * (conditional - unconditional)
+        for order in ((unconditional, conditional), (conditional, unconditional)):
+            for outputs in (order, (torch.cat(order),)):  # a call each, or one for both
+                hooks._seen = list(outputs)
+                assert_close(hooks.guidance_term(guided), 3 * (conditional - unconditional))
+        hooks._seen = [guided]  # one branch: nothing is added
+        assert not hooks.guidance_term(guided).any()
+        for outputs in ((unconditional, conditional), (unconditional,) * 3, ()):
+            hooks._seen = list(outputs)
+            with pytest.raises(UnsupportedError, match="cannot be told"):
+                hooks.guidance_term(guided.flip(1))
+    finally:
+        hooks.remove()
 
 
 def test_half_precision_keeps_its_dtype(models: Models) -> None:

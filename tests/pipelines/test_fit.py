@@ -95,6 +95,20 @@ def fitted(case: Case, budget: int = B, **more: Any) -> StepPlan:
     return lemica_trt.fit(case.pipe, budget, case.prompts[:4], **arguments)
 
 
+def test_branches_apart_are_better_where_they_are_seen() -> None:
+    """On the samples of the fit, at the end; a plan without them runs in a scheduler alone."""
+    case = ltx()
+    apart, joined = fitted(case, max_skip=9), fitted(case, max_skip=9, branches=False)
+    assert apart.guidance_history and not joined.guidance_history
+    exact = [case(s, num_inference_steps=N) for s in range(4)]
+    scores = []
+    for plan in (apart, joined):
+        with lemica_trt.apply(case.pipe, plan):
+            scores.append(np.mean([decibels(case(s), exact[s]) for s in range(4)]))
+    assert scores[0] > scores[1], scores
+    assert not fitted(flux()).guidance_history, "FLUX embeds its guidance: there is one branch"
+
+
 # --- is it what it says --------------------------------------------------------------------------------------------
 
 
