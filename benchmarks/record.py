@@ -293,8 +293,8 @@ class UnusedDepth(Value, frozen=True, tag_field="kind", tag="unused-depth"):
         dtype: of the DiT.
         threads: of PyTorch, and of the engines.
         backend: engines, version and device.
-        outputs: how many outputs the small and the deep graph take; the deep one takes as many guidance terms, and gives
-            its trunk residual away.
+        outputs: how many outputs the small and the deep graph take; the deep one takes as many guidance terms, and
+            gives its trunk residual away.
         extra_node_seconds: what the nodes take that only the deep graph has, in the profile of a step.
         seconds, deep_seconds: of CPU; for every round, in which both are opened anew, one number a pair. The
             small one is opened first in the first round, and in every other one after it.

@@ -5,8 +5,9 @@
         --output benchmarks/results/unused-depth-large.json
 
 Graphs are exported before there are plans, deep enough for all that the planners may make: as many latents as the
-sampler reads back, six outputs and guidance terms, and the trunk residual is given away. What a plan does not read has a coefficient of 0.
-Here the full step of such graphs is timed beside that of the smallest graphs that run the uncached sampler.
+sampler reads back, six outputs and guidance terms, and the trunk residual is given away. What a plan does not read has
+a coefficient of 0. Here the full step of such graphs is timed beside that of the smallest graphs that run the uncached
+sampler.
 
 Both are in one process, with one thread, and are run in turn: A B A B … A machine's speed drifts by more than the
 difference that is looked for, so that the figure is the median of the ratios of neighbours. Which session was opened

@@ -75,8 +75,7 @@ def fit(
         samples: (prompt, seed) pairs; None: 8, or as many as there are prompts.
         seed: of sample 0; sample s has seed + s, and prompt s mod len(prompts).
         max_skip: K, the most steps that are skipped in a row; None: 9, or 3·N/B.
-        branches: whether the branches of the guidance are weighed apart, where they can be seen. False: a plan that
-            `PlanScheduler` runs by itself.
+        branches: False: a plan that `PlanScheduler` runs by itself, the branches of the guidance not weighed apart.
         reporter: told what is done; None: the pipeline's progress bars.
         call: keywords of every call (`num_inference_steps`, `guidance_scale`, `height`, …), as they will be used.
 
@@ -93,9 +92,8 @@ def fit(
     require_plain(pipe)
     if not prompts:
         raise InputError("prompts: expected at least one, got none")
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    count = samples or max(SAMPLES, len(prompts))
-    given = [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]
+    given = _arguments(prompts)
+    count = samples or max(SAMPLES, len(given))
     told = reporter or PipelineBars(pipe)
     with Loop(pipe, [given[s % len(given)] for s in range(count)], seed, call) as loop, contextlib.closing(told):
         table = loop.table()
@@ -113,6 +111,12 @@ def fit(
         measurement = _measurement(pipe, table, fitter.guidance_scale, given, seed, min(skip, n - 1), call)
         problem = Problem(table, fitter.guidance_scale, fitter.calibrate(measurement), fit=fitter)
         return max((planners()[name](problem, budget) for name in METHODS), key=fitter.quality)
+
+
+def _arguments(prompts: str | Sequence[Prompt]) -> list[dict[str, Any]]:
+    """What each prompt is to the pipeline's call."""
+    several = [prompts] if isinstance(prompts, str) else prompts
+    return [{"prompt": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in several]
 
 
 class _Fitter:
