@@ -20,7 +20,7 @@ from lemica_trt.compiler.context import Context, open_model
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.core.errors import InfeasibleError
 from lemica_trt.core.progress import Quiet, count
-from lemica_trt.evaluate.timing import TIMED_STEPS
+from lemica_trt.evaluate.timing import TIMED_BESIDE, TIMED_STEPS
 from lemica_trt.ir.budget import Budget, MinPsnr, StepTimes, format_budget
 from lemica_trt.ir.profile import TRACED
 from lemica_trt.ir.report import StageEstimate
@@ -273,10 +273,10 @@ def bundle(forecast: Forecast) -> list[StageEstimate]:
 
 def verify(forecast: Forecast) -> list[StageEstimate]:
     """Agreement of one run of each plan, and the held-out clips: plans, and baselines of the first."""
-    samples, budgets = forecast.inputs.request.verify_samples, forecast.budgets
+    request, budgets = forecast.inputs.request, forecast.budgets
     finer = forecast.reference_steps if forecast.reference_steps != forecast.num_steps else 0
-    agreement = forecast.num_steps + sum(set(budgets) - {forecast.num_steps}) + TIMED_STEPS
-    cached = [budget for budget in budgets if budget < forecast.num_steps]
-    compared = finer + sum(cached) + 2 * budgets[0] * (budgets[0] < forecast.num_steps)
-    clips = samples * (forecast.num_steps + compared) if cached else 0
-    return [forecast.stage("verify", count(samples, "held-out clip"), agreement + clips, models=2)]
+    agreement = forecast.num_steps + sum(set(budgets) - {forecast.num_steps}) + TIMED_BESIDE
+    first, *others = [budget if budget < forecast.num_steps else 0 for budget in budgets]
+    clips = request.verify_samples * (forecast.num_steps + finer + 3 * first) + request.further_samples * sum(others)
+    what = count(request.verify_samples, "held-out clip")
+    return [forecast.stage("verify", what, agreement + clips * any([first, *others]), models=2)]

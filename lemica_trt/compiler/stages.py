@@ -97,10 +97,10 @@ STAGES = (
         "bundle",
         reads=(
             *("profile", "model", "sampler", "uncached", "reference", "graphs", "engines"),
-            *("calibration", "plans", "trials", "front"),
+            *("prompts", "calibration", "plans", "trials", "front"),
         ),
         writes=("bundle",),
-        packages=("bundle",),
+        packages=("bundle", "runtime"),
         run=bundle_stages.run_bundle,
         estimate=estimates.bundle,
         is_whole=lambda context: bundle_stages.written_bundle(context) is not None,
