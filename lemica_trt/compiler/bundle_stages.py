@@ -14,6 +14,7 @@ from lemica_trt.bundle.writing import write_bundle
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts, PlanIndex, Verified, Written
 from lemica_trt.compiler.context import Context
+from lemica_trt.compiler.draft_stage import first_of_draft
 from lemica_trt.compiler.graph_stages import bundle_files
 from lemica_trt.compiler.stage import Writes
 from lemica_trt.core.errors import InputError
@@ -26,6 +27,7 @@ from lemica_trt.planning.step_plan import UNCACHED
 from lemica_trt.runtime.text import PromptTokenizer
 
 if TYPE_CHECKING:
+    from lemica_trt.evaluate.verify import First
     from lemica_trt.ir.report import VerifyReport
     from lemica_trt.models import Model
 
@@ -103,7 +105,7 @@ def run_verify(context: Context, folder: Path) -> Writes:
         request = inputs.request
         verify_bundle(
             bundle, context.model, inputs.held_out, request.verify_samples, context.reporter, backend=backend,
-            further=request.further_samples,
+            further=request.further_samples, first=first_of_draft(context),
         )  # fmt: skip
     write_value(Verified(backend=backend, unverified=unverified), folder / artifacts.VERIFIED_FILE)
     return {"verified": [artifacts.VERIFIED_FILE]}
@@ -118,6 +120,7 @@ def verify_bundle(
     *,
     backend: str,
     further: int | None = None,
+    first: First | None = None,
 ) -> VerifyReport:
     """Verify, store the report and its pictures in the bundle, and fail if something is not as it must be.
 
@@ -126,6 +129,7 @@ def verify_bundle(
         samples: how many clips are compared.
         backend: which engines.
         further: clips of plans beside the default one; None: as many.
+        first: as `evaluate.verify.verify` takes it.
 
     Raises:
         IntegrityError: the bundle is not whole.
@@ -138,7 +142,7 @@ def verify_bundle(
     from lemica_trt.report.pictures import write_pictures
 
     held_out = held_out_samples(prompts, samples)
-    report, clips = verify(bundle, model, held_out, reporter=reporter, backend=backend, further=further)
+    report, clips, _ = verify(bundle, model, held_out, reporter=reporter, backend=backend, further=further, first=first)
     write_value(report, bundle.path / VERIFY_REPORT)
     plans = [bundle.plan(name) for name in bundle.plans]
     write_pictures(bundle.path / REPORTS, clips, plans, bundle.plan(), error_graph_of(bundle))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lemica_trt.backends.build import estimate as estimate_engine
+from lemica_trt.bundle.manifest import MANIFEST
 from lemica_trt.bundle.workspace import Workspace
 from lemica_trt.compiler.context import Context, open_model
 from lemica_trt.compiler.requests import Inputs
@@ -221,6 +222,16 @@ def time(forecast: Forecast) -> list[StageEstimate]:
     return [forecast.stage("time", "a few steps on the engines", TIMED_STEPS)]
 
 
+def draft(forecast: Forecast) -> list[StageEstimate]:
+    """Of one clip, on engines and in PyTorch: the uncached plan and one of the first budget."""
+    if forecast.output is not None and (forecast.output / MANIFEST).is_file():
+        return [forecast.stage("draft", f"there is a bundle: {forecast.output}")]
+    verified = forecast.inputs.request.verify_samples > 0
+    steps = 2 * (forecast.num_steps + forecast.budgets[0] % forecast.num_steps) + TIMED_BESIDE
+    what = "engines and a plan that takes no calibration, until there is a better one"
+    return [forecast.stage("draft", what, steps * verified, models=2)]
+
+
 def calibrate(forecast: Forecast) -> list[StageEstimate]:
     from lemica_trt.calibrate.cost import calibration_cost, rollouts_of
 
@@ -278,5 +289,6 @@ def verify(forecast: Forecast) -> list[StageEstimate]:
     agreement = forecast.num_steps + sum(set(budgets) - {forecast.num_steps}) + TIMED_BESIDE
     first, *others = [budget if budget < forecast.num_steps else 0 for budget in budgets]
     clips = request.verify_samples * (forecast.num_steps + finer + 3 * first) + request.further_samples * sum(others)
-    what = count(request.verify_samples, "held-out clip")
-    return [forecast.stage("verify", what, agreement + clips * any([first, *others]), models=2)]
+    known = draft(forecast)[0].full_steps > 0 and request.has_draft  # the uncached plan's runs
+    steps = agreement + clips * any([first, *others]) - 2 * forecast.num_steps * known
+    return [forecast.stage("verify", count(request.verify_samples, "held-out clip"), steps, models=2)]

@@ -81,6 +81,11 @@ class BuildRequest(Value, frozen=True):
         return any(planner.needs & CALIBRATED for planner in self.planners)
 
     @property
+    def has_draft(self) -> bool:
+        """Whether the plans take so long that there is a draft of the bundle before them."""
+        return self.schedule is None and self.needs_calibration
+
+    @property
     def further_samples(self) -> int:
         """Held-out clips of the plans beside the default one: a third of its own, at least one."""
         return -(-self.verify_samples // 3)

@@ -16,6 +16,7 @@ from lemica_trt.bundle.writing import move_bundle, require_replaceable
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.bundle_stages import report_of, written_bundle
 from lemica_trt.compiler.context import Context, require_build_libraries
+from lemica_trt.compiler.draft_stage import left_behind
 from lemica_trt.compiler.estimates import DryContext, Forecast, require_counts
 from lemica_trt.compiler.requests import (
     BuildRequest,
@@ -38,6 +39,9 @@ from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.report import Measured, StageEstimate
 from lemica_trt.planning.budget import front_rows
 from lemica_trt.planning.search import PlanSet, budget_outcomes
+
+DRAFT = "draft"
+"""The stage that a build runs although nothing needs what it makes."""
 
 ENGINE_STAGES = ("engine", "time", "bundle")
 """What runs where PyTorch need not be."""
@@ -62,7 +66,7 @@ def build(profile: Profile, output: Path, request: BuildRequest, reporter: Repor
     require_build_libraries()
     inputs = inputs_from_request(profile, request)
     last = "verify" if request.verify_samples else "bundle"
-    with stages_run(Workspace(work_folder(output)), inputs, reporter, last, output=output) as context:
+    with stages_run(Workspace(work_folder(output)), inputs, reporter, DRAFT, last, output=output) as context:
         return _result(context)
 
 
@@ -74,7 +78,8 @@ def dry_run(profile: Profile, output: Path, request: BuildRequest) -> list[Stage
     require_replaceable(output)
     request.check(profile.dtype, validation_samples=profile.calibration.validation_samples)
     with DryContext(Workspace(work_folder(output)), inputs_from_request(profile, request), output=output) as context:
-        stages = context.select(needed_stages(STAGES, context, "verify" if request.verify_samples else "bundle"))
+        last = "verify" if request.verify_samples else "bundle"
+        stages = context.select(needed_stages(STAGES, context, DRAFT, last))
         require_counts(context.forecast)
         if context.has_model:
             for stage in stages:
@@ -152,21 +157,20 @@ def stages_run(
     work: Workspace,
     inputs: Inputs,
     reporter: Reporter,
-    last: str,
-    *,
+    *last: str,
     output: Path | None = None,
     only: tuple[str, ...] | None = None,
 ) -> Iterator[Context]:
-    """Run the stages up to one of them, and hold the work folder while what they made is looked at.
+    """Run the stages up to some of them, and hold the work folder while what they made is looked at.
 
     Args:
-        last: name of the stage.
+        last: names of the stages.
         output: folder of the bundle.
         only: see `run_stages`.
     """
     with work.locked(), Context(work, inputs, reporter, output=output) as context:
         inputs.store(work)
-        stages = context.select(needed_stages(STAGES, context, last))
+        stages = context.select(needed_stages(STAGES, context, *last))
         may_run = [stage for stage in stages if only is None or stage.name in only]
         todo = estimate_stages(may_run, context, Forecast.of_inputs(inputs, output))
         steps = sum(found.full_steps for found in todo)
@@ -174,7 +178,13 @@ def stages_run(
             samplings = steps / inputs.profile.sampling.steps
             reporter.stage("work", f"about {steps:.0f} full steps of the DiT, {samplings:.1f} samplings' work")
         reporter.expect([(found.name, found.full_steps) for found in todo])
-        run_stages(stages, context, only=only)
+        try:
+            run_stages(stages, context, only=only)
+        except KeyboardInterrupt:
+            reporter.close()
+            if DRAFT in last and (line := left_behind(context)) is not None:
+                reporter.stage(DRAFT, line)
+            raise
         yield context
 
 

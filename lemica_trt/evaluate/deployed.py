@@ -40,6 +40,14 @@ class Deployed:
         self._rows: dict[str, tuple[float, RowSeconds]] = {}
         self._whole: dict[str, list[float]] = {}
 
+    def know(self, plan: StepPlan, prompt: str, seed: int, latents: Array, run: tuple[float, RowSeconds]) -> None:
+        """Take a run as made: the first of its plan."""
+        self._kept[plan.name, prompt, seed], self._rows[plan.name] = latents, run
+
+    def first_run(self, plan: StepPlan) -> tuple[float, RowSeconds]:
+        """Seconds of the first run of a plan, and of its rows."""
+        return self._rows[plan.name]
+
     def latents(self, plan: StepPlan, prompt: str, seed: int, *, keep: bool = False) -> Array:
         """One request: x_N, fp32 latent_shape.
 

@@ -9,7 +9,11 @@ Knows nothing of how the bundle was made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
 
 from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import VERIFY_REPORT
@@ -22,10 +26,13 @@ from lemica_trt.evaluate.agreement import check_graphs, check_runs
 from lemica_trt.evaluate.deployed import Deployed
 from lemica_trt.evaluate.quality import cases_of, measure_quality, quality_steps
 from lemica_trt.evaluate.samples import Samples
-from lemica_trt.evaluate.timing import TIMED_BESIDE, backend_name, measure_steps
-from lemica_trt.ir.report import Clip, VerifyReport
+from lemica_trt.evaluate.timing import TIMED_BESIDE, RowSeconds, backend_name, measure_steps
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.report import Agreement, Clip, FirstRun, GraphCheck, VerifyReport
 from lemica_trt.models import Model
 from lemica_trt.runtime.pipeline import Pipeline
+
+Array = npt.NDArray[Any]
 
 
 def stored_report(bundle: Bundle) -> VerifyReport | None:
@@ -36,6 +43,21 @@ def stored_report(bundle: Bundle) -> VerifyReport | None:
         return None
 
 
+class First(NamedTuple):
+    """The first run of the uncached plan: what was found, and its result, fp32 latent_shape."""
+
+    run: FirstRun
+    latents: Array
+
+
+class Verification(NamedTuple):
+    """A report, some clips to look at, and what another verification of the same engines may take over."""
+
+    report: VerifyReport
+    clips: list[Clip]
+    first: First
+
+
 def verify(
     bundle: Bundle,
     model: Model,
@@ -44,8 +66,10 @@ def verify(
     reporter: Reporter,
     backend: str | None = None,
     further: int | None = None,
-) -> tuple[VerifyReport, list[Clip]]:
-    """Verify a bundle against the model that it was built from.
+    first: First | None = None,
+    draft: bool = False,
+) -> Verification:
+    """Verify a bundle, which has an uncached plan, against the model that it was built from.
 
     Args:
         bundle: what to verify; every file is checked first.
@@ -53,9 +77,8 @@ def verify(
         samples: the held-out ones, see `evaluate.samples`.
         backend: which engines; None: the preferred ones.
         further: how many of the samples plans beside the default one run on; None: all.
-
-    Returns:
-        The report, and some clips to look at.
+        first: of an earlier verification of the same engines on the same samples.
+        draft: whether the bundle is one: then its plan is compared with the uncached run alone.
 
     Raises:
         IntegrityError: a file is altered or missing.
@@ -63,17 +86,26 @@ def verify(
     """
     bundle.check()
     pipe = Pipeline(bundle, backend=backend)
-    key = bundle.engine(backend).key
-    reporter.stage("verify", f"{samples.count} held-out clips, {key.backend} {key.version} on {key.target}")
+    key, plans = bundle.engine(backend).key, [bundle.plan(name) for name in bundle.plans]
+    where = f"{key.backend} {key.version} on {key.target}"
+    reporter.stage("draft" if draft else "verify", f"{count(samples.count, 'held-out clip')}, {where}")
     _warn(pipe, samples, reporter)
-    graphs, plans = check_graphs(pipe, model), [bundle.plan(name) for name in bundle.plans]
-    cases = cases_of(bundle, model, samples.count, samples.count if further is None else further)
+    uncached = max(plans, key=lambda plan: plan.budget)
+    cases = cases_of(bundle, model, samples.count, samples.count if further is None else further, compared=not draft)
     compared = sum(plan.budget for plan in plans) + quality_steps(cases, samples.count)
     compared += 0 if cases else sum(plan.budget for plan in plans)  # nothing to compare: one run of each
     tally = Tally(reporter, TIMED_BESIDE + compared)
     deployed = Deployed(pipe, tally)
-    agreement = check_runs(deployed, model, *samples[0], tally)
-    steps = measure_steps(pipe, known=deployed.full_step(max(plans, key=lambda plan: plan.budget)))
+    if first is not None and (first.run.backend, first.run.prompt, first.run.seed) != (backend_name(key), *samples[0]):
+        first = None
+    if first is not None:
+        deployed.know(uncached, *samples[0], first.latents, (first.run.seconds, RowSeconds([*first.run.rows], [])))
+        tally(2 * uncached.budget)
+    known = [] if first is None else [first.run.agreement]
+    graphs = check_graphs(pipe, model) if first is None else first.run.graphs
+    agreement = check_runs(deployed, model, *samples[0], tally, known)
+    first = first or _first(deployed, uncached, samples, graphs, agreement, backend_name(key))
+    steps = measure_steps(pipe, known=deployed.full_step(uncached))
     tally(TIMED_BESIDE)
     quality, clips = measure_quality(deployed, model, samples, cases, tally)
     report = VerifyReport(
@@ -88,7 +120,30 @@ def verify(
         timing=tuple(deployed.timing(plans)),
         steps=steps,
     )
-    return report, clips
+    return Verification(report, clips, first)
+
+
+def _first(
+    deployed: Deployed,
+    uncached: StepPlan,
+    samples: Samples,
+    graphs: Sequence[GraphCheck],
+    agreement: Sequence[Agreement],
+    backend: str,
+) -> First:
+    """Of a verification that is under way."""
+    seconds, rows = deployed.first_run(uncached)
+    prompt, seed = samples[0]
+    run = FirstRun(
+        backend=backend,
+        prompt=prompt,
+        seed=seed,
+        graphs=tuple(graphs),
+        agreement=next(found for found in agreement if found.plan == uncached.name),
+        seconds=seconds,
+        rows=tuple(rows.full),
+    )
+    return First(run, deployed.latents(uncached, prompt, seed, keep=True))
 
 
 def _warn(pipe: Pipeline, samples: Samples, reporter: Reporter) -> None:
