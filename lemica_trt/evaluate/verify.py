@@ -96,14 +96,11 @@ def verify(
     compared += 0 if cases else sum(plan.budget for plan in plans)  # nothing to compare: one run of each
     tally = Tally(reporter, TIMED_BESIDE + compared)
     deployed = Deployed(pipe, tally)
-    if first is not None and (first.run.backend, first.run.prompt, first.run.seed) != (backend_name(key), *samples[0]):
+    if first is not None and not _take_over(first, deployed, uncached, samples, backend_name(key)):
         first = None
-    if first is not None:
-        deployed.know(uncached, *samples[0], first.latents, (first.run.seconds, RowSeconds([*first.run.rows], [])))
-        tally(2 * uncached.budget)
-    known = [] if first is None else [first.run.agreement]
+    tally(0 if first is None else 2 * uncached.budget)
     graphs = check_graphs(pipe, model) if first is None else first.run.graphs
-    agreement = check_runs(deployed, model, *samples[0], tally, known)
+    agreement = check_runs(deployed, model, *samples[0], tally, [] if first is None else [first.run.agreement])
     first = first or _first(deployed, uncached, samples, graphs, agreement, backend_name(key))
     steps = measure_steps(pipe, known=deployed.full_step(uncached))
     tally(TIMED_BESIDE)
@@ -121,6 +118,15 @@ def verify(
         steps=steps,
     )
     return Verification(report, clips, first)
+
+
+def _take_over(first: First, deployed: Deployed, uncached: StepPlan, samples: Samples, backend: str) -> bool:
+    """Whether an earlier run is of these engines and samples; then it is taken as made."""
+    run = first.run
+    if (run.backend, run.prompt, run.seed) != (backend, *samples[0]):
+        return False
+    deployed.know(uncached, run.prompt, run.seed, first.latents, (run.seconds, RowSeconds([*run.rows], [])))
+    return True
 
 
 def _first(
