@@ -29,6 +29,7 @@ from lemica_trt.compiler.requests import (
 )
 from lemica_trt.compiler.stage import estimate_stages, needed_stages, run_stages
 from lemica_trt.compiler.stages import STAGES
+from lemica_trt.core.errors import UsageError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.evaluate.step_timer import StepTimer, speeds_from_report
 from lemica_trt.ir.budget import Front
@@ -63,9 +64,37 @@ def build(profile: Profile, output: Path, request: BuildRequest, reporter: Repor
     """
     require_replaceable(output)
     request.check(profile.dtype, validation_samples=profile.calibration.validation_samples)
+    return _built(inputs_from_request(profile, request), output, reporter)
+
+
+def extend(output: Path, samples: str, changes: dict[str, Any], reporter: Reporter) -> BuildResult:
+    """A bundle's build again, from the work folder beside it, with more calibration samples; those that are there are
+    not measured again, and the bundle stays until the new one is verified.
+
+    Args:
+        samples: see `with_samples`.
+        changes: fields of the request.
+
+    Raises:
+        UsageError: there is no work folder; or as `with_samples`.
+        LemicaError: as `build`.
+    """
+    work = Workspace(work_folder(output))
+    if not work.is_there:
+        raise UsageError(
+            f"--samples: expected the work folder of the build, {work.root.name} beside {output}: what was calibrated "
+            "lies there",
+            fix="bring it back, or build again with --samples",
+        )
+    require_replaceable(output)
+    inputs = with_samples(changed_inputs(stored_inputs(work), changes), samples)
+    inputs.request.check(inputs.profile.dtype, validation_samples=inputs.profile.calibration.validation_samples)
+    return _built(inputs, output, reporter)
+
+
+def _built(inputs: Inputs, output: Path, reporter: Reporter) -> BuildResult:
     require_build_libraries()
-    inputs = inputs_from_request(profile, request)
-    last = "verify" if request.verify_samples else "bundle"
+    last = "verify" if inputs.request.verify_samples else "bundle"
     with stages_run(Workspace(work_folder(output)), inputs, reporter, DRAFT, last, output=output) as context:
         return _result(context)
 
@@ -123,13 +152,16 @@ def engine(work: Path, output: Path, changes: dict[str, Any], reporter: Reporter
         return publish(context)
 
 
-def plan(work: Path, changes: dict[str, Any], reporter: Reporter) -> PlanResult:
+def plan(work: Path, changes: dict[str, Any], reporter: Reporter, *, samples: str | None = None) -> PlanResult:
     """A work folder → plans in it; several methods are tried and solvers fitted, which takes the model.
 
     Args:
         changes: fields of the request.
+        samples: of the calibration, see `with_samples`; None: as many as there are.
     """
     inputs = changed_inputs(stored_inputs(Workspace(work)), changes)
+    if samples is not None:
+        inputs = with_samples(inputs, samples)
     settings = inputs.profile.calibration
     inputs.request.check(
         inputs.profile.dtype if inputs.request.is_timed else None, validation_samples=settings.validation_samples
@@ -143,6 +175,28 @@ def plan(work: Path, changes: dict[str, Any], reporter: Reporter) -> PlanResult:
             outcomes=budget_outcomes(inputs.request.budgets, made, times, {}),
             front=() if made.front is None else front_rows(made.front, times),
         )
+
+
+def with_samples(inputs: Inputs, samples: str) -> Inputs:
+    """Inputs with more calibration samples.
+
+    Args:
+        samples: how many in all, or how many more: `+4`.
+
+    Raises:
+        UsageError: it is neither, or the calibration was given.
+    """
+    settings = inputs.profile.calibration
+    if inputs.given.calibration is not None:
+        raise UsageError("--samples: the calibration was given (--error-graph), there is none to go on with")
+    try:
+        wanted = int(samples) + (settings.samples if samples.startswith("+") else 0)
+        changed = msgspec.structs.replace(settings, samples=wanted)
+    except ValueError:
+        raise UsageError(
+            f"--samples: expected how many in all, or +K more than {settings.samples}, got {samples!r}"
+        ) from None
+    return msgspec.structs.replace(inputs, profile=msgspec.structs.replace(inputs.profile, calibration=changed))
 
 
 def changed_inputs(inputs: Inputs, changes: dict[str, Any]) -> Inputs:

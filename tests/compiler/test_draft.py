@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.cli.flags import plan_target
 from lemica_trt.compiler import work_commands
 from lemica_trt.compiler.requests import BuildRequest, BuildResult
-from lemica_trt.core.errors import VerificationError
+from lemica_trt.core.errors import UsageError, VerificationError
 from lemica_trt.core.progress import Quiet
+from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.verify import stored_report
+from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.report import PLAN
 from lemica_trt.ir.resources import load_profile
@@ -113,6 +118,31 @@ def test_the_same_command_goes_on_and_runs_nothing_twice(drafted: tuple[Path, To
     none, other = build(output, changed, at="fit")
     assert none is None and Bundle.open(output).digest == before, "a bundle is better than a draft"
     assert other.lines[-1][0] == "fit", "nothing is said of a draft"
+
+
+def test_a_bundle_is_calibrated_on(drafted: tuple[Path, Told], tmp_path: Path) -> None:
+    output, _ = drafted
+    assert build(output)[0] is not None
+    (journal,) = (output.parent / "bundle.work" / "journals").glob("journal-*.jsonl")
+    before, told = journal.read_bytes(), Told()
+    made = plan_target(output, {}, told, samples="+1")
+    after = journal.read_bytes()
+    assert after.startswith(before) and after.count(b"\n") == before.count(b"\n") + 1, "one sample was measured"
+    assert ("export", "unchanged") in told.lines
+    assert [plan.name for plan in made.plans] == ["b3", "uncached"]
+    assert read_value(ErrorGraph, output / ERROR_GRAPH_FILE).samples == 3
+    report = stored_report(Bundle.open(output))
+    assert report is not None and report.manifest_digest == Bundle.open(output).manifest.digest
+
+    plan_target(output, {}, Told(), samples="2")
+    assert read_value(ErrorGraph, output / ERROR_GRAPH_FILE).samples == 2
+    assert journal.read_bytes() == after, "nothing was measured"
+    for samples in ("+x", "0", "-1"):
+        with pytest.raises(UsageError, match=r"expected how many in all, or \+K more than 2"):
+            plan_target(output, {}, Quiet(), samples=samples)
+    shutil.copytree(output, tmp_path / "alone")
+    with pytest.raises(UsageError, match=r"expected the work folder of the build, alone\.work beside"):
+        plan_target(tmp_path / "alone", {}, Quiet(), samples="+1")
 
 
 def test_a_draft_of_other_inputs_is_replaced(drafted: tuple[Path, Told], tmp_path: Path) -> None:
