@@ -189,6 +189,7 @@ def test_dry_run_does_nothing(tmp_path: Path) -> None:
         "layout",
         "export",
         "engine",
+        "draft",
         "calibrate",
         "fit",
         "select",
