@@ -24,7 +24,7 @@ from lemica_trt.core.text import shortened
 from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.agreement import check_graphs, check_runs
 from lemica_trt.evaluate.deployed import Deployed
-from lemica_trt.evaluate.quality import cases_of, measure_quality, quality_steps
+from lemica_trt.evaluate.quality import Case, cases_of, measure_quality, quality_steps
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.evaluate.timing import TIMED_BESIDE, RowSeconds, backend_name, measure_steps
 from lemica_trt.ir.plan import StepPlan
@@ -85,26 +85,24 @@ def verify(
         VerificationError: a result of the model itself is not finite.
     """
     bundle.check()
-    pipe = Pipeline(bundle, backend=backend)
-    key, plans = bundle.engine(backend).key, [bundle.plan(name) for name in bundle.plans]
-    where = f"{key.backend} {key.version} on {key.target}"
-    reporter.stage("draft" if draft else "verify", f"{count(samples.count, 'held-out clip')}, {where}")
-    _warn(pipe, samples, reporter)
-    uncached = max(plans, key=lambda plan: plan.budget)
-    cases = cases_of(bundle, model, samples.count, samples.count if further is None else further, compared=not draft)
-    compared = sum(plan.budget for plan in plans) + quality_steps(cases, samples.count)
-    compared += 0 if cases else sum(plan.budget for plan in plans)  # nothing to compare: one run of each
-    tally = Tally(reporter, TIMED_BESIDE + compared)
-    deployed = Deployed(pipe, tally)
-    if first is not None and not _take_over(first, deployed, uncached, samples, backend_name(key)):
-        first = None
-    tally(0 if first is None else 2 * uncached.budget)
-    graphs = check_graphs(pipe, model) if first is None else first.run.graphs
-    agreement = check_runs(deployed, model, *samples[0], tally, [] if first is None else [first.run.agreement])
-    first = first or _first(deployed, uncached, samples, graphs, agreement, backend_name(key))
-    steps = measure_steps(pipe, known=deployed.full_step(uncached))
-    tally(TIMED_BESIDE)
-    quality, clips = measure_quality(deployed, model, samples, cases, tally)
+    with Pipeline(bundle, backend=backend) as pipe:
+        key, plans = bundle.engine(backend).key, [bundle.plan(name) for name in bundle.plans]
+        where = f"{key.backend} {key.version} on {key.target}"
+        reporter.stage("draft" if draft else "verify", f"{count(samples.count, 'held-out clip')}, {where}")
+        _warn(pipe, samples, reporter)
+        further = samples.count if further is None else further
+        cases = cases_of(bundle, model, samples.count, further, compared=not draft)
+        tally = _tally(reporter, plans, cases, samples.count)
+        deployed, uncached = Deployed(pipe, tally), max(plans, key=lambda plan: plan.budget)
+        if first is not None and not _take_over(first, deployed, uncached, samples, backend_name(key)):
+            first = None
+        tally(0 if first is None else 2 * uncached.budget)
+        graphs = check_graphs(pipe, model) if first is None else first.run.graphs
+        agreement = check_runs(deployed, model, *samples[0], tally, [] if first is None else [first.run.agreement])
+        first = first or _first(deployed, uncached, samples, graphs, agreement, backend_name(key))
+        steps = measure_steps(pipe, known=deployed.full_step(uncached))
+        tally(TIMED_BESIDE)
+        quality, clips = measure_quality(deployed, model, samples, cases, tally)
     report = VerifyReport(
         manifest_digest=bundle.manifest.digest,
         samples=samples.count,
@@ -118,6 +116,12 @@ def verify(
         steps=steps,
     )
     return Verification(report, clips, first)
+
+
+def _tally(reporter: Reporter, plans: Sequence[StepPlan], cases: Sequence[Case], samples: int) -> Tally:
+    """Of all full steps of a verification."""
+    once = sum(plan.budget for plan in plans)  # in PyTorch; on the engines, too, where there is nothing to compare
+    return Tally(reporter, TIMED_BESIDE + once + (quality_steps(cases, samples) if cases else once))
 
 
 def _take_over(first: First, deployed: Deployed, uncached: StepPlan, samples: Samples, backend: str) -> bool:
