@@ -54,7 +54,7 @@ def run_draft(context: Context, folder: Path) -> Writes:
     writes: Writes = {"draft": [artifacts.DRAFT_FILE]}
     if not (output / MANIFEST).is_file() or _is_draft(context, output):
         plans = list(_plans(context))
-        names = ", ".join(dict.fromkeys((f"{plans[0].name} by {plans[0].method}", UNCACHED)))
+        names = ", ".join(plan.name if plan.name == UNCACHED else f"{plan.name} by {plan.method}" for plan in plans)
         context.reporter.stage("draft", f"{output}: {names}; until there is a better plan")
         bundle = _write(context, plans)
         first = _verified(context, bundle) if context.inputs.request.verify_samples > 0 else None
@@ -87,10 +87,11 @@ def left_behind(context: Context) -> str | None:
     output = context.output
     if output is None or not is_there(context) or not _is_draft(context, output):
         return None
-    default = Bundle.open(output).plan()
+    plan = Bundle.open(output).plan()
+    how = "" if plan.name == UNCACHED else f" or by {plan.method} in {plan.budget} of {plan.num_steps}"
     return (
-        f"{output} is a bundle that runs, with all steps or by {default.method} in {default.budget} of "
-        f"{default.num_steps}: a draft; the same command goes on to the plan that was asked for"
+        f"{output} is a bundle that runs, with all steps{how}: a draft; the same command goes on to the plan that was "
+        "asked for"
     )
 
 
