@@ -111,11 +111,10 @@ def _plans(context: Context) -> Iterator[StepPlan]:
     measured = context.read_if_there(Measured, artifacts.TIMES_FILE)
     times = None if measured is None else measured.steps
     layout = context.read(StepLayout, artifacts.LAYOUT_FILE)
-    known = [planners()[name] for name in METHODS if planners()[name].needs <= problem.has]
-    (budget,) = resolve_budgets(request.budgets[:1], known, times, problem.table.num_steps, None)
-    for planner in known:
-        count = None if isinstance(budget, MinPsnr) else full_steps_for(planner, budget)
-        with contextlib.suppress(LemicaError):  # this one has no plan of so many steps
+    for planner in (planners()[name] for name in METHODS):
+        with contextlib.suppress(LemicaError):  # it lacks something here, or has no plan of this budget
+            (budget,) = resolve_budgets(request.budgets[:1], [planner], times, problem.table.num_steps, None)
+            count = None if isinstance(budget, MinPsnr) else full_steps_for(planner, budget)
             if count is not None and misfit(plan := planner(problem, count), layout) is None:
                 yield plan
                 break
