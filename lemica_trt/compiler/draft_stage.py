@@ -8,6 +8,7 @@ the uncached plan is not verified again (`ir.report.FirstRun`), so that a draft 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from lemica_trt.bundle.workspace import candidate_folder
 from lemica_trt.bundle.writing import move_bundle, write_bundle
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import Draft, Engines, Exported, ModelFacts
-from lemica_trt.compiler.context import Context
+from lemica_trt.compiler.context import Context, solver_tables
 from lemica_trt.compiler.stage import Writes
 from lemica_trt.core.errors import InputError, LemicaError
 from lemica_trt.core.values import write_value
@@ -38,7 +39,7 @@ from lemica_trt.planning.step_plan import UNCACHED
 if TYPE_CHECKING:
     from lemica_trt.evaluate.verify import First
 
-METHODS = ("stock:dpmsolver++", "published", "uniform")
+METHODS = ("stock:dpmsolver++", "published", "uniform", "stock:first-order")
 """What plans a draft, the first that can: none of them needs a calibration."""
 
 
@@ -107,7 +108,8 @@ def _is_draft(context: Context, output: Path) -> bool:
 
 def _plans(context: Context) -> Iterator[StepPlan]:
     """The default plan first; that is the uncached one where no other is possible."""
-    request, problem = context.inputs.request, context.problem(None)
+    request = context.inputs.request
+    problem = dataclasses.replace(context.problem(None), solver=solver_tables(context.table))
     measured = context.read_if_there(Measured, artifacts.TIMES_FILE)
     times = None if measured is None else measured.steps
     layout = context.read(StepLayout, artifacts.LAYOUT_FILE)
