@@ -130,7 +130,10 @@ class Clips:
 
 def build(profile: Profile, effort: Effort, seed: int, budgets: tuple[int, ...], folder: Path) -> tuple[Counting, Any]:
     """One build, counted; graphs and engines of an earlier one in the folder stay."""
-    shutil.rmtree(folder / "bundle.work" / "journals", ignore_errors=True)
+    for left in (folder / "bundle", folder / "bundle.work" / "journals"):
+        shutil.rmtree(left, ignore_errors=True)
+    for stage in ("draft", "calibrate", "plan"):
+        (folder / "bundle.work" / "records" / f"{stage}.json").unlink(missing_ok=True)
     settings = msgspec.structs.replace(
         profile.calibration,
         samples=effort.samples,

@@ -217,7 +217,8 @@ def depth_caption(result: UnusedDepth) -> str:
 def cost_table(result: BuildCost) -> str:
     """A row a way of building, with what it cost and what its plans are worth, by seed; below it stock solvers."""
     first = result.of_way(result.ways[0])
-    parts = ("calibrate", "fit", "select", "verify")
+    parts = ("draft", "calibrate", "fit", "select", "verify")
+    parts = tuple(part for part in parts if any(part in row.full_steps for row in result.rows))
     rows = []
     for way in result.ways:
         builds = result.of_way(way)

@@ -195,10 +195,11 @@ def _layout(skips: bool) -> StepLayout:
 
 @pytest.mark.parametrize("skips", [True, False])
 @pytest.mark.parametrize("steps", [2, 3, 20])
-def test_the_plan_that_steps_are_timed_on_is_short(steps: int, skips: bool) -> None:
+@pytest.mark.parametrize("full", [1, 4])
+def test_the_plan_that_steps_are_timed_on_is_short(steps: int, skips: bool, full: int) -> None:
     table = flow_table(steps)
-    short = shortened(uncached_plan(table, guidance_scale=4.0), _layout(skips))
-    assert short.budget <= 4 and skipped_steps(short) <= 4
+    short = shortened(uncached_plan(table, guidance_scale=4.0), _layout(skips), full=full)
+    assert 1 <= short.budget <= full and skipped_steps(short) <= 4
     assert bool(skipped_steps(short)) == skips and len(short.rows) - 1 == short.budget + skipped_steps(short)
 
 

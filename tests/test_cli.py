@@ -40,6 +40,9 @@ def test_build_makes_a_verified_bundle(built: tuple[Path, subprocess.CompletedPr
     # Baselines are of the default plan; LeMiCa's is this very plan.
     ways = {(row["plan"], row["method"]) for row in report["quality"]}
     assert ways == {("b4", "plan"), ("b4", "fewer-steps"), ("b5", "plan")}
+    # Plans beside the default one run on a third of the clips, rounded up.
+    assert {(row["plan"], len(row["each_psnr"])) for row in report["quality"]} == {("b4", 2), ("b5", 1)}
+    assert "(1 clip)" in done.stdout
     assert (output / "reports" / "contact_sheet.png").stat().st_size > 1000
     assert "b4" in done.stdout and "PSNR" in done.stdout
     assert str(output) in done.stdout.replace("\n", "")
@@ -189,6 +192,7 @@ def test_dry_run_does_nothing(tmp_path: Path) -> None:
         "layout",
         "export",
         "engine",
+        "draft",
         "calibrate",
         "fit",
         "select",

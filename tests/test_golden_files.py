@@ -13,7 +13,7 @@ import pytest
 
 from lemica_trt.bundle.manifest import Manifest, manifest_digest_line, manifest_from_json
 from lemica_trt.bundle.workspace import Record
-from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts, PlanIndex, Verified, Written
+from lemica_trt.compiler.artifacts import Draft, Engines, Exported, ModelFacts, PlanIndex, Verified, Written
 from lemica_trt.compiler.requests import BuildRequest, Given
 from lemica_trt.core.errors import IntegrityError
 from lemica_trt.core.values import json_bytes, read_value, value_from_json
@@ -22,6 +22,7 @@ from lemica_trt.ir.calibration import ErrorGraph, Sensitivity, TrajectoryGrams
 from lemica_trt.ir.graphs import StepLayout
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.prompts import PromptFacts
 from lemica_trt.ir.report import Measured, VerifyReport
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.trials import TrialTables
@@ -32,6 +33,7 @@ FILES: dict[str, Any] = {
     "bundle/calibration/error_graph.json": ErrorGraph,
     "bundle/calibration/front.json": Front,
     "bundle/calibration/grams.json": TrajectoryGrams,
+    "bundle/calibration/prompts.json": PromptFacts,
     "bundle/calibration/sampler.json": SamplerTable,
     "bundle/calibration/selection.json": TrialTables,
     "bundle/calibration/sensitivity.json": Sensitivity,
@@ -41,6 +43,7 @@ FILES: dict[str, Any] = {
     "reports/step_times.json": Measured,
     "reports/verify.json": VerifyReport,
     "work/bundle.json": Written,
+    "work/draft.json": Draft,
     "work/engines.json": Engines,
     "work/export.json": Exported,
     "work/inputs/given.json": Given,

@@ -53,6 +53,7 @@ SENSITIVITY_FILE = "calibration/sensitivity.json"
 SELECTION_FILE = "calibration/selection.json"
 REFERENCE_FILE = "calibration/reference.json"
 FRONT_FILE = "calibration/front.json"
+PROMPTS_FILE = "calibration/prompts.json"
 
 VERIFY_REPORT = f"{REPORTS}/verify.json"
 STEP_TIMES = f"{REPORTS}/step_times.json"

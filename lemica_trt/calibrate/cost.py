@@ -10,6 +10,9 @@ from lemica_trt.ir.profile import CalibrationSettings
 KNOTS = 3
 """Stops j whose sensitivity is measured, at equal distances, beside the first and the last ones."""
 
+FIRST = 0.1
+"""Stop 2 is a knot unless another one is at most this part of N: to roll out from there is nearly a whole sampling."""
+
 TAIL = 3
 """N − 3 … N are knots in any case: they cost next to nothing, and sensitivity jumps there. See `knot_stops`."""
 
@@ -83,8 +86,10 @@ def sample_cost(num_steps: int, rolled_out: bool, sample: int) -> int:
 
 
 def knot_stops(num_steps: int, count: int, sample: int) -> list[int]:
-    """Stops of a sample: 2, `count` at equal distances in 3 … N − 4, and N − 3 … N; fewer where N is small."""
+    """Stops of a sample: `count` at equal distances in 3 … N − 4, N − 3 … N, and 2 where none of them is near it; fewer
+    where N is small."""
     first, last = 3, num_steps - TAIL
     shift = (0.5 + sample * STAGGER) % 1.0
     spread = {int(first + (last - first) * (k + shift) / count) for k in range(count)}
-    return sorted({2} | {j for j in spread | set(range(last, num_steps + 1)) if first <= j <= num_steps})
+    found = {j for j in spread | set(range(last, num_steps + 1)) if first <= j <= num_steps}
+    return sorted(found if min(found, default=num_steps) <= FIRST * num_steps else found | {2})

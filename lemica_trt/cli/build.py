@@ -110,20 +110,26 @@ def calibrate(screen: Screen, model: str | None, weights: str | None, output: Pa
 @options.planning
 @options.samples_run_by
 @options.engines
-@flags(click.option("--default", metavar="NAME", help="The bundle's plan of requests that name none."))
+@flags(
+    click.option("--default", metavar="NAME", help="The bundle's plan of requests that name none."),
+    click.option("--samples", metavar="+K|S",
+                 help="Calibrate on with K samples more, or S in all, and plan anew; of a bundle in the work folder "
+                 "beside it."),
+)  # fmt: skip
 @common
-def plan(screen: Screen, target: Path, default: str | None, **given: Any) -> None:
+def plan(screen: Screen, target: Path, default: str | None, samples: str | None, **given: Any) -> None:
     """Make plans for TARGET, a work folder or a finished bundle.
 
     In a work folder solvers are fitted and plans compared on the model, and stages before are run if something of
     theirs has changed. A bundle gets plans from what it knows of its calibration, without the model and PyTorch;
-    --pareto shows the qualities that it was built with, and adds no plan unless a budget is given.
+    --pareto shows the qualities that it was built with, and adds no plan unless a budget is given. With --samples
+    the build goes on where it ended, with the same budgets unless others are given.
     """
     from lemica_trt.cli.flags import plan_target
     from lemica_trt.report import summary
 
     options.refuse_contradictions()
-    made = plan_target(target, options.given(given), screen.reporter, default=default)
+    made = plan_target(target, options.given(given), screen.reporter, default=default, samples=samples)
     screen.print(made, lambda: summary.with_outcomes(summary.plans_table(made.plans), made.outcomes, made.front))
 
 

@@ -17,12 +17,19 @@ from lemica_trt.cli.options import Screen, common, flags
     click.option("--weights", metavar="DIR|HUB_ID", help="Where the model is, if the bundle does not know."),
     click.option("--verify-samples", "--samples", type=click.IntRange(1), default=8, show_default=True,
                  help="Held-out clips."),
+    click.option("--prompts", type=options.FILE, help="Held-out prompts, one a line, instead of the profile's."),
     click.option("--backend", metavar="NAME", help="Which engines  [default: the first that run here]"),
     options.device,
 )  # fmt: skip
 @common
 def verify(
-    screen: Screen, bundle: Path, weights: str | None, verify_samples: int, backend: str | None, device: str | None
+    screen: Screen,
+    bundle: Path,
+    weights: str | None,
+    verify_samples: int,
+    prompts: Path | None,
+    backend: str | None,
+    device: str | None,
 ) -> None:
     """Check BUNDLE: digests, engines and plans against PyTorch and diffusers, held-out quality, time."""
     from lemica_trt.bundle.reading import Bundle
@@ -31,7 +38,7 @@ def verify(
     from lemica_trt.report import summary
 
     opened = Bundle.open(bundle)
-    report = bundle_commands.verify(opened, weights, verify_samples, device, backend, screen.reporter)
+    report = bundle_commands.verify(opened, weights, verify_samples, device, backend, screen.reporter, prompts=prompts)
     screen.print(report, lambda: summary.build_table(summarize(opened), report, bundle))
 
 

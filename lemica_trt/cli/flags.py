@@ -184,13 +184,19 @@ def _budgets(name: str, given: Any) -> tuple[Budget, ...]:
 
 
 def plan_target(
-    target: Path, flags: Mapping[str, Any], reporter: Reporter, *, default: str | None = None
+    target: Path,
+    flags: Mapping[str, Any],
+    reporter: Reporter,
+    *,
+    default: str | None = None,
+    samples: str | None = None,
 ) -> PlanResult:
     """Plans of a work folder or of a bundle.
 
     Args:
         flags: of planning, by name.
         default: the bundle's new default plan.
+        samples: of the calibration, which goes on; see `work_commands.with_samples`.
 
     Raises:
         UsageError: `default` for a work folder: only a bundle has one.
@@ -201,8 +207,15 @@ def plan_target(
     if Workspace(target).is_there:
         if default is not None:
             raise UsageError("--default is for bundles", fix="a work folder's first budget becomes the default")
-        return work_commands.plan(target, {**request_defaults(PLANNING_FIELDS), **fields}, reporter)
+        fields = {**(request_defaults(PLANNING_FIELDS) if samples is None else {}), **fields}
+        return work_commands.plan(target, fields, reporter, samples=samples)
     bundle = Bundle.open(target)
+    if samples is not None:
+        if default is not None:
+            raise UsageError("--default cannot be used together with --samples", fix="name it afterwards")
+        found = work_commands.extend(target, samples, fields, reporter)
+        plans = tuple(found.bundle.plan(name) for name in found.bundle.plans)
+        return PlanResult(plans=plans, outcomes=found.outcomes, front=found.front)
     if unused := sorted(fields.keys() - {*PLANNING_FIELDS}):
         raise UsageError(
             f"expected flags of planning only, got {', '.join(unused)}: a bundle is planned without the model, on the "

@@ -5,6 +5,7 @@ context           what a stage is given
 stage             a stage, and the loop
 artifacts         what stages leave for each other
 graph_stages      lower, layout, export, engine, time
+draft_stage       draft
 plan_stages       calibrate, plan
 bundle_stages     bundle, verify
 stages            the list

@@ -7,6 +7,7 @@
 | export.json | export | `Exported` |
 | engines.json | engine | `Engines` |
 | times.json | time | `ir.report.Measured` |
+| draft.json, draft.npy | draft | `Draft`, and the latents of its `run` |
 | plans.json | plan | `PlanIndex` |
 | bundle.json | bundle | `Written` |
 | verified.json | verify | `Verified` |
@@ -17,12 +18,15 @@ from __future__ import annotations
 from lemica_trt.core.values import Value
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import EncoderSpec, GraphSet, TensorSpec
+from lemica_trt.ir.report import FirstRun
 
 MODEL_FILE = "model.json"
 LAYOUT_FILE = "layout.json"
 EXPORT_FILE = "export.json"
 ENGINES_FILE = "engines.json"
 TIMES_FILE = "times.json"
+DRAFT_FILE = "draft.json"
+DRAFT_LATENTS = "draft.npy"
 PLANS_FILE = "plans.json"
 BUNDLE_FILE = "bundle.json"
 VERIFIED_FILE = "verified.json"
@@ -50,6 +54,18 @@ class Engines(Value, frozen=True):
     """Engines, in order of preference."""
 
     entries: tuple[EngineEntry, ...]
+
+
+class Draft(Value, frozen=True):
+    """The draft of the bundle.
+
+    Attributes:
+        manifest: digest of its manifest; None: there was a bundle already.
+        run: what its verification found; None: there was none.
+    """
+
+    manifest: str | None = None
+    run: FirstRun | None = None
 
 
 class PlanIndex(Value, frozen=True):

@@ -38,9 +38,19 @@ if TYPE_CHECKING:
 
 
 def verify(
-    bundle: Bundle, weights: str | None, samples: int, device: str | None, backend: str | None, reporter: Reporter
+    bundle: Bundle,
+    weights: str | None,
+    samples: int,
+    device: str | None,
+    backend: str | None,
+    reporter: Reporter,
+    *,
+    prompts: Path | None = None,
 ) -> VerifyReport:
     """Verify a bundle against the model that it was built from, on the backend named or the first that runs here.
+
+    Args:
+        prompts: file of held-out prompts; None: the profile's.
 
     Raises:
         MissingDependencyError: none of its engines can run here.
@@ -54,8 +64,8 @@ def verify(
             f"got {model.revision[:12]} in {model.profile.source}",
             fix="name the right folder with --weights, or rebuild the bundle",
         )
-    prompts = prompts_of(model.profile, None, split="held_out")
-    return verify_bundle(bundle, model, prompts, samples, reporter, backend=backend)
+    held_out = prompts_of(model.profile, None if prompts is None else str(prompts), split="held_out")
+    return verify_bundle(bundle, model, held_out, samples, reporter, backend=backend)
 
 
 def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:

@@ -7,23 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lemica_trt.bundle.manifest import MANIFEST, REPORTS, VERIFY_REPORT, plan_path
+from lemica_trt.bundle.manifest import MANIFEST, PROMPTS_FILE, REPORTS, VERIFY_REPORT, plan_path
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import candidate_folder
 from lemica_trt.bundle.writing import write_bundle
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts, PlanIndex, Verified, Written
 from lemica_trt.compiler.context import Context
+from lemica_trt.compiler.draft_stage import first_of_draft
 from lemica_trt.compiler.graph_stages import bundle_files
 from lemica_trt.compiler.stage import Writes
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.progress import Reporter, size
-from lemica_trt.core.values import write_value
+from lemica_trt.core.values import json_bytes, write_value
 from lemica_trt.evaluate.step_timer import runnable_backend
 from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.prompts import facts_from_prompts
 from lemica_trt.planning.step_plan import UNCACHED
+from lemica_trt.runtime.text import PromptTokenizer
 
 if TYPE_CHECKING:
+    from lemica_trt.evaluate.verify import First
     from lemica_trt.ir.report import VerifyReport
     from lemica_trt.models import Model
 
@@ -43,7 +47,7 @@ def run_bundle(context: Context, folder: Path) -> Writes:
         default_plan=index.plans[0],
         encoders=exported.encoders,
         engines=context.read(Engines, artifacts.ENGINES_FILE).entries,
-        files={path: context.work.root / path for path in bundle_files(context)},
+        files={**{path: context.work.root / path for path in bundle_files(context)}, **calibration_facts(context)},
         revision=context.read(ModelFacts, artifacts.MODEL_FILE).revision,
         versions=exported.versions,
     )
@@ -52,6 +56,19 @@ def run_bundle(context: Context, folder: Path) -> Writes:
         shutil.rmtree(candidate)
     write_value(Written(manifest=bundle.manifest.digest), folder / artifacts.BUNDLE_FILE)
     return {"bundle": [artifacts.BUNDLE_FILE]}
+
+
+def calibration_facts(context: Context) -> dict[str, bytes]:
+    """`PROMPTS_FILE`, where there was a calibration and there is a text encoder: what a bundle says of its prompts."""
+    encoders = context.read(Exported, artifacts.EXPORT_FILE).encoders
+    if not encoders or not context.takes_part("calibrate"):
+        return {}
+    settings, prompts = context.inputs.profile.calibration, context.inputs.prompts
+    used = prompts[: settings.fit_samples + settings.validation_samples]
+    longest = max(encoders, key=lambda encoder: encoder.length)
+    tokenizer = PromptTokenizer(longest, context.view.read_bytes(longest.tokenizer))
+    prompts = tuple(dict.fromkeys(used))
+    return {PROMPTS_FILE: json_bytes(facts_from_prompts(prompts, [tokenizer.count(prompt) for prompt in prompts]))}
 
 
 def written_bundle(context: Context) -> Bundle | None:
@@ -85,14 +102,25 @@ def run_verify(context: Context, folder: Path) -> Writes:
     backend, unverified = runnable_backend(bundle)
     if backend is not None:
         inputs = context.inputs
-        samples = inputs.request.verify_samples
-        verify_bundle(bundle, context.model, inputs.held_out, samples, context.reporter, backend=backend)
+        request = inputs.request
+        verify_bundle(
+            bundle, context.model, inputs.held_out, request.verify_samples, context.reporter, backend=backend,
+            further=request.further_samples, first=first_of_draft(context),
+        )  # fmt: skip
     write_value(Verified(backend=backend, unverified=unverified), folder / artifacts.VERIFIED_FILE)
     return {"verified": [artifacts.VERIFIED_FILE]}
 
 
 def verify_bundle(
-    bundle: Bundle, model: Model, prompts: Sequence[str], samples: int, reporter: Reporter, *, backend: str
+    bundle: Bundle,
+    model: Model,
+    prompts: Sequence[str],
+    samples: int,
+    reporter: Reporter,
+    *,
+    backend: str,
+    further: int | None = None,
+    first: First | None = None,
 ) -> VerifyReport:
     """Verify, store the report and its pictures in the bundle, and fail if something is not as it must be.
 
@@ -100,6 +128,8 @@ def verify_bundle(
         prompts: held out.
         samples: how many clips are compared.
         backend: which engines.
+        further: clips of plans beside the default one; None: as many.
+        first: as `evaluate.verify.verify` takes it.
 
     Raises:
         IntegrityError: the bundle is not whole.
@@ -111,7 +141,8 @@ def verify_bundle(
     from lemica_trt.evaluate.verify import require_verified, verify
     from lemica_trt.report.pictures import write_pictures
 
-    report, clips = verify(bundle, model, held_out_samples(prompts, samples), reporter=reporter, backend=backend)
+    held_out = held_out_samples(prompts, samples)
+    report, clips, _ = verify(bundle, model, held_out, reporter=reporter, backend=backend, further=further, first=first)
     write_value(report, bundle.path / VERIFY_REPORT)
     plans = [bundle.plan(name) for name in bundle.plans]
     write_pictures(bundle.path / REPORTS, clips, plans, bundle.plan(), error_graph_of(bundle))

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lemica_trt.backends.build import estimate as estimate_engine
+from lemica_trt.bundle.manifest import MANIFEST
 from lemica_trt.bundle.workspace import Workspace
 from lemica_trt.compiler.context import Context, open_model
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.core.errors import InfeasibleError
 from lemica_trt.core.progress import Quiet, count
-from lemica_trt.evaluate.timing import TIMED_STEPS
+from lemica_trt.evaluate.timing import TIMED_BESIDE, TIMED_STEPS
 from lemica_trt.ir.budget import Budget, MinPsnr, StepTimes, format_budget
 from lemica_trt.ir.profile import TRACED
 from lemica_trt.ir.report import StageEstimate
@@ -221,6 +222,16 @@ def time(forecast: Forecast) -> list[StageEstimate]:
     return [forecast.stage("time", "a few steps on the engines", TIMED_STEPS)]
 
 
+def draft(forecast: Forecast) -> list[StageEstimate]:
+    """Of one clip, on engines and in PyTorch: the uncached plan and one of the first budget."""
+    if forecast.output is not None and (forecast.output / MANIFEST).is_file():
+        return [forecast.stage("draft", f"there is a bundle: {forecast.output}")]
+    verified = forecast.inputs.request.verify_samples > 0
+    steps = 2 * (forecast.num_steps + forecast.budgets[0] % forecast.num_steps) + TIMED_BESIDE
+    what = "engines and a plan that takes no calibration, until there is a better one"
+    return [forecast.stage("draft", what, steps * verified, models=2)]
+
+
 def calibrate(forecast: Forecast) -> list[StageEstimate]:
     from lemica_trt.calibrate.cost import calibration_cost, rollouts_of
 
@@ -273,10 +284,11 @@ def bundle(forecast: Forecast) -> list[StageEstimate]:
 
 def verify(forecast: Forecast) -> list[StageEstimate]:
     """Agreement of one run of each plan, and the held-out clips: plans, and baselines of the first."""
-    samples, budgets = forecast.inputs.request.verify_samples, forecast.budgets
+    request, budgets = forecast.inputs.request, forecast.budgets
     finer = forecast.reference_steps if forecast.reference_steps != forecast.num_steps else 0
-    agreement = forecast.num_steps + sum(set(budgets) - {forecast.num_steps}) + TIMED_STEPS
-    cached = [budget for budget in budgets if budget < forecast.num_steps]
-    compared = finer + sum(cached) + 2 * budgets[0] * (budgets[0] < forecast.num_steps)
-    clips = samples * (forecast.num_steps + compared) if cached else 0
-    return [forecast.stage("verify", count(samples, "held-out clip"), agreement + clips, models=2)]
+    agreement = forecast.num_steps + sum(set(budgets) - {forecast.num_steps}) + TIMED_BESIDE
+    first, *others = [budget if budget < forecast.num_steps else 0 for budget in budgets]
+    clips = request.verify_samples * (forecast.num_steps + finer + 3 * first) + request.further_samples * sum(others)
+    known = draft(forecast)[0].full_steps > 0 and request.has_draft  # the uncached plan's runs
+    steps = agreement + clips * any([first, *others]) - 2 * forecast.num_steps * known
+    return [forecast.stage("verify", count(request.verify_samples, "held-out clip"), steps, models=2)]

@@ -48,7 +48,7 @@ class BuildRequest(Value, frozen=True):
         ray: address of the Ray cluster that calibrates and runs trials; None: this process.
         backends: engines to build, in order of preference.
         options: builder options; each backend takes those that it has.
-        verify_samples: held-out clips of the verification; 0: no verification.
+        verify_samples: held-out clips of the verification, see `further_samples`; 0: no verification.
         reference_steps: M: plans are compared with the sampler at M steps; None: its own N.
     """
 
@@ -79,6 +79,16 @@ class BuildRequest(Value, frozen=True):
     def needs_calibration(self) -> bool:
         """Whether some planner reads what a calibration measures."""
         return any(planner.needs & CALIBRATED for planner in self.planners)
+
+    @property
+    def has_draft(self) -> bool:
+        """Whether the plans take so long that there is a draft of the bundle before them."""
+        return self.schedule is None and self.needs_calibration
+
+    @property
+    def further_samples(self) -> int:
+        """Held-out clips of the plans beside the default one: a third of its own, at least one."""
+        return -(-self.verify_samples // 3)
 
     @property
     def tries_all(self) -> bool:

@@ -71,12 +71,12 @@ class Stage:
     ensures: Callable[[Context], None] = _nothing
 
 
-def needed_stages(stages: Sequence[Stage], context: Context, last: str) -> list[Stage]:
-    """The stages that a request needs to come to the last one, in order: it, and what it reads from, and so on."""
+def needed_stages(stages: Sequence[Stage], context: Context, *last: str) -> list[Stage]:
+    """The stages that a request needs to come to some, in order: those, and what they read from, and so on."""
     found: list[Stage] = []
     wanted: set[str] = set()
     for stage in reversed(stages):
-        if (stage.name == last or wanted & set(stage.writes)) and stage.is_needed(context):
+        if (stage.name in last or wanted & set(stage.writes)) and stage.is_needed(context):
             found.insert(0, stage)
             wanted |= set(stage.reads)
     return found

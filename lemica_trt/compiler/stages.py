@@ -5,6 +5,7 @@
     export     model, layout → graphs
     engine     graphs → engines
     time       engines → what steps take                              only where a budget is in a unit of time
+    draft      engines → a bundle with a plan that takes no calibration, until there is a better one
     calibrate  model, sampler, prompts → error graph, Gram matrices   only where a method searches them
     plan       calibration, prompts, budgets, times → plans, trials, front
     bundle     everything → a bundle beside the one that it will replace
@@ -16,7 +17,7 @@ plan reads less far back, it is multiplied by 0. PyTorch is imported inside the 
 
 from __future__ import annotations
 
-from lemica_trt.compiler import bundle_stages, estimates, graph_stages, plan_stages
+from lemica_trt.compiler import bundle_stages, draft_stage, estimates, graph_stages, plan_stages
 from lemica_trt.compiler.stage import Stage
 
 MODEL = ("weights", "libraries", "profile.family", "profile.dtype", "profile.text_length", "profile.shape")
@@ -71,6 +72,20 @@ STAGES = (
         command="lemica-trt plan {work}",
     ),
     Stage(
+        "draft",
+        reads=(
+            *(*MODEL, "machine", "profile", "model", "sampler", "uncached", "reference", "layout", "graphs", "engines"),
+            *("times", "held_out", "request.budgets", "request.methods", "request.verify_samples"),
+        ),
+        writes=("draft",),
+        packages=("models", "planning", "bundle", "runtime", "evaluate"),
+        run=draft_stage.run_draft,
+        estimate=estimates.draft,
+        is_needed=lambda context: context.inputs.request.has_draft,
+        is_whole=draft_stage.is_there,
+        command="lemica-trt build …",
+    ),
+    Stage(
         "calibrate",
         reads=("libraries", "model", "sampler", "profile.sampling", "profile.calibration", "prompts", "given"),
         writes=("calibration",),
@@ -97,10 +112,10 @@ STAGES = (
         "bundle",
         reads=(
             *("profile", "model", "sampler", "uncached", "reference", "graphs", "engines"),
-            *("calibration", "plans", "trials", "front"),
+            *("prompts", "calibration", "plans", "trials", "front"),
         ),
         writes=("bundle",),
-        packages=("bundle",),
+        packages=("bundle", "runtime"),
         run=bundle_stages.run_bundle,
         estimate=estimates.bundle,
         is_whole=lambda context: bundle_stages.written_bundle(context) is not None,
@@ -108,7 +123,7 @@ STAGES = (
     ),
     Stage(
         "verify",
-        reads=(*MODEL, "machine", "bundle", "held_out", "request.verify_samples"),
+        reads=(*MODEL, "machine", "draft", "bundle", "held_out", "request.verify_samples"),
         writes=("verified",),
         packages=("models", "runtime", "evaluate", "report"),
         run=bundle_stages.run_verify,

@@ -16,6 +16,7 @@ from lemica_trt.bundle.writing import move_bundle, require_replaceable
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.bundle_stages import report_of, written_bundle
 from lemica_trt.compiler.context import Context, require_build_libraries
+from lemica_trt.compiler.draft_stage import left_behind
 from lemica_trt.compiler.estimates import DryContext, Forecast, require_counts
 from lemica_trt.compiler.requests import (
     BuildRequest,
@@ -28,6 +29,7 @@ from lemica_trt.compiler.requests import (
 )
 from lemica_trt.compiler.stage import estimate_stages, needed_stages, run_stages
 from lemica_trt.compiler.stages import STAGES
+from lemica_trt.core.errors import UsageError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.evaluate.step_timer import StepTimer, speeds_from_report
 from lemica_trt.ir.budget import Front
@@ -38,6 +40,9 @@ from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.report import Measured, StageEstimate
 from lemica_trt.planning.budget import front_rows
 from lemica_trt.planning.search import PlanSet, budget_outcomes
+
+DRAFT = "draft"
+"""The stage that a build runs although nothing needs what it makes."""
 
 ENGINE_STAGES = ("engine", "time", "bundle")
 """What runs where PyTorch need not be."""
@@ -59,10 +64,38 @@ def build(profile: Profile, output: Path, request: BuildRequest, reporter: Repor
     """
     require_replaceable(output)
     request.check(profile.dtype, validation_samples=profile.calibration.validation_samples)
+    return _built(inputs_from_request(profile, request), output, reporter)
+
+
+def extend(output: Path, samples: str, changes: dict[str, Any], reporter: Reporter) -> BuildResult:
+    """A bundle's build again, from the work folder beside it, with more calibration samples; those that are there are
+    not measured again, and the bundle stays until the new one is verified.
+
+    Args:
+        samples: see `with_samples`.
+        changes: fields of the request.
+
+    Raises:
+        UsageError: there is no work folder; or as `with_samples`.
+        LemicaError: as `build`.
+    """
+    work = Workspace(work_folder(output))
+    if not work.is_there:
+        raise UsageError(
+            f"--samples: expected the work folder of the build, {work.root.name} beside {output}: what was calibrated "
+            "lies there",
+            fix="bring it back, or build again with --samples",
+        )
+    require_replaceable(output)
+    inputs = with_samples(changed_inputs(stored_inputs(work), changes), samples)
+    inputs.request.check(inputs.profile.dtype, validation_samples=inputs.profile.calibration.validation_samples)
+    return _built(inputs, output, reporter)
+
+
+def _built(inputs: Inputs, output: Path, reporter: Reporter) -> BuildResult:
     require_build_libraries()
-    inputs = inputs_from_request(profile, request)
-    last = "verify" if request.verify_samples else "bundle"
-    with stages_run(Workspace(work_folder(output)), inputs, reporter, last, output=output) as context:
+    last = "verify" if inputs.request.verify_samples else "bundle"
+    with stages_run(Workspace(work_folder(output)), inputs, reporter, DRAFT, last, output=output) as context:
         return _result(context)
 
 
@@ -74,7 +107,8 @@ def dry_run(profile: Profile, output: Path, request: BuildRequest) -> list[Stage
     require_replaceable(output)
     request.check(profile.dtype, validation_samples=profile.calibration.validation_samples)
     with DryContext(Workspace(work_folder(output)), inputs_from_request(profile, request), output=output) as context:
-        stages = context.select(needed_stages(STAGES, context, "verify" if request.verify_samples else "bundle"))
+        last = "verify" if request.verify_samples else "bundle"
+        stages = context.select(needed_stages(STAGES, context, DRAFT, last))
         require_counts(context.forecast)
         if context.has_model:
             for stage in stages:
@@ -118,13 +152,16 @@ def engine(work: Path, output: Path, changes: dict[str, Any], reporter: Reporter
         return publish(context)
 
 
-def plan(work: Path, changes: dict[str, Any], reporter: Reporter) -> PlanResult:
+def plan(work: Path, changes: dict[str, Any], reporter: Reporter, *, samples: str | None = None) -> PlanResult:
     """A work folder → plans in it; several methods are tried and solvers fitted, which takes the model.
 
     Args:
         changes: fields of the request.
+        samples: of the calibration, see `with_samples`; None: as many as there are.
     """
     inputs = changed_inputs(stored_inputs(Workspace(work)), changes)
+    if samples is not None:
+        inputs = with_samples(inputs, samples)
     settings = inputs.profile.calibration
     inputs.request.check(
         inputs.profile.dtype if inputs.request.is_timed else None, validation_samples=settings.validation_samples
@@ -140,6 +177,28 @@ def plan(work: Path, changes: dict[str, Any], reporter: Reporter) -> PlanResult:
         )
 
 
+def with_samples(inputs: Inputs, samples: str) -> Inputs:
+    """Inputs with more calibration samples.
+
+    Args:
+        samples: how many in all, or how many more: `+4`.
+
+    Raises:
+        UsageError: it is neither, or the calibration was given.
+    """
+    settings = inputs.profile.calibration
+    if inputs.given.calibration is not None:
+        raise UsageError("--samples: the calibration was given (--error-graph), there is none to go on with")
+    try:
+        wanted = int(samples) + (settings.samples if samples.startswith("+") else 0)
+        changed = msgspec.structs.replace(settings, samples=wanted)
+    except ValueError:
+        raise UsageError(
+            f"--samples: expected how many in all, or +K more than {settings.samples}, got {samples!r}"
+        ) from None
+    return msgspec.structs.replace(inputs, profile=msgspec.structs.replace(inputs.profile, calibration=changed))
+
+
 def changed_inputs(inputs: Inputs, changes: dict[str, Any]) -> Inputs:
     """Inputs of a work folder with other fields of the request; prompts are read where others are named."""
     request = msgspec.structs.replace(inputs.request, **changes)
@@ -152,21 +211,20 @@ def stages_run(
     work: Workspace,
     inputs: Inputs,
     reporter: Reporter,
-    last: str,
-    *,
+    *last: str,
     output: Path | None = None,
     only: tuple[str, ...] | None = None,
 ) -> Iterator[Context]:
-    """Run the stages up to one of them, and hold the work folder while what they made is looked at.
+    """Run the stages up to some of them, and hold the work folder while what they made is looked at.
 
     Args:
-        last: name of the stage.
+        last: names of the stages.
         output: folder of the bundle.
         only: see `run_stages`.
     """
     with work.locked(), Context(work, inputs, reporter, output=output) as context:
         inputs.store(work)
-        stages = context.select(needed_stages(STAGES, context, last))
+        stages = context.select(needed_stages(STAGES, context, *last))
         may_run = [stage for stage in stages if only is None or stage.name in only]
         todo = estimate_stages(may_run, context, Forecast.of_inputs(inputs, output))
         steps = sum(found.full_steps for found in todo)
@@ -174,7 +232,13 @@ def stages_run(
             samplings = steps / inputs.profile.sampling.steps
             reporter.stage("work", f"about {steps:.0f} full steps of the DiT, {samplings:.1f} samplings' work")
         reporter.expect([(found.name, found.full_steps) for found in todo])
-        run_stages(stages, context, only=only)
+        try:
+            run_stages(stages, context, only=only)
+        except KeyboardInterrupt:
+            reporter.close()
+            if DRAFT in last and (line := left_behind(context)) is not None:
+                reporter.stage(DRAFT, line)
+            raise
         yield context
 
 

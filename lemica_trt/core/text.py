@@ -22,8 +22,12 @@ def basic_clean(text: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, at most `MAX_LINE` of it, or its class: libraries raise pages."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 1]}…"
+    return shortened((str(error).strip().splitlines() or [type(error).__name__])[0], MAX_LINE)
+
+
+def shortened(text: str, most: int = 40) -> str:
+    """At most so many characters of a text."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def lower_clean(text: str) -> str:
@@ -35,6 +39,15 @@ Cleaning = Literal["none", "basic", "lower"]
 
 CLEANINGS: dict[Cleaning, Callable[[str], str]] = {"none": str, "basic": basic_clean, "lower": lower_clean}
 """How a prompt is cleaned before it is tokenised."""
+
+
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+")
+"""A word: a run of letters and digits; of Chinese and Japanese, which has no spaces, a character."""
+
+
+def words_of(text: str) -> set[str]:
+    """The different words of a text, in lower case."""
+    return set(_WORD.findall(text.casefold()))
 
 
 def printable(text: str) -> str:

@@ -40,6 +40,14 @@ class Deployed:
         self._rows: dict[str, tuple[float, RowSeconds]] = {}
         self._whole: dict[str, list[float]] = {}
 
+    def know(self, plan: StepPlan, prompt: str, seed: int, latents: Array, run: tuple[float, RowSeconds]) -> None:
+        """Take a run as made: the first of its plan."""
+        self._kept[plan.name, prompt, seed], self._rows[plan.name] = latents, run
+
+    def first_run(self, plan: StepPlan) -> tuple[float, RowSeconds]:
+        """Seconds of the first run of a plan, and of its rows."""
+        return self._rows[plan.name]
+
     def latents(self, plan: StepPlan, prompt: str, seed: int, *, keep: bool = False) -> Array:
         """One request: x_N, fp32 latent_shape.
 
@@ -77,6 +85,10 @@ class Deployed:
         frames: Array = self.pipe.decode(self.latents(plan, prompt, seed))
         return frames
 
+    def full_step(self, plan: StepPlan) -> float:
+        """Seconds of a full step of a plan that has run."""
+        return median(self._rows[plan.name][1].full)
+
     def timing(self, plans: Sequence[StepPlan]) -> list[Timing]:
         """Times of plans that have run, those with the most full steps first."""
         uncached = next((plan for plan in plans if plan.budget == plan.num_steps), None)
@@ -84,7 +96,7 @@ class Deployed:
 
     def _timing(self, plan: StepPlan, uncached: StepPlan | None) -> Timing:
         whole, rows = self._rows[plan.name]
-        step, totals = median(rows.full), self._totals(plan)
+        step, totals = self.full_step(plan), self._whole.get(plan.name) or [whole]
         return Timing(
             plan=plan.name,
             budget=plan.budget,
@@ -98,8 +110,6 @@ class Deployed:
 
     def _speedup(self, plan: StepPlan, uncached: StepPlan) -> float:
         """Median of what the same samples took; N/B at most: what a busy machine shows beyond is none of the plan's."""
-        ratios = [before / after for before, after in zip(self._totals(uncached), self._totals(plan))]
-        return min(median(ratios), plan.num_steps / plan.budget)
-
-    def _totals(self, plan: StepPlan) -> list[float]:
-        return self._whole.get(plan.name) or [self._rows[plan.name][0]]
+        pairs = list(zip(self._whole.get(uncached.name, ()), self._whole.get(plan.name, ())))
+        pairs = pairs or [(self._rows[uncached.name][0], self._rows[plan.name][0])]  # of the first sample alone
+        return min(median(before / after for before, after in pairs), plan.num_steps / plan.budget)

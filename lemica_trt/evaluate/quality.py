@@ -35,30 +35,38 @@ CLIPS = 4
 
 
 class Case(NamedTuple):
-    """What runs on every sample: a plan of the bundle (`method` is `PLAN`), or a baseline of that plan's budget."""
+    """What runs on the first `clips` samples: a plan of the bundle (`method` is `PLAN`), or a baseline of that plan's
+    budget."""
 
     plan: StepPlan
     method: str
     run: StepPlan
+    clips: int
 
 
-def cases_of(bundle: Bundle, model: Model) -> list[Case]:
-    """The cached plans of a bundle, and baselines of the default one."""
+def cases_of(bundle: Bundle, model: Model, clips: int, further: int, *, compared: bool = True) -> list[Case]:
+    """The cached plans of a bundle, and baselines of the default one.
+
+    Args:
+        clips: of the default plan and its baselines.
+        further: clips of the other plans.
+        compared: whether there are baselines.
+    """
     plans = [plan for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps]
     default, found = bundle.plan(), list[Case]()
     for plan in plans:
-        found.append(Case(plan, PLAN, plan))
-        if plan.name == default.name:
+        found.append(Case(plan, PLAN, plan, clips if plan.name == default.name else further))
+        if compared and plan.name == default.name:
             others = baselines(plan, model, error_graph_of(bundle), BASELINES)
-            found += [Case(plan, method, other) for method, other in others.items()]
+            found += [Case(plan, method, other, clips) for method, other in others.items()]
     return found
 
 
-def quality_steps(cases: Sequence[Case]) -> int:
-    """Full steps of one sample of `measure_quality`."""
+def quality_steps(cases: Sequence[Case], clips: int) -> int:
+    """Full steps of `measure_quality`."""
     references = {case.plan.reference_steps or case.plan.num_steps for case in cases}
     references |= {case.plan.num_steps for case in cases}
-    return sum(case.run.budget for case in cases) + sum(references)
+    return sum(case.run.budget * case.clips for case in cases) + clips * sum(references)
 
 
 def measure_quality(
@@ -92,6 +100,8 @@ def measure_quality(
         references: dict[int | None, Array] = {None: deployed.decoded(uncached, prompt, seed)}
         references |= {count: in_torch(plan) for count, plan in finer.items()}
         for case, found in zip(cases, scores):
+            if number >= case.clips:
+                continue
             clip = deployed.decoded(case.run, prompt, seed) if case.method == PLAN else in_torch(case.run)
             reference = references[case.plan.reference_steps]
             found.append(score_clip(clip, reference))

@@ -44,51 +44,62 @@ SHORT = 4
 TIMED_STEPS = 20
 """Full steps that `measure_steps` runs, about."""
 
+TIMED_BESIDE = 4
+"""Full steps that it runs where full steps have been timed: one a run."""
+
 SHORT_RUNS, SHORT_SECONDS = (3, 6), 1.0
 """Least and most runs of it, and the seconds after which no further one begins."""
 
 
-def measure_steps(pipe: Pipeline) -> StepTimes:
+def measure_steps(pipe: Pipeline, *, known: float | None = None) -> StepTimes:
     """Time single steps on a plan cut short, so that a model of many slow steps is measured in a few of them.
 
     Medians over all rows and runs, after a warm-up, waiting for the device after every row: where a plan runs as one
     CUDA graph it is a little faster than these steps say, not slower. A skipped step that came out slower than a full
     one is taken to be as slow.
+
+    Args:
+        known: seconds of a full step, where it has been timed; None: it is timed here.
     """
     bundle = pipe.bundle
     uncached = next(plan for plan in map(bundle.plan, bundle.plans) if plan.budget == plan.num_steps)
-    run = request(pipe, shortened(uncached, bundle.manifest.graphs.layout))
+    short = shortened(uncached, bundle.manifest.graphs.layout, full=SHORT if known is None else 1)
+    run = request(pipe, short)
     began = perf_counter()
     run()
     full: list[float] = []
     skipped: list[float] = []
     rest: list[float] = []
     least, most = SHORT_RUNS
+    most = most if known is None else least
     while len(rest) < least or (len(rest) < most and perf_counter() - began < SHORT_SECONDS):
         whole, rows = row_by_row(run)
         full += rows.full
         skipped += rows.cached
         rest.append(whole - sum(rows.full) - sum(rows.cached))
-    step = median(full)
+    step = median(full) if known is None else known
     return StepTimes(full=step, skipped=min(median(skipped), step) if skipped else None, rest=max(median(rest), 0.0))
 
 
-def shortened(uncached: StepPlan, layout: StepLayout) -> StepPlan:
-    """At most `SHORT` full rows, as many of the first variant that reads caches, and the last.
+def shortened(uncached: StepPlan, layout: StepLayout, *, full: int = SHORT) -> StepPlan:
+    """Some full rows, at most `SHORT` of the first variant that reads caches, and the last.
 
     What it computes means nothing; what its rows take is what they take in any plan.
 
     Args:
         uncached: the plan of all steps.
         layout: says which variants there are.
+        full: full rows, at most.
     """
     *steps, last = uncached.rows
     cached = next((variant for variant in layout.variants if variant.reads), None)
-    count = min(SHORT, max(1, len(steps) // 2)) if cached else min(SHORT, len(steps))
+    count = min(full, max(1, len(steps) // 2)) if cached else min(full, len(steps))
     rows = steps[:count]
     if cached is not None:
         reads = tuple(CacheRead(slot=slot, weights=(1.0,)) for slot in cached.reads)
-        rows += [msgspec.structs.replace(row, variant=cached.name, caches=reads) for row in steps[count : 2 * count]]
+        rows += [
+            msgspec.structs.replace(row, variant=cached.name, caches=reads) for row in steps[count : count + SHORT]
+        ]
     end = msgspec.structs.replace(
         last,
         latents=last.latents[: len(rows) + 1],

@@ -9,22 +9,30 @@ Knows nothing of how the bundle was made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
 
 from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import VERIFY_REPORT
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import InputError, VerificationError
-from lemica_trt.core.progress import Reporter, Tally
+from lemica_trt.core.progress import Reporter, Tally, count
+from lemica_trt.core.text import shortened
 from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.agreement import check_graphs, check_runs
 from lemica_trt.evaluate.deployed import Deployed
-from lemica_trt.evaluate.quality import cases_of, measure_quality, quality_steps
+from lemica_trt.evaluate.quality import Case, cases_of, measure_quality, quality_steps
 from lemica_trt.evaluate.samples import Samples
-from lemica_trt.evaluate.timing import TIMED_STEPS, backend_name, measure_steps
-from lemica_trt.ir.report import Clip, VerifyReport
+from lemica_trt.evaluate.timing import TIMED_BESIDE, RowSeconds, backend_name, measure_steps
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.report import Agreement, Clip, FirstRun, GraphCheck, VerifyReport
 from lemica_trt.models import Model
 from lemica_trt.runtime.pipeline import Pipeline
+
+Array = npt.NDArray[Any]
 
 
 def stored_report(bundle: Bundle) -> VerifyReport | None:
@@ -35,37 +43,66 @@ def stored_report(bundle: Bundle) -> VerifyReport | None:
         return None
 
 
+class First(NamedTuple):
+    """The first run of the uncached plan: what was found, and its result, fp32 latent_shape."""
+
+    run: FirstRun
+    latents: Array
+
+
+class Verification(NamedTuple):
+    """A report, some clips to look at, and what another verification of the same engines may take over."""
+
+    report: VerifyReport
+    clips: list[Clip]
+    first: First
+
+
 def verify(
-    bundle: Bundle, model: Model, samples: Samples, *, reporter: Reporter, backend: str | None = None
-) -> tuple[VerifyReport, list[Clip]]:
-    """Verify a bundle against the model that it was built from.
+    bundle: Bundle,
+    model: Model,
+    samples: Samples,
+    *,
+    reporter: Reporter,
+    backend: str | None = None,
+    further: int | None = None,
+    first: First | None = None,
+    draft: bool = False,
+) -> Verification:
+    """Verify a bundle, which has an uncached plan, against the model that it was built from.
 
     Args:
         bundle: what to verify; every file is checked first.
         model: the same model in PyTorch.
         samples: the held-out ones, see `evaluate.samples`.
         backend: which engines; None: the preferred ones.
-
-    Returns:
-        The report, and some clips to look at.
+        further: how many of the samples plans beside the default one run on; None: all.
+        first: of an earlier verification of the same engines on the same samples.
+        draft: whether the bundle is one: then its plan is compared with the uncached run alone.
 
     Raises:
         IntegrityError: a file is altered or missing.
         VerificationError: a result of the model itself is not finite.
     """
     bundle.check()
-    pipe = Pipeline(bundle, backend=backend)
-    key = bundle.engine(backend).key
-    reporter.stage("verify", f"{samples.count} held-out clips, {key.backend} {key.version} on {key.target}")
-    graphs, steps = check_graphs(pipe, model), measure_steps(pipe)
-    plans, cases = [bundle.plan(name) for name in bundle.plans], cases_of(bundle, model)
-    compared = sum(plan.budget for plan in plans) + samples.count * quality_steps(cases)
-    compared += 0 if cases else sum(plan.budget for plan in plans)  # nothing to compare: one run of each
-    tally = Tally(reporter, TIMED_STEPS + compared)
-    tally(TIMED_STEPS)
-    deployed = Deployed(pipe, tally)
-    agreement = check_runs(deployed, model, *samples[0], tally)
-    quality, clips = measure_quality(deployed, model, samples, cases, tally)
+    with Pipeline(bundle, backend=backend) as pipe:
+        key, plans = bundle.engine(backend).key, [bundle.plan(name) for name in bundle.plans]
+        where = f"{key.backend} {key.version} on {key.target}"
+        reporter.stage("draft" if draft else "verify", f"{count(samples.count, 'held-out clip')}, {where}")
+        _warn(pipe, samples, reporter)
+        further = samples.count if further is None else further
+        cases = cases_of(bundle, model, samples.count, further, compared=not draft)
+        tally = _tally(reporter, plans, cases, samples.count)
+        deployed, uncached = Deployed(pipe, tally), max(plans, key=lambda plan: plan.budget)
+        if first is not None and not _take_over(first, deployed, uncached, samples, backend_name(key)):
+            first = None
+        tally(0 if first is None else 2 * uncached.budget)
+        graphs = check_graphs(pipe, model) if first is None else first.run.graphs
+        agreement = check_runs(deployed, model, *samples[0], tally, [] if first is None else [first.run.agreement])
+        first = first or _first(deployed, uncached, samples, graphs, agreement, backend_name(key))
+        steps = measure_steps(pipe, known=deployed.full_step(uncached))
+        tally(TIMED_BESIDE)
+        quality, clips = measure_quality(deployed, model, samples, cases, tally)
     report = VerifyReport(
         manifest_digest=bundle.manifest.digest,
         samples=samples.count,
@@ -78,7 +115,54 @@ def verify(
         timing=tuple(deployed.timing(plans)),
         steps=steps,
     )
-    return report, clips
+    return Verification(report, clips, first)
+
+
+def _tally(reporter: Reporter, plans: Sequence[StepPlan], cases: Sequence[Case], samples: int) -> Tally:
+    """Of all full steps of a verification."""
+    once = sum(plan.budget for plan in plans)  # in PyTorch; on the engines, too, where there is nothing to compare
+    return Tally(reporter, TIMED_BESIDE + once + (quality_steps(cases, samples) if cases else once))
+
+
+def _take_over(first: First, deployed: Deployed, uncached: StepPlan, samples: Samples, backend: str) -> bool:
+    """Whether an earlier run is of these engines and samples; then it is taken as made."""
+    run = first.run
+    if (run.backend, run.prompt, run.seed) != (backend, *samples[0]):
+        return False
+    deployed.know(uncached, run.prompt, run.seed, first.latents, (run.seconds, RowSeconds([*run.rows], [])))
+    return True
+
+
+def _first(
+    deployed: Deployed,
+    uncached: StepPlan,
+    samples: Samples,
+    graphs: Sequence[GraphCheck],
+    agreement: Sequence[Agreement],
+    backend: str,
+) -> First:
+    """Of a verification that is under way."""
+    seconds, rows = deployed.first_run(uncached)
+    prompt, seed = samples[0]
+    run = FirstRun(
+        backend=backend,
+        prompt=prompt,
+        seed=seed,
+        graphs=tuple(graphs),
+        agreement=next(found for found in agreement if found.plan == uncached.name),
+        seconds=seconds,
+        rows=tuple(rows.full),
+    )
+    return First(run, deployed.latents(uncached, prompt, seed, keep=True))
+
+
+def _warn(pipe: Pipeline, samples: Samples, reporter: Reporter) -> None:
+    """Say in one line which of the prompts are cut, or far from those of the calibration."""
+    prompts = dict.fromkeys(samples[s][0] for s in range(samples.count))
+    found = {prompt: lines for prompt in prompts if (lines := pipe.warnings(prompt))}
+    if found:
+        prompt, (line, *_) = next(iter(found.items()))
+        reporter.note(f"{len(found)} of {count(len(prompts), 'prompt')}, the first {shortened(prompt)!r}: {line}")
 
 
 def require_verified(report: VerifyReport, bundle: Path) -> None:

@@ -106,6 +106,27 @@ class Agreement(Value, frozen=True):
     psnr: float
 
 
+class FirstRun(Value, frozen=True):
+    """What a verification found of the engines and the uncached plan, which another one of the same need not run again.
+
+    Attributes:
+        backend: and its version.
+        prompt, seed: of the run.
+        graphs: each compared with PyTorch.
+        agreement: of the uncached plan.
+        seconds: of its run.
+        rows: seconds of each of its steps.
+    """
+
+    backend: str
+    prompt: str
+    seed: int
+    graphs: tuple[GraphCheck, ...]
+    agreement: Agreement
+    seconds: float
+    rows: tuple[float, ...]
+
+
 class Quality(Value, frozen=True):
     """Held-out quality of a bundle's plan, or of another method that spends the same budget.
 

@@ -56,7 +56,7 @@ def require_retargetable(known: Sensitivity, target: Provenance, table: SamplerT
         raise _refused(
             f"guidance {lowest:g} … {highest:g} ({known.guidance_scale:g} was measured)", f"{target.guidance_scale:g}"
         )
-    highest_known = min(knots[-1][0] for knots in known.knots) * (1 + TIMESTEP_MARGIN)
+    highest_known = max(knots[-1][0] for knots in known.knots) * (1 + TIMESTEP_MARGIN)
     highest_wanted = max(table.timesteps[2:], default=RESULT)
     if highest_wanted > highest_known:
         raise _refused(f"timesteps up to {highest_known:.0f} behind the second step", f"{highest_wanted:.0f}")

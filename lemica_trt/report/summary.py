@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lemica_trt.core.progress import duration, size
+from lemica_trt.core.progress import count, duration, size
 from lemica_trt.ir.budget import FrontRow, format_seconds
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.engine import EngineEntry
@@ -107,18 +107,20 @@ def quality_table(report: VerifyReport, *, title: str | None = None) -> Table:
         skipped = "" if timing.skipped_step is None else duration(timing.skipped_step)
         head = [timing.plan, str(timing.budget), duration(timing.total), speed, duration(timing.full_step), skipped]
         plan = next((row for row in rows if row.method == PLAN), None)
-        made.add_row(*head, *_scores(plan, perceptual), style="bold" if plan else "")
+        made.add_row(*head, *_scores(plan, perceptual, report.samples), style="bold" if plan else "")
         for row in rows:
             if row.method != PLAN:
                 cells = [f"  {BASELINES[row.method]}", str(row.budget), "", "", "", ""]
-                made.add_row(*cells, *_scores(row, perceptual), style="dim")
+                made.add_row(*cells, *_scores(row, perceptual, report.samples), style="dim")
     return made
 
 
-def _scores(row: Quality | None, perceptual: bool) -> list[str]:
+def _scores(row: Quality | None, perceptual: bool, samples: int) -> list[str]:
     if row is None:
         return ["reference"]
     margin = "" if row.psnr_margin is None else f"±{row.psnr_margin:.1f}"
+    if len(row.each_psnr) < samples:
+        margin = " ".join(filter(None, (margin, f"({count(len(row.each_psnr), 'clip')})")))
     scores = [f"{row.psnr:.1f}", margin, f"{row.psnr_p5:.1f}", f"{row.psnr_worst:.1f}", f"{row.ssim:.4f}"]
     return [*scores, "" if row.lpips is None else f"{row.lpips:.3f}"] if perceptual else scores
 

@@ -9,6 +9,7 @@ Requests are encoded and decoded one by one and denoised together; each draws it
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import threading
@@ -21,15 +22,21 @@ from typing import Any, SupportsIndex, cast, overload
 import numpy as np
 
 from lemica_trt.backends.base import Array, Buffer, Capture, Engine, Settings, decode, encode, open_backend
+from lemica_trt.bundle.contents import read_if_listed
+from lemica_trt.bundle.manifest import PROMPTS_FILE
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import EngineError, InputError, UsageError
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import Role
 from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.prompts import PromptFacts
 from lemica_trt.runtime.denoise import Denoiser, OnStep, RowDone
 from lemica_trt.runtime.generation import Generation, GenerationRequest
 from lemica_trt.runtime.random import Generator
 from lemica_trt.runtime.text import PromptTokenizer
+
+LOGGER = logging.getLogger("lemica_trt")
+"""Told of prompts that are cut, or far from those of the calibration."""
 
 
 class Pipeline:
@@ -80,6 +87,7 @@ class Pipeline:
         self.default_plan = bundle.plan(plan).name
         self._backend = open_backend(entry.key, settings)
         self._encoders = [PromptTokenizer(spec, bundle.read_bytes(spec.tokenizer)) for spec in manifest.encoders]
+        self._calibrated = read_if_listed(bundle, PromptFacts, PROMPTS_FILE)
         self._lock = threading.RLock()  # a callback may encode and decode
         self._engines = self._load(entry, roles)
         self._denoiser = Denoiser(self._backend, manifest.graphs, self._engines)
@@ -200,6 +208,31 @@ class Pipeline:
             progress = None if on_step is None else _offset(on_step, start // size, -(-len(complete) // size))
             results += self._run_batch(part, chosen, progress)
         return results
+
+    def warnings(self, prompt: str, *, negative: bool = False) -> list[str]:
+        """What a user should know of a prompt, a line each: that it is cut to the length of a text encoder, or that it
+        is far from the prompts that the plans were calibrated on, so that they may do less well.
+
+        Args:
+            negative: whether it is a negative prompt, which is like no other.
+
+        Raises:
+            InputError: the prompt is not text.
+        """
+        name, found = "the negative prompt" if negative else "the prompt", []
+        for tokenizer in self._encoders:
+            cut, length = tokenizer.cut(prompt), tokenizer.spec.length
+            if cut:
+                found.append(f"{name} has {cut + length} tokens, the text encoder takes {length}: the end is cut off")
+        if self._calibrated is not None and self._encoders and not negative:
+            longest = max(self._encoders, key=lambda tokenizer: tokenizer.spec.length)
+            distance = self._calibrated.distance(prompt, longest.count(prompt))
+            if distance is not None:
+                found.append(
+                    f"{name} is far from those that this bundle was calibrated on, {distance}: its plans may do less "
+                    "well → calibrate with prompts like yours: lemica-trt build … --prompts FILE"
+                )
+        return found
 
     def encode(self, prompt: str) -> dict[str, Array]:
         """The conditions that the text encoders make of one prompt: name → array without batch.
@@ -366,10 +399,10 @@ class Pipeline:
         """As diffusers draws for one request, float32 `latent_shape`."""
         return generator.randn(self.bundle.manifest.graphs.layout.latent_shape)
 
-    def _require_text(self, prompt: str) -> None:
-        """Raise InputError unless every tokenizer takes the prompt."""
-        for tokenizer in self._encoders:
-            tokenizer.ids(prompt)
+    def _warn(self, prompt: str, *, negative: bool = False) -> None:
+        """Log what there is to warn of; raise InputError unless every tokenizer takes the prompt."""
+        for line in self.warnings(prompt, negative=negative):
+            LOGGER.warning(line)
 
     def _plan(self, name: str | None) -> StepPlan:
         name = self.default_plan if name is None else name
@@ -380,7 +413,7 @@ class Pipeline:
     def _complete(self, request: GenerationRequest, plan: StepPlan) -> GenerationRequest:
         """Check a request and put in the defaults."""
         Generator(request.seed)
-        self._require_text(request.prompt)
+        self._warn(request.prompt)
         if not self.bundle.manifest.graphs.layout.guided:
             if request.guidance_scale is not None or request.negative_prompt is not None:
                 raise UsageError(_UNGUIDED)
@@ -392,7 +425,7 @@ class Pipeline:
         negative = request.negative_prompt
         if negative is None:
             negative = self.bundle.manifest.profile.sampling.negative_prompt
-        self._require_text(negative)
+        self._warn(negative, negative=True)
         return dataclasses.replace(request, guidance_scale=float(scale), negative_prompt=negative)
 
 

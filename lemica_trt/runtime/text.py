@@ -6,6 +6,7 @@ Equal to what transformers' fast tokenizers give with `padding="max_length", tru
 from __future__ import annotations
 
 import base64
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -105,16 +106,41 @@ class PromptTokenizer:
         Raises:
             InputError: the prompt is not text, is longer than `MAX_PROMPT_BYTES`, or the tokenizer fails on it.
         """
-        require_prompt(prompt)
-        text = self.spec.template.replace(PROMPT, CLEANINGS[self.spec.clean](prompt))
-        try:
-            found = self._tokenizer.encode(text).ids
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # as above
-            raise InputError(f"{self.spec.tokenizer}: the tokenizer fails on this prompt: {error}") from None
+        found = self._encoded(prompt).ids
         if self.spec.end_id is not None and len(found) == self.spec.length:
             found[-1] = self.spec.end_id
         ids = np.full(self.spec.length, self.spec.pad_id, np.int64)
         ids[: len(found)] = found
         return ids, (np.arange(self.spec.length) < len(found)).astype(np.int64)
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt, whether it is cut or not; its template and special tokens are not counted.
+
+        Raises:
+            InputError: as `ids`.
+        """
+        return max(self._tokens(prompt) - self._tokens(""), 0)
+
+    def cut(self, prompt: str) -> int:
+        """Tokens of a prompt that do not fit into the encoder's length.
+
+        Raises:
+            InputError: as `ids`.
+        """
+        return max(self._tokens(prompt) - self.spec.length, 0)
+
+    def _tokens(self, prompt: str) -> int:
+        """Of the whole text, special ones among them."""
+        found = self._encoded(prompt)
+        beyond: list[int] = [part.special_tokens_mask.count(0) for part in found.overflowing]
+        return len(found.ids) + sum(beyond)
+
+    def _encoded(self, prompt: str) -> Any:
+        require_prompt(prompt)
+        text = self.spec.template.replace(PROMPT, CLEANINGS[self.spec.clean](prompt))
+        try:
+            return self._tokenizer.encode(text)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises Exception itself, and its panics are no Exceptions
+            raise InputError(f"{self.spec.tokenizer}: the tokenizer fails on this prompt: {error}") from None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lemica_trt.calibrate import inner_products
-from lemica_trt.calibrate.cost import KNOTS, cheap_cost, knot_stops
+from lemica_trt.calibrate.cost import FIRST, KNOTS, cheap_cost, knot_stops
 from lemica_trt.calibrate.estimate import (
     Calibrated,
     calibrate_cheaply,
@@ -103,8 +103,16 @@ def test_knots_of_all_samples_cover_every_stop() -> None:
     assert {j for s in range(8) for j in knot_stops(50, 7, s)} == set(range(2, 51))
     for s in range(99):
         knots = knot_stops(50, 7, s)
-        assert (knots[0], knots[-4:], len(knots)) == (2, [47, 48, 49, 50], 12)
+        assert (knots[-4:], len(knots)) == ([47, 48, 49, 50], 11 + (2 in knots))
     assert knot_stops(2, 8, 5) == [2]
+
+
+def test_nothing_is_rolled_out_twice_from_the_first_steps() -> None:
+    """To roll out from stop 2 is nearly a whole sampling: it is a knot where no other one is near it."""
+    for s in range(99):
+        first, second, *_ = knot_stops(50, KNOTS, s)
+        assert first <= 50 * FIRST < second
+    assert [knot_stops(50, KNOTS, s)[0] for s in range(2)] == [2, 4]
 
 
 # --- what it costs -------------------------------------------------------------------------------------------------

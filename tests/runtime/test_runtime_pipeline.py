@@ -16,12 +16,15 @@ import toy
 
 from lemica_trt.backends.build import build
 from lemica_trt.backends.onnxruntime.run import OrtBackend
+from lemica_trt.bundle.manifest import PROMPTS_FILE
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.writing import add_plan, write_bundle
 from lemica_trt.core.errors import EngineError, InputError, IntegrityError, UsageError
+from lemica_trt.core.values import json_bytes
 from lemica_trt.ir.graphs import EncoderSpec, GraphSet
 from lemica_trt.ir.plan import PlanRow, trunk_reads
 from lemica_trt.ir.profile import Profile, Sampling, Shape
+from lemica_trt.ir.prompts import facts_from_prompts
 from lemica_trt.runtime.denoise import Cancelled, RowDone
 from lemica_trt.runtime.generation import GenerationRequest
 from lemica_trt.runtime.pipeline import Pipeline
@@ -129,6 +132,43 @@ def test_a_prompt_becomes_frames(bundle: Bundle, pipe: Pipeline) -> None:
     assert set(clip.seconds) == {"text", "denoise", "decode"}
     assert all(seconds > 0 for seconds in clip.seconds.values())
     assert pipe.fps == 5
+
+
+def test_a_prompt_that_is_cut_is_told_of(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    pipe("a big red circle", negative_prompt="")
+    assert not caplog.records
+    pipe("a big red circle moves a star", negative_prompt="small " * 9)
+    assert [record.message for record in caplog.records] == [
+        "the prompt has 8 tokens, the text encoder takes 5: the end is cut off",
+        "the negative prompt has 10 tokens, the text encoder takes 5: the end is cut off",
+    ]
+    assert {record.name for record in caplog.records} == {"lemica_trt"}
+
+
+def test_a_prompt_far_from_the_calibration_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = make_bundle(tmp_path / "toy", tmp_path)
+    facts = facts_from_prompts(("a big red circle", "a small blue circle"), [4, 4])
+    manifest = bundle.manifest
+    write_bundle(
+        bundle.path,
+        profile=manifest.profile,
+        graphs=manifest.graphs,
+        plans=[bundle.plan(name) for name in bundle.plans],
+        default_plan=manifest.default_plan,
+        encoders=manifest.encoders,
+        engines=manifest.engines,
+        files={
+            **{name: (bundle.path / name).read_bytes() for name in manifest.files if not name.startswith("plans/")},
+            PROMPTS_FILE: json_bytes(facts),
+        },
+    )
+    pipe = Pipeline(Bundle.open(bundle.path))
+    pipe(["a big blue circle", "a small star"], negative_prompt="star moves star moves")
+    assert not caplog.records
+    pipe(["a", "many green dogs run"])
+    short, other = (record.message for record in caplog.records)
+    assert "is far from those that this bundle was calibrated on, it has 1 tokens, those 4: " in short
+    assert ", 0 of its 4 words occur in those: " in other and other.endswith("lemica-trt build … --prompts FILE")
 
 
 def test_settings_of_a_request(bundle: Bundle, pipe: Pipeline) -> None:

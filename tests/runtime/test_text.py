@@ -94,6 +94,20 @@ def test_prompts_that_are_no_text(tokenizer_json: bytes, prompt: object) -> None
         ours.ids(prompt)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("template", "around"), [("{prompt}", 1), ("a big {prompt} moves", 4)])
+def test_tokens_are_counted_behind_the_end_too(tokenizer_json: bytes, template: str, around: int) -> None:
+    """As transformers counts them without truncation."""
+    from transformers import PreTrainedTokenizerFast
+
+    spec = EncoderSpec(tokenizer="t", length=8, pad_id=0, end_id=1, template=template)
+    ours = PromptTokenizer(spec, tokenizer_json)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=ours._tokenizer.from_str(tokenizer_json.decode()))
+    for prompt in PROMPTS:
+        expected = len(theirs(template.replace("{prompt}", prompt))["input_ids"])
+        assert ours.count(prompt) == expected - around, prompt
+        assert ours.cut(prompt) == max(expected - 8, 0), prompt
+
+
 def test_a_broken_tokenizer() -> None:
     for data in (b"{}", b"\xff", b""):
         with pytest.raises(InputError, match=r"expected a tokenizer\.json"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -277,3 +278,29 @@ def test_answers_that_never_come_are_given_up() -> None:
         next(found)
     released.set()
     assert list(cancel.answers_while_wanted(iter([1, 2]), lambda: None)) == [1, 2]
+
+
+# --- what the text encoder's log says --------------------------------------------------------------------------------
+
+
+def test_prompts_that_are_cut_or_far_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line without the prompt's text; of negative prompts only that they are cut."""
+    logged: list[str] = []
+    pb = SimpleNamespace(
+        Logger=SimpleNamespace(log_warn=logged.append),
+        Tensor=lambda name, array: (name, array.shape),
+        InferenceResponse=SimpleNamespace,
+        get_input_tensor_by_name=lambda request, name: SimpleNamespace(as_numpy=lambda: request.array),
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", pb)
+    model = runpy.run_path(str(Path(load.__file__).parents[1] / "model" / "text_encoder.py"))["TritonPythonModel"]()
+    model.name, model.negative = "text_encoder", ("", "blurry")
+    model.pipeline = SimpleNamespace(
+        encode=lambda prompt: {"prompt_embeds": np.zeros((5, 12), np.float32)},
+        warnings=lambda prompt, negative: [] if prompt == "near" else [f"it is {'cut' if negative else 'far'}"],
+    )
+    for prompt in ("near", "dragons", "blurry"):
+        array = np.array([[prompt.encode()]], np.object_)
+        (answer,) = model.execute([SimpleNamespace(array=array, parameters=lambda: "{}")])
+        assert answer.output_tensors == [("prompt_embeds", (1, 5, 12))]
+    assert logged == ["text_encoder: it is far", "text_encoder: it is cut"]

@@ -18,6 +18,8 @@ class TritonPythonModel:
             self.pipeline, _ = load.load_pipeline(pb_utils, args, ("text_encoder",))
             if not all(np.isfinite(array).all() for array in self.pipeline.encode("").values()):
                 raise LemicaError("the text encoder's numbers are not finite")
+            self.name = args["model_name"]
+            self.negative = ("", self.pipeline.bundle.manifest.profile.sampling.negative_prompt)
         except LemicaError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
 
@@ -29,7 +31,10 @@ class TritonPythonModel:
         try:
             requests.read_parameters(request, ())
             prompt = requests.tensor_from(pb_utils, request, "prompt", (1,), np.object_)[0]
-            conditions = self.pipeline.encode(requests.text_from("prompt", prompt))
+            text = requests.text_from("prompt", prompt)
+            conditions = self.pipeline.encode(text)
+            for line in self.pipeline.warnings(text, negative=text in self.negative):
+                pb_utils.Logger.log_warn(f"{self.name}: {line}")
         except Exception as error:  # whatever it was, the request gets an answer
             return pb_utils.InferenceResponse(error=errors.triton_error(pb_utils, error))
         tensors = [pb_utils.Tensor(name, array[None]) for name, array in conditions.items()]
