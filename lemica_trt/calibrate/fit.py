@@ -50,7 +50,7 @@ from lemica_trt.planning.step_plan import assign_steps
 OUTPUTS = 6
 """Model outputs that a row reads back, where there are as many; and at least what the extrapolated row reads."""
 
-RIDGE = 1e-9
+RIDGE = 1e-5
 """Least squares: penalty on the distance from the extrapolated row, in units of each term's own power."""
 
 ROUNDS = 8

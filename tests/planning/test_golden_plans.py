@@ -1,7 +1,7 @@
 """The plans of the bundled models as they have always been: steps, fitted weights, and what they are worth.
 
-`golden_plans.json` has, by model, then planner and budget, the full steps, the weights of each row's latents and
-outputs, and the mean PSNR of held-out frames against the uncached run; of two calibration samples, on one thread.
+`golden_plans.json` has, by model, then planner and budget, the full steps, the weights of each row's latents,
+outputs and guidance terms, and the mean PSNR of held-out frames against the uncached run; of two calibration samples, on one thread.
 Another processor rounds differently, so that only steps are compared exactly. Where either is meant to change,
 `OMP_NUM_THREADS=1 PYTHONPATH=. python tests/planning/test_golden_plans.py` writes it anew.
 """
@@ -24,7 +24,7 @@ from lemica_trt.calibrate.prompts import read_prompts
 from lemica_trt.evaluate.evaluator import PlanEvaluator
 from lemica_trt.evaluate.samples import held_out_samples
 from lemica_trt.ir.calibration import Calibration
-from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.plan import PlanRow, StepPlan
 from lemica_trt.ir.resources import calibration_path, load_profile
 from lemica_trt.models import Model, load_model
 from lemica_trt.models.scheduler import sampler_table
@@ -68,6 +68,10 @@ def planned(name: str, work: Path) -> tuple[Model, list[StepPlan]]:
     return model, [planners()[method](problem, int(budget)) for method, budget in named]
 
 
+def weights_of(row: PlanRow) -> list[float]:
+    return [*row.latents, *row.outputs, *row.guidance_terms]
+
+
 def scores(model: Model, plans: Sequence[StepPlan]) -> dict[str, float]:
     """Mean PSNR of held-out frames."""
     prompts = read_prompts(calibration_path(model.profile.calibration.prompts) / "held_out.txt")
@@ -87,7 +91,7 @@ def test_steps_and_weights(found: tuple[Model, list[StepPlan]]) -> None:
         assert list(plan.full_steps) == golden["full_steps"], key
         for row, weights in zip(plan.rows, golden.get("weights", []), strict="weights" in golden):
             tolerance = WEIGHT_TOLERANCE * max(map(abs, weights))
-            assert [*row.latents, *row.outputs] == pytest.approx(weights, rel=0, abs=tolerance), (key, row.step)
+            assert weights_of(row) == pytest.approx(weights, rel=0, abs=tolerance), (key, row.step)
 
 
 def test_quality(found: tuple[Model, list[StepPlan]]) -> None:
@@ -105,7 +109,7 @@ def write() -> None:
         for plan, (key, psnr) in zip(plans, scores(model, plans).items()):
             entry: dict[str, Any] = {"full_steps": list(plan.full_steps), "psnr": round(psnr, 3)}
             if plan.method.startswith("fitted"):
-                entry["weights"] = [[float(f"{w:.7g}") for w in (*row.latents, *row.outputs)] for row in plan.rows]
+                entry["weights"] = [[float(f"{weight:.7g}") for weight in weights_of(row)] for row in plan.rows]
             made.setdefault(name, {})[key] = entry
     text = json.dumps(made, indent=1)
     text = re.sub(r"\[\s+([-\d.,e\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
