@@ -421,7 +421,40 @@ class Traces(Value, frozen=True, tag_field="kind", tag="traces"):
     rows: tuple[TraceRow, ...]
 
 
-Result = Quality | Speed | Serving | EngineBuild | UnusedDepth | BuildCost | Traces
+class AttentionRow(Value, frozen=True):
+    """One attention.
+
+    Attributes:
+        how: `in parts`: as exported, on ONNX Runtime; or the backend that ran its own graph.
+        tokens: of queries and of keys.
+        seconds: of the first run.
+        memory: peak bytes beyond inputs, outputs and libraries.
+    """
+
+    how: str
+    tokens: int
+    seconds: float
+    memory: int
+
+
+class AttentionMemory(Value, frozen=True, tag_field="kind", tag="attention-memory"):
+    """Peak memory of one fp32 attention of random numbers, one thread.
+
+    Attributes:
+        run: what made this.
+        heads, width: number of heads, and size of one.
+        masked: whether there is a mask of keys.
+        rows: by tokens.
+    """
+
+    run: Run
+    heads: int
+    width: int
+    masked: bool
+    rows: tuple[AttentionRow, ...]
+
+
+Result = Quality | Speed | Serving | EngineBuild | UnusedDepth | BuildCost | Traces | AttentionMemory
 
 
 def this_run(*libraries: str) -> Run:

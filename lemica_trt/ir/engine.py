@@ -47,7 +47,8 @@ class EngineBuild(Value, frozen=True):
         precisions: dtype → computing layers of the network (matrix products, convolutions, attention) with that result.
         engine_precisions: the same of the finished engine, after fusion; None where it could not be looked into.
         attentions: of the network.
-        fused_attention: attentions that the engine runs as one kernel, or its graph has as one operator; None where it could not be looked into.
+        fused_attention: attentions that the engine runs as one kernel, or that its graph has as one operator; None
+            where it could not be looked into.
     """
 
     seconds: float | None = None

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import CASES, Exported, layout_of
 
+from lemica_trt.backends.build import build
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.export import export_graphs, graphs
 from lemica_trt.export import passes as clean
@@ -79,6 +80,25 @@ def test_onnx_runtime_agrees_with_torch(exported_case, case: str, role: str) -> 
             limit = {"uint8": 1, "fp16": 1e-2 * scale}.get(tensor.dtype, (1e-5 if "fp16" not in case else 1e-2) * scale)
             assert difference <= limit, f"{tensor.name} at batch {batch}"
             assert difference == 0 or array.dtype != np.uint8 or (array != reference).mean() < 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_engine_of_onnx_runtime_is_the_graph_with_fused_attention(exported_case, case: str, tmp_path: Path) -> None:
+    exported = exported_case(case)
+    entry = build("onnxruntime", exported.graphs, exported.folder, tmp_path, {"threads": 1})
+    assert set(entry.builds) == {*CASES[case][3]} - {"combine", "skip", *(() if "wan" in case else ["vae_decoder"])}
+    for role, made in entry.builds.items():
+        assert made.fused_attention == made.attentions > 0
+        spec, session = _session(exported, role)
+        fused = onnxruntime.InferenceSession(tmp_path / entry.files[role], providers=["CPUExecutionProvider"])
+        inputs = {name: tensor.numpy() for name, tensor in _inputs(exported, spec, CASES[case][2]).items()}
+        if role in ("text_encoder", "vae_decoder"):
+            inputs = {name: tensor.numpy() for name, tensor in _inputs(exported, spec, 1).items()}
+        for tensor, got, expected in zip(spec.outputs, fused.run(None, inputs), session.run(None, inputs)):
+            assert got.dtype == expected.dtype and got.shape == expected.shape
+            size = np.abs(expected.astype(np.float64)).max()
+            limit = {"uint8": 1, "fp16": 1e-2 * size}.get(tensor.dtype, (1e-4 if "fp16" not in case else 1e-2) * size)
+            assert np.abs(got.astype(np.float64) - expected).max() <= limit, (role, tensor.name)
 
 
 @pytest.mark.parametrize(("case", "role"), ALL)
