@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -16,7 +17,7 @@ from lemica_trt.backends.base import open_backend
 from lemica_trt.backends.build import build
 from lemica_trt.backends.onnx_file import require_plain
 from lemica_trt.backends.onnxruntime.attention import ATTENTION, write_fused
-from lemica_trt.core.errors import InputError
+from lemica_trt.core.errors import InputError, MissingDependencyError
 from lemica_trt.ir.engine import EngineBuild, EngineEntry
 from lemica_trt.ir.graphs import GraphSet, GraphSpec, TensorSpec, step_layout
 
@@ -201,6 +202,15 @@ def test_what_is_not_recognised_is_built_as_it_was(bias: tuple[int, ...], tmp_pa
     assert entry.files == {"full": "onnx/full.onnx"} and not (tmp_path / "engines").exists()
     assert entry.builds == {"full": EngineBuild(attentions=1, fused_attention=0)}
     np.testing.assert_allclose(result_of(entry, graphs, tmp_path, case.inputs), case.expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_onnxscript_nothing_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the decomposed graph: equal keys are equal engines."""
+    graphs = Written().write(tmp_path)
+    monkeypatch.setitem(sys.modules, "onnxscript.rewriter", None)
+    with pytest.raises(MissingDependencyError, match=r"needs the package onnxscript, got: .* → pip install onnxscript"):
+        build("onnxruntime", graphs, tmp_path, tmp_path)
+    assert not (tmp_path / "engines").exists()
 
 
 def test_its_operator_is_for_this_backend_alone(tmp_path: Path) -> None:

@@ -47,11 +47,10 @@ def write_fused(source: Path, target: Path, provider: str) -> Attentions:
     try:
         import onnx_ir
         import onnx_ir.passes.common
-        from onnxscript.rewriter import pattern  # noqa: F401
+        import onnxscript.rewriter  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            f"building for ONNX Runtime needs the package onnxscript, got: {error}",
-            fix="pip install onnxscript",
+            f"building for ONNX Runtime needs the package onnxscript, got: {error}", fix="pip install onnxscript"
         ) from None
     model = onnx_ir.load(source)
     total = sum(node.op_type == "Softmax" for node in model.graph)
