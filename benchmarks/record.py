@@ -138,6 +138,7 @@ class SpeedRow(Value, frozen=True):
         seconds: of the loop, one number a round.
         full_step, skipped_step: median seconds of such a row; None where there is none, or none is seen.
         beyond: median over rounds of (seconds / seconds of the round's own rows) − 1; None where rows are not seen.
+        engines: what else than the result's backend ran it; empty: that.
     """
 
     name: str
@@ -147,6 +148,7 @@ class SpeedRow(Value, frozen=True):
     full_step: float | None = None
     skipped_step: float | None = None
     beyond: float | None = None
+    engines: str = ""
 
 
 class Speed(Value, frozen=True, tag_field="kind", tag="speed"):

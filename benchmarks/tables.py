@@ -114,7 +114,7 @@ def speed_table(result: Speed) -> str:
         name = {"eager": "diffusers, eager", "uncached": "runtime, uncached"}.get(row.name, "")
         rows.append(
             [
-                name or f"runtime, {row.method}",
+                (name or f"runtime, {row.method or 'uncached'}") + (f", {row.engines}" if row.engines else ""),
                 str(row.full_steps),
                 f"{median(row.seconds):.3g} s",
                 f"{speedup(row, eager):.2f}×",
@@ -325,7 +325,7 @@ def summary_table(results: Sequence[Result]) -> str:
         for speed in results
         if isinstance(speed, Speed)
         for row in speed.rows[2:]
-        if row.skipped_step is None
+        if row.skipped_step is None and not row.engines
     }
     rows = []
     for result in qualities:
