@@ -138,6 +138,7 @@ class SpeedRow(Value, frozen=True):
         seconds: of the loop, one number a round.
         full_step, skipped_step: median seconds of such a row; None where there is none, or none is seen.
         beyond: median over rounds of (seconds / seconds of the round's own rows) − 1; None where rows are not seen.
+        engines: what else than the result's backend ran it; empty: that.
     """
 
     name: str
@@ -147,6 +148,7 @@ class SpeedRow(Value, frozen=True):
     full_step: float | None = None
     skipped_step: float | None = None
     beyond: float | None = None
+    engines: str = ""
 
 
 class Speed(Value, frozen=True, tag_field="kind", tag="speed"):
@@ -422,7 +424,40 @@ class Traces(Value, frozen=True, tag_field="kind", tag="traces"):
     rows: tuple[TraceRow, ...]
 
 
-Result = Quality | Speed | Serving | EngineBuild | UnusedDepth | BuildCost | Traces
+class AttentionRow(Value, frozen=True):
+    """One attention.
+
+    Attributes:
+        how: `in parts`: as exported, on ONNX Runtime; or the backend that ran its own graph.
+        tokens: of queries and of keys.
+        seconds: of the first run.
+        memory: peak bytes beyond inputs, outputs and libraries.
+    """
+
+    how: str
+    tokens: int
+    seconds: float
+    memory: int
+
+
+class AttentionMemory(Value, frozen=True, tag_field="kind", tag="attention-memory"):
+    """Peak memory of one fp32 attention of random numbers, one thread.
+
+    Attributes:
+        run: what made this.
+        heads, width: number of heads, and size of one.
+        masked: whether there is a mask of keys.
+        rows: by tokens.
+    """
+
+    run: Run
+    heads: int
+    width: int
+    masked: bool
+    rows: tuple[AttentionRow, ...]
+
+
+Result = Quality | Speed | Serving | EngineBuild | UnusedDepth | BuildCost | Traces | AttentionMemory
 
 
 def this_run(*libraries: str) -> Run:

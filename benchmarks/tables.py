@@ -7,6 +7,7 @@ from statistics import median
 
 import numpy as np
 from record import (
+    AttentionMemory,
     BuildCost,
     EngineBuild,
     Quality,
@@ -113,7 +114,7 @@ def speed_table(result: Speed) -> str:
         name = {"eager": "diffusers, eager", "uncached": "runtime, uncached"}.get(row.name, "")
         rows.append(
             [
-                name or f"runtime, {row.method}",
+                (name or f"runtime, {row.method or 'uncached'}") + (f", {row.engines}" if row.engines else ""),
                 str(row.full_steps),
                 f"{median(row.seconds):.3g} s",
                 f"{speedup(row, eager):.2f}×",
@@ -273,6 +274,24 @@ def traces_table(result: Traces) -> str:
     return table(head, rows, "left")
 
 
+def attention_table(result: AttentionMemory) -> str:
+    """A row a run, beside what its scores alone would take."""
+    rows = []
+    for row in result.rows:
+        scores = size(4 * result.heads * row.tokens**2)
+        rows.append([row.how, str(row.tokens), scores, size(row.memory), duration(row.seconds)])
+    return table(["", "tokens", "all scores", "peak memory", "first run"], rows)
+
+
+def attention_caption(result: AttentionMemory) -> str:
+    """What the table is of."""
+    mask = "with a mask of keys" if result.masked else "without a mask"
+    return (
+        f"One attention, fp32, {result.heads} heads of {result.width}, {mask}, one thread; memory beyond inputs and "
+        "outputs."
+    )
+
+
 def described(result: Result) -> str:
     """Caption, table, and the line of its run."""
     if isinstance(result, Quality):
@@ -285,6 +304,8 @@ def described(result: Result) -> str:
         parts = [cost_caption(result), cost_table(result)]
     elif isinstance(result, Traces):
         parts = [traces_table(result)]
+    elif isinstance(result, AttentionMemory):
+        parts = [attention_caption(result), attention_table(result)]
     elif isinstance(result, UnusedDepth):
         parts = [depth_caption(result), depth_table(result)]
     else:
@@ -305,7 +326,7 @@ def summary_table(results: Sequence[Result]) -> str:
         for speed in results
         if isinstance(speed, Speed)
         for row in speed.rows[2:]
-        if row.skipped_step is None
+        if row.skipped_step is None and not row.engines
     }
     rows = []
     for result in qualities:

@@ -39,7 +39,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
 
 HEAVY = {
     "PIL", "accelerate", "av", "cuda", "diffusers", "huggingface_hub", "matplotlib", "onnx", "onnxruntime",
-    "onnxscript", "pickletools", "ray", "safetensors", "scipy", "sentencepiece", "tensorrt", "tensorrt_rtx",
+    "onnxscript", "openvino", "pickletools", "ray", "safetensors", "scipy", "sentencepiece", "tensorrt", "tensorrt_rtx",
     "tokenizers", "torch", "transformers",
 }  # fmt: skip
 """Libraries that no light module may import when it is loaded."""

@@ -91,7 +91,8 @@ def test_engines_are_built_and_dry_runs_count_on_a_work_folder_without_the_model
     work = Path(shutil.copytree(built[0].with_name("bundle.work"), tmp_path / "bundle.work"))
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root}
-    command = [sys.executable, "-c", SCRIPT, "engine", str(work), "--output", str(tmp_path / "other"), "--quiet"]
+    script = SCRIPT.replace('"onnx", "onnxscript", ', "")  # with which the build half of ONNX Runtime rewrites graphs
+    command = [sys.executable, "-c", script, "engine", str(work), "--output", str(tmp_path / "other"), "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert Bundle.open(tmp_path / "other").plans == Bundle.open(built[0]).plans

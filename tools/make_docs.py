@@ -24,7 +24,18 @@ import click
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from record import BuildCost, EngineBuild, Quality, Result, Serving, Speed, Traces, UnusedDepth, read_results
+from record import (
+    AttentionMemory,
+    BuildCost,
+    EngineBuild,
+    Quality,
+    Result,
+    Serving,
+    Speed,
+    Traces,
+    UnusedDepth,
+    read_results,
+)
 from tables import described, summary_table, table
 
 from lemica_trt.backends.options import options_table
@@ -155,6 +166,7 @@ PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "speed": _results(Speed),
     "serving": _results(Serving),
     "engine-build": _results(EngineBuild),
+    "attention-memory": _results(AttentionMemory),
     "traces": _results(Traces),
     "unused-depth": _results(UnusedDepth),
     "build-cost": _results(BuildCost),

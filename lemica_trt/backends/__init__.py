@@ -6,7 +6,8 @@ A vendor is a folder here, found by listing; nothing else names it. It holds
     build       BUILDERS: backend name → an object of the protocol `build.Builder`; absent where nothing is built
     run         open_backend(key, settings): the run half, an object of the protocol `base.Backend`
 
-    onnxruntime     `onnxruntime`: the ONNX files are the engine; CPU or CUDA
+    onnxruntime     `onnxruntime`: the ONNX files are the engine, with fused attention; CPU or CUDA
+    openvino        `openvino`: the ONNX files are the engine; CPU
     tensorrt        `tensorrt`, on the GPU that the engine will run on; `tensorrt-rtx` (TensorRT for RTX), built on any
                     machine and finished for the GPU where it is first loaded
     torch           `torch`: PyTorch modules of the calling process, CPU or CUDA; nothing is built

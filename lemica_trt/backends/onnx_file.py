@@ -3,7 +3,8 @@
 ONNX can loop for ever (`Loop`), grow without bound (functions that call functions) and name any file of the machine as
 external data, which older versions of ONNX Runtime read. What this tool exports does none of that, so it is refused:
 
-- only operators of `OPERATORS`, of the standard domain; no subgraphs, functions or sparse tensors;
+- only operators of `OPERATORS`, of the standard domain, and those that a vendor's own build half writes; no subgraphs,
+  functions or sparse tensors;
 - external data only in the files that the graph's description lists, which the bundle has checked.
 
 The file is read as protobuf messages (onnx.proto of ONNX 1.17: `ModelProto`, `GraphProto`, `NodeProto`,
@@ -12,7 +13,7 @@ The file is read as protobuf messages (onnx.proto of ONNX 1.17: `ModelProto`, `G
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from mmap import mmap
 from pathlib import Path, PurePosixPath
 
@@ -46,19 +47,20 @@ MAX_FIELDS = 20_000_000
 _Data = mmap | bytes
 
 
-def require_plain(graph: GraphSpec, path: Path) -> None:
+def require_plain(graph: GraphSpec, path: Path, own: Collection[str] = ()) -> None:
     """Refuse an ONNX file that asks for more than computing tensors from its own and listed weights.
 
     Args:
         graph: its description; `data_files` are relative to the same folder as `file`.
         path: where the file lies.
+        own: operators of the library itself that are allowed, too, as `domain::operator`.
 
     Raises:
         InputError: it does, or it is no ONNX file.
     """
     try:
         with mapped(path) as data:
-            _Walk(data, graph).model(0, len(data))
+            _Walk(data, graph, own).model(0, len(data))
     except OSError as error:
         raise InputError(f"{path}: expected a readable ONNX file, got: {error.strerror}") from None
     except ValueError as error:
@@ -70,8 +72,9 @@ def require_plain(graph: GraphSpec, path: Path) -> None:
 class _Walk:
     """Goes through the messages of a file; each method takes where its message starts and ends."""
 
-    def __init__(self, data: _Data, graph: GraphSpec) -> None:
+    def __init__(self, data: _Data, graph: GraphSpec, own: Collection[str]) -> None:
         self._data = data
+        self._own = own
         self._folder = PurePosixPath(graph.file).parent
         self._data_files = frozenset(graph.data_files)
         self._fields_left = MAX_FIELDS
@@ -101,8 +104,8 @@ class _Walk:
                 domain = self._text(first, last)
             elif number == 5:
                 self._attribute(first, last)
-        if domain not in STANDARD_DOMAINS or operator not in OPERATORS:
-            name = f"{domain}::{operator}" if domain else operator
+        name = f"{domain}::{operator}" if domain else operator
+        if name not in self._own and (domain not in STANDARD_DOMAINS or operator not in OPERATORS):
             raise ValueError(f"the operator {name!r} is not one that lemica-trt exports")
 
     def _attribute(self, start: int, end: int) -> None:

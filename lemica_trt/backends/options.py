@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
@@ -28,6 +28,16 @@ from lemica_trt import backends
 from lemica_trt.core.errors import MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.core.values import Value
 from lemica_trt.ir.engine import EngineKey, Option
+
+Threads = Annotated[
+    int,
+    msgspec.Meta(
+        ge=0,
+        le=1024,
+        description="CPU threads within an operator; 0: OMP_NUM_THREADS, or all CPUs that the process may use",
+    ),
+]
+"""The option of those that run on the CPU."""
 
 
 class Options(Value, frozen=True):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 """What decides what is measured and exported."""
 
-ENGINE_LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
+ENGINE_LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
 """What builds and runs engines."""
 
 

@@ -17,6 +17,7 @@ from lemica_trt.ir.resources import load_profile, profile_names
 
 LIBRARIES = {
     "onnxruntime": "runs bundles on CPU and CUDA: pip install 'lemica-trt[onnxruntime]'",
+    "openvino": "runs bundles on CPU: pip install 'lemica-trt[openvino]'",
     "tensorrt": "builds and runs engines on an NVIDIA GPU: pip install 'lemica-trt[tensorrt]'",
     "tensorrt_lean": "runs version-compatible engines: pip install tensorrt-lean, at the version that built them",
     "tensorrt_rtx": "builds engines on any machine, runs them on an RTX GPU: pip install 'lemica-trt[rtx]'",

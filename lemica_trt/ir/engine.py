@@ -40,17 +40,19 @@ class EngineBuild(Value, frozen=True):
     """What building one engine took, and what is in it.
 
     Attributes:
-        seconds: wall-clock time.
-        host_memory: peak of the building process's own memory, bytes; pages of mapped files are not counted.
+        seconds: wall-clock time; None: not measured, it only rewrites a graph.
+        host_memory: peak of the building process's own memory, bytes; pages of mapped files are not counted. None: not
+            measured.
         device_memory: peak that the builder allocated on the GPU, bytes; None: it does not say.
         precisions: dtype → computing layers of the network (matrix products, convolutions, attention) with that result.
         engine_precisions: the same of the finished engine, after fusion; None where it could not be looked into.
         attentions: of the network.
-        fused_attention: attentions that the engine runs as one kernel; None where it could not be looked into.
+        fused_attention: attentions that the engine runs as one kernel, or that its graph has as one operator; None
+            where it could not be looked into.
     """
 
-    seconds: float
-    host_memory: int
+    seconds: float | None = None
+    host_memory: int | None = None
     device_memory: int | None = None
     precisions: dict[str, int] = {}
     engine_precisions: dict[str, int] | None = None
@@ -64,7 +66,7 @@ class EngineEntry(Value, frozen=True):
     Attributes:
         key: what it is.
         files: by role, the file to load, relative to the bundle.
-        builds: by role, what building it took; nothing for backends that load the ONNX files.
+        builds: by role, what building it took; nothing for graphs that are loaded as they are.
     """
 
     key: EngineKey

@@ -66,15 +66,17 @@ def build_table(
 
 
 def engine_lines(entry: EngineEntry) -> Iterator[str]:
-    """What building each engine took, and what is in it; nothing for engines that are the ONNX files."""
+    """What building each engine took, and what is in it; nothing for graphs that are loaded as they are."""
     for role, build in sorted(entry.builds.items()):
         counts = build.precisions if build.engine_precisions is None else build.engine_precisions
-        text = f"{entry.key.backend} {role}: {duration(build.seconds)}, peak {size(build.host_memory)}"
-        text += "" if build.device_memory is None else f" and {size(build.device_memory)} of GPU memory"
-        text += "".join(f", {count} layers in {dtype}" for dtype, count in sorted(counts.items()))
+        parts = [] if build.seconds is None else [duration(build.seconds)]
+        if build.host_memory is not None:
+            gpu = "" if build.device_memory is None else f" and {size(build.device_memory)} of GPU memory"
+            parts.append(f"peak {size(build.host_memory)}{gpu}")
+        parts += [f"{count} layers in {dtype}" for dtype, count in sorted(counts.items())]
         fused = build.fused_attention
-        text += ", not looked into" if fused is None else f", {fused} of {build.attentions} attentions fused"
-        yield text
+        parts.append("not looked into" if fused is None else f"{fused} of {build.attentions} attentions fused")
+        yield f"{entry.key.backend} {role}: {', '.join(parts)}"
 
 
 def _line(text: str) -> Text:

@@ -99,7 +99,7 @@ class Pipeline:
         graphs = [graph for graph in graphs if roles is None or graph.role in roles]
         files = {graph.role: entry.files[graph.role] for graph in graphs}
         names = {*files.values()}
-        names |= {name for graph in graphs if graph.file == files[graph.role] for name in graph.data_files}
+        names |= {name for graph in graphs if files[graph.role].endswith(".onnx") for name in graph.data_files}
         self.bundle.check_files(names)
         engines = {graph.role: self._backend.load(graph, self.bundle.path / files[graph.role]) for graph in graphs}
         self.bundle.check_files(names)

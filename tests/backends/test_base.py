@@ -44,7 +44,8 @@ def test_bf16_is_that_of_torch() -> None:
 def test_unknown_backend() -> None:
     key = EngineKey(backend="new", version="1", target="x", dtype="fp16", graphs_digest="0" * 64)
     with pytest.raises(
-        UnsupportedError, match="engines for 'new' cannot be run, only onnxruntime, tensorrt, tensorrt-rtx, torch"
+        UnsupportedError,
+        match="engines for 'new' cannot be run, only onnxruntime, openvino, tensorrt, tensorrt-rtx, torch",
     ):
         open_backend(key)
 

@@ -39,7 +39,7 @@ def graphs_of(folder: Path) -> GraphSet:
 
 @pytest.mark.null
 def test_unknown_backend(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="unknown backend 'trt' → use one of: onnxruntime, tensorrt"):
+    with pytest.raises(UsageError, match="unknown backend 'trt' → use one of: onnxruntime, openvino, tensorrt"):
         build("trt", graphs_of(tmp_path), tmp_path, tmp_path)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import toy
 
 from lemica_trt.backends.base import Backend, Settings, open_backend
@@ -28,6 +29,13 @@ class Opened(NamedTuple):
 def onnxruntime(graphs: GraphSet, folder: Path, settings: Settings) -> Opened:
     toy.write_onnx(graphs, folder)
     entry = build("onnxruntime", graphs, folder, folder, {"threads": 1})
+    return Opened(open_backend(entry.key, settings), {role: folder / file for role, file in entry.files.items()})
+
+
+def openvino(graphs: GraphSet, folder: Path, settings: Settings) -> Opened:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install openvino")
+    toy.write_onnx(graphs, folder)
+    entry = build("openvino", graphs, folder, folder, {"threads": 1})
     return Opened(open_backend(entry.key, settings), {role: folder / file for role, file in entry.files.items()})
 
 
@@ -59,6 +67,7 @@ def torch(graphs: GraphSet, folder: Path, settings: Settings) -> Opened:
 
 OPENERS: dict[str, Callable[[GraphSet, Path, Settings], Opened]] = {
     "onnxruntime": onnxruntime,
+    "openvino": openvino,
     "tensorrt": partial(tensorrt, backend="tensorrt"),
     "tensorrt-rtx": partial(tensorrt, backend="tensorrt-rtx"),
     "torch": torch,

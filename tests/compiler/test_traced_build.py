@@ -59,6 +59,9 @@ def require_agreement(bundle: Path) -> None:
     assert found["uncached", "diffusers"] < 1e-4
     assert max(found.values()) < 1e-4
     assert {check.role for check in report.graphs} >= {*GRAPHS, "text_encoder", "vae_decoder"}
+    with lemica_trt.load(bundle) as pipe:
+        made = pipe.bundle.engine().builds[FULL.name]
+    assert made.fused_attention == made.attentions > 0
 
 
 def test_one_command_makes_a_plan_for_a_budget(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ import pytest
 import torch
 from conftest import CASES, Exported, layout_of
 
+from lemica_trt.backends.base import open_backend
+from lemica_trt.backends.build import build
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.export import export_graphs, graphs
 from lemica_trt.export import passes as clean
@@ -79,6 +81,33 @@ def test_onnx_runtime_agrees_with_torch(exported_case, case: str, role: str) -> 
             limit = {"uint8": 1, "fp16": 1e-2 * scale}.get(tensor.dtype, (1e-5 if "fp16" not in case else 1e-2) * scale)
             assert difference <= limit, f"{tensor.name} at batch {batch}"
             assert difference == 0 or array.dtype != np.uint8 or (array != reference).mean() < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("case", CASES)
+def test_engines_are_the_graphs(exported_case, case: str, backend: str, tmp_path: Path) -> None:
+    pytest.importorskip(backend)
+    exported, (_, _, max_batch, roles) = exported_case(case), CASES[case]
+    entry = build(backend, exported.graphs, exported.folder, tmp_path, {"threads": 1})
+    with_attention = {"full", "text_encoder", *(["vae_decoder"] if "wan" in case else [])} & set(roles)
+    assert set(entry.builds) == (with_attention if backend == "onnxruntime" else set())
+    assert all(made.fused_attention == made.attentions > 0 for made in entry.builds.values())
+    device = open_backend(entry.key)
+    for role in roles:
+        spec, session = _session(exported, role)
+        batch = max_batch if role in ("full", "skip", "combine") else 1
+        inputs = {name: tensor.numpy() for name, tensor in _inputs(exported, spec, batch).items()}
+        buffers = {
+            tensor.name: device.empty(tensor.at(batch), tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)
+        }
+        for name, array in inputs.items():
+            device.upload(array, buffers[name])
+        file = entry.files[role]
+        device.load(spec, (exported.folder if file == spec.file else tmp_path) / file).bind(buffers).run()
+        for tensor, expected in zip(spec.outputs, session.run(None, inputs)):
+            got, size = device.download(buffers[tensor.name]), np.abs(expected.astype(np.float64)).max()
+            limit = {"uint8": 1, "fp16": 1e-2 * size}.get(tensor.dtype, (1e-4 if "fp16" not in case else 1e-2) * size)
+            assert np.abs(got.astype(np.float64) - expected).max() <= limit, (role, tensor.name)
 
 
 @pytest.mark.parametrize(("case", "role"), ALL)

@@ -1,6 +1,8 @@
-"""ONNX Runtime: the ONNX files are the engine; what is built is the certainty that they load, and with what.
+"""ONNX Runtime: the engine is the ONNX file, or one with each attention as one operator of ONNX Runtime; what else is
+built is the certainty that they load, and with what.
 
-No optimised model is written: it would hold for one ONNX Runtime version and CPU only, and loading is fast.
+No optimised model is written: it would hold for one ONNX Runtime version and CPU only, and loading is fast. A graph of
+the engine's own lies in `engines/onnxruntime-KEY/`; external data it shares with the exported one.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lemica_trt.backends.build import Estimate, graphs_digest
+from lemica_trt.backends.build import ENGINES_FOLDER, Estimate, graphs_digest
 from lemica_trt.backends.onnx_file import require_plain
+from lemica_trt.backends.onnxruntime.attention import ATTENTION, write_fused
 from lemica_trt.backends.onnxruntime.options import OrtOptions
 from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError
 from lemica_trt.core.text import first_line
 from lemica_trt.core.threads import usable_threads
-from lemica_trt.ir.engine import EngineEntry, EngineKey
-from lemica_trt.ir.graphs import GraphSet, GraphSpec
+from lemica_trt.ir.engine import EngineBuild, EngineEntry, EngineKey
+from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role
 from lemica_trt.ir.profile import DType
 
 if TYPE_CHECKING:
@@ -61,10 +64,12 @@ class OrtBuilder:
         return Estimate(seconds=None, memory=PROCESS_BYTES + 2 * weights)
 
     def build(self, graphs: GraphSet, root: Path, out: Path, options: OrtOptions, reporter: Reporter) -> EngineEntry:
-        """Load every graph once, so that one that does not load is found now; writes nothing."""
+        """Fuse attention, and load every graph once, so that one that does not load is found now.
+
+        Raises:
+            InputError: a graph asks for what no export does, see `onnx_file`.
+        """
         self.check(graphs.dtype, options)
-        for graph in graphs.graphs:
-            open_session(graph, root / graph.file, options)
         key = EngineKey(
             backend="onnxruntime",
             version=import_onnxruntime().__version__,
@@ -73,7 +78,19 @@ class OrtBuilder:
             graphs_digest=graphs_digest(graphs, root),
             options=options.as_dict(),
         )
-        return EngineEntry(key=key, files={graph.role: graph.file for graph in graphs.graphs})
+        folder = f"{ENGINES_FOLDER}/{key.backend}-{key.digest[:16]}"
+        files: dict[Role, str] = {}
+        builds: dict[Role, EngineBuild] = {}
+        for graph in graphs.graphs:
+            source, file = root / graph.file, f"{folder}/{graph.role}.onnx"
+            require_plain(graph, source)
+            found = write_fused(source, out / file, options.provider)
+            files[graph.role] = file if found.fused else graph.file
+            if found.total:
+                builds[graph.role] = EngineBuild(attentions=found.total, fused_attention=found.fused)
+                reporter.note(f"{graph.role}: {found.fused} of {found.total} attentions fused")
+            open_session(graph, out / file if found.fused else source, options, data=source.parent)
+        return EngineEntry(key=key, files=files, builds=builds)
 
 
 BUILDERS = {"onnxruntime": OrtBuilder()}
@@ -96,21 +113,24 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def open_session(graph: GraphSpec, path: Path, options: OrtOptions, device: int = 0) -> Any:
+def open_session(
+    graph: GraphSpec, path: Path, options: OrtOptions, device: int = 0, *, data: Path | None = None
+) -> Any:
     """An `onnxruntime.InferenceSession` of one graph, on exactly the provider asked for.
 
     Args:
         graph: what the file must declare.
-        path: the ONNX file; its external data lies beside it.
+        path: the ONNX file.
         options: how it is loaded.
         device: which GPU, for the provider `cuda`.
+        data: folder of its external data; None: where a bundle has it.
 
     Raises:
         MissingDependencyError: the provider is not in this build of ONNX Runtime, or its libraries do not load.
         InputError: the file asks for what no export does, see `onnx_file`.
         EngineError: the file does not load, or is not the graph described.
     """
-    require_plain(graph, path)
+    require_plain(graph, path, (ATTENTION,))
     ort = import_onnxruntime()
     wanted = require_provider(ort, options)
     settings = ort.SessionOptions()
@@ -123,7 +143,7 @@ def open_session(graph: GraphSpec, path: Path, options: OrtOptions, device: int 
     settings.log_severity_level = 4  # what it prints is in the exception, too
     try:
         chosen = (wanted, {"device_id": device}) if options.provider == "cuda" else wanted
-        session = ort.InferenceSession(str(path), settings, providers=[chosen])
+        session = ort.InferenceSession(_source(graph, path, data, settings), settings, providers=[chosen])
     except Exception as error:  # onnxruntime raises many unrelated classes
         raise EngineError(f"ONNX Runtime cannot load {graph.file}: {first_line(error)}") from None
     if wanted not in session.get_providers():
@@ -141,6 +161,16 @@ def open_session(graph: GraphSpec, path: Path, options: OrtOptions, device: int 
             fix="rebuild the bundle",
         )
     return session
+
+
+def _source(graph: GraphSpec, path: Path, data: Path | None, settings: Any) -> str | bytes:
+    """What a session is made of: the file, or its content where its external data lie in another folder."""
+    if data is None and path.parent.parent.name == ENGINES_FOLDER:
+        data = (path.parent.parent.parent / graph.file).parent
+    if data is None or data == path.parent or not graph.data_files:
+        return str(path)
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
+    return path.read_bytes()
 
 
 def require_provider(ort: Any, options: OrtOptions) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from lemica_trt.backends.options import Options
+from lemica_trt.backends.options import Options, Threads
 
 
 class OrtOptions(Options, frozen=True):
@@ -18,11 +18,4 @@ class OrtOptions(Options, frozen=True):
     optimization: Annotated[
         Literal["disabled", "basic", "extended", "all"], Meta(description="graph optimizations, done at each load")
     ] = "all"
-    threads: Annotated[
-        int,
-        Meta(
-            ge=0,
-            le=1024,
-            description="CPU threads within an operator; 0: OMP_NUM_THREADS, or all CPUs that the process may use",
-        ),
-    ] = 0
+    threads: Threads = 0

@@ -283,7 +283,8 @@ def _weights(graph: GraphSpec, root: Path) -> int:
 
 def _summary(build: EngineBuild, engine_size: int) -> str:
     """What building took, in one line."""
-    parts = [f"{size(engine_size)} in {duration(build.seconds)}, peak {size(build.host_memory)} of memory"]
+    took, memory = build.seconds or 0.0, build.host_memory or 0
+    parts = [f"{size(engine_size)} in {duration(took)}, peak {size(memory)} of memory"]
     if build.device_memory is not None:
         parts.append(f"{size(build.device_memory)} of GPU memory")
     counts = build.engine_precisions if build.engine_precisions is not None else build.precisions
