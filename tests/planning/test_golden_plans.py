@@ -1,9 +1,9 @@
 """The plans of the bundled models as they have always been: steps, fitted weights, and what they are worth.
 
-`golden_plans.json` has, by model, then planner and budget, the full steps, the weights of each row's latents,
-outputs and guidance terms, and the mean PSNR of held-out frames against the uncached run; of two calibration samples, on one thread.
-Another processor rounds differently, so that only steps are compared exactly. Where either is meant to change,
-`OMP_NUM_THREADS=1 PYTHONPATH=. python tests/planning/test_golden_plans.py` writes it anew.
+`golden_plans.json` has, by model, then planner and budget, the full steps, the weights of each row's latents, outputs
+and guidance terms, and the mean PSNR of held-out frames against the uncached run; of two calibration samples, on one
+thread. Another processor rounds differently, so that only steps are compared exactly. Where either is meant to
+change, `OMP_NUM_THREADS=1 PYTHONPATH=. python tests/planning/test_golden_plans.py` writes it anew.
 """
 
 from __future__ import annotations
