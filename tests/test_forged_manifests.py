@@ -42,17 +42,21 @@ def _shape(role: str, side: str, index: int, axis: int, size: Any) -> Edit:
 EDITS: dict[str, tuple[Edit, str]] = {
     "depth": (
         lambda data: _bucket(data)["graphs"]["layout"]["caches"][0].update(depth=64),
-        r"coefficients: expected fp32 \[80\], got fp32 \[17\]",
+        r"coefficients: expected fp32 \[86\], got fp32 \[23\]",
     ),
-    "history": (_layout(latent_history=9), r"coefficients: expected fp32 \[25\], got fp32 \[17\]"),
-    "guided": (_layout(guided=False), "guidance: the step layout has no such tensor"),
+    "history": (_layout(latent_history=9), r"coefficients: expected fp32 \[31\], got fp32 \[23\]"),
+    "guided": (
+        _layout(guided=False, guidance_history=0, output_history=12),
+        "the step layout has no such tensor",
+    ),
+    "guidance terms": (_layout(guidance_history=7), "guidance_history must be 0 … output_history"),
     "condition": (_layout(conditions=[]), "prompt_embeds: the step layout has no such tensor"),
     "batch": (
         _shape("full", "inputs", 0, 0, 1),
         r"expected fp32 \['batch', 3, 16, 8, 8\], got fp32 \[1, 3, 16, 8, 8\]",
     ),
-    "symbol": (_shape("full", "outputs", 2, 0, "rows"), "trunk: expected a multiple of batch, got 'rows'"),
-    "endless": (_shape("full", "outputs", 2, 0, "9" * 99 + "*batch"), "trunk: expected a multiple of batch"),
+    "symbol": (_shape("full", "outputs", 3, 0, "rows"), "trunk: expected a multiple of batch, got 'rows'"),
+    "endless": (_shape("full", "outputs", 3, 0, "9" * 99 + "*batch"), "trunk: expected a multiple of batch"),
     "frames": (_shape("vae_decoder", "outputs", 0, 1, 5), r"expected uint8 \[rows, 9, 64, 64, 3\], got uint8 \[1, 5"),
     "frames' dtype": (
         lambda data: _graph(data, "vae_decoder")["outputs"][0].update(dtype="fp16"),

@@ -93,6 +93,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         REFERENCE_FILE: json_bytes(finer),
         **{graph.file: folder / graph.file for graph in graphs.graphs},
     }
+    engines = [build_engine("onnxruntime", graphs, folder, folder)]
+    files |= {name: folder / name for entry in engines for name in entry.files.values()}
     bundle = write_bundle(
         folder / "bundle",
         profile=model.profile,
@@ -100,7 +102,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         plans=plans,
         default_plan=plans[0].name,
         encoders=(model.text_spec("tokenizer.json"),),
-        engines=[build_engine("onnxruntime", graphs, folder, folder)],
+        engines=engines,
         files=files,
         revision=model.revision,
     )
@@ -131,7 +133,7 @@ def test_no_plan_needs_a_skip_graph_and_none_is_built(built: Built) -> None:
     graphs = built.bundle.manifest.graphs
     assert sorted(graph.role for graph in graphs.graphs) == ["combine", "full", "text_encoder", "vae_decoder"]
     assert graphs.layout.caches == ()
-    assert [tensor.name for tensor in graphs.graph("full").outputs] == ["latents", "output"]
+    assert [tensor.name for tensor in graphs.graph("full").outputs] == ["latents", "output", "guidance_term"]
     assert not list(built.bundle.path.rglob("skip*"))
 
 
