@@ -261,7 +261,7 @@ def test_altered_bundle_is_not_loaded(built: tuple[Path, subprocess.CompletedPro
     assert done.returncode == 4 and loaded in done.stderr
     assert not (tmp_path / "x.mp4").exists()
     done = lemica("verify", copy, "--samples", "2", "--quiet")  # whatever its report says
-    assert done.returncode == 4 and "onnx/full.onnx" in done.stderr
+    assert done.returncode == 4 and loaded in done.stderr
     (copy / "manifest.json").write_bytes((copy / "manifest.json").read_bytes()[:-2] + b"\xff}")
     done = lemica("inspect", copy)
     assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
