@@ -259,12 +259,13 @@ def test_mistakes_get_one_line_and_their_exit_code(
 def test_altered_bundle_is_not_loaded(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     copy = tmp_path / "altered"
     shutil.copytree(built[0], copy)
-    (copy / "onnx" / "full.onnx").write_bytes(b"x" * 100)
+    loaded = Bundle.open(copy).engine().files["full"]
+    (copy / loaded).write_bytes(b"x" * 100)
     done = lemica("run", copy, "a prompt", "-o", tmp_path / "x.mp4", "--quiet")
-    assert done.returncode == 4 and "onnx/full.onnx" in done.stderr
+    assert done.returncode == 4 and loaded in done.stderr
     assert not (tmp_path / "x.mp4").exists()
     done = lemica("verify", copy, "--samples", "2", "--quiet")  # whatever its report says
-    assert done.returncode == 4 and "onnx/full.onnx" in done.stderr
+    assert done.returncode == 4 and loaded in done.stderr
     (copy / "manifest.json").write_bytes((copy / "manifest.json").read_bytes()[:-2] + b"\xff}")
     done = lemica("inspect", copy)
     assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
