@@ -180,7 +180,7 @@ class TensorRTBuilder:
             printed = errors.read().decode(errors="replace").strip().splitlines()
         if last is not None and not isinstance(last, (Progress, Note)):
             return last
-        if code == -9 or any("bad_alloc" in line for line in printed):
+        if code == -9 or any("bad_alloc" in line or "out of memory" in line for line in printed):
             expected = "" if isinstance(request, Probe) else self._more_memory(None)
             raise EngineError(f"{self.vendor.title} ran out of memory ({what})", fix=expected or None)
         reason = printed[-1] if printed else "it printed nothing"
