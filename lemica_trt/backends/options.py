@@ -185,19 +185,25 @@ def options_from(backend: str, given: Mapping[str, Option]) -> Options:
         raise UsageError(f"{backend}: {field.flag} must be {field.values}, got {given[field.name]!r}") from None
 
 
-def options_from_key(key: EngineKey) -> Options:
+def options_from_key(key: EngineKey, *, threads: int | None = None) -> Options:
     """The options that engines were built with; one that an older version did not have has its default.
+
+    Args:
+        key: of the engines.
+        threads: instead of the option of that name; None: as built.
 
     Raises:
         UnsupportedError: a newer version of lemica-trt wrote the key.
+        UsageError: no such number of threads.
     """
     try:
-        return options_from(key.backend, key.options)
+        found = options_from(key.backend, key.options)
     except UsageError as error:
         raise UnsupportedError(
             f"the engines were built with options that this version of lemica-trt does not know: {error.what}",
             fix="pip install --upgrade lemica-trt, or build them again",
         ) from None
+    return found if threads is None else options_from(key.backend, found.as_dict() | {"threads": threads})
 
 
 def options_by_backend(backends: Sequence[str], given: Mapping[str, Option]) -> dict[str, dict[str, Option]]:

@@ -55,7 +55,6 @@ def require_bounded(shape: Shape, sampling: Sampling, graphs: GraphSet, encoders
     _require_within("graphs.max_batch", graphs.max_batch, 1, MAX_BATCH)
     layout = graphs.layout
     depths = {"latent_history": layout.latent_history, "output_history": layout.output_history}
-    _require_within("layout.guidance_history", layout.guidance_history, 0, MAX_HISTORY)
     for name, depth in (depths | {slot.name: slot.depth for slot in layout.caches}).items():
         _require_within(f"layout.{name}", depth, 1, MAX_HISTORY)
     for size in layout.latent_shape:

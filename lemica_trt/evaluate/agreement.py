@@ -113,8 +113,8 @@ def check_runs(
     Raises:
         VerificationError: a result of the model itself is not finite.
     """
-    pipe, before = deployed.pipe, {agreement.plan: agreement for agreement in known}
-    found = list(known)
+    pipe, found = deployed.pipe, list(known)
+    before = {agreement.plan for agreement in known}
     for name in pipe.bundle.plans:
         if name in before:
             continue

@@ -25,13 +25,14 @@ class Applied:
         self.pipe, self.scheduler = pipe, scheduler
         self._before = pipe.scheduler
         self._kind = type(pipe)
-        self._residuals = None
+        self._hooks: list[ResidualReuse | BranchOutputs] = []
         if reuses_residuals(scheduler.plan):
-            self._residuals = ResidualReuse(self._kind.__name__, getattr(pipe, "transformer", None), scheduler)
-        self._branches = None
+            transformer = getattr(pipe, "transformer", None)
+            self._hooks.append(ResidualReuse(self._kind.__name__, transformer, scheduler))
         if scheduler.plan.guidance_history:
-            self._branches = BranchOutputs(pipe)
-            scheduler.see_branches(self._branches)
+            branches = BranchOutputs(pipe)
+            scheduler.see_branches(branches)
+            self._hooks.append(branches)
         pipe.scheduler = scheduler
         pipe.__class__ = _with_plan(self._kind, scheduler)
         self._is_on = True
@@ -53,9 +54,8 @@ class Applied:
             self._is_on = False
             self.pipe.__class__ = self._kind
             self.pipe.scheduler = self._before
-            for hooks in (self._residuals, self._branches):
-                if hooks is not None:
-                    hooks.remove()
+            for hooks in self._hooks:
+                hooks.remove()
 
 
 def apply(pipe: Any, plan: PlanSource, *, name: str | None = None) -> Applied:

@@ -182,7 +182,6 @@ def test_branches_apart_are_never_farther_than_joined(tmp_path: Path) -> None:
         ends.append(path[-1])
     for k, row in enumerate(plan.rows):
         if k:
-            apart, joined = np.zeros(2), np.zeros(2)
             vectors = np.array(
                 [
                     [

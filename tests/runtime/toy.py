@@ -154,10 +154,10 @@ def step(role: str, layout: StepLayout, inputs: Arrays) -> dict[str, Any]:
         residual = mix(part["trunk"], [inputs[f"trunk_{k}"] for k in range(layout.depth("trunk"))])
     output = (hidden + residual).reshape(-1, *LATENT_SHAPE)
     output, term = guide(output, inputs["guidance"]) if layout.guided else (output, None)
-    extra = {"guidance_term": term, "trunk": residual}
-    return {"latents": latents, "output": output} | {
-        name: value for name, value in extra.items() if (kept if name == "guidance_term" else role == "full")
-    }
+    found = {"latents": latents, "output": output}
+    if kept:
+        found["guidance_term"] = term
+    return found | ({"trunk": residual} if role == "full" else {})
 
 
 class Dit:

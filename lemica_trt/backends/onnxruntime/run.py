@@ -24,7 +24,7 @@ from lemica_trt.backends.base import (
 )
 from lemica_trt.backends.onnxruntime.build import import_onnxruntime, open_session
 from lemica_trt.backends.onnxruntime.options import OrtOptions
-from lemica_trt.backends.options import options_from, options_from_key
+from lemica_trt.backends.options import options_from_key
 from lemica_trt.core.errors import EngineError, UnsupportedError
 from lemica_trt.core.text import first_line
 from lemica_trt.ir.engine import EngineKey
@@ -33,14 +33,12 @@ from lemica_trt.ir.graphs import GraphSpec, TensorDType
 
 def open_backend(key: EngineKey, settings: Settings) -> OrtBackend:
     """See `backends.base.open_backend`."""
-    options = cast(OrtOptions, options_from_key(key))
+    options = cast(OrtOptions, options_from_key(key, threads=settings.threads))
     if key.target != options.provider:
         raise UnsupportedError(
             f"expected engines for {options.provider}, which their options name, got some for {key.target!r}",
             fix="rebuild the bundle",
         )
-    if settings.threads is not None:
-        options = cast(OrtOptions, options_from(key.backend, options.as_dict() | {"threads": settings.threads}))
     return OrtBackend(options, settings.device if options.provider == "cuda" else 0)
 
 

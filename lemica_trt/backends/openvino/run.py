@@ -20,7 +20,7 @@ from lemica_trt.backends.base import (
 )
 from lemica_trt.backends.openvino.build import compiled_model, import_openvino, no_bf16
 from lemica_trt.backends.openvino.options import OpenVinoOptions
-from lemica_trt.backends.options import options_from, options_from_key
+from lemica_trt.backends.options import options_from_key
 from lemica_trt.core.errors import EngineError, UnsupportedError
 from lemica_trt.core.text import first_line
 from lemica_trt.ir.engine import EngineKey
@@ -29,12 +29,9 @@ from lemica_trt.ir.graphs import GraphSpec, TensorDType
 
 def open_backend(key: EngineKey, settings: Settings) -> OpenVinoBackend:
     """See `backends.base.open_backend`."""
-    options = cast(OpenVinoOptions, options_from_key(key))
     if key.target != "cpu":
         raise UnsupportedError(f"expected engines for cpu, got some for {key.target!r}", fix="rebuild the bundle")
-    if settings.threads is not None:
-        options = cast(OpenVinoOptions, options_from(key.backend, options.as_dict() | {"threads": settings.threads}))
-    return OpenVinoBackend(options)
+    return OpenVinoBackend(cast(OpenVinoOptions, options_from_key(key, threads=settings.threads)))
 
 
 class OpenVinoBuffer:

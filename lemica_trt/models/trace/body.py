@@ -158,7 +158,8 @@ class Body(nn.Module):
             else:
                 outputs, added = self.network.whole(arguments)
                 own.append(added)
-            returned.append([output.clone() for output in outputs])  # what follows may write into them
+            if self._branches:
+                returned.append([output.clone() for output in outputs])  # what follows may write into them
             return outputs
 
         def output(guidance: Tensor | None, call: Callable[[str, Any], list[Tensor]]) -> Tensor:
