@@ -52,7 +52,7 @@ OUTPUTS = 6
 
 RIDGE = 1e-7
 """Least squares: penalty on the distance from the extrapolated row, in units of each term's own power. With a
-hundredth of it rounding changes weights by 6 % (wan-tiny, two samples), with this by 0.02 %; linear models are solved."""
+hundredth of it rounding changes weights by 6 % (wan-tiny, two samples), with this by 0.02 %."""
 
 ROUNDS = 8
 """Times that the samples are weighed anew, each by 1/its error: what makes least squares minimise the logarithm."""
