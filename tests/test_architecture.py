@@ -198,3 +198,11 @@ def test_every_module_is_on_the_map_of_its_package(package: str) -> None:
     assert not {name for name in there - {"__init__"} if not re.search(rf"\b{name}\b", text)}
     listed = re.findall(r"^(?: {4})?([a-z_]+)/? {2,}\S", text, re.MULTILINE)
     assert set(listed) <= there | {path.stem for path in folder.glob("*/*.py")}
+
+
+@pytest.mark.null
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by name, and collects only one of two."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) > 80
+    assert not [name for name in names if names.count(name) > 1]

@@ -54,17 +54,18 @@ def verify(
 
     Raises:
         MissingDependencyError: none of its engines can run here.
-        InputError: these are other weights.
+        InputError: these are other weights; or no prompts can be read, which is found before the model is loaded.
     """
     backend = backend or require_runnable(bundle, fix="verify the bundle where they run")
-    model = open_model(profile_of_bundle(bundle, weights), reporter, device=device)
+    profile = profile_of_bundle(bundle, weights)
+    held_out = prompts_of(profile, None if prompts is None else str(prompts), split="held_out")
+    model = open_model(profile, reporter, device=device)
     if model.revision != bundle.manifest.revision:
         raise InputError(
             f"expected the weights that the bundle was built from ({str(bundle.manifest.revision)[:12]}), "
             f"got {model.revision[:12]} in {model.profile.source}",
             fix="name the right folder with --weights, or rebuild the bundle",
         )
-    held_out = prompts_of(model.profile, None if prompts is None else str(prompts), split="held_out")
     return verify_bundle(bundle, model, held_out, samples, reporter, backend=backend)
 
 

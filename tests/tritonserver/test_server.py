@@ -93,7 +93,9 @@ def test_everything_is_ready(server: Server) -> None:
         server.get(f"v2/models/{model}/ready")
     assert check_repository(server.repository) == ()
     assert server.metric("lemica_batch_size") >= 2
-    files = sum(path.stat().st_size for path in (server.repository / "denoiser/bundle/onnx").glob("[cfs]*.onnx"))
+    bundle = Bundle.open(server.repository / "denoiser/bundle")
+    engines = [bundle.engine().files[role] for role in bundle.manifest.graphs.layout.step_graphs]
+    files = sum((bundle.path / file).stat().st_size for file in engines)
     assert server.metric("lemica_engine_bytes", model="denoiser") == files
     assert server.metric("lemica_resident_bytes", model="denoiser_stream") > files
 
