@@ -42,8 +42,9 @@ from lemica_trt.backends.options import options_table
 from lemica_trt.cli.main import main as cli
 from lemica_trt.compiler.stages import STAGES
 from lemica_trt.core.errors import EXIT_CODES
-from lemica_trt.ir.resources import load_profile, profile_names
+from lemica_trt.ir.resources import load_named, profile_names
 from lemica_trt.planning.planner import AUTO, planners
+from lemica_trt.report.models import NOTHING, shape_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,21 +116,27 @@ def _cell(text: str) -> str:
 
 
 def profiles() -> str:
-    """A row a build profile."""
+    """A row a named model, and why those that cannot be built cannot."""
     rows = []
-    for profile in map(load_profile, profile_names()):
+    for model in map(load_named, profile_names()):
+        profile, card, sampling = model.profile, model.card, model.profile.sampling
         bundled = profile.source.startswith("package:")
-        shape = profile.shape
+        shift = "" if sampling.flow_shift is None else f"{sampling.flow_shift:g}"
         rows.append(
             [
                 f"`{profile.name}`",
-                "ships with the package" if bundled else f"`{profile.source}`",
-                f"`{profile.family}`",
-                f"{shape.frames} frames {shape.height}×{shape.width}",
+                "ships with the package" if bundled else f"[{profile.source}]({card.links[0]})",
+                f"{sampling.steps}",
+                f"{sampling.guidance_scale:g}",
+                shift,
+                shape_text(profile.shape),
                 profile.dtype,
+                f"no: {card.refused}" if card.refused else card.note,
+                "; ".join(card.ran) or NOTHING,
             ]
         )
-    return table(["profile", "model", "family", "shape", "precision"], rows, "left")
+    head = ["name", "weights", "steps", "guidance", "flow shift", "shape", "dtype", "builds", "run with its weights"]
+    return table(head, rows, "left")
 
 
 def stages() -> str:

@@ -6,6 +6,6 @@ engine_flags   flags of the backends' options
 flags          flags by name → profile and request; `lemica_trt.build`
 build          `build`, its stages one by one, `methods`, `doctor`
 bundle         `verify`, `run`, `inspect`
-trace          `trace`
+trace          `models`, `trace`
 serve          `triton`, `client`
 """

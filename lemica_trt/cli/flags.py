@@ -16,7 +16,7 @@ from lemica_trt.core.progress import Quiet, Reporter
 from lemica_trt.ir import budget
 from lemica_trt.ir.budget import Budget, Latency, MinPsnr, Speedup
 from lemica_trt.ir.profile import EFFORTS, Effort, Profile
-from lemica_trt.ir.resources import absolute_source, load_profile
+from lemica_trt.ir.resources import absolute_source, is_pipeline, load_named, require_buildable
 
 PROFILE_FIELDS = {
     **{name: ("shape", name) for name in ("frames", "height", "width", "max_batch")},
@@ -96,6 +96,7 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
     Raises:
         UsageError: no such profile, or a value that a field does not take.
         InputError: not a valid profile.
+        UnsupportedError: the model is known not to build.
     """
     if model is None:
         raise UsageError("expected --model, got none", fix="name a profile, for example --model cogvideox-tiny")
@@ -114,9 +115,11 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
     try:
         changed = {part: replace(getattr(profile, part), **fields) for part, fields in parts.items() if part}
         source = absolute_source(profile.source if weights is None else weights)
-        return replace(profile, source=source, **changed, **parts[""])
+        profile = replace(profile, source=source, **changed, **parts[""])
     except ValueError as error:
         raise UsageError(str(error)) from None
+    profile.require_possible()
+    return profile
 
 
 def effort_from_flags(flags: Mapping[str, Any]) -> Effort | None:
@@ -132,9 +135,11 @@ def effort_from_flags(flags: Mapping[str, Any]) -> Effort | None:
 
 
 def _profile(model: str) -> Profile:
-    """A profile by name or file; of a diffusers folder or hub id, what its pipeline's class says."""
-    if model.endswith(".toml") or not (Path(model, "model_index.json").is_file() or model.count("/") == 1):
-        return load_profile(model)
+    """A profile by name, hub id or file; of another diffusers folder or hub id, what its pipeline's class says."""
+    if not is_pipeline(model):
+        found = load_named(model)
+        require_buildable(found)
+        return found.profile
     from lemica_trt.models.load import profile_from_pipeline
 
     return profile_from_pipeline(model)

@@ -112,6 +112,6 @@ for command in (
     *(build.build, build.calibrate, build.plan, build.export, build.engine),
     *(bundle.verify, bundle.run, bundle.inspect),
     *(serve.triton, serve.client),
-    *(trace.trace, build.methods, build.doctor),
+    *(trace.models, trace.trace, build.methods, build.doctor),
 ):
     main.add_command(command)

@@ -151,7 +151,7 @@ model = flags(
     click.option(
         "--model",
         metavar="NAME|FILE.toml|DIR|HUB_ID",
-        help="Build profile (see `lemica-trt doctor`), or a diffusers pipeline that is traced.",
+        help="Named model (see `lemica-trt models`), build profile, or a diffusers pipeline that is traced.",
     ),
     click.option("--weights", metavar="DIR|HUB_ID", help="diffusers folder or hub id instead of the profile's own."),
     click.option("--max-sequence-length", type=int, metavar="L", help="Tokens of a prompt."),

@@ -1,9 +1,7 @@
-"""`trace`: what a diffusers pipeline does around its networks."""
+"""`trace`: what a diffusers pipeline does around its networks; `models`: those that have a name."""
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,14 +9,14 @@ import click
 from lemica_trt.cli import options
 from lemica_trt.cli.options import Screen, common, flags
 from lemica_trt.core.errors import UsageError
-from lemica_trt.ir.resources import load_profile, profile_names
+from lemica_trt.ir.resources import is_pipeline, load_named, load_profile, profile_names
 from lemica_trt.ir.trace import TraceRequest
 
 
 @click.command()
 @flags(
     click.option("--model", required=True, metavar="NAME|DIR|HUB_ID",
-                 help="Build profile, diffusers folder or hub id."),
+                 help="Named model (see `lemica-trt models`), diffusers folder or hub id."),
     click.option("--steps", "--num-inference-steps", "--denoising-steps", type=click.IntRange(2), default=4,
                  show_default=True, help="Denoising steps of each run."),
     click.option("--frames", "--num-frames", type=int, help="Video frames  [default: the profile's or pipeline's]"),
@@ -42,48 +40,41 @@ def trace(screen: Screen, model: str, arguments: tuple[str, ...], dtype: Any, de
     """
     import msgspec
 
-    source, known = _source(model)
-    fields = {**known, **options.given(given), "arguments": dict(map(_argument, arguments))}
-    precision = dtype or fields.pop("dtype", "fp32")
-    fields.pop("dtype", None)
+    profile = None if is_pipeline(model) else load_profile(model)
+    source = model if profile is None else profile.source
+    fields = {**options.given(given), "arguments": dict(map(_argument, arguments))}
     request = msgspec.convert(fields, TraceRequest, strict=True)
 
     from lemica_trt.models.load import load_pipeline, usable_device
     from lemica_trt.models.trace import trace_pipeline
+    from lemica_trt.models.traced import request_from_profile
     from lemica_trt.report.trace import trace_table
 
     screen.reporter.stage("load", source)
-    pipeline = load_pipeline(source, dtype=precision, device=usable_device(device))
+    pipeline = load_pipeline(
+        source,
+        dtype=dtype or (profile.dtype if profile is not None else "fp32"),
+        device=usable_device(device),
+        sampling=None if profile is None else profile.sampling,
+    )
+    if profile is not None:
+        request = msgspec.structs.replace(request_from_profile(profile, pipeline), **fields)
     screen.reporter.stage("trace", f"{type(pipeline).__name__}, {request.steps} steps a run")
     found = trace_pipeline(pipeline, request)
     screen.print(found, lambda: trace_table(found))
 
 
-def _source(model: str) -> tuple[str, dict[str, Any]]:
-    """Where a model is, and what its profile says of a call.
+@click.command()
+@common
+def models(screen: Screen) -> None:
+    """List the named models: weights, sampling and shape as their cards have them, and what was run so far.
 
-    Raises:
-        UsageError: neither a profile nor a folder nor a hub id.
+    --model takes these names, other hub ids, and folders of diffusers pipelines.
     """
-    names = profile_names()
-    if model in names or model.endswith(".toml"):
-        profile = load_profile(model)
-        shape = profile.shape
-        return profile.source, {
-            "height": shape.height,
-            "width": shape.width,
-            "frames": shape.frames,
-            "guidance_scale": profile.sampling.guidance_scale,
-            "max_sequence_length": profile.text_length,
-            "dtype": profile.dtype,
-        }
-    if Path(model).is_dir() or model.count("/") == 1:
-        return model, {}
-    near = difflib.get_close_matches(model, names, n=3, cutoff=0.5)
-    raise UsageError(
-        f"expected a profile, a diffusers folder or a hub id, got {model!r}",
-        fix=f"did you mean {' or '.join(near)}?" if near else f"profiles: {', '.join(names)}",
-    )
+    from lemica_trt.report.models import models_table
+
+    found = [load_named(name) for name in profile_names()]
+    screen.print(found, lambda: models_table(found))
 
 
 def _argument(text: str) -> tuple[str, bool | int | float | str]:

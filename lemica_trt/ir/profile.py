@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.values import Value, require, require_finite
 
 DType = Literal["fp32", "fp16", "bf16"]
@@ -163,3 +164,41 @@ class Profile(Value, frozen=True):
     def __post_init__(self) -> None:
         require(self.text_length >= 1, f"text_length must be at least 1, got {self.text_length}")
         require(18 <= self.opset <= 23, f"opset must be 18 … 23, got {self.opset}")
+
+    def require_possible(self) -> None:
+        """Refuse, before any download, what no traced pipeline is built for.
+
+        Raises:
+            UnsupportedError: says what.
+        """
+        if self.family == TRACED and (self.dtype != "fp32" or self.shape.max_batch != 1):
+            raise UnsupportedError(
+                "a traced pipeline is built in fp32 and for one request a call, "
+                f"got {self.dtype} and max_batch {self.shape.max_batch}",
+                fix="--dtype fp32 --max-batch 1",
+            )
+
+
+class Card(Value, frozen=True):
+    """What is known of a named model beside its profile. No build reads it.
+
+    Attributes:
+        pipeline: its class in diffusers; "": diffusers has none.
+        links: its model card, and where its settings are written.
+        refused: why it cannot be built, as tracing says of a tiny pipeline of its class; "": nothing known forbids it.
+        note: what a user should know before building it.
+        ran: what was done with its own weights, and on what; empty: nothing.
+    """
+
+    pipeline: str
+    links: tuple[str, ...] = ()
+    refused: str = ""
+    note: str = ""
+    ran: tuple[str, ...] = ()
+
+
+class NamedModel(Value, frozen=True):
+    """What a name stands for."""
+
+    profile: Profile
+    card: Card

@@ -6,14 +6,16 @@ In a checkout these lie in the top-level folders `engines/` and `calibration/`; 
 
 from __future__ import annotations
 
+import difflib
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from lemica_trt.core.errors import InputError, UsageError
-from lemica_trt.ir.profile import Profile
+from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
+from lemica_trt.ir.profile import Card, NamedModel, Profile
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,29 +48,84 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name: str) -> Profile:
-    """Read a build profile by name, or by path of a TOML file.
+    """Read a build profile by name, by the hub id that it is for, or by path of a TOML file.
 
     Raises:
-        UsageError: no profile has that name.
+        UsageError: no profile has that name; the message has the nearest ones.
         InputError: the file is not a valid profile; the message says where.
     """
-    path = Path(name) if name.endswith(".toml") else _folder("engines") / f"{name}.toml"
-    if not path.is_file():
+    return load_named(name).profile
+
+
+def load_named(name: str) -> NamedModel:
+    """As `load_profile`, with the card of the model; one of a user's own may have none."""
+    known = profile_name(name)
+    path = _folder("engines") / f"{known}.toml" if known is not None else Path(name)
+    if path.suffix != ".toml" or not path.is_file():
         raise UsageError(
-            f"expected a model profile ({', '.join(profile_names())}) or a .toml file, got {name!r}",
-            fix="name one of these, or write a profile like engines/cogvideox.toml",
+            f"expected the name of a model, a hub id, a diffusers folder or a .toml file, got {name!r}",
+            fix=nearest(name),
         )
     try:
         if path.stat().st_size > MAX_PROFILE_BYTES:
             raise InputError(f"{path.name}: expected a build profile of at most {MAX_PROFILE_BYTES} bytes")
         content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        return msgspec.convert({**content, "name": path.stem}, Profile, strict=True)
+        card = content.pop("card", {"pipeline": ""})
+        profile = msgspec.convert({**content, "name": path.stem}, Profile, strict=True)
+        return NamedModel(profile=profile, card=msgspec.convert(card, Card, strict=True))
     except OSError as error:
         raise InputError(f"{path.name}: expected a readable build profile, got: {error.strerror}") from None
     except RecursionError:
         raise InputError(f"{path.name}: expected a valid build profile, got: values nested too deep") from None
     except (ValueError, OverflowError) as error:  # TOML, UTF-8, integers of thousands of digits, values, invariants
         raise InputError(f"{path.name}: expected a valid build profile, got: {error}") from None
+
+
+def profile_name(model: str) -> str | None:
+    """The profile that a name or a hub id stands for, in whatever case; None: there is none."""
+    if model.endswith(".toml"):
+        return None
+    folded = model.casefold()
+    for name in profile_names():
+        if name.casefold() == folded:
+            return name
+    return _sources().get(folded)
+
+
+def is_pipeline(model: str) -> bool:
+    """Whether a user means a pipeline without a profile: a diffusers folder, or a hub id that no profile is for."""
+    if Path(model, "model_index.json").is_file():
+        return True
+    return profile_name(model) is None and not model.endswith(".toml") and (Path(model).is_dir() or model.count("/") == 1)
+
+
+@functools.cache
+def _sources() -> dict[str, str]:
+    """Hub id, in lower case → the profile that is for it."""
+    found = {name: tomllib.loads((_folder("engines") / f"{name}.toml").read_text("utf-8")) for name in profile_names()}
+    return {content["source"].casefold(): name for name, content in reversed(found.items()) if "source" in content}
+
+
+def nearest(model: str) -> str:
+    """What a user may have meant by a name that stands for nothing."""
+    names, folded = profile_names(), model.casefold()
+    words = {name.casefold(): name for name in names}
+    words |= {source.partition("/")[2]: name for source, name in _sources().items()}
+    near = difflib.get_close_matches(folded.rpartition("/")[2], words, n=3, cutoff=0.5)
+    found = list(dict.fromkeys(words[word] for word in near))
+    return f"did you mean {' or '.join(found)}? lemica-trt models lists them" if found else "lemica-trt models lists them"
+
+
+def require_buildable(model: NamedModel) -> None:
+    """Refuse, before any download, a model that is known not to build.
+
+    Raises:
+        UnsupportedError: says why.
+    """
+    card, profile = model.card, model.profile
+    if card.refused:
+        kind = f" ({card.pipeline})" if card.pipeline else ""
+        raise UnsupportedError(f"{profile.name}{kind} cannot be built yet: {card.refused}")
 
 
 def absolute_source(source: str) -> str:

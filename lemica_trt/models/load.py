@@ -21,7 +21,7 @@ from lemica_trt.core.errors import InputError, MissingDependencyError, Unsupport
 from lemica_trt.core.text import first_line
 from lemica_trt.core.threads import usable_threads
 from lemica_trt.ir.profile import TRACED, DType, Profile, Sampling, Shape
-from lemica_trt.ir.resources import zoo_path
+from lemica_trt.ir.resources import nearest, zoo_path
 from lemica_trt.models.cogvideox import CogVideoX
 from lemica_trt.models.family import DTYPES, Family
 from lemica_trt.models.model import Model, folder_revision
@@ -113,7 +113,7 @@ def load_model(
     if profile.family == TRACED:
         from lemica_trt.models.traced import TracedModel
 
-        pipeline = load_pipeline(profile.source, dtype=profile.dtype, device=device)
+        pipeline = load_pipeline(profile.source, dtype=profile.dtype, device=device, sampling=profile.sampling)
         return TracedModel(profile, pipeline, _folder_from_source(profile.source))
     family = family_from_name(profile.family)
     with quiet():
@@ -126,10 +126,7 @@ def load_model(
             networks = load_networks(folder, dtypes)
             pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder, **networks)
             require_vocabulary(folder, pipeline)
-        if profile.sampling.scheduler is not None:
-            pipeline.scheduler = scheduler_like(_scheduler_class(profile.sampling.scheduler), pipeline.scheduler)
-        if profile.sampling.flow_shift is not None:
-            pipeline.scheduler = _shifted(pipeline.scheduler, profile.sampling.flow_shift)
+        _set_scheduler(pipeline, profile.sampling)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     model = Model(profile, family, pipeline, folder)
@@ -138,16 +135,19 @@ def load_model(
     return model
 
 
-def load_pipeline(source: str, *, dtype: DType = "fp32", device: str = "cpu") -> Any:
+def load_pipeline(
+    source: str, *, dtype: DType = "fp32", device: str = "cpu", sampling: Sampling | None = None
+) -> Any:
     """Load any diffusers pipeline whose denoiser is a transformer.
 
     Args:
         source: hub id, folder or `package:NAME`.
         dtype: of all its networks.
         device: torch device.
+        sampling: its scheduler and flow shift are put in the place of the pipeline's own.
 
     Raises:
-        InputError: the source is not there, or is incomplete.
+        InputError: the source is not there, or is incomplete; or there is no such scheduler.
         UnsupportedError: its denoiser is a UNet, or its class is not one of diffusers'. Known before a download.
         MissingDependencyError: a library that the pipeline needs is not installed.
     """
@@ -162,6 +162,8 @@ def load_pipeline(source: str, *, dtype: DType = "fp32", device: str = "cpu") ->
                 raise InputError(f"{source}: expected a complete pipeline, got no folder {name!r}")
         with reading(source):
             pipeline = kind.from_pretrained(folder, **load_networks(folder, {"default": DTYPES[dtype]}))
+        if sampling is not None:
+            _set_scheduler(pipeline, sampling)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -230,7 +232,7 @@ def _hub_index(source: str) -> dict[str, Any]:
     except BROKEN as error:
         raise InputError(
             f"{source}: expected a folder or a diffusers pipeline on the hub, got: {first_line(error)}",
-            fix="check the name and the network, or give the folder of a downloaded pipeline",
+            fix=f"check the name and the network, or give the folder of a downloaded pipeline; {nearest(source)}",
         ) from None
 
 
@@ -335,6 +337,14 @@ def scheduler_like(kind: Any, scheduler: Any) -> Any:
         what = f"{type(scheduler).__name__} is {'' if flow else 'not '}for flow matching"
         raise UnsupportedError(f"the model's {what}, unlike {kind.__name__}")
     return made_scheduler(kind, config)
+
+
+def _set_scheduler(pipeline: Any, sampling: Sampling) -> None:
+    """Put the scheduler and the flow shift of a profile in the place of a pipeline's own."""
+    if sampling.scheduler is not None:
+        pipeline.scheduler = scheduler_like(_scheduler_class(sampling.scheduler), pipeline.scheduler)
+    if sampling.flow_shift is not None:
+        pipeline.scheduler = _shifted(pipeline.scheduler, sampling.flow_shift)
 
 
 def _shifted(scheduler: Any, shift: float) -> Any:

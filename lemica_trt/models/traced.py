@@ -24,7 +24,7 @@ from lemica_trt.core.errors import InputError, UnsupportedError
 from lemica_trt.core.text import CLEANINGS
 from lemica_trt.ir.graphs import EncoderSpec, TensorDType, TensorSpec
 from lemica_trt.ir.profile import Profile
-from lemica_trt.ir.trace import TraceRequest, TraceSlot
+from lemica_trt.ir.trace import Trace, TraceRequest, TraceSlot
 from lemica_trt.models.model import End, Model
 from lemica_trt.models.trace.arguments import BASE, LONGER, SHORTER, SHORTER_NEGATIVE
 from lemica_trt.models.trace.arguments import NEGATIVE as BASE_NEGATIVE
@@ -76,8 +76,7 @@ class TracedModel(Model):
 
     def __init__(self, profile: Profile, pipeline: Any, folder: Path) -> None:
         self.profile, self.pipeline, self.folder = profile, pipeline, folder  # a family is what it has not
-        if profile.dtype != "fp32" or profile.shape.max_batch != 1:
-            raise UnsupportedError("a traced pipeline is built in fp32 and for one request a call", fix="--dtype fp32")
+        profile.require_possible()
         self._traced = trace_runs(pipeline, request_from_profile(profile, pipeline))
         self.trace = self._traced.trace
         self._require_buildable()
@@ -124,9 +123,7 @@ class TracedModel(Model):
             "it calls several networks": trunk is None or trunk.component != "transformer",
             "shapes follow the length of the prompt": trace.text != "fixed",
             "its blocks add to no stream, or to several": trunk is not None and len(trunk.streams) != 1,
-            "it takes more than a prompt": bool(
-                {what for slot in trace.role("condition") for what in slot.of} - {PROMPT, NEGATIVE}
-            ),
+            **_beyond_prompts(trace),
             f"its network reads values in Python ({', '.join(trace.python)})": bool(trace.python),
             "it follows several guidance scales": len(trace.guidance.parameters) > 1,
             "its latents are not of one request": trace.states[0].shape[0] != 1,
@@ -478,6 +475,15 @@ def _final(tape: Tape) -> Tensor:
     step = [item for item in tape.items if isinstance(item, Event) and item.kind == "step"][-1]
     latents: Tensor = tape.value(refs(step.outs)[0])
     return latents
+
+
+def _beyond_prompts(trace: Trace) -> dict[str, bool]:
+    """Why a pipeline cannot be built whose conditions follow more than prompts."""
+    found = {}
+    for slot in trace.role("condition"):
+        if others := [what for what in slot.of if what not in (PROMPT, NEGATIVE)]:
+            found[f"{slot.component}.{slot.argument} follows the {' and the '.join(others)}"] = True
+    return found
 
 
 def request_from_profile(profile: Profile, pipeline: Any) -> TraceRequest:

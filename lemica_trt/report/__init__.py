@@ -2,6 +2,7 @@
 
 summary         tables
 trace           what tracing found
+models          the named models
 timeline        a plan row by row
 plots           error graph, schedules, quality by budget
 contact_sheet   clips as rows of frames

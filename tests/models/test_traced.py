@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from lemica_trt.core.errors import LemicaError, UnsupportedError
-from lemica_trt.ir.graphs import FULL, SKIP, TRUNK, step_layout
-from lemica_trt.ir.profile import Profile, Sampling, Shape
+from lemica_trt.ir.graphs import FULL, SKIP, TRUNK, StepLayout, step_layout
+from lemica_trt.ir.profile import TRACED, Profile, Sampling, Shape
+from lemica_trt.ir.resources import load_named, load_profile, profile_names
 from lemica_trt.models.denoise import Rollout, denoise
-from lemica_trt.models.graph_specs import example_inputs, input_specs
+from lemica_trt.models.graph_specs import cache_specs, example_inputs, input_specs
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.models.steps import step_modules
 from lemica_trt.models.traced import TracedModel
@@ -27,7 +29,7 @@ RUN = (
 )
 
 REFUSED = {
-    "cogvideox-i2v": "takes more than a prompt",
+    "cogvideox-i2v": r"transformer\.hidden_states follows the image",
     "cogview4": "shapes follow the length of the prompt",
     "latte": "shapes follow the length of the prompt",
     "ltx2": "steps several latents at once",
@@ -83,13 +85,7 @@ def test_the_uncached_plan_is_the_pipeline(name: str) -> None:
 @pytest.mark.parametrize("name", RUN)
 def test_skipping_with_the_own_residual_is_the_full_step(name: str) -> None:
     traced = model(name)
-    layout = step_layout(
-        latent_shape=traced.latent_shape,
-        latent_history=1,
-        output_history=1,
-        conditions=traced.conditions,
-        guided=traced.guided,
-    )
+    layout = layout_of(traced)
     modules = step_modules(traced, layout)
     inputs = example_inputs(input_specs(FULL.name, traced, layout, {}), 1, traced.device)
     generator = torch.Generator().manual_seed(0)
@@ -120,6 +116,63 @@ def test_requests_of_a_batch_are_independent(name: str) -> None:
 def test_what_cannot_be_built_yet_says_why(name: str) -> None:
     with pytest.raises(UnsupportedError, match=REFUSED[name]):
         TracedModel(profile(name), tiny_pipeline(name), Path("here"))
+
+
+CASES_OF_CARDS = {
+    "AllegroPipeline": "allegro",
+    "AuraFlowPipeline": "auraflow",
+    "ChromaPipeline": "chroma",
+    "CogVideoXImageToVideoPipeline": "cogvideox-i2v",
+    "CogView4Pipeline": "cogview4",
+    "Flux2KleinPipeline": "flux2-klein",
+    "FluxPipeline": "flux",
+    "HiDreamImagePipeline": "hidream",
+    "HunyuanVideo15Pipeline": "hunyuanvideo-1.5",
+    "HunyuanVideoPipeline": "hunyuanvideo",
+    "Kandinsky5T2VPipeline": "kandinsky5",
+    "LTX2Pipeline": "ltx2",
+    "LTXPipeline": "ltx",
+    "LattePipeline": "latte",
+    "Lumina2Pipeline": "lumina2",
+    "MochiPipeline": "mochi",
+    "PixArtSigmaPipeline": "pixart-sigma",
+    "QwenImagePipeline": "qwen-image",
+    "SanaPipeline": "sana",
+    "StableDiffusion3Pipeline": "sd3",
+    "WanImageToVideoPipeline": "wan-i2v",
+    "ZImagePipeline": "z-image",
+}
+"""Class of a named model → a tiny pipeline of it."""
+
+CASES_OF_NAMES = {"wan2.2-t2v-a14b": "wan2.2", "wan2.2-i2v-a14b": "wan2.2", "wan2.2-ti2v-5b": "wan2.2-ti2v"}
+"""The same where the class alone does not tell."""
+
+
+@pytest.mark.parametrize("name", [n for n in profile_names() if load_profile(n).family == TRACED])
+def test_a_named_model_builds_as_its_card_says(name: str) -> None:
+    """A card that refuses says what tracing says; one that does not is of a class that is traced and built."""
+    card = load_named(name).card
+    case = CASES_OF_NAMES.get(name) or CASES_OF_CARDS.get(card.pipeline)
+    if case is None:
+        assert card.refused or card.note.startswith("not tried")
+    elif not card.refused:
+        assert model(case).conditions
+    elif case in RUN:  # refused when it is exported
+        with pytest.raises(UnsupportedError, match=re.escape(card.refused)):
+            cache_specs(model(case), layout_of(model(case)))
+    else:
+        with pytest.raises(LemicaError, match=re.escape(card.refused)):
+            model(case)
+
+
+def layout_of(traced: TracedModel) -> StepLayout:
+    return step_layout(
+        latent_shape=traced.latent_shape,
+        latent_history=1,
+        output_history=1,
+        conditions=traced.conditions,
+        guided=traced.guided,
+    )
 
 
 def test_other_precisions_and_batches_are_refused() -> None:

@@ -1,0 +1,90 @@
+"""The named models: found by name and hub id, told apart from typing errors, refused before any download."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lemica_trt.cli.main import main
+from lemica_trt.core.errors import UsageError
+from lemica_trt.ir.profile import TRACED
+from lemica_trt.ir.resources import is_pipeline, load_named, load_profile, profile_name, profile_names
+
+NAMES = profile_names()
+
+
+def lemica(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments, env={"HF_HUB_OFFLINE": "1", "COLUMNS": "160"})
+
+
+@pytest.mark.null
+def test_models_lists_every_profile() -> None:
+    done = lemica("models", "--json")
+    assert done.exit_code == 0
+    assert [model["profile"]["name"] for model in json.loads(done.stdout)] == NAMES
+    table = lemica("models").stdout
+    assert all(name in table for name in NAMES)
+    assert "qwen-image" in table and "nothing" in table
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_says_where_its_settings_come_from(name: str) -> None:
+    model = load_named(name)
+    source = model.profile.source
+    if source.startswith("package:"):
+        assert model.card.ran
+        return
+    assert model.card.links[0] == f"https://huggingface.co/{source}"
+    assert all(link.startswith("https://") for link in model.card.links)
+    assert profile_name(source) == profile_name(source.upper()) == name
+    assert load_profile(source) == load_profile(name.upper()) == model.profile
+    assert not is_pipeline(source)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_names_a_class_of_diffusers(name: str) -> None:
+    import diffusers
+
+    kind = load_named(name).card.pipeline
+    assert hasattr(diffusers, kind) or (name == "open-sora-1.2" and not kind)
+
+
+@pytest.mark.null
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [("flux1-dev", "flux.1-dev"), ("qwen-imag", "qwen-image"), ("someone/CogVideoX-5B-I2V2", "cogvideox-5b-i2v")],
+)
+def test_a_name_that_is_none_is_answered_with_the_nearest(typed: str, near: str) -> None:
+    with pytest.raises(UsageError, match=f"did you mean .*{near}"):
+        load_profile(typed)
+
+
+@pytest.mark.cpu
+def test_an_unknown_hub_id_is_answered_with_the_nearest_name() -> None:
+    done = lemica("build", "--model", "someone/FLUX.1-devel", "--budget", "3")
+    assert done.exit_code == 3, done.stderr
+    assert "did you mean flux.1-dev" in done.stderr
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("name", [name for name in NAMES if load_named(name).card.refused])
+def test_what_cannot_be_built_is_refused_before_anything_else(name: str) -> None:
+    """Under its hub id too, and whatever else is asked for."""
+    model = load_named(name)
+    for asked in (name, model.profile.source):
+        done = lemica("build", "--model", asked, "--dtype", "fp32", "--dry-run")
+        assert done.exit_code == 5, done.stderr
+        assert f"{name} " in done.stderr and model.card.refused in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.null
+def test_other_precisions_of_a_traced_pipeline_are_refused_before_a_download() -> None:
+    name = next(n for n in NAMES if load_profile(n).family == TRACED and not load_named(n).card.refused)
+    done = lemica("build", "--model", name, "--dtype", "bf16", "--budget", "3")
+    assert done.exit_code == 5
+    assert "in fp32" in done.stderr and "--dtype fp32" in done.stderr
