@@ -96,7 +96,9 @@ def is_pipeline(model: str) -> bool:
     """Whether a user means a pipeline without a profile: a diffusers folder, or a hub id that no profile is for."""
     if Path(model, "model_index.json").is_file():
         return True
-    return profile_name(model) is None and not model.endswith(".toml") and (Path(model).is_dir() or model.count("/") == 1)
+    return (
+        profile_name(model) is None and not model.endswith(".toml") and (Path(model).is_dir() or model.count("/") == 1)
+    )
 
 
 @functools.cache
@@ -113,7 +115,9 @@ def nearest(model: str) -> str:
     words |= {source.partition("/")[2]: name for source, name in _sources().items()}
     near = difflib.get_close_matches(folded.rpartition("/")[2], words, n=3, cutoff=0.5)
     found = list(dict.fromkeys(words[word] for word in near))
-    return f"did you mean {' or '.join(found)}? lemica-trt models lists them" if found else "lemica-trt models lists them"
+    return (
+        f"did you mean {' or '.join(found)}? lemica-trt models lists them" if found else "lemica-trt models lists them"
+    )
 
 
 def require_buildable(model: NamedModel) -> None:

@@ -135,9 +135,7 @@ def load_model(
     return model
 
 
-def load_pipeline(
-    source: str, *, dtype: DType = "fp32", device: str = "cpu", sampling: Sampling | None = None
-) -> Any:
+def load_pipeline(source: str, *, dtype: DType = "fp32", device: str = "cpu", sampling: Sampling | None = None) -> Any:
     """Load any diffusers pipeline whose denoiser is a transformer.
 
     Args:
