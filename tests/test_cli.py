@@ -20,6 +20,7 @@ from lemica_trt.core.errors import EXIT_CODES
 from lemica_trt.core.values import read_value
 from lemica_trt.ir.calibration import ErrorGraph, TrajectoryGrams
 from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.resources import profile_names
 from lemica_trt.ir.trials import TrialTables
 from lemica_trt.planning.planner import AUTO
 
@@ -204,15 +205,16 @@ def test_dry_run_does_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_doctor_lists_profiles() -> None:
+def test_doctor_counts_the_named_models() -> None:
     done = lemica("doctor", "--json")
     assert done.returncode == 0, done.stderr
-    assert "model cogvideox-tiny" in {check["what"] for check in json.loads(done.stdout)}
+    found = {check["what"]: check["found"] for check in json.loads(done.stdout)}
+    assert found["named models"] == f"{len(profile_names())}, see lemica-trt models"
 
 
 MISTAKES: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("build",), 2, "--model"),
-    (("build", "--model", "nonesuch"), 2, "cogvideox-tiny"),
+    (("build", "--model", "cogvideo-tiny"), 2, "did you mean cogvideox-tiny"),
     (("build", "--model", "cogvideox-tiny", "--budget", "fifteen"), 2, "integers"),
     (("build", "--model", "cogvideox-tiny", "--denoising-steps", "1"), 2, "steps"),
     (("build", "--model", "cogvideox-tiny", "--weights", "nowhere"), 3, "nowhere"),
