@@ -13,5 +13,6 @@
     calibration   a whole calibration by the method of a profile; whether one made elsewhere fits
     fit       a multistep solver of a plan's own, fitted while the plan runs
 
-Knows nothing of how schedules are searched, of export or engines.
+What runs the model is an `ir.step_model.StepModel`: PyTorch, or engines. Nothing here imports PyTorch, except `cluster`
+when it is used. Knows nothing of how schedules are searched, or of export.
 """

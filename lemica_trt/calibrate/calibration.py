@@ -18,12 +18,12 @@ from lemica_trt.ir.calibration import Calibration, Provenance, Sensitivity
 from lemica_trt.ir.profile import CalibrationSettings, Profile
 from lemica_trt.ir.sampler import SAMPLER_TOLERANCE, SamplerTable
 from lemica_trt.ir.schedule import Schedule
-from lemica_trt.models.model import Model
+from lemica_trt.ir.step_model import StepModel
 from lemica_trt.planning.planner import Fit
 
 
 def calibrate(
-    model: Model,
+    model: StepModel,
     table: SamplerTable,
     prompts: Sequence[str],
     *,
@@ -74,7 +74,7 @@ def _journal(folder: Path, digest: str) -> Path:
 
 
 def fit_by_model(
-    model: Callable[[], Model],
+    model: Callable[[], StepModel],
     settings: CalibrationSettings,
     table: SamplerTable,
     prompts: Sequence[str],

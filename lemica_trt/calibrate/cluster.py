@@ -15,18 +15,22 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
-
-import diffusers
-import torch
+from typing import Any, Protocol
 
 from lemica_trt import __version__
 from lemica_trt.calibrate.workers import E, InProcess, Job, U
 from lemica_trt.core.errors import InputError, MissingDependencyError
-from lemica_trt.models.model import Model
+from lemica_trt.ir.step_model import StepModel
 
 PATIENCE = 2
 """So many workers more than there are may die without a unit finished in between."""
+
+
+class TorchModel(StepModel, Protocol):
+    """A model in PyTorch: `models.Model`."""
+
+    @property
+    def device(self) -> Any: ...
 
 
 class RayWorkers:
@@ -45,7 +49,11 @@ class RayWorkers:
         InputError: a worker has another model, or other versions of libraries.
     """
 
-    def __init__(self, address: str, model: Model, load: Callable[[], Model], *, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, address: str, model: TorchModel, load: Callable[[], TorchModel], *, note: Callable[[str], None]
+    ) -> None:
+        import torch  # of the model: engines run in one process
+
         try:
             import ray
         except ImportError:
@@ -142,10 +150,12 @@ class RayWorkers:
 class _Worker:
     """The actor. Loads the model with its first job: what goes wrong there is an error of that call, not its death."""
 
-    def __init__(self, load: Callable[[], Model], threads: int, origin: dict[str, str]) -> None:
+    def __init__(self, load: Callable[[], TorchModel], threads: int, origin: dict[str, str]) -> None:
+        import torch
+
         torch.set_num_threads(threads)
         self._load, self._origin = load, origin
-        self._model: Model | None = None
+        self._model: TorchModel | None = None
         self._here: InProcess | None = None
         self._job: Any = None
 
@@ -167,11 +177,6 @@ class _Worker:
         return entries
 
 
-def _origin(model: Model) -> dict[str, str]:
+def _origin(model: TorchModel) -> dict[str, str]:
     """What decides a result beside the job."""
-    return {
-        "lemica-trt": __version__,
-        "torch": str(torch.__version__),
-        "diffusers": diffusers.__version__,
-        "model revision": model.revision,
-    }
+    return {"lemica-trt": __version__, **model.libraries, "model revision": model.revision}

@@ -16,8 +16,8 @@ Retargeted: ε on another grid or at another guidance scale; c from a calibratio
 All chains run beside the one uncached run (`Sample.trace`), which is kept (`trajectories`). A piece of work is one
 sample; it depends on nothing else.
 
-Held for a sample, in units of one latent and one residual (for CogVideoX-2B 4.5 MB in fp32 and 135 MB in bf16): on the
-device K residuals and 2·N latents.
+Held for a sample, in units of one latent and one residual (for CogVideoX-2B 4.5 MB in fp32 and 135 MB in bf16): K
+residuals on the device, 2·N latents on the host.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from lemica_trt.calibrate.cost import KNOTS, Cost, knot_stops, sample_cost
 from lemica_trt.calibrate.exact import (
@@ -48,7 +47,7 @@ from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
 from lemica_trt.core.errors import UsageError
 from lemica_trt.ir.calibration import ErrorGraph, Sensitivity, TrajectoryGrams
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.models.model import Model
+from lemica_trt.ir.step_model import Latents, StepModel
 from lemica_trt.planning.transfer import knots_from_stops, require_retargetable
 
 CheapMethod = Literal["secant", "retargeted"]
@@ -76,7 +75,7 @@ class Calibrated(NamedTuple):
 
 
 def calibrate_cheaply(
-    model: Model,
+    model: StepModel,
     table: SamplerTable,
     prompts: Sequence[str],
     *,
@@ -126,7 +125,7 @@ def calibrate_cheaply(
 
 
 def cheap_measurement(
-    model: Model,
+    model: StepModel,
     table: SamplerTable,
     prompts: Sequence[str],
     *,
@@ -154,7 +153,7 @@ class _Samples(NamedTuple):
     batch: int
     trajectories: Path | None
 
-    def start(self, model: Model) -> Callable[[tuple[int, bool]], list[Piece]]:
+    def start(self, model: StepModel) -> Callable[[tuple[int, bool]], list[Piece]]:
         stepper, kept = Stepper(model, self.table, self.batch), Trajectories(self.trajectories)
 
         def work(unit: tuple[int, bool]) -> list[Piece]:
@@ -181,7 +180,7 @@ class Traced(Protocol):
     def trace(self, max_skip: int, visit: Visit) -> Uncached:
         """The uncached run with the chains of skipped steps of all starts beside it."""
 
-    def roll_out(self, branches: Mapping[tuple[int, int], Run]) -> dict[tuple[int, int], torch.Tensor]:
+    def roll_out(self, branches: Mapping[tuple[int, int], Run]) -> dict[tuple[int, int], Latents]:
         """Run branches in full to the end."""
 
 
@@ -208,10 +207,9 @@ def piece(
         if knots.get(j) == i:
             branches[i, j] = chain
 
-    with torch.no_grad():
-        uncached = sample.trace(measurement.max_skip, visit)
-        finals = sample.roll_out(branches) if branches else {}
-        exact = {j: distance(final, uncached.final) for (_, j), final in finals.items()}
+    uncached = sample.trace(measurement.max_skip, visit)
+    finals = sample.roll_out(branches) if branches else {}
+    exact = {j: distance(final, uncached.final) for (_, j), final in finals.items()}
     measured = {j: exact[j] / changes[i, j] for j, i in knots.items() if exact[j] > 0 and changes[i, j] > 0}
     found = Piece(
         sample=number,
@@ -255,8 +253,8 @@ def distance_behind(table: SamplerTable, stop: int, changed: Run, run: Run) -> f
     for age, row in enumerate(table.rows[stop : stop + depth]):
         terms = [c * d for c, d in zip(row.latents[age:], latents)]
         terms += [c * d for c, d in zip(row.outputs[age:], outputs)]
-        changes.append(sum(terms, torch.zeros_like(latents[0])))
-    return sum(changes[1:], changes[0]).abs().mean(dtype=torch.float64).item()
+        changes.append(sum(terms, np.zeros_like(latents[0])))
+    return float(np.abs(sum(changes[1:], changes[0])).mean(dtype=np.float64))
 
 
 def calibrated(

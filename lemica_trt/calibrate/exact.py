@@ -11,13 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import torch
 from msgspec import UNSET, UnsetType
 
 from lemica_trt.calibrate.cost import start_cost
@@ -30,7 +28,7 @@ from lemica_trt.core.errors import InputError, UsageError, VerificationError
 from lemica_trt.ir.calibration import Edge, ErrorGraph, Matrix, TrajectoryGrams, gram_from_samples
 from lemica_trt.ir.profile import CalibrationMethod
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.models.model import Model
+from lemica_trt.ir.step_model import StepModel
 
 BATCH_ELEMENTS = 2**16
 """Latent elements in one DiT call by default. The DiT of a video model is busy with one latent, the tiny one wants
@@ -50,7 +48,7 @@ class Measured(NamedTuple):
 
 
 def measure(
-    model: Model,
+    model: StepModel,
     table: SamplerTable,
     prompts: Sequence[str],
     *,
@@ -107,7 +105,9 @@ def measure(
     )
 
 
-def measurement_digest(model: Model, table: SamplerTable, prompts: Sequence[str], *, seed: int, max_skip: int) -> str:
+def measurement_digest(
+    model: StepModel, table: SamplerTable, prompts: Sequence[str], *, seed: int, max_skip: int
+) -> str:
     """SHA-256 (hex) of everything that a journal is bound to; who names journals by it never meets another's."""
     return _measurement(model, table, prompts, seed, max_skip).digest
 
@@ -125,7 +125,7 @@ def require_measurable(prompts: Sequence[str], *, samples: int, max_skip: int, b
         raise InputError("prompts: expected at least one, got none")
 
 
-def usual_batch(model: Model) -> int:
+def usual_batch(model: StepModel) -> int:
     """`BATCH_ELEMENTS` in latents."""
     return min(max(BATCH_ELEMENTS // math.prod(model.latent_shape), 1), 64)
 
@@ -138,7 +138,7 @@ class _Waves(NamedTuple):
     prompts: tuple[str, ...]
     batch: int
 
-    def start(self, model: Model) -> Callable[[tuple[int, range]], list[Unit]]:
+    def start(self, model: StepModel) -> Callable[[tuple[int, range]], list[Unit]]:
         stepper = Stepper(model, self.table, self.batch)
 
         @lru_cache(maxsize=1)  # waves of one sample follow each other
@@ -148,17 +148,16 @@ class _Waves(NamedTuple):
 
         def work(unit: tuple[int, range]) -> list[Unit]:
             s, wave = unit
-            with torch.inference_mode():
-                sample, uncached = begun(s)
-                units = _units(self.measurement, s, sample.errors(uncached, wave, self.measurement.max_skip))
-                if 0 in wave:
-                    units[0] = msgspec.structs.replace(units[0], outputs=output_products(uncached))
-                return units
+            sample, uncached = begun(s)
+            units = _units(self.measurement, s, sample.errors(uncached, wave, self.measurement.max_skip))
+            if 0 in wave:
+                units[0] = msgspec.structs.replace(units[0], outputs=output_products(uncached))
+            return units
 
         return work
 
 
-def provenance_of(model: Model, table: SamplerTable, prompts: Sequence[str], seed: int) -> dict[str, Any]:
+def provenance_of(model: StepModel, table: SamplerTable, prompts: Sequence[str], seed: int) -> dict[str, Any]:
     """The fields of a `Provenance`."""
     profile = model.profile
     return {
@@ -172,21 +171,23 @@ def provenance_of(model: Model, table: SamplerTable, prompts: Sequence[str], see
         "guidance_scale": float(profile.sampling.guidance_scale),
         "negative_prompt": profile.sampling.negative_prompt,
         "text_length": profile.text_length,
-        "latent_shape": model.latent_shape,
+        "latent_shape": tuple(model.latent_shape),
         "seed": seed,
         "prompts_digest": prompts_digest(prompts),
-        "versions": {"diffusers": version("diffusers"), "torch": str(torch.__version__)},
+        "versions": model.libraries,
     }
 
 
 def measurement_fields(
-    model: Model, table: SamplerTable, prompts: Sequence[str], seed: int, max_skip: int
+    model: StepModel, table: SamplerTable, prompts: Sequence[str], seed: int, max_skip: int
 ) -> dict[str, Any]:
     """The fields of a `Measurement`."""
     return {**provenance_of(model, table, prompts, seed), "max_skip": min(max_skip, table.num_steps - 1)}
 
 
-def _measurement(model: Model, table: SamplerTable, prompts: Sequence[str], seed: int, max_skip: int) -> Measurement:
+def _measurement(
+    model: StepModel, table: SamplerTable, prompts: Sequence[str], seed: int, max_skip: int
+) -> Measurement:
     return Measurement(**measurement_fields(model, table, prompts, seed, max_skip))
 
 
@@ -252,7 +253,7 @@ def trajectory_grams(measurement: Measurement, samples: Sequence[Unit | Piece]) 
 
 def output_products(uncached: Uncached) -> Matrix:
     """Inner products of the guided outputs m_0 … m_{N−1} of an uncached run."""
-    outputs = [run.outputs[0].cpu() for run in uncached.runs[1:]]
+    outputs = [run.outputs[0] for run in uncached.runs[1:]]
     return matrix(inner_products(outputs, outputs))
 
 

@@ -27,8 +27,6 @@ from typing import Protocol
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from lemica_trt.calibrate.exact import provenance_of
 from lemica_trt.calibrate.inner_products import inner_products
@@ -38,11 +36,11 @@ from lemica_trt.calibrate.trajectories import Trajectories, missing_runs
 from lemica_trt.calibrate.workers import Progress
 from lemica_trt.core.errors import InputError, UnsupportedError, VerificationError
 from lemica_trt.core.values import Value, require_finite
+from lemica_trt.ir.graphs import StepLayout
 from lemica_trt.ir.plan import PlanRow, StepPlan, layout_from_plans
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
-from lemica_trt.models.denoise import Rollout
-from lemica_trt.models.model import Model
+from lemica_trt.ir.step_model import Latents, StepInput, StepModel
 from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.fold import nearest_steps
 from lemica_trt.planning.step_plan import assign_steps
@@ -122,30 +120,59 @@ class Fit(Value, frozen=True):
 
 
 class Run(Protocol):
-    """A sample under way: each call takes it one row of a plan further. `models.denoise.Rollout` is one.
+    """A sample under way: each call takes it one row of a plan further. `SampleRun` is one.
 
     Attributes:
-        latents, outputs, guidance_terms: of the rows so far, newest first, as deep as rows may read; no guidance terms
-            where the branches are not weighed apart.
+        latents, outputs, guidance_terms: of the rows so far, newest first, as deep as rows may read, fp32; no guidance
+            terms where the branches are not weighed apart.
     """
 
     @property
-    def latents(self) -> list[Tensor]: ...
+    def latents(self) -> Sequence[Latents]: ...
 
     @property
-    def outputs(self) -> list[Tensor]: ...
+    def outputs(self) -> Sequence[Latents]: ...
 
     @property
-    def guidance_terms(self) -> list[Tensor]: ...
+    def guidance_terms(self) -> Sequence[Latents]: ...
 
     def __call__(self, row: PlanRow) -> object: ...
+
+
+class SampleRun:
+    """A request under way on a model, by rows that compute everything and the last.
+
+    Args:
+        layout: histories deep enough for the rows to come.
+
+    Attributes:
+        latents, outputs, guidance_terms: as in `Run`.
+    """
+
+    def __init__(self, model: StepModel, layout: StepLayout, prompt: str, seed: int, *, guidance_scale: float) -> None:
+        begun = model.begin(prompt, seed)
+        self._layout, self._conditions, self._scale = layout, begun.conditions, guidance_scale
+        self._take = model.steps(layout)
+        self.latents: list[Latents] = [next(begun.noises)]
+        self.outputs: list[Latents] = []
+        self.guidance_terms: list[Latents] = []
+
+    def __call__(self, row: PlanRow) -> None:
+        """Run a row."""
+        given = StepInput(self._conditions, self.latents, self.outputs, self.guidance_terms)
+        (result,) = self._take(row, [given], self._scale)
+        layout = self._layout
+        self.latents = [result.latents, *self.latents][: layout.latent_history]
+        self.outputs = [result.output, *self.outputs][: layout.output_history]
+        if result.guidance_term is not None:
+            self.guidance_terms = [result.guidance_term, *self.guidance_terms][: layout.guidance_history]
 
 
 class Fitter:
     """Fits solvers to a model, on numbered samples.
 
     Args:
-        model: on its device.
+        model: in PyTorch, or on engines.
         table: the sampler, N steps; it draws no noise.
         reference: what the fitted runs shall end where it ends: the same table, or the sampler with more steps.
         prompts: sample s uses prompt s mod len(prompts), and seed + s for its noise.
@@ -167,7 +194,7 @@ class Fitter:
 
     def __init__(
         self,
-        model: Model,
+        model: StepModel,
         table: SamplerTable,
         reference: SamplerTable,
         prompts: Sequence[str],
@@ -193,7 +220,7 @@ class Fitter:
         self._progress = progress
         self._book = Journal(journal, fit_measurement(model, table, reference, prompts, samples, seed), Fit)
         self._trajectories = Trajectories(trajectories)
-        self._paths: list[Sequence[Tensor]] = []
+        self._paths: list[Sequence[Latents]] = []
         self.evaluations = 0
 
     def __call__(self, schedule: Schedule) -> StepPlan:
@@ -251,13 +278,7 @@ class Fitter:
             layout, output_history=depth, guidance_history=depth if self._model.branches else 0
         )
         runs = [
-            Rollout(
-                self._model,
-                layout,
-                self._model.embed([self._sample(s)[0]]),
-                self._model.noise(self._sample(s)[1])[None],
-                guidance_scale=start.guidance_scale,
-            )
+            SampleRun(self._model, layout, *self._sample(s), guidance_scale=start.guidance_scale)
             for s in range(self.samples)
         ]
 
@@ -267,14 +288,14 @@ class Fitter:
 
         return fit_rows(start, runs, targets_of(schedule, self._paths), ran)
 
-    def _path(self, s: int) -> Sequence[Tensor]:
-        """The reference's latents at each of the N steps and at the end, on the host: fp32 [1, *latent_shape]."""
+    def _path(self, s: int) -> Sequence[Latents]:
+        """The reference's latents at each of the N steps and at the end: fp32 latent_shape."""
         prompt, seed = self._sample(s)
         found = self._trajectories.find(self._model, self._reference, prompt, seed)
         if found is None:
             found = self._trajectories.run(self._stepper, prompt, seed, f"sample {s}")
             self.evaluations += self._reference.num_steps
-        return found[[*self._steps, self._reference.num_steps]][:, None].unbind(0)
+        return list(found[[*self._steps, self._reference.num_steps]])
 
     @functools.cached_property
     def _stepper(self) -> Stepper:
@@ -282,7 +303,7 @@ class Fitter:
 
 
 def fit_rows(
-    start: StepPlan, runs: Sequence[Run], targets: Sequence[Sequence[Tensor]], ran: Callable[[PlanRow], None]
+    start: StepPlan, runs: Sequence[Run], targets: Sequence[Sequence[Latents]], ran: Callable[[PlanRow], None]
 ) -> list[FittedRow]:
     """Run a plan on all samples, row by row, each row fitted before it runs.
 
@@ -311,7 +332,7 @@ def fit_rows(
     return fitted
 
 
-def targets_of(schedule: Schedule, paths: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+def targets_of(schedule: Schedule, paths: Sequence[Sequence[Latents]]) -> list[list[Latents]]:
     """`targets` of `fit_rows`.
 
     Args:
@@ -328,7 +349,7 @@ def fitted_plan(start: StepPlan, fitted: Sequence[FittedRow]) -> StepPlan:
 
 
 def fit_measurement(
-    model: Model, table: SamplerTable, reference: SamplerTable, prompts: Sequence[str], samples: int, seed: int
+    model: StepModel, table: SamplerTable, reference: SamplerTable, prompts: Sequence[str], samples: int, seed: int
 ) -> FitMeasurement:
     """What a journal of fits is bound to; its digest names the file."""
     return FitMeasurement(
@@ -375,11 +396,11 @@ def closest_combination(grams: Array, start: Array, *, ridge: float = RIDGE, rou
     return best
 
 
-def _fitted_row(row: PlanRow, runs: Sequence[tuple[Run, Tensor]]) -> FittedRow:
+def _fitted_row(row: PlanRow, runs: Sequence[tuple[Run, Latents]]) -> FittedRow:
     """The weights with which a row comes closest to the target of each run, from the histories that the runs have."""
     products, count = [], max(1, len(row.latents))
     for run, target in runs:
-        vectors = [vector.cpu() for vector in (*run.latents[:count], *run.outputs, *run.guidance_terms, target)]
+        vectors = [*run.latents[:count], *run.outputs, *run.guidance_terms, target]
         products.append(inner_products(vectors, vectors))
     grams, terms = np.array(products), count + len(runs[0][0].outputs)
     found = np.zeros(grams.shape[1] - 1)
@@ -393,6 +414,6 @@ def _fitted_row(row: PlanRow, runs: Sequence[tuple[Run, Tensor]]) -> FittedRow:
     return FittedRow(latents=weights[:count], outputs=weights[count:terms], guidance_terms=weights[terms:])
 
 
-def _require_finite(latents: Tensor, where: str) -> None:
-    if not bool(torch.isfinite(latents).all()):
+def _require_finite(latents: Latents, where: str) -> None:
+    if not np.isfinite(latents).all():
         raise VerificationError(f"{where}: expected finite latents", fix="build with another --dtype, or --method")

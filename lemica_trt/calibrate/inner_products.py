@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from lemica_trt.ir.calibration import Matrix
 
@@ -18,15 +16,17 @@ CHUNK = 1 << 16
 Array = npt.NDArray[np.float64]
 
 
-def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Array:
-    """⟨l_a, r_b⟩ of equally large tensors, float64 [len(left), len(right)], summed in float64 in a fixed order."""
-    total = torch.zeros(len(left), len(right), dtype=torch.float64)
-    parts = zip(*(torch.split(tensor.flatten(), CHUNK) for tensor in chain(left, right)))
-    for part in parts:
-        rows = torch.stack(part).double()
-        total += rows[: len(left)] @ rows[len(left) :].T
-    products: Array = total.numpy()
-    return products
+def inner_products(left: Sequence[npt.NDArray[Any]], right: Sequence[npt.NDArray[Any]]) -> Array:
+    """⟨l_a, r_b⟩ of equally large arrays, float64 [len(left), len(right)], summed in float64 in a fixed order.
+
+    Not a matrix product of a library, which sums in another order with another number of threads.
+    """
+    rows = [array.reshape(-1) for array in (*left, *right)]
+    total = np.zeros((len(left), len(right)))
+    for start in range(0, rows[0].size, CHUNK):
+        part = np.stack([row[start : start + CHUNK] for row in rows]).astype(np.float64)
+        total += np.einsum("ik,jk->ij", part[: len(left)], part[len(left) :])
+    return total
 
 
 def matrix(array: Array) -> Matrix:

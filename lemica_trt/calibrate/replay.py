@@ -6,26 +6,24 @@ step i at each t, i < t < j – both branches of the guidance alike – and runs
 
 The segments of one start share their beginning: the chain of skipped steps behind i is run once, at every stop j a
 run branches off it, and all runs of a wave of starts walk through the full steps side by side. A run is nothing but
-its history, so that branching costs nothing. Steps are taken with the sampler's *table* (see `lemica_trt.sampler`),
-from explicit histories; no scheduler has any state here.
+its history, so that branching costs nothing. Steps are taken with the sampler's *table* (see `ir.sampler`), from
+explicit histories; no scheduler has any state here. Where they run is the model's affair (`ir.step_model`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import torch
-from torch import Tensor
+import msgspec
+import numpy as np
 
 from lemica_trt.core.errors import VerificationError
-from lemica_trt.ir.graphs import COMBINE, FULL, SKIP, TRUNK
-from lemica_trt.ir.plan import coefficient_vector, layout_from_plans
+from lemica_trt.ir.graphs import FULL
+from lemica_trt.ir.plan import PlanRow, layout_from_plans
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
-from lemica_trt.models.denoise import Conditions, conditions_of
-from lemica_trt.models.model import Model
-from lemica_trt.models.steps import step_modules
+from lemica_trt.ir.step_model import Beginning, Latents, StepInput, StepModel, StepOutput
 from lemica_trt.planning.step_plan import plan_from_schedule
 
 T = TypeVar("T")
@@ -34,8 +32,8 @@ T = TypeVar("T")
 class Run(NamedTuple):
     """The history of one run, newest first, zeros where there is none yet: fp32 latent_shape each."""
 
-    latents: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    latents: tuple[Latents, ...]
+    outputs: tuple[Latents, ...]
 
 
 class Uncached(NamedTuple):
@@ -47,43 +45,45 @@ class Uncached(NamedTuple):
     """
 
     runs: tuple[Run, ...]
-    final: Tensor
+    final: Latents
 
 
 class Stepper:
-    """Takes steps of a sampler with the step modules of a model, many runs at once.
+    """Takes steps of a sampler on a model, many runs at once.
 
     Args:
-        model: on its device.
+        model: in PyTorch, or on engines.
         table: the sampler.
         batch: the most latents in one call of the DiT (each is two samples under guidance).
+
+    Attributes:
+        model, table, batch: as given.
+        layout: what the steps read and give.
+        skipped: rows 0 … N; but for the first and the last they read the residual.
+        full: rows 0 … N − 1 that compute everything.
     """
 
-    def __init__(self, model: Model, table: SamplerTable, batch: int) -> None:
-        self.model = model
-        self.table = table
-        self.batch = batch
+    def __init__(self, model: StepModel, table: SamplerTable, batch: int) -> None:
+        self.model, self.table, self.batch = model, table, batch
+        self.guidance_scale = model.profile.sampling.guidance_scale
         plan = plan_from_schedule(
             Schedule(num_steps=table.num_steps, full_steps=(0,)),
             table,
             name="replay",
-            guidance_scale=model.profile.sampling.guidance_scale,
+            guidance_scale=self.guidance_scale,
             method="none",
         )
         self.layout = layout_from_plans([plan], latent_shape=model.latent_shape, guided=model.guided)
-        modules = step_modules(model, self.layout)
-        self.full, self.skip, self.combine = modules[FULL.name], modules[SKIP.name], modules[COMBINE]
-        # One vector serves every graph: a full step ignores the residual's coefficient.
-        self.coefficients = [
-            torch.from_numpy(coefficient_vector(row, self.layout)).to(model.device) for row in plan.rows
-        ]
+        self.skipped = plan.rows
+        self.full = [msgspec.structs.replace(row, variant=FULL.name, caches=()) for row in plan.rows[:-1]]
+        self.take = model.steps(self.layout)
 
     def sample(self, name: str, prompt: str, seed: int) -> Sample:
         """Fix what all runs of one sample share: prompt, initial noise, and the fresh noise of each step."""
-        noises = (noise.to(self.model.device) for noise in self.model.noises(seed))
-        start = next(noises)
-        fresh = {i: next(noises) for i, row in enumerate(self.table.rows) if row.noise != 0.0}
-        return Sample(self, name, self.model.embed([prompt]), start, fresh)
+        begun = self.model.begin(prompt, seed)
+        start = next(begun.noises)
+        fresh = {i: next(begun.noises) for i, row in enumerate(self.table.rows) if row.noise != 0.0}
+        return Sample(self, name, begun, start, fresh)
 
 
 Visit = Callable[[int, int, Run, Run], None]
@@ -96,7 +96,7 @@ class Sample:
     Args:
         stepper: takes the steps.
         name: for messages.
-        conditions: of one prompt, from `Model.embed`.
+        begun: its prompt.
         noise: x_{−1}, fp32 latent_shape.
         fresh: step → z, fp32 latent_shape; the same for every run, as eq. 4 needs it.
 
@@ -106,19 +106,19 @@ class Sample:
     """
 
     def __init__(
-        self, stepper: Stepper, name: str, conditions: Conditions, noise: Tensor, fresh: dict[int, Tensor]
+        self, stepper: Stepper, name: str, begun: Beginning, noise: Latents, fresh: dict[int, Latents]
     ) -> None:
         self._stepper = stepper
         self.name = name
         self.full_count = self.skip_count = 0
-        self._conditions = conditions_of(conditions)
+        self._conditions = begun.conditions
         self._fresh = fresh
         layout = stepper.layout
-        blank = torch.zeros_like(noise)
+        blank = np.zeros_like(noise)
         self._begin = Run((noise, *[blank] * (layout.latent_history - 1)), (blank,) * layout.output_history)
 
     @property
-    def model(self) -> Model:
+    def model(self) -> StepModel:
         return self._stepper.model
 
     @property
@@ -149,7 +149,7 @@ class Sample:
         """
         end = self.table.num_steps
         chains: dict[int, Run] = {}
-        residuals: dict[int, Tensor] = {}
+        residuals: dict[int, Any] = {}
         runs = [self._begin]
         for t, (run, residual) in enumerate(self._walk()):
             chains = dict(zip(chains, self.skip(t, list(chains.values()), list(residuals.values()))))
@@ -162,7 +162,7 @@ class Sample:
                     del chains[i], residuals[i]
         return Uncached(tuple(runs), self._end(runs[-1]))
 
-    def _walk(self) -> Iterator[tuple[Run, Tensor]]:
+    def _walk(self) -> Iterator[tuple[Run, Any]]:
         """The uncached run behind each step 0 … N − 1, with the step's residual."""
         run = self._begin
         for t in range(self.table.num_steps):
@@ -170,15 +170,15 @@ class Sample:
             self._check(run.latents[0], t)
             yield run, residual
 
-    def _end(self, run: Run) -> Tensor:
+    def _end(self, run: Run) -> Latents:
         """x_N of the uncached run."""
         end = self.table.num_steps
         final = self.combine(end, [run])[0]
         self._check(final, end)
         return final
 
-    def _check(self, latents: Tensor, t: int) -> None:
-        if not latents.isfinite().all():
+    def _check(self, latents: Latents, t: int) -> None:
+        if not np.isfinite(latents).all():
             raise VerificationError(
                 f"{self.name}, the uncached run: expected finite latents, got NaN or infinity at step {t}",
                 fix="build with another dtype (--dtype fp32 or bf16), or check the model's weights",
@@ -197,7 +197,7 @@ class Sample:
         """
         end = self.table.num_steps
         chains: dict[int, Run] = {}  # start → the run that has only skipped since
-        residuals: dict[int, Tensor] = {}
+        residuals: dict[int, Any] = {}
         branches: dict[tuple[int, int], Run] = {}  # (start, stop) → the run that is full again
         for t in range(starts[0], end + 1):
             for i, run in list(chains.items()):
@@ -217,7 +217,7 @@ class Sample:
             errors[i].append(distance(final, uncached.final))
         return errors
 
-    def roll_out(self, branches: Mapping[tuple[int, int], Run]) -> dict[tuple[int, int], Tensor]:
+    def roll_out(self, branches: Mapping[tuple[int, int], Run]) -> dict[tuple[int, int], Latents]:
         """Run branches in full to the end, side by side.
 
         Args:
@@ -234,67 +234,44 @@ class Sample:
         runs |= waiting  # of stop N: nothing is left to run
         return dict(zip(runs, self.combine(end, list(runs.values()))))
 
-    def full(self, t: int, runs: Sequence[Run]) -> list[tuple[Run, Tensor]]:
-        """Step t in full: the runs one step on, and each one's trunk residual, DiT dtype [R, tokens, width]."""
-        stepped: list[tuple[Run, Tensor]] = []
+    def full(self, t: int, runs: Sequence[Run]) -> list[tuple[Run, Any]]:
+        """Step t in full: the runs one step on, and each one's trunk residual, the model's own."""
         self.full_count += len(runs)
-        for part in self._parts(runs):
-            result = self._stepper.full(self._inputs(t, part))
-            residuals = result[TRUNK].unflatten(0, (-1, len(part))).unbind(1)
-            stepped += zip(_stepped(part, result), residuals)
-        return stepped
+        found = self._take(self._stepper.full[t], runs)
+        return [(_stepped(run, result), result.residual) for run, result in zip(runs, found)]
 
-    def skip(self, t: int, runs: Sequence[Run], residuals: Sequence[Tensor]) -> list[Run]:
+    def skip(self, t: int, runs: Sequence[Run], residuals: Sequence[Any]) -> list[Run]:
         """Step t with each run's residual in place of the trunk: the runs one step on."""
         self.skip_count += len(runs)
-        stepped: list[Run] = []
-        for part, mine in zip(self._parts(runs), self._parts(residuals)):
-            inputs = self._inputs(t, part)
-            inputs[f"{TRUNK}_0"] = torch.stack(list(mine), 1).flatten(0, 1)
-            stepped += _stepped(part, self._stepper.skip(inputs))
-        return stepped
+        return [_stepped(*each) for each in zip(runs, self._take(self._stepper.skipped[t], runs, residuals))]
 
-    def combine(self, t: int, runs: Sequence[Run]) -> list[Tensor]:
-        """Only the latents of step t: fp32 latent_shape each."""
-        return [
-            latents
-            for part in self._parts(runs)
-            for latents in self._stepper.combine(self._inputs(t, part))["latents"].unbind(0)
+    def combine(self, t: int, runs: Sequence[Run]) -> list[Latents]:
+        """Only the latents of the last step, t = N: fp32 latent_shape each."""
+        return [result.latents for result in self._take(self._stepper.skipped[t], runs)]
+
+    def _take(self, row: PlanRow, runs: Sequence[Run], residuals: Sequence[Any] | None = None) -> list[StepOutput]:
+        """A row of several runs, as many in a call as `batch` allows."""
+        stepper, noise = self._stepper, self._fresh.get(row.step)
+        residuals = [None] * len(runs) if residuals is None else residuals
+        given = [
+            StepInput(self._conditions, run.latents, run.outputs, noise=noise, residual=residual)
+            for run, residual in zip(runs, residuals)
         ]
-
-    def _parts(self, items: Sequence[T]) -> list[Sequence[T]]:
-        """Cut into as few parts as `batch` allows, as even as can be."""
-        count = -(-len(items) // self._stepper.batch)
-        return [items[len(items) * k // count : len(items) * (k + 1) // count] for k in range(count)]
-
-    def _inputs(self, t: int, runs: Sequence[Run]) -> dict[str, Tensor]:
-        """Inputs of a step module, all but residuals; see `lemica_trt.ir.graphs.StepLayout`."""
-        stepper, count = self._stepper, len(runs)
-        offset, factor = stepper.table.rows[t].guidance
-        scale = offset + factor * stepper.model.profile.sampling.guidance_scale
-        inputs = {
-            "coefficients": stepper.coefficients[t],
-            "guidance": torch.full((count,), scale, device=stepper.model.device),
-            **{name: x.repeat_interleave(count, 0) for name, x in self._conditions.items()},
-        }
-        if stepper.layout.stochastic:
-            noise = self._fresh.get(t, self._begin.outputs[0])
-            inputs["noise"] = noise.expand(count, *noise.shape)
-        for j in range(stepper.layout.latent_history):
-            inputs[f"latents_{j}"] = torch.stack([run.latents[j] for run in runs])
-        for k in range(stepper.layout.output_history):
-            inputs[f"outputs_{k}"] = torch.stack([run.outputs[k] for run in runs])
-        return inputs
+        parts = [stepper.take(row, part, stepper.guidance_scale) for part in _parts(given, stepper.batch)]
+        return [result for part in parts for result in part]
 
 
-def distance(final: Tensor, uncached: Tensor) -> float:
+def distance(final: Latents, uncached: Latents) -> float:
     """Eq. 4: the mean absolute difference of two x_N, summed in float64."""
-    return (final - uncached).abs().mean(dtype=torch.float64).item()
+    return float(np.abs(final - uncached).mean(dtype=np.float64))
 
 
-def _stepped(runs: Sequence[Run], result: dict[str, Tensor]) -> list[Run]:
-    """Put a step's results in front of each run's history, and let the oldest go."""
-    return [
-        Run((latents, *run.latents[:-1]), (output, *run.outputs[:-1]))
-        for run, latents, output in zip(runs, result["latents"].unbind(0), result["output"].unbind(0))
-    ]
+def _parts(items: Sequence[T], batch: int) -> list[Sequence[T]]:
+    """Cut into as few parts as `batch` allows, as even as can be."""
+    count = -(-len(items) // batch)
+    return [items[len(items) * k // count : len(items) * (k + 1) // count] for k in range(count)]
+
+
+def _stepped(run: Run, result: StepOutput) -> Run:
+    """Put a step's results in front of a run's history, and let the oldest go."""
+    return Run((result.latents, *run.latents[:-1]), (result.output, *run.outputs[:-1]))

@@ -16,14 +16,12 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-import torch
-from torch import Tensor
 
 from lemica_trt.calibrate.exact import provenance_of
 from lemica_trt.calibrate.replay import Stepper, Uncached
 from lemica_trt.core.values import write_bytes
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.models.model import Model
+from lemica_trt.ir.step_model import Latents, StepModel
 
 
 class Trajectories(NamedTuple):
@@ -35,34 +33,35 @@ class Trajectories(NamedTuple):
 
     folder: Path | None
 
-    def files(self, model: Model, table: SamplerTable, prompt: str, seed: int) -> list[Path]:
+    def files(self, model: StepModel, table: SamplerTable, prompt: str, seed: int) -> list[Path]:
         """What may hold a run."""
         if self.folder is None:
             return []
         return sorted(self.folder.glob(f"{_key(model, table, prompt, seed)}-*.npy"))
 
-    def find(self, model: Model, table: SamplerTable, prompt: str, seed: int) -> Tensor | None:
-        """x_0 … x_N of a run, on the host; None: it was not kept."""
+    def find(self, model: StepModel, table: SamplerTable, prompt: str, seed: int) -> Latents | None:
+        """x_0 … x_N of a run, fp32 [N + 1, *latent_shape]; None: it was not kept."""
         for path in self.files(model, table, prompt, seed):
             with contextlib.suppress(FileNotFoundError):  # another process has found it damaged, too
                 data = path.read_bytes()
                 if path.stem.endswith(_digest(data)):
-                    return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+                    found: Latents = np.load(io.BytesIO(data), allow_pickle=False)
+                    return found
                 path.unlink()
         return None
 
-    def keep(self, model: Model, table: SamplerTable, prompt: str, seed: int, run: Uncached) -> Tensor:
-        """Put a run into the folder; returns x_0 … x_N, on the host."""
-        latents = torch.stack([part.latents[0] for part in run.runs[1:]] + [run.final]).cpu()
+    def keep(self, model: StepModel, table: SamplerTable, prompt: str, seed: int, run: Uncached) -> Latents:
+        """Put a run into the folder; returns x_0 … x_N."""
+        latents = np.stack([part.latents[0] for part in run.runs[1:]] + [run.final])
         if self.folder is not None and self.folder.parent.is_dir():  # else this is a worker that does not see it
             file = io.BytesIO()
-            np.save(file, latents.numpy())
+            np.save(file, latents)
             data = file.getvalue()
             write_bytes(data, self.folder / f"{_key(model, table, prompt, seed)}-{_digest(data)}.npy")
         return latents
 
-    def run(self, stepper: Stepper, prompt: str, seed: int, name: str) -> Tensor:
-        """Make a run and keep it; returns x_0 … x_N, on the host.
+    def run(self, stepper: Stepper, prompt: str, seed: int, name: str) -> Latents:
+        """Make a run and keep it; returns x_0 … x_N.
 
         Args:
             name: of the run, for messages.
@@ -70,17 +69,18 @@ class Trajectories(NamedTuple):
         Raises:
             VerificationError: latents are not finite; names the run and the step.
         """
-        with torch.no_grad():
-            uncached = stepper.sample(name, prompt, seed).uncached()
+        uncached = stepper.sample(name, prompt, seed).uncached()
         return self.keep(stepper.model, stepper.table, prompt, seed, uncached)
 
 
-def missing_runs(trajectories: Trajectories, model: Model, table: SamplerTable, runs: Sequence[tuple[str, int]]) -> int:
+def missing_runs(
+    trajectories: Trajectories, model: StepModel, table: SamplerTable, runs: Sequence[tuple[str, int]]
+) -> int:
     """How many of some (prompt, seed) have not been kept; files are not looked into."""
     return sum(not trajectories.files(model, table, prompt, seed) for prompt, seed in runs)
 
 
-def _key(model: Model, table: SamplerTable, prompt: str, seed: int) -> str:
+def _key(model: StepModel, table: SamplerTable, prompt: str, seed: int) -> str:
     origin = msgspec.json.encode(provenance_of(model, table, [prompt], seed), order="sorted")
     return hashlib.sha256(origin).hexdigest()[:32]
 

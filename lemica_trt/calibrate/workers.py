@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from typing import Any, Protocol, TypeVar
 
 from lemica_trt.calibrate.journal import Entry, Journal
-from lemica_trt.models.model import Model
+from lemica_trt.ir.step_model import StepModel
 
 U = TypeVar("U", bound=Hashable)
 E = TypeVar("E", bound=Entry[Any])
@@ -29,7 +29,7 @@ class Progress(Protocol):
 class Job(Protocol[U_contra, E_co]):
     """What is done for each unit. It is sent to other machines: values only, no model."""
 
-    def start(self, model: Model) -> Callable[[U_contra], Sequence[E_co]]:
+    def start(self, model: StepModel) -> Callable[[U_contra], Sequence[E_co]]:
         """What does one unit on this model; may keep what neighbouring units share."""
 
 
@@ -43,7 +43,7 @@ class Workers(Protocol):
 class InProcess:
     """One worker: this process, with the model that it has; units in their order. The last job stays begun."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: StepModel) -> None:
         self._model = model
         self._begun: tuple[Any, Any] = None, None
 

@@ -17,7 +17,6 @@ import torch
 from lemica_trt.core.errors import VerificationError
 from lemica_trt.core.metrics import psnr
 from lemica_trt.evaluate.deployed import Deployed
-from lemica_trt.evaluate.runs import run_plan
 from lemica_trt.ir.graphs import GraphSpec, StepLayout, TensorSpec
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import Agreement, GraphCheck
@@ -146,7 +145,7 @@ def _torch_run(model: Model, plan: StepPlan, prompt: str, seed: int) -> tuple[st
     # A stochastic scheduler may draw more than it uses: the pipeline's noise is then not the plan's.
     if plan.budget == plan.num_steps and not plan.stochastic:
         return "diffusers", model.reference([prompt], noise)[0].numpy()
-    return "torch", run_plan(model, plan, prompt, seed, start=noise[0]).numpy()
+    return "torch", model.run(plan, prompt, seed, start=noise[0].numpy())
 
 
 def _largest(*arrays: Array) -> float:

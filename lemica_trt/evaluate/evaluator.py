@@ -1,4 +1,4 @@
-"""Runs step plans whole in PyTorch on numbered samples and scores what they make: the one place that does.
+"""Runs step plans whole on numbered samples and scores what they make: the one place that does.
 
 Two scores, both in dB and both against the same sample by the *reference*, an uncached run of the sampler at its own N
 steps or at M:
@@ -22,12 +22,12 @@ from lemica_trt.calibrate.trajectories import Trajectories
 from lemica_trt.calibrate.workers import InProcess, Workers, complete
 from lemica_trt.core.metrics import Frames
 from lemica_trt.core.progress import Quiet, Reporter, count
-from lemica_trt.evaluate.runs import FrameScore, LatentScore, PlanRuns, TrialHeader, decode, run_plan, trial_header
+from lemica_trt.evaluate.runs import FrameScore, LatentScore, PlanRuns, TrialHeader, trial_header
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.ir.step_model import StepModel
 from lemica_trt.ir.trials import TrialTable
-from lemica_trt.models import Model
 from lemica_trt.planning.planner import select
 
 
@@ -51,7 +51,7 @@ class PlanEvaluator:
 
     def __init__(
         self,
-        model: Callable[[], Model],
+        model: Callable[[], StepModel],
         table: SamplerTable,
         samples: Samples,
         *,
@@ -108,13 +108,13 @@ class PlanEvaluator:
     def clips(self, plan: StepPlan, samples: range | None = None) -> list[Frames]:
         """Clips by a plan, run now and in this process: uint8 [F, H, W, 3] each."""
         model = self._model
-        return [decode(model, run_plan(model, plan, *self.samples[s])) for s in self._numbers(samples)]
+        return [model.frames(model.run(plan, *self.samples[s])) for s in self._numbers(samples)]
 
     def _numbers(self, samples: range | None) -> range:
         return range(self.samples.count) if samples is None else samples
 
     @functools.cached_property
-    def _model(self) -> Model:
+    def _model(self) -> StepModel:
         return self._open()
 
     @functools.cached_property

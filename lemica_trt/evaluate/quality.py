@@ -17,7 +17,7 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.baselines import baselines, table_of_steps
 from lemica_trt.evaluate.deployed import Deployed
-from lemica_trt.evaluate.runs import ClipScore, run_plan, score_clip
+from lemica_trt.evaluate.runs import ClipScore, score_clip
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.plan import StepPlan
@@ -93,9 +93,9 @@ def measure_quality(
         prompt, seed = samples[number]
 
         def in_torch(plan: StepPlan, prompt: str = prompt, seed: int = seed) -> Array:
-            latents = run_plan(model, plan, prompt, seed)
+            latents = model.run(plan, prompt, seed)
             done(plan.budget)
-            return pipe.decode(latents.numpy())
+            return pipe.decode(latents)
 
         references: dict[int | None, Array] = {None: deployed.decoded(uncached, prompt, seed)}
         references |= {count: in_torch(plan) for count, plan in finer.items()}

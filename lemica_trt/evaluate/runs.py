@@ -1,4 +1,4 @@
-"""A plan run whole in PyTorch on one sample, and the scores that journals keep."""
+"""A plan run whole on one sample, and the scores that journals keep."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from lemica_trt.calibrate.exact import provenance_of
 from lemica_trt.calibrate.journal import Header
@@ -20,35 +19,11 @@ from lemica_trt.core.values import Value, require, require_finite
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.sampler import SamplerTable
-from lemica_trt.models import Model, denoise
+from lemica_trt.ir.step_model import Latents, StepModel
 from lemica_trt.planning.step_plan import uncached_plan
 
 SNR_CAP_DB = 120.0
 """A higher signal-to-noise ratio cannot be told apart in fp32."""
-
-
-def run_plan(model: Model, plan: StepPlan, prompt: str, seed: int, *, start: Tensor | None = None) -> Tensor:
-    """Run one request by a plan; noise as diffusers draws it from the seed.
-
-    Args:
-        start: fp32 latent_shape, used in place of the initial noise that the seed gives.
-
-    Returns:
-        x_N, fp32 latent_shape on the CPU; not checked for NaN.
-    """
-    noises = (noise[None] for noise in model.noises(seed))
-    first = next(noises)
-    start = first if start is None else start[None]
-    with torch.inference_mode():
-        embeds = model.embed([prompt])
-        return denoise(model, plan, embeds, start, fresh_noise=lambda _: next(noises))[0].cpu()
-
-
-def decode(model: Model, latents: Tensor) -> Frames:
-    """Latents fp32 latent_shape → frames uint8 [F, H, W, 3]."""
-    with torch.inference_mode():
-        frames: Frames = model.decode(latents[None])[0].cpu().numpy()
-    return frames
 
 
 class ClipScore(NamedTuple):
@@ -74,7 +49,7 @@ class TrialHeader(Header, frozen=True, kw_only=True):
     reference: str
 
 
-def trial_header(model: Model, table: SamplerTable, samples: Samples, reference: StepPlan) -> TrialHeader:
+def trial_header(model: StepModel, table: SamplerTable, samples: Samples, reference: StepPlan) -> TrialHeader:
     """What scores of these samples are bound to; how many samples there are is not in it."""
     origin = provenance_of(model, table, samples.prompts, samples.seed)
     return TrialHeader(**origin, reference=reference.rows_digest)
@@ -141,18 +116,18 @@ class PlanRuns(NamedTuple):
     samples: Samples
     trajectories: Path | None
 
-    def reference_plan(self, model: Model) -> StepPlan:
+    def reference_plan(self, model: StepModel) -> StepPlan:
         """What plans are compared with."""
         return uncached_plan(self.table, guidance_scale=model.profile.sampling.guidance_scale)
 
-    def start(self, model: Model) -> Callable[[tuple[int, StepPlan, bool]], list[Any]]:
+    def start(self, model: StepModel) -> Callable[[tuple[int, StepPlan, bool]], list[Any]]:
         uncached, kept = self.reference_plan(model), Trajectories(self.trajectories)
 
         @functools.cache
-        def reference(s: int) -> Tensor:
+        def reference(s: int) -> Latents:
             path = kept.find(model, self.table, *self.samples[s])
-            found = run_plan(model, uncached, *self.samples[s]) if path is None else path[-1]
-            if not bool(found.isfinite().all()):
+            found: Latents = model.run(uncached, *self.samples[s]) if path is None else path[-1]
+            if not np.isfinite(found).all():
                 raise VerificationError(
                     f"sample {s}: expected a finite uncached run, got NaN or infinity in {model.profile.dtype}",
                     fix="build with another --dtype",
@@ -161,25 +136,25 @@ class PlanRuns(NamedTuple):
 
         @functools.cache
         def reference_frames(s: int) -> Frames:
-            return decode(model, reference(s))
+            return model.frames(reference(s))
 
         def work(unit: tuple[int, StepPlan, bool]) -> list[Any]:
             s, plan, decoded = unit
             if decoded and plan.rows == uncached.rows:
                 return [FrameScore(sample=s, plan=plan.rows_digest, psnr=PSNR_CAP)]
-            wanted, latents = reference(s), run_plan(model, plan, *self.samples[s])
+            wanted, latents = reference(s), model.run(plan, *self.samples[s])
             if not decoded:
                 return [LatentScore(sample=s, plan=plan.rows_digest, snr=_snr(latents, wanted))]
-            finite = bool(latents.isfinite().all())
-            score = psnr(decode(model, latents), reference_frames(s)) if finite else 0.0
+            finite = bool(np.isfinite(latents).all())
+            score = psnr(model.frames(latents), reference_frames(s)) if finite else 0.0
             return [FrameScore(sample=s, plan=plan.rows_digest, psnr=score)]
 
         return work
 
 
-def _snr(latents: Tensor, reference: Tensor) -> float:
-    signal = float(reference.double().square().sum())
-    noise = float((latents.double() - reference.double()).square().sum())
+def _snr(latents: Latents, reference: Latents) -> float:
+    signal = float(np.square(reference.astype(np.float64)).sum())
+    noise = float(np.square(latents.astype(np.float64) - reference).sum())
     if not math.isfinite(noise):
         return -SNR_CAP_DB
     return min(10 * math.log10(signal / noise), SNR_CAP_DB) if noise > 0 else SNR_CAP_DB

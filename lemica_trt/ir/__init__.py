@@ -9,6 +9,7 @@ calibration   error graph, trajectory Grams, sensitivities, and what they were m
 schedule      which steps run in full
 plan          the static step plan
 timeline      a plan on one line
+step_model    what calibration asks of a model, in PyTorch or on engines
 budget        budgets in any unit, times of steps, quality by budget
 trials        how candidates did when they ran whole
 engine        which engine it is, and what it was built from

@@ -10,6 +10,7 @@
     scheduler                diffusers scheduler → `SamplerTable`
     graph_specs              what each graph is called with and gives
     steps                    the step graphs as torch modules: the very modules that are exported
+    host_steps               the same as calibration calls them: several runs at once, arrays on the host
     denoise                  a `StepPlan` run with them: the oracle of the deployed runtime
 
 Knows nothing of plans' origin, error graphs, ONNX or engines.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.files import sha256_of
+from lemica_trt.core.metrics import Frames
 from lemica_trt.core.text import CLEANINGS
-from lemica_trt.ir.graphs import EncoderSpec, TensorSpec
+from lemica_trt.ir.graphs import EncoderSpec, StepLayout, TensorSpec
+from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.step_model import Beginning, Latents, Steps
 from lemica_trt.models.family import DTYPES, Family, TextEncoder, VideoDecoder
 from lemica_trt.models.scheduler import made_scheduler, refusing
 from lemica_trt.models.split import SplitTransformer, split_transformer
@@ -113,6 +117,11 @@ class Model:
     def revision(self) -> str:
         """See `folder_revision`."""
         return folder_revision(self.folder)
+
+    @property
+    def libraries(self) -> dict[str, str]:
+        """Library → version: what the numbers of a calibration depend on."""
+        return {"diffusers": version("diffusers"), "torch": str(torch.__version__)}
 
     def transformer_inputs(self, hidden_states: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> dict[str, Any]:
         """Keyword arguments of `split.full` and `split.skip`; see `Family.transformer_inputs`."""
@@ -226,6 +235,45 @@ class Model:
         """Latents fp32 [b, *latent_shape] → frames uint8 [b, frames, height, width, 3]."""
         frames: Tensor = self.vae_decoder({"latents": latents.to(self.device)})["frames"]
         return frames
+
+    # ------------------------------------------------------------ `ir.step_model.StepModel`
+
+    def begin(self, prompt: str, seed: int) -> Beginning:
+        """What a request begins with; conditions as `embed` gives them."""
+        return Beginning(self.embed([prompt]), (noise.numpy() for noise in self.noises(seed)))
+
+    def steps(self, layout: StepLayout) -> Steps:
+        """Takes rows of plans that fit a layout."""
+        from lemica_trt.models.host_steps import HostSteps  # which is made of a model
+
+        return HostSteps(self, layout)
+
+    def run(self, plan: StepPlan, prompt: str, seed: int, *, start: Latents | None = None) -> Latents:
+        """Run one request by a plan; noise as diffusers draws it from the seed.
+
+        Args:
+            start: fp32 latent_shape, used in place of the initial noise that the seed gives.
+
+        Returns:
+            x_N, fp32 latent_shape; not checked for NaN.
+        """
+        from lemica_trt.models.denoise import denoise
+
+        noises = (noise[None] for noise in self.noises(seed))
+        first = next(noises)
+        first = first if start is None else torch.from_numpy(start)[None]
+        with torch.inference_mode():
+            latents = denoise(self, plan, self.embed([prompt]), first, fresh_noise=lambda _: next(noises))
+        found: Latents = latents[0].cpu().numpy()
+        return found
+
+    def frames(self, latents: Latents) -> Frames:
+        """Latents fp32 latent_shape → frames uint8 [F, H, W, 3]."""
+        with torch.inference_mode():
+            found: Frames = self.decode(torch.from_numpy(latents)[None])[0].cpu().numpy()
+        return found
+
+    # ------------------------------------------------------------ the pipeline itself
 
     @torch.no_grad()
     def reference(

@@ -27,6 +27,7 @@ from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import DType
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
+from lemica_trt.ir.step_model import Latents
 from lemica_trt.models.family import DTYPES
 from lemica_trt.pipelines.applied import call_arguments, require_plain
 from lemica_trt.pipelines.branches import BranchOutputs
@@ -180,7 +181,7 @@ class _Fitter:
                 runs.append(DrivenRun(self._loop, s, start, depths, apart))
                 stack.callback(runs[-1].close)
             fitted = fit_rows(start, runs, targets_of(schedule, paths), lambda row: self._ran() if row.full else None)
-            ends = [run.latents[0].cpu() for run in runs]
+            ends = [run.latents[0] for run in runs]
         self._decibels[schedule.full_steps] = float(
             np.mean([decibels(end, path[-1]) for end, path in zip(ends, paths)])
         )
@@ -253,10 +254,10 @@ def _bar_opener(pipe: Any) -> Callable[[float], Any]:
     return opened
 
 
-def decibels(latents: torch.Tensor, exact: torch.Tensor) -> float:
+def decibels(latents: Latents, exact: Latents) -> float:
     """10·log₁₀(‖x‖² / ‖x̂ − x‖²)."""
-    error = float((latents - exact).double().square().sum())
-    return float(10 * np.log10(float(exact.double().square().sum()) / max(error, np.finfo(float).tiny)))
+    error = float(np.square((latents - exact).astype(np.float64)).sum())
+    return float(10 * np.log10(float(np.square(exact.astype(np.float64)).sum()) / max(error, np.finfo(float).tiny)))
 
 
 def _measurement(

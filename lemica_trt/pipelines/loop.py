@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from lemica_trt.calibrate.replay import Run, Uncached, Visit
 from lemica_trt.core.errors import UnsupportedError, VerificationError
 from lemica_trt.ir.plan import PlanRow, StepPlan
 from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.ir.step_model import Latents
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.pipelines.branches import BranchOutputs
 from lemica_trt.pipelines.scheduler import History, PlanScheduler, combination
@@ -49,7 +51,7 @@ class LoopScheduler(PlanScheduler):
     Args:
         own: the pipeline's scheduler, which is known to be the plan's sampler.
         start: row that the loop begins with, on latents that it is given.
-        before: history behind which that row begins.
+        before: latents and outputs behind which that row begins, newest first, on the device of the loop.
         depths: of the history; None: all is kept.
         branches: where guidance terms come from; None: there are none.
         ready: called when the loop is about to begin.
@@ -62,7 +64,7 @@ class LoopScheduler(PlanScheduler):
         own: Any,
         *,
         start: int = 0,
-        before: Run | None = None,
+        before: tuple[list[Tensor], list[Tensor]] | None = None,
         depths: tuple[int, int] | None = None,
         branches: BranchOutputs | None = None,
         ready: Callable[[], object] = lambda: None,
@@ -191,8 +193,8 @@ class RecordedSample:
     def __init__(self, loop: Loop, number: int, plan: StepPlan, table: SamplerTable, ran: Ran) -> None:
         self._loop, self._number, self._plan, self._table, self._ran = loop, number, plan, table, ran
         self.full_count = self.skip_count = 0
-        self._latents: list[Tensor] = []
-        self._outputs: list[Tensor] = []
+        self._latents: list[Latents] = []
+        self._outputs: list[Latents] = []
 
     def _record(self) -> None:
         """Run uncached; once."""
@@ -200,15 +202,15 @@ class RecordedSample:
             return
         scheduler = LoopScheduler(self._plan, self._loop.own, behind=self._counted)
         self._loop.call(self._number, scheduler)
-        self._latents = [latents.cpu() for latents in reversed(scheduler.history.latents)]  # x_{−1} … x_N
-        self._outputs = [output.cpu() for output in reversed(scheduler.history.outputs)]
+        self._latents = on_host(scheduler.history.latents)[::-1]  # x_{−1} … x_N
+        self._outputs = on_host(scheduler.history.outputs)[::-1]
         self._like = scheduler.sample
-        if not all(bool(latents.isfinite().all()) for latents in self._latents):
+        if not all(np.isfinite(latents).all() for latents in self._latents):
             raise VerificationError(f"sample {self._number}, the uncached run: expected finite latents")
 
     @property
-    def path(self) -> list[Tensor]:
-        """Latents of the uncached run at each of the N steps and at the end, on the host: fp32."""
+    def path(self) -> list[Latents]:
+        """Latents of the uncached run at each of the N steps and at the end: fp32."""
         self._record()
         return self._latents[1:]
 
@@ -220,13 +222,13 @@ class RecordedSample:
         """The uncached run, and the chains of skipped steps of all starts, which run nothing."""
         self._record()
         rows, end, latents, outputs = self._plan.rows, self._table.num_steps, self._latents, self._outputs
-        blank = torch.zeros_like(latents[0])
+        blank = np.zeros_like(latents[0])
         begin = Run((latents[0], *[blank] * (self._table.latent_history - 1)), (blank,) * self._table.output_history)
         chains: dict[int, Run] = {}
         runs = [begin]
         for t in range(end):
             for i, chain in chains.items():
-                chains[i] = _stepped(chain, combination(rows[t], *chain), outputs[i])
+                chains[i] = _stepped(chain, combined(rows[t], chain), outputs[i])
                 self.skip_count += 1
             chains[t] = _stepped(runs[t], latents[t + 1], outputs[t])
             runs.append(chains[t])
@@ -237,7 +239,7 @@ class RecordedSample:
                     del chains[i]
         return Uncached(tuple(runs), latents[-1])
 
-    def roll_out(self, branches: Mapping[tuple[int, int], Run]) -> dict[tuple[int, int], Tensor]:
+    def roll_out(self, branches: Mapping[tuple[int, int], Run]) -> dict[tuple[int, int], Latents]:
         """Run branches to the end: calls that begin at their stop, on latents that the pipeline is given.
 
         Raises:
@@ -245,23 +247,23 @@ class RecordedSample:
         """
         self._record()
         rows, end, like = self._plan.rows, self._table.num_steps, self._like
-        found: dict[tuple[int, int], Tensor] = {}
+        found: dict[tuple[int, int], Latents] = {}
         for (i, j), run in branches.items():
-            latents = found[i, j] = combination(rows[j], *run)
+            latents = found[i, j] = combined(rows[j], run)
             if j == end:
                 continue
             if not self._loop.takes_latents:
                 raise NoMiddle("the pipeline takes no latents")
-            before = Run(*(tuple(tensor.to(like.device) for tensor in part) for part in run))
+            before = _tensors(run.latents, like.device), _tensors(run.outputs, like.device)
             scheduler = LoopScheduler(self._plan, self._loop.own, start=j, before=before, behind=self._counted)
             try:
-                self._loop.call(self._number, scheduler, latents=latents.to(like))
+                self._loop.call(self._number, scheduler, latents=torch.from_numpy(latents).to(like))
             except (TypeError, ValueError) as error:
                 raise NoMiddle(f"the pipeline does not take its own latents: {error}") from error
-            entered = scheduler.history.latents[end - j].cpu()
-            if not (entered - latents).abs().max() <= INJECTED * latents.abs().max():
+            entered, final = on_host([scheduler.history.latents[end - j], scheduler.history.latents[0]])
+            if not np.abs(entered - latents).max() <= INJECTED * np.abs(latents).max():
                 raise NoMiddle("the pipeline makes other latents of those that it is given")
-            found[i, j] = scheduler.history.latents[0].cpu()
+            found[i, j] = final
         return found
 
     def _counted(self) -> None:
@@ -301,16 +303,16 @@ class DrivenRun:
         self._listen()  # it has encoded its prompt, and is about to begin
 
     @property
-    def latents(self) -> list[Tensor]:
-        return self._scheduler.history.latents
+    def latents(self) -> list[Latents]:
+        return on_host(self._scheduler.history.latents)
 
     @property
-    def outputs(self) -> list[Tensor]:
-        return self._scheduler.history.outputs
+    def outputs(self) -> list[Latents]:
+        return on_host(self._scheduler.history.outputs)
 
     @property
-    def guidance_terms(self) -> list[Tensor]:
-        return self._scheduler.history.guidance_terms
+    def guidance_terms(self) -> list[Latents]:
+        return on_host(self._scheduler.history.guidance_terms)
 
     def __call__(self, row: PlanRow) -> None:
         """Take the row: its latents, and the transformer on them unless it is the last."""
@@ -347,5 +349,20 @@ class DrivenRun:
             self._reports.put(None)
 
 
-def _stepped(run: Run, latents: Tensor, output: Tensor) -> Run:
+def on_host(tensors: Sequence[Tensor]) -> list[Latents]:
+    """Latents of a pipeline as calibration has them, fp32."""
+    return [tensor.cpu().numpy() for tensor in tensors]
+
+
+def combined(row: PlanRow, run: Run) -> Latents:
+    """`combination` of what is on the host."""
+    found: Latents = combination(row, _tensors(run.latents), _tensors(run.outputs)).numpy()
+    return found
+
+
+def _tensors(arrays: Sequence[Latents], device: torch.device | None = None) -> list[Tensor]:
+    return [torch.from_numpy(array).to(device) for array in arrays]
+
+
+def _stepped(run: Run, latents: Latents, output: Latents) -> Run:
     return Run((latents, *run.latents[:-1]), (output, *run.outputs[:-1]))
