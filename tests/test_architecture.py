@@ -22,14 +22,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "ir": ("core",),
     "planning": ("ir",),
     "models": ("planning",),
-    "calibrate": ("models",),
+    "calibrate": ("planning",),
     "export": ("models",),
     "backends": ("ir",),
     "bundle": ("ir",),
     "runtime": ("backends", "bundle"),
-    "evaluate": ("calibrate", "runtime"),
+    "evaluate": ("calibrate", "models", "runtime"),
     "report": ("ir",),
-    "pipelines": ("calibrate", "bundle"),
+    "pipelines": ("calibrate", "models", "bundle"),
     "compiler": ("evaluate", "export", "report"),
     "triton": ("runtime",),
     "cli": ("compiler", "triton"),
@@ -47,9 +47,13 @@ HEAVY = {
 MAY_BE_HEAVY = (
     "backends.torch.run",
     "models",
-    "calibrate",
     "export",
-    "evaluate",
+    "evaluate.agreement",
+    "evaluate.baselines",
+    "evaluate.estimate",
+    "evaluate.quality",
+    "evaluate.torch_runtime",
+    "evaluate.verify",
     "pipelines",
     "testing",
     "report.contact_sheet",
@@ -65,7 +69,9 @@ MOST_LINES = 60
 
 VARIANT_NAMES = ("full", "skip", "combine")
 
-NO_TORCH = ("core", "ir", "planning", "backends", "bundle", "runtime", "report", "triton", "cli")
+NO_TORCH = (
+    *("core", "ir", "planning", "calibrate", "backends", "bundle", "runtime", "evaluate", "report", "triton", "cli"),
+)
 """Packages whose modules load where PyTorch, diffusers, transformers and ONNX cannot be imported."""
 
 

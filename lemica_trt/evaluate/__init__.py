@@ -1,7 +1,8 @@
 """Runs plans and scores what they make: trials, timing, verification.
 
 samples         which prompt and which seed a plan is run on
-runs            a plan run whole in PyTorch on one sample, and its scores
+runs            a plan run whole on one sample, and its scores
+engine_model    a bundle's engines as a model that calibration, fits and trials run on
 evaluator       plans on numbered samples: the one place that scores them
 baselines       other ways of spending the same number of full steps
 quality         held-out quality of a bundle's plans, beside the baselines

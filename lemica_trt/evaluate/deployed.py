@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from lemica_trt.evaluate.timing import RowSeconds, row_by_row, seconds_of
@@ -61,11 +60,9 @@ class Deployed:
         return found
 
     def _run(self, plan: StepPlan, prompt: str, seed: int) -> Array:
-        pipe, manifest = self.pipe, self.pipe.bundle.manifest
-        negative = [manifest.profile.sampling.negative_prompt] if manifest.graphs.layout.guided else []
-        encoded = [pipe.encode(text) for text in (*negative, prompt)]
-        conditions = {name: np.stack([each[name] for each in encoded]) for name in encoded[0]}
-        noise = Generator(seed).randn((1, *manifest.graphs.layout.latent_shape))
+        pipe = self.pipe
+        conditions = pipe.conditions(prompt)
+        noise = Generator(seed).randn((1, *pipe.bundle.manifest.graphs.layout.latent_shape))
         results: list[Array] = []
 
         def request(**options: Any) -> None:

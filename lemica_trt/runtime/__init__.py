@@ -4,6 +4,7 @@
     random        initial noise from a seed, the numbers that torch draws
     text          prompt → token ids
     denoise       the loop over a plan's rows, written once against `lemica_trt.backends.base`
+    single_graph  one graph, run once
     pipeline      prompt → frames: all of the above, for a bundle
     video         frames → .mp4, .gif, .png, .npy
 

@@ -21,7 +21,7 @@ from typing import Any, SupportsIndex, cast, overload
 
 import numpy as np
 
-from lemica_trt.backends.base import Array, Buffer, Capture, Engine, Settings, decode, encode, open_backend
+from lemica_trt.backends.base import Array, Buffer, Capture, Engine, Settings, open_backend
 from lemica_trt.bundle.contents import read_if_listed
 from lemica_trt.bundle.manifest import PROMPTS_FILE
 from lemica_trt.bundle.reading import Bundle
@@ -33,6 +33,7 @@ from lemica_trt.ir.prompts import PromptFacts
 from lemica_trt.runtime.denoise import Denoiser, OnStep, RowDone
 from lemica_trt.runtime.generation import Generation, GenerationRequest
 from lemica_trt.runtime.random import Generator
+from lemica_trt.runtime.single_graph import run_graph
 from lemica_trt.runtime.text import PromptTokenizer
 
 LOGGER = logging.getLogger("lemica_trt")
@@ -260,6 +261,7 @@ class Pipeline:
         plan: str | StepPlan | None = None,
         seeds: Sequence[SupportsIndex] | None = None,
         on_step: OnStep | None = None,
+        finite: bool = True,
     ) -> Array:
         """Denoise given noise under given conditions; what `run` does between `encode` and `decode`.
 
@@ -270,6 +272,7 @@ class Pipeline:
             guidance_scale: one, or one for each request [b]; None: the plan's. Guided bundles only.
             plan: a name, any plan that fits the graphs, or None: the default.
             seeds: [b], where a stochastic plan's fresh noise comes from, after `noise` was drawn from them.
+            finite: whether numbers that are not are refused.
 
         Returns:
             float32 [b, *latent_shape].
@@ -282,7 +285,7 @@ class Pipeline:
         generators = [Generator(seed) for seed in seeds or ()]
         for generator in generators:
             self._noise(generator)
-        return self._denoise(chosen, conditions, noise, guidance_scale, generators, on_step)
+        return self._denoise(chosen, conditions, noise, guidance_scale, generators, on_step, finite=finite)
 
     def decode(self, latents: Array) -> Array:
         """The VAE decoder's frames for one request: float32 `latent_shape` → uint8 [F, H, W, 3].
@@ -292,15 +295,26 @@ class Pipeline:
         """
         return cast(Array, self.run_graph("vae_decoder", {"latents": latents[None]})["frames"][0])
 
-    def run_graph(self, role: Role, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run one graph once, with inputs of any batch up to `max_batch`.
+    def conditions(self, prompt: str, negative_prompt: str | None = None) -> dict[str, Array]:
+        """The conditions of one request, as `latents` takes them: name → array [R, …].
 
         Args:
-            role: of the graph.
-            inputs: numbers, by the names and of the shapes that the graph declares.
+            negative_prompt: None: the profile's. Guided bundles only.
 
-        Returns:
-            The outputs by name, in their own dtype; bf16 as float32.
+        Raises:
+            as `encode`.
+        """
+        prompts = [prompt]
+        if self.bundle.manifest.graphs.layout.guided:
+            default = self.bundle.manifest.profile.sampling.negative_prompt
+            prompts.insert(0, default if negative_prompt is None else negative_prompt)
+        encoded = [self.encode(text) for text in prompts]
+        return {name: np.stack([each[name] for each in encoded]) for name in encoded[0]}
+
+    def run_graph(
+        self, role: Role, inputs: Mapping[str, Array | Buffer], *, keep: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Run one graph once, with inputs of any batch up to `max_batch`; see `runtime.single_graph.run_graph`.
 
         Raises:
             UsageError: the bundle has no such engine.
@@ -311,29 +325,8 @@ class Pipeline:
         if role not in self._engines:
             raise UsageError(f"the bundle has no {role} engine", fix="rebuild it with one")
         graph = self.bundle.manifest.graphs.graph(role)
-        names = [tensor.name for tensor in graph.inputs]
-        if sorted(names) != sorted(inputs):
-            raise InputError(f"the {role} graph takes {', '.join(names)}, got {', '.join(inputs)}")
-        sizes: dict[int | str, int] = {}
-        for tensor in graph.inputs:
-            shape = inputs[tensor.name].shape
-            for name, size in zip(tensor.shape, shape):
-                sizes.setdefault(name, size if isinstance(name, str) else name)
-            if shape != tuple(sizes.get(name) for name in tensor.shape):
-                raise InputError(f"{tensor.name} must have shape {list(tensor.shape)}, got {list(shape)}")
         with self._lock:
-            buffers: dict[str, Buffer] = {}
-            for tensor in graph.inputs:
-                buffers[tensor.name] = self._backend.empty(inputs[tensor.name].shape, tensor.dtype)
-                self._backend.upload(encode(inputs[tensor.name], tensor.dtype), buffers[tensor.name])
-            for tensor in graph.outputs:
-                shape = tuple(size if isinstance(size, int) else sizes[size] for size in tensor.shape)
-                buffers[tensor.name] = self._backend.empty(shape, tensor.dtype)
-            self._engines[role].bind(buffers, once=True).run()
-            return {
-                tensor.name: decode(self._backend.download(buffers[tensor.name]), tensor.dtype)
-                for tensor in graph.outputs
-            }
+            return run_graph(self._backend, graph, self._engines[role], inputs, keep=keep)
 
     def _run_batch(
         self, requests: Sequence[GenerationRequest], plan: StepPlan, on_step: OnStep | None
@@ -372,6 +365,8 @@ class Pipeline:
         guidance_scale: float | Array | None,
         generators: Sequence[Generator],
         on_step: OnStep | None,
+        *,
+        finite: bool = True,
     ) -> Array:
         guidance = None
         if self.bundle.manifest.graphs.layout.guided:
@@ -389,7 +384,7 @@ class Pipeline:
             latents = self._denoiser.run(
                 plan, conditions, noise, guidance, draw=draw if generators else None, on_step=on_step
             )
-        if not np.isfinite(latents).all():
+        if finite and not np.isfinite(latents).all():
             raise EngineError(
                 f"plan {plan.name}: the latents are not finite", fix="rebuild with --dtype bf16 or fp32; fp16 overflows"
             )

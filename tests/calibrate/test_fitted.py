@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lemica_trt.calibrate.fit import FLOOR, Fitter, closest_combination
+from lemica_trt.calibrate.fit import FLOOR, Fitter, SampleRun, closest_combination
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, VerificationError
 from lemica_trt.ir.plan import PlanRow, StepPlan, layout_from_plans
 from lemica_trt.ir.sampler import SamplerRow, SamplerTable
 from lemica_trt.ir.schedule import Schedule
+from lemica_trt.ir.step_model import Latents
 from lemica_trt.models import denoise
 from lemica_trt.models.denoise import Rollout
 from lemica_trt.planning.extrapolation import linear_plan
@@ -208,22 +209,21 @@ def test_fitted_plans_are_what_the_fit_ran(tmp_path: Path, monkeypatch: pytest.M
     """The plan, run from the noise on, arrives at the very latents that its last row was fitted with."""
     model = ToyModel()
     fits = fitter(model, tmp_path / "j")
-    finals: list[torch.Tensor] = []
-    call = Rollout.__call__
+    finals: list[Latents] = []
+    call = SampleRun.__call__
 
-    def watched(self: Rollout, row: PlanRow, draws: Any = ()) -> dict[str, torch.Tensor]:
-        result = call(self, row, draws)
-        finals.extend([result["latents"]] if row.variant is None else [])
-        return result
+    def watched(self: SampleRun, row: PlanRow) -> None:
+        call(self, row)
+        finals.extend([self.latents[0]] if row.variant is None else [])
 
-    monkeypatch.setattr(Rollout, "__call__", watched)
+    monkeypatch.setattr(SampleRun, "__call__", watched)
     plan = fits(SCHEDULE)
     monkeypatch.undo()
     assert (plan.full_steps, plan.scheduler, plan.method) == (SCHEDULE.full_steps, "Euler", "fitted")
     assert plan.reference_steps is None and plan.sampler_digest == euler(N).digest
     assert len(finals) == SAMPLES
     for s, final in enumerate(finals):
-        assert np.array_equal(run(model, plan, s), final.double().numpy())
+        assert np.array_equal(run(model, plan, s)[0], final)
 
 
 def test_the_same_bits_again_from_the_journal_and_without(tmp_path: Path) -> None:

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from lemica_trt.calibrate.estimate import calibrate_cheaply
 from lemica_trt.calibrate.fit import Fitter
 from lemica_trt.calibrate.replay import Stepper
 from lemica_trt.calibrate.trajectories import Trajectories, missing_runs
 from lemica_trt.evaluate.evaluator import PlanEvaluator
-from lemica_trt.evaluate.runs import run_plan
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.step_plan import uncached_plan
@@ -36,11 +34,11 @@ def counting(model: ToyModel) -> list[int]:
 def test_a_run_is_that_of_the_uncached_plan(tmp_path: Path, table: object) -> None:
     model, kept = ToyModel(), Trajectories(tmp_path / "t")
     made = kept.run(Stepper(model, table, 1), "a cat", 5, "sample 0")  # type: ignore[arg-type]
-    assert made.shape == (13, *model.latent_shape) and made.dtype == torch.float32
-    final = run_plan(model, uncached_plan(table, guidance_scale=3.0), "a cat", 5)  # type: ignore[arg-type]
+    assert made.shape == (13, *model.latent_shape) and made.dtype == np.float32
+    final = model.run(uncached_plan(table, guidance_scale=3.0), "a cat", 5)  # type: ignore[arg-type]
     np.testing.assert_allclose(made[-1], final, rtol=1e-5, atol=1e-6)
     found = kept.find(model, table, "a cat", 5)  # type: ignore[arg-type]
-    assert found is not None and torch.equal(found, made)
+    assert found is not None and np.array_equal(found, made)
 
 
 def test_another_run_is_not_found(tmp_path: Path) -> None:

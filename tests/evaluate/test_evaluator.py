@@ -17,6 +17,7 @@ from lemica_trt.evaluate.samples import HELD_OUT_SEED, Samples, held_out_samples
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import CalibrationSettings
 from lemica_trt.ir.schedule import Schedule
+from lemica_trt.ir.step_model import Latents
 from lemica_trt.models import denoise
 from lemica_trt.planning.step_plan import plan_from_schedule, uncached_plan
 from lemica_trt.testing.toy_model import ToyModel, euler
@@ -47,12 +48,13 @@ def journals(folder: Path) -> list[str]:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Budgets of the plans that are run."""
     found: list[int] = []
+    run = ToyModel.run
 
-    def record(model: ToyModel, plan: StepPlan, *arguments: Any, **fresh: Any) -> torch.Tensor:
+    def record(model: ToyModel, plan: StepPlan, *arguments: Any) -> Latents:
         found.append(plan.budget)
-        return denoise(model, plan, *arguments, **fresh)
+        return run(model, plan, *arguments)
 
-    monkeypatch.setattr("lemica_trt.evaluate.runs.denoise", record)
+    monkeypatch.setattr(ToyModel, "run", record)
     return found
 
 

@@ -24,7 +24,8 @@ from lemica_trt.ir.resources import calibration_path
 from lemica_trt.models.load import scheduler_like
 from lemica_trt.models.model import Model
 from lemica_trt.pipelines import loop as loops
-from lemica_trt.pipelines.fitting import ROLLOUTS, PipelineBars, decibels
+from lemica_trt.pipelines.fitting import ROLLOUTS, PipelineBars
+from lemica_trt.pipelines.fitting import decibels as decibels_of
 from lemica_trt.pipelines.loop import DrivenRun, Loop, RecordedSample
 from lemica_trt.planning.step_plan import uncached_plan
 
@@ -36,6 +37,10 @@ pytestmark = [
 N, B = 20, 6
 
 Models = Callable[[str], Model]
+
+
+def decibels(latents: torch.Tensor, exact: torch.Tensor) -> float:
+    return decibels_of(latents.numpy(), exact.numpy())
 
 
 # --- is it good ----------------------------------------------------------------------------------------------------
