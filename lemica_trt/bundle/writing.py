@@ -98,7 +98,13 @@ def write_bundle(
     return Bundle.open(folder)
 
 
-def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bundle:
+def add_plan(
+    bundle: Bundle,
+    *plans: StepPlan,
+    default: str | None = None,
+    profile: Profile | None = None,
+    files: Mapping[str, bytes | None] | None = None,
+) -> Bundle:
     """Add plans to a bundle, replacing those of the same name; as atomic as `write_bundle`.
 
     Files that stay are linked, not copied, where the file system can.
@@ -107,13 +113,15 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
         bundle: stays as it was read; use the returned one. Plans that others have added since are kept.
         plans: what to add.
         default: the new default plan; None: as before.
+        profile: with other calibration settings; None: as before.
+        files: path → its new content, None: it goes; of what the plans were made from.
 
     Raises:
         InputError: a plan does not fit the graphs, or is for another sampler, or `default` is not there.
         IntegrityError: the bundle is not whole.
         UsageError: another process writes the bundle.
     """
-    changed = {plan_path(plan.name): json_bytes(plan) for plan in plans}
+    changed = {**(files or {}), **{plan_path(plan.name): json_bytes(plan) for plan in plans}}
     with replacing(bundle.path, require_replaceable) as (folder, staged):
         bundle = Bundle.open(folder)  # others may have added plans since
         _require_plans(bundle, plans)
@@ -121,13 +129,17 @@ def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bu
         reports = [path for path in files_below(folder) if PurePosixPath(path).parts[0] == REPORTS]
         for path in (*(path for path in bundle.manifest.files if path not in changed), *reports):
             _link(folder / path, staged / path)
-        entries = {path: _store(data, staged / path) for path, data in changed.items()}
+        entries = {path: _store(data, staged / path) for path, data in changed.items() if data is not None}
+        kept = {path: entry for path, entry in bundle.manifest.files.items() if path not in changed}
         try:
             manifest = msgspec.structs.replace(
                 bundle.manifest,
+                profile=bundle.manifest.profile
+                if profile is None
+                else msgspec.structs.replace(profile, source=bundle.manifest.profile.source),
                 plans=tuple(sorted({*bundle.plans, *(plan.name for plan in plans)})),
                 default_plan=default or bundle.manifest.default_plan,
-                files={**bundle.manifest.files, **entries},
+                files={**kept, **entries},
             )
             manifest.__post_init__()
         except ValueError as error:

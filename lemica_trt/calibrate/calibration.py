@@ -24,6 +24,7 @@ from lemica_trt.planning.planner import Fit
 
 def calibrate(
     model: StepModel,
+    settings: CalibrationSettings,
     table: SamplerTable,
     prompts: Sequence[str],
     *,
@@ -33,19 +34,19 @@ def calibrate(
     workers: Workers,
     sensitivity: Sensitivity | None = None,
 ) -> Calibration:
-    """Measure or estimate the error graph of a model, as its profile says.
+    """Measure or estimate the error graph of a model.
 
     Args:
+        settings: how.
         model, table, prompts, workers: as in `exact.measure`.
         journals: folder of finished work, which is not done again.
         trajectories: folder where the uncached runs are kept, which must exist where the workers run; see
             `calibrate.trajectories`.
-        sensitivity: of another calibration, where the profile's method is `retargeted`.
+        sensitivity: of another calibration, where the method is `retargeted`.
 
     Raises:
         UsageError, InputError, UnsupportedError, VerificationError: as `exact.measure` and `estimate`.
     """
-    settings = model.profile.calibration
     wanted = calibration_cost(settings, table.num_steps)
     reporter.stage(
         "calibrate",

@@ -215,6 +215,8 @@ def plan_target(
         fields = {**(request_defaults(PLANNING_FIELDS) if samples is None else {}), **fields}
         return work_commands.plan(target, fields, reporter, samples=samples)
     bundle = Bundle.open(target)
+    if fields.get("calibrate_on") == "engine":
+        return _refit(bundle, fields, reporter, default=default, samples=samples)
     if samples is not None:
         if default is not None:
             raise UsageError("--default cannot be used together with --samples", fix="name it afterwards")
@@ -223,14 +225,29 @@ def plan_target(
         return PlanResult(plans=plans, outcomes=found.outcomes, front=found.front)
     if unused := sorted(fields.keys() - {*PLANNING_FIELDS}):
         raise UsageError(
-            f"expected flags of planning only, got {', '.join(unused)}: a bundle is planned without the model, on the "
-            "engines that it has",
-            fix="leave them out, or plan in the work folder",
+            f"expected flags of planning only, got {', '.join(unused)}: a bundle is planned without the model, from "
+            "what it has",
+            fix="leave them out, calibrate on its engines (--calibrate-on engine), or plan in the work folder",
         )
     shown = default is not None or "pareto" in fields
     if "budgets" not in fields and shown and not fields.keys() & {"methods", "schedule", "reference_steps"}:
         fields["budgets"] = ()
     return bundle_commands.plan_bundle(bundle, BuildRequest(**fields), reporter, default=default)
+
+
+def _refit(
+    bundle: Bundle, fields: dict[str, Any], reporter: Reporter, *, default: str | None, samples: str | None
+) -> PlanResult:
+    """Plans of a bundle that is calibrated again, on its engines."""
+    from lemica_trt.compiler.refit import refit
+
+    if unused := sorted(fields.keys() - {*PLANNING_FIELDS, "calibrate_on", "prompts"}):
+        raise UsageError(
+            f"expected flags of planning and --prompts only, got {', '.join(unused)}: the engines are the bundle's own",
+            fix="leave them out",
+        )
+    request = BuildRequest(**{"budgets": (), **fields})
+    return refit(bundle, request, reporter, samples=samples, default=default)
 
 
 def engine_target(target: Path, output: Path, flags: Mapping[str, Any], reporter: Reporter) -> Bundle:

@@ -136,7 +136,16 @@ def refuse_contradictions() -> None:
     """Raise UsageError for flags of planning and calibration that exclude each other."""
     calibration = ("samples", "rollouts", "max_skip", "seed", "prompts", "calibration", "calibration_from")
     refuse_together(
-        "schedule", "budget", "speedup", "latency", "min_psnr", "pareto", "method", "error_graph", *calibration
+        "schedule",
+        "calibrate_on",
+        "budget",
+        "speedup",
+        "latency",
+        "min_psnr",
+        "pareto",
+        "method",
+        "error_graph",
+        *calibration,
     )
     refuse_together("error_graph", *calibration)
     refuse_together("calibration_from", "calibration", "samples", "rollouts", "seed")
@@ -190,6 +199,9 @@ device = click.option("--device", help="torch device that runs the model  [defau
 samples_run_by = flags(
     click.option("--prompts", type=FILE,
                  help="Prompts, one a line, instead of the profile's: for calibration, fits and trials."),
+    click.option("--calibrate-on", type=click.Choice(["torch", "engine"]),
+                 help="Where calibration, fits and trials run the model: in PyTorch, or on the bundle's own engines  "
+                 "[default: torch]"),
     device,
     click.option("--ray", metavar="ADDRESS",
                  help="Run the model on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT, as ray.init has it."),

@@ -12,6 +12,7 @@ stages            the list
 estimates         what each would take: `--dry-run`
 work_commands     build, calibrate, export, engine, plan: the loop, up to one stage
 bundle_commands   plan, engine, verify on a finished bundle
+refit             a finished bundle calibrated and planned again, on its own engines
 inspection        what lies behind a path, as values that `report` shows
 doctor            what is on this machine
 """

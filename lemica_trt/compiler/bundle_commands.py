@@ -132,7 +132,7 @@ def plan_bundle(bundle: Bundle, request: BuildRequest, reporter: Reporter, *, de
 
 def _plans_for(bundle: Bundle, request: BuildRequest, times: Any, front: Front | None) -> PlanSet:
     table = read_from(bundle, SamplerTable, SAMPLER_FILE)
-    reference = _reference_of(bundle, table, request.reference_steps)
+    reference = reference_of(bundle, table, request.reference_steps)
     cached = [plan for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps]
     problem = Problem(
         table=table,
@@ -201,7 +201,7 @@ def _front_of(bundle: Bundle, request: BuildRequest) -> Front | None:
     return found
 
 
-def _reference_of(bundle: Bundle, table: SamplerTable, steps: int | None) -> SamplerTable | None:
+def reference_of(bundle: Bundle, table: SamplerTable, steps: int | None) -> SamplerTable | None:
     """The sampler at M steps out of a bundle; None: plans are compared with N steps.
 
     Raises:

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING
 
 from lemica_trt.bundle.manifest import MANIFEST, PROMPTS_FILE, REPORTS, VERIFY_REPORT, plan_path
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.workspace import candidate_folder
+from lemica_trt.bundle.workspace import Files, candidate_folder
 from lemica_trt.bundle.writing import write_bundle
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts, PlanIndex, Verified, Written
 from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.draft_stage import first_of_draft
-from lemica_trt.compiler.graph_stages import bundle_files
+from lemica_trt.compiler.requests import Inputs
 from lemica_trt.compiler.stage import Writes
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.progress import Reporter, size
 from lemica_trt.core.values import json_bytes, write_value
 from lemica_trt.evaluate.step_timer import runnable_backend
+from lemica_trt.ir.graphs import EncoderSpec
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.prompts import facts_from_prompts
+from lemica_trt.ir.prompts import PromptFacts, facts_from_prompts
 from lemica_trt.planning.step_plan import UNCACHED
 from lemica_trt.runtime.text import PromptTokenizer
 
@@ -47,7 +48,7 @@ def run_bundle(context: Context, folder: Path) -> Writes:
         default_plan=index.plans[0],
         encoders=exported.encoders,
         engines=context.read(Engines, artifacts.ENGINES_FILE).entries,
-        files={**{path: context.work.root / path for path in bundle_files(context)}, **calibration_facts(context)},
+        files={**{path: context.work.root / path for path in context.bundle_files}, **calibration_facts(context)},
         revision=context.read(ModelFacts, artifacts.MODEL_FILE).revision,
         versions=exported.versions,
     )
@@ -63,12 +64,22 @@ def calibration_facts(context: Context) -> dict[str, bytes]:
     encoders = context.read(Exported, artifacts.EXPORT_FILE).encoders
     if not encoders or not context.takes_part("calibrate"):
         return {}
-    settings, prompts = context.inputs.profile.calibration, context.inputs.prompts
-    used = prompts[: settings.fit_samples + settings.validation_samples]
+    return {PROMPTS_FILE: json_bytes(facts_of(context.inputs, encoders, context.view))}
+
+
+def facts_of(inputs: Inputs, encoders: Sequence[EncoderSpec], files: Files) -> PromptFacts:
+    """What is kept of the prompts that a calibration, its fits and trials have used.
+
+    Args:
+        encoders: at least one.
+        files: with the tokenizers.
+    """
+    settings = inputs.profile.calibration
+    used = inputs.prompts[: settings.fit_samples + settings.validation_samples]
     longest = max(encoders, key=lambda encoder: encoder.length)
-    tokenizer = PromptTokenizer(longest, context.view.read_bytes(longest.tokenizer))
+    tokenizer = PromptTokenizer(longest, files.read_bytes(longest.tokenizer))
     prompts = tuple(dict.fromkeys(used))
-    return {PROMPTS_FILE: json_bytes(facts_from_prompts(prompts, [tokenizer.count(prompt) for prompt in prompts]))}
+    return facts_from_prompts(prompts, [tokenizer.count(prompt) for prompt in prompts])
 
 
 def written_bundle(context: Context) -> Bundle | None:

@@ -10,23 +10,43 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from lemica_trt import __version__
 from lemica_trt.backends.machine import describe_machine
-from lemica_trt.bundle.contents import read_from, read_if_listed
-from lemica_trt.bundle.manifest import REFERENCE_FILE, SAMPLER_FILE
+from lemica_trt.bundle.contents import calibration_in, read_from, read_if_listed
+from lemica_trt.bundle.manifest import (
+    REFERENCE_FILE,
+    SAMPLER_FILE,
+    Bucket,
+    FileEntry,
+    Manifest,
+    bucket_name,
+    plan_path,
+    portable_source,
+)
+from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import View, Workspace, digest_of
+from lemica_trt.compiler import artifacts
+from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.compiler.stage import Stage
 from lemica_trt.core.errors import MissingDependencyError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import V
+from lemica_trt.ir.budget import StepTimes
 from lemica_trt.ir.calibration import Calibration
+from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.report import Measured
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.planning.planner import Fit, Problem, SolverTable
+from lemica_trt.planning.step_plan import UNCACHED
 
 if TYPE_CHECKING:
     from lemica_trt.calibrate.workers import E, Job, U, Workers
+    from lemica_trt.ir.step_model import StepModel
     from lemica_trt.models import Model
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
@@ -86,10 +106,63 @@ class Context(contextlib.ExitStack):
         """The sampler at M steps, where plans are compared with that."""
         return self.read_if_there(SamplerTable, REFERENCE_FILE)
 
+    @property
+    def layout(self) -> StepLayout:
+        """The interface of the step graphs."""
+        return self.read(StepLayout, artifacts.LAYOUT_FILE)
+
+    @property
+    def times(self) -> StepTimes | None:
+        """Of the steps; None: no stage that takes part has measured them."""
+        measured = self.read_if_there(Measured, artifacts.TIMES_FILE)
+        return None if measured is None else measured.steps
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What was calibrated; None: nothing."""
+        return calibration_in(self.view)
+
+    @property
+    def known(self) -> Sequence[StepPlan]:
+        """Plans that new ones of their budgets must not be far below."""
+        return ()
+
+    @property
+    def solves(self) -> bool:
+        """Whether a method may need standard solvers."""
+        return any("solver" in planner.needs for planner in self.inputs.request.planners)
+
+    @property
+    def bundle_files(self) -> dict[str, FileEntry]:
+        """The files of the work folder that go into a bundle as they are: those in folders, apart from plans."""
+        return {path: entry for path, entry in self.view.listed.items() if path.split("/")[0] not in ("plans", path)}
+
+    @property
+    def engines(self) -> Bundle:
+        """The work folder looked at as a bundle with the uncached plan, once there are engines."""
+        exported, profile = self.read(Exported, artifacts.EXPORT_FILE), self.inputs.profile
+        uncached = plan_path(UNCACHED)
+        facts = self.read_if_there(ModelFacts, artifacts.MODEL_FILE)
+        manifest = Manifest(
+            profile=msgspec.structs.replace(profile, source=portable_source(profile.source)),
+            revision=None if facts is None else facts.revision,
+            buckets={
+                bucket_name(profile.shape): Bucket(
+                    shape=profile.shape,
+                    graphs=exported.graphs,
+                    engines=self.read(Engines, artifacts.ENGINES_FILE).entries,
+                )
+            },
+            plans=(UNCACHED,),
+            default_plan=UNCACHED,
+            encoders=exported.encoders,
+            files=self.bundle_files | {uncached: self.view.listed[uncached]},
+        )
+        return Bundle(self.work.root.resolve(), manifest, manifest.digest)
+
     def problem(self, calibration: Calibration | None, *, fit: Fit | None = None) -> Problem:
         """What plans are made for; with standard solvers where a method may need them."""
         table, profile = self.table, self.inputs.profile
-        solves = any("solver" in planner.needs for planner in self.inputs.request.planners)
         return Problem(
             table=table,
             guidance_scale=profile.sampling.guidance_scale,
@@ -97,7 +170,7 @@ class Context(contextlib.ExitStack):
             reference=self.reference,
             model=profile.name,
             fit=fit,
-            solver=solver_tables(table) if solves else None,
+            solver=solver_tables(table) if self.solves else None,
         )
 
     def digest(self, name: str) -> str:
@@ -132,6 +205,30 @@ class Context(contextlib.ExitStack):
         """The model, on its device."""
         return open_model(self.inputs.profile, self.reporter, device=self.inputs.request.device)
 
+    @cached_property
+    def step_model(self) -> StepModel:
+        """What calibration, fits and trials run on: the model, or the engines as the request has it.
+
+        Raises:
+            MissingDependencyError: none of the engines run here.
+        """
+        if self.inputs.request.calibrate_on == "torch":
+            return self.model
+        return self.open_engines(self.engines)
+
+    def open_engines(self, bundle: Bundle) -> StepModel:
+        """The first engines of a bundle that run here, until the end of the context.
+
+        Raises:
+            MissingDependencyError: there are none.
+        """
+        from lemica_trt.evaluate.engine_model import EngineModel
+        from lemica_trt.evaluate.step_timer import require_runnable
+        from lemica_trt.runtime.pipeline import Pipeline
+
+        backend = require_runnable(bundle, fix="calibrate in PyTorch: --calibrate-on torch")
+        return EngineModel(self.enter_context(Pipeline(bundle, backend=backend)), backend)
+
     def work_on(self, job: Job[U, E], units: Sequence[U]) -> Iterator[tuple[U, Sequence[E]]]:
         """`calibrate.workers.Workers`: this process, or the Ray cluster of the request; opened when first used.
 
@@ -145,7 +242,7 @@ class Context(contextlib.ExitStack):
         from lemica_trt.calibrate.workers import InProcess
 
         if self.inputs.request.ray is None:
-            return InProcess(self.model)
+            return InProcess(self.step_model)
         from lemica_trt.calibrate.cluster import RayWorkers
         from lemica_trt.models import load_model
 

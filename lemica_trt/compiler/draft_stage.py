@@ -28,9 +28,7 @@ from lemica_trt.core.errors import InputError, LemicaError
 from lemica_trt.core.values import write_value
 from lemica_trt.evaluate.step_timer import runnable_backend
 from lemica_trt.ir.budget import MinPsnr
-from lemica_trt.ir.graphs import StepLayout
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.report import Measured
 from lemica_trt.planning.layout import misfit
 from lemica_trt.planning.planner import full_steps_for, planners
 from lemica_trt.planning.search import resolve_budgets
@@ -110,14 +108,11 @@ def _plans(context: Context) -> Iterator[StepPlan]:
     """The default plan first; that is the uncached one where no other is possible."""
     request = context.inputs.request
     problem = dataclasses.replace(context.problem(None), solver=solver_tables(context.table))
-    measured = context.read_if_there(Measured, artifacts.TIMES_FILE)
-    times = None if measured is None else measured.steps
-    layout = context.read(StepLayout, artifacts.LAYOUT_FILE)
     for planner in (planners()[name] for name in METHODS):
         with contextlib.suppress(LemicaError):  # it lacks something here, or has no plan of this budget
-            (budget,) = resolve_budgets(request.budgets[:1], [planner], times, problem.table.num_steps, None)
+            (budget,) = resolve_budgets(request.budgets[:1], [planner], context.times, problem.table.num_steps, None)
             count = None if isinstance(budget, MinPsnr) else full_steps_for(planner, budget)
-            if count is not None and misfit(plan := planner(problem, count), layout) is None:
+            if count is not None and misfit(plan := planner(problem, count), context.layout) is None:
                 yield plan
                 break
     yield context.read(StepPlan, plan_path(UNCACHED))

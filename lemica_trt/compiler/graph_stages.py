@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
-
 from lemica_trt.backends.build import build as build_engine
 from lemica_trt.backends.build import prune
 from lemica_trt.backends.options import options_by_backend
 from lemica_trt.bundle.manifest import (
     REFERENCE_FILE,
     SAMPLER_FILE,
-    Bucket,
-    FileEntry,
-    Manifest,
-    bucket_name,
     plan_path,
-    portable_source,
 )
-from lemica_trt.bundle.reading import Bundle
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts
 from lemica_trt.compiler.context import Context, library_versions
@@ -165,29 +157,8 @@ def build_engines(
 
 
 def run_time(context: Context, folder: Path) -> Writes:
-    """Engines → what a step takes on this machine; the work folder is looked at as a bundle with the uncached plan."""
-    exported, profile = context.read(Exported, artifacts.EXPORT_FILE), context.inputs.profile
-    uncached = plan_path(UNCACHED)
-    manifest = Manifest(
-        profile=msgspec.structs.replace(profile, source=portable_source(profile.source)),
-        buckets={
-            bucket_name(profile.shape): Bucket(
-                shape=profile.shape,
-                graphs=exported.graphs,
-                engines=context.read(Engines, artifacts.ENGINES_FILE).entries,
-            )
-        },
-        plans=(UNCACHED,),
-        default_plan=UNCACHED,
-        encoders=exported.encoders,
-        files=bundle_files(context) | {uncached: context.view.listed[uncached]},
-    )
-    measured = StepTimer(Bundle(context.work.root.resolve(), manifest, manifest.digest), context.reporter).measured
+    """Engines → what a step takes on this machine."""
+    measured = StepTimer(context.engines, context.reporter).measured
     context.reporter.stage("time", times_text(measured.steps, measured.backend))
     write_value(measured, folder / artifacts.TIMES_FILE)
     return {"times": [artifacts.TIMES_FILE]}
-
-
-def bundle_files(context: Context) -> dict[str, FileEntry]:
-    """The files of the work folder that go into a bundle as they are: those in folders, apart from plans."""
-    return {path: entry for path, entry in context.view.listed.items() if path.split("/")[0] not in ("plans", path)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lemica_trt.bundle.contents import calibration_in
 from lemica_trt.bundle.manifest import (
     ERROR_GRAPH_FILE,
     FRONT_FILE,
@@ -18,46 +17,58 @@ from lemica_trt.compiler.artifacts import ModelFacts, PlanIndex
 from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.stage import Writes
 from lemica_trt.core.values import write_value
-from lemica_trt.ir.graphs import StepLayout
-from lemica_trt.ir.report import Measured
+from lemica_trt.ir.calibration import Calibration, ErrorGraph
 from lemica_trt.ir.trials import TrialTables
 from lemica_trt.planning.planner import choose_planners, plan_given
-from lemica_trt.planning.search import BudgetSearch, PlanSet, candidates_on, plan_budgets, resolve_budgets
+from lemica_trt.planning.search import BudgetSearch, PlanSet, beside, candidates_on, plan_budgets, resolve_budgets
 
 
 def run_calibrate(context: Context, folder: Path) -> Writes:
     """Model, sampler, prompts → error graph, Gram matrices and sensitivities; or those that were given."""
-    from lemica_trt.calibrate.calibration import calibrate, require_calibration_of
-
-    inputs, table = context.inputs, context.table
-    found = inputs.given.calibration
+    found = context.inputs.given.calibration
     if found is not None:
-        facts, graph = context.read(ModelFacts, artifacts.MODEL_FILE), found.graph
-        context.reporter.stage("calibrate", f"--error-graph: {graph.samples} samples, method {graph.method}")
-        require_calibration_of(
-            graph,
-            table,
-            inputs.profile,
-            revision=facts.revision,
-            latent_shape=facts.latent_shape,
-            where="--error-graph",
-        )
+        _require_fitting(context, found.graph)
     else:
-        found = calibrate(
-            context.model,
-            table,
-            inputs.prompts,
-            journals=context.work.journals,
-            trajectories=context.trajectories,
-            reporter=context.reporter,
-            workers=context.work_on,
-            sensitivity=inputs.given.sensitivity,
-        )
+        found = calibrated(context)
     files = {ERROR_GRAPH_FILE: found.graph, GRAMS_FILE: found.grams, SENSITIVITY_FILE: found.sensitivity}
     for path, value in files.items():
         if value is not None:
             write_value(value, folder / path)
     return {"calibration": [path for path, value in files.items() if value is not None]}
+
+
+def calibrated(context: Context) -> Calibration:
+    """The model's calibration, by the profile's settings."""
+    from lemica_trt.calibrate.calibration import calibrate
+
+    inputs = context.inputs
+    return calibrate(
+        context.step_model,
+        inputs.profile.calibration,
+        context.table,
+        inputs.prompts,
+        journals=context.work.journals,
+        trajectories=context.trajectories,
+        reporter=context.reporter,
+        workers=context.work_on,
+        sensitivity=inputs.given.sensitivity,
+    )
+
+
+def _require_fitting(context: Context, graph: ErrorGraph) -> None:
+    """Raise InputError unless an error graph that was given is of this model."""
+    from lemica_trt.calibrate.calibration import require_calibration_of
+
+    facts = context.read(ModelFacts, artifacts.MODEL_FILE)
+    context.reporter.stage("calibrate", f"--error-graph: {graph.samples} samples, method {graph.method}")
+    require_calibration_of(
+        graph,
+        context.table,
+        context.inputs.profile,
+        revision=facts.revision,
+        latent_shape=facts.latent_shape,
+        where="--error-graph",
+    )
 
 
 def run_plan(context: Context, folder: Path) -> Writes:
@@ -88,21 +99,18 @@ def make_plans(context: Context) -> PlanSet:
     inputs, table, reference = context.inputs, context.table, context.reference
     request, settings, journals = inputs.request, inputs.profile.calibration, context.work.journals
     fit = fit_by_model(
-        lambda: context.model, settings, table, inputs.prompts, reference=reference, journals=journals,
+        lambda: context.step_model, settings, table, inputs.prompts, reference=reference, journals=journals,
         trajectories=context.trajectories, reporter=context.reporter,
     )  # fmt: skip
-    problem = context.problem(calibration_in(context.view), fit=fit)
+    problem = context.problem(context.calibration, fit=fit)
     if request.schedule is not None:
         plan = plan_given(problem, request.schedule)
         return PlanSet([plan], (plan.name,))
-    measured = context.read_if_there(Measured, artifacts.TIMES_FILE)
     max_skip = None if problem.calibration is None else problem.graph.max_skip
-    budgets = resolve_budgets(
-        request.budgets, request.planners, None if measured is None else measured.steps, table.num_steps, max_skip
-    )
+    budgets = resolve_budgets(request.budgets, request.planners, context.times, table.num_steps, max_skip)
     samples = validation_samples(inputs.prompts, settings)
     evaluator = PlanEvaluator(
-        lambda: context.model,
+        lambda: context.step_model,
         table,
         samples,
         reference=reference,
@@ -114,10 +122,8 @@ def make_plans(context: Context) -> PlanSet:
     planners = choose_planners(request.methods, problem)
     if samples.count == 0:  # nothing to choose by
         planners = planners[:1]
-    layout = context.read(StepLayout, artifacts.LAYOUT_FILE)
-    search = BudgetSearch(
-        candidates_on(layout, problem, planners), evaluator, context.reporter, try_all=request.tries_all
-    )
+    found = beside(candidates_on(context.layout, problem, planners), context.known)
+    search = BudgetSearch(found, evaluator, context.reporter, try_all=request.tries_all)
     return plan_budgets(
         budgets,
         search,

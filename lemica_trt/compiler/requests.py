@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -44,6 +44,7 @@ class BuildRequest(Value, frozen=True):
         error_graph: path of an error graph to use instead of calibrating; `grams.json` beside it is used too.
         calibration_from: path of a work folder or bundle of the same model whose calibration is carried over.
         prompts: path of calibration prompts instead of the profile's.
+        calibrate_on: where calibration, fits and trials run the model: in PyTorch, or on the engines that are built.
         device: torch device that calibrates and verifies; None: a GPU where there is one.
         ray: address of the Ray cluster that calibrates and runs trials; None: this process.
         backends: engines to build, in order of preference.
@@ -59,6 +60,7 @@ class BuildRequest(Value, frozen=True):
     error_graph: str | None = None
     calibration_from: str | None = None
     prompts: str | None = None
+    calibrate_on: Literal["torch", "engine"] = "torch"
     device: str | None = None
     ray: str | None = None
     backends: tuple[str, ...] = ("onnxruntime",)
@@ -108,11 +110,16 @@ class BuildRequest(Value, frozen=True):
             validation_samples: of the calibration settings; None: no plan is tried.
 
         Raises:
-            UsageError: unknown method, backend or option; budgets to be searched of a method that has only its own.
+            UsageError: unknown method, backend or option; budgets to be searched of a method that has only its own;
+                engines on a Ray cluster.
             UnsupportedError, MissingDependencyError: as `backends.build.check`.
         """
         if self.schedule is None:
             planners_named(self.methods)
+        if self.calibrate_on == "engine" and self.ray is not None:
+            raise UsageError(
+                "--ray runs the model in PyTorch, on other machines than these engines", fix="leave out --ray"
+            )
         if "published" in self.methods and (self.pareto or not all(isinstance(b, int) for b in self.budgets)):
             raise UsageError("published schedules have budgets of their own", fix="name one of them with --budget")
         searches = self.pareto or any(isinstance(budget, MinPsnr) for budget in self.budgets)
@@ -224,6 +231,26 @@ def stored_inputs(work: Workspace) -> Inputs:
         prompts=lines("prompts"),
         held_out=lines("held_out"),
     )
+
+
+def profile_with_samples(profile: Profile, samples: str) -> Profile:
+    """A profile with more calibration samples, or fewer.
+
+    Args:
+        samples: how many in all, or how many more: `+4`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    settings = profile.calibration
+    try:
+        wanted = int(samples) + (settings.samples if samples.startswith("+") else 0)
+        changed = msgspec.structs.replace(settings, samples=wanted)
+    except ValueError:
+        raise UsageError(
+            f"--samples: expected how many in all, or +K more than {settings.samples}, got {samples!r}"
+        ) from None
+    return msgspec.structs.replace(profile, calibration=changed)
 
 
 def prompts_of(profile: Profile, file: str | None, *, split: str = "calibration") -> tuple[str, ...]:

@@ -42,6 +42,10 @@ def _nothing(_: Context) -> None:
     return None
 
 
+def _no_more(_: Context) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage.
@@ -57,6 +61,7 @@ class Stage:
         is_whole: whether what it left outside the work folder is still there.
         ensures: raises what is known to fail later; called after the stage, also where it is unchanged.
         command: what the user types to run it.
+        also_reads: what it reads besides, for some requests.
     """
 
     name: str
@@ -69,6 +74,11 @@ class Stage:
     is_needed: Callable[[Context], bool] = _always
     is_whole: Callable[[Context], bool] = _always
     ensures: Callable[[Context], None] = _nothing
+    also_reads: Callable[[Context], tuple[str, ...]] = _no_more
+
+    def all_reads(self, context: Context) -> tuple[str, ...]:
+        """What it reads for this request."""
+        return (*self.reads, *self.also_reads(context))
 
 
 def needed_stages(stages: Sequence[Stage], context: Context, *last: str) -> list[Stage]:
@@ -78,7 +88,7 @@ def needed_stages(stages: Sequence[Stage], context: Context, *last: str) -> list
     for stage in reversed(stages):
         if (stage.name in last or wanted & set(stage.writes)) and stage.is_needed(context):
             found.insert(0, stage)
-            wanted |= set(stage.reads)
+            wanted |= set(stage.all_reads(context))
     return found
 
 
@@ -113,7 +123,7 @@ def estimate_stages(stages: Sequence[Stage], context: Context, forecast: Forecas
     found: list[StageEstimate] = []
     stale: set[str] = set()
     for stage in stages:
-        if not stale & set(stage.reads) and is_unchanged(stage, context):
+        if not stale & set(stage.all_reads(context)) and is_unchanged(stage, context):
             found.append(StageEstimate(name=stage.name, what="unchanged", seconds=0.0))
         else:
             stale |= set(stage.writes)
@@ -138,7 +148,8 @@ def is_unchanged(stage: Stage, context: Context, *, note: Reporter | None = None
 
 def stage_key(stage: Stage, context: Context) -> str:
     """Digest of everything that decides what a stage makes."""
-    return digest_of([stage.name, source_digest((*ALWAYS_RUN, *stage.packages)), _digests(stage.reads, context)])
+    reads = _digests(stage.all_reads(context), context)
+    return digest_of([stage.name, source_digest((*ALWAYS_RUN, *stage.packages)), reads])
 
 
 @functools.cache
@@ -156,7 +167,7 @@ def _run(stage: Stage, context: Context) -> None:
     with context.work.staged() as folder:
         writes = stage.run(context, folder)
         assert set(writes) == set(stage.writes), f"{stage.name} wrote {sorted(writes)}"
-        reads = _digests(stage.reads, context)
+        reads = _digests(stage.all_reads(context), context)
         context.work.commit(stage.name, stage_key(stage, context), reads, writes, folder)
 
 
@@ -165,7 +176,7 @@ def _run_again_what_is_damaged(
 ) -> None:
     """Hash what a stage is about to read, whatever its size; stages that wrote what is damaged run again."""
     for other in stages:
-        record = context.work.record(other.name) if set(other.writes) & set(stage.reads) else None
+        record = context.work.record(other.name) if set(other.writes) & set(stage.all_reads(context)) else None
         damaged = [] if record is None else context.work.damaged(record, every=True)
         if damaged:
             if other.name not in may_run:
@@ -180,7 +191,7 @@ def _require_finished(stage: Stage, context: Context, damaged: Sequence[str] = (
     got = "it has not run" if record is None else None
     if record is not None:
         damaged = damaged or context.work.damaged(record)
-        other = _differing(record, stage.reads, context)
+        other = _differing(record, stage.all_reads(context), context)
         got = f"{damaged[0]} was altered" if damaged else f"it ran for another {other}" if other else None
     if got is not None:
         raise InputError(

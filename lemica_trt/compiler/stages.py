@@ -13,15 +13,25 @@
 
 Graphs come before plans: coefficients are an input of theirs, so that whatever is planned later runs on them; where a
 plan reads less far back, it is multiplied by 0. PyTorch is imported inside the functions that need it.
+`calibrate` and `plan` run the model in PyTorch or, with `--calibrate-on engine`, on the engines.
 """
 
 from __future__ import annotations
 
 from lemica_trt.compiler import bundle_stages, draft_stage, estimates, graph_stages, plan_stages
+from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.stage import Stage
 
 MODEL = ("weights", "libraries", "profile.family", "profile.dtype", "profile.text_length", "profile.shape")
 """What decides the model that is loaded."""
+
+
+def on_engines(context: Context) -> tuple[str, ...]:
+    """What a stage reads that runs the model on engines."""
+    if context.inputs.request.calibrate_on == "torch":
+        return ()
+    return ("request.calibrate_on", "machine", "graphs", "engines", "uncached")
+
 
 STAGES = (
     Stage(
@@ -89,8 +99,9 @@ STAGES = (
         "calibrate",
         reads=("libraries", "model", "sampler", "profile.sampling", "profile.calibration", "prompts", "given"),
         writes=("calibration",),
-        packages=("models", "calibrate"),
+        packages=("models", "backends", "runtime", "calibrate", "evaluate"),
         run=plan_stages.run_calibrate,
+        also_reads=on_engines,
         estimate=estimates.calibrate,
         is_needed=lambda context: context.inputs.request.needs_calibration,
         command="lemica-trt calibrate … --output {work}",
@@ -103,8 +114,9 @@ STAGES = (
             *("request.budgets", "request.methods", "request.schedule", "request.pareto"),
         ),
         writes=("plans", "trials", "front"),
-        packages=("models", "calibrate", "planning", "evaluate"),
+        packages=("models", "backends", "runtime", "calibrate", "planning", "evaluate"),
         run=plan_stages.run_plan,
+        also_reads=on_engines,
         estimate=estimates.plan,
         command="lemica-trt plan {work}",
     ),

@@ -24,6 +24,7 @@ from lemica_trt.compiler.requests import (
     Inputs,
     PlanResult,
     inputs_from_request,
+    profile_with_samples,
     prompts_of,
     stored_inputs,
 )
@@ -37,7 +38,7 @@ from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.graphs import GraphSet
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile
-from lemica_trt.ir.report import Measured, StageEstimate
+from lemica_trt.ir.report import StageEstimate
 from lemica_trt.planning.budget import front_rows
 from lemica_trt.planning.search import PlanSet, budget_outcomes
 
@@ -118,7 +119,7 @@ def dry_run(profile: Profile, output: Path, request: BuildRequest) -> list[Stage
 
 def calibrate(profile: Profile, work: Path, request: BuildRequest, reporter: Reporter) -> ErrorGraph:
     """Profile, prompts → error graph, in a work folder."""
-    request.check(None)
+    request.check(profile.dtype if request.calibrate_on == "engine" else None)
     require_build_libraries()
     inputs = inputs_from_request(profile, request)
     with stages_run(Workspace(work), inputs, reporter, "calibrate") as context:
@@ -162,17 +163,14 @@ def plan(work: Path, changes: dict[str, Any], reporter: Reporter, *, samples: st
     inputs = changed_inputs(stored_inputs(Workspace(work)), changes)
     if samples is not None:
         inputs = with_samples(inputs, samples)
-    settings = inputs.profile.calibration
-    inputs.request.check(
-        inputs.profile.dtype if inputs.request.is_timed else None, validation_samples=settings.validation_samples
-    )
+    settings, request = inputs.profile.calibration, inputs.request
+    builds = request.is_timed or request.calibrate_on == "engine"
+    request.check(inputs.profile.dtype if builds else None, validation_samples=settings.validation_samples)
     with stages_run(Workspace(work), inputs, reporter, "plan") as context:
-        made = plans_of(context)
-        measured = context.read_if_there(Measured, artifacts.TIMES_FILE)
-        times = None if measured is None else measured.steps
+        made, times = plans_of(context), context.times
         return PlanResult(
             plans=tuple(made.plans),
-            outcomes=budget_outcomes(inputs.request.budgets, made, times, {}),
+            outcomes=budget_outcomes(request.budgets, made, times, {}),
             front=() if made.front is None else front_rows(made.front, times),
         )
 
@@ -186,17 +184,9 @@ def with_samples(inputs: Inputs, samples: str) -> Inputs:
     Raises:
         UsageError: it is neither, or the calibration was given.
     """
-    settings = inputs.profile.calibration
     if inputs.given.calibration is not None:
         raise UsageError("--samples: the calibration was given (--error-graph), there is none to go on with")
-    try:
-        wanted = int(samples) + (settings.samples if samples.startswith("+") else 0)
-        changed = msgspec.structs.replace(settings, samples=wanted)
-    except ValueError:
-        raise UsageError(
-            f"--samples: expected how many in all, or +K more than {settings.samples}, got {samples!r}"
-        ) from None
-    return msgspec.structs.replace(inputs, profile=msgspec.structs.replace(inputs.profile, calibration=changed))
+    return msgspec.structs.replace(inputs, profile=profile_with_samples(inputs.profile, samples))
 
 
 def changed_inputs(inputs: Inputs, changes: dict[str, Any]) -> Inputs:
@@ -264,11 +254,10 @@ def publish(context: Context) -> Bundle:
 def _result(context: Context) -> BuildResult:
     made, request, bundle = plans_of(context), context.inputs.request, written_bundle(context)
     assert bundle is not None
-    measured = context.read_if_there(Measured, artifacts.TIMES_FILE)
     verified = context.read_if_there(artifacts.Verified, artifacts.VERIFIED_FILE)
     unverified = dict.fromkeys((entry.key.backend for entry in bundle.manifest.engines), "not asked for")
     report = None
-    times = steps = None if measured is None else measured.steps
+    times = steps = context.times
     if verified is not None:
         report, unverified = report_of(context), verified.unverified
     if report is not None:

@@ -114,6 +114,17 @@ def candidates_on(layout: StepLayout, problem: Problem, planners: Sequence[Plann
     return found
 
 
+def beside(found: Candidates, known: Sequence[StepPlan]) -> Candidates:
+    """The same, and behind them the plans of their budget that there are already."""
+
+    def both(budget: int | StepBudget, method: str | None = None) -> list[StepPlan]:
+        several = found(budget, method)
+        counts, rows = {plan.budget for plan in several}, [plan.rows for plan in several]
+        return [*several, *(plan for plan in known if plan.budget in counts and plan.rows not in rows)]
+
+    return both
+
+
 class BudgetSearch:
     """Plans of any number of budgets, and the quality of each on validation clips.
 
