@@ -18,13 +18,13 @@ The packages, each below those that import it (`docs/architecture.md`; `tests/te
     core        knows nothing of diffusion: errors, values, progress, metrics, files
     ir          nouns: frozen values; every on-disk format has its version here
     planning    verbs on numbers: planners, searches, folding, budgets
+    calibrate   model, prompts → error graph, Grams, sensitivities, fitted solvers; on any model that takes steps
     models      diffusers pipelines: loading, splitting, step modules, scheduler lowering           torch, diffusers
-    calibrate   model, prompts → error graph, Grams, sensitivities, fitted solvers                  torch
     export      model, layout → ONNX graphs                                                         torch, onnx
     backends    one folder a vendor: engines built and run                                          vendor SDKs
     bundle      the folder that is deployed: manifest, digests, atomic writing
     runtime     runs a step plan on engines, numpy in and out
-    evaluate    runs plans and scores what they make: trials, timing, verification                  torch
+    evaluate    runs plans and scores what they make: trials, timing; verification                  torch
     pipelines   plans in a diffusers pipeline: applied to one, fitted to one                        torch, diffusers
     report      tables, contact sheets and plots that a person looks at
     compiler    the stages of a build, and the loop that runs them

@@ -73,10 +73,12 @@ def test_export_takes_a_work_folder_and_leaves_a_bundle_as_it_is(
 def test_inspect_plan_and_run(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(built[0], bundle)
-    clip = tmp_path / "clip.npy"
+    clip, prompts = tmp_path / "clip.npy", tmp_path / "mine.txt"
+    prompts.write_text("a small blue square grows\na wide green ring moves up\n")
     for arguments in (
         ("inspect", bundle),
         ("plan", bundle, "--budget", "3"),
+        ("plan", bundle, "--budget", "4", "--calibrate-on", "engine", "--prompts", prompts, "--samples", "2"),
         ("run", bundle, "a big red circle moves left", "--plan", "b3", "--output", clip),
     ):
         command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]

@@ -25,9 +25,11 @@ from lemica_trt.bundle.manifest import (
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace, work_folder
 from lemica_trt.bundle.writing import add_plan
+from lemica_trt.compiler import estimates
 from lemica_trt.compiler.bundle_commands import reference_of
 from lemica_trt.compiler.bundle_stages import facts_of
 from lemica_trt.compiler.context import Context
+from lemica_trt.compiler.estimates import Forecast
 from lemica_trt.compiler.plan_stages import calibrated, make_plans
 from lemica_trt.compiler.requests import BuildRequest, Inputs, PlanResult, profile_with_samples, prompts_of
 from lemica_trt.core.errors import UsageError
@@ -86,6 +88,8 @@ class BundleContext(Context):
 
     @property
     def known(self) -> Sequence[StepPlan]:
+        if self.inputs.profile.calibration.validation_samples == 0:  # nothing to compare on
+            return ()
         plans = [self._bundle.plan(name) for name in self._bundle.plans]
         reference = None if self.reference is None else self.reference.num_steps
         return [plan for plan in plans if plan.budget < plan.num_steps and plan.reference_steps == reference]
@@ -122,6 +126,9 @@ def refit(
     """
     bundle.check()
     inputs = _inputs(bundle, request, samples)
+    forecast = Forecast.of_inputs(inputs, None)
+    todo = [*(estimates.calibrate(forecast) if inputs.request.needs_calibration else ()), *estimates.plan(forecast)]
+    reporter.expect([(found.name, found.full_steps) for found in todo])
     with BundleContext(bundle, inputs, reporter) as context, context.work.locked():
         if inputs.request.needs_calibration:
             context.made = calibrated(context)
