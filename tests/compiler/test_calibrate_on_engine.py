@@ -89,7 +89,7 @@ def test_a_bundle_is_fitted_again_to_prompts_of_the_user(
 ) -> None:
     output, prompts = Path(shutil.copytree(built[0], tmp_path / "bundle")), tmp_path / "mine.txt"
     prompts.write_text("two boats on a lake\na ball rolls over a hill\n")
-    before = Bundle.open(output)
+    before = Bundle.open(built[0])
     made = plan_target(output, {"calibrate_on": "engine", "prompts": prompts}, Quiet(), samples="2")
     after = Bundle.open(output)
     after.check()
@@ -116,7 +116,7 @@ def test_a_plan_that_is_clearly_better_stays(
     built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = Path(shutil.copytree(built[0], tmp_path / "bundle"))
-    before = Bundle.open(output)
+    before = Bundle.open(built[0])
     flags = {"calibrate_on": "engine", "budget": "4", "method": "fitted"}
     settings = msgspec.structs.replace(before.manifest.profile.calibration, validation_samples=1)
     profile = msgspec.structs.replace(before.manifest.profile, calibration=settings)
