@@ -9,13 +9,14 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lemica_trt import __version__
 from lemica_trt.bundle.manifest import Manifest
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.signing import TrustedKey
 from lemica_trt.core.errors import LemicaError, MissingDependencyError, UsageError, VerificationError
 from lemica_trt.core.values import Value
 from lemica_trt.triton.config import BUNDLE, parameter_names
@@ -38,8 +39,14 @@ class LintIssue(Value, frozen=True):
     note: bool = False
 
 
-def check_repository(target: str | os.PathLike[str]) -> tuple[LintIssue, ...]:
+def check_repository(
+    target: str | os.PathLike[str], trusted: Sequence[TrustedKey] | None = None
+) -> tuple[LintIssue, ...]:
     """Everything that is wrong with a repository; empty: nothing.
+
+    Args:
+        target: the repository.
+        trusted: keys, as `Bundle.open` takes them.
 
     Raises:
         UsageError: `target` is not a repository of lemica-trt.
@@ -53,20 +60,20 @@ def check_repository(target: str | os.PathLike[str]) -> tuple[LintIssue, ...]:
         )
     parse = _parser()
     try:
-        bundle = Bundle.open(folder / BUNDLE)
+        bundle = Bundle.open(folder / BUNDLE, trusted=trusted)
         bundle.check()
     except LemicaError as error:
         return (LintIssue(path=BUNDLE, message=str(error)),)
     return tuple(_issues_in(folder, bundle, parse))
 
 
-def require_sound(target: str | os.PathLike[str]) -> tuple[LintIssue, ...]:
+def require_sound(target: str | os.PathLike[str], trusted: Sequence[TrustedKey] | None = None) -> tuple[LintIssue, ...]:
     """`check_repository`, and its notes.
 
     Raises:
         VerificationError: something is wrong; the first issue is in the message, with how many there are.
     """
-    issues = check_repository(target)
+    issues = check_repository(target, trusted)
     wrong = [issue for issue in issues if not issue.note]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -192,6 +199,8 @@ def _wrong_parameters(config: Mapping[str, Any], model: str, bundle: Bundle, fol
         yield f"parameter backend: the bundle has no engines for {backend!r}"
     if "threads" in parameters and not parameters["threads"].isdecimal():
         yield f"parameter threads: expected a number, got {parameters['threads']!r}"
+    if parameters["require_signature"] not in ("yes", "no"):
+        yield f"parameter require_signature: expected yes or no, got {parameters['require_signature']!r}"
     if parameters.get("batching", "exact") not in ("exact", "off"):
         yield f"parameter batching: expected exact or off, got {parameters['batching']!r}"
 
