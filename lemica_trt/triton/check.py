@@ -21,7 +21,7 @@ from lemica_trt.core.errors import LemicaError, MissingDependencyError, UsageErr
 from lemica_trt.core.values import Value
 from lemica_trt.triton.config import BUNDLE, parameter_names
 from lemica_trt.triton.interface import CACHED, STREAMS, Interface, Port, interfaces
-from lemica_trt.triton.repository import START_SCRIPT, model_file, start_script
+from lemica_trt.triton.repository import START_SCRIPT, model_file, shipped
 
 Parser = Callable[[str], dict[str, Any]]
 
@@ -131,7 +131,7 @@ def _issues_in_start_script(script: Path) -> Iterator[LintIssue]:
         text = script.read_bytes()
     except OSError:
         text = b""
-    if text == start_script():
+    if text == shipped(START_SCRIPT):
         return
     closed = [flag for flag in _CLOSING_FLAGS if re.search(rb"^[^#]*" + flag.encode(), text, re.MULTILINE)]
     for flag in _CLOSING_FLAGS:

@@ -22,8 +22,11 @@ Written by lemica-trt {__version__}. Needs:
 - in that backend's interpreter (the first `python3` on PATH, or EXECUTION_ENV_PATH) `lemica-trt=={__version__}` without
   PyTorch, the engines' library – {engines}; TensorRT at exactly this version –, PyAV for MP4, and `numpy<2` if the
   server is older than its numpy 2 support. A model that finds something else does not load, and says what.
+  `requirements.txt` has all of it but TensorRT, with hashes; `sbom.cdx.json` lists the same.
 
 ```bash
+python3 -m pip install --require-hashes -r requirements.txt
+python3 -m pip install --no-deps lemica-trt=={__version__}
 lemica-trt triton --check .
 ./start.sh
 ```
