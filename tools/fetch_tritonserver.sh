@@ -4,8 +4,8 @@
 #   tools/fetch_tritonserver.sh [FOLDER]      FOLDER is .cache/triton if not given; a second run does nothing
 #   FOLDER/tritonserver --model-repository=REPO ...
 #
-# The server (2.51.0, as in the container 24.10) comes from the wheel nvidia-pytriton, with its python backend and local
-# response cache. FOLDER/modelenv is the interpreter of the emitted models: this checkout's lemica_trt without PyTorch,
+# The server (2.51.0, as in the container 24.10) comes from the wheel nvidia-pytriton, with its python backend.
+# FOLDER/modelenv is the interpreter of the emitted models: this checkout's lemica_trt without PyTorch,
 # and what every emitted repository pins with hashes; numpy 1 among it, because this server's python backend reads wrong
 # numbers out of numpy 2 arrays.
 set -euo pipefail
@@ -64,10 +64,10 @@ echo "$cache/modelenv/$packages" >"$cache/numpy2/$packages/modelenv.pth"
 echo "$root" >"$cache/numpy2/$packages/lemica_trt.pth"
 cat >"$cache/tritonserver" <<LAUNCHER
 #!/usr/bin/env bash
-# Written by tools/fetch_tritonserver.sh: tritonserver with its backends, its cache and the models' interpreter.
+# Written by tools/fetch_tritonserver.sh: tritonserver with its backends and the models' interpreter.
 export PATH="\${MODELENV:-$cache/modelenv}/bin:\$PATH" LD_LIBRARY_PATH="$libraries\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
 export TRITON_SERVER_VERSION=2.51.0 OMP_NUM_THREADS="\${OMP_NUM_THREADS:-1}"
-exec "$server/bin/tritonserver" --backend-directory="$server/backends" --cache-directory="$server/caches" "\$@"
+exec "$server/bin/tritonserver" --backend-directory="$server/backends" "\$@"
 LAUNCHER
 chmod +x "$cache/tritonserver"
 echo "$made_from" >"$cache/.complete"

@@ -86,7 +86,7 @@ def client(
     from lemica_trt.runtime.video import check_suffix, write_video
     from lemica_trt.triton.client import generate
 
-    check_suffix(output)
+    check_suffix(output, made_here=False)
     screen.reporter.stage("generate", url)
     given, mp4 = options.given(parameters), output.suffix.lower() == ".mp4"
     clip = generate(url, prompt, parameters=given, mp4=mp4, timeout=timeout, on_step=screen.reporter.advance)

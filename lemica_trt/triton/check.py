@@ -20,7 +20,7 @@ from lemica_trt.bundle.signing import TrustedKey
 from lemica_trt.core.errors import LemicaError, MissingDependencyError, UsageError, VerificationError
 from lemica_trt.core.values import Value
 from lemica_trt.triton.config import BUNDLE, parameter_names
-from lemica_trt.triton.interface import CACHED, STREAMS, Interface, Port, interfaces
+from lemica_trt.triton.interface import STREAMS, Interface, Port, interfaces
 from lemica_trt.triton.repository import START_SCRIPT, model_file, shipped
 
 Parser = Callable[[str], dict[str, Any]]
@@ -158,8 +158,8 @@ def _wrong_identity(config: Mapping[str, Any], text: str, model: str, manifest: 
         yield f"max_batch_size: expected 1 … {most}, got {config['max_batch_size']}"
     if config["decoupled"] != (model in STREAMS):
         yield f"model_transaction_policy: expected decoupled {model in STREAMS}, got {config['decoupled']}"
-    if config["response_cache"] and model not in CACHED:
-        yield "response_cache: answers of this model depend on parameters, which are not part of the cache's key"
+    if config["response_cache"]:
+        yield "response_cache: parameters are not part of its key, so that it answers whatever they are"
 
 
 def _wrong_tensors(config: Mapping[str, Any], expected: Interface) -> Iterator[str]:

@@ -11,7 +11,6 @@ from lemica_trt.bundle.signing import TRUSTED_KEYS
 from lemica_trt.core.errors import UsageError
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.triton.interface import (
-    CACHED,
     MODEL_SUMMARIES,
     OLDEST_SERVER_NAME,
     STREAMS,
@@ -53,7 +52,7 @@ class Settings:
 
 def config_text(model: str, interface: Interface, bundle: Bundle, engine: EngineEntry, settings: Settings) -> str:
     """The config.pbtxt of a model on one set of engines."""
-    batch = bundle.manifest.graphs.max_batch if model.startswith("denoiser") else 8 if model in CACHED else 1
+    batch = bundle.manifest.graphs.max_batch if model.startswith("denoiser") else 8 if model == "text_encoder" else 1
     blocks = [
         f"# {MODEL_SUMMARIES[model]}\n"
         f"# Written by lemica-trt {__version__} for {bundle.manifest.profile.name}, tritonserver {OLDEST_SERVER_NAME}\n"
@@ -99,11 +98,6 @@ def _scheduling(model: str, bundle: Bundle, engine: EngineEntry, settings: Setti
         "}"
     )
     yield "# The newest version serves.\nversion_policy { latest { num_versions: 1 } }"
-    if model in CACHED:
-        yield (
-            "# Embeddings of prompts that have been seen, if the server runs with --cache-config.\n"
-            "response_cache { enable: true }"
-        )
 
 
 def _warm_up(interface: Interface) -> str:

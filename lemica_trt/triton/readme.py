@@ -47,6 +47,9 @@ Parameters of a request: `plan`, `steps` (full steps, of the plans below), `seed
 pipelines `negative_prompt` and `output` (`frames`, `mp4`, `mp4-base64`). `timeout` (microseconds) ends it between two
 steps.
 
+`./probe.py` makes a real request, the first step of one: for readiness probes, since a server whose models' processes
+have died still says that it is ready. With `--clip` it wants a whole clip.
+
 | plan | full steps |
 |---|---|
 {_plan_table(bundle)}

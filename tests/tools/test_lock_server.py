@@ -1,4 +1,4 @@
-"""What runs in a server is pinned with hashes: everything that pyproject.toml asks for, for every Python, and the SBOM."""
+"""What runs in a server is pinned with hashes: all that pyproject.toml asks for, for every Python; and the SBOM."""
 
 from __future__ import annotations
 

@@ -299,8 +299,10 @@ def test_prompts_that_are_cut_or_far_are_logged(monkeypatch: pytest.MonkeyPatch)
         encode=lambda prompt: {"prompt_embeds": np.zeros((5, 12), np.float32)},
         warnings=lambda prompt, negative: [] if prompt == "near" else [f"it is {'cut' if negative else 'far'}"],
     )
-    for prompt in ("near", "dragons", "blurry"):
+    model.keep(3)
+    for prompt in ("near", "dragons", "blurry", "dragons"):
         array = np.array([[prompt.encode()]], np.object_)
         (answer,) = model.execute([SimpleNamespace(array=array, parameters=lambda: "{}")])
         assert answer.output_tensors == [("prompt_embeds", (1, 5, 12))]
     assert logged == ["text_encoder: it is far", "text_encoder: it is cut"]
+    assert model.encoded.cache_info().hits == 1
