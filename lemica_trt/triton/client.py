@@ -116,7 +116,7 @@ def _receive(
 
 
 _REFUSED = re.compile(
-    r"unknown parameter|outputs must be |plan \S+ holds for |this bundle was built without |\w+(, the number of full steps,)? must be "
+    r"unknown parameter|plan \S+ holds for |this bundle was built without |\w+(, the number of full steps,)? must be "
 )
 
 
