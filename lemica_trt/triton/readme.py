@@ -59,7 +59,10 @@ lemica-trt client --url localhost:8001 "a prompt" --output clip.mp4
 curl -d '{{"prompt": "a prompt", "seed": 7, "output": "mp4-base64"}}' localhost:8000/v2/models/pipeline/generate
 ```
 
-New plans, without a restart:
+{_NEW_PLANS}"""
+
+
+_NEW_PLANS = """New plans, without a restart:
 
 ```bash
 lemica-trt plan denoiser/bundle --budget 12
