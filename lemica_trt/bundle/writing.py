@@ -14,6 +14,7 @@ import msgspec
 from lemica_trt.bundle.limits import require_runnable
 from lemica_trt.bundle.manifest import (
     MANIFEST,
+    MANIFEST_SIGNATURE,
     REPORTS,
     Bucket,
     FileEntry,
@@ -25,8 +26,9 @@ from lemica_trt.bundle.manifest import (
     require_relative,
 )
 from lemica_trt.bundle.reading import Bundle, files_below, hub_blobs
-from lemica_trt.core.atomic_folder import replacing
-from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
+from lemica_trt.bundle.signing import signature_bytes
+from lemica_trt.core.atomic_folder import held, remove_leftovers, replacing, temporary_beside
+from lemica_trt.core.errors import InputError, IntegrityError, MissingDependencyError, UsageError
 from lemica_trt.core.files import PIECE_BYTES, PartedDigest
 from lemica_trt.core.progress import size
 from lemica_trt.core.values import json_bytes
@@ -95,7 +97,7 @@ def write_bundle(
             raise InputError(f"{target}: cannot make a bundle: {error}") from None
         for path, data in manifest_files(manifest).items():
             _store(data, staged / path)
-    return Bundle.open(folder)
+    return Bundle.open(folder, trusted=())
 
 
 def add_plan(
@@ -107,7 +109,8 @@ def add_plan(
 ) -> Bundle:
     """Add plans to a bundle, replacing those of the same name; as atomic as `write_bundle`.
 
-    Files that stay are linked, not copied, where the file system can.
+    Files that stay are linked, not copied, where the file system can. Signatures do not stay: they are of the manifest
+    as it was.
 
     Args:
         bundle: stays as it was read; use the returned one. Plans that others have added since are kept.
@@ -123,7 +126,7 @@ def add_plan(
     """
     changed = {**(files or {}), **{plan_path(plan.name): json_bytes(plan) for plan in plans}}
     with replacing(bundle.path, require_replaceable) as (folder, staged):
-        bundle = Bundle.open(folder)  # others may have added plans since
+        bundle = Bundle.open(folder, trusted=())  # others may have added plans since
         _require_plans(bundle, plans)
         bundle.check()
         reports = [path for path in files_below(folder) if PurePosixPath(path).parts[0] == REPORTS]
@@ -146,7 +149,7 @@ def add_plan(
             raise InputError(f"{bundle.path.name}: cannot add plans: {error}") from None
         for path, data in manifest_files(manifest).items():
             _store(data, staged / path)
-    return Bundle.open(folder)
+    return Bundle.open(folder, trusted=())
 
 
 def _require_plans(bundle: Bundle, plans: Iterable[StepPlan]) -> None:
@@ -163,7 +166,7 @@ def _require_plans(bundle: Bundle, plans: Iterable[StepPlan]) -> None:
 
 
 def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
-    """A second folder with the same bundle, without `reports`; as atomic as `write_bundle`.
+    """A second folder with the same bundle and its signatures, without `reports`; as atomic as `write_bundle`.
 
     Files are linked, not copied, where the file system can; what somebody may edit – plans, the manifest – is copied.
 
@@ -178,7 +181,9 @@ def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
             (_store if path in edited else _link)(bundle.path / path, staged / path)
         for path, data in manifest_files(bundle.manifest).items():
             _store(data, staged / path)
-    return Bundle.open(folder)
+        if (bundle.path / MANIFEST_SIGNATURE).is_file():
+            _store(bundle.path / MANIFEST_SIGNATURE, staged / MANIFEST_SIGNATURE)
+    return Bundle.open(folder, trusted=())
 
 
 def move_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
@@ -194,7 +199,39 @@ def move_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
     with replacing(Path(target), require_replaceable) as (folder, staged):
         staged.rmdir()
         bundle.path.rename(staged)
-    return Bundle.open(folder)
+    return Bundle.open(folder, trusted=())
+
+
+def sign_bundle(bundle: Bundle, key: str | os.PathLike[str]) -> Bundle:
+    """Sign a bundle, beside the signatures of other keys; a process that is killed leaves it as it was, or signed.
+
+    Args:
+        bundle: checked whole before it is signed.
+        key: PEM file of an Ed25519 private key.
+
+    Raises:
+        IntegrityError: the bundle is not whole, or another one lies there by now.
+        InputError: no such key.
+        UsageError: another process writes the bundle, or it cannot be written there.
+        MissingDependencyError: cryptography is not installed.
+    """
+    require_replaceable(bundle.path)
+    with held(bundle.path):
+        found = Bundle.open(bundle.path, trusted=())
+        if found.digest != bundle.digest:
+            raise IntegrityError(f"{bundle.path}: replaced after it was opened", fix="look at it, and sign it again")
+        found.check()
+        target = found.path / MANIFEST_SIGNATURE
+        present = target.read_bytes() if target.is_file() else None
+        data = signature_bytes((found.path / MANIFEST).read_bytes(), key, present)
+        remove_leftovers(found.path)
+        temporary = temporary_beside(found.path)  # a leftover inside the bundle would be a file that is not listed
+        try:
+            _store(data, temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return found
 
 
 def require_replaceable(target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands on a finished bundle: `verify`, `run`, `inspect`."""
+"""Commands on a finished bundle: `verify`, `run`, `inspect`, `sign`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def verify(
                  help="TensorRT: what becomes a CUDA graph; the whole plan runs without progress."),
     click.option("--output", "-o", type=options.FILE, required=True,
                  help=".mp4, .gif, .png (frames side by side) or .npy"),
+    options.signed,
 )  # fmt: skip
 @common
 def run(
@@ -67,6 +68,8 @@ def run(
     backend: str | None,
     capture: Any,
     output: Path,
+    verify_with: tuple[Path, ...],
+    require_signature: bool,
     **given: Any,
 ) -> None:
     """Generate a clip from BUNDLE and PROMPT. Takes no PyTorch."""
@@ -79,7 +82,8 @@ def run(
 
     check_suffix(output)
     report, start = screen.reporter, perf_counter()
-    pipe = Pipeline(Bundle.open(bundle), plan=None if plan == "default" else plan, backend=backend, capture=capture)
+    opened = Bundle.open(bundle, trusted=options.trusted(verify_with, require_signature))
+    pipe = Pipeline(opened, plan=None if plan == "default" else plan, backend=backend, capture=capture)
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
     on_step = None if capture == "plan" else lambda row: report.advance(row.index + 1, row.rows)
     result = pipe(prompt, seed=seed, on_step=on_step, **given)
@@ -100,3 +104,23 @@ def inspect(screen: Screen, path: Path, plan: str | None) -> None:
 
     value, shown = inspection.inspect(path, plan)
     screen.print(value, lambda: summary.inspected_table(shown))
+
+
+@click.command()
+@click.argument("bundle", type=options.PATH)
+@click.option("--key", type=options.FILE, required=True, help="Private key, Ed25519, in PEM.")
+@common
+def sign(screen: Screen, bundle: Path, key: Path) -> None:
+    """Sign BUNDLE, beside the signatures of other keys. Readers ask for it with --verify-with.
+
+    \b
+    openssl genpkey -algorithm ed25519 -out KEY.pem
+    openssl pkey -in KEY.pem -pubout -out PUBLIC.pem
+    """
+    from lemica_trt.bundle.manifest import MANIFEST_SIGNATURE
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.bundle.writing import sign_bundle
+
+    signed = sign_bundle(Bundle.open(bundle, trusted=()), key)
+    written = str(bundle / MANIFEST_SIGNATURE)
+    screen.print({"signature": written, "digest": signed.digest}, lambda: f"{written}  (manifest {signed.digest})")

@@ -18,6 +18,7 @@ from lemica_trt.core.errors import UsageError
 from lemica_trt.ir.profile import EFFORTS
 
 if TYPE_CHECKING:
+    from lemica_trt.bundle.signing import TrustedKey
     from lemica_trt.core.progress import Reporter
 
 PIPE_WIDTH = 160
@@ -195,6 +196,31 @@ calibration = flags(
 )  # fmt: skip
 
 device = click.option("--device", help="torch device that runs the model  [default: a GPU where there is one]")
+
+signed = flags(
+    click.option("--verify-with", type=PATH, multiple=True, metavar="PUBLIC.pem",
+                 help="Take a bundle only if this key signed it; repeat for several, one of which must have. A folder "
+                 "stands for its *.pem.  [default: $LEMICA_TRUSTED_KEYS]"),
+    click.option("--require-signature", is_flag=True, help="Refuse to go on where no key is given."),
+)  # fmt: skip
+
+
+def trusted(verify_with: tuple[Path, ...], require_signature: bool) -> tuple[TrustedKey, ...]:
+    """The keys that `signed` asks for; none: no signature is needed.
+
+    Raises:
+        UsageError: a signature is needed, and no key is given.
+        LemicaError: as `signing.trusted_keys`.
+    """
+    from lemica_trt.bundle.signing import TRUSTED_KEYS, environment_keys, trusted_keys
+
+    keys = trusted_keys(verify_with) if verify_with else environment_keys()
+    if require_signature and not keys:
+        raise UsageError(
+            "--require-signature: expected a public key, got none", fix=f"add --verify-with, or set {TRUSTED_KEYS}"
+        )
+    return keys
+
 
 samples_run_by = flags(
     click.option("--prompts", type=FILE,

@@ -29,16 +29,26 @@ from lemica_trt.core.errors import UsageError
                  help="CPU threads of an engine; 0: as the bundle was built."),
     click.option("--batching", type=click.Choice(["exact", "off"]), default="exact", show_default=True,
                  help="Whether requests share batches; exact: where that changes no bit of them."),
+    options.signed,
 )  # fmt: skip
 @common
-def triton(screen: Screen, bundle: Path | None, output: Path | None, check: Path | None, **settings: Any) -> None:
+def triton(
+    screen: Screen,
+    bundle: Path | None,
+    output: Path | None,
+    check: Path | None,
+    verify_with: tuple[Path, ...],
+    require_signature: bool,
+    **settings: Any,
+) -> None:
     """Write a model repository of Triton Inference Server from BUNDLE, or --check one. Takes no PyTorch."""
+    trusted = options.trusted(verify_with, require_signature)
     if check is not None:
         if bundle is not None or output is not None:
             raise UsageError("expected BUNDLE --output DIR or --check DIR, got both")
         from lemica_trt.triton.check import require_sound
 
-        notes = require_sound(check)
+        notes = require_sound(check, trusted)
         lines = [f"{check}: sound", *(f"{note.path}: {note.message}" for note in notes)]
         screen.print({"repository": str(check), "notes": notes}, lambda: "\n".join(lines))
         return
@@ -47,7 +57,8 @@ def triton(screen: Screen, bundle: Path | None, output: Path | None, check: Path
     from lemica_trt.bundle.reading import Bundle
     from lemica_trt.triton.repository import Settings, write_repository
 
-    models = write_repository(Bundle.open(bundle), output, Settings(**settings))
+    wanted = Settings(**settings, require_signature=bool(trusted))
+    models = write_repository(Bundle.open(bundle, trusted=trusted), output, wanted)
     screen.print({"repository": str(output), "models": models}, lambda: f"{output}: {', '.join(models)}")
 
 
@@ -75,7 +86,7 @@ def client(
     from lemica_trt.runtime.video import check_suffix, write_video
     from lemica_trt.triton.client import generate
 
-    check_suffix(output)
+    check_suffix(output, made_here=False)
     screen.reporter.stage("generate", url)
     given, mp4 = options.given(parameters), output.suffix.lower() == ".mp4"
     clip = generate(url, prompt, parameters=given, mp4=mp4, timeout=timeout, on_step=screen.reporter.advance)

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lemica_trt.bundle.contents import calibration_in, read_from, read_if_listed
-from lemica_trt.bundle.manifest import FRONT_FILE, REFERENCE_FILE, REPORTS, SAMPLER_FILE, SELECTION_FILE, plan_path
+from lemica_trt.bundle.manifest import (
+    FRONT_FILE,
+    MANIFEST_SIGNATURE,
+    REFERENCE_FILE,
+    REPORTS,
+    SAMPLER_FILE,
+    SELECTION_FILE,
+    plan_path,
+)
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace, work_folder
 from lemica_trt.bundle.writing import add_plan, require_replaceable, write_bundle
@@ -115,6 +123,8 @@ def plan_bundle(bundle: Bundle, request: BuildRequest, reporter: Reporter, *, de
         with contextlib.suppress(MissingDependencyError):  # a front is worth showing where no engine runs
             times = timer.steps
     if made.plans or default is not None:
+        if (bundle.path / MANIFEST_SIGNATURE).exists():
+            reporter.note("the bundle changes, its signatures go → lemica-trt sign BUNDLE --key KEY.pem")
         bundle = add_plan(bundle, *made.plans, default=default)
     rows = front_rows(front, times) if front is not None and request.pareto else ()
     if rows:

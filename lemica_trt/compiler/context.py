@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from lemica_trt.ir.step_model import StepModel
     from lemica_trt.models import Model
 
-LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "ftfy")
 """What decides what is measured and exported."""
 
 ENGINE_LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")

@@ -22,6 +22,7 @@ LIBRARIES = {
     "tensorrt_lean": "runs version-compatible engines: pip install tensorrt-lean, at the version that built them",
     "tensorrt_rtx": "builds engines on any machine, runs them on an RTX GPU: pip install 'lemica-trt[rtx]'",
     "av": "writes .mp4: pip install 'lemica-trt[video]'",
+    "cryptography": "signs bundles and checks signatures: pip install 'lemica-trt[sign]'",
     "torch": "builds bundles: pip install 'lemica-trt[build]'",
     "diffusers": "builds bundles: pip install 'lemica-trt[build]'",
     "onnx": "builds bundles: pip install 'lemica-trt[build]'",

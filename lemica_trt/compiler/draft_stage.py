@@ -86,7 +86,7 @@ def left_behind(context: Context) -> str | None:
     output = context.output
     if output is None or not is_there(context) or not _is_draft(context, output):
         return None
-    plan = Bundle.open(output).plan()
+    plan = Bundle.open(output, trusted=()).plan()
     how = "" if plan.name == UNCACHED else f" or by {plan.method} in {plan.budget} of {plan.num_steps}"
     return (
         f"{output} is a bundle that runs, with all steps{how}: a draft; the same command goes on to the plan that was "
@@ -100,7 +100,7 @@ def _is_draft(context: Context, output: Path) -> bool:
     if record is None or artifacts.DRAFT_FILE not in record.files:
         return False
     with contextlib.suppress(InputError):
-        return Bundle.open(output).digest == context.read(Draft, artifacts.DRAFT_FILE).manifest
+        return Bundle.open(output, trusted=()).digest == context.read(Draft, artifacts.DRAFT_FILE).manifest
     return False
 
 

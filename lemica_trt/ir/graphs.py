@@ -287,8 +287,8 @@ class EncoderSpec(Value, frozen=True):
         tokenizer: path of `tokenizer.json` in the bundle, read by the `tokenizers` library.
         length: number of ids, padded or cut to it (the last id of a cut prompt stays the end token).
         pad_id, end_id: token ids.
-        clean: `none`, `basic` = HTML unescaped twice, white space collapsed (Wan), or `lower` = lower case, white
-            space at the ends cut (PixArt).
+        clean: `none`, `basic` = HTML unescaped twice, white space collapsed, `ftfy` = the same after
+            `ftfy.fix_text` (Wan), or `lower` = lower case, white space at the ends cut (PixArt).
         mask: whether the text encoder graph takes `attention_mask` beside `input_ids`.
         template: what is tokenised; `{prompt}` stands for the prompt.
     """

@@ -40,7 +40,7 @@ from lemica_trt.models.trace.tracing import trace_runs
 TOLERANCE = 1e-4
 """Largest deviation of conditions and frames from the pipeline's own, relative."""
 
-ODD = "The RED Cat &amp; a  blue <b>bird</b>, 2 trees\n"
+ODD = "The RED Cat &amp; a  blue <b>bird</b>, 2 ｔｒｅｅｓ schÃ¶n\n"
 """A prompt that shows how a pipeline cleans its prompts."""
 
 TAKEN = ("input_ids", "attention_mask", "latents", "output", "noise", "coefficients", "guidance", "frames")
@@ -275,7 +275,7 @@ class TracedModel(Model):
 
     @cached_property
     def _odd(self) -> Tape:
-        """A prompt with capitals, white space and markup, up to the loop."""
+        """A prompt with capitals, white space, markup and damaged Unicode, up to the loop."""
         return record(self.pipeline, self._traced.arguments, last_step=0, prompt=ODD)[0]
 
     @staticmethod

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -25,6 +25,7 @@ from lemica_trt.backends.base import Array, Buffer, Capture, Engine, Settings, o
 from lemica_trt.bundle.contents import read_if_listed
 from lemica_trt.bundle.manifest import PROMPTS_FILE
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.signing import trusted_keys
 from lemica_trt.core.errors import EngineError, InputError, UsageError
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import Role
@@ -446,16 +447,25 @@ def _offset(on_step: OnStep, chunk: int, chunks: int) -> OnStep:
     return count
 
 
-def load(path: str | os.PathLike[str], plan: str | None = None, **options: Any) -> Pipeline:
+def load(
+    path: str | os.PathLike[str],
+    plan: str | None = None,
+    *,
+    verify_with: Iterable[str | os.PathLike[str]] | None = None,
+    **options: Any,
+) -> Pipeline:
     """Open a bundle and load its engines: `lemica_trt.load("out/tiny")("a big red circle moves left")`.
 
     Args:
         path: the bundle's folder.
         plan: the plan of requests that name none; None: the bundle's default.
+        verify_with: PEM files of public keys, one of which must have signed the bundle; None: those that the
+            environment names (`LEMICA_TRUSTED_KEYS`), if it does.
         options: as `Pipeline` takes them.
 
     Raises:
-        IntegrityError: no bundle, or a damaged one.
+        IntegrityError: no bundle, a damaged one, or one that none of the keys signed.
         LemicaError: as `Pipeline`.
     """
-    return Pipeline(Bundle.open(path), plan=plan, **options)
+    trusted = None if verify_with is None else trusted_keys(verify_with)
+    return Pipeline(Bundle.open(path, trusted=trusted), plan=plan, **options)

@@ -52,8 +52,12 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int) -> No
         raise InputError(f"{path}: expected a file that can be written, got: {error.strerror or error}") from None
 
 
-def check_suffix(path: str | os.PathLike[str]) -> None:
+def check_suffix(path: str | os.PathLike[str], *, made_here: bool = True) -> None:
     """Refuse what `write_video` would refuse for its suffix; for asking before the work is done.
+
+    Args:
+        path: of the file.
+        made_here: False: a server makes `.mp4`.
 
     Raises:
         UsageError: unknown suffix.
@@ -64,7 +68,7 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
         raise UsageError(
             f"cannot write {suffix or 'a file without a suffix'!r}", fix=f"use one of: {', '.join(_WRITERS)}"
         )
-    if suffix == ".mp4":
+    if suffix == ".mp4" and made_here:
         _import_av()
 
 

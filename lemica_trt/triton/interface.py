@@ -3,7 +3,7 @@
     prompt ─ pipeline ──────────────────────────────────────────────────── frames or MP4
                │ text_encoder        denoiser_stream            vae_decoder
                │ prompt → embeds     embeds → step…, latents    latents → frames
-               │ (response cache)    (batches, metrics)
+               │ (cache)             (batches, metrics)
 
 Pure: from a bundle's manifest to names, dtypes and dimensions; `repository` writes them, `check` compares with them,
 `server` reads requests by them.
@@ -45,9 +45,6 @@ MODEL_SUMMARIES: dict[str, str] = {
 
 STREAMS = ("denoiser_stream", "pipeline_stream")
 """Models that answer more than once (decoupled)."""
-
-CACHED = ("text_encoder",)
-"""Models whose answers Triton's response cache keeps."""
 
 _TRITON_DTYPES = {"fp32": "FP32", "fp16": "FP16", "bf16": "FP32", "uint8": "UINT8"}
 """bf16 has no numpy dtype: it travels as FP32, as the runtime hands it out."""

@@ -232,6 +232,22 @@ def test_a_caller_that_goes_away_and_a_worker_that_dies() -> None:
     assert ended is not None and ended.code == "UNAVAILABLE"
 
 
+def test_files_of_callers_that_were_killed_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cancel.tempfile, "gettempdir", lambda: str(tmp_path))
+    cancel.remove_leftovers()  # nothing is there yet
+    script = (
+        "import os, signal, tempfile; tempfile.tempdir = os.environ['AT']\n"
+        "from lemica_trt.triton.server import cancel\n"
+        "with cancel.cancel_token(): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, "AT": str(tmp_path)}, check=False)
+    with cancel.cancel_token() as mine:
+        (mine.parent / "something else").touch()
+        assert len(list(mine.parent.iterdir())) == 3
+        cancel.remove_leftovers()
+        assert {path.name for path in mine.parent.iterdir()} == {mine.name, "something else"}
+
+
 def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = SimpleNamespace(is_cancelled=lambda: False, timeout=lambda: 0)
     monkeypatch.setattr(cancel.tempfile, "gettempdir", lambda: str(tmp_path))
@@ -299,8 +315,10 @@ def test_prompts_that_are_cut_or_far_are_logged(monkeypatch: pytest.MonkeyPatch)
         encode=lambda prompt: {"prompt_embeds": np.zeros((5, 12), np.float32)},
         warnings=lambda prompt, negative: [] if prompt == "near" else [f"it is {'cut' if negative else 'far'}"],
     )
-    for prompt in ("near", "dragons", "blurry"):
+    model.keep(3)
+    for prompt in ("near", "dragons", "blurry", "dragons"):
         array = np.array([[prompt.encode()]], np.object_)
         (answer,) = model.execute([SimpleNamespace(array=array, parameters=lambda: "{}")])
         assert answer.output_tensors == [("prompt_embeds", (1, 5, 12))]
     assert logged == ["text_encoder: it is far", "text_encoder: it is cut"]
+    assert model.encoded.cache_info().hits == 1

@@ -58,7 +58,7 @@ class OpenVinoBuilder:
             compiled_model(graph, root / graph.file, options)
         key = EngineKey(
             backend="openvino",
-            version=import_openvino().__version__.partition("-")[0],
+            version=openvino_version(),
             target="cpu",
             dtype=graphs.dtype,
             graphs_digest=graphs_digest(graphs, root),
@@ -68,6 +68,15 @@ class OpenVinoBuilder:
 
 
 BUILDERS = {"openvino": OpenVinoBuilder()}
+
+
+def openvino_version() -> str:
+    """Its release, without the number of the build.
+
+    Raises:
+        MissingDependencyError: as `import_openvino`.
+    """
+    return str(import_openvino().__version__.partition("-")[0])
 
 
 def import_openvino() -> Any:

@@ -45,10 +45,12 @@ class TritonPythonModel:
 
     def answer(self, request, sender):
         start = time.monotonic()
-        parameters = requests.read_parameters(request, (*FORWARDED, "negative_prompt", "output"))
+        parameters = requests.read_parameters(request, (*FORWARDED, "negative_prompt", "output", "timeout"))
+        limit = requests.timeout_from(parameters, request)
         output = parameters.get("output", "frames")
         if output not in OUTPUTS:
             raise InputError(f"output must be one of {', '.join(OUTPUTS)}; got {output!r}")
+        requests.require_requested(request, "frames" if output == "frames" else "video", output)
         prompt = requests.tensor_from(pb_utils, request, "prompt", (1,), np.object_)[0]
         inputs = {"prompt_embeds": self.encode(requests.text_from("prompt", prompt))}
         if self.guided:
@@ -57,7 +59,8 @@ class TritonPythonModel:
         elif "negative_prompt" in parameters:
             raise InputError("this bundle was built without guidance: it takes no negative_prompt")
         forwarded = {name: parameters[name] for name in FORWARDED if name in parameters}
-        latents = self.denoise(request, sender, inputs, forwarded, start)
+        deadline = start + limit / 1e6 if limit else None
+        latents = self.denoise(request, sender, inputs, forwarded, deadline)
         frames = next(self.call("vae_decoder", {"latents": latents}, ["frames"]))["frames"]
         result = pb_utils.Tensor("frames", frames) if output == "frames" else self.video(frames[0], output)
         tensors = [*self.progress, result] if self.streams else [result]
@@ -66,14 +69,13 @@ class TritonPythonModel:
         )
 
     def encode(self, prompt):
-        """[1, text_length, width], from the response cache where the prompt has been seen."""
+        """[1, text_length, width]."""
         inputs = {"prompt": np.array([[prompt.encode()]], np.object_)}
         return next(self.call("text_encoder", inputs, ["prompt_embeds"]))["prompt_embeds"]
 
-    def denoise(self, request, sender, inputs, parameters, start):
+    def denoise(self, request, sender, inputs, parameters, deadline):
         """Latents [1, *latent_shape]; passes progress on, and cancellation and the time that is left."""
-        limit = request.timeout()
-        left = max(1, limit - int((time.monotonic() - start) * 1e6)) if limit else 0
+        left = max(1, int((deadline - time.monotonic()) * 1e6)) if deadline else 0
         outputs = ["step", "num_steps", "latents", "ended"]
         with cancel.cancel_token() as caller:
             settings = {"settings": json.dumps(parameters), "caller": caller.name}

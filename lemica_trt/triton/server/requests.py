@@ -123,6 +123,28 @@ def guidance_from(parameters: Mapping[str, Any], plan: StepPlan, *, guided: bool
     return float(scale)
 
 
+def timeout_from(parameters: Mapping[str, Any], request: Any) -> int:
+    """Microseconds that a request may take, 0 for no limit: Triton's own, or the parameter `timeout`, which its
+    endpoint `generate` hands on as it does every other.
+
+    Raises:
+        InputError: it is no positive integer of 64 bits.
+    """
+    if "timeout" not in parameters:
+        return int(request.timeout())
+    limit = parameters["timeout"]
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit < 1 << 63:
+        raise InputError(f"timeout must be a positive integer, in microseconds; got {limit!r}")
+    return limit
+
+
+def require_requested(request: Any, name: str, output: str) -> None:
+    """Raise InputError if a client asks for other tensors than the one that its parameter `output` makes."""
+    names = request.requested_output_names()
+    if name not in names:
+        raise InputError(f"outputs must be {name}, which output {output!r} makes; got {', '.join(names)}")
+
+
 def text_from(name: str, value: object) -> str:
     """A prompt.
 
