@@ -25,7 +25,7 @@ from lemica_trt.bundle.manifest import (
     plan_path,
 )
 from lemica_trt.core.atomic_folder import SWAP_PAUSE_SECONDS, SWAP_RETRIES, finish_swap, is_being_written
-from lemica_trt.core.errors import IntegrityError, UsageError
+from lemica_trt.core.errors import InputError, IntegrityError, UsageError
 from lemica_trt.core.files import PartedDigest, parted_digests
 from lemica_trt.core.values import value_from_json
 from lemica_trt.ir.engine import EngineEntry, EngineKey
@@ -64,7 +64,8 @@ class Bundle:
         """Open a bundle: read its manifest, and compare it with its digest.
 
         Raises:
-            IntegrityError: no manifest, a damaged one, one of a newer format, or links in `reports`.
+            InputError: no bundle: there is no manifest.
+            IntegrityError: a damaged one, one of a newer format, or links in `reports`.
         """
         folder = Path(os.path.realpath(path))
         try:
@@ -73,10 +74,10 @@ class Bundle:
             name = Path(error.filename or MANIFEST).name
             if name == MANIFEST_DIGEST:  # bundles of older formats had none: say so
                 manifest_from_json((folder / MANIFEST).read_bytes(), where=f"{path}/{MANIFEST}")
-            raise IntegrityError(
-                f"{path}: expected a bundle with a {name}, got: {error.strerror}",
-                fix=REBUILD if name == MANIFEST_DIGEST else "give the folder that 'lemica-trt build' wrote",
-            ) from None
+            what = f"{path}: expected a bundle with a {name}, got: {error.strerror}"
+            if name == MANIFEST_DIGEST:
+                raise IntegrityError(what, fix=REBUILD) from None
+            raise InputError(what, fix="give the folder that 'lemica-trt build' wrote") from None
         if line != manifest_digest_line(data):
             raise IntegrityError(f"{path}/{MANIFEST}: does not match {MANIFEST_DIGEST}: altered", fix=REBUILD)
         manifest = manifest_from_json(data, where=f"{path}/{MANIFEST}")

@@ -7,20 +7,28 @@ from typing import Any
 
 import click
 
-from lemica_trt.cli import options
-from lemica_trt.cli.options import Screen, common, flags
+from lemica_trt.cli import completion, options
+from lemica_trt.cli.command import OUTPUT, Command, flag, flags
+from lemica_trt.cli.options import Screen, common
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Check a bundle against its model: agreement, quality, time.",
+    examples=("verify out/tiny", "verify out/video --weights DIR --verify-samples 16"),
+)
 @click.argument("bundle", type=options.PATH)
 @flags(
-    click.option("--weights", metavar="DIR|HUB_ID", help="Where the model is, if the bundle does not know."),
-    click.option("--verify-samples", "--samples", type=click.IntRange(1), default=8, show_default=True,
-                 help="Held-out clips."),
-    click.option("--prompts", type=options.FILE, help="Held-out prompts, one a line, instead of the profile's."),
-    click.option("--backend", metavar="NAME", help="Which engines  [default: the first that run here]"),
+    "Model",
+    flag("--weights", metavar="DIR|HUB_ID", otherwise="as the bundle knows", help="Where the model is."),
     options.device,
-)  # fmt: skip
+)
+@flags(
+    "Verification",
+    flag("--verify-samples", "--samples", type=click.IntRange(1), default=8, show_default=True, help="Held-out clips."),
+    flag("--prompts", type=options.FILE, otherwise="the profile's", help="File of held-out prompts, one a line."),
+)
+@flags("Engines", options.backend)  # fmt: skip
 @common
 def verify(
     screen: Screen,
@@ -42,20 +50,58 @@ def verify(
     screen.print(report, lambda: summary.build_table(summarize(opened), report, bundle))
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="A prompt → a clip.",
+    examples=(
+        'run out/tiny "a big red circle moves left" -o clip.mp4',
+        'run out/tiny "a small blue square" --plan b10 --seed 7 -o clip.gif',
+    ),
+)
 @click.argument("bundle", type=options.PATH)
 @click.argument("prompt")
 @flags(
-    click.option("--plan", metavar="NAME", default="default", show_default=True, help="One of the bundle's plans."),
-    click.option("--seed", type=int, default=0, show_default=True,
-                 help="The noise that diffusers draws with this seed on a CPU generator."),
-    click.option("--guidance-scale", type=float, help="Classifier-free guidance  [default: the plan's]"),
-    click.option("--negative-prompt", help="What to steer away from  [default: the profile's]"),
-    click.option("--backend", metavar="NAME", help="Which engines  [default: the preferred ones]"),
-    click.option("--capture", type=click.Choice(["plan", "step", "none"]), default="step", show_default=True,
-                 help="TensorRT: what becomes a CUDA graph; the whole plan runs without progress."),
-    click.option("--output", "-o", type=options.FILE, required=True,
-                 help=".mp4, .gif, .png (frames side by side) or .npy"),
+    "Request",
+    flag(
+        "--plan",
+        metavar="NAME",
+        default="default",
+        otherwise="the bundle's own",
+        shell_complete=completion.plans,
+        help="One of the bundle's plans.",
+    ),
+    flag(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="The noise that diffusers draws with this seed on a CPU generator.",
+    ),
+    flag(
+        "--guidance-scale",
+        type=float,
+        otherwise="the plan's",
+        aliases=("--cfg-scale",),
+        help="Classifier-free guidance.",
+    ),
+    flag("--negative-prompt", otherwise="the profile's", help="What to steer away from."),
+)
+@flags(
+    "Engines",
+    options.backend,
+    flag(
+        "--capture",
+        type=click.Choice(["plan", "step", "none"]),
+        default="step",
+        show_default=True,
+        advanced=True,
+        help="TensorRT: what becomes a CUDA graph; the whole plan runs without progress.",
+    ),
+)
+@flags(
+    OUTPUT,
+    flag("--output", "-o", type=options.FILE, required=True,
+         help=".mp4, .gif, .png (frames side by side) or .npy"),
 )  # fmt: skip
 @common
 def run(
@@ -78,6 +124,7 @@ def run(
     from lemica_trt.runtime.video import check_suffix, write_video
 
     check_suffix(output)
+    options.require_output(output, screen)
     report, start = screen.reporter, perf_counter()
     pipe = Pipeline(Bundle.open(bundle), plan=None if plan == "default" else plan, backend=backend, capture=capture)
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
@@ -89,9 +136,14 @@ def run(
     screen.print(found, lambda: f"{output}  ({parts})")
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Show a bundle, a plan or an error graph.",
+    examples=("inspect out/tiny", "inspect out/tiny --plan b10"),
+)
 @click.argument("path", type=options.PATH)
-@click.option("--plan", metavar="NAME", help="Show one plan of a bundle row by row.")
+@flags(OUTPUT, flag("--plan", metavar="NAME", shell_complete=completion.plans,
+                    help="Show one plan of a bundle row by row."))  # fmt: skip
 @common
 def inspect(screen: Screen, path: Path, plan: str | None) -> None:
     """Show a bundle, a plan, or an error graph. Takes no PyTorch."""

@@ -12,5 +12,6 @@ timeline      a plan on one line
 budget        budgets in any unit, times of steps, quality by budget
 trials        how candidates did when they ran whole
 engine        which engine it is, and what it was built from
+measured      what was measured of plans without the model: quality, latency, two plans side by side
 report        what verification, timing and `doctor` find
 """

@@ -380,7 +380,7 @@ class Pipeline:
             for each in guidance.tolist():
                 plan.require_guidance(each)
         elif guidance_scale is not None:
-            raise UsageError(_UNGUIDED)
+            raise UsageError(_UNGUIDED, fix="leave them out, or build with --guidance-scale")
 
         def draw() -> Array:
             return np.stack([self._noise(generator) for generator in generators])
@@ -416,7 +416,7 @@ class Pipeline:
         self._warn(request.prompt)
         if not self.bundle.manifest.graphs.layout.guided:
             if request.guidance_scale is not None or request.negative_prompt is not None:
-                raise UsageError(_UNGUIDED)
+                raise UsageError(_UNGUIDED, fix="leave them out, or build with --guidance-scale")
             return request
         scale = plan.guidance_scale if request.guidance_scale is None else request.guidance_scale
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
