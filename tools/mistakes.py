@@ -105,6 +105,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
         "inspect out/tiny --plan b99",
         "run out/tiny a big red ball -o clip.gif",
         'run out/tiny "a ball" --backend tensorrt -o clip.gif',
+        'run out/tiny "a ball" --capture plan -o clip.gif',
         "plan out/tiny --budget 99",
         "plan out/tiny --default b99",
         "plan out/tiny --remove b99",

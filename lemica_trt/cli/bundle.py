@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lemica_trt.cli import completion, options
 from lemica_trt.cli.command import OUTPUT, Command, flag, flags
 from lemica_trt.cli.options import Screen, common
+from lemica_trt.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from lemica_trt.bundle.reading import Bundle
 
 
 @click.command(
@@ -125,15 +129,31 @@ def run(
 
     check_suffix(output)
     options.require_output(output, screen)
+    bundled = Bundle.open(bundle)
+    _require_capture(bundled, backend)
     report, start = screen.reporter, perf_counter()
-    pipe = Pipeline(Bundle.open(bundle), plan=None if plan == "default" else plan, backend=backend, capture=capture)
+    pipe = Pipeline(bundled, plan=None if plan == "default" else plan, backend=backend, capture=capture)
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
     on_step = None if capture == "plan" else lambda row: report.advance(row.index + 1, row.rows)
     result = pipe(prompt, seed=seed, on_step=on_step, **given)
     write_video(result.frames, output, fps=pipe.fps)
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())
-    found = {"output": str(output), "plan": pipe.default_plan, "seed": seed, "seconds": result.seconds}
+    found = {
+        "output": str(output),
+        "plan": pipe.default_plan,
+        "seed": seed,
+        "seconds": result.seconds,
+        "warnings": pipe.warnings(prompt),
+    }
     screen.print(found, lambda: f"{output}  ({parts})")
+
+
+def _require_capture(bundle: Bundle, backend: str | None) -> None:
+    """Raise UsageError where --capture was typed, and the engines have nothing to capture."""
+    typed = click.get_current_context().get_parameter_source("capture") is click.core.ParameterSource.COMMANDLINE
+    name = bundle.engine(backend).key.backend
+    if typed and not name.startswith("tensorrt"):
+        raise UsageError(f"--capture is for TensorRT, these engines are of {name}", fix="leave it out")
 
 
 @click.command(

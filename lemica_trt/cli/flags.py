@@ -31,6 +31,17 @@ PROFILE_FIELDS = {
 }
 """Flag → the part of a profile, and the field there, that it sets."""
 
+DIFFUSERS_NAMES = {
+    "num_inference_steps": "denoising_steps",
+    "steps": "denoising_steps",
+    "num_frames": "frames",
+    "cfg_scale": "guidance_scale",
+    "torch_dtype": "dtype",
+    "shift": "flow_shift",
+    "batch_size": "max_batch",
+}
+"""What diffusers and others call some of them; `build` takes these too, as the command line does."""
+
 BUDGETS: dict[str, Callable[[str], Budget]] = {
     "budget": int,
     "speedup": budget.speedup_from_text,
@@ -85,7 +96,8 @@ def build(
         weights: diffusers folder or hub id instead of the profile's own.
         reporter: told what happens; None: nobody.
         flags: as on the command line, with `_` for `-`: `budget=(15, 10)`, `method="lemica,linear"`, `frames=17`.
-            Times and PSNR may be text with a unit: `latency="800ms"`.
+            Times and PSNR may be text with a unit: `latency="800ms"`. Names of diffusers are taken too:
+            `num_inference_steps=50`.
 
     Raises:
         UsageError: unknown flag, or one with a value that it does not take.
@@ -93,6 +105,7 @@ def build(
     """
     from lemica_trt.compiler.work_commands import build as build_bundle
 
+    flags = {DIFFUSERS_NAMES.get(name, name): value for name, value in flags.items()}
     profile = profile_from_flags(model, weights, flags)
     rest = {name: value for name, value in flags.items() if name not in PROFILE_FIELDS and value is not None}
     request = BuildRequest(**request_fields(rest))

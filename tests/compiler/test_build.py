@@ -152,6 +152,8 @@ def test_flags_become_a_profile_and_a_request() -> None:
             request_fields(flags)
     with pytest.raises(UsageError, match="onnxruntime has no option --gpus"):
         lemica_trt.build(model="cogvideox-tiny", gpus=2)
+    with pytest.raises(UsageError, match="steps must be at least 2, got 1"):
+        lemica_trt.build(model="cogvideox-tiny", num_inference_steps=1)
 
 
 def test_methods_are_listed_with_what_they_need() -> None:
