@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -39,8 +39,9 @@ def table(*columns: str, title: str | None = None) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    for column in columns:
-        made.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    for number, column in enumerate(columns):
+        side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+        made.add_column(column.lstrip(">"), justify=side, overflow="fold", no_wrap=number == 0)  # names stay whole
     return made
 
 
