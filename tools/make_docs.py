@@ -24,6 +24,7 @@ import click
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+from mistakes import mistakes_table
 from record import (
     AttentionMemory,
     BuildCost,
@@ -39,6 +40,7 @@ from record import (
 from tables import described, summary_table, table
 
 from lemica_trt.backends.options import options_table
+from lemica_trt.cli.command import Command, Flag, in_sections
 from lemica_trt.cli.main import main as cli
 from lemica_trt.compiler.stages import STAGES
 from lemica_trt.core.errors import EXIT_CODES
@@ -50,9 +52,6 @@ ROOT = Path(__file__).parents[1]
 
 SHEET_PROMPTS = 2
 """Held-out prompts on the contact sheet."""
-
-BUILT_IN_DEFAULT = re.compile(r"\s*\[default: (.*?)\]$")
-"""A default that an option's help says itself, because it is not a fixed value."""
 
 
 def exit_codes() -> str:
@@ -81,8 +80,11 @@ def _command(path: str, command: click.Command) -> Iterator[str]:
     yield f"## {path}"
     yield f"```text\n{' '.join(usage)} [OPTIONS]\n```"
     yield from (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", command.help or "") if paragraph)
-    options = [_option(parameter) for parameter in command.params if isinstance(parameter, click.Option)]
-    yield table(["option", "default", "meaning"], options, "left")
+    if isinstance(command, Command) and command.examples:
+        yield "```\n" + "".join(f"lemica-trt {example}\n" for example in command.examples) + "```"
+    options = [option for option in command.params if isinstance(option, click.Option) and not option.hidden]
+    rows = [[*_option(option), title] for title, several in in_sections(options).items() for option in several]
+    yield table(["option", "default", "meaning", "section"], rows, "left")
 
 
 def _metavar(argument: click.Argument) -> str:
@@ -92,11 +94,11 @@ def _metavar(argument: click.Argument) -> str:
 def _option(option: click.Option) -> list[str]:
     """Name and value, default, meaning."""
     text = " ".join((option.help or "").split())
-    own = BUILT_IN_DEFAULT.search(text)
-    default = own[1] if own else "" if option.is_flag or not option.show_default else _text(option.default)
+    own = option.default_text() if isinstance(option, Flag) else None
+    default = own or ("" if option.is_flag or not option.show_default else _text(option.default))
     names = ", ".join(f"`{name}`" for name in sorted([*option.opts, *option.secondary_opts], key=len, reverse=True))
     value = "" if option.is_flag else f" {_value(option)}"
-    return [_cell(names + value), _cell(default), _cell(BUILT_IN_DEFAULT.sub("", text))]
+    return [_cell(names + value), _cell(default), _cell(text)]
 
 
 def _value(option: click.Option) -> str:
@@ -163,6 +165,7 @@ def _results(kind: type[Result]) -> Callable[[Sequence[Result]], str]:
 
 PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "commands": lambda _: commands(),
+    "mistakes": lambda _: mistakes_table(),
     "exit-codes": lambda _: exit_codes(),
     "options": lambda _: options_table().strip(),
     "stages": lambda _: stages(),

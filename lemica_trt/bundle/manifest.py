@@ -63,6 +63,7 @@ PROMPTS_FILE = "calibration/prompts.json"
 
 VERIFY_REPORT = f"{REPORTS}/verify.json"
 STEP_TIMES = f"{REPORTS}/step_times.json"
+PLANS_REPORT = f"{REPORTS}/plans.json"
 
 REBUILD = "copy the bundle again, or rebuild it"
 """What to do about a bundle that is not whole."""

@@ -28,7 +28,7 @@ from lemica_trt.bundle.manifest import (
 )
 from lemica_trt.bundle.signing import MAX_SIGNATURE_BYTES, TrustedKey, environment_keys, require_signed
 from lemica_trt.core.atomic_folder import SWAP_PAUSE_SECONDS, SWAP_RETRIES, finish_swap, is_being_written
-from lemica_trt.core.errors import IntegrityError, UsageError
+from lemica_trt.core.errors import InputError, IntegrityError, UsageError
 from lemica_trt.core.files import PartedDigest, parted_digests
 from lemica_trt.core.values import value_from_json
 from lemica_trt.ir.engine import EngineEntry, EngineKey
@@ -74,8 +74,9 @@ class Bundle:
                 (`signing.TRUSTED_KEYS`), so that a process can be told once for all that it opens.
 
         Raises:
-            IntegrityError: no manifest, a damaged one, one of a newer format, one that none of the keys signed, or
-                links in `reports`.
+            InputError: no bundle: there is no manifest.
+            IntegrityError: a damaged manifest, one of a newer format, or one that none of the keys signed; or links in
+                `reports`.
             LemicaError: as `signing.environment_keys`.
         """
         folder = Path(os.path.realpath(path))
@@ -86,10 +87,10 @@ class Bundle:
             name = Path(error.filename or MANIFEST).name
             if name == MANIFEST_DIGEST:  # bundles of older formats had none: say so
                 manifest_from_json((folder / MANIFEST).read_bytes(), where=f"{path}/{MANIFEST}")
-            raise IntegrityError(
-                f"{path}: expected a bundle with a {name}, got: {error.strerror}",
-                fix=REBUILD if name == MANIFEST_DIGEST else "give the folder that 'lemica-trt build' wrote",
-            ) from None
+            what = f"{path}: expected a bundle with a {name}, got: {error.strerror}"
+            if name == MANIFEST_DIGEST:
+                raise IntegrityError(what, fix=REBUILD) from None
+            raise InputError(what, fix="give the folder that 'lemica-trt build' wrote") from None
         if line != manifest_digest_line(data):
             raise IntegrityError(f"{path}/{MANIFEST}: does not match {MANIFEST_DIGEST}: altered", fix=REBUILD)
         try:

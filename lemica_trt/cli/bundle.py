@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemica_trt.cli import options
-from lemica_trt.cli.options import Screen, common, flags
+from lemica_trt.cli import completion, options
+from lemica_trt.cli.command import OUTPUT, Command, flag, flags
+from lemica_trt.cli.options import Screen, common
+from lemica_trt.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from lemica_trt.bundle.reading import Bundle
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Check a bundle against its model: agreement, quality, time.",
+    examples=("verify out/tiny", "verify out/video --weights DIR --verify-samples 16"),
+)
 @click.argument("bundle", type=options.PATH)
 @flags(
-    click.option("--weights", metavar="DIR|HUB_ID", help="Where the model is, if the bundle does not know."),
-    click.option("--verify-samples", "--samples", type=click.IntRange(1), default=8, show_default=True,
-                 help="Held-out clips."),
-    click.option("--prompts", type=options.FILE, help="Held-out prompts, one a line, instead of the profile's."),
-    click.option("--backend", metavar="NAME", help="Which engines  [default: the first that run here]"),
+    "Model",
+    flag("--weights", metavar="DIR|HUB_ID", otherwise="as the bundle knows", help="Where the model is."),
     options.device,
-)  # fmt: skip
+)
+@flags(
+    "Verification",
+    flag("--verify-samples", "--samples", type=click.IntRange(1), default=8, show_default=True, help="Held-out clips."),
+    flag("--prompts", type=options.FILE, otherwise="the profile's", help="File of held-out prompts, one a line."),
+)
+@flags("Engines", options.backend)  # fmt: skip
 @common
 def verify(
     screen: Screen,
@@ -42,21 +54,59 @@ def verify(
     screen.print(report, lambda: summary.build_table(summarize(opened), report, bundle))
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="A prompt → a clip.",
+    examples=(
+        'run out/tiny "a big red circle moves left" -o clip.mp4',
+        'run out/tiny "a small blue square" --plan b10 --seed 7 -o clip.gif',
+    ),
+)
 @click.argument("bundle", type=options.PATH)
 @click.argument("prompt")
 @flags(
-    click.option("--plan", metavar="NAME", default="default", show_default=True, help="One of the bundle's plans."),
-    click.option("--seed", type=int, default=0, show_default=True,
-                 help="The noise that diffusers draws with this seed on a CPU generator."),
-    click.option("--guidance-scale", type=float, help="Classifier-free guidance  [default: the plan's]"),
-    click.option("--negative-prompt", help="What to steer away from  [default: the profile's]"),
-    click.option("--backend", metavar="NAME", help="Which engines  [default: the preferred ones]"),
-    click.option("--capture", type=click.Choice(["plan", "step", "none"]), default="step", show_default=True,
-                 help="TensorRT: what becomes a CUDA graph; the whole plan runs without progress."),
-    click.option("--output", "-o", type=options.FILE, required=True,
-                 help=".mp4, .gif, .png (frames side by side) or .npy"),
-    options.signed,
+    "Request",
+    flag(
+        "--plan",
+        metavar="NAME",
+        default="default",
+        otherwise="the bundle's own",
+        shell_complete=completion.plans,
+        help="One of the bundle's plans.",
+    ),
+    flag(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="The noise that diffusers draws with this seed on a CPU generator.",
+    ),
+    flag(
+        "--guidance-scale",
+        type=float,
+        otherwise="the plan's",
+        aliases=("--cfg-scale",),
+        help="Classifier-free guidance.",
+    ),
+    flag("--negative-prompt", otherwise="the profile's", help="What to steer away from."),
+)
+@flags(
+    "Engines",
+    options.backend,
+    flag(
+        "--capture",
+        type=click.Choice(["plan", "step", "none"]),
+        default="step",
+        show_default=True,
+        advanced=True,
+        help="TensorRT: what becomes a CUDA graph; the whole plan runs without progress.",
+    ),
+)
+@options.signed
+@flags(
+    OUTPUT,
+    flag("--output", "-o", type=options.FILE, required=True,
+         help=".mp4, .gif, .png (frames side by side) or .npy"),
 )  # fmt: skip
 @common
 def run(
@@ -81,21 +131,42 @@ def run(
     from lemica_trt.runtime.video import check_suffix, write_video
 
     check_suffix(output)
+    options.require_output(output, screen)
+    bundled = Bundle.open(bundle, trusted=options.trusted(verify_with, require_signature))
+    _require_capture(bundled, backend)
     report, start = screen.reporter, perf_counter()
-    opened = Bundle.open(bundle, trusted=options.trusted(verify_with, require_signature))
-    pipe = Pipeline(opened, plan=None if plan == "default" else plan, backend=backend, capture=capture)
+    pipe = Pipeline(bundled, plan=None if plan == "default" else plan, backend=backend, capture=capture)
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
     on_step = None if capture == "plan" else lambda row: report.advance(row.index + 1, row.rows)
     result = pipe(prompt, seed=seed, on_step=on_step, **given)
     write_video(result.frames, output, fps=pipe.fps)
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())
-    found = {"output": str(output), "plan": pipe.default_plan, "seed": seed, "seconds": result.seconds}
+    found = {
+        "output": str(output),
+        "plan": pipe.default_plan,
+        "seed": seed,
+        "seconds": result.seconds,
+        "warnings": pipe.warnings(prompt),
+    }
     screen.print(found, lambda: f"{output}  ({parts})")
 
 
-@click.command()
+def _require_capture(bundle: Bundle, backend: str | None) -> None:
+    """Raise UsageError where --capture was typed, and the engines have nothing to capture."""
+    typed = click.get_current_context().get_parameter_source("capture") is click.core.ParameterSource.COMMANDLINE
+    name = bundle.engine(backend).key.backend
+    if typed and not name.startswith("tensorrt"):
+        raise UsageError(f"--capture is for TensorRT, these engines are of {name}", fix="leave it out")
+
+
+@click.command(
+    cls=Command,
+    short_help="Show a bundle, a plan or an error graph.",
+    examples=("inspect out/tiny", "inspect out/tiny --plan b10"),
+)
 @click.argument("path", type=options.PATH)
-@click.option("--plan", metavar="NAME", help="Show one plan of a bundle row by row.")
+@flags(OUTPUT, flag("--plan", metavar="NAME", shell_complete=completion.plans,
+                    help="Show one plan of a bundle row by row."))  # fmt: skip
 @common
 def inspect(screen: Screen, path: Path, plan: str | None) -> None:
     """Show a bundle, a plan, or an error graph. Takes no PyTorch."""
@@ -106,9 +177,13 @@ def inspect(screen: Screen, path: Path, plan: str | None) -> None:
     screen.print(value, lambda: summary.inspected_table(shown))
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Sign a bundle, so that readers can ask for it.",
+    examples=("sign out/tiny --key KEY.pem", 'run out/tiny "a green star" -o clip.mp4 --verify-with PUBLIC.pem'),
+)
 @click.argument("bundle", type=options.PATH)
-@click.option("--key", type=options.FILE, required=True, help="Private key, Ed25519, in PEM.")
+@flags("Trust", flag("--key", type=options.FILE, required=True, help="Private key, Ed25519, in PEM."))
 @common
 def sign(screen: Screen, bundle: Path, key: Path) -> None:
     """Sign BUNDLE, beside the signatures of other keys. Readers ask for it with --verify-with.

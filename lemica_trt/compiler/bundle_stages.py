@@ -147,6 +147,7 @@ def verify_bundle(
         MissingDependencyError, UnsupportedError: these engines cannot run here.
         VerificationError: after the report was stored.
     """
+    from lemica_trt.compiler.plan_quality import quality_from_report, store_quality
     from lemica_trt.evaluate.quality import error_graph_of
     from lemica_trt.evaluate.samples import held_out_samples
     from lemica_trt.evaluate.verify import require_verified, verify
@@ -156,6 +157,7 @@ def verify_bundle(
     report, clips, _ = verify(bundle, model, held_out, reporter=reporter, backend=backend, further=further, first=first)
     write_value(report, bundle.path / VERIFY_REPORT)
     plans = [bundle.plan(name) for name in bundle.plans]
+    store_quality(bundle.path, quality_from_report(report, plans))
     write_pictures(bundle.path / REPORTS, clips, plans, bundle.plan(), error_graph_of(bundle))
     require_verified(report, bundle.path)
     return report

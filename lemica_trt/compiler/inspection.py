@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lemica_trt.bundle.manifest import REPORTS
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.compiler.plan_quality import known_quality
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import read_value
 from lemica_trt.ir.calibration import ErrorGraph
@@ -27,6 +28,7 @@ def summarize(bundle: Bundle) -> BundleSummary:
         size=sum(entry.size for entry in manifest.files.values()),
         files=len(manifest.files),
         versions=manifest.versions,
+        measured=known_quality(bundle.path),
         pictures={
             f"{REPORTS}/{name}": what for name, what in PICTURES.items() if (bundle.path / REPORTS / name).is_file()
         },
@@ -54,6 +56,7 @@ def inspect(path: Path, plan: str | None) -> tuple[object, BundleSummary | StepP
             shown = read_value(StepPlan, path)
         except InputError as error:
             raise InputError(
-                f"{path}: expected a bundle, a plan or an error graph; read as a plan: {error.what}"
+                f"{path}: expected a bundle, a plan or an error graph; read as a plan: {error.what}",
+                fix="give the folder of a bundle, or a file of its plans/ or calibration/",
             ) from None
     return shown, shown

@@ -20,7 +20,7 @@ from lemica_trt.evaluate.deployed import Deployed
 from lemica_trt.evaluate.runs import ClipScore, score_clip
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.ir.calibration import ErrorGraph
-from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.plan import StepPlan, uncached_of
 from lemica_trt.ir.report import PLAN, Clip, Quality
 from lemica_trt.models import Model
 from lemica_trt.planning.step_plan import uncached_plan
@@ -83,7 +83,7 @@ def measure_quality(
     """
     pipe = deployed.pipe
     bundle = pipe.bundle
-    uncached = next((plan for plan in map(bundle.plan, bundle.plans) if plan.budget == plan.num_steps), None)
+    uncached = uncached_of(map(bundle.plan, bundle.plans))
     if uncached is None or not cases:
         return [], []
     finer = _finer_references([case.plan for case in cases], model, uncached.guidance_scale)

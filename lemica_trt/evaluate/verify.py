@@ -27,7 +27,7 @@ from lemica_trt.evaluate.deployed import Deployed
 from lemica_trt.evaluate.quality import Case, cases_of, measure_quality, quality_steps
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.evaluate.timing import TIMED_BESIDE, RowSeconds, backend_name, measure_steps
-from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.plan import StepPlan, uncached_of
 from lemica_trt.ir.report import Agreement, Clip, FirstRun, GraphCheck, VerifyReport
 from lemica_trt.models import Model
 from lemica_trt.runtime.pipeline import Pipeline
@@ -93,7 +93,7 @@ def verify(
         further = samples.count if further is None else further
         cases = cases_of(bundle, model, samples.count, further, compared=not draft)
         tally = _tally(reporter, plans, cases, samples.count)
-        deployed, uncached = Deployed(pipe, tally), max(plans, key=lambda plan: plan.budget)
+        deployed, uncached = Deployed(pipe, tally), uncached_of(plans) or max(plans, key=lambda plan: plan.budget)
         if first is not None and not _take_over(first, deployed, uncached, samples, backend_name(key)):
             first = None
         tally(0 if first is None else 2 * uncached.budget)

@@ -26,7 +26,7 @@ import hashlib
 import html
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,12 @@ from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import Value, json_bytes, require, require_finite, write_value
 from lemica_trt.ir.graphs import COMBINE, TRUNK, GraphSet, StepLayout, TensorSpec, step_layout
 from lemica_trt.ir.timeline import plan_line, timeline_svg, timeline_text
+
+DEFAULT = "default"
+"""What a request may say for the default plan; no plan is called so."""
+
+UNCACHED = "uncached"
+"""Name, and method, of the plan that runs every step in full; every bundle has it: others are measured against it."""
 
 PLAN_FORMAT = 4
 
@@ -348,3 +354,10 @@ def check_plan(plan: StepPlan, graphs: GraphSet) -> None:
                 )
     except (KeyError, ValueError) as error:
         raise InputError(f"plan {plan.name}: {error}", fix="rebuild the bundle for this plan") from None
+
+
+def uncached_of(plans: Iterable[StepPlan]) -> StepPlan | None:
+    """The uncached plan among some: the one of that name, or else one of all steps in full; None: there is none."""
+    known = {plan.name: plan for plan in plans}
+    whole = (plan for plan in known.values() if plan.budget == plan.num_steps)
+    return known[UNCACHED] if UNCACHED in known else next(whole, None)

@@ -10,6 +10,7 @@ from lemica_trt.core.metrics import margin_95
 from lemica_trt.core.values import Value
 from lemica_trt.ir.budget import FrontRow, StepTimes
 from lemica_trt.ir.engine import EngineEntry
+from lemica_trt.ir.measured import MeasuredPlans
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile
 
@@ -175,6 +176,7 @@ class BundleSummary(NamedTuple):
         size, files: bytes, and how many.
         versions: of the libraries that built it.
         pictures: path in the bundle → what it shows.
+        measured: what is known of the plans on the bundle's engines.
     """
 
     profile: Profile
@@ -187,6 +189,7 @@ class BundleSummary(NamedTuple):
     files: int
     versions: dict[str, str]
     pictures: dict[str, str]
+    measured: MeasuredPlans = MeasuredPlans()
 
     @property
     def default(self) -> StepPlan:

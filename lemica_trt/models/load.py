@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import inspect
 import json
 import re
@@ -126,7 +127,7 @@ def load_model(
             networks = load_networks(folder, dtypes)
             pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder, **networks)
             require_vocabulary(folder, pipeline)
-        _set_scheduler(pipeline, profile.sampling)
+        pipeline.scheduler = scheduler_for(profile.sampling, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     model = Model(profile, family, pipeline, folder)
@@ -161,7 +162,7 @@ def load_pipeline(source: str, *, dtype: DType = "fp32", device: str = "cpu", sa
         with reading(source):
             pipeline = kind.from_pretrained(folder, **load_networks(folder, {"default": DTYPES[dtype]}))
         if sampling is not None:
-            _set_scheduler(pipeline, sampling)
+            pipeline.scheduler = scheduler_for(sampling, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -242,7 +243,10 @@ def _index(path: Path, *, where: str) -> dict[str, Any]:
             return index
     except (OSError, ValueError):
         pass
-    raise InputError(f"{where}: expected a diffusers pipeline folder, got no readable model_index.json")
+    raise InputError(
+        f"{where}: expected a diffusers pipeline folder, got no readable model_index.json",
+        fix="give the folder that has it, or a hub id",
+    )
 
 
 def _check_index(source: str, index: dict[str, Any]) -> Any:
@@ -292,7 +296,10 @@ def _folder_from_source(source: str) -> Path:
             f"{source}: expected a pipeline folder, got a file", fix="give the folder that has model_index.json"
         )
     if scheme == "package" or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise InputError(f"{source}: expected a folder, a hub id or package:NAME, got none that exists")
+        raise InputError(
+            f"{source}: expected a folder, a hub id or package:NAME, got none that exists",
+            fix="check the path, or give the id as the hub has it: OWNER/NAME",
+        )
     try:
         return Path(diffusers.DiffusionPipeline.download(source))
     except BROKEN as error:
@@ -305,8 +312,31 @@ def _folder_from_source(source: str) -> Path:
 def _scheduler_class(name: str) -> Any:
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise InputError(f"sampling.scheduler must be a diffusers scheduler class, got {name!r}")
+        if (missing := getattr(kind, "_backends", None)) is not None:  # diffusers' stand-in for it
+            raise MissingDependencyError(
+                f"scheduler {name} needs {' and '.join(missing)}, which is not here",
+                fix=f"pip install {' '.join(library for library in missing if library != 'torch')}",
+            )
+        near = difflib.get_close_matches(name, [known for known in dir(diffusers) if known.endswith("Scheduler")], n=3)
+        raise UsageError(
+            f"scheduler: expected a class of diffusers, got {name!r}",
+            fix=f"did you mean {' or '.join(near)}?" if near else "for example --scheduler DPMSolverMultistepScheduler",
+        )
     return kind
+
+
+def scheduler_for(sampling: Sampling, scheduler: Any) -> Any:
+    """The scheduler that a profile asks for, made from the pipeline's own.
+
+    Raises:
+        UsageError: no such class.
+        UnsupportedError: as `scheduler_like`, or there is no shift to change.
+    """
+    if sampling.scheduler is not None:
+        scheduler = scheduler_like(_scheduler_class(sampling.scheduler), scheduler)
+    if sampling.flow_shift is not None:
+        scheduler = _shifted(scheduler, sampling.flow_shift)
+    return scheduler
 
 
 def scheduler_like(kind: Any, scheduler: Any) -> Any:
@@ -333,16 +363,8 @@ def scheduler_like(kind: Any, scheduler: Any) -> Any:
         return made_scheduler(kind, config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     if kind.__name__.startswith("FlowMatch") or flow:
         what = f"{type(scheduler).__name__} is {'' if flow else 'not '}for flow matching"
-        raise UnsupportedError(f"the model's {what}, unlike {kind.__name__}")
+        raise UnsupportedError(f"the model's {what}, unlike {kind.__name__}", fix="choose another --scheduler, or none")
     return made_scheduler(kind, config)
-
-
-def _set_scheduler(pipeline: Any, sampling: Sampling) -> None:
-    """Put the scheduler and the flow shift of a profile in the place of a pipeline's own."""
-    if sampling.scheduler is not None:
-        pipeline.scheduler = scheduler_like(_scheduler_class(sampling.scheduler), pipeline.scheduler)
-    if sampling.flow_shift is not None:
-        pipeline.scheduler = _shifted(pipeline.scheduler, sampling.flow_shift)
 
 
 def _shifted(scheduler: Any, shift: float) -> Any:

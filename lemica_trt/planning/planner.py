@@ -13,6 +13,7 @@ Knows plans and numbers only; `evaluate` runs plans.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import math
@@ -175,7 +176,7 @@ class Planner:
     def __call__(self, problem: Problem, budget: int) -> StepPlan:
         self.require_needs(problem)
         if budget == problem.table.num_steps:
-            return uncached_plan(problem.table, guidance_scale=problem.guidance_scale, name=f"b{budget}")
+            return uncached_plan(problem.table, guidance_scale=problem.guidance_scale)
         return _with_origin(self.make(problem, budget), problem, self.name, from_graph="error-graph" in self.needs)
 
     def require_needs(self, problem: Problem) -> None:
@@ -192,11 +193,11 @@ def plan_given(problem: Problem, steps: Sequence[int]) -> StepPlan:
         steps: rising, of 0 … N − 1, the first 0.
 
     Raises:
-        InputError: they are something else.
+        UsageError: they are something else.
     """
     schedule = given(steps, problem.table.num_steps)
     if schedule.budget == schedule.num_steps:
-        return uncached_plan(problem.table, guidance_scale=problem.guidance_scale, name=f"b{schedule.budget}")
+        return uncached_plan(problem.table, guidance_scale=problem.guidance_scale)
     plan = plan_from_schedule(
         schedule, problem.table, name="given", guidance_scale=problem.guidance_scale, method="given"
     )
@@ -241,7 +242,11 @@ def planners_named(methods: Sequence[str]) -> list[Planner]:
     names = [name for method in methods for name in groups.get(method, (method,))]
     for name in names:
         if name not in known:
-            raise UsageError(f"method: expected {' or '.join(GROUPS)} or one of {', '.join(known)}, got {name!r}")
+            near = difflib.get_close_matches(name, [*known, *GROUPS], n=2)
+            raise UsageError(
+                f"method: expected {' or '.join(GROUPS)} or one of {', '.join(known)}, got {name!r}",
+                fix=f"did you mean {' or '.join(near)}?" if near else "lemica-trt methods says what each does",
+            )
     return [known[name] for name in dict.fromkeys(names)]
 
 

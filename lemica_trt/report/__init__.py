@@ -1,6 +1,7 @@
 """Tables, contact sheets and plots that a person looks at: values of `ir` in, text and pictures out.
 
 summary         tables
+measured        benchmarks, and two plans side by side
 trace           what tracing found
 models          the named models
 timeline        a plan row by row

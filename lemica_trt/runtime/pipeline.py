@@ -41,6 +41,28 @@ LOGGER = logging.getLogger("lemica_trt")
 """Told of prompts that are cut, or far from those of the calibration."""
 
 
+_ARGUMENTS = ("guidance_scale", "negative_prompt", "plan", "on_step")
+
+DIFFUSERS = {
+    "num_inference_steps": "the steps are part of a plan: plan=NAME, one of pipe.bundle.plans",
+    "timesteps": "the steps are part of a plan: plan=NAME, one of pipe.bundle.plans",
+    "sigmas": "the steps are part of a plan: plan=NAME, one of pipe.bundle.plans",
+    "generator": "seed=NUMBER: the noise of torch.Generator('cpu').manual_seed(NUMBER)",
+    "num_frames": "a bundle has one shape: build another one with frames=, height=, width=",
+    "height": "a bundle has one shape: build another one with frames=, height=, width=",
+    "width": "a bundle has one shape: build another one with frames=, height=, width=",
+    "num_videos_per_prompt": "give a list of prompts, and a list of seeds",
+    "num_images_per_prompt": "give a list of prompts, and a list of seeds",
+    "output_type": "leave it out: .frames is uint8 [F, H, W, 3], .latents is what output_type='latent' gives",
+    "return_dict": "leave it out: the result has .frames, .latents and .seconds",
+    "latents": "pipe.latents(conditions, noise) denoises given noise",
+    "prompt_embeds": "pipe.latents(conditions, noise) takes conditions, as pipe.encode(prompt) gives them",
+    "callback_on_step_end": "on_step=FUNCTION, which is called with a RowDone",
+    "true_cfg_scale": "guidance_scale=NUMBER",
+}
+"""Arguments of diffusers' pipelines → what to write here."""
+
+
 class Pipeline:
     """The engines of a bundle, loaded once: a callable from prompts to frames.
 
@@ -167,11 +189,17 @@ class Pipeline:
         negative_prompt: str | None = None,
         plan: str | None = None,
         on_step: OnStep | None = None,
+        **others: object,
     ) -> Generation | list[Generation]:
         """Generate one clip, or one for each prompt of a list (all with one seed, or a list of seeds).
 
-        Args and raises: see `GenerationRequest` and `run`.
+        Args and raises: see `GenerationRequest` and `run`; arguments of diffusers that are called otherwise here are
+        answered with what to write (UsageError).
         """
+        if others:
+            name = next(iter(others))
+            hint = DIFFUSERS.get(name, f"arguments are prompt, seed, {', '.join(_ARGUMENTS)}")
+            raise UsageError(f"expected no argument {name!r}", fix=hint)
         if not isinstance(prompt, (str, list, tuple)):
             raise InputError(f"a prompt must be a string, or a list of strings, got {type(prompt).__name__}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -376,7 +404,7 @@ class Pipeline:
             for each in guidance.tolist():
                 plan.require_guidance(each)
         elif guidance_scale is not None:
-            raise UsageError(_UNGUIDED)
+            raise UsageError(_UNGUIDED, fix="leave them out, or build with --guidance-scale")
 
         def draw() -> Array:
             return np.stack([self._noise(generator) for generator in generators])
@@ -412,7 +440,7 @@ class Pipeline:
         self._warn(request.prompt)
         if not self.bundle.manifest.graphs.layout.guided:
             if request.guidance_scale is not None or request.negative_prompt is not None:
-                raise UsageError(_UNGUIDED)
+                raise UsageError(_UNGUIDED, fix="leave them out, or build with --guidance-scale")
             return request
         scale = plan.guidance_scale if request.guidance_scale is None else request.guidance_scale
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):

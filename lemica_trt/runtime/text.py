@@ -38,7 +38,7 @@ def require_prompt(prompt: object, name: str = "a prompt") -> str:
     except UnicodeEncodeError as error:
         raise InputError(f"{name} must be Unicode text, got: {error.reason}") from None
     if size > MAX_PROMPT_BYTES:
-        raise InputError(f"{name} must be text of at most {MAX_PROMPT_BYTES} bytes; got {size} bytes")
+        raise InputError(f"{name} must be text of at most {MAX_PROMPT_BYTES} bytes; got {size} bytes", fix="shorten it")
     return prompt
 
 

@@ -99,7 +99,7 @@ def test_bundles_that_are_refused(tmp_path: Path) -> None:
         load.open_bundle(pb_utils(), load_args(repository, lemica_trt="0.0.1"))
     with pytest.raises(UnsupportedError, match="expected the bundle that denoiser was written for, got another"):
         load.open_bundle(pb_utils(), load_args(repository, manifest="1" * 64))
-    with pytest.raises(IntegrityError, match="expected a bundle"):
+    with pytest.raises(InputError, match="expected a bundle"):
         load.open_bundle(pb_utils(), load_args(repository, bundle="../nowhere"))
     plan = repository / "denoiser/bundle/plans/slow.json"
     plan.write_bytes(plan.read_bytes() + b" ")
