@@ -32,15 +32,17 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "pipelines": ("calibrate", "bundle"),
     "compiler": ("evaluate", "export", "report"),
     "triton": ("runtime",),
-    "cli": ("compiler", "triton"),
+    "endpoint": ("triton",),
+    "hub": ("bundle",),
+    "cli": ("compiler", "endpoint", "hub"),
     "testing": ("runtime", "models"),
 }
 """Package → the packages right below it. A package may import those, and all that lies below them."""
 
 HEAVY = {
     "PIL", "accelerate", "av", "cuda", "diffusers", "huggingface_hub", "matplotlib", "onnx", "onnxruntime",
-    "onnxscript", "openvino", "pickletools", "ray", "safetensors", "scipy", "sentencepiece", "tensorrt", "tensorrt_rtx",
-    "tokenizers", "torch", "transformers",
+    "onnxscript", "openvino", "pickletools", "prometheus_client", "ray", "safetensors", "scipy", "sentencepiece",
+    "starlette", "tensorrt", "tensorrt_rtx", "tokenizers", "torch", "transformers", "uvicorn",
 }  # fmt: skip
 """Libraries that no light module may import when it is loaded."""
 
@@ -48,6 +50,10 @@ MAY_BE_HEAVY = (
     "backends.torch.run",
     "models",
     "calibrate",
+    "endpoint.app",
+    "endpoint.guard",
+    "endpoint.metrics",
+    "endpoint.server",
     "export",
     "evaluate",
     "pipelines",
@@ -65,7 +71,7 @@ MOST_LINES = 60
 
 VARIANT_NAMES = ("full", "skip", "combine")
 
-NO_TORCH = ("core", "ir", "planning", "backends", "bundle", "runtime", "report", "triton", "cli")
+NO_TORCH = ("core", "ir", "planning", "backends", "bundle", "runtime", "report", "triton", "endpoint", "hub", "cli")
 """Packages whose modules load where PyTorch, diffusers, transformers and ONNX cannot be imported."""
 
 

@@ -7,5 +7,7 @@ flags          flags by name → profile and request; `lemica_trt.build`
 build          `build`, its stages one by one, `methods`, `doctor`
 bundle         `verify`, `run`, `inspect`
 trace          `models`, `trace`
+endpoint       `serve`
+hub            `push`, `pull`
 serve          `triton`, `client`
 """

@@ -14,8 +14,8 @@ from typing import Any
 import click
 
 from lemica_trt import __version__
-from lemica_trt.cli import build, bundle, serve, trace
-from lemica_trt.core.errors import EXIT_CODES, INTERNAL_ERROR, LemicaError
+from lemica_trt.cli import build, bundle, endpoint, hub, serve, trace
+from lemica_trt.core.errors import EXIT_CODES, INTERNAL_ERROR, LemicaError, install_command
 from lemica_trt.core.text import first_line
 
 _EPILOG = "Exit codes: 0 done; " + "; ".join(
@@ -71,7 +71,7 @@ class _Group(click.Group):
             if debug:
                 raise
             if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lemica_trt"):
-                click.echo(f"lemica-trt: {first_line(error)} → pip install 'lemica-trt[build]'", err=True)
+                click.echo(f"lemica-trt: {first_line(error)} → {install_command('build')}", err=True)
                 sys.exit(7)
             click.echo(f"lemica-trt: {_fault(error)}", err=True)
             sys.exit(INTERNAL_ERROR)
@@ -111,7 +111,8 @@ def main() -> None:
 for command in (
     *(build.build, build.calibrate, build.plan, build.export, build.engine),
     *(bundle.verify, bundle.run, bundle.inspect),
-    *(serve.triton, serve.client),
+    *(endpoint.serve, serve.triton, serve.client),
+    *(hub.push, hub.pull),
     *(trace.models, trace.trace, build.methods, build.doctor),
 ):
     main.add_command(command)

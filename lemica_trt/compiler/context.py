@@ -17,7 +17,7 @@ from lemica_trt.bundle.manifest import REFERENCE_FILE, SAMPLER_FILE
 from lemica_trt.bundle.workspace import View, Workspace, digest_of
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.compiler.stage import Stage
-from lemica_trt.core.errors import MissingDependencyError
+from lemica_trt.core.errors import MissingDependencyError, install_command
 from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import V
 from lemica_trt.ir.calibration import Calibration
@@ -200,7 +200,7 @@ def _build_libraries() -> Iterator[None]:
         yield
     except ImportError as error:
         raise MissingDependencyError(
-            f"building needs PyTorch and diffusers, got: {error}", fix="pip install 'lemica-trt[build]'"
+            f"building needs PyTorch and diffusers, got: {error}", fix=install_command("build")
         ) from None
 
 

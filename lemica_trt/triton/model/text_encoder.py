@@ -8,6 +8,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from lemica_trt.core.errors import LemicaError
+from lemica_trt.runtime import validation
 from lemica_trt.triton.server import errors, load, requests
 
 
@@ -31,7 +32,7 @@ class TritonPythonModel:
         try:
             requests.read_parameters(request, ())
             prompt = requests.tensor_from(pb_utils, request, "prompt", (1,), np.object_)[0]
-            text = requests.text_from("prompt", prompt)
+            text = validation.text_from("prompt", prompt)
             conditions = self.pipeline.encode(text)
             for line in self.pipeline.warnings(text, negative=text in self.negative):
                 pb_utils.Logger.log_warn(f"{self.name}: {line}")
