@@ -53,6 +53,20 @@ def seed_from(parameters: Mapping[str, Any]) -> int:
     return seed
 
 
+def timeout_from(parameters: Mapping[str, Any]) -> int:
+    """Microseconds that a request may take; 0: it says nothing of it.
+
+    Raises:
+        InputError: it is not 1 … 2^63 − 1.
+    """
+    limit = parameters.get("timeout")
+    if limit is None:
+        return 0
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit < 1 << 63:
+        raise InputError(f"timeout must be a number of microseconds from 1 to 2^63 - 1; got {limit!r}")
+    return limit
+
+
 def guidance_from(parameters: Mapping[str, Any], plan: StepPlan, *, guided: bool) -> float:
     """The guidance scale; the plan's where none is asked for.
 

@@ -280,6 +280,16 @@ def test_time_outs_stop_between_steps(server: Server, reference: dict[str, Any],
     assert "timeout" in caught.value.message().lower()
 
 
+def test_time_outs_over_generate(server: Server) -> None:
+    """There `timeout` is a parameter like others: Triton does not read it."""
+    asked = {"prompt": "a small blue square moves up", "plan": "uncached"}
+    status, body = server.post("v2/models/pipeline/generate", {**asked, "timeout": 20_000})
+    assert status != 200 and b"timeout of 0.0" in body and b"passed" in body
+    assert server.post("v2/models/pipeline/generate", {**asked, "timeout": 600_000_000})[0] == 200
+    status, body = server.post("v2/models/pipeline/generate", {**asked, "timeout": "soon"})
+    assert status == 400 and b"timeout must be a number of microseconds" in body
+
+
 def test_a_full_queue_is_unavailable(server: Server, tiny: Path, reference: dict[str, Any]) -> None:
     write_repository(Bundle.open(tiny), server.repository, Settings(queue=1))
     assert server.load("denoiser")[0] == 200

@@ -44,7 +44,7 @@ class TritonPythonModel:
 
     def answer(self, request, sender):
         start = time.monotonic()
-        parameters = requests.read_parameters(request, (*FORWARDED, "negative_prompt", "output"))
+        parameters = requests.read_parameters(request, (*FORWARDED, "negative_prompt", "output", "timeout"))
         output = parameters.get("output", "frames")
         if output not in OUTPUTS:
             raise InputError(f"output must be one of {', '.join(OUTPUTS)}; got {output!r}")
@@ -56,7 +56,8 @@ class TritonPythonModel:
         elif "negative_prompt" in parameters:
             raise InputError("this bundle was built without guidance: it takes no negative_prompt")
         forwarded = {name: parameters[name] for name in FORWARDED if name in parameters}
-        latents = self.denoise(request, sender, inputs, forwarded, start)
+        limit = request.timeout() or validation.timeout_from(parameters)
+        latents = self.denoise(request, sender, inputs, forwarded, start, limit)
         frames = next(self.call("vae_decoder", {"latents": latents}, ["frames"]))["frames"]
         result = pb_utils.Tensor("frames", frames) if output == "frames" else self.video(frames[0], output)
         tensors = [*self.progress, result] if self.streams else [result]
@@ -69,9 +70,8 @@ class TritonPythonModel:
         inputs = {"prompt": np.array([[prompt.encode()]], np.object_)}
         return next(self.call("text_encoder", inputs, ["prompt_embeds"]))["prompt_embeds"]
 
-    def denoise(self, request, sender, inputs, parameters, start):
-        """Latents [1, *latent_shape]; passes progress on, and cancellation and the time that is left."""
-        limit = request.timeout()
+    def denoise(self, request, sender, inputs, parameters, start, limit):
+        """Latents [1, *latent_shape]; passes progress on, cancellation, and what is left of `limit` (µs; 0: none)."""
         left = max(1, limit - int((time.monotonic() - start) * 1e6)) if limit else 0
         outputs = ["step", "num_steps", "latents", "ended"]
         with cancel.cancel_token() as caller:
