@@ -53,7 +53,7 @@ pythons: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,test]'
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,hub,serve,test]'
 	touch $@
 
 clean:

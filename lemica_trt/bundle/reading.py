@@ -213,11 +213,19 @@ class Bundle:
             IntegrityError: a file is missing, altered, not listed, or a link.
             InputError: a plan does not fit the graphs.
         """
-        self.check_files(sorted(self.manifest.files))
+        self.check_listed()
         known = {*OF_MANIFEST, *self.manifest.files}
         for relative in sorted(files_below(self.path)):
             if relative not in known and PurePosixPath(relative).parts[0] != REPORTS:
                 raise IntegrityError(f"{relative}: not listed in the manifest", fix="remove it, or rebuild the bundle")
+
+    def check_listed(self) -> None:
+        """Check every listed file, and every plan against the graphs.
+
+        Raises:
+            as `check`.
+        """
+        self.check_files(sorted(self.manifest.files))
         for name in self.plans:
             self.plan(name)
 

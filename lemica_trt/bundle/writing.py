@@ -232,12 +232,13 @@ def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
     """A second folder with the same bundle and its signatures, without `reports`; as atomic as `write_bundle`.
 
     Files are linked, not copied, where the file system can; what somebody may edit – plans, the manifest – is copied.
+    What else lies in the folder is left there.
 
     Raises:
         IntegrityError, InputError: the bundle is not whole.
         UsageError: `target` is something else than a bundle or an empty folder.
     """
-    bundle.check()
+    bundle.check_listed()
     with replacing(Path(target), require_replaceable) as (folder, staged):
         edited = {plan_path(name) for name in bundle.plans}
         for path in sorted(bundle.manifest.files):

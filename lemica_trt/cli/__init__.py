@@ -12,5 +12,7 @@ build          `build`, its stages one by one, `methods`, `doctor`
 bundle         `verify`, `run`, `inspect`
 measure        `bench`, `compare`
 trace          `models`, `trace`
+endpoint       `serve`
+hub            `push`, `pull`
 serve          `triton`, `client`
 """

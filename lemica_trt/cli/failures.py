@@ -18,6 +18,7 @@ from lemica_trt.core.errors import (
     UnsupportedError,
     UsageError,
     VerificationError,
+    install_command,
 )
 from lemica_trt.core.text import first_line
 
@@ -59,7 +60,7 @@ def explained(error: BaseException, command: str = "lemica-trt") -> tuple[Lemica
         what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         found = MissingDependencyError(what, fix="check the path, its permissions and the free disk space")
     elif isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lemica_trt"):
-        found = MissingDependencyError(first_line(error), fix="pip install 'lemica-trt[build]'")
+        found = MissingDependencyError(first_line(error), fix=install_command("build"))
     else:
         what = f"a fault of lemica-trt itself: {type(error).__name__}: {first_line(error)}"
         return LemicaError(what, fix="run the command with --debug, and report what it prints"), INTERNAL_ERROR

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from lemica_trt import __version__
-from lemica_trt.cli import build, bundle, measure, serve, trace
+from lemica_trt.cli import build, bundle, endpoint, hub, measure, serve, trace
 from lemica_trt.cli.command import Group
 from lemica_trt.cli.failures import as_json, explained
 from lemica_trt.cli.options import print_json
@@ -83,7 +83,8 @@ for command in (
     *(build.build, build.calibrate, build.plan, build.export, build.engine),
     *(bundle.verify, bundle.run, bundle.inspect, bundle.sign),
     *(measure.bench, measure.compare),
-    *(serve.triton, serve.client),
+    *(endpoint.serve, serve.triton, serve.client),
+    *(hub.push, hub.pull),
     *(trace.models, trace.trace, build.methods, build.doctor),
 ):
     main.add_command(command)

@@ -233,7 +233,8 @@ device = flag("--device", otherwise="a GPU where there is one", help="torch devi
 signed = flags(
     "Trust",
     flag("--verify-with", type=PATH, multiple=True, metavar="PUBLIC.pem", otherwise="$LEMICA_TRUSTED_KEYS",
-         advanced=True, help="Take a bundle only if this key signed it; repeat for several, one of which must have. A folder "
+         advanced=True,
+         help="Take a bundle only if this key signed it; repeat for several, one of which must have. A folder "
          "stands for its *.pem."),
     flag("--require-signature", is_flag=True, advanced=True, help="Refuse to go on where no key is given."),
 )  # fmt: skip

@@ -31,7 +31,7 @@ from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.compiler.stage import Stage
-from lemica_trt.core.errors import MissingDependencyError
+from lemica_trt.core.errors import MissingDependencyError, install_command
 from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import V
 from lemica_trt.ir.budget import StepTimes
@@ -297,7 +297,7 @@ def _build_libraries() -> Iterator[None]:
         yield
     except ImportError as error:
         raise MissingDependencyError(
-            f"building needs PyTorch and diffusers, got: {error}", fix="pip install 'lemica-trt[build]'"
+            f"building needs PyTorch and diffusers, got: {error}", fix=install_command("build")
         ) from None
 
 

@@ -19,6 +19,9 @@ files that nobody trusts: control characters are shown escaped.
 
 from __future__ import annotations
 
+import importlib.metadata
+from pathlib import Path
+
 from lemica_trt.core.text import printable
 
 
@@ -109,3 +112,18 @@ EXIT_CODES: dict[int, str] = {
     INTERNAL_ERROR: "A fault of lemica-trt itself; --debug shows where.",
 }
 """Exit code → meaning; the README's table and `lemica-trt --help` are printed from it."""
+
+
+def install_command(extra: str) -> str:
+    """The command that installs what an extra needs; the package itself need be on no index.
+
+    Where it is installed, from a wheel or a checkout, pip finds it by its name. A checkout that is not installed has to
+    be.
+    """
+    root = Path(__file__).parents[2]
+    try:
+        importlib.metadata.distribution("lemica-trt")
+    except importlib.metadata.PackageNotFoundError:
+        if (root / "pyproject.toml").is_file():
+            return f"pip install --editable '{root}[{extra}]'"
+    return f"pip install 'lemica-trt[{extra}]'"

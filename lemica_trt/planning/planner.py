@@ -25,7 +25,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
+from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, install_command
 from lemica_trt.ir.budget import StepBudget
 from lemica_trt.ir.calibration import Calibration, ErrorGraph, TrajectoryGrams
 from lemica_trt.ir.plan import PlanRow, StepPlan, guidance_range
@@ -54,7 +54,7 @@ MISSING: dict[Need, tuple[str, str]] = {
     ),
     "solver": (
         "standard solvers, which take PyTorch, diffusers and a sampler whose noise levels are known",
-        "pip install 'lemica-trt[build]', or use another --method",
+        f"{install_command('build')}, or use another --method",
     ),
 }
 """Need → what is missing where a problem does not have it, and how to get it."""

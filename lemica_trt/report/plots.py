@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lemica_trt.core.errors import MissingDependencyError
+from lemica_trt.core.errors import MissingDependencyError, install_command
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.plan import StepPlan
 
@@ -271,7 +271,7 @@ def _figure(path: str | os.PathLike[str], height: float) -> Iterator[Figure]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError("plots need matplotlib", fix="pip install 'lemica-trt[build]'") from error
+        raise MissingDependencyError("plots need matplotlib", fix=install_command("build")) from error
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)

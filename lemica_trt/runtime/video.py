@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
+from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError, install_command
 
 Frames = npt.NDArray[np.uint8]
 
@@ -52,6 +53,21 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int) -> No
         raise InputError(f"{path}: expected a file that can be written, got: {error.strerror or error}") from None
 
 
+def encoded(frames: Frames, suffix: str, *, fps: int) -> bytes:
+    """The content of the file that `write_video` writes.
+
+    Args:
+        suffix: `.mp4`, `.gif`, `.png` or `.npy`.
+
+    Raises:
+        as `write_video`.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # FFmpeg moves an MP4's index to its front: in a file
+        path = Path(folder) / f"clip{suffix}"
+        write_video(frames, path, fps=fps)
+        return path.read_bytes()
+
+
 def check_suffix(path: str | os.PathLike[str], *, made_here: bool = True) -> None:
     """Refuse what `write_video` would refuse for its suffix; for asking before the work is done.
 
@@ -76,7 +92,7 @@ def _import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise MissingDependencyError(f".mp4 needs PyAV, got: {error}", fix="pip install 'lemica-trt[video]'") from None
+        raise MissingDependencyError(f".mp4 needs PyAV, got: {error}", fix=install_command("video")) from None
     return av
 
 

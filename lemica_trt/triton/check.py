@@ -17,7 +17,7 @@ from lemica_trt import __version__
 from lemica_trt.bundle.manifest import Manifest
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.signing import TrustedKey
-from lemica_trt.core.errors import LemicaError, MissingDependencyError, UsageError, VerificationError
+from lemica_trt.core.errors import LemicaError, MissingDependencyError, UsageError, VerificationError, install_command
 from lemica_trt.core.values import Value
 from lemica_trt.triton.config import BUNDLE, parameter_names
 from lemica_trt.triton.interface import STREAMS, Interface, Port, interfaces
@@ -217,7 +217,7 @@ def _parser() -> Parser:
         text_format = importlib.import_module("google.protobuf.text_format")
     except ImportError as error:
         raise MissingDependencyError(
-            f"checking needs tritonclient, got: {error}", fix="pip install 'lemica-trt[client]'"
+            f"checking needs tritonclient, got: {error}", fix=install_command("client")
         ) from None
 
     def parse(text: str) -> dict[str, Any]:

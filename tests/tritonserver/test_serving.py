@@ -23,10 +23,11 @@ import toy
 from test_repository import make_bundle
 
 from lemica_trt.core.errors import EngineError, InputError, IntegrityError, LemicaError, UnsupportedError, UsageError
+from lemica_trt.runtime import validation
 from lemica_trt.runtime.denoise import Denoiser
-from lemica_trt.triton.client import _error
+from lemica_trt.triton.client import _address, _error
 from lemica_trt.triton.repository import write_repository
-from lemica_trt.triton.server import batching, cancel, errors, load, requests
+from lemica_trt.triton.server import batching, cancel, errors, load
 
 pytestmark = pytest.mark.null
 
@@ -141,8 +142,8 @@ def test_plans_and_steps() -> None:
         ({"plan": "fast"}, "fast"),
         ({"steps": 1}, "fast"),
     ):
-        assert requests.choose_plan(asked, plans, "slow") is plans[name]
-    assert requests.choose_plan({"plan": "fast", "steps": 1}, plans, "slow") is plans["fast"]
+        assert validation.choose_plan(asked, plans, "slow") is plans[name]
+    assert validation.choose_plan({"plan": "fast", "steps": 1}, plans, "slow") is plans["fast"]
     for bad in (
         {"plan": "no"},
         {"plan": 3},
@@ -152,22 +153,22 @@ def test_plans_and_steps() -> None:
         {"plan": "slow", "steps": 1},
     ):
         with pytest.raises(LemicaError, match="must be one of"):
-            requests.choose_plan(bad, plans, "slow")
+            validation.choose_plan(bad, plans, "slow")
 
 
 def test_guidance() -> None:
     plan = toy.euler_plan("fr", guidance_scale=4.0)
-    assert requests.guidance_from({}, plan, guided=True) == 4.0
-    assert requests.guidance_from({"guidance_scale": 3}, plan, guided=True) == 3.0
+    assert validation.guidance_from({}, plan, guided=True) == 4.0
+    assert validation.guidance_from({"guidance_scale": 3}, plan, guided=True) == 3.0
     for bad in (float("nan"), float("inf"), 100.5, True, "3", None):
         with pytest.raises(LemicaError, match="guidance_scale must be a number from 0 to 100"):
-            requests.guidance_from({"guidance_scale": bad}, plan, guided=True)
+            validation.guidance_from({"guidance_scale": bad}, plan, guided=True)
     with pytest.raises(LemicaError, match="built without guidance"):
-        requests.guidance_from({"guidance_scale": 3}, plan, guided=False)
+        validation.guidance_from({"guidance_scale": 3}, plan, guided=False)
     limited = msgspec.structs.replace(plan, guidance_range=(2.0, 7.0))
-    assert requests.guidance_from({"guidance_scale": 7}, limited, guided=True) == 7.0
+    assert validation.guidance_from({"guidance_scale": 7}, limited, guided=True) == 7.0
     with pytest.raises(LemicaError, match=r"plan default holds for guidance_scale 2 … 7, got 7\.5"):
-        requests.guidance_from({"guidance_scale": 7.5}, limited, guided=True)
+        validation.guidance_from({"guidance_scale": 7.5}, limited, guided=True)
 
 
 class Pipe:
@@ -322,3 +323,17 @@ def test_prompts_that_are_cut_or_far_are_logged(monkeypatch: pytest.MonkeyPatch)
         assert answer.output_tensors == [("prompt_embeds", (1, 5, 12))]
     assert logged == ["text_encoder: it is far", "text_encoder: it is cut"]
     assert model.encoded.cache_info().hits == 1
+
+
+def test_addresses_of_servers() -> None:
+    for url, expected in (
+        ("localhost:8001", ("localhost:8001", False)),
+        ("grpc://localhost:8001/", ("localhost:8001", False)),
+        ("http://[::1]:8001", ("[::1]:8001", False)),
+        ("grpcs://example.com:443", ("example.com:443", True)),
+        ("https://example.com:443", ("example.com:443", True)),
+    ):
+        assert _address(url) == expected
+    for url in ("localhost", "http://localhost:8001/v2", "ftp://localhost:1", "", "user@host:1", "host:1 "):
+        with pytest.raises(UsageError, match=r"expected HOST:PORT of a server's gRPC endpoint, got .* → --url local"):
+            _address(url)

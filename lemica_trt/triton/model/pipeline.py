@@ -8,15 +8,14 @@ PyTorch), and PyAV for MP4. All parameters are explained in config.pbtxt.
 import base64
 import importlib.util
 import json
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from lemica_trt.core.errors import InputError, LemicaError
-from lemica_trt.runtime.video import write_video
+from lemica_trt.runtime import validation
+from lemica_trt.runtime.video import encoded
 from lemica_trt.triton.server import cancel, errors, load, requests
 
 FORWARDED = ("plan", "steps", "seed", "guidance_scale")
@@ -46,16 +45,16 @@ class TritonPythonModel:
     def answer(self, request, sender):
         start = time.monotonic()
         parameters = requests.read_parameters(request, (*FORWARDED, "negative_prompt", "output", "timeout"))
-        limit = requests.timeout_from(parameters, request)
+        limit = validation.timeout_from(parameters) or request.timeout()
         output = parameters.get("output", "frames")
         if output not in OUTPUTS:
             raise InputError(f"output must be one of {', '.join(OUTPUTS)}; got {output!r}")
         requests.require_requested(request, "frames" if output == "frames" else "video", output)
         prompt = requests.tensor_from(pb_utils, request, "prompt", (1,), np.object_)[0]
-        inputs = {"prompt_embeds": self.encode(requests.text_from("prompt", prompt))}
+        inputs = {"prompt_embeds": self.encode(validation.text_from("prompt", prompt))}
         if self.guided:
             negative = parameters.get("negative_prompt", self.negative_prompt)
-            inputs["negative_prompt_embeds"] = self.encode(requests.text_from("negative_prompt", negative))
+            inputs["negative_prompt_embeds"] = self.encode(validation.text_from("negative_prompt", negative))
         elif "negative_prompt" in parameters:
             raise InputError("this bundle was built without guidance: it takes no negative_prompt")
         forwarded = {name: parameters[name] for name in FORWARDED if name in parameters}
@@ -103,9 +102,6 @@ class TritonPythonModel:
 
     def video(self, frames, output):
         """The MP4 file as bytes, or those in base64 for JSON."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "clip.mp4"
-            write_video(frames, path, fps=self.fps)
-            data = path.read_bytes()
+        data = encoded(frames, ".mp4", fps=self.fps)
         data = base64.b64encode(data) if output == "mp4-base64" else data
         return pb_utils.Tensor("video", np.array([[data]], np.object_))

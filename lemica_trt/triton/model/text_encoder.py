@@ -11,6 +11,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from lemica_trt.core.errors import LemicaError
+from lemica_trt.runtime import validation
 from lemica_trt.triton.server import errors, load, requests
 
 CACHE_BYTES = 64 << 20
@@ -49,7 +50,7 @@ class TritonPythonModel:
         try:
             requests.read_parameters(request, ())
             prompt = requests.tensor_from(pb_utils, request, "prompt", (1,), np.object_)[0]
-            conditions = self.encoded(requests.text_from("prompt", prompt))
+            conditions = self.encoded(validation.text_from("prompt", prompt))
         except Exception as error:  # whatever it was, the request gets an answer
             return pb_utils.InferenceResponse(error=errors.triton_error(pb_utils, error))
         tensors = [pb_utils.Tensor(name, array[None]) for name, array in conditions.items()]
