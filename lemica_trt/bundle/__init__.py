@@ -5,5 +5,6 @@ limits     bounds on the numbers of a manifest or plan from somewhere else
 reading    `Bundle`: files are compared with the manifest before they are used
 writing    a new bundle, plans added, copies; whole or not there
 workspace  the work folder: what stages of a build have made, and records of it
+reports    what lies there for people: report, kept clips
 contents   what a bundle or a work folder knows of its calibration, as values
 """

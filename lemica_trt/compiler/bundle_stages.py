@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lemica_trt.bundle.manifest import MANIFEST, PROMPTS_FILE, REPORTS, VERIFY_REPORT, plan_path
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.reports import store_kept, stored_report
 from lemica_trt.bundle.workspace import candidate_folder
 from lemica_trt.bundle.writing import write_bundle
 from lemica_trt.compiler import artifacts
@@ -142,18 +143,17 @@ def verify_bundle(
     from lemica_trt.report.pictures import write_pictures
 
     held_out = held_out_samples(prompts, samples)
-    report, clips, _ = verify(bundle, model, held_out, reporter=reporter, backend=backend, further=further, first=first)
+    report, kept, _ = verify(bundle, model, held_out, reporter=reporter, backend=backend, further=further, first=first)
     write_value(report, bundle.path / VERIFY_REPORT)
+    store_kept(kept, bundle)
     plans = [bundle.plan(name) for name in bundle.plans]
-    write_pictures(bundle.path / REPORTS, clips, plans, bundle.plan(), error_graph_of(bundle))
+    write_pictures(bundle.path / REPORTS, report, kept, plans, bundle.plan(), error_graph_of(bundle))
     require_verified(report, bundle.path)
     return report
 
 
 def report_of(context: Context) -> VerifyReport | None:
     """The report of the bundle that was written last; None: no engines run here, or it is of another bundle."""
-    from lemica_trt.evaluate.verify import stored_report
-
     bundle, verified = written_bundle(context), context.read_if_there(Verified, artifacts.VERIFIED_FILE)
     if bundle is None or verified is None or verified.backend is None:
         return None

@@ -5,6 +5,7 @@ runs            a plan run whole in PyTorch on one sample, and its scores
 evaluator       plans on numbered samples: the one place that scores them
 baselines       other ways of spending the same number of full steps
 quality         held-out quality of a bundle's plans, beside the baselines
+kept            which clips are kept to be looked at
 agreement       engines against PyTorch, graph by graph and in whole runs
 timing          what plans and their steps take on the engines of this machine
 step_timer      step times that are kept; which engines run here

@@ -13,4 +13,5 @@ budget        budgets in any unit, times of steps, quality by budget
 trials        how candidates did when they ran whole
 engine        which engine it is, and what it was built from
 report        what verification, timing and `doctor` find
+kept          the clips that verification keeps to be looked at
 """
