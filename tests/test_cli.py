@@ -153,16 +153,21 @@ def test_plan_adds_to_a_bundle_without_torch(
 
 def test_run_writes_a_clip(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
-    done = lemica(
-        "run", built[0], "a big red circle moves left", "--plan", "default", "--seed", 7, "-o", clip, "--json"
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["plan"] == "b4"
-    import av
+    for flags, side in (((), 256), (("--scale", 1), 64)):  # small clips are enlarged, unless told otherwise
+        done = lemica(
+            *("run", built[0], "a big red circle moves left", "--plan", "default", "--seed", 7, "-o", clip, "--json"),
+            *flags,
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert (found["plan"], found["scale"]) == ("b4", side // 64)
+        import av
 
-    with av.open(str(clip)) as container:
-        frames = list(container.decode(video=0))
-    assert (len(frames), frames[0].height, frames[0].width) == (9, 64, 64)
+        with av.open(str(clip)) as container:
+            frames = list(container.decode(video=0))
+        assert (len(frames), frames[0].height, frames[0].width) == (9, side, side)
+    done = lemica("run", built[0], "a big red circle moves left", "-o", tmp_path / "clip.gif", "-q")
+    assert done.returncode == 0 and "4 times as large, --scale 1: as it is" in done.stdout
 
 
 def test_inspect_shows_bundle_plan_and_graph(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -23,6 +23,11 @@ def stored_report(bundle: Bundle) -> VerifyReport | None:
         return None
 
 
+def store_report(report: VerifyReport, bundle: Bundle) -> None:
+    """Put a report into the place of an earlier one."""
+    write_value(report, bundle.path / VERIFY_REPORT)
+
+
 def stored_kept(bundle: Bundle) -> Kept | None:
     """The clips that the last verification kept; None: there are none that are whole and that this version can read."""
     try:

@@ -56,6 +56,9 @@ def verify(
                  help="TensorRT: what becomes a CUDA graph; the whole plan runs without progress."),
     click.option("--output", "-o", type=options.FILE, required=True,
                  help=".mp4, .gif, .png (frames side by side) or .npy"),
+    click.option("--scale", type=click.IntRange(1, 16),
+                 help="Draw every pixel as a square of so many; 1: the clip as it is.  "
+                 "[default: 4 for clips of at most 128 pixels, except .npy]"),
 )  # fmt: skip
 @common
 def run(
@@ -67,6 +70,7 @@ def run(
     backend: str | None,
     capture: Any,
     output: Path,
+    scale: int | None,
     **given: Any,
 ) -> None:
     """Generate a clip from BUNDLE and PROMPT. Takes no PyTorch."""
@@ -75,7 +79,7 @@ def run(
     from lemica_trt.bundle.reading import Bundle
     from lemica_trt.core.progress import duration
     from lemica_trt.runtime.pipeline import Pipeline
-    from lemica_trt.runtime.video import check_suffix, write_video
+    from lemica_trt.runtime.video import check_suffix, default_scale, write_video
 
     check_suffix(output)
     report, start = screen.reporter, perf_counter()
@@ -83,10 +87,12 @@ def run(
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
     on_step = None if capture == "plan" else lambda row: report.advance(row.index + 1, row.rows)
     result = pipe(prompt, seed=seed, on_step=on_step, **given)
-    write_video(result.frames, output, fps=pipe.fps)
+    factor = scale or default_scale(result.frames, output)
+    write_video(result.frames, output, fps=pipe.fps, scale=factor)
+    enlarged = f"; {factor} times as large, --scale 1: as it is" if factor > 1 and scale is None else ""
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())
-    found = {"output": str(output), "plan": pipe.default_plan, "seed": seed, "seconds": result.seconds}
-    screen.print(found, lambda: f"{output}  ({parts})")
+    found = {"output": str(output), "plan": pipe.default_plan, "seed": seed, "seconds": result.seconds, "scale": factor}
+    screen.print(found, lambda: f"{output}  ({parts}{enlarged})")
 
 
 @click.command()

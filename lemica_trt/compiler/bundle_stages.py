@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lemica_trt.bundle.manifest import MANIFEST, PROMPTS_FILE, REPORTS, VERIFY_REPORT, plan_path
+from lemica_trt.bundle.manifest import MANIFEST, PROMPTS_FILE, REPORTS, plan_path
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.reports import store_kept, stored_report
+from lemica_trt.bundle.reports import store_kept, store_report, stored_report
 from lemica_trt.bundle.workspace import candidate_folder
 from lemica_trt.bundle.writing import write_bundle
 from lemica_trt.compiler import artifacts
@@ -144,7 +144,7 @@ def verify_bundle(
 
     held_out = held_out_samples(prompts, samples)
     report, kept, _ = verify(bundle, model, held_out, reporter=reporter, backend=backend, further=further, first=first)
-    write_value(report, bundle.path / VERIFY_REPORT)
+    store_report(report, bundle)
     store_kept(kept, bundle)
     plans = [bundle.plan(name) for name in bundle.plans]
     write_pictures(bundle.path / REPORTS, report, kept, plans, bundle.plan(), error_graph_of(bundle))

@@ -54,8 +54,14 @@ def write_pictures(
         plot_schedules(graph, strips_of(report, kept, plans, default, graph.num_steps), folder / SCHEDULES)
 
 
-def write_contact_sheet(path: Path, report: VerifyReport, kept: Kept, default: StepPlan, *, model: str = "") -> None:
+def write_contact_sheet(
+    path: Path, report: VerifyReport, kept: Kept, default: StepPlan, *, model: str = "", timed: bool = True
+) -> None:
     """Write the clip that the plan does worst on and the median one, in all ways in which they were made.
+
+    Args:
+        model: named in the title.
+        timed: whether to say what each way takes.
 
     Raises:
         InputError: a picture that was kept is damaged.
@@ -63,31 +69,34 @@ def write_contact_sheet(path: Path, report: VerifyReport, kept: Kept, default: S
     ways = {way.method: way for way in ways_of(report, default)}
     count, clips = len(kept.clips.samples), kept.clips.clips[:SHEET_CLIPS]
     title = f"{default.budget} of {default.num_steps} steps in full, and what else they can be spent on"
-    times = "; ≈: put together from the times of single steps" if any(way.predicted for way in ways.values()) else ""
     caption = (
-        f"{model + ': ' if model else ''}what to look for is on the right, where every difference to the first row is "
-        f"multiplied by 8: the edges of what moves. Black is equal. Seconds are those of the denoising loop, "
-        f"{report.backend}, {report.machine}{times}."
+        "Look at the right half: what each row differs by from the first, times 8. Black is no difference; what is "
+        "left are edges that lie elsewhere. dB: PSNR against the first row."
     )
+    if timed:
+        predicted = any(way.predicted for way in ways.values())
+        caption += f" Seconds: the denoising loop, {report.backend}, {report.machine}"
+        caption += "; ≈: from the times of single steps." if predicted else "."
     places = ("worst", "median", "best")
     blocks = [
         Block(
             f"“{clip.prompt}”" + (f" – {place} of {count} held-out clips by the plan’s PSNR" if count > 1 else ""),
-            [_row(run, ways.get(run.method), kept) for run in clip.runs],
+            [_row(run, ways.get(run.method), kept, timed) for run in clip.runs],
         )
         for clip, place in zip(clips, places)
     ]
-    contact_sheet(title, caption, blocks, path)
+    contact_sheet(f"{model}: {title}" if model else title, caption, blocks, path)
 
 
-def _row(run: KeptRun, way: Way | None, kept: Kept) -> Row:
+def _row(run: KeptRun, way: Way | None, kept: Kept, timed: bool) -> Row:
     name = run.method if way is None else way.name
-    lines = [] if way is None else [f"{run.budget} full steps", way.cost]
-    if run.psnr is not None:
-        lines.append(f"{run.psnr:.1f} dB")
+    lines = [] if run.psnr is None else [f"{run.psnr:.1f} dB"]
+    lines += [] if way is None or not timed else [way.cost]
+    if run.method != UNCACHED:
+        lines.append(f"{run.budget} full steps")
     frames = frames_from_picture(kept, run.frames)
     if run.difference is None:
-        return Row(name, lines, frames, aside="What each row below differs by from this one, × 8")
+        return Row(name, lines, frames, aside="what each row below differs by from this one, × 8")
     return Row(name, lines, frames, frames_from_picture(kept, run.difference))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lemica_trt.core.errors import MissingDependencyError
+from lemica_trt.core.progress import count
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.report import PLAN, Quality
 from lemica_trt.report.ways import Way
@@ -61,7 +62,7 @@ class Strip(NamedTuple):
         quality: written at the right; None: not measured.
         reuses: whether the plan reuses what the error graph measures: then its segments are outlined there, if it is
             the first that does.
-        is_default: drawn in colour.
+        is_default: drawn dark, and named in bold.
     """
 
     name: str
@@ -147,11 +148,11 @@ def plot_front(
                 continue
             x = way.speedup if predicted and way.speedup is not None else num_steps / way.budget
             marker, colour = next(markers), ACCENT if way.method == PLAN else INK
-            label = f"{way.name}, {len(way.quality.each_psnr)} held-out clips"
+            label = f"{way.name}, {count(len(way.quality.each_psnr), 'held-out clip')}"
             axes.plot(x, way.quality.psnr, marker, color=colour, markersize=8, fillstyle="none", zorder=4, label=label)
         _front_axes(axes, predicted)
         axes.set_title(f"Quality by speed-up; numbers: full steps of {num_steps}")
-        axes.legend(loc="best", fontsize=9)
+        axes.legend(loc="best", fontsize=9, frameon=True, framealpha=1, edgecolor="none")
         placed: list[Any] = []
         for x, row in sorted(at, key=lambda pair: (pair[1].dominated, pair[1].budget)):
             _label(figure, axes, x, row, placed)
@@ -204,7 +205,7 @@ def _heat_map(figure: Figure, axes: Axes, graph: ErrorGraph, outlined: Strip | N
         extent=(-0.5, graph.num_steps - 0.5, 0.5, graph.max_skip + 0.5),
         interpolation="none",
     )
-    bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04)
+    bar = figure.colorbar(image, cax=axes.inset_axes((1.015, 0, 0.025, 1)))
     bar.set_label("mean |change of the final latents|\nyellow: cheap, violet: expensive")
     bar.outline.set_visible(False)
     for start, stop in [] if outlined is None else _segments(outlined, graph.num_steps):
@@ -213,39 +214,38 @@ def _heat_map(figure: Figure, axes: Axes, graph: ErrorGraph, outlined: Strip | N
     drawn = (
         ""
         if outlined is None
-        else f"\noutlined: what {outlined.name} reuses with {len(outlined.full_steps)} full steps"
+        else f"\nred: the segments that {outlined.name} reuses in its {len(outlined.full_steps)} full steps"
     )
-    axes.set_title(
-        f"{graph.model}: what it costs to run step i in full, reuse its residual, and run step j in full next{drawn}"
-    )
+    axes.set_title(f"{graph.model}: what it costs to reuse full step i up to the next full step, j{drawn}")
     axes.set_ylabel("steps left out between i and j\n(j − i − 1)")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(-0.5, graph.num_steps - 0.5)
 
 
 def _draw_strips(axes: Axes, strips: Sequence[Strip], num_steps: int) -> None:
+    outlined = next((strip for strip in strips if strip.reuses), None)
     for row, strip in enumerate(strips):
         full = np.array(strip.full_steps)
         rest = np.setdiff1d(np.arange(num_steps), full)
+        colour = ACCENT if strip is outlined else INK if strip.is_default else GREY
         axes.barh(np.full(len(rest), row), 0.86, 0.72, left=rest - 0.43, color=PALE)
-        axes.barh(np.full(len(full), row), 0.86, 0.72, left=full - 0.43, color=ACCENT if strip.is_default else INK)
-        axes.annotate(
-            _decibels(strip), (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9.5, color=INK
-        )
-    axes.set_yticks(range(len(strips)), [f"{strip.name}, {len(strip.full_steps)} full" for strip in strips])
+        axes.barh(np.full(len(full), row), 0.86, 0.72, left=full - 0.43, color=colour)
+        place, weight = ("axes fraction", "data"), "bold" if strip.is_default else "normal"
+        axes.annotate(_decibels(strip), (1.015, row), xycoords=place, va="center", fontsize=9.5, weight=weight)
+    names = [f"{strip.name}, {len(strip.full_steps)} full" for strip in strips]
+    axes.set_yticks(range(len(strips)), names)
+    for label, strip in zip(axes.get_yticklabels(), strips):
+        label.set_fontweight("bold" if strip.is_default else "normal")
     axes.set_ylim(len(strips) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    default = next((strip.name for strip in strips if strip.is_default), None)
-    coloured = "dark: runs in full" if default is None else f"red: {default}, the default plan; black: others"
-    axes.set_xlabel(f"denoising step i   ({coloured}; pale: left out)")
+    axes.set_xlabel("denoising step i   (dark: runs in full, pale: left out; bold: the default plan)")
 
 
 def _decibels(strip: Strip) -> str:
     if strip.quality is None:
         return ""
-    clips = len(strip.quality.each_psnr)
-    return f"{strip.quality.psnr:.1f} dB, {clips} clip{'s' if clips > 1 else ''}"
+    return f"{strip.quality.psnr:.1f} dB, {count(len(strip.quality.each_psnr), 'clip')}"
 
 
 def _segments(strip: Strip, num_steps: int) -> list[tuple[int, int]]:
