@@ -4,7 +4,8 @@
     python tools/make_docs.py --check                say which files are not up to date; exit code 1 if any
     python tools/make_docs.py --pictures out/quality make the pictures too, from a bundle that was built and verified by
 
-        lemica-trt build --model cogvideox-tiny --budget 15,10,20,25 --verify-samples 8 --output out/quality
+        lemica-trt build --model cogvideox-tiny --budget 15,10,20,25 --pareto --verify-samples 8 \\
+            --output out/quality
 
 The pictures are drawn from values: plans, error graph, report and kept clips of that bundle, which are copied to
 docs/pictures. Times are left out of both: those of docs/ come from benchmarks.
