@@ -234,15 +234,16 @@ def draw_pictures(folder: Path) -> None:
     from lemica_trt.bundle.reports import stored_kept, stored_report
     from lemica_trt.evaluate.quality import error_graph_of
     from lemica_trt.report import CONTACT_SHEET, SCHEDULES
-    from lemica_trt.report.pictures import strips_of, write_contact_sheet
+    from lemica_trt.report.pictures import write_contact_sheet
     from lemica_trt.report.plots import plot_schedules
+    from lemica_trt.report.ways import strips_of
 
     bundle = Bundle.open(DRAWN)
     report, kept, graph, plan = stored_report(bundle), stored_kept(bundle), error_graph_of(bundle), bundle.plan()
     assert report is not None and kept is not None and graph is not None
     write_contact_sheet(folder / CONTACT_SHEET, report, kept, plan, model=graph.model, timed=False)
     plans = [bundle.plan(name) for name in bundle.plans]
-    plot_schedules(graph, strips_of(report, kept, plans, plan, graph.num_steps), folder / SCHEDULES)
+    plot_schedules(graph, strips_of(report, kept, plans, plan), folder / SCHEDULES)
 
 
 def main() -> int:

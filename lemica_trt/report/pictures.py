@@ -14,13 +14,13 @@ from PIL import Image
 from lemica_trt.core.errors import InputError
 from lemica_trt.ir.budget import FrontRow
 from lemica_trt.ir.calibration import ErrorGraph
-from lemica_trt.ir.kept import UNCACHED, Kept, KeptClip, KeptClips, KeptRun
+from lemica_trt.ir.kept import UNCACHED, Kept, KeptRun
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.report import PLAN, VerifyReport
+from lemica_trt.ir.report import VerifyReport
 from lemica_trt.report import CONTACT_SHEET, FRONT, SCHEDULES
 from lemica_trt.report.contact_sheet import Block, Row, contact_sheet
-from lemica_trt.report.plots import Strip, plot_front, plot_schedules
-from lemica_trt.report.ways import BASELINES, Way, ways_of
+from lemica_trt.report.plots import plot_front, plot_schedules
+from lemica_trt.report.ways import Way, strips_of, ways_of
 
 SHEET_CLIPS = 2
 """Clips on a contact sheet: the worst, and the median."""
@@ -51,7 +51,7 @@ def write_pictures(
     if kept is not None:
         write_contact_sheet(folder / CONTACT_SHEET, report, kept, default, model="" if graph is None else graph.model)
     if graph is not None:
-        plot_schedules(graph, strips_of(report, kept, plans, default, graph.num_steps), folder / SCHEDULES)
+        plot_schedules(graph, strips_of(report, kept, plans, default), folder / SCHEDULES)
 
 
 def write_contact_sheet(
@@ -116,31 +116,6 @@ def frames_from_picture(kept: Kept, path: str) -> npt.NDArray[np.uint8]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: expected a WebP picture, got: {error}") from None
     return pixels.reshape(len(value.frames), value.height, value.width, 3)
-
-
-def strips_of(
-    report: VerifyReport, kept: Kept | None, plans: Sequence[StepPlan], default: StepPlan, num_steps: int
-) -> list[Strip]:
-    """The plans that leave steps out, the default one first, and behind it the baselines of the same sampler."""
-    found = []
-    cached = [plan for plan in plans if plan.budget < plan.num_steps and plan.num_steps == num_steps]
-    for plan in sorted(cached, key=lambda plan: (plan.name != default.name, plan.budget)):
-        rows = [row for row in report.quality if row.plan == plan.name]
-        own = next((row for row in rows if row.method == PLAN), None)
-        reuses = any(row.cached for row in plan.rows)
-        found.append(Strip(plan.name, plan.full_steps, own, reuses, plan.name == default.name))
-        if plan.name != default.name or kept is None:
-            continue
-        for run in _baselines(kept.clips, num_steps):
-            quality = next((row for row in rows if row.method == run.method), None)
-            found.append(Strip(BASELINES.get(run.method, run.method), run.full_steps, quality, True, False))
-    return found
-
-
-def _baselines(kept: KeptClips, num_steps: int) -> list[KeptRun]:
-    """Baselines that have a schedule on the steps of the sampler."""
-    clip: KeptClip = kept.clips[0]
-    return [run for run in clip.runs if run.method not in (PLAN, UNCACHED) and run.num_steps == num_steps]
 
 
 def write_front(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lemica_trt.core.errors import MissingDependencyError
 from lemica_trt.core.progress import count
 from lemica_trt.ir.calibration import ErrorGraph
-from lemica_trt.ir.report import PLAN, Quality
-from lemica_trt.report.ways import Way
+from lemica_trt.ir.report import PLAN
+from lemica_trt.report.ways import Strip, Way
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,25 +51,6 @@ STYLE: Any = {  # matplotlib's rcParams
     "legend.frameon": False,
     "grid.color": PALE,
 }
-
-
-class Strip(NamedTuple):
-    """The full steps of a plan, as `plot_schedules` draws them.
-
-    Attributes:
-        name: at the left.
-        full_steps: of the sampler's steps.
-        quality: written at the right; None: not measured.
-        reuses: whether the plan reuses what the error graph measures: then its segments are outlined there, if it is
-            the first that does.
-        is_default: drawn dark, and named in bold.
-    """
-
-    name: str
-    full_steps: tuple[int, ...]
-    quality: Quality | None
-    reuses: bool
-    is_default: bool
 
 
 def plot_schedules(graph: ErrorGraph, strips: Sequence[Strip], path: str | os.PathLike[str]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lemica_trt.ir.budget import format_seconds
-from lemica_trt.ir.kept import UNCACHED
+from lemica_trt.ir.kept import UNCACHED, Kept
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import PLAN, Quality, VerifyReport
 
@@ -92,3 +93,47 @@ def _predicted(report: VerifyReport, quality: Quality, num_steps: int) -> float 
     if times is None or (skipped and times.skipped is None):
         return None
     return times.total(num_steps) / times.total(quality.budget, skipped)
+
+
+class Strip(NamedTuple):
+    """The full steps of a plan, as pictures draw them.
+
+    Attributes:
+        name: at the left.
+        full_steps: of the sampler's steps.
+        quality: written at the right; None: not measured.
+        reuses: whether the plan has the costs that the error graph measures: then its segments are outlined there, if
+            it is the first that does.
+        is_default: drawn dark, and named in bold.
+    """
+
+    name: str
+    full_steps: tuple[int, ...]
+    quality: Quality | None
+    reuses: bool
+    is_default: bool
+
+
+def strips_of(
+    report: VerifyReport | None, kept: Kept | None, plans: Sequence[StepPlan], default: StepPlan
+) -> list[Strip]:
+    """The plans that leave steps out, the default one first, and behind it the baselines of the same sampler.
+
+    Args:
+        report: has their quality, and `kept` the schedules of baselines; None: there is none.
+        plans: of a bundle.
+        default: one of them.
+    """
+    found, quality = list[Strip](), () if report is None else report.quality
+    for plan in sorted(plans, key=lambda plan: (plan.name != default.name, plan.budget)):
+        if plan.budget == plan.num_steps:
+            continue
+        by_method = {row.method: row for row in quality if row.plan == plan.name}
+        reuses = any(row.cached for row in plan.rows)
+        found.append(Strip(plan.name, plan.full_steps, by_method.get(PLAN), reuses, plan.name == default.name))
+        if plan.name == default.name and kept is not None:
+            for run in kept.clips.clips[0].runs:
+                if run.method not in (PLAN, UNCACHED) and run.num_steps == plan.num_steps:
+                    name = BASELINES.get(run.method, run.method)
+                    found.append(Strip(name, run.full_steps, by_method.get(run.method), True, False))
+    return found

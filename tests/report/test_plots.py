@@ -16,8 +16,8 @@ from report_data import error_graph, quality
 from lemica_trt.core.errors import MissingDependencyError
 from lemica_trt.ir.budget import FrontRow
 from lemica_trt.planning.budget import front_budgets
-from lemica_trt.report.plots import Strip, plot_front, plot_schedules
-from lemica_trt.report.ways import Way
+from lemica_trt.report.plots import plot_front, plot_schedules
+from lemica_trt.report.ways import Strip, Way
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
