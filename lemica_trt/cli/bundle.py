@@ -1,4 +1,4 @@
-"""Commands on a finished bundle: `verify`, `run`, `inspect`."""
+"""Commands on a finished bundle: `verify`, `report`, `run`, `inspect`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,27 @@ def verify(
     opened = Bundle.open(bundle)
     report = bundle_commands.verify(opened, weights, verify_samples, device, backend, screen.reporter, prompts=prompts)
     screen.print(report, lambda: summary.build_table(summarize(opened), report, bundle))
+
+
+@click.command()
+@click.argument("bundle", type=options.PATH)
+@flags(
+    click.option("--output", "-o", type=options.FILE, metavar="FILE.html",
+                 help="Where to  [default: BUNDLE/reports/report.html]"),
+)  # fmt: skip
+@common
+def report(screen: Screen, bundle: Path, output: Path | None) -> None:
+    """Write all that is known of BUNDLE as one HTML page: clips, quality, cost, plans, engines. Takes no PyTorch.
+
+    The page is one file that asks for nothing from anywhere; `build` and `verify` write it too.
+    """
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.compiler.inspection import write_page
+    from lemica_trt.core.progress import size
+
+    path = write_page(Bundle.open(bundle), output)
+    count = path.stat().st_size
+    screen.print({"output": str(path), "bytes": count}, lambda: f"{path}  ({size(count)})")
 
 
 @click.command()

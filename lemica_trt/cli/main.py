@@ -110,7 +110,7 @@ def main() -> None:
 
 for command in (
     *(build.build, build.calibrate, build.plan, build.export, build.engine),
-    *(bundle.verify, bundle.run, bundle.inspect),
+    *(bundle.verify, bundle.report, bundle.run, bundle.inspect),
     *(serve.triton, serve.client),
     *(trace.models, trace.trace, build.methods, build.doctor),
 ):

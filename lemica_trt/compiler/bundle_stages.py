@@ -17,6 +17,7 @@ from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts, PlanInd
 from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.draft_stage import first_of_draft
 from lemica_trt.compiler.graph_stages import bundle_files
+from lemica_trt.compiler.inspection import write_page
 from lemica_trt.compiler.stage import Writes
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.progress import Reporter, size
@@ -148,6 +149,7 @@ def verify_bundle(
     store_kept(kept, bundle)
     plans = [bundle.plan(name) for name in bundle.plans]
     write_pictures(bundle.path / REPORTS, report, kept, plans, bundle.plan(), error_graph_of(bundle))
+    write_page(bundle)
     require_verified(report, bundle.path)
     return report
 
