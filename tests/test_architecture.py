@@ -38,7 +38,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
 """Package → the packages right below it. A package may import those, and all that lies below them."""
 
 HEAVY = {
-    "PIL", "accelerate", "av", "cuda", "diffusers", "huggingface_hub", "matplotlib", "onnx", "onnxruntime",
+    "PIL", "accelerate", "av", "cuda", "diffusers", "huggingface_hub", "jinja2", "matplotlib", "onnx", "onnxruntime",
     "onnxscript", "openvino", "pickletools", "ray", "safetensors", "scipy", "sentencepiece", "tensorrt", "tensorrt_rtx",
     "tokenizers", "torch", "transformers",
 }  # fmt: skip

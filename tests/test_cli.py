@@ -151,6 +151,23 @@ def test_plan_adds_to_a_bundle_without_torch(
     assert {plan["name"] for plan in json.loads(done.stdout)["plans"]} == {"b4", "b5", "b6", "uncached"}
 
 
+def test_report_is_the_page_that_build_wrote(
+    built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Without PyTorch, and small; a bundle whose reports are gone has a page too."""
+    written = (built[0] / "reports" / "report.html").read_bytes()
+    done = lemica("report", built[0], "-o", tmp_path / "page.html", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"output": str(tmp_path / "page.html"), "bytes": len(written)}
+    assert (tmp_path / "page.html").read_bytes() == written and len(written) < 2_000_000
+    assert str(tmp_path).encode() not in written and str(built[0].parent).encode() not in written
+    copy = tmp_path / "copy"
+    shutil.copytree(built[0], copy, ignore=shutil.ignore_patterns("reports"))
+    done = lemica("report", copy)
+    assert done.returncode == 0 and b"Not verified" in (copy / "reports" / "report.html").read_bytes()
+    Bundle.open(copy).check()
+
+
 def test_run_writes_a_clip(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     for flags, side in (((), 256), (("--scale", 1), 64)):  # small clips are enlarged, unless told otherwise
