@@ -1,4 +1,4 @@
-"""Tables, contact sheets and plots that a person looks at: values of `ir` in, text and pictures out.
+"""Tables, pictures and the page that a person looks at: values of `ir` in, text and pictures out.
 
 summary         tables
 trace           what tracing found
