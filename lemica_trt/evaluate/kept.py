@@ -2,7 +2,7 @@
 
 Of all held-out samples three are kept – where the default plan does worst, the median, and where it does best – each
 made without caching, by the plan, and by its baselines. Small clips are kept as they are; of larger ones some frames,
-reduced, so that a report is about 2 MB at most.
+reduced, so that a page of them is about 2 MB at most.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Frames = npt.NDArray[np.uint8]
 KEPT_FRAMES = 13
 """Frames of a clip, at most."""
 
-KEPT_PIXELS = 400_000
+KEPT_PIXELS = 250_000
 """Pixels of all of them, at most."""
 
 LOSSLESS_PIXELS = 1 << 16
 """Up to so many, pictures are lossless."""
 
-LOSSY_QUALITY = 90
+LOSSY_QUALITY = 80
 
 DIFFERENCE_FACTOR = 8
 

@@ -98,7 +98,7 @@ class KeptClips(Value, frozen=True):
         source: frames, height and width of a clip as the model makes it.
         frames: numbers of the frames that are kept.
         height, width: of a frame as kept; smaller than in `source` where a clip is too large to keep.
-        lossless: whether pictures hold every value as it was; otherwise WebP of quality 90.
+        lossless: whether pictures hold every value as it was; otherwise WebP with loss.
     """
 
     manifest_digest: str
