@@ -40,7 +40,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
 """Package → the packages right below it. A package may import those, and all that lies below them."""
 
 HEAVY = {
-    "PIL", "accelerate", "av", "cuda", "diffusers", "huggingface_hub", "matplotlib", "onnx", "onnxruntime",
+    "PIL", "accelerate", "av", "cuda", "diffusers", "huggingface_hub", "jinja2", "matplotlib", "onnx", "onnxruntime",
     "onnxscript", "openvino", "pickletools", "prometheus_client", "ray", "safetensors", "scipy", "sentencepiece",
     "starlette", "tensorrt", "tensorrt_rtx", "tokenizers", "torch", "transformers", "uvicorn",
 }  # fmt: skip

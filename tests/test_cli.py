@@ -151,18 +151,40 @@ def test_plan_adds_to_a_bundle_without_torch(
     assert {plan["name"] for plan in result_of(done.stdout)["plans"]} == {"b4", "b5", "b6", "uncached"}
 
 
+def test_report_is_the_page_that_build_wrote(
+    built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Without PyTorch, and small; a bundle whose reports are gone has a page too."""
+    written = (built[0] / "reports" / "report.html").read_bytes()
+    done = lemica("report", built[0], "-o", tmp_path / "page.html", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"output": str(tmp_path / "page.html"), "bytes": len(written)}
+    assert (tmp_path / "page.html").read_bytes() == written and len(written) < 2_000_000
+    assert str(tmp_path).encode() not in written and str(built[0].parent).encode() not in written
+    copy = tmp_path / "copy"
+    shutil.copytree(built[0], copy, ignore=shutil.ignore_patterns("reports"))
+    done = lemica("report", copy)
+    assert done.returncode == 0 and b"Not verified" in (copy / "reports" / "report.html").read_bytes()
+    Bundle.open(copy).check()
+
+
 def test_run_writes_a_clip(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
-    done = lemica(
-        "run", built[0], "a big red circle moves left", "--plan", "default", "--seed", 7, "-o", clip, "--json"
-    )
-    assert done.returncode == 0, done.stderr
-    assert result_of(done.stdout)["plan"] == "b4"
-    import av
+    for flags, side in (((), 256), (("--scale", 1), 64)):  # small clips are enlarged, unless told otherwise
+        done = lemica(
+            *("run", built[0], "a big red circle moves left", "--plan", "default", "--seed", 7, "-o", clip, "--json"),
+            *flags,
+        )
+        assert done.returncode == 0, done.stderr
+        found = result_of(done.stdout)
+        assert (found["plan"], found["scale"]) == ("b4", side // 64)
+        import av
 
-    with av.open(str(clip)) as container:
-        frames = list(container.decode(video=0))
-    assert (len(frames), frames[0].height, frames[0].width) == (9, 64, 64)
+        with av.open(str(clip)) as container:
+            frames = list(container.decode(video=0))
+        assert (len(frames), frames[0].height, frames[0].width) == (9, side, side)
+    done = lemica("run", built[0], "a big red circle moves left", "-o", tmp_path / "clip.gif", "-q")
+    assert done.returncode == 0 and "4 times as large, --scale 1: as it is" in done.stdout
 
 
 def test_inspect_shows_bundle_plan_and_graph(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -4,7 +4,11 @@
     python tools/make_docs.py --check                say which files are not up to date; exit code 1 if any
     python tools/make_docs.py --pictures out/quality make the pictures too, from a bundle that was built and verified by
 
-        lemica-trt build --model cogvideox-tiny --budget 15,10,20,25 --output out/quality
+        lemica-trt build --model cogvideox-tiny --budget 15,10,20,25 --pareto --verify-samples 8 \\
+            --output out/quality
+
+The pictures are drawn from values: plans, error graph, report and kept clips of that bundle, which are copied to
+docs/pictures. Times are left out of both: those of docs/ come from benchmarks.
 
 A generated part lies between `<!-- make_docs: NAME -->` and `<!-- /make_docs -->`; `PARTS` has the names. Tables of
 figures come from the JSON files in benchmarks/results/, all else from the package itself.
@@ -20,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import click
+import msgspec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -50,8 +55,11 @@ from lemica_trt.report.models import NOTHING, shape_text
 
 ROOT = Path(__file__).parents[1]
 
-SHEET_PROMPTS = 2
-"""Held-out prompts on the contact sheet."""
+DRAWN = ROOT / "docs" / "pictures"
+"""What the pictures are drawn from: a bundle without graphs, engines and times."""
+
+BUDGETS = (15, 10, 20, 25)
+"""Of its plans."""
 
 
 def exit_codes() -> str:
@@ -205,27 +213,40 @@ def pages(root: Path = ROOT) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
-def make_pictures(bundle: Path) -> None:
-    """docs/contact_sheet.png from two held-out prompts, docs/schedules.png from the bundle's reports/."""
-    import lemica_trt
-    from lemica_trt.calibrate.prompts import read_prompts
-    from lemica_trt.core.metrics import psnr
-    from lemica_trt.evaluate.samples import held_out_samples
-    from lemica_trt.ir.resources import calibration_path
-    from lemica_trt.planning.step_plan import UNCACHED
-    from lemica_trt.report.contact_sheet import contact_sheet
+def keep_drawn(bundle: Path) -> None:
+    """Copy what the pictures are drawn from to `DRAWN`."""
+    from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE, MANIFEST, MANIFEST_DIGEST, plan_path
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.bundle.reports import store_kept, store_report, stored_kept, stored_report
 
-    pipe = lemica_trt.load(bundle)
-    plan = pipe.bundle.plan()
-    prompts = calibration_path(pipe.bundle.manifest.profile.calibration.prompts) / "held_out.txt"
-    samples = held_out_samples(read_prompts(prompts), SHEET_PROMPTS)
-    rows = []
-    for prompt, seed in (samples[number] for number in range(samples.count)):
-        uncached, clip = (pipe(prompt, seed=seed, plan=name).frames for name in (UNCACHED, plan.name))
-        rows.append((f"{prompt} – all {plan.num_steps} steps in full", uncached))
-        rows.append((f"step plan with {plan.budget} full steps: {psnr(clip, uncached):.1f} dB", clip))
-    contact_sheet(rows, ROOT / "docs" / "contact_sheet.png")
-    shutil.copyfile(bundle / "reports" / "schedules.png", ROOT / "docs" / "schedules.png")
+    opened = Bundle.open(bundle)
+    shutil.rmtree(DRAWN, ignore_errors=True)
+    for path in (MANIFEST, MANIFEST_DIGEST, ERROR_GRAPH_FILE, *map(plan_path, opened.plans)):
+        (DRAWN / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle / path, DRAWN / path)
+    report, kept = stored_report(opened), stored_kept(opened)
+    assert report is not None and kept is not None, "verify it"
+    drawn = Bundle.open(DRAWN)
+    store_report(msgspec.structs.replace(report, timing=(), steps=None, machine=""), drawn)
+    store_kept(kept, drawn)
+
+
+def draw_pictures(folder: Path) -> None:
+    """The pictures of docs/ into a folder, from `DRAWN`."""
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.bundle.reports import stored_kept, stored_report
+    from lemica_trt.evaluate.quality import error_graph_of
+    from lemica_trt.report import CONTACT_SHEET, SCHEDULES
+    from lemica_trt.report.pictures import write_contact_sheet
+    from lemica_trt.report.plots import plot_schedules
+    from lemica_trt.report.ways import strips_of
+
+    bundle = Bundle.open(DRAWN)
+    report, kept, graph, plan = stored_report(bundle), stored_kept(bundle), error_graph_of(bundle), bundle.plan()
+    assert report is not None and kept is not None and graph is not None
+    write_contact_sheet(folder / CONTACT_SHEET, report, kept, plan, model=graph.model, timed=False)
+    plans = [bundle.plan(name) for name in bundle.plans]
+    plot_schedules(graph, strips_of(report, kept, plans, plan), folder / SCHEDULES)
 
 
 def main() -> int:
@@ -235,7 +256,8 @@ def main() -> int:
     parser.add_argument("--pictures", type=Path, metavar="BUNDLE", help="also make the pictures, from this bundle")
     given = parser.parse_args()
     if given.pictures is not None:
-        make_pictures(given.pictures)
+        keep_drawn(given.pictures)
+        draw_pictures(ROOT / "docs")
     results, stale = read_results(), []
     for path in pages():
         text = path.read_text(encoding="utf-8")

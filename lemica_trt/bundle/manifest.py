@@ -64,6 +64,8 @@ PROMPTS_FILE = "calibration/prompts.json"
 VERIFY_REPORT = f"{REPORTS}/verify.json"
 STEP_TIMES = f"{REPORTS}/step_times.json"
 PLANS_REPORT = f"{REPORTS}/plans.json"
+KEPT_CLIPS = f"{REPORTS}/clips.json"
+KEPT_FOLDER = f"{REPORTS}/clips"
 
 REBUILD = "copy the bundle again, or rebuild it"
 """What to do about a bundle that is not whole."""

@@ -9,7 +9,7 @@ failures       exceptions as one line, an exit code, and JSON
 engine_flags   flags of the backends' options
 flags          flags by name → profile and request; `lemica_trt.build`
 build          `build`, its stages one by one, `methods`, `doctor`
-bundle         `verify`, `run`, `inspect`
+bundle         `verify`, `report`, `run`, `inspect`, `sign`
 measure        `bench`, `compare`
 trace          `models`, `trace`
 endpoint       `serve`

@@ -1,4 +1,4 @@
-"""Commands on a finished bundle: `verify`, `run`, `inspect`, `sign`."""
+"""Commands on a finished bundle: `verify`, `report`, `run`, `inspect`, `sign`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,32 @@ def verify(
 
 @click.command(
     cls=Command,
+    short_help="All that is known of a bundle on one page.",
+    examples=("report out/tiny", "report out/tiny -o report.html"),
+)
+@click.argument("bundle", type=options.PATH)
+@flags(
+    OUTPUT,
+    flag("--output", "-o", type=options.FILE, metavar="FILE.html", otherwise="BUNDLE/reports/report.html",
+         help="Where to."),
+)  # fmt: skip
+@common
+def report(screen: Screen, bundle: Path, output: Path | None) -> None:
+    """Write all that is known of BUNDLE as one HTML page: clips, quality, cost, plans, engines. Takes no PyTorch.
+
+    The page is one file that asks for nothing from anywhere; `build` and `verify` write it too.
+    """
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.compiler.inspection import write_page
+    from lemica_trt.core.progress import size
+
+    path = write_page(Bundle.open(bundle), output)
+    count = path.stat().st_size
+    screen.print({"output": str(path), "bytes": count}, lambda: f"{path}  ({size(count)})")
+
+
+@click.command(
+    cls=Command,
     short_help="A prompt → a clip.",
     examples=(
         'run out/tiny "a big red circle moves left" -o clip.mp4',
@@ -107,6 +133,8 @@ def verify(
     OUTPUT,
     flag("--output", "-o", type=options.FILE, required=True,
          help=".mp4, .gif, .png (frames side by side) or .npy"),
+    flag("--scale", type=click.IntRange(1, 16), otherwise="4 for clips of at most 128 pixels, except .npy",
+         help="Draw every pixel as a square of so many; 1: the clip as it is."),
 )  # fmt: skip
 @common
 def run(
@@ -118,6 +146,7 @@ def run(
     backend: str | None,
     capture: Any,
     output: Path,
+    scale: int | None,
     verify_with: tuple[Path, ...],
     require_signature: bool,
     **given: Any,
@@ -128,7 +157,7 @@ def run(
     from lemica_trt.bundle.reading import Bundle
     from lemica_trt.core.progress import duration
     from lemica_trt.runtime.pipeline import Pipeline
-    from lemica_trt.runtime.video import check_suffix, write_video
+    from lemica_trt.runtime.video import check_suffix, default_scale, write_video
 
     check_suffix(output)
     options.require_output(output, screen)
@@ -139,16 +168,19 @@ def run(
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
     on_step = None if capture == "plan" else lambda row: report.advance(row.index + 1, row.rows)
     result = pipe(prompt, seed=seed, on_step=on_step, **given)
-    write_video(result.frames, output, fps=pipe.fps)
+    factor = scale or default_scale(result.frames, output)
+    write_video(result.frames, output, fps=pipe.fps, scale=factor)
+    enlarged = f"; {factor} times as large, --scale 1: as it is" if factor > 1 and scale is None else ""
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())
     found = {
         "output": str(output),
         "plan": pipe.default_plan,
         "seed": seed,
         "seconds": result.seconds,
+        "scale": factor,
         "warnings": pipe.warnings(prompt),
     }
-    screen.print(found, lambda: f"{output}  ({parts})")
+    screen.print(found, lambda: f"{output}  ({parts}{enlarged})")
 
 
 def _require_capture(bundle: Bundle, backend: str | None) -> None:

@@ -26,7 +26,7 @@ _EPILOG = "Exit codes: 0 done; " + "; ".join(
 
 SECTIONS = {
     "Make a bundle": ("build", "plan", "engine"),
-    "Use a bundle": ("run", "inspect", "verify", "bench", "compare", "report"),
+    "Use a bundle": ("run", "inspect", "verify", "bench", "compare", "report", "sign"),
     "Serve it": ("serve", "triton", "client", "push", "pull"),
     "What there is": ("models", "methods", "trace", "doctor"),
     "Stage by stage": ("calibrate", "export"),
@@ -81,7 +81,7 @@ def main() -> None:
 
 for command in (
     *(build.build, build.calibrate, build.plan, build.export, build.engine),
-    *(bundle.verify, bundle.run, bundle.inspect, bundle.sign),
+    *(bundle.verify, bundle.report, bundle.run, bundle.inspect, bundle.sign),
     *(measure.bench, measure.compare),
     *(endpoint.serve, serve.triton, serve.client),
     *(hub.push, hub.pull),

@@ -20,6 +20,7 @@ from lemica_trt.bundle.manifest import (
     plan_path,
 )
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.reports import stored_report
 from lemica_trt.bundle.workspace import Workspace, work_folder
 from lemica_trt.bundle.writing import add_plan, require_replaceable, write_bundle
 from lemica_trt.compiler.bundle_stages import verify_bundle
@@ -143,7 +144,10 @@ def plan_bundle(bundle: Bundle, request: BuildRequest, reporter: Reporter, *, de
 
         # matplotlib comes with what builds; and where another process writes the bundle, there is no picture
         with contextlib.suppress(MissingDependencyError, UsageError), held(bundle.path):
-            write_front(rows, bundle.path / REPORTS, num_steps=bundle.manifest.profile.sampling.steps)
+            write_front(
+                rows, bundle.path / REPORTS, num_steps=bundle.manifest.profile.sampling.steps,
+                report=stored_report(bundle), plan=bundle.plan(),
+            )  # fmt: skip
     return PlanResult(
         plans=tuple(bundle.plan(name) for name in bundle.plans),
         outcomes=budget_outcomes(request.budgets, made, times, speeds),

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lemica_trt.bundle.manifest import MANIFEST, VERIFY_REPORT, plan_path
+from lemica_trt.bundle.manifest import MANIFEST, plan_path
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.reports import store_report
 from lemica_trt.bundle.workspace import candidate_folder
 from lemica_trt.bundle.writing import move_bundle, write_bundle
 from lemica_trt.compiler import artifacts
@@ -145,6 +146,6 @@ def _verified(context: Context, bundle: Bundle) -> First | None:
         return None
     samples = held_out_samples(context.inputs.held_out, 1)
     found = verify(bundle, context.model, samples, reporter=context.reporter, backend=backend, draft=True)
-    write_value(found.report, bundle.path / VERIFY_REPORT)
+    store_report(found.report, bundle)
     require_verified(found.report, bundle.path)
     return found.first

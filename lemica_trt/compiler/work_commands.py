@@ -271,6 +271,7 @@ def _result(context: Context) -> BuildResult:
     if front:
         from lemica_trt.report.pictures import write_front
 
-        write_front(front, bundle.path / REPORTS, num_steps=bundle.manifest.profile.sampling.steps)
+        count = bundle.manifest.profile.sampling.steps
+        write_front(front, bundle.path / REPORTS, num_steps=count, report=report, plan=bundle.plan())
     outcomes = budget_outcomes(request.budgets, made, times or steps, speeds)
     return BuildResult(publish(context), report, unverified, outcomes, front)

@@ -18,29 +18,22 @@ import numpy.typing as npt
 from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import VERIFY_REPORT
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.core.errors import InputError, VerificationError
+from lemica_trt.core.errors import VerificationError
 from lemica_trt.core.progress import Reporter, Tally, count
 from lemica_trt.core.text import shortened
-from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.agreement import check_graphs, check_runs
 from lemica_trt.evaluate.deployed import Deployed
+from lemica_trt.evaluate.kept import Keeper
 from lemica_trt.evaluate.quality import Case, cases_of, measure_quality, quality_steps
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.evaluate.timing import TIMED_BESIDE, RowSeconds, backend_name, measure_steps
+from lemica_trt.ir.kept import Kept
 from lemica_trt.ir.plan import StepPlan, uncached_of
-from lemica_trt.ir.report import Agreement, Clip, FirstRun, GraphCheck, VerifyReport
+from lemica_trt.ir.report import PLAN, Agreement, FirstRun, GraphCheck, VerifyReport
 from lemica_trt.models import Model
 from lemica_trt.runtime.pipeline import Pipeline
 
 Array = npt.NDArray[Any]
-
-
-def stored_report(bundle: Bundle) -> VerifyReport | None:
-    """The report in a bundle's `reports/`, if there is one that this version can read."""
-    try:
-        return read_value(VerifyReport, bundle.path / VERIFY_REPORT)
-    except InputError:
-        return None
 
 
 class First(NamedTuple):
@@ -51,10 +44,10 @@ class First(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """A report, some clips to look at, and what another verification of the same engines may take over."""
+    """A report, clips to look at, and what another verification of the same engines may take over."""
 
     report: VerifyReport
-    clips: list[Clip]
+    kept: Kept | None
     first: First
 
 
@@ -102,7 +95,8 @@ def verify(
         first = first or _first(deployed, uncached, samples, graphs, agreement, backend_name(key))
         steps = measure_steps(pipe, known=deployed.full_step(uncached))
         tally(TIMED_BESIDE)
-        quality, clips = measure_quality(deployed, model, samples, cases, tally)
+        keeper = Keeper()
+        quality = measure_quality(deployed, model, samples, cases, tally, keeper)
     report = VerifyReport(
         manifest_digest=bundle.manifest.digest,
         samples=samples.count,
@@ -115,7 +109,8 @@ def verify(
         timing=tuple(deployed.timing(plans)),
         steps=steps,
     )
-    return Verification(report, clips, first)
+    kept = keeper.kept(report.manifest_digest, bundle.plan(), samples, PLAN)
+    return Verification(report, kept, first)
 
 
 def _tally(reporter: Reporter, plans: Sequence[StepPlan], cases: Sequence[Case], samples: int) -> Tally:

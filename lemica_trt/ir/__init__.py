@@ -15,4 +15,5 @@ trials        how candidates did when they ran whole
 engine        which engine it is, and what it was built from
 measured      what was measured of plans without the model: quality, latency, two plans side by side
 report        what verification, timing and `doctor` find
+kept          the clips that verification keeps to be looked at
 """

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import numpy.typing as npt
+from typing import NamedTuple
 
 from lemica_trt.core.metrics import margin_95
 from lemica_trt.core.values import Value
@@ -53,8 +51,6 @@ class Measured(Value, frozen=True):
     backend: str
     steps: StepTimes
 
-
-Array = npt.NDArray[Any]
 
 PLAN = "plan"
 """The method of a bundle's own plan in a `Quality`."""
@@ -195,20 +191,6 @@ class BundleSummary(NamedTuple):
     def default(self) -> StepPlan:
         """The default plan."""
         return next(plan for plan in self.plans if plan.name == self.default_plan)
-
-
-class Clip(NamedTuple):
-    """A held-out clip to look at: uint8 [F, H, W, 3] each.
-
-    Attributes:
-        prompt: of both.
-        uncached: by the uncached plan, or the M steps that the default plan is compared with.
-        plan: by the bundle's default plan.
-    """
-
-    prompt: str
-    uncached: Array
-    plan: Array
 
 
 class VerifyReport(Value, frozen=True):

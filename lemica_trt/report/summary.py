@@ -21,12 +21,10 @@ from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import PLAN, BudgetOutcome, BundleSummary, Check, Quality, StageEstimate, VerifyReport
 from lemica_trt.ir.timeline import guidance_text, timeline_text
 from lemica_trt.report.timeline import plan_table
+from lemica_trt.report.ways import BASELINES
 
 TIMELINE_WIDTH = 80
 """Columns of a plan on one line, its name before it."""
-
-BASELINES = {"lemica": "LeMiCa", "uniform": "uniform", "fewer-steps": "fewer steps"}
-"""Method of a baseline → what a table calls it."""
 
 
 def table(*columns: str, title: str | None = None) -> Table:

@@ -23,7 +23,16 @@ H264_RATE_FACTOR = 17
 """H.264's CRF: 0 is lossless, 23 the encoder's default; 17 looks lossless."""
 
 
-def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int) -> None:
+SMALL, ENLARGED = 128, 4
+"""Clips up to so many pixels wide and high are enlarged by this, where nobody says otherwise: players blur them."""
+
+
+def default_scale(frames: Frames, path: str | os.PathLike[str]) -> int:
+    """By what factor `lemica-trt run` enlarges a clip [F, H, W, 3] where it is told none; arrays are never enlarged."""
+    return ENLARGED if max(frames.shape[1:3]) <= SMALL and Path(path).suffix.lower() != ".npy" else 1
+
+
+def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int, scale: int = 1) -> None:
     """Write frames; the suffix of `path` is the format.
 
     Args:
@@ -31,6 +40,7 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int) -> No
         path: `.mp4`: H.264, yuv420p, an odd last line or column doubled; `.gif`: endless loop; `.png`: one row of all
             frames; `.npy`: the array.
         fps: frames a second.
+        scale: whole factor by which frames are enlarged, every pixel a square.
 
     Raises:
         UsageError: unknown suffix.
@@ -41,6 +51,7 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int) -> No
     check_suffix(target)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise InputError(f"frames must be uint8 [F, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
