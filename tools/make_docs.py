@@ -34,6 +34,7 @@ from record import (
     AttentionMemory,
     BuildCost,
     EngineBuild,
+    Guidance,
     Quality,
     Result,
     Serving,
@@ -188,6 +189,7 @@ PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "traces": _results(Traces),
     "unused-depth": _results(UnusedDepth),
     "build-cost": _results(BuildCost),
+    "guidance": _results(Guidance),
 }
 """Name → what makes the part from all results."""
 

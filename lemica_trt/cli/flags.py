@@ -22,7 +22,7 @@ from lemica_trt.ir.resources import absolute_source, is_pipeline, load_named, lo
 PROFILE_FIELDS = {
     **{name: ("shape", name) for name in ("frames", "height", "width", "max_batch")},
     "denoising_steps": ("sampling", "steps"),
-    **{name: ("sampling", name) for name in ("guidance_scale", "scheduler", "flow_shift")},
+    **{name: ("sampling", name) for name in ("guidance_scale", "guidance_range", "scheduler", "flow_shift")},
     "calibration": ("calibration", "method"),
     **{name: ("calibration", name) for name in ("samples", "rollouts", "validation_samples", "max_skip", "seed")},
     "dtype": ("", "dtype"),
@@ -137,6 +137,8 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
     for name, (part, field) in PROFILE_FIELDS.items():
         if flags.get(name) is not None:
             parts[part][field] = flags[name]
+    if flags.get("guidance_range") is not None:
+        parts["sampling"]["guidance_range"] = _range(flags["guidance_range"])
     try:
         changed = {part: replace(getattr(profile, part), **fields) for part, fields in parts.items() if part}
         source = absolute_source(profile.source if weights is None else weights)
@@ -186,6 +188,15 @@ def effort_from_flags(flags: Mapping[str, Any]) -> Effort | None:
     if name is not None and name not in EFFORTS:
         raise UsageError(f"effort: expected {', '.join(EFFORTS)}, got {name!r}", fix="name one of them")
     return None if name is None else EFFORTS[name]
+
+
+def _range(given: Any) -> tuple[float, float]:
+    """Two numbers of LOW:HIGH, or as they are."""
+    try:
+        low, high = map(float, given.split(":") if isinstance(given, str) else given)
+    except (TypeError, ValueError):
+        raise UsageError(f"guidance_range: expected LOW:HIGH, for example 2:7, got {given!r}") from None
+    return low, high
 
 
 def _profile(model: str) -> Profile:

@@ -171,6 +171,7 @@ def _plans_for(
         reference=reference,
         model=bundle.manifest.profile.name,
         fit=_fit_of(cached, reference),
+        fit_range=bundle.manifest.profile.sampling.guidance_range,
         solver=solver_tables(table) if any(method.startswith("stock:") for method in request.methods) else None,
     )
     if request.schedule is not None:

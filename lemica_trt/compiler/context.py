@@ -170,6 +170,7 @@ class Context(contextlib.ExitStack):
             reference=self.reference,
             model=profile.name,
             fit=fit,
+            fit_range=profile.sampling.guidance_range,
             solver=solver_tables(table) if self.solves else None,
         )
 

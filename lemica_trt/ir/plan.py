@@ -46,9 +46,10 @@ PLAN_FORMAT = 4
 
 
 GUIDANCE_RANGE = (0.5, 1.75)
-"""Guidance scales, in that of the runs that a plan was made from, which a request may have. On the tiny models plans
-that reuse what is cached hold from 2 to 7 where they were made at 4. Fitted plans fall fast above 5: on wan-tiny they
-are below LeMiCa's from 6 on, at 10 and at 15 of 50 steps."""
+"""Guidance scales, in that of the runs that a plan was made from, which a request may have."""
+
+FITTED_GUIDANCE_RANGE = (0.5, 1.25)
+"""The same for solvers that were fitted at one scale: they fall fast above it (docs/calibration.md)."""
 
 
 class CacheRead(Value, frozen=True):
@@ -230,7 +231,7 @@ class StepPlan(Value, frozen=True):
             low, high = self.guidance_range
             raise InputError(
                 f"plan {self.name} holds for guidance_scale {low:g} … {high:g}, got {scale:g}",
-                fix=f"use the plan that skips nothing, or build with --guidance-scale {scale:g}",
+                fix=f"use the plan that skips nothing, or build with --guidance-scale {scale:g}, or --guidance-range",
             )
 
     @property
@@ -265,11 +266,16 @@ class StepPlan(Value, frozen=True):
         return any(row.draws for row in self.rows)
 
 
-def guidance_range(guidance_scale: float) -> tuple[float, float] | None:
-    """Where a plan holds that was made from runs at this guidance scale; None: they were not guided, there is none."""
+def guidance_range(guidance_scale: float, *, fitted: bool = False) -> tuple[float, float] | None:
+    """Where a plan holds that was made from runs at this guidance scale; None: they were not guided, there is none.
+
+    Args:
+        fitted: whether the runs were what its weights were fitted to.
+    """
     if guidance_scale <= 1.0:
         return None
-    return GUIDANCE_RANGE[0] * guidance_scale, GUIDANCE_RANGE[1] * guidance_scale
+    low, high = FITTED_GUIDANCE_RANGE if fitted else GUIDANCE_RANGE
+    return low * guidance_scale, high * guidance_scale
 
 
 def layout_from_plans(

@@ -45,6 +45,8 @@ class Sampling(Value, frozen=True):
     Attributes:
         steps: N, denoising steps.
         guidance_scale: classifier-free guidance g; 1 or less: no unconditional branch at all.
+        guidance_range: lowest and highest scale of requests, which solvers are fitted across; None: they are fitted at
+            `guidance_scale` alone.
         dynamic_guidance: diffusers' `use_dynamic_cfg` of CogVideoX.
         scheduler: diffusers scheduler class to use instead of the pipeline's own; made from its config.
         flow_shift: shift of the sigmas instead of the scheduler's own; of schedulers for flow matching.
@@ -53,6 +55,7 @@ class Sampling(Value, frozen=True):
 
     steps: int = 50
     guidance_scale: float = 6.0
+    guidance_range: tuple[float, float] | None = None
     dynamic_guidance: bool = False
     scheduler: str | None = None
     flow_shift: float | None = None
@@ -63,7 +66,27 @@ class Sampling(Value, frozen=True):
             require_finite((self.flow_shift,), "flow_shift")
             require(self.flow_shift > 0, f"flow_shift must be above 0, got {self.flow_shift}")
         require(self.steps >= 2, f"steps must be at least 2, got {self.steps}")
-        require_finite((self.guidance_scale,), "guidance_scale")
+        require_finite((self.guidance_scale, *(self.guidance_range or ())), "guidance_scale, guidance_range")
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            require(
+                1 < low <= self.guidance_scale <= high,
+                f"guidance_range must begin above 1 and hold {self.guidance_scale:g}, is {low:g}:{high:g}",
+            )
+
+    def fit_scales(self, samples: int) -> tuple[float, ...]:
+        """The guidance scale at which each of some samples is fitted to.
+
+        Half of them, the even ones, at `guidance_scale`; the others evenly from the highest scale to the lowest,
+        because errors grow upwards.
+        """
+        scales = [self.guidance_scale] * samples
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            others = range(1, samples, 2)
+            for k, s in enumerate(others):
+                scales[s] = high + (low - high) * k / max(len(others) - 1, 1)
+        return tuple(scales)
 
     @property
     def guided(self) -> bool:

@@ -83,6 +83,7 @@ class Problem:
         reference: the same sampler at M > N steps, where plans are to end where that ends; None: where the N steps end.
         model: profile name, which published schedules are listed under.
         fit: fits a solver to the model; None: there is no model to fit to.
+        fit_range: lowest and highest guidance scale of what `fit` fits to; None: `guidance_scale` alone.
         solver: sets a standard solver; None: there is no diffusers to take it from.
 
     Raises:
@@ -95,6 +96,7 @@ class Problem:
     reference: SamplerTable | None = None
     model: str = ""
     fit: Fit | None = None
+    fit_range: tuple[float, float] | None = None
     solver: SolverTable | None = None
 
     def __post_init__(self) -> None:
@@ -135,16 +137,22 @@ class Problem:
         assert self.calibration is not None and self.calibration.grams is not None
         return self.calibration.grams
 
-    def guidance_range(self) -> tuple[float, float] | None:
+    def guidance_range(self, *, fitted: bool = False) -> tuple[float, float] | None:
         """Guidance scales that plans made from the calibration hold for; None: any.
 
         A calibration that was carried over from another guidance scale holds where both do.
+
+        Args:
+            fitted: whether the plan's weights come from `fit`.
         """
+        if fitted and self.fit_range is not None:
+            return self.fit_range
         scales = [self.guidance_scale]
         if self.calibration is not None and self.calibration.graph.method == "retargeted":
             source = self.calibration.sensitivity
             scales += [] if source is None else [source.guidance_scale]
-        ranges = [found for found in map(guidance_range, scales) if found is not None]
+        found = (guidance_range(scale, fitted=fitted) for scale in scales)
+        ranges = [each for each in found if each is not None]
         return (max(low for low, _ in ranges), min(high for _, high in ranges)) if ranges else None
 
 
@@ -177,7 +185,7 @@ class Planner:
         self.require_needs(problem)
         if budget == problem.table.num_steps:
             return uncached_plan(problem.table, guidance_scale=problem.guidance_scale)
-        return _with_origin(self.make(problem, budget), problem, self.name, from_graph="error-graph" in self.needs)
+        return _with_origin(self.make(problem, budget), problem, self.name, self.needs)
 
     def require_needs(self, problem: Problem) -> None:
         """Raise UsageError unless the problem has what the planner needs."""
@@ -201,18 +209,18 @@ def plan_given(problem: Problem, steps: Sequence[int]) -> StepPlan:
     plan = plan_from_schedule(
         schedule, problem.table, name="given", guidance_scale=problem.guidance_scale, method="given"
     )
-    return _with_origin(plan, problem, "given", from_graph=False)
+    return _with_origin(plan, problem, "given", frozenset())
 
 
-def _with_origin(plan: StepPlan, problem: Problem, method: str, *, from_graph: bool) -> StepPlan:
+def _with_origin(plan: StepPlan, problem: Problem, method: str, needs: frozenset[Need]) -> StepPlan:
     """The plan with its name, and with what it was made from and for."""
     return msgspec.structs.replace(
         plan,
         name=f"b{plan.budget}",
         method=method,
         guidance_scale=problem.guidance_scale,
-        guidance_range=problem.guidance_range(),
-        error_graph_digest=problem.graph.digest if from_graph else None,
+        guidance_range=problem.guidance_range(fitted="fit" in needs),
+        error_graph_digest=problem.graph.digest if "error-graph" in needs else None,
         reference_steps=None if problem.reference is None else problem.reference.num_steps,
     )
 
