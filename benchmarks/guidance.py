@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=1 python benchmarks/guidance.py out/tiny \\
         --output benchmarks/results/guidance-cogvideox-tiny.json
 
-The bundle's default plan, which is a fitted one; a solver on the same steps, fitted to as many samples across a range of
-scales (`--guidance-range`); LeMiCa's plan, and the sampler with as few steps. Held-out clips, in PyTorch; PSNR against
-the uncached run at the request's own scale. Writes JSON (`record.Guidance`) and prints its table.
+The bundle's default plan, which is a fitted one; a solver on the same steps, fitted to as many samples across a range
+of scales (`--guidance-range`); LeMiCa's plan, and the sampler with as few steps. Held-out clips, in PyTorch; PSNR
+against the uncached run at the request's own scale. Writes JSON (`record.Guidance`) and prints its table.
 """
 
 from __future__ import annotations

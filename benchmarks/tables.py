@@ -264,7 +264,7 @@ def guidance_caption(result: Guidance) -> str:
     """What is in the table."""
     return (
         f"`{result.model}`, {result.budget} of {result.steps} steps, plans made at guidance {result.guidance_scale:g}: "
-        f"PSNR mean / 5th percentile of {len(result.rows[0].psnr)} held-out clips, by the guidance scale of the request."
+        f"PSNR mean / 5th percentile of {len(result.rows[0].psnr)} held-out clips, by guidance scale of the request."
     )
 
 
