@@ -57,6 +57,7 @@ MAY_BE_HEAVY = (
     "evaluate.agreement",
     "evaluate.baselines",
     "evaluate.estimate",
+    "evaluate.kept",
     "evaluate.quality",
     "evaluate.torch_runtime",
     "evaluate.verify",

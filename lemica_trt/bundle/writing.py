@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -150,24 +150,34 @@ def change_plans(
         for path in (*kept, *reports):
             _link(folder / path, staged / path)
         entries = {path: _store(data, staged / path) for path, data in changed.items() if data is not None}
-        try:
-            manifest = msgspec.structs.replace(
-                bundle.manifest,
-                profile=bundle.manifest.profile
-                if profile is None
-                else msgspec.structs.replace(profile, source=bundle.manifest.profile.source),
-                plans=tuple(sorted({*bundle.plans, *(plan.name for plan in (*renamed, *plans))} - gone)),
-                default_plan=default or rename.get(bundle.manifest.default_plan, bundle.manifest.default_plan),
-                files={**kept, **entries},
-            )
-            manifest.__post_init__()
-        except ValueError as error:
-            raise InputError(
-                f"{bundle.path.name}: cannot change its plans: {error}", fix="lemica-trt inspect BUNDLE shows them"
-            ) from None
+        manifest = _changed(
+            bundle,
+            profile=bundle.manifest.profile
+            if profile is None
+            else msgspec.structs.replace(profile, source=bundle.manifest.profile.source),
+            plans=tuple(sorted({*bundle.plans, *(plan.name for plan in (*renamed, *plans))} - gone)),
+            default_plan=default or rename.get(bundle.manifest.default_plan, bundle.manifest.default_plan),
+            files={**kept, **entries},
+        )
         for path, data in manifest_files(manifest).items():
             _store(data, staged / path)
     return Bundle.open(folder, trusted=())
+
+
+def _changed(bundle: Bundle, **changes: Any) -> Manifest:
+    """The manifest of a bundle with some fields changed.
+
+    Raises:
+        InputError: they do not fit together.
+    """
+    try:
+        manifest = msgspec.structs.replace(bundle.manifest, **changes)
+        manifest.__post_init__()
+    except ValueError as error:
+        raise InputError(
+            f"{bundle.path.name}: cannot change its plans: {error}", fix="lemica-trt inspect BUNDLE shows them"
+        ) from None
+    return manifest
 
 
 def _require_changes(

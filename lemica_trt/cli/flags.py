@@ -275,7 +275,7 @@ def plan_target(
     Raises:
         UsageError: something that only a bundle has of a work folder, or the other way round.
     """
-    from lemica_trt.compiler import bundle_commands, work_commands
+    from lemica_trt.compiler import work_commands
 
     fields = request_fields(flags)
     if Workspace(target).is_there:
@@ -285,18 +285,30 @@ def plan_target(
             raise UsageError("--remove, --rename and --verify-samples are for bundles", fix="leave them out")
         fields = {**(request_defaults(PLANNING_FIELDS) if samples is None else {}), **fields}
         return work_commands.plan(target, fields, reporter, samples=samples)
-    bundle = Bundle.open(target)
-    if fields.get("calibrate_on") == "engine":
-        return _refit(bundle, fields, reporter, default=default, samples=samples)
+    changes = {"remove": remove, "rename": rename} if remove or rename else {}
+    if not changes and fields.get("calibrate_on") == "engine":
+        return _refit(Bundle.open(target), fields, reporter, default=default, samples=samples)
+    if (changes and fields.get("calibrate_on") == "engine") or (
+        samples is not None and (changes or default is not None)
+    ):
+        raise UsageError(
+            "--samples and --calibrate-on cannot be used together with --default, --remove or --rename",
+            fix="give them afterwards, in a command of their own",
+        )
     if samples is not None:
-        if default is not None or remove or rename:
-            raise UsageError(
-                "--samples cannot be used together with --default, --remove or --rename",
-                fix="give them afterwards, in a command of their own",
-            )
         found = work_commands.extend(target, samples, fields, reporter)
         plans = tuple(found.bundle.plan(name) for name in found.bundle.plans)
         return PlanResult(plans=plans, outcomes=found.outcomes, front=found.front)
+    return _plan_bundle(target, fields, reporter, default, changes)
+
+
+def _plan_bundle(
+    target: Path, fields: dict[str, Any], reporter: Reporter, default: str | None, changes: dict[str, Any]
+) -> PlanResult:
+    """Plans of a bundle from what it has; `changes`: as `bundle.writing.change_plans` removes and renames."""
+    from lemica_trt.compiler import bundle_commands
+
+    bundle = Bundle.open(target)
     if unused := sorted(fields.keys() - {*PLANNING_FIELDS, "verify_samples"}):
         raise UsageError(
             f"expected flags of planning only, got {', '.join(unused)}: a bundle is planned without the model, from "
@@ -304,17 +316,17 @@ def plan_target(
             fix="leave them out, calibrate on its engines (--calibrate-on engine), or plan in the work folder",
         )
     planned = fields.keys() & {"budgets", "methods", "schedule", "reference_steps"}
-    if not planned and (default is not None or remove or rename or "pareto" in fields):
+    if not planned and (default is not None or changes or "pareto" in fields):
         fields["budgets"] = ()
     fields.setdefault("verify_samples", PLAN_CLIPS)
     request = BuildRequest(**fields)
-    if not request.budgets and (remove or rename):  # the default may be a new name
-        bundle = change_plans(bundle, remove=remove, rename=rename, default=default)
+    if not request.budgets and changes:  # the default may be a new name
+        bundle = change_plans(bundle, default=default, **changes)
         return bundle_commands.plan_bundle(bundle, request, reporter)
     made = bundle_commands.plan_bundle(bundle, request, reporter, default=default)
-    if not remove and not rename:
+    if not changes:
         return made
-    bundle = change_plans(Bundle.open(target), remove=remove, rename=rename)
+    bundle = change_plans(Bundle.open(target), **changes)
     return msgspec.structs.replace(made, plans=tuple(bundle.plan(name) for name in bundle.plans))
 
 
