@@ -104,7 +104,7 @@ def _font() -> ImageFont.FreeTypeFont:
     if spec is not None and spec.origin is not None:
         path = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
         if path.is_file():
-            return ImageFont.truetype(path, CAPTION_SIZE)
+            return ImageFont.truetype(str(path), CAPTION_SIZE)  # Pillow 10 takes no Path
     font = ImageFont.load_default(CAPTION_SIZE)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise MissingDependencyError("contact sheets need a Pillow with FreeType", fix="pip install --upgrade pillow")
