@@ -21,7 +21,7 @@ from lemica_trt.ir.resources import absolute_source, is_pipeline, load_named, re
 PROFILE_FIELDS = {
     **{name: ("shape", name) for name in ("frames", "height", "width", "max_batch")},
     "denoising_steps": ("sampling", "steps"),
-    **{name: ("sampling", name) for name in ("guidance_scale", "scheduler", "flow_shift")},
+    **{name: ("sampling", name) for name in ("guidance_scale", "scheduler", "flow_shift", "sigmas", "timesteps")},
     "calibration": ("calibration", "method"),
     **{name: ("calibration", name) for name in ("samples", "rollouts", "validation_samples", "max_skip", "seed")},
     "dtype": ("", "dtype"),
@@ -112,6 +112,9 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
     for name, (part, field) in PROFILE_FIELDS.items():
         if flags.get(name) is not None:
             parts[part][field] = flags[name]
+    for name in ("sigmas", "timesteps"):
+        if flags.get(name) is not None:
+            parts["sampling"].setdefault("steps", len(flags[name]))
     try:
         changed = {part: replace(getattr(profile, part), **fields) for part, fields in parts.items() if part}
         source = absolute_source(profile.source if weights is None else weights)

@@ -36,14 +36,23 @@ class Integers(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
     """A comma-separated list of integers."""
 
     name = "int,int,…"
+    kind: Callable[[str], float] = int
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(int(part) for part in str(value).split(","))
+            return tuple(self.kind(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"expected integers separated by commas, got {value!r}", param, ctx)
+            what = "integers" if self.kind is int else "numbers"
+            self.fail(f"expected {what} separated by commas, got {value!r}", param, ctx)
+
+
+class Numbers(Integers):
+    """A comma-separated list of numbers."""
+
+    name = "number,number,…"
+    kind = float
 
 
 class Screen:
@@ -160,13 +169,16 @@ model = flags(
     click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1 or less: one branch only."),
     click.option("--scheduler", metavar="CLASS", help="diffusers scheduler class instead of the pipeline's own."),
     click.option("--flow-shift", type=float, help="Shift of the sigmas of a flow-matching scheduler."),
+    click.option("--sigmas", type=Numbers(), metavar="S,S,…",
+                 help="N falling noise levels instead of the scheduler's spacing, as diffusers' pipelines take them."),
+    click.option("--timesteps", type=Numbers(), metavar="T,T,…", help="Or N timesteps."),
     click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Precision of the DiT."),
     click.option("--frames", type=int, help="Video frames."),
     click.option("--height", type=int, help="Pixels."),
     click.option("--width", type=int, help="Pixels."),
     click.option("--max-batch", type=int, help="Largest number of requests in one engine call."),
     click.option("--opset", type=int, help="ONNX opset."),
-)
+)  # fmt: skip
 
 calibration = flags(
     click.option("--effort", type=click.Choice(list(EFFORTS)),
