@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shutil
@@ -153,6 +154,11 @@ def test_given_sigmas_are_those_of_the_pipeline_and_of_its_table(model_of, sched
     """Of the pipeline itself, whose call takes none, and of the plan that is lowered; other numbers of steps are not
     touched."""
     wan = model_of("wan").profile
+    if (
+        scheduler is None
+        and "sigmas" not in inspect.signature(diffusers.UniPCMultistepScheduler.set_timesteps).parameters
+    ):
+        pytest.skip("this diffusers has a UniPC that takes no sigmas")
     sampling = msgspec.structs.replace(wan.sampling, steps=4, sigmas=SIGMAS, scheduler=scheduler)
     model = load_model(msgspec.structs.replace(wan, sampling=sampling))
     table = sampler_table(model.scheduler())
@@ -175,7 +181,7 @@ def test_given_sigmas_are_those_of_the_pipeline_and_of_its_table(model_of, sched
     [
         (None, {"timesteps": (999.0, 600.0, 300.0, 20.0)}, "expected a scheduler that takes timesteps, CogVideoXDDIM"),
         ("DDIMScheduler", {"sigmas": SIGMAS}, "expected a scheduler that takes sigmas, DDIMScheduler does not"),
-        ("UniPCMultistepScheduler", {"sigmas": SIGMAS}, "cannot make 4 steps: Passing `sigmas` is only supported"),
+        ("UniPCMultistepScheduler", {"sigmas": SIGMAS}, "Passing `sigmas` is only supported|takes sigmas"),
         ("EulerDiscreteScheduler", {"sigmas": SIGMAS}, "of 4 sigmas it makes 3 steps"),
         ("DPMSolverMultistepScheduler", {"timesteps": (999.5, 600.0, 300.0, 20.0)}, "makes 4 steps, at .999, 600"),
     ],
