@@ -260,6 +260,9 @@ MISTAKES: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("build", "--model", "cogvideox-tiny", "--method", "lemica,best"), 2, "stock:unipc, uniform, got 'best'"),
     (("build", "--model", "cogvideox-tiny", "--solver", "fitted"), 2, "--method fitted"),
     (("build", "--model", "cogvideox-tiny", "--reuse", "residual"), 2, "--method lemica"),
+    (("build", "--model", "wan-tiny", "--sigmas", "1,0.5,x", "--budget", "2"), 2, "numbers separated by commas"),
+    (("build", "--model", "wan-tiny", "--sigmas", "0.5,1", "--budget", "2"), 2, "sigmas must fall"),
+    (("build", "--model", "cogvideox-tiny", "--timesteps", "900,500", "--budget", "2"), 5, "takes timesteps"),
     (("frobnicate",), 2, "frobnicate"),
 )
 

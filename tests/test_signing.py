@@ -233,6 +233,19 @@ def test_copies_keep_signatures_and_new_plans_do_not(tmp_path: Path, keys: list[
     assert [one["keyid"] for one in signed] == [keys_of(keys[1][1])[0].keyid]
 
 
+def test_a_copy_has_the_very_manifest(tmp_path: Path, keys: list[tuple[Path, Path]]) -> None:
+    """Of a bundle of another release of this format, too, whose manifest says less: a digest is of bytes."""
+    folder = write(tmp_path / "b").path
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    del manifest["revision"]
+    data = json.dumps(manifest).encode()
+    (folder / MANIFEST).write_bytes(data)
+    (folder / "manifest.sha256").write_bytes(manifest_digest_line(data))
+    bundle = sign_bundle(Bundle.open(folder), keys[0][0])
+    copy_bundle(bundle, tmp_path / "copy")
+    assert Bundle.open(tmp_path / "copy", trusted=keys_of(keys[0][1])).digest == bundle.digest
+
+
 def test_a_killed_signature_leaves_no_file_that_is_not_listed(tmp_path: Path, keys: list[tuple[Path, Path]]) -> None:
     bundle = write(tmp_path / "b")
     script = """

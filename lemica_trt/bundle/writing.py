@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
@@ -14,12 +15,14 @@ import msgspec
 from lemica_trt.bundle.limits import require_runnable
 from lemica_trt.bundle.manifest import (
     MANIFEST,
+    MANIFEST_DIGEST,
     MANIFEST_SIGNATURE,
     REPORTS,
     Bucket,
     FileEntry,
     Manifest,
     bucket_name,
+    manifest_digest_line,
     manifest_files,
     plan_path,
     portable_source,
@@ -253,8 +256,11 @@ def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
         edited = {plan_path(name) for name in bundle.plans}
         for path in sorted(bundle.manifest.files):
             (_store if path in edited else _link)(bundle.path / path, staged / path)
-        for path, data in manifest_files(bundle.manifest).items():
-            _store(data, staged / path)
+        manifest = (bundle.path / MANIFEST).read_bytes()  # the very bytes: a digest and signatures are of them
+        if hashlib.sha256(manifest).hexdigest() != bundle.digest:
+            raise IntegrityError(f"{bundle.path}: replaced after it was opened", fix="open the bundle again")
+        _store(manifest, staged / MANIFEST)
+        _store(manifest_digest_line(manifest), staged / MANIFEST_DIGEST)
         if (bundle.path / MANIFEST_SIGNATURE).is_file():
             _store(bundle.path / MANIFEST_SIGNATURE, staged / MANIFEST_SIGNATURE)
     return Bundle.open(folder, trusted=())

@@ -23,6 +23,7 @@ PROFILE_FIELDS = {
     **{name: ("shape", name) for name in ("frames", "height", "width", "max_batch")},
     "denoising_steps": ("sampling", "steps"),
     **{name: ("sampling", name) for name in ("guidance_scale", "guidance_range", "scheduler", "flow_shift")},
+    **{name: ("sampling", name) for name in ("sigmas", "timesteps")},
     "calibration": ("calibration", "method"),
     **{name: ("calibration", name) for name in ("samples", "rollouts", "validation_samples", "max_skip", "seed")},
     "dtype": ("", "dtype"),
@@ -139,6 +140,9 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
             parts[part][field] = flags[name]
     if flags.get("guidance_range") is not None:
         parts["sampling"]["guidance_range"] = _range(flags["guidance_range"])
+    for name in ("sigmas", "timesteps"):
+        if flags.get(name) is not None:
+            parts["sampling"].setdefault("steps", len(flags[name]))
     try:
         changed = {part: replace(getattr(profile, part), **fields) for part, fields in parts.items() if part}
         source = absolute_source(profile.source if weights is None else weights)

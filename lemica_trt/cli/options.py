@@ -40,14 +40,23 @@ class Integers(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
     """A comma-separated list of integers."""
 
     name = "int,int,…"
+    kind: Callable[[str], float] = int
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(int(part) for part in str(value).split(","))
+            return tuple(self.kind(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"expected integers separated by commas, got {value!r}", param, ctx)
+            what = "integers" if self.kind is int else "numbers"
+            self.fail(f"expected {what} separated by commas, got {value!r}", param, ctx)
+
+
+class Numbers(Integers):
+    """A comma-separated list of numbers."""
+
+    name = "number,number,…"
+    kind = float
 
 
 class Screen:
@@ -205,6 +214,10 @@ model = flags(
          help="diffusers scheduler class instead of the pipeline's own."),
     flag("--flow-shift", type=float, profile=True, advanced=True, aliases=("--shift",),
          help="Shift of the sigmas of a flow-matching scheduler."),
+    flag("--sigmas", type=Numbers(), metavar="S,S,…", advanced=True, otherwise="the scheduler's spacing",
+         help="N falling noise levels, as diffusers' pipelines take them."),
+    flag("--timesteps", type=Numbers(), metavar="T,T,…", advanced=True, otherwise="the scheduler's spacing",
+         help="Or N timesteps."),
     flag("--max-sequence-length", type=int, metavar="L", profile=True, advanced=True, help="Tokens of a prompt."),
     flag("--max-batch", type=int, profile=True, advanced=True, aliases=("--batch-size",),
          help="Largest number of requests in one engine call."),

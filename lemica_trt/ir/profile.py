@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from lemica_trt.core.errors import UnsupportedError
@@ -50,6 +51,8 @@ class Sampling(Value, frozen=True):
         dynamic_guidance: diffusers' `use_dynamic_cfg` of CogVideoX.
         scheduler: diffusers scheduler class to use instead of the pipeline's own; made from its config.
         flow_shift: shift of the sigmas instead of the scheduler's own; of schedulers for flow matching.
+        sigmas, timesteps: N of them, falling, instead of the scheduler's own spacing, as the call of a diffusers
+            pipeline takes them; one of the two. Other numbers of steps are spaced by the scheduler.
         negative_prompt: default negative prompt.
     """
 
@@ -59,12 +62,22 @@ class Sampling(Value, frozen=True):
     dynamic_guidance: bool = False
     scheduler: str | None = None
     flow_shift: float | None = None
+    sigmas: tuple[float, ...] | None = None
+    timesteps: tuple[float, ...] | None = None
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
         if self.flow_shift is not None:
             require_finite((self.flow_shift,), "flow_shift")
             require(self.flow_shift > 0, f"flow_shift must be above 0, got {self.flow_shift}")
+        require(self.sigmas is None or self.timesteps is None, "sigmas and timesteps exclude each other")
+        for name in ("sigmas", "timesteps"):
+            given = getattr(self, name)
+            if given is not None:
+                require_finite(given, name)
+                require(len(given) == self.steps, f"{name} must be {self.steps}, one for each step, got {len(given)}")
+                falling = all(a > b for a, b in pairwise(given)) and given[-1] > 0
+                require(falling, f"{name} must fall and stay above 0, got {', '.join(map('{:g}'.format, given))}")
         require(self.steps >= 2, f"steps must be at least 2, got {self.steps}")
         require_finite((self.guidance_scale, *(self.guidance_range or ())), "guidance_scale, guidance_range")
         if self.guidance_range is not None:

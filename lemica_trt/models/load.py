@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import inspect
 import json
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import diffusers
 import huggingface_hub
 import msgspec
+import numpy as np
 import torch
 import transformers
 
@@ -326,17 +328,17 @@ def _scheduler_class(name: str) -> Any:
 
 
 def scheduler_for(sampling: Sampling, scheduler: Any) -> Any:
-    """The scheduler that a profile asks for, made from the pipeline's own.
+    """The scheduler that a profile asks for, with its flow shift and its steps, made from the pipeline's own.
 
     Raises:
         UsageError: no such class.
-        UnsupportedError: as `scheduler_like`, or there is no shift to change.
+        UnsupportedError: as `scheduler_like` and `scheduler_at`, or there is no shift to change.
     """
     if sampling.scheduler is not None:
         scheduler = scheduler_like(_scheduler_class(sampling.scheduler), scheduler)
     if sampling.flow_shift is not None:
         scheduler = _shifted(scheduler, sampling.flow_shift)
-    return scheduler
+    return scheduler_at(scheduler, sampling)
 
 
 def scheduler_like(kind: Any, scheduler: Any) -> Any:
@@ -379,6 +381,43 @@ def _shifted(scheduler: Any, shift: float) -> Any:
     if scheduler.config.get("use_flow_sigmas", False):
         return made_scheduler(type(scheduler), scheduler.config, flow_shift=shift)
     raise UnsupportedError(f"expected a scheduler for flow matching to shift, got {name}", fix="leave --flow-shift out")
+
+
+def scheduler_at(scheduler: Any, sampling: Sampling) -> Any:
+    """The same scheduler, which takes the profile's sigmas or timesteps when it is asked for the profile's N steps.
+
+    That is what a diffusers pipeline does whose call is given them; here it also holds for those whose call takes none.
+
+    Raises:
+        UnsupportedError: its `set_timesteps` takes none.
+    """
+    name = "timesteps" if sampling.sigmas is None else "sigmas"
+    given = getattr(sampling, name)
+    if given is None:
+        return scheduler
+    kind = type(scheduler)
+    theirs = inspect.signature(kind.set_timesteps)
+    if name not in theirs.parameters:
+        raise UnsupportedError(
+            f"expected a scheduler that takes {name}, {kind.__name__} does not",
+            fix=f"leave --{name} out, or choose another --scheduler",
+        )
+    numbers = np.array(given) if name == "sigmas" else [int(n) if n.is_integer() else n for n in given]
+
+    @functools.wraps(kind.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        asked = theirs.bind(self, *args, **kwargs).arguments
+        lists = [asked[other] for other in ("sigmas", "timesteps") if asked.get(other) is not None]
+        if (len(lists[0]) if lists else asked.get("num_inference_steps")) == len(numbers):
+            asked = {**asked, "num_inference_steps": None, "sigmas": None, "timesteps": None, name: numbers}
+        kind.set_timesteps(**{key: value for key, value in asked.items() if value is not None})
+        if asked.get(name) is numbers:
+            made = [] if self.num_inference_steps is None else self.timesteps.tolist()
+            if len(made) != len(numbers) or (name == "timesteps" and made != numbers):
+                raise ValueError(f"of {len(numbers)} {name} it makes {len(made)} steps, at {made}")
+
+    same = {"set_timesteps": set_timesteps, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return made_scheduler(type(kind.__name__, (kind,), same), scheduler.config)
 
 
 @contextlib.contextmanager

@@ -194,7 +194,7 @@ def _font(size: int, *, bold: bool) -> Font:
         name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
         path = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / name
         if path.is_file():
-            return ImageFont.truetype(path, size)
+            return ImageFont.truetype(str(path), size)  # Pillow 10 takes no Path
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise MissingDependencyError("contact sheets need a Pillow with FreeType", fix="pip install --upgrade pillow")

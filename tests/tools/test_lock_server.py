@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 requirements = pytest.importorskip("packaging.requirements")
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = ("onnxruntime", "openvino", "video", "sign")
@@ -30,12 +32,9 @@ def pins() -> list[tuple[object, list[str]]]:
 
 def asked_for() -> list[object]:
     """What pyproject.toml asks for in a server."""
-    text = (ROOT / "pyproject.toml").read_text()
-    blocks = [re.search(r"^dependencies = (\[.*?^\])", text, re.M | re.S)]
-    blocks += [re.search(rf"^{extra} = (\[.*?\])$", text, re.M) for extra in EXTRAS]
-    lists = [re.findall(r'"((?:[^"\\]|\\.)+)"', block[1]) for block in blocks if block is not None]
-    assert len(lists) == 1 + len(EXTRAS)
-    return [requirements.Requirement(line) for part in lists for line in part]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
+    return [requirements.Requirement(line) for line in lines]
 
 
 def environment(python: str) -> dict[str, str]:

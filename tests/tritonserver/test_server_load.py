@@ -240,7 +240,7 @@ def test_every_request_is_answered_once(fresh: Server, reference: dict[str, Any]
 
 
 def test_500_requests_leave_nothing_behind(fresh: Server, reference: dict[str, Any]) -> None:
-    """Memory within 2 % of what it was after the 50th request; the same files and shared memory."""
+    """Memory within 2 % of what it was after the 50th request, no file more for each request, no shared memory."""
 
     def ask(count: int) -> None:
         def one(number: int) -> str:
@@ -255,7 +255,7 @@ def test_500_requests_leave_nothing_behind(fresh: Server, reference: dict[str, A
     time.sleep(2)
     before = resident(fresh), descriptors(fresh), shared_memory()
     ask(450)
-    assert eventually(lambda: descriptors(fresh) <= before[1]), (descriptors(fresh), before[1])
+    assert eventually(lambda: descriptors(fresh) <= before[1] + 8), (descriptors(fresh), before[1])  # 450 would leak
     after = resident(fresh), descriptors(fresh), shared_memory()
     print(f"memory {before[0] / 1e6:.1f} → {after[0] / 1e6:.1f} MB, descriptors {before[1]} → {after[1]}")
     assert after[0] <= before[0] * 1.02
@@ -274,10 +274,11 @@ def test_a_killed_server_leaves_nothing_behind(tritonserver: Path, tiny: Path, t
 
         running = threading.Thread(target=request)
         running.start()
-        time.sleep(0.2)
+        regions = set(stubs(server.repository).values())
         os.kill(server.pid, signal.SIGKILL)
         running.join()
         assert eventually(lambda: not stubs(server.repository), 60.0), stubs(server.repository)
+        assert not regions & shared_memory()
     with serving(tritonserver, tmp_path / "repository", tmp_path / "log") as server:
         assert server.post("v2/models/pipeline/generate", {"prompt": "red", "output": "mp4-base64"})[0] == 200
         assert not list(calls.iterdir())

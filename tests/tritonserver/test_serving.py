@@ -249,6 +249,30 @@ def test_files_of_callers_that_were_killed_are_removed(tmp_path: Path, monkeypat
         assert {path.name for path in mine.parent.iterdir()} == {mine.name, "something else"}
 
 
+def test_a_process_ends_with_its_server(tmp_path: Path) -> None:
+    """A grandchild whose parent is killed; with its files."""
+    child = (
+        "import os, tempfile, time; tempfile.tempdir = os.environ['AT']\n"
+        "from lemica_trt.triton.server import cancel, lifetime\n"
+        "lifetime.CHECK_INTERVAL_SECONDS = 0.01\n"
+        "lifetime.exit_with_parent(); lifetime.exit_with_parent()\n"
+        "with cancel.cancel_token(): print(os.getpid(), flush=True); time.sleep(600)"
+    )
+    server = "import subprocess, sys\nprocess = subprocess.Popen([sys.executable, '-c', sys.argv[1]])\nprocess.wait()"
+    environment = {**os.environ, "AT": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", server, child], env=environment, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        process = int(parent.stdout.readline())
+        assert len(list(tmp_path.glob("*/*"))) == 1
+        parent.kill()
+        assert parent.stdout.read() == ""  # its end: nobody holds the pipe any more
+    while not cancel._has_died(str(process)):  # its files are closed a moment before
+        time.sleep(0.01)
+    assert not list(tmp_path.glob("*/*"))
+
+
 def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = SimpleNamespace(is_cancelled=lambda: False, timeout=lambda: 0)
     monkeypatch.setattr(cancel.tempfile, "gettempdir", lambda: str(tmp_path))

@@ -90,12 +90,12 @@ def cancel_token() -> Iterator[Path]:
         file.unlink(missing_ok=True)
 
 
-def remove_leftovers() -> None:
-    """Remove the files of callers that were killed."""
+def remove_leftovers(*, own: bool = False) -> None:
+    """Remove the files of callers that were killed; with `own`, those of this process, too."""
     with suppress(FileNotFoundError):
         for file in _token_folder().iterdir():
             found = _TOKEN.fullmatch(file.name)
-            if found and _has_died(found[1]):
+            if found and (_has_died(found[1]) or (own and int(found[1]) == os.getpid())):
                 file.unlink(missing_ok=True)
 
 

@@ -26,7 +26,7 @@ from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.ir.graphs import Role
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.triton.interface import OLDEST_SERVER
-from lemica_trt.triton.server import cancel
+from lemica_trt.triton.server import cancel, lifetime
 
 
 def load_pipeline(
@@ -59,6 +59,7 @@ def open_bundle(pb_utils: Any, args: Mapping[str, str]) -> tuple[Bundle, dict[st
         LemicaError: as `load_pipeline`.
     """
     check_server(pb_utils)
+    lifetime.exit_with_parent()
     cancel.remove_leftovers()
     config = json.loads(args["model_config"])
     parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
