@@ -63,8 +63,7 @@ class Deployed:
     def _run(self, plan: StepPlan, prompt: str, seed: int) -> Array:
         pipe, manifest = self.pipe, self.pipe.bundle.manifest
         negative = [manifest.profile.sampling.negative_prompt] if manifest.graphs.layout.guided else []
-        encoded = [pipe.encode(text) for text in (*negative, prompt)]
-        conditions = {name: np.stack([each[name] for each in encoded]) for name in encoded[0]}
+        conditions = pipe.conditions([prompt], negative)
         noise = Generator(seed).randn((1, *manifest.graphs.layout.latent_shape))
         results: list[Array] = []
 

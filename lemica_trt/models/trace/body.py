@@ -40,6 +40,19 @@ class Rows:
     rows: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """A slot that is the same for all prompts, cut to the length of the text.
+
+    Attributes:
+        condition: name of a condition [rows, tokens, …] that has this length.
+        values: at the longest text, [tokens, …].
+    """
+
+    condition: str
+    values: Tensor
+
+
 class Network(nn.Module):
     """A transformer whose trunk can be seen, and left out.
 
@@ -121,15 +134,19 @@ class Body(nn.Module):
         calls: of the network.
     """
 
-    def __init__(self, program: Program, slots: Mapping[int, Line | Rows], network: Network, *, branches: bool) -> None:
+    def __init__(
+        self, program: Program, slots: Mapping[int, Line | Rows | Prefix], network: Network, *, branches: bool
+    ) -> None:
         super().__init__()
         self.network = network
         self._branches = branches
         self.calls = len(program.calls)
         self._program, self._lines = program, dict(slots)
         for k, value in enumerate(program.values):
-            if isinstance(value, Tensor) and k not in slots:
-                self.register_buffer(f"constant_{k}", value, persistent=False)
+            slot = slots.get(k)
+            if isinstance(value, Tensor) and (slot is None or isinstance(slot, Prefix)):
+                constant = slot.values if isinstance(slot, Prefix) else value
+                self.register_buffer(f"constant_{k}", constant, persistent=False)
 
     def forward(
         self,
@@ -182,6 +199,8 @@ class Body(nn.Module):
         slot = self._lines.get(k)
         if slot is None:
             return self.get_buffer(f"constant_{k}") if isinstance(value, Tensor) else value
+        if isinstance(slot, Prefix):
+            return self.get_buffer(f"constant_{k}")[: conditions[slot.condition].shape[1]]
         if isinstance(slot, Rows):
             whole = conditions[slot.condition]
             rows = (
