@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from lemica_trt.evaluate.timing import RowSeconds, row_by_row, seconds_of

@@ -2,9 +2,9 @@
 
 Models that take a size through `int()` (Qwen-Image's rotary embedding of the text) would fix it: `symbolic_int`.
 
-ONNX has no complex tensors. Rotary embeddings that are written as complex products (Qwen-Image, Z-Image) become four real products. A program is run
-again operator by operator and exported a second time; a complex tensor is on the way as a real one whose last dimension
-of 2 has real and imaginary part.
+ONNX has no complex tensors. Rotary embeddings that are written as complex products (Qwen-Image, Z-Image) become four
+real products: a program is run again operator by operator and exported a second time. A complex tensor is on the way as
+a real one whose last dimension of 2 has real and imaginary part.
 """
 
 from __future__ import annotations
@@ -73,6 +73,15 @@ class RealProgram(nn.Module):
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         super().__init__()
         self.program = program.module(check_guards=False)
+        self._constants: dict[str, str] = {}
+        graph: Any = self.program.graph
+        for target in dict.fromkeys(node.target for node in graph.nodes if node.op == "get_attr"):
+            value = operator.attrgetter(target)(self.program)
+            if isinstance(value, Tensor) and value.is_complex():
+                self._constants[target] = name = f"real_{len(self._constants)}"
+                self.register_buffer(name, torch.view_as_real(value).clone(), persistent=False)
+                owner, _, attribute = target.rpartition(".")
+                delattr(self.program.get_submodule(owner), attribute)
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run it.
@@ -81,11 +90,19 @@ class RealProgram(nn.Module):
             UnsupportedError: it has an operator on complex numbers that is not known here.
         """
         graph: Any = self.program
-        made: dict[str, Tensor] = _Interpreter(graph).run(*pytree.tree_leaves(inputs), enable_io_processing=True)
+        constants = {target: Pair(self.get_buffer(name)) for target, name in self._constants.items()}
+        made: dict[str, Tensor] = _Interpreter(graph, constants).run(*pytree.tree_leaves(inputs), enable_io_processing=True)
         return made
 
 
 class _Interpreter(torch.fx.Interpreter):
+    def __init__(self, module: torch.fx.GraphModule, constants: dict[str, Pair]) -> None:
+        super().__init__(module)
+        self._constants = constants
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._constants[target] if target in self._constants else super().get_attr(target, args, kwargs)
+
     def run_node(self, n: torch.fx.Node) -> Any:
         result = super().run_node(n)
         return Pair(torch.view_as_real(result)) if isinstance(result, Tensor) and result.is_complex() else result

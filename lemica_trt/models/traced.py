@@ -87,8 +87,11 @@ class TracedModel(Model):
         self._traced = trace_runs(pipeline, request_from_profile(profile, pipeline))
         self.trace = self._traced.trace
         self._require_buildable()
+        self._require_text_axes()
         free = self.trace.text == "free"
         self._whole, self._text = self._traced.runs.longest() if free else (self._traced.runs.base, BASE)
+        if self._whole.programs[0].digest != self._traced.runs.base.programs[0].digest:
+            raise UnsupportedError(f"{self.trace.pipeline} cannot be built yet: long prompts take other operators")
         self.latent_shape = tuple(self.trace.states[0].shape[1:])
         self._conditions = self._named_conditions()
         self._encoders = self._make_encoders()
@@ -162,8 +165,6 @@ class TracedModel(Model):
                 value = self._whole.programs[0].values[k]
                 if not isinstance(value, Tensor) or not value.dim():
                     raise UnsupportedError(f"{slot.name} is a number that follows the prompt: it cannot be built yet")
-                if slot.name in self.trace.text_slots:
-                    self._require_text_axis(slot, k)
                 name = self._name(slot)
                 row = value[self._prompt_row(k) if PROMPT in slot.of else 0][None]
                 if name in found and found[name].shape != row.shape:
@@ -181,21 +182,22 @@ class TracedModel(Model):
         own = slot.name in self.trace.text_slots and PROMPT not in slot.of
         return (NEGATIVE_NAME if own else "") + (f"dit_{name}" if name in TAKEN else name)
 
-    def _require_text_axis(self, slot: TraceSlot, k: int) -> None:
-        """A condition whose shape follows the prompt must be [rows, tokens, …].
+    def _require_text_axes(self) -> None:
+        """Conditions whose shape follows the prompt must be [rows, tokens, …].
 
         Raises:
-            UnsupportedError: it is not, or another operator runs at another length.
+            UnsupportedError: one is not.
         """
-        base = self._traced.runs.base.programs[0]
-        if self._whole.programs[0].digest != base.digest:
-            raise UnsupportedError(f"{self.trace.pipeline} cannot be built yet: it runs other operators on long prompts")
-        longest, own = self._whole.programs[0].values[k].shape, base.values[k].shape
-        if len(own) < 3 or longest[:1] + longest[2:] != own[:1] + own[2:]:
-            raise UnsupportedError(
-                f"{self.trace.pipeline} cannot be built yet: {slot.component}.{slot.argument} follows the length of "
-                f"the prompt, and is not [rows, tokens, width] but {list(own)}"
-            )
+        for k, slot in self._slots():
+            if slot.role != "condition" or slot.name not in self.trace.text_slots:
+                continue
+            own = self._traced.runs.base.programs[0].values[k].shape
+            others = [run.programs[0].values[k].shape for run in self._traced.runs.longer.values()]
+            if len(own) < 3 or any(its[:1] + its[2:] != own[:1] + own[2:] for its in others):
+                raise UnsupportedError(
+                    f"{self.trace.pipeline} cannot be built yet: {slot.component}.{slot.argument} follows the length "
+                    f"of the prompt, and is not [rows, tokens, width] but {list(own)}"
+                )
 
     def _is_negative(self, name: str) -> bool:
         """Whether a condition is of the negative prompt alone, with a text axis of its own."""
@@ -333,9 +335,7 @@ class TracedModel(Model):
         ends = (spec.end_id, None) if runs.longer else (spec.end_id,)
         for clean, end in itertools.product(CLEANINGS, ends):
             tried = msgspec.structs.replace(spec, clean=clean, end_id=end)
-            if all(
-                self._has_ids(tape, component, *self._ids(component, tried, text)) for text, tape in tapes.items()
-            ):
+            if all(self._has_ids(tape, component, *self._ids(component, tried, text)) for text, tape in tapes.items()):
                 return tried
         raise UnsupportedError(f"{component}: the runtime would give other token ids; it cannot be built yet")
 

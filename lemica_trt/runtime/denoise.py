@@ -3,8 +3,9 @@
 Earlier latents, outputs and residuals live in rings of buffers; a row reads the slots before its own and writes its
 own, so that nothing is ever moved: only which buffer is bound to which name rotates. All of that is known before the
 first request. It is prepared once for each plan, batch size and length of texts (`_Program`): buffers, coefficients on
-the device, one bound `Call` a row. A request uploads noise, prompt embeddings and guidance, runs the calls, downloads the result. Rows
-between which the host has nothing to do are one call: a whole plan, unless somebody listens or fresh noise is drawn.
+the device, one bound `Call` a row. A request uploads noise, prompt embeddings and guidance, runs the calls, downloads
+the result. Rows between which the host has nothing to do are one call: a whole plan, unless somebody listens or fresh
+noise is drawn.
 
 Positions before the first row – x_{−2}, m_{−1}, a residual of a full row that has not been – are bound to buffers of
 zeros, so that a request never sees what an earlier one left.

@@ -113,7 +113,7 @@ class Step(NamedTuple):
     Attributes:
         output: guided, fp32 [1, *latent_shape].
         guidance_term: what a guidance scale above 1 adds to it, fp32 [1, *latent_shape]; zeros if not asked for.
-        residual: of the trunk, of all calls.
+        residual: of the trunk, [R, …]: of all calls, whose own first dimension may be a multiple (Latte's has frames).
     """
 
     output: Tensor
@@ -163,11 +163,11 @@ class Body(nn.Module):
             x: fp32 [1, *latent_shape].
             timestep, in_scale, guidance: fp32 [1]; guidance: None where it is baked.
             conditions: by name, [R, …].
-            residual: of all calls, along the first dimension, in place of the trunk; None: the trunk runs.
+            residual: as in `Step`, in place of the trunk; None: the trunk runs.
         """
         own: list[Tensor] = []
         returned: list[list[Tensor]] = []
-        given = [] if residual is None else list(residual.chunk(self.calls))
+        given = [] if residual is None else list(residual.flatten(0, 1).chunk(self.calls))
 
         def call(name: str, arguments: Any) -> list[Tensor]:
             if residual is not None:
@@ -193,7 +193,8 @@ class Body(nn.Module):
         if self._branches and guidance is not None:  # at scale 1 the output is the conditional one
             again = iter(returned)
             term = guided - output(torch.ones_like(guidance), lambda name, arguments: next(again))
-        return Step(guided, term, torch.cat(own) if own else x)
+        rows = 1 if guidance is None else 2
+        return Step(guided, term, torch.cat(own).unflatten(0, (rows, -1)) if own else x)
 
     def _value(self, k: int, value: Any, sources: Mapping[str, Tensor | None], conditions: Mapping[str, Tensor]) -> Any:
         slot = self._lines.get(k)

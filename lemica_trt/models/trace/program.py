@@ -347,6 +347,7 @@ class Extraction:
             names = ("sample",) if event.kind == "scale" else STEP_INPUTS
             tree = {name: self.place(event.inputs[name]) for name in names}
             return Step(event.kind, self._order.index(event.scheduler or 0), tree)
+
         def place(leaf: Any) -> Any:
             return self._of_calls.get(leaf.id) or self.place(leaf) if isinstance(leaf, Ref) else self.place(leaf)
 

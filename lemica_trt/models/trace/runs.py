@@ -133,7 +133,7 @@ class Runs:
         longer = next(iter(self.longer.values())).programs[0]
         for mine, its, found in zip(self.base.programs[0].values, longer.values, run.programs[0].values):
             if isinstance(mine, Tensor) and mine.shape != its.shape:
-                return next(size for a, b, size in zip(mine.shape, its.shape, found.shape) if a != b)
+                return int(next(size for a, b, size in zip(mine.shape, its.shape, found.shape) if a != b))
         raise UnsupportedError("it runs other operators on longer prompts")
 
     def shorter(self) -> Run:
