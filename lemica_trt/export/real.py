@@ -91,7 +91,9 @@ class RealProgram(nn.Module):
         """
         graph: Any = self.program
         constants = {target: Pair(self.get_buffer(name)) for target, name in self._constants.items()}
-        made: dict[str, Tensor] = _Interpreter(graph, constants).run(*pytree.tree_leaves(inputs), enable_io_processing=True)
+        made: dict[str, Tensor] = _Interpreter(graph, constants).run(
+            *pytree.tree_leaves(inputs), enable_io_processing=True
+        )
         return made
 
 
