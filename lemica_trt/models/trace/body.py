@@ -194,7 +194,10 @@ class Body(nn.Module):
             again = iter(returned)
             term = guided - output(torch.ones_like(guidance), lambda name, arguments: next(again))
         rows = 1 if guidance is None else 2
-        return Step(guided, term, torch.cat(own).unflatten(0, (rows, -1)) if own else x)
+        if not own:
+            return Step(guided, term, x)
+        added = torch.cat(own)
+        return Step(guided, term, added.reshape(rows, added.shape[0] // rows, *added.shape[1:]))
 
     def _value(self, k: int, value: Any, sources: Mapping[str, Tensor | None], conditions: Mapping[str, Tensor]) -> Any:
         slot = self._lines.get(k)
