@@ -61,7 +61,7 @@ class Deployed:
 
     def _run(self, plan: StepPlan, prompt: str, seed: int) -> Array:
         pipe = self.pipe
-        conditions = pipe.conditions(prompt)
+        conditions = pipe.conditions_of(prompt)
         noise = Generator(seed).randn((1, *pipe.bundle.manifest.graphs.layout.latent_shape))
         results: list[Array] = []
 

@@ -28,7 +28,7 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.signing import trusted_keys
 from lemica_trt.core.errors import EngineError, InputError, UsageError
 from lemica_trt.ir.engine import EngineEntry
-from lemica_trt.ir.graphs import Role
+from lemica_trt.ir.graphs import NEGATIVE, Role
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.prompts import PromptFacts
 from lemica_trt.runtime.denoise import Denoiser, OnStep, RowDone
@@ -271,7 +271,12 @@ class Pipeline:
             UsageError: the bundle has no text encoder.
             InputError: the prompt is not text.
         """
-        conditions = {}
+        return self._encode(prompt)[0]
+
+    def _encode(self, prompt: str) -> tuple[dict[str, Array], dict[str, int]]:
+        """What `encode` gives, and how many of the encoder's positions no token of the prompt is at, by condition."""
+        conditions: dict[str, Array] = {}
+        unused: dict[str, int] = {}
         for tokenizer in self._encoders:
             ids, mask = tokenizer.ids(prompt)
             inputs = {"input_ids": ids[None], "attention_mask": mask[None]}
@@ -279,7 +284,47 @@ class Pipeline:
                 del inputs["attention_mask"]
             found = self.run_graph(tokenizer.spec.graph, inputs)
             conditions.update({name: array[0] for name, array in found.items()})
-        return conditions
+            unused.update(dict.fromkeys(found, int((mask == 0).sum())))
+        return conditions, unused
+
+    def conditions(self, prompts: Sequence[str], negatives: Sequence[str] = ()) -> dict[str, Array]:
+        """What the DiT is given for some requests: the layout's conditions.
+
+        Args:
+            prompts: b of them.
+            negatives: as many under guidance, else none.
+
+        Returns:
+            By name, [R, …] or [b, …]. A text axis is as long as the prompt, the template around it left out.
+
+        Raises:
+            UsageError: the bundle has no text encoder.
+            InputError: a prompt is not text, or has no tokens; or texts of one batch have other lengths.
+        """
+        encoded = {text: self._encode(text) for text in dict.fromkeys((*negatives, *prompts))}
+        result = {}
+        for spec in self.bundle.manifest.graphs.layout.conditions:
+            name, texts = spec.name, [*negatives, *prompts]
+            followed = list(prompts)
+            if spec.text_axes and name not in encoded[texts[0]][0]:
+                name, texts, followed = name.removeprefix(NEGATIVE), list(negatives), list(negatives)
+            elif spec.text_axes and spec.shape[0] == "batch":
+                texts = followed
+            if any(name not in encoded[text][0] for text in texts):
+                raise InputError(f"no text encoder of the bundle gives the condition {spec.name}", fix="rebuild it")
+            rows = [encoded[text][0][name] for text in texts]
+            if spec.text_axes:
+                rows = [row[: self._length(name, followed, encoded)] for row in rows]
+            result[spec.name] = np.stack(rows)
+        return result
+
+    def _length(self, name: str, texts: Sequence[str], encoded: Mapping[str, Any]) -> int:
+        """Tokens of a condition that texts have, all the same."""
+        lengths = {len(conditions[name]) - unused[name] for conditions, unused in (encoded[text] for text in texts)}
+        length, *others = lengths
+        if others or length < 1:
+            raise InputError(f"prompts of a batch must have one length, at least 1 token, got {sorted(lengths)}")
+        return int(length)
 
     def latents(
         self,
@@ -324,21 +369,19 @@ class Pipeline:
         """
         return cast(Array, self.run_graph("vae_decoder", {"latents": latents[None]})["frames"][0])
 
-    def conditions(self, prompt: str, negative_prompt: str | None = None) -> dict[str, Array]:
-        """The conditions of one request, as `latents` takes them: name → array [R, …].
+    def conditions_of(self, prompt: str, negative_prompt: str | None = None) -> dict[str, Array]:
+        """The conditions of one request, as `latents` takes them.
 
         Args:
             negative_prompt: None: the profile's. Guided bundles only.
 
         Raises:
-            as `encode`.
+            as `conditions`.
         """
-        prompts = [prompt]
-        if self.bundle.manifest.graphs.layout.guided:
-            default = self.bundle.manifest.profile.sampling.negative_prompt
-            prompts.insert(0, default if negative_prompt is None else negative_prompt)
-        encoded = [self.encode(text) for text in prompts]
-        return {name: np.stack([each[name] for each in encoded]) for name in encoded[0]}
+        if not self.bundle.manifest.graphs.layout.guided:
+            return self.conditions([prompt])
+        default = self.bundle.manifest.profile.sampling.negative_prompt
+        return self.conditions([prompt], [default if negative_prompt is None else negative_prompt])
 
     def run_graph(
         self, role: Role, inputs: Mapping[str, Array | Buffer], *, keep: Collection[str] = ()
@@ -362,16 +405,14 @@ class Pipeline:
     ) -> list[Generation]:
         """Requests without None, at most max_batch."""
         start = perf_counter()
-        encoded_prompts = [self.encode(request.prompt) for request in requests]
-        scales = None
+        scales, negatives = None, list[str]()
         if self.bundle.manifest.graphs.layout.guided:
-            negative = {text: self.encode(text) for text in {str(request.negative_prompt) for request in requests}}
-            encoded_prompts = [negative[str(request.negative_prompt)] for request in requests] + encoded_prompts
+            negatives = [str(request.negative_prompt) for request in requests]
             scales = np.array([request.guidance_scale for request in requests], np.float64)
+        conditions = self.conditions([request.prompt for request in requests], negatives)
         encoded = perf_counter()
         generators = [Generator(request.seed) for request in requests]
         noise = np.stack([self._noise(generator) for generator in generators])
-        conditions = {name: np.stack([each[name] for each in encoded_prompts]) for name in encoded_prompts[0]}
         latents = self._denoise(plan, conditions, noise, scales, generators, on_step)
         denoised = perf_counter()
         results = []

@@ -71,12 +71,14 @@ def embeds_of(graphs: GraphSet) -> Port:
     """The prompt's condition: as the text encoder gives it; as the DiT takes it where there is none.
 
     Raises:
-        UnsupportedError: the DiT takes several conditions.
+        UnsupportedError: the DiT takes several conditions, or one whose shape follows the prompt.
     """
     if len(graphs.layout.conditions) != 1:
         names = ", ".join(condition.name for condition in graphs.layout.conditions)
         raise UnsupportedError(f"expected one condition to serve, the bundle's DiT takes {names or 'none'}")
     (tensor,) = graphs.layout.conditions
+    if tensor.text_axes:
+        raise UnsupportedError(f"expected prompts that are padded, the shape of {tensor.name} follows their length")
     encoded = (output for graph in graphs.graphs if graph.role == "text_encoder" for output in graph.outputs)
     tensor = next((output for output in encoded if output.name == tensor.name), tensor)
     return Port(tensor.name, _TRITON_DTYPES[tensor.dtype], tuple(int(size) for size in tensor.shape[1:]))
