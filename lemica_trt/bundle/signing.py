@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from lemica_trt.bundle.manifest import MANIFEST, MANIFEST_SIGNATURE
-from lemica_trt.core.errors import InputError, IntegrityError, MissingDependencyError, UsageError
+from lemica_trt.core.errors import InputError, IntegrityError, MissingDependencyError, UsageError, install_command
 from lemica_trt.core.values import Value, json_bytes, require, value_from_json
 
 TRUSTED_KEYS = "LEMICA_TRUSTED_KEYS"
@@ -249,5 +249,5 @@ def _cryptography(module: str) -> Any:
         return importlib.import_module(f"cryptography.{module}")
     except ImportError as error:
         raise MissingDependencyError(
-            f"signatures need cryptography, got: {error}", fix="pip install 'lemica-trt[sign]'"
+            f"signatures need cryptography, got: {error}", fix=install_command("sign")
         ) from None

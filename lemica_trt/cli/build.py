@@ -109,6 +109,7 @@ def _profile_and_request(model: str | None, weights: str | None, given: dict[str
 @options.model
 @options.calibration
 @options.samples_run_by
+@options.engines
 @flags(OUTPUT, flag("--output", "-o", type=options.PATH, required=True, help="Work folder."))
 @common
 def calibrate(screen: Screen, model: str | None, weights: str | None, output: Path, **given: Any) -> None:
@@ -171,7 +172,7 @@ def calibrate(screen: Screen, model: str | None, weights: str | None, output: Pa
         "--samples",
         metavar="+K|S",
         advanced=True,
-        help="Calibrate on with K samples more, or S in all, and plan anew; of a bundle in the work folder beside it.",
+        help="Continue calibrating with K more samples, or S in all, and plan again; of a bundle in the work folder beside it.",
     ),
 )
 @options.engines  # fmt: skip

@@ -142,7 +142,8 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
         parts["sampling"]["guidance_range"] = _range(flags["guidance_range"])
     for name in ("sigmas", "timesteps"):
         if flags.get(name) is not None:
-            parts["sampling"].setdefault("steps", len(flags[name]))
+            parts["sampling"][name] = numbers = tuple(map(float, flags[name]))
+            parts["sampling"].setdefault("steps", len(numbers))
     try:
         changed = {part: replace(getattr(profile, part), **fields) for part, fields in parts.items() if part}
         source = absolute_source(profile.source if weights is None else weights)
@@ -199,7 +200,9 @@ def _range(given: Any) -> tuple[float, float]:
     try:
         low, high = map(float, given.split(":") if isinstance(given, str) else given)
     except (TypeError, ValueError):
-        raise UsageError(f"guidance_range: expected LOW:HIGH, for example 2:7, got {given!r}") from None
+        raise UsageError(
+            f"--guidance-range: expected LOW:HIGH, got {given!r}", fix="for example --guidance-range 2:7"
+        ) from None
     return low, high
 
 
@@ -290,13 +293,13 @@ def plan_target(
         fields = {**(request_defaults(PLANNING_FIELDS) if samples is None else {}), **fields}
         return work_commands.plan(target, fields, reporter, samples=samples)
     changes = {"remove": remove, "rename": rename} if remove or rename else {}
-    if not changes and fields.get("calibrate_on") == "engine":
+    refits = fields.get("calibrate_on") == "engine"
+    if refits and not changes:
         return _refit(Bundle.open(target), fields, reporter, default=default, samples=samples)
-    if (changes and fields.get("calibrate_on") == "engine") or (
-        samples is not None and (changes or default is not None)
-    ):
+    if refits or (samples is not None and (changes or default is not None)):
+        flag, others = ("--calibrate-on", "") if refits else ("--samples", "--default, ")
         raise UsageError(
-            "--samples and --calibrate-on cannot be used together with --default, --remove or --rename",
+            f"{flag} cannot be used together with {others}--remove or --rename",
             fix="give them afterwards, in a command of their own",
         )
     if samples is not None:
@@ -324,6 +327,8 @@ def _plan_bundle(
         fields["budgets"] = ()
     fields.setdefault("verify_samples", PLAN_CLIPS)
     request = BuildRequest(**fields)
+    if changes:
+        bundle_commands.note_signatures(bundle, reporter)
     if not request.budgets and changes:  # the default may be a new name
         bundle = change_plans(bundle, default=default, **changes)
         return bundle_commands.plan_bundle(bundle, request, reporter)

@@ -42,7 +42,7 @@ from lemica_trt.cli.options import Screen, common
         metavar="S",
         default=3.0,
         show_default=True,
-        help="And at least so many seconds.",
+        help="And run for at least this many seconds.",
     ),
     flag(
         "--batch",

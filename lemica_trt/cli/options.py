@@ -236,7 +236,7 @@ calibration = flags(
     flag("--rollouts", type=int, profile=True, advanced=True,
          help="Of those, how many also tell how errors grow: three samplings more each."),
     flag("--validation-samples", type=int, profile=True, advanced=True,
-         help="Samples that the best of several plans is chosen on; 0: the first method is taken."),
+         help="Samples used to choose the best of several plans; 0: the first method is taken."),
     flag("--max-skip", type=int, metavar="K", profile=True, advanced=True, help="Most steps that one segment skips."),
     flag("--seed", type=int, profile=True, advanced=True, help="Seed of the first calibration sample."),
     flag("--calibration-from", type=PATH, metavar="DIR", advanced=True,
@@ -308,11 +308,11 @@ planning = flags(
     flag("--budget", type=Integers(), metavar="B[,B…]", otherwise="15",
          help="Full steps; several make several plans, the first is the default."),
     flag("--speedup", metavar="S[,S…]",
-         help="Or so many times faster than all steps in full, as this machine's engines run them."),
+         help="Or this many times faster than all steps in full, as this machine's engines run them."),
     flag("--latency", metavar="T[,T…]",
-         help="Or so long for the denoising loop of one request here, text encoder and VAE not in it: 2.5s, 800ms."),
+         help="Or this time for the denoising loop of one request here, text encoder and VAE not in it: 2.5s, 800ms."),
     flag("--min-psnr", metavar="DB[,DB…]",
-         help="Or as few full steps as have this PSNR against the uncached run, the mean over the validation "
+         help="Or the fewest full steps that reach this PSNR against the uncached run, the mean over the validation "
          "samples, 8 at least unless --validation-samples says otherwise."),
     flag("--pareto", is_flag=True, default=None, advanced=True,
          help="Also measure budgets over the whole range: quality and speed-up, as a table and a plot."),

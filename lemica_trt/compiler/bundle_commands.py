@@ -134,8 +134,7 @@ def plan_bundle(bundle: Bundle, request: BuildRequest, reporter: Reporter, *, de
         with contextlib.suppress(MissingDependencyError):  # a front is worth showing where no engine runs
             times = timer.steps
     if added or default is not None:
-        if (bundle.path / MANIFEST_SIGNATURE).exists():
-            reporter.note("the bundle changes, its signatures go → lemica-trt sign BUNDLE --key KEY.pem")
+        note_signatures(bundle, reporter)
         bundle = add_plan(bundle, *added, default=default)
         store_quality(bundle.path, measured)
     rows = front_rows(front, times) if front is not None and request.pareto else ()
@@ -155,6 +154,12 @@ def plan_bundle(bundle: Bundle, request: BuildRequest, reporter: Reporter, *, de
         measured=known_quality(bundle.path) + measured,
         added=tuple(plan.name for plan in added),
     )
+
+
+def note_signatures(bundle: Bundle, reporter: Reporter) -> None:
+    """Say that the signatures of a bundle go, if it has any: they are of its manifest, which is about to change."""
+    if (bundle.path / MANIFEST_SIGNATURE).exists():
+        reporter.note("the bundle changes, its signatures go → lemica-trt sign BUNDLE --key KEY.pem")
 
 
 def _plans_for(
@@ -202,7 +207,8 @@ def _chosen(
     plans = [next((old for old in own if old.name == UNCACHED == plan.name), plan) for plan in made.plans]
     new = [plan for plan in plans if plan.name != UNCACHED and plan not in own]
     run = {plan.rows_digest: plan for plan in (*new, *(r for several in rivals for r in several if new))}
-    measured = measure_quality(bundle, list(run.values()), clips, reporter)
+    comparable = [plan for plan in run.values() if plan.reference_steps is None]  # with what the bundle's engines run
+    measured = measure_quality(bundle, comparable, clips, reporter)
     by_digest = {found.rows_digest: found for found in measured}
     chosen = []
     for plan, several in zip(plans, rivals):

@@ -6,13 +6,16 @@ import importlib.util
 
 from lemica_trt.compiler.context import require_build_libraries
 from lemica_trt.compiler.requests import Inputs
-from lemica_trt.core.errors import MissingDependencyError
+from lemica_trt.core.errors import MissingDependencyError, install_command
 from lemica_trt.planning.minimax import require_feasible
 from lemica_trt.planning.schedules import given
 
 
-def require_possible(inputs: Inputs) -> None:
+def require_possible(inputs: Inputs, *, plans: bool = True) -> None:
     """Refuse what could only fail behind a download; weights are not touched.
+
+    Args:
+        plans: whether any are made.
 
     Raises:
         MissingDependencyError: PyTorch, diffusers, Ray or the device is not here, or the disk is too small.
@@ -27,10 +30,11 @@ def require_possible(inputs: Inputs) -> None:
     if request.ray is None:
         usable_device(request.device)
     elif importlib.util.find_spec("ray") is None:
-        raise MissingDependencyError("--ray needs Ray, which is not here", fix="pip install 'lemica-trt[ray]'")
-    _require_budgets(inputs, 2 * steps)  # some samplers call the model twice a step
+        raise MissingDependencyError("--ray needs Ray, which is not installed", fix=install_command("ray"))
+    if plans:
+        _require_budgets(inputs, 2 * steps)  # some samplers call the model twice a step
     rows = require_configuration(inputs.profile)
-    if rows is not None:
+    if plans and rows is not None:
         _require_budgets(inputs, rows)
 
 

@@ -26,7 +26,7 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace, work_folder
 from lemica_trt.bundle.writing import change_plans
 from lemica_trt.compiler import estimates
-from lemica_trt.compiler.bundle_commands import reference_of
+from lemica_trt.compiler.bundle_commands import note_signatures, reference_of
 from lemica_trt.compiler.bundle_stages import facts_of
 from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.estimates import Forecast
@@ -126,6 +126,7 @@ def refit(
     """
     bundle.check()
     inputs = _inputs(bundle, request, samples)
+    _require_default(default, bundle, inputs.request)
     forecast = Forecast.of_inputs(inputs, None)
     todo = [*(estimates.calibrate(forecast) if inputs.request.needs_calibration else ()), *estimates.plan(forecast)]
     reporter.expect([(found.name, found.full_steps) for found in todo])
@@ -137,6 +138,7 @@ def refit(
         speeds = context.timer.speeds(made.plans, times) if times is not None else {}
     for plan in made.plans:
         reporter.stage("plan", f"{plan.name}: {plan.method}; full steps {' '.join(map(str, plan.full_steps))}")
+    note_signatures(bundle, reporter)
     found = change_plans(
         bundle, made.plans, default=default, profile=inputs.profile, files=_files(bundle, inputs, context.made, made)
     )
@@ -145,6 +147,14 @@ def refit(
         outcomes=budget_outcomes(inputs.request.budgets, made, times, speeds),
         front=() if made.front is None else front_rows(made.front, times),
     )
+
+
+def _require_default(default: str | None, bundle: Bundle, request: BuildRequest) -> None:
+    """Raise UsageError unless there will be a plan of this name, as far as that is known before plans are made."""
+    budgets = [budget for budget in request.budgets if isinstance(budget, int)]
+    names = [*bundle.plans, *(f"b{budget}" for budget in budgets)]
+    if default is not None and default not in names and len(budgets) == len(request.budgets):
+        raise UsageError(f"the bundle has no plan {default!r}", fix=f"use one of: {', '.join(dict.fromkeys(names))}")
 
 
 def _inputs(bundle: Bundle, request: BuildRequest, samples: str | None) -> Inputs:

@@ -122,7 +122,7 @@ def calibrate(profile: Profile, work: Path, request: BuildRequest, reporter: Rep
     """Profile, prompts → error graph, in a work folder."""
     request.check(profile.dtype if request.calibrate_on == "engine" else None)
     inputs = inputs_from_request(profile, request)
-    require_possible(inputs)
+    require_possible(inputs, plans=False)
     with stages_run(Workspace(work), inputs, reporter, "calibrate") as context:
         return context.read(ErrorGraph, ERROR_GRAPH_FILE)
 

@@ -50,7 +50,8 @@ def bench(
 
     Args:
         plans: of the bundle, of different names.
-        prompts: in turns; seeds count from 0. All plans of a round get the same.
+        prompts: in turns; seeds count from 0. All plans of a round get the same. Where shapes follow the prompt, the first
+            one alone: a batch has one length, and each length is prepared when it first comes.
         backend: of the pipeline.
         done: told of rounds.
 
@@ -58,6 +59,8 @@ def bench(
         LemicaError: as `Pipeline.run`.
     """
     times: dict[str, list[tuple[float, float, float, float]]] = {plan.name: [] for plan in plans}
+    if pipe.bundle.manifest.graphs.layout.text_axes:
+        prompts = prompts[:1]
 
     def requests(number: int) -> list[GenerationRequest]:
         first = number * load.batch

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
+import msgspec
+
 from lemica_trt.backends.machine import describe_machine
 from lemica_trt.core.errors import UsageError
 from lemica_trt.core.metrics import SSIM_WINDOW, psnr, ssim
@@ -97,6 +99,7 @@ def measure_plans(
         One for each plan; then the uncached plan's.
     """
     run = Deployed(pipe, done)
+    plans = [msgspec.structs.replace(plan, name=plan.rows_digest) for plan in plans]  # two may have one name
     scores: list[list[float]] = [[] for _ in plans]
     for number in range(samples.count):
         reference = run.decoded(uncached, *samples[number])

@@ -52,6 +52,13 @@ class MeasuredPlans(Value, frozen=True):
 
     def __add__(self, others: Iterable[MeasuredPlan]) -> MeasuredPlans:
         new = {found.rows_digest: found for found in others}
+        for old in self.plans:  # more clips say more
+            found = new.get(old.rows_digest, old)
+            same = (old.machine, old.backend, old.reference_steps) == (
+                found.machine, found.backend, found.reference_steps
+            )  # fmt: skip
+            if same and len(old.psnr) > len(found.psnr):
+                new[old.rows_digest] = old
         return MeasuredPlans(plans=(*new.values(), *(p for p in self.plans if p.rows_digest not in new)))
 
 

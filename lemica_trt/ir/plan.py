@@ -46,7 +46,7 @@ PLAN_FORMAT = 4
 
 
 GUIDANCE_RANGE = (0.5, 1.75)
-"""Guidance scales, in that of the runs that a plan was made from, which a request may have."""
+"""Guidance scales, in that of the runs that a plan was made from, which a request may have (docs/calibration.md)."""
 
 FITTED_GUIDANCE_RANGE = (0.5, 1.25)
 """The same for solvers that were fitted at one scale: they fall fast above it (docs/calibration.md)."""

@@ -16,7 +16,7 @@ from lemica_trt.core.progress import size
 from lemica_trt.ir.profile import TRACED, Profile
 from lemica_trt.models.load import family_from_name, is_here, quiet, scheduler_for
 from lemica_trt.models.parts import BROKEN
-from lemica_trt.models.scheduler import sampler_table
+from lemica_trt.models.scheduler import refusing, sampler_table
 
 CONFIGURATION = ("model_index.json", "*/*.json")
 """Files of a pipeline on the hub that are small, and say what it is."""
@@ -47,10 +47,12 @@ def require_configuration(profile: Profile) -> int | None:
         scheduler, rows = _scheduler_in(folder), None
         if scheduler is not None:
             scheduler = scheduler_for(profile.sampling, scheduler)
-            scheduler.set_timesteps(profile.sampling.steps)
-            rows = sampler_table(scheduler, dynamic_guidance=profile.sampling.dynamic_guidance).num_steps
-        if profile.family != TRACED:
+        if profile.family != TRACED:  # traced pipelines set their schedulers up themselves
             family = family_from_name(profile.family)
+            if scheduler is not None:
+                with refusing(f"{type(scheduler).__name__} cannot make {profile.sampling.steps} steps"):
+                    family.set_timesteps(scheduler, profile.sampling.steps)
+                rows = sampler_table(scheduler, dynamic_guidance=profile.sampling.dynamic_guidance).num_steps
             family.latent_shape(_without_weights(folder, family.pipeline_class), profile.shape)
         _require_disk(profile.source)
     return rows

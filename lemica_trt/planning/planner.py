@@ -337,9 +337,6 @@ def candidates(planners: Sequence[Planner], problem: Problem, budget: int | Step
 Run = Callable[[Sequence[StepPlan], range], Sequence[Sequence[float]]]
 """Plans, samples → dB of each plan on each sample."""
 
-Chooser = Callable[[Sequence[StepPlan]], tuple[StepPlan, TrialTable]]
-"""Plans of one budget, or of one time, → the best of them, and how all did."""
-
 FIRST_ROUND = 2
 """Samples of the first round. All plans run on the same samples, so that few tell the worse half: of eleven selections
 that began with 4 samples, each would have had the same winner."""

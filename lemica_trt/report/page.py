@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lemica_trt.core.errors import MissingDependencyError
+from lemica_trt.core.errors import MissingDependencyError, install_command
 from lemica_trt.core.progress import count, duration, size
 from lemica_trt.ir.budget import FrontRow, format_seconds
 from lemica_trt.ir.calibration import ErrorGraph
@@ -98,7 +98,7 @@ def _template() -> Any:
     try:
         import jinja2
     except ImportError as error:
-        raise MissingDependencyError("a report page needs Jinja", fix="pip install 'lemica-trt[report]'") from error
+        raise MissingDependencyError("a report page needs Jinja", fix=install_command("report")) from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(WEB),
         autoescape=True,

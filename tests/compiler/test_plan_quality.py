@@ -76,5 +76,7 @@ def test_what_was_measured_is_kept_by_what_a_plan_computes(tmp_path: Path) -> No
     renamed = made("fitted", 6, "good")
     assert (known := found.of(renamed)) is not None and known.mean == 52.0
     assert found.of(PAPER) is None and len(found.plans) == 2
+    store_quality(tmp_path, [measured(FITTED, 60.0)])
+    assert (known := known_quality(tmp_path).of(FITTED)) is not None and known.mean == 52.0, "more clips say more"
     (tmp_path / PLANS_REPORT).write_bytes(b"no JSON")
     assert known_quality(tmp_path) == MeasuredPlans()

@@ -105,6 +105,22 @@ def test_what_can_be_built_goes_on_to_the_download(hub: dict[str, Any]) -> None:
     assert done.exit_code == 3 and TOUCHED in done.stderr and hub["source"] == "nobody/a-model"
 
 
+def test_a_calibration_of_few_steps_needs_no_budget(hub: dict[str, Any]) -> None:
+    """15 full steps are the default of commands that make plans."""
+    command = ["calibrate", "--model", "model.toml", "--output", "work", "--denoising-steps", "6", "--quiet"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 3 and TOUCHED in done.stderr, done.stderr
+
+
+def test_the_scheduler_of_a_traced_pipeline_is_left_to_it(hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLUX's needs a shift that its pipeline takes from the shape."""
+    own = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    monkeypatch.setattr(preflight, "_scheduler_in", lambda folder: own)
+    Path("model.toml").write_text(PROFILE.replace('"cogvideox"', '"traced"'))
+    done = build("--budget", "15")
+    assert done.exit_code == 3 and TOUCHED in done.stderr, done.stderr
+
+
 def test_ray_is_looked_for_before_anything_else(hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from lemica_trt.compiler import preflight as checks
 

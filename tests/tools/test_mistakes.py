@@ -25,6 +25,7 @@ def test_every_mistake_gets_one_line_with_a_fix_of_its_own_and_a_documented_exit
         assert what.startswith("lemica-trt: ") and arrow and fix not in general, answer
         assert "/tmp" not in line and "Traceback" not in line, answer
     assert {answer.exit_code for answer in found} >= {2, 3, 4, 5, 6}
+    assert sum("does not match" in answer.lines[0] for answer in found) == 1, "of the bundle that was altered"
     assert sum("--help'" in answer.lines[0] for answer in found) <= 3
 
 
