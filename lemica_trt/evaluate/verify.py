@@ -27,6 +27,7 @@ from lemica_trt.evaluate.deployed import Deployed
 from lemica_trt.evaluate.quality import Case, cases_of, measure_quality, quality_steps
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.evaluate.timing import TIMED_BESIDE, RowSeconds, backend_name, measure_steps
+from lemica_trt.ir.budget import StepTimes
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import Agreement, Clip, FirstRun, GraphCheck, VerifyReport
 from lemica_trt.models import Model
@@ -68,6 +69,7 @@ def verify(
     further: int | None = None,
     first: First | None = None,
     draft: bool = False,
+    steps: StepTimes | None = None,
 ) -> Verification:
     """Verify a bundle, which has an uncached plan, against the model that it was built from.
 
@@ -78,7 +80,9 @@ def verify(
         backend: which engines; None: the preferred ones.
         further: how many of the samples plans beside the default one run on; None: all.
         first: of an earlier verification of the same engines on the same samples.
-        draft: whether the bundle is one: then its plan is compared with the uncached run alone.
+        draft: whether the bundle is one: then the uncached plan is compared with PyTorch, and its other plan with the
+            uncached run, both on the engines.
+        steps: step times, where they were measured just now; None: they are measured.
 
     Raises:
         IntegrityError: a file is altered or missing.
@@ -92,16 +96,20 @@ def verify(
         _warn(pipe, samples, reporter)
         further = samples.count if further is None else further
         cases = cases_of(bundle, model, samples.count, further, compared=not draft)
-        tally = _tally(reporter, plans, cases, samples.count)
-        deployed, uncached = Deployed(pipe, tally), max(plans, key=lambda plan: plan.budget)
+        uncached = max(plans, key=lambda plan: plan.budget)
+        compared = [uncached] if draft else plans
+        tally = _tally(reporter, compared, cases, samples.count)
+        deployed = Deployed(pipe, tally)
         if first is not None and not _take_over(first, deployed, uncached, samples, backend_name(key)):
             first = None
         tally(0 if first is None else 2 * uncached.budget)
         graphs = check_graphs(pipe, model) if first is None else first.run.graphs
-        agreement = check_runs(deployed, model, *samples[0], tally, [] if first is None else [first.run.agreement])
+        known = [] if first is None else [first.run.agreement]
+        agreement = check_runs(deployed, model, *samples[0], tally, known, plans=compared)
         first = first or _first(deployed, uncached, samples, graphs, agreement, backend_name(key))
-        steps = measure_steps(pipe, known=deployed.full_step(uncached))
-        tally(TIMED_BESIDE)
+        if steps is None:
+            steps = measure_steps(pipe, known=deployed.full_step(uncached))
+            tally(TIMED_BESIDE)
         quality, clips = measure_quality(deployed, model, samples, cases, tally)
     report = VerifyReport(
         manifest_digest=bundle.manifest.digest,
@@ -112,15 +120,15 @@ def verify(
         graphs=tuple(graphs),
         agreement=tuple(agreement),
         quality=tuple(quality),
-        timing=tuple(deployed.timing(plans)),
+        timing=tuple(deployed.timing(compared)),
         steps=steps,
     )
     return Verification(report, clips, first)
 
 
-def _tally(reporter: Reporter, plans: Sequence[StepPlan], cases: Sequence[Case], samples: int) -> Tally:
+def _tally(reporter: Reporter, compared: Sequence[StepPlan], cases: Sequence[Case], samples: int) -> Tally:
     """Of all full steps of a verification."""
-    once = sum(plan.budget for plan in plans)  # in PyTorch; on the engines, too, where there is nothing to compare
+    once = sum(plan.budget for plan in compared)  # in PyTorch; on the engines, too, where there is nothing to compare
     return Tally(reporter, TIMED_BESIDE + once + (quality_steps(cases, samples) if cases else once))
 
 
