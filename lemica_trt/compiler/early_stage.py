@@ -44,6 +44,7 @@ def run_early(context: Context, folder: Path) -> Writes:
     samples = context.inputs.early_samples
     lies_there = draft.run is not None and Bundle.open(output).digest == draft.manifest
     if lies_there and not context.table.stochastic:
+        _ = context.model  # opened first: that is told of as a stage of its own
         context.reporter.stage("early", f"a fitted plan for the draft, from {count(samples, 'sample')}")
         reporter = Within(context.reporter, early_steps(Forecast.of_inputs(context.inputs, None)))
         plan = _plan(context, samples, reporter)
