@@ -94,22 +94,18 @@ def verify(
         where = f"{key.backend} {key.version} on {key.target}"
         reporter.stage("draft" if draft else "verify", f"{count(samples.count, 'held-out clip')}, {where}")
         _warn(pipe, samples, reporter)
-        further = samples.count if further is None else further
-        cases = cases_of(bundle, model, samples.count, further, compared=not draft)
+        fewer = samples.count if further is None else further
+        cases = cases_of(bundle, model, samples.count, fewer, compared=not draft)
         uncached = max(plans, key=lambda plan: plan.budget)
         compared = [uncached] if draft else plans
-        tally = _tally(reporter, compared, cases, samples.count)
-        deployed = Deployed(pipe, tally)
-        if first is not None and not _take_over(first, deployed, uncached, samples, backend_name(key)):
-            first = None
+        deployed = Deployed(pipe, tally := _tally(reporter, compared, cases, samples.count))
+        first = _taken_over(first, deployed, uncached, samples, backend_name(key))
         tally(0 if first is None else 2 * uncached.budget)
         graphs = check_graphs(pipe, model) if first is None else first.run.graphs
         known = [] if first is None else [first.run.agreement]
         agreement = check_runs(deployed, model, *samples[0], tally, known, plans=compared)
         first = first or _first(deployed, uncached, samples, graphs, agreement, backend_name(key))
-        if steps is None:
-            steps = measure_steps(pipe, known=deployed.full_step(uncached))
-            tally(TIMED_BESIDE)
+        steps = steps or _timed(pipe, deployed.full_step(uncached), tally)
         quality, clips = measure_quality(deployed, model, samples, cases, tally)
     report = VerifyReport(
         manifest_digest=bundle.manifest.digest,
@@ -126,19 +122,28 @@ def verify(
     return Verification(report, clips, first)
 
 
+def _timed(pipe: Pipeline, full_step: float, tally: Tally) -> StepTimes:
+    """Step times, measured now beside what a full step is known to take."""
+    found = measure_steps(pipe, known=full_step)
+    tally(TIMED_BESIDE)
+    return found
+
+
 def _tally(reporter: Reporter, compared: Sequence[StepPlan], cases: Sequence[Case], samples: int) -> Tally:
     """Of all full steps of a verification."""
     once = sum(plan.budget for plan in compared)  # in PyTorch; on the engines, too, where there is nothing to compare
     return Tally(reporter, TIMED_BESIDE + once + (quality_steps(cases, samples) if cases else once))
 
 
-def _take_over(first: First, deployed: Deployed, uncached: StepPlan, samples: Samples, backend: str) -> bool:
-    """Whether an earlier run is of these engines and samples; then it is taken as made."""
+def _taken_over(
+    first: First | None, deployed: Deployed, uncached: StepPlan, samples: Samples, backend: str
+) -> First | None:
+    """An earlier run, taken as made; None: there is none of these engines and samples."""
+    if first is None or (first.run.backend, first.run.prompt, first.run.seed) != (backend, *samples[0]):
+        return None
     run = first.run
-    if (run.backend, run.prompt, run.seed) != (backend, *samples[0]):
-        return False
     deployed.know(uncached, run.prompt, run.seed, first.latents, (run.seconds, RowSeconds([*run.rows], [])))
-    return True
+    return first
 
 
 def _first(
