@@ -94,8 +94,7 @@ def verify(
         where = f"{key.backend} {key.version} on {key.target}"
         reporter.stage("draft" if draft else "verify", f"{count(samples.count, 'held-out clip')}, {where}")
         _warn(pipe, samples, reporter)
-        fewer = samples.count if further is None else further
-        cases = cases_of(bundle, model, samples.count, fewer, compared=not draft)
+        cases = cases_of(bundle, model, samples.count, further, compared=not draft)
         uncached = max(plans, key=lambda plan: plan.budget)
         compared = [uncached] if draft else plans
         deployed = Deployed(pipe, tally := _tally(reporter, compared, cases, samples.count))
