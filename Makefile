@@ -13,7 +13,7 @@ JOBS ?= 2
 bin := $(VENV)/bin
 out := out
 
-.PHONY: demo test benchmark fuzz lint types pythons clean
+.PHONY: demo test benchmark fuzz load lock lint types pythons clean
 
 demo: $(VENV)/.installed
 	$(bin)/lemica-trt build --model cogvideox-tiny --budget $(BUDGET) --output $(out)/cogvideox-tiny
@@ -30,6 +30,14 @@ benchmark: $(VENV)/.installed
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -m fuzz
 
+# A real tritonserver under load: 32 clients, killed processes; LOAD_SECONDS=300 of it, and as much again.
+load: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -m load -s tests/tritonserver/test_server_load.py
+
+# Versions and hashes of what runs in a server; asks the package index for the newest.
+lock:
+	tools/lock_server.sh
+
 lint: $(VENV)/.installed
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
@@ -45,7 +53,7 @@ pythons: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,test]'
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,hub,serve,test]'
 	touch $@
 
 clean:

@@ -382,6 +382,44 @@ class BuildCost(Value, frozen=True, tag_field="kind", tag="build-cost"):
         return [row for row in self.rows if row.way == way]
 
 
+class GuidanceRow(Value, frozen=True):
+    """One plan at one guidance scale.
+
+    Attributes:
+        method: which plan.
+        scale: of the requests, and of the uncached run.
+        psnr: dB against that run, one number a held-out clip.
+    """
+
+    method: str
+    scale: float
+    psnr: tuple[float, ...]
+
+
+class Guidance(Value, frozen=True, tag_field="kind", tag="guidance"):
+    """What plans are worth at other guidance scales.
+
+    Attributes:
+        run: what made this.
+        model: name of the profile.
+        revision: of the model's weights.
+        steps: N.
+        budget: B of all plans.
+        guidance_scale: that the plans were made at.
+        first_seed: of the clips.
+        rows: by scale, then plan.
+    """
+
+    run: Run
+    model: str
+    revision: str | None
+    steps: int
+    budget: int
+    guidance_scale: float
+    first_seed: int
+    rows: tuple[GuidanceRow, ...]
+
+
 class TraceRow(Value, frozen=True):
     """One tiny random pipeline, traced.
 
@@ -457,7 +495,7 @@ class AttentionMemory(Value, frozen=True, tag_field="kind", tag="attention-memor
     rows: tuple[AttentionRow, ...]
 
 
-Result = Quality | Speed | Serving | EngineBuild | UnusedDepth | BuildCost | Traces | AttentionMemory
+Result = Quality | Speed | Serving | EngineBuild | UnusedDepth | BuildCost | Guidance | Traces | AttentionMemory
 
 
 def this_run(*libraries: str) -> Run:

@@ -10,6 +10,7 @@ from record import (
     AttentionMemory,
     BuildCost,
     EngineBuild,
+    Guidance,
     Quality,
     QualityRow,
     Result,
@@ -250,6 +251,23 @@ def cost_caption(result: BuildCost) -> str:
     )
 
 
+def guidance_table(result: Guidance) -> str:
+    """A row a plan, a column a guidance scale."""
+    scales = list(dict.fromkeys(row.scale for row in result.rows))
+    methods = list(dict.fromkeys(row.method for row in result.rows))
+    found = {(row.method, row.scale): mean_p5(row.psnr) for row in result.rows}
+    rows = [[NAMES.get(method, method), *(found[method, scale] for scale in scales)] for method in methods]
+    return table(["plan", *(f"{scale:g}" for scale in scales)], rows)
+
+
+def guidance_caption(result: Guidance) -> str:
+    """What is in the table."""
+    return (
+        f"`{result.model}`, {result.budget} of {result.steps} steps, plans made at guidance {result.guidance_scale:g}: "
+        f"PSNR mean / 5th percentile of {len(result.rows[0].psnr)} held-out clips, by guidance scale of the request."
+    )
+
+
 def traces_table(result: Traces) -> str:
     """A row a pipeline."""
     rows = []
@@ -302,6 +320,8 @@ def described(result: Result) -> str:
         parts = [serving_caption(result), serving_tables(result)]
     elif isinstance(result, BuildCost):
         parts = [cost_caption(result), cost_table(result)]
+    elif isinstance(result, Guidance):
+        parts = [guidance_caption(result), guidance_table(result)]
     elif isinstance(result, Traces):
         parts = [traces_table(result)]
     elif isinstance(result, AttentionMemory):

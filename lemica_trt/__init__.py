@@ -26,9 +26,11 @@ The packages, each below those that import it (`docs/architecture.md`; `tests/te
     runtime     runs a step plan on engines, numpy in and out
     evaluate    runs plans and scores what they make: trials, timing; verification                  torch
     pipelines   plans in a diffusers pipeline: applied to one, fitted to one                        torch, diffusers
-    report      tables, contact sheets and plots that a person looks at
+    report      tables, pictures and the page that a person looks at
     compiler    the stages of a build, and the loop that runs them
     triton      bundle → model repository of Triton Inference Server; what runs in it; a client     tritonclient
+    hub         bundles and plans on the Hugging Face hub, or in folders                         huggingface_hub
+    endpoint    a bundle for OpenAI's clients: videos, images, in process or before Triton           starlette, uvicorn
     cli         parse, call `compiler`, print, exit code
     testing     a null GPU, oracles and builders of small values for tests
 """

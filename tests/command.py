@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 SMALL = (
     *("--model", "cogvideox-tiny", "--denoising-steps", "8", "--samples", "1", "--max-skip", "3"),
@@ -15,6 +17,13 @@ SMALL = (
 
 PAPER = ("--method", "lemica")
 """Flags of planning that have nothing tried."""
+
+
+def result_of(printed: str) -> Any:
+    """What `--json` printed of a result."""
+    found = json.loads(printed)
+    assert set(found) == {"schema_version", "result"} and found["schema_version"] == 1
+    return found["result"]
 
 
 def lemica(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -32,25 +32,32 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "pipelines": ("calibrate", "models", "bundle"),
     "compiler": ("evaluate", "export", "report"),
     "triton": ("runtime",),
-    "cli": ("compiler", "triton"),
+    "endpoint": ("triton",),
+    "hub": ("bundle",),
+    "cli": ("compiler", "endpoint", "hub"),
     "testing": ("runtime", "models"),
 }
 """Package → the packages right below it. A package may import those, and all that lies below them."""
 
 HEAVY = {
-    "PIL", "accelerate", "av", "cuda", "diffusers", "huggingface_hub", "matplotlib", "onnx", "onnxruntime",
-    "onnxscript", "openvino", "pickletools", "ray", "safetensors", "scipy", "sentencepiece", "tensorrt", "tensorrt_rtx",
-    "tokenizers", "torch", "transformers",
+    "PIL", "accelerate", "av", "cuda", "diffusers", "huggingface_hub", "jinja2", "matplotlib", "onnx", "onnxruntime",
+    "onnxscript", "openvino", "pickletools", "prometheus_client", "ray", "safetensors", "scipy", "sentencepiece",
+    "starlette", "tensorrt", "tensorrt_rtx", "tokenizers", "torch", "transformers", "uvicorn",
 }  # fmt: skip
 """Libraries that no light module may import when it is loaded."""
 
 MAY_BE_HEAVY = (
     "backends.torch.run",
     "models",
+    "endpoint.app",
+    "endpoint.guard",
+    "endpoint.metrics",
+    "endpoint.server",
     "export",
     "evaluate.agreement",
     "evaluate.baselines",
     "evaluate.estimate",
+    "evaluate.kept",
     "evaluate.quality",
     "evaluate.torch_runtime",
     "evaluate.verify",
@@ -70,7 +77,8 @@ MOST_LINES = 60
 VARIANT_NAMES = ("full", "skip", "combine")
 
 NO_TORCH = (
-    *("core", "ir", "planning", "calibrate", "backends", "bundle", "runtime", "evaluate", "report", "triton", "cli"),
+    *("core", "ir", "planning", "calibrate", "backends", "bundle", "runtime", "evaluate", "report", "triton"),
+    *("endpoint", "hub", "cli"),
 )
 """Packages whose modules load where PyTorch, diffusers, transformers and ONNX cannot be imported."""
 

@@ -22,7 +22,7 @@ import pytest
 from lemica_trt.bundle import reading
 from lemica_trt.bundle.manifest import FileEntry, manifest_digest_line, plan_path, portable_source, require_relative
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.writing import add_plan, copy_bundle, move_bundle, write_bundle
+from lemica_trt.bundle.writing import add_plan, change_plans, copy_bundle, move_bundle, write_bundle
 from lemica_trt.core import files
 from lemica_trt.core.atomic_folder import held
 from lemica_trt.core.errors import InputError, IntegrityError, LemicaError, MissingDependencyError, UsageError
@@ -420,7 +420,8 @@ def test_manifests_that_are_no_plain_files(bundle: Bundle) -> None:
     for name in ("manifest.json", "manifest.sha256"):
         data = (bundle.path / name).read_bytes()
         (bundle.path / name).unlink()
-        with pytest.raises(IntegrityError, match=f"expected a bundle with a {name}, got: No such file"):
+        kind = InputError if name == "manifest.json" else IntegrityError  # not a bundle; a damaged one
+        with pytest.raises(kind, match=f"expected a bundle with a {name}, got: No such file"):
             Bundle.open(bundle.path)
         os.mkfifo(bundle.path / name)
         with pytest.raises(IntegrityError, match=f"{name}: expected a file of at most"):
@@ -507,7 +508,7 @@ def test_plans_without_bounds(bundle: Bundle, change: dict[str, Any], message: s
 
 def test_no_bundle(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent", Path(__file__)):
-        with pytest.raises(IntegrityError, match=r"expected a bundle with a manifest\.json, got: No"):
+        with pytest.raises(InputError, match=r"expected a bundle with a manifest\.json, got: No"):
             Bundle.open(path)
 
 
@@ -611,12 +612,42 @@ def test_add_plan(bundle: Bundle) -> None:
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert changed == {"manifest.json", "manifest.sha256", "plans/fast.json", "plans/slow.json"}
     assert add_plan(more, default="fast").manifest.default_plan == "fast"
-    with pytest.raises(InputError, match="default_plan must be one of plans"):
+    with pytest.raises(UsageError, match="the bundle has no plan 'none' → use one of: default, fast, slow"):
         add_plan(more, default="none")
     stranger = msgspec.structs.replace(plan_of("fast"), sampler_digest="1" * 64)
     with pytest.raises(InputError, match="plan fast: expected a plan for the sampler 000000000000, got one for 1111"):
         add_plan(more, stranger)
     assert names_in(bundle.path.parent) == ["b"]
+
+
+def test_plans_are_removed_and_renamed(bundle: Bundle) -> None:
+    more = add_plan(bundle, plan_of("fast"), plan_of("slow", guidance_scale=1.5), plan_of("uncached"))
+    left = change_plans(more, remove=["fast"], rename={"default": "good"})
+    assert left.plans == ("good", "slow", "uncached") and left.manifest.default_plan == "good"
+    assert left.plan("good").rows == plan_of().rows
+    left.check()
+    assert names_in(left.path / "plans") == ["good.json", "slow.json", "uncached.json"]
+    assert change_plans(left, rename={"slow": "a", "good": "b"}, default="a").manifest.default_plan == "a"
+    before = tree(bundle.path)
+    for changes, message in (
+        ({"remove": ["nonesuch"]}, "the bundle has no plan 'nonesuch' → use one of: a, b, uncached"),
+        ({"rename": {"nonesuch": "c"}}, "the bundle has no plan 'nonesuch'"),
+        ({"remove": ["uncached"]}, "plan uncached must stay: others are measured against it"),
+        ({"rename": {"uncached": "c"}}, "plan uncached must stay"),
+        ({"remove": ["a"]}, "plan a is the default one → name another: --default b or uncached"),
+        ({"rename": {"a": "b"}}, "plan a: the name 'b' is taken"),
+        ({"rename": {"a": "c", "b": "c"}}, "the name 'c' is taken"),
+        ({"rename": {"a": "uncached"}}, "the name 'uncached' is taken"),
+        ({"rename": {"a": "default"}}, "the name 'default' is taken"),
+        ({"rename": {"a": "../c"}}, "name must be letters, digits"),
+        ({"remove": ["b"], "rename": {"b": "c"}}, "plan b cannot be removed and renamed"),
+        ({"remove": ["a"], "default": "a"}, "the bundle has no plan 'a' → use one of: b, uncached"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(message)):
+            change_plans(left, **changes)  # type: ignore[arg-type]
+    assert tree(bundle.path) == before
+    with held(bundle.path), pytest.raises(UsageError, match="is writing it"):
+        change_plans(left, remove=["b"])
 
 
 def test_a_bundle_is_moved_whole_with_what_is_not_listed(tmp_path: Path) -> None:

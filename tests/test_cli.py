@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-from command import PAPER, SMALL, lemica
+from command import PAPER, SMALL, lemica, result_of
 
 from lemica_trt.bundle.manifest import manifest_digest_line
 from lemica_trt.bundle.reading import Bundle
@@ -43,7 +43,7 @@ def test_build_makes_a_verified_bundle(built: tuple[Path, subprocess.CompletedPr
     assert ways == {("b4", "plan"), ("b4", "fewer-steps"), ("b5", "plan")}
     # Plans beside the default one run on a third of the clips, rounded up.
     assert {(row["plan"], len(row["each_psnr"])) for row in report["quality"]} == {("b4", 2), ("b5", 1)}
-    assert "(1 clip)" in done.stdout
+    assert "2 held-out clips (b5: 1 clip) against the uncached run" in done.stdout
     assert (output / "reports" / "contact_sheet.png").stat().st_size > 1000
     assert "b4" in done.stdout and "PSNR" in done.stdout
     assert str(output) in done.stdout.replace("\n", "")
@@ -148,21 +148,43 @@ def test_plan_adds_to_a_bundle_without_torch(
     assert done.returncode == 0, done.stderr
     assert Bundle.open(copy).plan().full_steps[0] == 0
     assert Bundle.open(copy).plan().budget == 6 and "skip" in {row.variant for row in Bundle.open(copy).plan().rows}
-    assert {plan["name"] for plan in json.loads(done.stdout)["plans"]} == {"b4", "b5", "b6", "uncached"}
+    assert {plan["name"] for plan in result_of(done.stdout)["plans"]} == {"b4", "b5", "b6", "uncached"}
+
+
+def test_report_is_the_page_that_build_wrote(
+    built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Without PyTorch, and small; a bundle whose reports are gone has a page too."""
+    written = (built[0] / "reports" / "report.html").read_bytes()
+    done = lemica("report", built[0], "-o", tmp_path / "page.html", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"output": str(tmp_path / "page.html"), "bytes": len(written)}
+    assert (tmp_path / "page.html").read_bytes() == written and len(written) < 2_000_000
+    assert str(tmp_path).encode() not in written and str(built[0].parent).encode() not in written
+    copy = tmp_path / "copy"
+    shutil.copytree(built[0], copy, ignore=shutil.ignore_patterns("reports"))
+    done = lemica("report", copy)
+    assert done.returncode == 0 and b"Not verified" in (copy / "reports" / "report.html").read_bytes()
+    Bundle.open(copy).check()
 
 
 def test_run_writes_a_clip(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
-    done = lemica(
-        "run", built[0], "a big red circle moves left", "--plan", "default", "--seed", 7, "-o", clip, "--json"
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["plan"] == "b4"
-    import av
+    for flags, side in (((), 256), (("--scale", 1), 64)):  # small clips are enlarged, unless told otherwise
+        done = lemica(
+            *("run", built[0], "a big red circle moves left", "--plan", "default", "--seed", 7, "-o", clip, "--json"),
+            *flags,
+        )
+        assert done.returncode == 0, done.stderr
+        found = result_of(done.stdout)
+        assert (found["plan"], found["scale"]) == ("b4", side // 64)
+        import av
 
-    with av.open(str(clip)) as container:
-        frames = list(container.decode(video=0))
-    assert (len(frames), frames[0].height, frames[0].width) == (9, 64, 64)
+        with av.open(str(clip)) as container:
+            frames = list(container.decode(video=0))
+        assert (len(frames), frames[0].height, frames[0].width) == (9, side, side)
+    done = lemica("run", built[0], "a big red circle moves left", "-o", tmp_path / "clip.gif", "-q")
+    assert done.returncode == 0 and "4 times as large, --scale 1: as it is" in done.stdout
 
 
 def test_inspect_shows_bundle_plan_and_graph(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -177,7 +199,7 @@ def test_inspect_shows_bundle_plan_and_graph(built: tuple[Path, subprocess.Compl
         assert done.returncode == 0, done.stderr
         for word in words:
             assert word in done.stdout, (arguments, word)
-    plan = json.loads(lemica("inspect", output, "--plan", "b4", "--json").stdout)
+    plan = result_of(lemica("inspect", output, "--plan", "b4", "--json").stdout)
     assert (
         tuple(row["step"] for row in plan["rows"] if "variant" in row and "caches" not in row)
         == read_value(StepPlan, output / "plans" / "b4.json").full_steps
@@ -187,7 +209,7 @@ def test_inspect_shows_bundle_plan_and_graph(built: tuple[Path, subprocess.Compl
 def test_dry_run_does_nothing(tmp_path: Path) -> None:
     done = lemica("build", *SMALL, "--budget", "4", "--output", tmp_path / "bundle", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
-    stages = {stage["name"]: stage for stage in json.loads(done.stdout)}
+    stages = {stage["name"]: stage for stage in result_of(done.stdout)}
     assert list(stages) == [
         "lower",
         "layout",
@@ -208,7 +230,7 @@ def test_dry_run_does_nothing(tmp_path: Path) -> None:
 def test_doctor_counts_the_named_models() -> None:
     done = lemica("doctor", "--json")
     assert done.returncode == 0, done.stderr
-    found = {check["what"]: check["found"] for check in json.loads(done.stdout)}
+    found = {check["what"]: check["found"] for check in result_of(done.stdout)}
     assert found["named models"] == f"{len(profile_names())}, see lemica-trt models"
 
 
@@ -220,15 +242,15 @@ MISTAKES: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("build", "--model", "cogvideox-tiny", "--weights", "nowhere"), 3, "nowhere"),
     (("build", "--model", "cogvideox-tiny", "--frames", "8"), 3, "frames"),
     (("build", "--model", "cogvideox-tiny", "--height", "60"), 3, "height"),
-    (("build", "--model", "cogvideox-tiny", "--scheduler", "NoScheduler"), 3, "NoScheduler"),
-    (("build", "--model", "cogvideox-tiny", "--schedule", "0,7,3"), 3, "schedule[2]"),
+    (("build", "--model", "cogvideox-tiny", "--scheduler", "NoScheduler"), 2, "NoScheduler"),
+    (("build", "--model", "cogvideox-tiny", "--schedule", "0,7,3"), 2, "schedule[2]"),
     (("build", "--model", "cogvideox-tiny", "--budget", "99", "--method", "uniform"), 6, "99"),
     (("build", "--model", "cogvideox-tiny", "--backend", "abacus"), 2, "abacus"),
     (("build", "--model", "cogvideox-tiny", "--dtype", "bf16"), 5, "bf16"),
     (("build", "--model", "cogvideox-tiny", "--budget", "3"), 6, "5 … 50"),
     (("build", "--model", "cogvideox-tiny", "--error-graph", "none.json"), 3, "none.json"),
     (("build", "--model", "cogvideox-tiny", "--method", "published"), 3, "cogvideox-tiny"),
-    (("run", "nowhere", "a prompt", "-o", "x.mp4"), 4, "nowhere"),
+    (("run", "nowhere", "a prompt", "-o", "x.mp4"), 3, "nowhere"),
     (("build", "--model", "cogvideox-tiny", "--opset", "7"), 2, "opset"),
     (("build", "--model", "cogvideox-tiny", "--output", "/etc"), 2, "/etc"),
     (("build", "--model", "cogvideox-tiny", "--device", "abacus"), 7, "abacus"),
@@ -238,6 +260,9 @@ MISTAKES: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("build", "--model", "cogvideox-tiny", "--method", "lemica,best"), 2, "stock:unipc, uniform, got 'best'"),
     (("build", "--model", "cogvideox-tiny", "--solver", "fitted"), 2, "--method fitted"),
     (("build", "--model", "cogvideox-tiny", "--reuse", "residual"), 2, "--method lemica"),
+    (("build", "--model", "wan-tiny", "--sigmas", "1,0.5,x", "--budget", "2"), 2, "numbers separated by commas"),
+    (("build", "--model", "wan-tiny", "--sigmas", "0.5,1", "--budget", "2"), 2, "sigmas must fall"),
+    (("build", "--model", "cogvideox-tiny", "--timesteps", "900,500", "--budget", "2"), 5, "takes timesteps"),
     (("frobnicate",), 2, "frobnicate"),
 )
 
@@ -281,7 +306,7 @@ def test_a_default_alone_plans_nothing(built: tuple[Path, subprocess.CompletedPr
     assert Bundle.open(copy).plan().name == "b5"
     assert {file.stem: file.read_bytes() for file in (copy / "plans").iterdir()} == before
     done = lemica("plan", copy, "--default", "b6", "--quiet")
-    assert done.returncode == 3 and "b6" in done.stderr
+    assert done.returncode == 2 and "b6" in done.stderr
     done = lemica("plan", copy, "--budget", "4", "--device", "cpu", "--quiet")
     assert done.returncode == 2 and "got device: a bundle is planned without the model" in done.stderr
 

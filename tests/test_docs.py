@@ -6,13 +6,20 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import make_docs
 import pytest
+from PIL import Image, ImageChops
 from record import read_results
 
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.reports import stored_kept, stored_report
 from lemica_trt.cli.main import main
+from lemica_trt.ir.resources import load_profile
+from lemica_trt.models.load import revision_of
+from lemica_trt.report import CONTACT_SHEET, SCHEDULES
 
 pytestmark = pytest.mark.cpu
 
@@ -99,6 +106,40 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_every_page_is_linked_from_the_readme() -> None:
     for page in set(PAGES) - {"README.md"}:
         assert f"]({page})" in PAGES["README.md"], page
+
+
+def _pinned(package: str) -> str:
+    return next(
+        line.partition("==")[2].partition(";")[0]
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line.startswith(f"{package}==")
+    )
+
+
+def test_pictures_are_those_of_the_values_beside_them(tmp_path: Path) -> None:
+    """What `python tools/make_docs.py --pictures` drew, drawn again: to the pixel."""
+    for package in ("matplotlib", "pillow"):
+        if version(package) != _pinned(package):
+            pytest.skip(f"the pictures were drawn with {package} {_pinned(package)}, here is {version(package)}")
+    make_docs.draw_pictures(tmp_path)
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(path.name for path in (ROOT / "docs").glob("*.png"))
+    for name in drawn:
+        with Image.open(tmp_path / name) as fresh, Image.open(ROOT / "docs" / name) as there:
+            same = fresh.size == there.size and ImageChops.difference(fresh.convert("RGB"), there.convert("RGB"))
+            assert same and same.getbbox() is None, f"{name}: run python tools/make_docs.py --pictures"
+
+
+def test_pictures_are_of_the_bundled_model_as_it_is() -> None:
+    bundle = Bundle.open(make_docs.DRAWN)
+    profile = load_profile("cogvideox-tiny")
+    assert bundle.manifest.revision == revision_of(profile)
+    assert (bundle.manifest.profile.shape, bundle.manifest.profile.sampling) == (profile.shape, profile.sampling)
+    assert {*bundle.plans} == {"uncached", *(f"b{budget}" for budget in make_docs.BUDGETS)}
+    report, kept = stored_report(bundle), stored_kept(bundle)
+    assert report is not None and kept is not None and not report.failures()
+    assert report.manifest_digest == kept.clips.manifest_digest == bundle.manifest.digest
+    assert all(f"](docs/{name})" in PAGES["README.md"] for name in (CONTACT_SHEET, SCHEDULES))
 
 
 FIGURE = re.compile(r"(?<![\w.])\d[\d.]*\s?(dB|ms|[kMG]B|fps|×(?!\d))(?!\w)")

@@ -20,6 +20,7 @@ from lemica_trt.core.values import json_bytes, read_value, value_from_json
 from lemica_trt.ir.budget import Front
 from lemica_trt.ir.calibration import ErrorGraph, Sensitivity, TrajectoryGrams
 from lemica_trt.ir.graphs import StepLayout
+from lemica_trt.ir.kept import KeptClips
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.prompts import PromptFacts
@@ -40,6 +41,7 @@ FILES: dict[str, Any] = {
     "bundle/manifest.json": Manifest,
     "bundle/plans/b3.json": StepPlan,
     "bundle/plans/uncached.json": StepPlan,
+    "reports/clips.json": KeptClips,
     "reports/step_times.json": Measured,
     "reports/verify.json": VerifyReport,
     "work/bundle.json": Written,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from click.testing import CliRunner, Result
+from command import result_of
 
 from lemica_trt.cli.main import main
 from lemica_trt.core.errors import UsageError
@@ -23,7 +22,7 @@ def lemica(*arguments: str) -> Result:
 def test_models_lists_every_profile() -> None:
     done = lemica("models", "--json")
     assert done.exit_code == 0
-    assert [model["profile"]["name"] for model in json.loads(done.stdout)] == NAMES
+    assert [model["profile"]["name"] for model in result_of(done.stdout)] == NAMES
     table = lemica("models").stdout
     assert all(name in table for name in NAMES)
     assert "qwen-image" in table and "nothing" in table

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
+from command import result_of
 
 from lemica_trt.cli.main import main
 from lemica_trt.ir.resources import zoo_path
@@ -39,7 +40,7 @@ def test_json_is_the_value(tmp_path: Path) -> None:
         *("--max-sequence-length", 16, "--argument", "use_dynamic_cfg=true", "--json"),
     )
     assert done.exit_code == 0, done.output
-    found = msgspec.json.decode(done.stdout, type=Trace)
+    found = msgspec.convert(result_of(done.stdout), Trace)
     assert found.arguments["use_dynamic_cfg"] is True
     assert found.states[0].table.num_steps == 3
 

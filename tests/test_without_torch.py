@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import result_of
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import InputError, MissingDependencyError
@@ -53,7 +53,7 @@ def test_a_dry_run_counts_samplings_and_knows_no_times(tmp_path: Path) -> None:
             command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}
         )
         assert done.returncode == 0, done.stderr
-        stages = {stage["name"]: stage for stage in json.loads(done.stdout)}
+        stages = {stage["name"]: stage for stage in result_of(done.stdout)}
         assert 20 < sum(stage["samplings"] for stage in stages.values()) < 27
         assert stages["calibrate"]["seconds"] is stages["verify"]["seconds"] is stages["export"]["disk"] is None
     assert not list(tmp_path.iterdir())
@@ -103,4 +103,4 @@ def test_engines_are_built_and_dry_runs_count_on_a_work_folder_without_the_model
         [*command, "--output", str(tmp_path / "bundle")], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert "unchanged" not in {stage["what"] for stage in json.loads(done.stdout)}
+    assert "unchanged" not in {stage["what"] for stage in result_of(done.stdout)}

@@ -4,9 +4,10 @@
 #   tools/fetch_tritonserver.sh [FOLDER]      FOLDER is .cache/triton if not given; a second run does nothing
 #   FOLDER/tritonserver --model-repository=REPO ...
 #
-# The server (2.51.0, as in the container 24.10) comes from the wheel nvidia-pytriton, with its python backend and local
-# response cache. FOLDER/modelenv is the interpreter of the emitted models: this checkout's lemica_trt without PyTorch,
-# and numpy 1, because this server's python backend reads wrong numbers out of numpy 2 arrays.
+# The server (2.51.0, as in the container 24.10) comes from the wheel nvidia-pytriton, with its python backend.
+# FOLDER/modelenv is the interpreter of the emitted models: this checkout's lemica_trt without PyTorch,
+# and what every emitted repository pins with hashes; numpy 1 among it, because this server's python backend reads wrong
+# numbers out of numpy 2 arrays.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cache=${1:-$root/.cache/triton}
@@ -39,7 +40,7 @@ PYTHON
 exec 9>"$cache/.lock"
 flock 9
 # What is there holds for this script, these dependencies and this checkout's place.
-made_from="$root $(cat "$root/tools/fetch_tritonserver.sh" "$root/pyproject.toml" | sha256sum)"
+made_from="$root $(cat "$root/tools/fetch_tritonserver.sh" "$root/lemica_trt/triton/requirements.txt" | sha256sum)"
 if [ "$(cat "$cache/.complete" 2>/dev/null)" = "$made_from" ]; then
   exit 0
 fi
@@ -53,8 +54,7 @@ pip=("$cache/modelenv/bin/python" -m pip --quiet --disable-pip-version-check)
 server=$cache/pkg/pytriton/tritonserver
 cp "$server/python_backend_stubs/$version/triton_python_backend_stub" "$server/backends/python/"
 # The dependencies, not a copy of the package: the checkout itself is on the path.
-"${pip[@]}" install "numpy<2" "$root[onnxruntime,video]"
-"${pip[@]}" uninstall --yes lemica-trt
+"${pip[@]}" install --require-hashes --requirement "$root/lemica_trt/triton/requirements.txt"
 echo "$root" >"$cache/modelenv/lib/python$version/site-packages/lemica_trt.pth"
 # The same interpreter with numpy 2, for the test that models refuse it.
 "$python" -m venv --without-pip "$cache/numpy2"
@@ -64,10 +64,10 @@ echo "$cache/modelenv/$packages" >"$cache/numpy2/$packages/modelenv.pth"
 echo "$root" >"$cache/numpy2/$packages/lemica_trt.pth"
 cat >"$cache/tritonserver" <<LAUNCHER
 #!/usr/bin/env bash
-# Written by tools/fetch_tritonserver.sh: tritonserver with its backends, its cache and the models' interpreter.
+# Written by tools/fetch_tritonserver.sh: tritonserver with its backends and the models' interpreter.
 export PATH="\${MODELENV:-$cache/modelenv}/bin:\$PATH" LD_LIBRARY_PATH="$libraries\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
 export TRITON_SERVER_VERSION=2.51.0 OMP_NUM_THREADS="\${OMP_NUM_THREADS:-1}"
-exec "$server/bin/tritonserver" --backend-directory="$server/backends" --cache-directory="$server/caches" "\$@"
+exec "$server/bin/tritonserver" --backend-directory="$server/backends" "\$@"
 LAUNCHER
 chmod +x "$cache/tritonserver"
 echo "$made_from" >"$cache/.complete"

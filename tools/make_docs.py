@@ -4,7 +4,11 @@
     python tools/make_docs.py --check                say which files are not up to date; exit code 1 if any
     python tools/make_docs.py --pictures out/quality make the pictures too, from a bundle that was built and verified by
 
-        lemica-trt build --model cogvideox-tiny --budget 15,10,20,25 --output out/quality
+        lemica-trt build --model cogvideox-tiny --budget 15,10,20,25 --pareto --verify-samples 8 \\
+            --output out/quality
+
+The pictures are drawn from values: plans, error graph, report and kept clips of that bundle, which are copied to
+docs/pictures. Times are left out of both: those of docs/ come from benchmarks.
 
 A generated part lies between `<!-- make_docs: NAME -->` and `<!-- /make_docs -->`; `PARTS` has the names. Tables of
 figures come from the JSON files in benchmarks/results/, all else from the package itself.
@@ -20,14 +24,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import click
+import msgspec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+from mistakes import mistakes_table
 from record import (
     AttentionMemory,
     BuildCost,
     EngineBuild,
+    Guidance,
     Quality,
     Result,
     Serving,
@@ -39,6 +46,7 @@ from record import (
 from tables import described, summary_table, table
 
 from lemica_trt.backends.options import options_table
+from lemica_trt.cli.command import Command, Flag, in_sections
 from lemica_trt.cli.main import main as cli
 from lemica_trt.compiler.stages import STAGES
 from lemica_trt.core.errors import EXIT_CODES
@@ -48,11 +56,11 @@ from lemica_trt.report.models import NOTHING, shape_text
 
 ROOT = Path(__file__).parents[1]
 
-SHEET_PROMPTS = 2
-"""Held-out prompts on the contact sheet."""
+DRAWN = ROOT / "docs" / "pictures"
+"""What the pictures are drawn from: a bundle without graphs, engines and times."""
 
-BUILT_IN_DEFAULT = re.compile(r"\s*\[default: (.*?)\]$")
-"""A default that an option's help says itself, because it is not a fixed value."""
+BUDGETS = (15, 10, 20, 25)
+"""Of its plans."""
 
 
 def exit_codes() -> str:
@@ -81,8 +89,11 @@ def _command(path: str, command: click.Command) -> Iterator[str]:
     yield f"## {path}"
     yield f"```text\n{' '.join(usage)} [OPTIONS]\n```"
     yield from (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", command.help or "") if paragraph)
-    options = [_option(parameter) for parameter in command.params if isinstance(parameter, click.Option)]
-    yield table(["option", "default", "meaning"], options, "left")
+    if isinstance(command, Command) and command.examples:
+        yield "```\n" + "".join(f"lemica-trt {example}\n" for example in command.examples) + "```"
+    options = [option for option in command.params if isinstance(option, click.Option) and not option.hidden]
+    rows = [[*_option(option), title] for title, several in in_sections(options).items() for option in several]
+    yield table(["option", "default", "meaning", "section"], rows, "left")
 
 
 def _metavar(argument: click.Argument) -> str:
@@ -92,11 +103,11 @@ def _metavar(argument: click.Argument) -> str:
 def _option(option: click.Option) -> list[str]:
     """Name and value, default, meaning."""
     text = " ".join((option.help or "").split())
-    own = BUILT_IN_DEFAULT.search(text)
-    default = own[1] if own else "" if option.is_flag or not option.show_default else _text(option.default)
+    own = option.default_text() if isinstance(option, Flag) else None
+    default = own or ("" if option.is_flag or not option.show_default else _text(option.default))
     names = ", ".join(f"`{name}`" for name in sorted([*option.opts, *option.secondary_opts], key=len, reverse=True))
     value = "" if option.is_flag else f" {_value(option)}"
-    return [_cell(names + value), _cell(default), _cell(BUILT_IN_DEFAULT.sub("", text))]
+    return [_cell(names + value), _cell(default), _cell(text)]
 
 
 def _value(option: click.Option) -> str:
@@ -163,6 +174,7 @@ def _results(kind: type[Result]) -> Callable[[Sequence[Result]], str]:
 
 PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "commands": lambda _: commands(),
+    "mistakes": lambda _: mistakes_table(),
     "exit-codes": lambda _: exit_codes(),
     "options": lambda _: options_table().strip(),
     "stages": lambda _: stages(),
@@ -177,6 +189,7 @@ PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "traces": _results(Traces),
     "unused-depth": _results(UnusedDepth),
     "build-cost": _results(BuildCost),
+    "guidance": _results(Guidance),
 }
 """Name → what makes the part from all results."""
 
@@ -202,27 +215,40 @@ def pages(root: Path = ROOT) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
-def make_pictures(bundle: Path) -> None:
-    """docs/contact_sheet.png from two held-out prompts, docs/schedules.png from the bundle's reports/."""
-    import lemica_trt
-    from lemica_trt.calibrate.prompts import read_prompts
-    from lemica_trt.core.metrics import psnr
-    from lemica_trt.evaluate.samples import held_out_samples
-    from lemica_trt.ir.resources import calibration_path
-    from lemica_trt.planning.step_plan import UNCACHED
-    from lemica_trt.report.contact_sheet import contact_sheet
+def keep_drawn(bundle: Path) -> None:
+    """Copy what the pictures are drawn from to `DRAWN`."""
+    from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE, MANIFEST, MANIFEST_DIGEST, plan_path
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.bundle.reports import store_kept, store_report, stored_kept, stored_report
 
-    pipe = lemica_trt.load(bundle)
-    plan = pipe.bundle.plan()
-    prompts = calibration_path(pipe.bundle.manifest.profile.calibration.prompts) / "held_out.txt"
-    samples = held_out_samples(read_prompts(prompts), SHEET_PROMPTS)
-    rows = []
-    for prompt, seed in (samples[number] for number in range(samples.count)):
-        uncached, clip = (pipe(prompt, seed=seed, plan=name).frames for name in (UNCACHED, plan.name))
-        rows.append((f"{prompt} – all {plan.num_steps} steps in full", uncached))
-        rows.append((f"step plan with {plan.budget} full steps: {psnr(clip, uncached):.1f} dB", clip))
-    contact_sheet(rows, ROOT / "docs" / "contact_sheet.png")
-    shutil.copyfile(bundle / "reports" / "schedules.png", ROOT / "docs" / "schedules.png")
+    opened = Bundle.open(bundle)
+    shutil.rmtree(DRAWN, ignore_errors=True)
+    for path in (MANIFEST, MANIFEST_DIGEST, ERROR_GRAPH_FILE, *map(plan_path, opened.plans)):
+        (DRAWN / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle / path, DRAWN / path)
+    report, kept = stored_report(opened), stored_kept(opened)
+    assert report is not None and kept is not None, "verify it"
+    drawn = Bundle.open(DRAWN)
+    store_report(msgspec.structs.replace(report, timing=(), steps=None, machine=""), drawn)
+    store_kept(kept, drawn)
+
+
+def draw_pictures(folder: Path) -> None:
+    """The pictures of docs/ into a folder, from `DRAWN`."""
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.bundle.reports import stored_kept, stored_report
+    from lemica_trt.evaluate.quality import error_graph_of
+    from lemica_trt.report import CONTACT_SHEET, SCHEDULES
+    from lemica_trt.report.pictures import write_contact_sheet
+    from lemica_trt.report.plots import plot_schedules
+    from lemica_trt.report.ways import strips_of
+
+    bundle = Bundle.open(DRAWN)
+    report, kept, graph, plan = stored_report(bundle), stored_kept(bundle), error_graph_of(bundle), bundle.plan()
+    assert report is not None and kept is not None and graph is not None
+    write_contact_sheet(folder / CONTACT_SHEET, report, kept, plan, model=graph.model, timed=False)
+    plans = [bundle.plan(name) for name in bundle.plans]
+    plot_schedules(graph, strips_of(report, kept, plans, plan), folder / SCHEDULES)
 
 
 def main() -> int:
@@ -232,7 +258,8 @@ def main() -> int:
     parser.add_argument("--pictures", type=Path, metavar="BUNDLE", help="also make the pictures, from this bundle")
     given = parser.parse_args()
     if given.pictures is not None:
-        make_pictures(given.pictures)
+        keep_drawn(given.pictures)
+        draw_pictures(ROOT / "docs")
     results, stale = read_results(), []
     for path in pages():
         text = path.read_text(encoding="utf-8")

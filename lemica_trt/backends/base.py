@@ -16,6 +16,7 @@ Order: `upload`, `Call.run` and `download` take effect in the order in which one
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,11 @@ import numpy.typing as npt
 
 from lemica_trt.backends.options import backend_names, vendor_module
 from lemica_trt.core.errors import EngineError, UnsupportedError
+from lemica_trt.core.text import printable
 from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.graphs import GraphSpec, TensorDType
+
+LOGGER = logging.getLogger("lemica_trt")
 
 Array = npt.NDArray[Any]
 
@@ -174,6 +178,20 @@ def open_backend(key: EngineKey, settings: Settings | None = None) -> Backend:
         )
     backend: Backend = vendor_module(key.backend, "run").open_backend(key, settings or Settings())
     return backend
+
+
+def note_version(key: EngineKey, here: str) -> None:
+    """Log where engines that any version of a library can load run on another one than they were tried with.
+
+    Args:
+        key: from the manifest.
+        here: version of the library, without the number of its build.
+    """
+    if key.version != here:
+        LOGGER.warning(
+            "the bundle was built and verified with %s %s, here is %s: its numbers may differ → pip install %s==%s",
+            *(key.backend, printable(key.version), here, key.backend, printable(key.version)),
+        )
 
 
 def check_binding(graph: GraphSpec, buffers: Mapping[str, Buffer]) -> None:

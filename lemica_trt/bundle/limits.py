@@ -15,7 +15,16 @@ import numpy as np
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import require
-from lemica_trt.ir.graphs import TERM, EncoderSpec, GraphSet, GraphSpec, StepLayout, TensorDType, TensorSpec
+from lemica_trt.ir.graphs import (
+    TERM,
+    EncoderSpec,
+    GraphSet,
+    GraphSpec,
+    StepLayout,
+    TensorDType,
+    TensorSpec,
+    longest_text,
+)
 from lemica_trt.ir.plan import StepPlan, check_plan
 from lemica_trt.ir.profile import Sampling, Shape
 
@@ -104,7 +113,7 @@ def _require_interface(graph: GraphSpec, layout: StepLayout, max_batch: int) -> 
         if tensor.name in known:
             dtype, shape = known[tensor.name]
             expected = TensorSpec(name=tensor.name, dtype=dtype, shape=shape)
-            shapes = (shape, expected.at(1)) if max_batch == 1 else (shape,)
+            shapes = (shape, expected.at_batch(1)) if max_batch == 1 else (shape,)
             got = f"got {tensor.dtype} {list(tensor.shape)}"
             fits = tensor.dtype == dtype and tensor.shape in shapes
             require(fits, f"{where}: expected {dtype} {list(shape)}, {got}")
@@ -124,7 +133,7 @@ def _require_encoder(encoder: EncoderSpec, graphs: GraphSet) -> None:
     for tensor in graph.outputs:
         where = f"graph {graph.role}, {tensor.name}"
         require(tensor.name in conditions, f"{where}: the step layout has no such condition")
-        expected = msgspec.structs.replace(conditions[tensor.name], shape=(1, *conditions[tensor.name].shape[1:]))
+        expected = msgspec.structs.replace(conditions[tensor.name], shape=(1, *conditions[tensor.name].at(1)[1:]))
         _require_tensor(graph, graph.outputs, expected)
 
 
@@ -145,6 +154,9 @@ def _require_tensors(graph: GraphSpec, latent_shape: tuple[int, ...]) -> None:
         for size in tensor.shape:
             if isinstance(size, int):
                 _require_within(where, size, 1, MAX_DIMENSION)
+            elif (longest := longest_text(size)) is not None:
+                _require_within(where, longest, 1, MAX_TEXT_LENGTH)
+                require(size in symbols, f"{where}: no input has the dimension {size!r}")
             else:
                 require(bool(_SYMBOL.fullmatch(size)), f"{where}: expected a multiple of batch, got {size!r}")
                 require(size in symbols, f"{where}: no input has the dimension {size!r}")

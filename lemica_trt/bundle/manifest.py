@@ -2,6 +2,7 @@
 
     manifest.json          `Manifest`: what the bundle is, and every other file with size and digest
     manifest.sha256        SHA-256 of manifest.json, as `sha256sum` writes it
+    manifest.sig           signatures over that digest, if it is signed (`signing`)
     onnx/                  the exported graphs and their weights
     engines/               engines built from them, where a backend has files of its own
     tokenizer/             tokenizer.json
@@ -22,7 +23,8 @@ Rules that readers enforce:
 - Numbers are bounded (`limits`), strings hold no control characters.
 
 A digest beside a file finds damage, and whatever changed one of the two. It does not say who wrote them: engines are
-machine code, so run bundles of people you trust, or compare `Bundle.digest` with one that came another way.
+machine code, so run bundles of people you trust. `signing` says who that is; or compare `Bundle.digest` with one that
+came another way.
 """
 
 from __future__ import annotations
@@ -44,7 +46,11 @@ BUNDLE_FORMAT = 4
 
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
+MANIFEST_SIGNATURE = "manifest.sig"
 REPORTS = "reports"
+
+OF_MANIFEST = (MANIFEST, MANIFEST_DIGEST, MANIFEST_SIGNATURE)
+"""Files that a manifest does not list, because they are made from it."""
 
 SAMPLER_FILE = "calibration/sampler.json"
 ERROR_GRAPH_FILE = "calibration/error_graph.json"
@@ -57,6 +63,9 @@ PROMPTS_FILE = "calibration/prompts.json"
 
 VERIFY_REPORT = f"{REPORTS}/verify.json"
 STEP_TIMES = f"{REPORTS}/step_times.json"
+PLANS_REPORT = f"{REPORTS}/plans.json"
+KEPT_CLIPS = f"{REPORTS}/clips.json"
+KEPT_FOLDER = f"{REPORTS}/clips"
 
 REBUILD = "copy the bundle again, or rebuild it"
 """What to do about a bundle that is not whole."""
@@ -129,7 +138,7 @@ class Manifest(Value, frozen=True):
         require(source == portable_source(source), f"profile.source must not be an absolute path, got {source!r}")
         for path in self.files:
             require_relative(path)
-            unlisted = path in (MANIFEST, MANIFEST_DIGEST) or PurePosixPath(path).parts[0] == REPORTS
+            unlisted = path in OF_MANIFEST or PurePosixPath(path).parts[0] == REPORTS
             require(not unlisted, f"{path} must not be listed")
         require(list(self.plans) == sorted(set(self.plans)), "plans must be sorted names")
         require(self.default_plan in self.plans, f"default_plan must be one of plans, got {self.default_plan!r}")

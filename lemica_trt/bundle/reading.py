@@ -8,7 +8,7 @@ import os
 import shlex
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +16,8 @@ from lemica_trt.bundle.limits import require_runnable
 from lemica_trt.bundle.manifest import (
     MANIFEST,
     MANIFEST_DIGEST,
+    MANIFEST_SIGNATURE,
+    OF_MANIFEST,
     REBUILD,
     REPORTS,
     FileEntry,
@@ -24,8 +26,9 @@ from lemica_trt.bundle.manifest import (
     manifest_from_json,
     plan_path,
 )
+from lemica_trt.bundle.signing import MAX_SIGNATURE_BYTES, TrustedKey, environment_keys, require_signed
 from lemica_trt.core.atomic_folder import SWAP_PAUSE_SECONDS, SWAP_RETRIES, finish_swap, is_being_written
-from lemica_trt.core.errors import IntegrityError, UsageError
+from lemica_trt.core.errors import InputError, IntegrityError, UsageError
 from lemica_trt.core.files import PartedDigest, parted_digests
 from lemica_trt.core.values import value_from_json
 from lemica_trt.ir.engine import EngineEntry, EngineKey
@@ -51,38 +54,55 @@ class Bundle:
         path: the folder, without links.
         manifest: see there.
         digest: SHA-256 (hex) of `manifest.json`, and so of everything in the bundle.
+        signed_by: id of the trusted key that signed it; None: no key was asked for.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
+    def __init__(self, path: Path, manifest: Manifest, digest: str, signed_by: str | None = None) -> None:
         self.path = path
         self.manifest = manifest
         self.digest = digest
+        self.signed_by = signed_by
         self._checked: dict[str, Version] = {}
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Open a bundle: read its manifest, and compare it with its digest.
+    def open(cls, path: str | os.PathLike[str], *, trusted: Sequence[TrustedKey] | None = None) -> Bundle:
+        """Open a bundle: read its manifest, compare it with its digest, and see that a trusted key signed it.
+
+        Args:
+            path: the folder.
+            trusted: keys one of which must have signed it; none: nobody has to. None: those of the environment
+                (`signing.TRUSTED_KEYS`), so that a process can be told once for all that it opens.
 
         Raises:
-            IntegrityError: no manifest, a damaged one, one of a newer format, or links in `reports`.
+            InputError: no bundle: there is no manifest.
+            IntegrityError: a damaged manifest, one of a newer format, or one that none of the keys signed; or links in
+                `reports`.
+            LemicaError: as `signing.environment_keys`.
         """
         folder = Path(os.path.realpath(path))
+        keys = environment_keys() if trusted is None else trusted
         try:
             data, line = _read_manifest(folder)
         except OSError as error:
             name = Path(error.filename or MANIFEST).name
             if name == MANIFEST_DIGEST:  # bundles of older formats had none: say so
                 manifest_from_json((folder / MANIFEST).read_bytes(), where=f"{path}/{MANIFEST}")
-            raise IntegrityError(
-                f"{path}: expected a bundle with a {name}, got: {error.strerror}",
-                fix=REBUILD if name == MANIFEST_DIGEST else "give the folder that 'lemica-trt build' wrote",
-            ) from None
+            what = f"{path}: expected a bundle with a {name}, got: {error.strerror}"
+            if name == MANIFEST_DIGEST:
+                raise IntegrityError(what, fix=REBUILD) from None
+            raise InputError(what, fix="give the folder that 'lemica-trt build' wrote") from None
         if line != manifest_digest_line(data):
             raise IntegrityError(f"{path}/{MANIFEST}: does not match {MANIFEST_DIGEST}: altered", fix=REBUILD)
+        try:
+            signer = require_signed(data, _read_signatures(folder), keys, str(path)) if keys else None
+        except IntegrityError:
+            if _read_manifest(folder)[0] == data:
+                raise
+            return cls.open(path, trusted=keys)  # another bundle took its place between the two readings
         manifest = manifest_from_json(data, where=f"{path}/{MANIFEST}")
         with suppress(FileNotFoundError):  # a writer may be putting another bundle in its place
             _require_plain(folder, REPORTS)
-        return cls(folder, manifest, hashlib.sha256(data).hexdigest())
+        return cls(folder, manifest, hashlib.sha256(data).hexdigest(), signer)
 
     def __repr__(self) -> str:
         manifest = self.manifest
@@ -193,11 +213,19 @@ class Bundle:
             IntegrityError: a file is missing, altered, not listed, or a link.
             InputError: a plan does not fit the graphs.
         """
-        self.check_files(sorted(self.manifest.files))
-        known = {MANIFEST, MANIFEST_DIGEST, *self.manifest.files}
+        self.check_listed()
+        known = {*OF_MANIFEST, *self.manifest.files}
         for relative in sorted(files_below(self.path)):
             if relative not in known and PurePosixPath(relative).parts[0] != REPORTS:
                 raise IntegrityError(f"{relative}: not listed in the manifest", fix="remove it, or rebuild the bundle")
+
+    def check_listed(self) -> None:
+        """Check every listed file, and every plan against the graphs.
+
+        Raises:
+            as `check`.
+        """
+        self.check_files(sorted(self.manifest.files))
         for name in self.plans:
             self.plan(name)
 
@@ -303,8 +331,16 @@ def _read_manifest(folder: Path) -> tuple[bytes, bytes]:
     return _read_small(folder, MANIFEST), _read_small(folder, MANIFEST_DIGEST)
 
 
-def _read_small(folder: Path, name: str) -> bytes:
-    """The content of a regular file of the bundle of at most `MANIFEST_MAX_BYTES`.
+def _read_signatures(folder: Path) -> bytes | None:
+    """Content of `manifest.sig`; None: there is none."""
+    try:
+        return _read_small(folder, MANIFEST_SIGNATURE, MAX_SIGNATURE_BYTES)
+    except FileNotFoundError:
+        return None
+
+
+def _read_small(folder: Path, name: str, most: int = MANIFEST_MAX_BYTES) -> bytes:
+    """The content of a regular file of the bundle of at most so many bytes.
 
     Raises:
         OSError: it cannot be read.
@@ -313,6 +349,6 @@ def _read_small(folder: Path, name: str) -> bytes:
     path = folder / name
     path = real_file(folder, path) or path
     found = path.lstat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > MANIFEST_MAX_BYTES:
-        raise IntegrityError(f"{path}: expected a file of at most {MANIFEST_MAX_BYTES} bytes, no link", fix=UNLINK)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+        raise IntegrityError(f"{path}: expected a file of at most {most} bytes, no link", fix=UNLINK)
     return path.read_bytes()

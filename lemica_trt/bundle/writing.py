@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
 from lemica_trt.bundle.limits import require_runnable
 from lemica_trt.bundle.manifest import (
     MANIFEST,
+    MANIFEST_DIGEST,
+    MANIFEST_SIGNATURE,
     REPORTS,
     Bucket,
     FileEntry,
     Manifest,
     bucket_name,
+    manifest_digest_line,
     manifest_files,
     plan_path,
     portable_source,
     require_relative,
 )
 from lemica_trt.bundle.reading import Bundle, files_below, hub_blobs
-from lemica_trt.core.atomic_folder import replacing
-from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
+from lemica_trt.bundle.signing import signature_bytes
+from lemica_trt.core.atomic_folder import held, remove_leftovers, replacing, temporary_beside
+from lemica_trt.core.errors import InputError, IntegrityError, MissingDependencyError, UsageError
 from lemica_trt.core.files import PIECE_BYTES, PartedDigest
 from lemica_trt.core.progress import size
 from lemica_trt.core.values import json_bytes
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import EncoderSpec, GraphSet
-from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.plan import DEFAULT, UNCACHED, StepPlan
 from lemica_trt.ir.profile import Profile
 
 
@@ -95,58 +100,132 @@ def write_bundle(
             raise InputError(f"{target}: cannot make a bundle: {error}") from None
         for path, data in manifest_files(manifest).items():
             _store(data, staged / path)
-    return Bundle.open(folder)
+    return Bundle.open(folder, trusted=())
 
 
-def add_plan(
+def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bundle:
+    """Add plans to a bundle, replacing those of the same name: `change_plans`."""
+    return change_plans(bundle, plans, default=default)
+
+
+def change_plans(
     bundle: Bundle,
-    *plans: StepPlan,
+    plans: Sequence[StepPlan] = (),
+    *,
+    remove: Collection[str] = (),
+    rename: Mapping[str, str] | None = None,
     default: str | None = None,
     profile: Profile | None = None,
     files: Mapping[str, bytes | None] | None = None,
 ) -> Bundle:
-    """Add plans to a bundle, replacing those of the same name; as atomic as `write_bundle`.
+    """Add, remove and rename plans of a bundle; as atomic as `write_bundle`.
 
-    Files that stay are linked, not copied, where the file system can.
+    Files that stay are linked, not copied, where the file system can. Signatures do not stay: they are of the manifest
+    as it was.
 
     Args:
         bundle: stays as it was read; use the returned one. Plans that others have added since are kept.
-        plans: what to add.
+        plans: what to add, replacing plans of the same name.
+        remove: names.
+        rename: old name → new name; the default plan stays the default one.
         default: the new default plan; None: as before.
         profile: with other calibration settings; None: as before.
         files: path → its new content, None: it goes; of what the plans were made from.
 
     Raises:
-        InputError: a plan does not fit the graphs, or is for another sampler, or `default` is not there.
+        UsageError: no such plan; the uncached plan, against which others are measured, or the default one would go;
+            a name is taken. Or another process writes the bundle.
+        InputError: a plan does not fit the graphs, or is for another sampler.
         IntegrityError: the bundle is not whole.
-        UsageError: another process writes the bundle.
     """
-    changed = {**(files or {}), **{plan_path(plan.name): json_bytes(plan) for plan in plans}}
+    rename = dict(rename or {})
     with replacing(bundle.path, require_replaceable) as (folder, staged):
-        bundle = Bundle.open(folder)  # others may have added plans since
+        bundle = Bundle.open(folder, trusted=())  # others may have added plans since
+        _require_changes(bundle, plans, remove, rename, default)
         _require_plans(bundle, plans)
         bundle.check()
+        gone = {*remove, *rename}
+        renamed = [_renamed(bundle.plan(old), new) for old, new in rename.items()]
+        changed = {**(files or {}), **{plan_path(plan.name): json_bytes(plan) for plan in (*renamed, *plans)}}
+        dropped = {*map(plan_path, gone), *changed}
+        kept = {path: entry for path, entry in bundle.manifest.files.items() if path not in dropped}
         reports = [path for path in files_below(folder) if PurePosixPath(path).parts[0] == REPORTS]
-        for path in (*(path for path in bundle.manifest.files if path not in changed), *reports):
+        for path in (*kept, *reports):
             _link(folder / path, staged / path)
         entries = {path: _store(data, staged / path) for path, data in changed.items() if data is not None}
-        kept = {path: entry for path, entry in bundle.manifest.files.items() if path not in changed}
-        try:
-            manifest = msgspec.structs.replace(
-                bundle.manifest,
-                profile=bundle.manifest.profile
-                if profile is None
-                else msgspec.structs.replace(profile, source=bundle.manifest.profile.source),
-                plans=tuple(sorted({*bundle.plans, *(plan.name for plan in plans)})),
-                default_plan=default or bundle.manifest.default_plan,
-                files={**kept, **entries},
-            )
-            manifest.__post_init__()
-        except ValueError as error:
-            raise InputError(f"{bundle.path.name}: cannot add plans: {error}") from None
+        manifest = _changed(
+            bundle,
+            profile=bundle.manifest.profile
+            if profile is None
+            else msgspec.structs.replace(profile, source=bundle.manifest.profile.source),
+            plans=tuple(sorted({*bundle.plans, *(plan.name for plan in (*renamed, *plans))} - gone)),
+            default_plan=default or rename.get(bundle.manifest.default_plan, bundle.manifest.default_plan),
+            files={**kept, **entries},
+        )
         for path, data in manifest_files(manifest).items():
             _store(data, staged / path)
-    return Bundle.open(folder)
+    return Bundle.open(folder, trusted=())
+
+
+def _changed(bundle: Bundle, **changes: Any) -> Manifest:
+    """The manifest of a bundle with some fields changed.
+
+    Raises:
+        InputError: they do not fit together.
+    """
+    try:
+        manifest = msgspec.structs.replace(bundle.manifest, **changes)
+        manifest.__post_init__()
+    except ValueError as error:
+        raise InputError(
+            f"{bundle.path.name}: cannot change its plans: {error}", fix="lemica-trt inspect BUNDLE shows them"
+        ) from None
+    return manifest
+
+
+def _require_changes(
+    bundle: Bundle,
+    plans: Iterable[StepPlan],
+    remove: Collection[str],
+    rename: Mapping[str, str],
+    default: str | None,
+) -> None:
+    """Raise UsageError unless plans can be added, removed and renamed like that."""
+    known = f"use one of: {', '.join(bundle.plans)}"
+    for name in (*remove, *rename):
+        if name not in bundle.plans:
+            raise UsageError(f"the bundle has no plan {name!r}", fix=known)
+        if name == UNCACHED:
+            raise UsageError(f"plan {name} must stay: others are measured against it", fix="leave it out")
+    if both := sorted({*remove} & {*rename}):
+        raise UsageError(f"plan {both[0]} cannot be removed and renamed", fix="leave out one of the two")
+    added = [plan.name for plan in plans]
+    left = {*bundle.plans, *added} - {*remove, *rename}
+    for old, new in rename.items():
+        if new in left or new in (UNCACHED, DEFAULT) or [*rename.values()].count(new) > 1:
+            raise UsageError(f"plan {old}: the name {new!r} is taken", fix="choose another name")
+    left |= {*rename.values()}
+    if default is not None and default not in left:
+        raise UsageError(f"the bundle has no plan {default!r}", fix=f"use one of: {', '.join(sorted(left))}")
+    if default is None and bundle.manifest.default_plan in remove and bundle.manifest.default_plan not in added:
+        raise UsageError(
+            f"plan {bundle.manifest.default_plan} is the default one",
+            fix=f"name another: --default {' or '.join(sorted(left))}",
+        )
+
+
+def _renamed(plan: StepPlan, name: str) -> StepPlan:
+    """The same plan by another name.
+
+    Raises:
+        UsageError: no plan can have it.
+    """
+    try:
+        found = msgspec.structs.replace(plan, name=name)
+        found.__post_init__()
+    except ValueError as error:
+        raise UsageError(f"plan {plan.name}: {error}", fix="choose another name") from None
+    return found
 
 
 def _require_plans(bundle: Bundle, plans: Iterable[StepPlan]) -> None:
@@ -163,22 +242,28 @@ def _require_plans(bundle: Bundle, plans: Iterable[StepPlan]) -> None:
 
 
 def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
-    """A second folder with the same bundle, without `reports`; as atomic as `write_bundle`.
+    """A second folder with the same bundle and its signatures, without `reports`; as atomic as `write_bundle`.
 
     Files are linked, not copied, where the file system can; what somebody may edit – plans, the manifest – is copied.
+    What else lies in the folder is left there.
 
     Raises:
         IntegrityError, InputError: the bundle is not whole.
         UsageError: `target` is something else than a bundle or an empty folder.
     """
-    bundle.check()
+    bundle.check_listed()
     with replacing(Path(target), require_replaceable) as (folder, staged):
         edited = {plan_path(name) for name in bundle.plans}
         for path in sorted(bundle.manifest.files):
             (_store if path in edited else _link)(bundle.path / path, staged / path)
-        for path, data in manifest_files(bundle.manifest).items():
-            _store(data, staged / path)
-    return Bundle.open(folder)
+        manifest = (bundle.path / MANIFEST).read_bytes()  # the very bytes: a digest and signatures are of them
+        if hashlib.sha256(manifest).hexdigest() != bundle.digest:
+            raise IntegrityError(f"{bundle.path}: replaced after it was opened", fix="open the bundle again")
+        _store(manifest, staged / MANIFEST)
+        _store(manifest_digest_line(manifest), staged / MANIFEST_DIGEST)
+        if (bundle.path / MANIFEST_SIGNATURE).is_file():
+            _store(bundle.path / MANIFEST_SIGNATURE, staged / MANIFEST_SIGNATURE)
+    return Bundle.open(folder, trusted=())
 
 
 def move_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
@@ -194,7 +279,39 @@ def move_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
     with replacing(Path(target), require_replaceable) as (folder, staged):
         staged.rmdir()
         bundle.path.rename(staged)
-    return Bundle.open(folder)
+    return Bundle.open(folder, trusted=())
+
+
+def sign_bundle(bundle: Bundle, key: str | os.PathLike[str]) -> Bundle:
+    """Sign a bundle, beside the signatures of other keys; a process that is killed leaves it as it was, or signed.
+
+    Args:
+        bundle: checked whole before it is signed.
+        key: PEM file of an Ed25519 private key.
+
+    Raises:
+        IntegrityError: the bundle is not whole, or another one lies there by now.
+        InputError: no such key.
+        UsageError: another process writes the bundle, or it cannot be written there.
+        MissingDependencyError: cryptography is not installed.
+    """
+    require_replaceable(bundle.path)
+    with held(bundle.path):
+        found = Bundle.open(bundle.path, trusted=())
+        if found.digest != bundle.digest:
+            raise IntegrityError(f"{bundle.path}: replaced after it was opened", fix="look at it, and sign it again")
+        found.check()
+        target = found.path / MANIFEST_SIGNATURE
+        present = target.read_bytes() if target.is_file() else None
+        data = signature_bytes((found.path / MANIFEST).read_bytes(), key, present)
+        remove_leftovers(found.path)
+        temporary = temporary_beside(found.path)  # a leftover inside the bundle would be a file that is not listed
+        try:
+            _store(data, temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return found
 
 
 def require_replaceable(target: Path) -> None:

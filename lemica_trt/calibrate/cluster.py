@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from lemica_trt import __version__
 from lemica_trt.calibrate.workers import E, InProcess, Job, U
-from lemica_trt.core.errors import InputError, MissingDependencyError
+from lemica_trt.core.errors import InputError, MissingDependencyError, install_command
 from lemica_trt.ir.step_model import StepModel
 
 PATIENCE = 2
@@ -58,7 +58,7 @@ class RayWorkers:
             import ray
         except ImportError:
             raise MissingDependencyError(
-                "--ray needs Ray, which is not installed", fix="pip install 'lemica-trt[ray]'"
+                "--ray needs Ray, which is not installed", fix=install_command("ray")
             ) from None
         self._ray: Any = ray
         self._address = address

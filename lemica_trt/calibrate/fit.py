@@ -19,7 +19,6 @@ linearly extrapolated, folded one, and never fits worse than that one would, fro
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -32,7 +31,7 @@ from lemica_trt.calibrate.exact import provenance_of
 from lemica_trt.calibrate.inner_products import inner_products
 from lemica_trt.calibrate.journal import Header, Journal
 from lemica_trt.calibrate.replay import Stepper
-from lemica_trt.calibrate.trajectories import Trajectories, missing_runs
+from lemica_trt.calibrate.trajectories import Trajectories
 from lemica_trt.calibrate.workers import Progress
 from lemica_trt.core.errors import InputError, UnsupportedError, VerificationError
 from lemica_trt.core.values import Value, require_finite
@@ -40,7 +39,7 @@ from lemica_trt.ir.graphs import StepLayout
 from lemica_trt.ir.plan import PlanRow, StepPlan, layout_from_plans
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
-from lemica_trt.ir.step_model import Latents, StepInput, StepModel
+from lemica_trt.ir.step_model import AtGuidance, Latents, StepInput, StepModel
 from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.fold import nearest_steps
 from lemica_trt.planning.step_plan import assign_steps
@@ -69,6 +68,7 @@ class FitMeasurement(Header, frozen=True, kw_only=True):
         reference: digest of the reference's sampler table.
         outputs, ridge, rounds: see the constants.
         branches: whether guidance terms are weighed.
+        scales: guidance scale of each sample, where they are not all the default.
     """
 
     samples: int
@@ -77,6 +77,7 @@ class FitMeasurement(Header, frozen=True, kw_only=True):
     ridge: float = RIDGE
     rounds: int = ROUNDS
     branches: bool = False
+    scales: tuple[float, ...] = ()
 
 
 class FittedRow(Value, frozen=True):
@@ -172,7 +173,7 @@ class Fitter:
     """Fits solvers to a model, on numbered samples.
 
     Args:
-        model: in PyTorch, or on engines.
+        model: in PyTorch, or on engines; of its profile the guidance scales of the samples.
         table: the sampler, N steps; it draws no noise.
         reference: what the fitted runs shall end where it ends: the same table, or the sampler with more steps.
         prompts: sample s uses prompt s mod len(prompts), and seed + s for its noise.
@@ -220,6 +221,7 @@ class Fitter:
         self._progress = progress
         self._book = Journal(journal, fit_measurement(model, table, reference, prompts, samples, seed), Fit)
         self._trajectories = Trajectories(trajectories)
+        self._scales = model.profile.sampling.fit_scales(samples)
         self._paths: list[Sequence[Latents]] = []
         self.evaluations = 0
 
@@ -244,13 +246,19 @@ class Fitter:
         the first time, and the plan, each on every sample."""
         if schedule.full_steps in self._book.entries:
             return 0
-        runs = [self._sample(s) for s in range(len(self._paths), self.samples)]
-        paths = missing_runs(self._trajectories, self._model, self._reference, runs)
+        todo = range(len(self._paths), self.samples)
+        found = [self._trajectories.files(self._at(s), self._reference, *self._sample(s)) for s in todo]
+        paths = sum(not files for files in found)
         return paths * self._reference.num_steps + self.samples * schedule.budget
 
     def _sample(self, s: int) -> tuple[str, int]:
         """Prompt and seed."""
         return self._prompts[s % len(self._prompts)], self._seed + s
+
+    def _at(self, s: int) -> StepModel:
+        """The model at the guidance scale of a sample."""
+        default = self._model.profile.sampling.guidance_scale
+        return self._model if self._scales[s] == default else AtGuidance(self._model, self._scales[s])
 
     def _start(self, schedule: Schedule) -> StepPlan:
         """The extrapolated plan that the fit begins with, in steps of the reference, folded."""
@@ -278,8 +286,8 @@ class Fitter:
             layout, output_history=depth, guidance_history=depth if self._model.branches else 0
         )
         runs = [
-            SampleRun(self._model, layout, *self._sample(s), guidance_scale=start.guidance_scale)
-            for s in range(self.samples)
+            SampleRun(self._model, layout, *self._sample(s), guidance_scale=scale)
+            for s, scale in enumerate(self._scales)
         ]
 
         def ran(row: PlanRow) -> None:
@@ -290,16 +298,13 @@ class Fitter:
 
     def _path(self, s: int) -> Sequence[Latents]:
         """The reference's latents at each of the N steps and at the end: fp32 latent_shape."""
-        prompt, seed = self._sample(s)
-        found = self._trajectories.find(self._model, self._reference, prompt, seed)
+        model, (prompt, seed) = self._at(s), self._sample(s)
+        found = self._trajectories.find(model, self._reference, prompt, seed)
         if found is None:
-            found = self._trajectories.run(self._stepper, prompt, seed, f"sample {s}")
+            stepper = Stepper(model, self._reference, batch=1)
+            found = self._trajectories.run(stepper, prompt, seed, f"sample {s}")
             self.evaluations += self._reference.num_steps
         return list(found[[*self._steps, self._reference.num_steps]])
-
-    @functools.cached_property
-    def _stepper(self) -> Stepper:
-        return Stepper(self._model, self._reference, batch=1)
 
 
 def fit_rows(
@@ -357,6 +362,7 @@ def fit_measurement(
         samples=samples,
         reference=reference.digest,
         branches=model.branches,
+        scales=() if model.profile.sampling.guidance_range is None else model.profile.sampling.fit_scales(samples),
     )
 
 

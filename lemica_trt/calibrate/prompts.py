@@ -19,9 +19,13 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path}: expected a readable prompt file, got: {error.strerror}") from None
+        raise InputError(
+            f"{path}: expected a readable prompt file, got: {error.strerror}", fix="name a file with one prompt a line"
+        ) from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text, got: {error.reason} at byte {error.start}") from None
+        raise InputError(
+            f"{path}: expected UTF-8 text, got: {error.reason} at byte {error.start}", fix="save it as UTF-8"
+        ) from None
     lines = (line.strip() for line in text.removeprefix("\ufeff").splitlines())
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,13 +70,6 @@ class Trajectories(NamedTuple):
         """
         uncached = stepper.sample(name, prompt, seed).uncached()
         return self.keep(stepper.model, stepper.table, prompt, seed, uncached)
-
-
-def missing_runs(
-    trajectories: Trajectories, model: StepModel, table: SamplerTable, runs: Sequence[tuple[str, int]]
-) -> int:
-    """How many of some (prompt, seed) have not been kept; files are not looked into."""
-    return sum(not trajectories.files(model, table, prompt, seed) for prompt, seed in runs)
 
 
 def _key(model: StepModel, table: SamplerTable, prompt: str, seed: int) -> str:

@@ -7,24 +7,42 @@ from typing import Any
 
 import click
 
-from lemica_trt.cli import options
-from lemica_trt.cli.options import Screen, common, flags
+from lemica_trt.cli import completion, options
+from lemica_trt.cli.command import OUTPUT, Command, flag, flags
+from lemica_trt.cli.options import Screen, common
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="A model → a verified bundle: all stages in one command.",
+    examples=(
+        "build --model cogvideox-tiny --budget 15",
+        "build --model cogvideox --budget 15,10,25 -o out/video --dry-run",
+        "build --model cogvideox --speedup 3 --backend tensorrt",
+    ),
+)
 @options.model
 @options.calibration
 @options.samples_run_by
 @options.planning
 @options.engines
 @flags(
-    click.option("--error-graph", type=options.FILE, help="Use this error graph instead of calibrating."),
-    click.option("--verify-samples", type=click.IntRange(0),
-                 help="Held-out clips that the plans are judged by; 0: no verification.  [default: by --effort]"),
-    click.option("--output", "-o", type=options.PATH, help="Bundle folder  [default: out/MODEL]"),
-    click.option("--triton", "repository", type=options.FOLDER, metavar="DIR",
-                 help="Also write a Triton model repository from the bundle."),
-    click.option("--dry-run", is_flag=True, help="Print what would be done, with time, disk and memory; do nothing."),
+    "Calibration",
+    flag("--error-graph", type=options.FILE, advanced=True, help="Use this error graph instead of calibrating."),
+    flag(
+        "--verify-samples",
+        type=click.IntRange(0),
+        otherwise="by --effort",
+        advanced=True,
+        help="Held-out clips that the plans are judged by; 0: no verification.",
+    ),
+)
+@flags(
+    OUTPUT,
+    flag("--output", "-o", type=options.PATH, otherwise="out/MODEL", help="Bundle folder."),
+    flag("--triton", "repository", type=options.FOLDER, metavar="DIR", advanced=True,
+         help="Also write a Triton model repository from the bundle."),
+    flag("--dry-run", is_flag=True, help="Print what would be done, with time, disk and memory; do nothing."),
 )  # fmt: skip
 @common
 def build(
@@ -39,7 +57,7 @@ def build(
     """Calibrate, plan, export, build engines, and verify: one command from a model to a bundle.
 
     Finished stages are kept beside the bundle (OUTPUT.work): after an interruption, or with other flags, the same
-    command does only what is missing.
+    command does only what is missing. With --model NAME, --help shows the defaults of that model.
     """
     from lemica_trt.compiler import work_commands
     from lemica_trt.compiler.inspection import summarize
@@ -83,11 +101,15 @@ def _profile_and_request(model: str | None, weights: str | None, given: dict[str
     return profile_from_flags(model, weights, given), BuildRequest(**fields)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Stage by stage: measure the model, in a work folder.",
+    examples=("calibrate --model cogvideox-tiny --effort quick -o work", "plan work --budget 15"),
+)
 @options.model
 @options.calibration
 @options.samples_run_by
-@flags(click.option("--output", "-o", type=options.PATH, required=True, help="Work folder."))
+@flags(OUTPUT, flag("--output", "-o", type=options.PATH, required=True, help="Work folder."))
 @common
 def calibrate(screen: Screen, model: str | None, weights: str | None, output: Path, **given: Any) -> None:
     """Measure the error graph: OUTPUT/calibration/error_graph.json, beside the sampler that it belongs to.
@@ -105,39 +127,95 @@ def calibrate(screen: Screen, model: str | None, weights: str | None, output: Pa
     screen.print(found, lambda: summary.error_graph_table(graph))
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Make, remove and rename plans of a bundle or work folder.",
+    examples=(
+        "plan out/tiny --budget 12",
+        "plan out/tiny --speedup 3",
+        "plan out/tiny --default b10 --remove b25 --rename b15=good",
+        "plan out/tiny --samples +4",
+    ),
+)
 @click.argument("target", type=options.PATH)
 @options.planning
-@options.samples_run_by
-@options.engines
 @flags(
-    click.option("--default", metavar="NAME", help="The bundle's plan of requests that name none."),
-    click.option("--samples", metavar="+K|S",
-                 help="Calibrate on with K samples more, or S in all, and plan anew; of a bundle in the work folder "
-                 "beside it."),
-)  # fmt: skip
+    "Plans of a bundle",
+    flag("--default", metavar="NAME", shell_complete=completion.plans, help="The plan of requests that name none."),
+    flag(
+        "--remove",
+        metavar="NAME",
+        multiple=True,
+        shell_complete=completion.plans,
+        help="Remove a plan; repeat for several. The uncached one stays.",
+    ),
+    flag(
+        "--rename",
+        metavar="OLD=NEW",
+        multiple=True,
+        shell_complete=completion.plans,
+        help="Give a plan another name; repeat for several.",
+    ),
+    flag(
+        "--verify-samples",
+        type=click.IntRange(0),
+        otherwise="2",
+        advanced=True,
+        help="Held-out clips that new plans run on, on the bundle's engines; 0: none.",
+    ),
+)
+@options.samples_run_by
+@flags(
+    "Calibration",
+    flag(
+        "--samples",
+        metavar="+K|S",
+        advanced=True,
+        help="Calibrate on with K samples more, or S in all, and plan anew; of a bundle in the work folder beside it.",
+    ),
+)
+@options.engines  # fmt: skip
 @common
-def plan(screen: Screen, target: Path, default: str | None, samples: str | None, **given: Any) -> None:
+def plan(
+    screen: Screen,
+    target: Path,
+    default: str | None,
+    samples: str | None,
+    remove: tuple[str, ...],
+    rename: tuple[str, ...],
+    **given: Any,
+) -> None:
     """Make plans for TARGET, a work folder or a finished bundle.
 
     In a work folder solvers are fitted and plans compared on the model, and stages before are run if something of
-    theirs has changed. A bundle gets plans from what it knows of its calibration, without the model and PyTorch;
-    --pareto shows the qualities that it was built with, and adds no plan unless a budget is given. With --samples
-    the build goes on where it ended, with the same budgets unless others are given.
+    theirs has changed. A bundle gets plans from what it knows of its calibration, without the model and PyTorch, and
+    they run on a few clips on its engines: where a plan that it has is as fast and better, none is added. --pareto
+    shows the qualities that the bundle was built with, and adds no plan unless a budget is given. With --samples the
+    build goes on where it ended, with the same budgets unless others are given.
     """
     from lemica_trt.cli.flags import plan_target
     from lemica_trt.report import summary
 
     options.refuse_contradictions()
-    made = plan_target(target, options.given(given), screen.reporter, default=default, samples=samples)
-    screen.print(made, lambda: summary.with_outcomes(summary.plans_table(made.plans), made.outcomes, made.front))
+    names = options.pairs("--rename", rename)
+    made = plan_target(
+        target, options.given(given), screen.reporter, default=default, samples=samples, remove=remove, rename=names
+    )
+
+    def shown() -> Any:
+        plans = summary.with_outcomes(summary.plans_table(made.plans, made.measured), made.outcomes, made.front)
+        return summary.with_unverified(plans, made.added, target)
+
+    screen.print(made, shown)
 
 
-@click.command()
-@click.argument("work", type=options.EXISTING_FOLDER)
+@click.command(
+    cls=Command, short_help="Stage by stage: ONNX graphs of the model in a work folder.", examples=("export work",)
+)
+@click.argument("work", type=options.PATH)
 @options.method
 @options.schedule
-@options.device
+@flags("Calibration", options.device)
 @common
 def export(screen: Screen, work: Path, **given: Any) -> None:
     """Export the graphs of the model in WORK to ONNX: WORK/onnx. They run the plans of all methods named."""
@@ -149,10 +227,14 @@ def export(screen: Screen, work: Path, **given: Any) -> None:
     screen.print(graphs, lambda: summary.graphs_table(graphs))
 
 
-@click.command()
-@click.argument("target", type=options.EXISTING_FOLDER)
+@click.command(
+    cls=Command,
+    short_help="Engines for this machine, from a bundle or work folder.",
+    examples=("engine work --output out/tiny", "engine out/tiny --backend tensorrt --output out/tiny-here"),
+)
+@click.argument("target", type=options.PATH)
 @options.engines
-@flags(click.option("--output", "-o", type=options.PATH, required=True, help="Bundle folder."))
+@flags(OUTPUT, flag("--output", "-o", type=options.PATH, required=True, help="Bundle folder."))
 @common
 def engine(screen: Screen, target: Path, output: Path, **given: Any) -> None:
     """Build engines from the graphs in TARGET, a work folder or a bundle of another machine, and write a bundle.
@@ -167,7 +249,7 @@ def engine(screen: Screen, target: Path, output: Path, **given: Any) -> None:
     screen.print(bundle.manifest, lambda: summary.build_table(summarize(bundle), None, output))
 
 
-@click.command()
+@click.command(cls=Command, short_help="The methods that make plans, and what each needs.", examples=("methods",))
 @common
 def methods(screen: Screen) -> None:
     """List the methods that make plans (--method), and what each needs."""
@@ -187,7 +269,7 @@ def methods(screen: Screen) -> None:
     screen.print(found, lambda: summary.methods_table(found))
 
 
-@click.command()
+@click.command(cls=Command, short_help="What this machine can do, and which models are known.", examples=("doctor",))
 @common
 def doctor(screen: Screen) -> None:
     """Show what is here: Python, libraries, backends, devices, model profiles."""

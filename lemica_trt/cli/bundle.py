@@ -1,26 +1,38 @@
-"""Commands on a finished bundle: `verify`, `run`, `inspect`."""
+"""Commands on a finished bundle: `verify`, `report`, `run`, `inspect`, `sign`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemica_trt.cli import options
-from lemica_trt.cli.options import Screen, common, flags
+from lemica_trt.cli import completion, options
+from lemica_trt.cli.command import OUTPUT, Command, flag, flags
+from lemica_trt.cli.options import Screen, common
+from lemica_trt.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from lemica_trt.bundle.reading import Bundle
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Check a bundle against its model: agreement, quality, time.",
+    examples=("verify out/tiny", "verify out/video --weights DIR --verify-samples 16"),
+)
 @click.argument("bundle", type=options.PATH)
 @flags(
-    click.option("--weights", metavar="DIR|HUB_ID", help="Where the model is, if the bundle does not know."),
-    click.option("--verify-samples", "--samples", type=click.IntRange(1), default=8, show_default=True,
-                 help="Held-out clips."),
-    click.option("--prompts", type=options.FILE, help="Held-out prompts, one a line, instead of the profile's."),
-    click.option("--backend", metavar="NAME", help="Which engines  [default: the first that run here]"),
+    "Model",
+    flag("--weights", metavar="DIR|HUB_ID", otherwise="as the bundle knows", help="Where the model is."),
     options.device,
-)  # fmt: skip
+)
+@flags(
+    "Verification",
+    flag("--verify-samples", "--samples", type=click.IntRange(1), default=8, show_default=True, help="Held-out clips."),
+    flag("--prompts", type=options.FILE, otherwise="the profile's", help="File of held-out prompts, one a line."),
+)
+@flags("Engines", options.backend)  # fmt: skip
 @common
 def verify(
     screen: Screen,
@@ -42,20 +54,87 @@ def verify(
     screen.print(report, lambda: summary.build_table(summarize(opened), report, bundle))
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="All that is known of a bundle on one page.",
+    examples=("report out/tiny", "report out/tiny -o report.html"),
+)
+@click.argument("bundle", type=options.PATH)
+@flags(
+    OUTPUT,
+    flag("--output", "-o", type=options.FILE, metavar="FILE.html", otherwise="BUNDLE/reports/report.html",
+         help="Where to."),
+)  # fmt: skip
+@common
+def report(screen: Screen, bundle: Path, output: Path | None) -> None:
+    """Write all that is known of BUNDLE as one HTML page: clips, quality, cost, plans, engines. Takes no PyTorch.
+
+    The page is one file that asks for nothing from anywhere; `build` and `verify` write it too.
+    """
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.compiler.inspection import write_page
+    from lemica_trt.core.progress import size
+
+    path = write_page(Bundle.open(bundle), output)
+    count = path.stat().st_size
+    screen.print({"output": str(path), "bytes": count}, lambda: f"{path}  ({size(count)})")
+
+
+@click.command(
+    cls=Command,
+    short_help="A prompt → a clip.",
+    examples=(
+        'run out/tiny "a big red circle moves left" -o clip.mp4',
+        'run out/tiny "a small blue square" --plan b10 --seed 7 -o clip.gif',
+    ),
+)
 @click.argument("bundle", type=options.PATH)
 @click.argument("prompt")
 @flags(
-    click.option("--plan", metavar="NAME", default="default", show_default=True, help="One of the bundle's plans."),
-    click.option("--seed", type=int, default=0, show_default=True,
-                 help="The noise that diffusers draws with this seed on a CPU generator."),
-    click.option("--guidance-scale", type=float, help="Classifier-free guidance  [default: the plan's]"),
-    click.option("--negative-prompt", help="What to steer away from  [default: the profile's]"),
-    click.option("--backend", metavar="NAME", help="Which engines  [default: the preferred ones]"),
-    click.option("--capture", type=click.Choice(["plan", "step", "none"]), default="step", show_default=True,
-                 help="TensorRT: what becomes a CUDA graph; the whole plan runs without progress."),
-    click.option("--output", "-o", type=options.FILE, required=True,
-                 help=".mp4, .gif, .png (frames side by side) or .npy"),
+    "Request",
+    flag(
+        "--plan",
+        metavar="NAME",
+        default="default",
+        otherwise="the bundle's own",
+        shell_complete=completion.plans,
+        help="One of the bundle's plans.",
+    ),
+    flag(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="The noise that diffusers draws with this seed on a CPU generator.",
+    ),
+    flag(
+        "--guidance-scale",
+        type=float,
+        otherwise="the plan's",
+        aliases=("--cfg-scale",),
+        help="Classifier-free guidance.",
+    ),
+    flag("--negative-prompt", otherwise="the profile's", help="What to steer away from."),
+)
+@flags(
+    "Engines",
+    options.backend,
+    flag(
+        "--capture",
+        type=click.Choice(["plan", "step", "none"]),
+        default="step",
+        show_default=True,
+        advanced=True,
+        help="TensorRT: what becomes a CUDA graph; the whole plan runs without progress.",
+    ),
+)
+@options.signed
+@flags(
+    OUTPUT,
+    flag("--output", "-o", type=options.FILE, required=True,
+         help=".mp4, .gif, .png (frames side by side) or .npy"),
+    flag("--scale", type=click.IntRange(1, 16), otherwise="4 for clips of at most 128 pixels, except .npy",
+         help="Draw every pixel as a square of so many; 1: the clip as it is."),
 )  # fmt: skip
 @common
 def run(
@@ -67,6 +146,9 @@ def run(
     backend: str | None,
     capture: Any,
     output: Path,
+    scale: int | None,
+    verify_with: tuple[Path, ...],
+    require_signature: bool,
     **given: Any,
 ) -> None:
     """Generate a clip from BUNDLE and PROMPT. Takes no PyTorch."""
@@ -75,23 +157,48 @@ def run(
     from lemica_trt.bundle.reading import Bundle
     from lemica_trt.core.progress import duration
     from lemica_trt.runtime.pipeline import Pipeline
-    from lemica_trt.runtime.video import check_suffix, write_video
+    from lemica_trt.runtime.video import check_suffix, default_scale, write_video
 
     check_suffix(output)
+    options.require_output(output, screen)
+    bundled = Bundle.open(bundle, trusted=options.trusted(verify_with, require_signature))
+    _require_capture(bundled, backend)
     report, start = screen.reporter, perf_counter()
-    pipe = Pipeline(Bundle.open(bundle), plan=None if plan == "default" else plan, backend=backend, capture=capture)
+    pipe = Pipeline(bundled, plan=None if plan == "default" else plan, backend=backend, capture=capture)
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
     on_step = None if capture == "plan" else lambda row: report.advance(row.index + 1, row.rows)
     result = pipe(prompt, seed=seed, on_step=on_step, **given)
-    write_video(result.frames, output, fps=pipe.fps)
+    factor = scale or default_scale(result.frames, output)
+    write_video(result.frames, output, fps=pipe.fps, scale=factor)
+    enlarged = f"; {factor} times as large, --scale 1: as it is" if factor > 1 and scale is None else ""
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())
-    found = {"output": str(output), "plan": pipe.default_plan, "seed": seed, "seconds": result.seconds}
-    screen.print(found, lambda: f"{output}  ({parts})")
+    found = {
+        "output": str(output),
+        "plan": pipe.default_plan,
+        "seed": seed,
+        "seconds": result.seconds,
+        "scale": factor,
+        "warnings": pipe.warnings(prompt),
+    }
+    screen.print(found, lambda: f"{output}  ({parts}{enlarged})")
 
 
-@click.command()
+def _require_capture(bundle: Bundle, backend: str | None) -> None:
+    """Raise UsageError where --capture was typed, and the engines have nothing to capture."""
+    typed = click.get_current_context().get_parameter_source("capture") is click.core.ParameterSource.COMMANDLINE
+    name = bundle.engine(backend).key.backend
+    if typed and not name.startswith("tensorrt"):
+        raise UsageError(f"--capture is for TensorRT, these engines are of {name}", fix="leave it out")
+
+
+@click.command(
+    cls=Command,
+    short_help="Show a bundle, a plan or an error graph.",
+    examples=("inspect out/tiny", "inspect out/tiny --plan b10"),
+)
 @click.argument("path", type=options.PATH)
-@click.option("--plan", metavar="NAME", help="Show one plan of a bundle row by row.")
+@flags(OUTPUT, flag("--plan", metavar="NAME", shell_complete=completion.plans,
+                    help="Show one plan of a bundle row by row."))  # fmt: skip
 @common
 def inspect(screen: Screen, path: Path, plan: str | None) -> None:
     """Show a bundle, a plan, or an error graph. Takes no PyTorch."""
@@ -100,3 +207,27 @@ def inspect(screen: Screen, path: Path, plan: str | None) -> None:
 
     value, shown = inspection.inspect(path, plan)
     screen.print(value, lambda: summary.inspected_table(shown))
+
+
+@click.command(
+    cls=Command,
+    short_help="Sign a bundle, so that readers can ask for it.",
+    examples=("sign out/tiny --key KEY.pem", 'run out/tiny "a green star" -o clip.mp4 --verify-with PUBLIC.pem'),
+)
+@click.argument("bundle", type=options.PATH)
+@flags("Trust", flag("--key", type=options.FILE, required=True, help="Private key, Ed25519, in PEM."))
+@common
+def sign(screen: Screen, bundle: Path, key: Path) -> None:
+    """Sign BUNDLE, beside the signatures of other keys. Readers ask for it with --verify-with.
+
+    \b
+    openssl genpkey -algorithm ed25519 -out KEY.pem
+    openssl pkey -in KEY.pem -pubout -out PUBLIC.pem
+    """
+    from lemica_trt.bundle.manifest import MANIFEST_SIGNATURE
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.bundle.writing import sign_bundle
+
+    signed = sign_bundle(Bundle.open(bundle, trusted=()), key)
+    written = str(bundle / MANIFEST_SIGNATURE)
+    screen.print({"signature": written, "digest": signed.digest}, lambda: f"{written}  (manifest {signed.digest})")

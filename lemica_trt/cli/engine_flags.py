@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lemica_trt.backends.options import OptionField, option_fields
+from lemica_trt.cli.command import flag
 from lemica_trt.ir.engine import Option
 
 
@@ -22,13 +23,13 @@ def given_options(flags: Mapping[str, Any]) -> dict[str, Option]:
 
 
 def _flag(field: OptionField) -> Callable[[Any], Any]:
-    default = "" if field.type is bool or field.default == "" else f"  [default: {field.default}]"
-    text = f"{', '.join(field.backends)}: {field.help}{default or '.'}"
+    default = None if field.type is bool or field.default == "" else str(field.default)
+    text = f"{', '.join(field.backends)}: {field.help.rstrip('.')}."
     if field.type is bool:
-        return click.option(field.flag, field.name, is_flag=True, default=None, help=text)
+        return flag(field.flag, field.name, is_flag=True, default=None, advanced=True, help=text)
     kind: Any = field.type
     if field.choices:
         kind = click.Choice(field.choices)
     elif field.type is int:
         kind = click.IntRange(field.minimum, field.maximum)
-    return click.option(field.flag, field.name, type=kind, help=text)
+    return flag(field.flag, field.name, type=kind, otherwise=default, advanced=True, help=text)

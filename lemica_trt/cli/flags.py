@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,20 @@ import msgspec
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace
+from lemica_trt.bundle.writing import change_plans
 from lemica_trt.compiler.requests import BuildRequest, BuildResult, PlanResult
-from lemica_trt.core.errors import UsageError
+from lemica_trt.core.errors import LemicaError, UsageError
 from lemica_trt.core.progress import Quiet, Reporter
 from lemica_trt.ir import budget
 from lemica_trt.ir.budget import Budget, Latency, MinPsnr, Speedup
-from lemica_trt.ir.profile import EFFORTS, Effort, Profile
-from lemica_trt.ir.resources import absolute_source, is_pipeline, load_named, require_buildable
+from lemica_trt.ir.profile import EFFORTS, CalibrationSettings, Effort, Profile, Sampling, Shape
+from lemica_trt.ir.resources import absolute_source, is_pipeline, load_named, load_profile, require_buildable
 
 PROFILE_FIELDS = {
     **{name: ("shape", name) for name in ("frames", "height", "width", "max_batch")},
     "denoising_steps": ("sampling", "steps"),
-    **{name: ("sampling", name) for name in ("guidance_scale", "scheduler", "flow_shift")},
+    **{name: ("sampling", name) for name in ("guidance_scale", "guidance_range", "scheduler", "flow_shift")},
+    **{name: ("sampling", name) for name in ("sigmas", "timesteps")},
     "calibration": ("calibration", "method"),
     **{name: ("calibration", name) for name in ("samples", "rollouts", "validation_samples", "max_skip", "seed")},
     "dtype": ("", "dtype"),
@@ -29,6 +31,17 @@ PROFILE_FIELDS = {
     "opset": ("", "opset"),
 }
 """Flag → the part of a profile, and the field there, that it sets."""
+
+DIFFUSERS_NAMES = {
+    "num_inference_steps": "denoising_steps",
+    "steps": "denoising_steps",
+    "num_frames": "frames",
+    "cfg_scale": "guidance_scale",
+    "torch_dtype": "dtype",
+    "shift": "flow_shift",
+    "batch_size": "max_batch",
+}
+"""What diffusers and others call some of them; `build` takes these too, as the command line does."""
 
 BUDGETS: dict[str, Callable[[str], Budget]] = {
     "budget": int,
@@ -38,6 +51,14 @@ BUDGETS: dict[str, Callable[[str], Budget]] = {
 }
 """Flags that say what a plan may cost, and how one is read; one of them can be given."""
 
+EXAMPLES = {
+    "budget": "--budget 15 or --budget 15,10",
+    "speedup": "--speedup 3",
+    "latency": "--latency 800ms",
+    "min_psnr": "--min-psnr 35",
+}
+"""How they are written."""
+
 SEARCH_SAMPLES = 8
 """Validation samples at least, unless a flag says how many, where qualities are measured and not only compared."""
 
@@ -45,6 +66,9 @@ REQUEST_FIELDS = frozenset(BuildRequest.__struct_fields__)
 
 PLANNING_FIELDS = ("budgets", "pareto", "methods", "schedule", "reference_steps")
 """Fields of a request that `plan` asks for anew."""
+
+PLAN_CLIPS = 2
+"""Held-out clips that a plan runs on when it is added to a bundle, unless a flag says how many."""
 
 ENGINE_FIELDS = ("backends", "options")
 """Those that `engine` asks for anew."""
@@ -73,7 +97,8 @@ def build(
         weights: diffusers folder or hub id instead of the profile's own.
         reporter: told what happens; None: nobody.
         flags: as on the command line, with `_` for `-`: `budget=(15, 10)`, `method="lemica,linear"`, `frames=17`.
-            Times and PSNR may be text with a unit: `latency="800ms"`.
+            Times and PSNR may be text with a unit: `latency="800ms"`. Names of diffusers are taken too:
+            `num_inference_steps=50`.
 
     Raises:
         UsageError: unknown flag, or one with a value that it does not take.
@@ -81,6 +106,7 @@ def build(
     """
     from lemica_trt.compiler.work_commands import build as build_bundle
 
+    flags = {DIFFUSERS_NAMES.get(name, name): value for name, value in flags.items()}
     profile = profile_from_flags(model, weights, flags)
     rest = {name: value for name, value in flags.items() if name not in PROFILE_FIELDS and value is not None}
     request = BuildRequest(**request_fields(rest))
@@ -112,14 +138,48 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
     for name, (part, field) in PROFILE_FIELDS.items():
         if flags.get(name) is not None:
             parts[part][field] = flags[name]
+    if flags.get("guidance_range") is not None:
+        parts["sampling"]["guidance_range"] = _range(flags["guidance_range"])
+    for name in ("sigmas", "timesteps"):
+        if flags.get(name) is not None:
+            parts["sampling"].setdefault("steps", len(flags[name]))
     try:
         changed = {part: replace(getattr(profile, part), **fields) for part, fields in parts.items() if part}
         source = absolute_source(profile.source if weights is None else weights)
         profile = replace(profile, source=source, **changed, **parts[""])
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(str(error), fix="give another value, or leave it to the profile") from None
     profile.require_possible()
     return profile
+
+
+def default_from_profile(flag: str, model: str | None) -> str | None:
+    """What the profile of a model says where a flag is not given, in words.
+
+    Args:
+        flag: one of `PROFILE_FIELDS`.
+        model: as `--model` takes it; of a pipeline that is traced nothing is known without looking at it.
+
+    Returns:
+        None: nothing is said; the pipeline's own.
+    """
+    part, name = PROFILE_FIELDS[flag]
+    try:
+        profile = None if model is None else load_profile(model)
+    except LemicaError:
+        profile = None
+    if profile is not None:
+        value = getattr(getattr(profile, part) if part else profile, name)
+        return None if value is None else f"{_in_words(value)}, from the profile"
+    kind: Any = {"shape": Shape, "sampling": Sampling, "calibration": CalibrationSettings, "": Profile}[part]
+    value = next(field for field in msgspec.structs.fields(kind) if field.name == name).default
+    if value is None:
+        return "the pipeline's own"
+    return "the profile's" if value is msgspec.NODEFAULT else f"{_in_words(value)}, or the profile's"
+
+
+def _in_words(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def effort_from_flags(flags: Mapping[str, Any]) -> Effort | None:
@@ -130,8 +190,17 @@ def effort_from_flags(flags: Mapping[str, Any]) -> Effort | None:
     """
     name = flags.get("effort")
     if name is not None and name not in EFFORTS:
-        raise UsageError(f"effort: expected {', '.join(EFFORTS)}, got {name!r}")
+        raise UsageError(f"effort: expected {', '.join(EFFORTS)}, got {name!r}", fix="name one of them")
     return None if name is None else EFFORTS[name]
+
+
+def _range(given: Any) -> tuple[float, float]:
+    """Two numbers of LOW:HIGH, or as they are."""
+    try:
+        low, high = map(float, given.split(":") if isinstance(given, str) else given)
+    except (TypeError, ValueError):
+        raise UsageError(f"guidance_range: expected LOW:HIGH, for example 2:7, got {given!r}") from None
+    return low, high
 
 
 def _profile(model: str) -> Profile:
@@ -185,7 +254,8 @@ def _budgets(name: str, given: Any) -> tuple[Budget, ...]:
     except ValueError as error:
         what = "expected integers separated by commas" if name == "budget" else str(error)
         got = f", got {given!r}" if name == "budget" else ""
-        raise UsageError(f"--{name.replace('_', '-')}: {what}{got}") from None
+        fix = EXAMPLES[name]
+        raise UsageError(f"--{name.replace('_', '-')}: {what}{got}", fix=f"for example {fix}") from None
 
 
 def plan_target(
@@ -195,6 +265,8 @@ def plan_target(
     *,
     default: str | None = None,
     samples: str | None = None,
+    remove: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
 ) -> PlanResult:
     """Plans of a work folder or of a bundle.
 
@@ -202,37 +274,64 @@ def plan_target(
         flags: of planning, by name.
         default: the bundle's new default plan.
         samples: of the calibration, which goes on; see `work_commands.with_samples`.
+        remove, rename: plans of the bundle, after others were made; see `bundle.writing.change_plans`.
 
     Raises:
-        UsageError: `default` for a work folder: only a bundle has one.
+        UsageError: something that only a bundle has of a work folder, or the other way round.
     """
-    from lemica_trt.compiler import bundle_commands, work_commands
+    from lemica_trt.compiler import work_commands
 
     fields = request_fields(flags)
     if Workspace(target).is_there:
         if default is not None:
             raise UsageError("--default is for bundles", fix="a work folder's first budget becomes the default")
+        if remove or rename or "verify_samples" in fields:
+            raise UsageError("--remove, --rename and --verify-samples are for bundles", fix="leave them out")
         fields = {**(request_defaults(PLANNING_FIELDS) if samples is None else {}), **fields}
         return work_commands.plan(target, fields, reporter, samples=samples)
-    bundle = Bundle.open(target)
-    if fields.get("calibrate_on") == "engine":
-        return _refit(bundle, fields, reporter, default=default, samples=samples)
+    changes = {"remove": remove, "rename": rename} if remove or rename else {}
+    if not changes and fields.get("calibrate_on") == "engine":
+        return _refit(Bundle.open(target), fields, reporter, default=default, samples=samples)
+    if (changes and fields.get("calibrate_on") == "engine") or (
+        samples is not None and (changes or default is not None)
+    ):
+        raise UsageError(
+            "--samples and --calibrate-on cannot be used together with --default, --remove or --rename",
+            fix="give them afterwards, in a command of their own",
+        )
     if samples is not None:
-        if default is not None:
-            raise UsageError("--default cannot be used together with --samples", fix="name it afterwards")
         found = work_commands.extend(target, samples, fields, reporter)
         plans = tuple(found.bundle.plan(name) for name in found.bundle.plans)
         return PlanResult(plans=plans, outcomes=found.outcomes, front=found.front)
-    if unused := sorted(fields.keys() - {*PLANNING_FIELDS}):
+    return _plan_bundle(target, fields, reporter, default, changes)
+
+
+def _plan_bundle(
+    target: Path, fields: dict[str, Any], reporter: Reporter, default: str | None, changes: dict[str, Any]
+) -> PlanResult:
+    """Plans of a bundle from what it has; `changes`: as `bundle.writing.change_plans` removes and renames."""
+    from lemica_trt.compiler import bundle_commands
+
+    bundle = Bundle.open(target)
+    if unused := sorted(fields.keys() - {*PLANNING_FIELDS, "verify_samples"}):
         raise UsageError(
             f"expected flags of planning only, got {', '.join(unused)}: a bundle is planned without the model, from "
             "what it has",
             fix="leave them out, calibrate on its engines (--calibrate-on engine), or plan in the work folder",
         )
-    shown = default is not None or "pareto" in fields
-    if "budgets" not in fields and shown and not fields.keys() & {"methods", "schedule", "reference_steps"}:
+    planned = fields.keys() & {"budgets", "methods", "schedule", "reference_steps"}
+    if not planned and (default is not None or changes or "pareto" in fields):
         fields["budgets"] = ()
-    return bundle_commands.plan_bundle(bundle, BuildRequest(**fields), reporter, default=default)
+    fields.setdefault("verify_samples", PLAN_CLIPS)
+    request = BuildRequest(**fields)
+    if not request.budgets and changes:  # the default may be a new name
+        bundle = change_plans(bundle, default=default, **changes)
+        return bundle_commands.plan_bundle(bundle, request, reporter)
+    made = bundle_commands.plan_bundle(bundle, request, reporter, default=default)
+    if not changes:
+        return made
+    bundle = change_plans(Bundle.open(target), **changes)
+    return msgspec.structs.replace(made, plans=tuple(bundle.plan(name) for name in bundle.plans))
 
 
 def _refit(

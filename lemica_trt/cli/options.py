@@ -7,27 +7,32 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lemica_trt.cli import completion
+from lemica_trt.cli.command import OUTPUT, flag, flags
 from lemica_trt.cli.engine_flags import option_flags
 from lemica_trt.core.errors import UsageError
 from lemica_trt.ir.profile import EFFORTS
 
 if TYPE_CHECKING:
+    from lemica_trt.bundle.signing import TrustedKey
     from lemica_trt.core.progress import Reporter
 
 PIPE_WIDTH = 160
-"""Columns of a table where there is no terminal to ask."""
+"""Columns of a table where there is neither a terminal to ask nor COLUMNS."""
 
-F = TypeVar("F", bound=Callable[..., Any])
+SCHEMA_VERSION = 1
+"""Of what `--json` prints: `{"schema_version": 1, "result": …}` or `{"schema_version": 1, "error": …}`."""
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
-EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-FILE = click.Path(dir_okay=False, path_type=Path)
+FILE = click.Path(path_type=Path)
+FILE.name = "file"  # what is there is looked at where it is read: one exit code for one kind of mistake
 PATH = click.Path(path_type=Path)
 
 
@@ -35,14 +40,23 @@ class Integers(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
     """A comma-separated list of integers."""
 
     name = "int,int,…"
+    kind: Callable[[str], float] = int
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(int(part) for part in str(value).split(","))
+            return tuple(self.kind(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"expected integers separated by commas, got {value!r}", param, ctx)
+            what = "integers" if self.kind is int else "numbers"
+            self.fail(f"expected {what} separated by commas, got {value!r}", param, ctx)
+
+
+class Numbers(Integers):
+    """A comma-separated list of numbers."""
+
+    name = "number,number,…"
+    kind = float
 
 
 class Screen:
@@ -75,34 +89,29 @@ class Screen:
         if self._as_json:
             import msgspec
 
-            click.echo(json.dumps(json.loads(msgspec.json.encode(result)), indent=2))
+            print_json({"result": json.loads(msgspec.json.encode(result))})
         else:
             from rich.console import Console
 
             console = Console()
             if not console.is_terminal:
-                console = Console(width=PIPE_WIDTH)
-            console.print(table(), markup=False)
+                console = Console(width=int(os.environ.get("COLUMNS") or PIPE_WIDTH))
+            console.print(table(), markup=False, crop=False)  # a long path is whole, whatever the terminal does with it
 
 
-def flags(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several click options as one decorator, shown in the order given."""
-
-    def apply(function: F) -> F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
+def print_json(content: Mapping[str, Any]) -> None:
+    """Print what `--json` promises, with the version of its schema."""
+    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2))
 
 
 def common(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--json`, `--quiet`, `--debug`; the command is given a `Screen`."""
 
     @flags(
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."),
-        click.option("--quiet", "-q", is_flag=True, help="No progress on standard error."),
-        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        OUTPUT,
+        flag("--json", "as_json", is_flag=True, help="Print the result, or the error, as JSON on standard output."),
+        flag("--quiet", "-q", is_flag=True, help="No progress on standard error."),
+        flag("--debug", is_flag=True, advanced=True, help="Show the traceback of an error."),
     )
     @functools.wraps(function)
     def command(*arguments: Any, as_json: bool, quiet: bool, debug: bool, **given: Any) -> Any:
@@ -114,6 +123,33 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that were given."""
     return {name: value for name, value in values.items() if value not in (None, ())}
+
+
+def require_output(path: Path, screen: Screen) -> None:
+    """Refuse a file that cannot be written, and tell of a folder that is made for it.
+
+    Raises:
+        UsageError: as `core.files.require_writable`.
+    """
+    from lemica_trt.core.files import require_writable
+
+    if require_writable(path) is not None:
+        screen.reporter.stage("output", f"the folder {path.parent} is not there, and will be made")
+
+
+def pairs(flag: str, values: Sequence[str]) -> dict[str, str]:
+    """`NAME=VALUE`, several.
+
+    Raises:
+        UsageError: one is something else.
+    """
+    found = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not (name and equals and text):
+            raise UsageError(f"{flag}: expected NAME=VALUE, got {value!r}", fix=f"for example {flag} b15=good")
+        found[name] = text
+    return found
 
 
 def refuse_together(flag: str, *others: str) -> None:
@@ -157,64 +193,108 @@ def refuse_contradictions() -> None:
 
 
 model = flags(
-    click.option(
-        "--model",
-        metavar="NAME|FILE.toml|DIR|HUB_ID",
-        help="Named model (see `lemica-trt models`), build profile, or a diffusers pipeline that is traced.",
-    ),
-    click.option("--weights", metavar="DIR|HUB_ID", help="diffusers folder or hub id instead of the profile's own."),
-    click.option("--max-sequence-length", type=int, metavar="L", help="Tokens of a prompt."),
-    click.option("--denoising-steps", type=int, metavar="N", help="Sampling steps of the uncached model."),
-    click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1 or less: one branch only."),
-    click.option("--scheduler", metavar="CLASS", help="diffusers scheduler class instead of the pipeline's own."),
-    click.option("--flow-shift", type=float, help="Shift of the sigmas of a flow-matching scheduler."),
-    click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Precision of the DiT."),
-    click.option("--frames", type=int, help="Video frames."),
-    click.option("--height", type=int, help="Pixels."),
-    click.option("--width", type=int, help="Pixels."),
-    click.option("--max-batch", type=int, help="Largest number of requests in one engine call."),
-    click.option("--opset", type=int, help="ONNX opset."),
-)
+    "Model",
+    flag("--model", metavar="NAME|FILE.toml|DIR|HUB_ID", shell_complete=completion.models,
+         help="Named model (see `lemica-trt models`), build profile, or a diffusers pipeline that is traced."),
+    flag("--weights", metavar="DIR|HUB_ID", otherwise="the profile's own",
+         help="Where the weights are: diffusers folder or hub id."),
+    flag("--frames", type=int, profile=True, aliases=("--num-frames",), help="Video frames."),
+    flag("--height", type=int, profile=True, help="Pixels."),
+    flag("--width", type=int, profile=True, help="Pixels."),
+    flag("--denoising-steps", type=int, metavar="N", profile=True, aliases=("--num-inference-steps", "--steps"),
+         help="Sampling steps of the uncached model."),
+    flag("--guidance-scale", type=float, profile=True, aliases=("--cfg-scale",),
+         help="Classifier-free guidance; 1 or less: one branch only."),
+    flag("--guidance-range", metavar="LOW:HIGH", advanced=True,
+         otherwise="half to 1.25 times --guidance-scale, fitted at that alone",
+         help="Guidance scales that requests may have: solvers are fitted across them."),
+    flag("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), profile=True, aliases=("--torch-dtype",),
+         help="Precision of the DiT."),
+    flag("--scheduler", metavar="CLASS", profile=True, advanced=True,
+         help="diffusers scheduler class instead of the pipeline's own."),
+    flag("--flow-shift", type=float, profile=True, advanced=True, aliases=("--shift",),
+         help="Shift of the sigmas of a flow-matching scheduler."),
+    flag("--sigmas", type=Numbers(), metavar="S,S,…", advanced=True, otherwise="the scheduler's spacing",
+         help="N falling noise levels, as diffusers' pipelines take them."),
+    flag("--timesteps", type=Numbers(), metavar="T,T,…", advanced=True, otherwise="the scheduler's spacing",
+         help="Or N timesteps."),
+    flag("--max-sequence-length", type=int, metavar="L", profile=True, advanced=True, help="Tokens of a prompt."),
+    flag("--max-batch", type=int, profile=True, advanced=True, aliases=("--batch-size",),
+         help="Largest number of requests in one engine call."),
+    flag("--opset", type=int, profile=True, advanced=True, help="ONNX opset."),
+)  # fmt: skip
 
 calibration = flags(
-    click.option("--effort", type=click.Choice(list(EFFORTS)),
-                 help="How much is measured for a plan of 15 of 50 steps: about 9, 25 or 190 samplings; stands for "
-                 "--samples, --rollouts, --validation-samples, --verify-samples and --method  [default: normal]"),
-    click.option("--calibration", type=click.Choice(["exact", "secant"]),
-                 help="How edges are weighed: each one replayed, or estimated from few samplings  [default: secant]"),
-    click.option("--samples", type=int, help="Calibration samples: (prompt, seed) pairs, one sampling each."),
-    click.option("--rollouts", type=int,
-                 help="Of those, how many also tell how errors grow: three samplings more each."),
-    click.option("--validation-samples", type=int,
-                 help="Samples that the best of several plans is chosen on; 0: the first method is taken."),
-    click.option("--max-skip", type=int, metavar="K", help="Most steps that one segment skips."),
-    click.option("--seed", type=int, help="Seed of the first calibration sample."),
-    click.option("--calibration-from", type=EXISTING_FOLDER, metavar="DIR",
-                 help="Carry over the calibration of a bundle or work folder of this model, made by secant for other "
-                 "steps, shift or guidance: one sampling a sample."),
+    "Calibration",
+    flag("--effort", type=click.Choice(list(EFFORTS)), otherwise="normal",
+         help="How much is measured for a plan of 15 of 50 steps: about 9, 25 or 190 samplings; stands for "
+         "--samples, --rollouts, --validation-samples, --verify-samples and --method."),
+    flag("--calibration", type=click.Choice(["exact", "secant"]), profile=True, advanced=True,
+         help="How edges are weighed: each one replayed, or estimated from few samplings."),
+    flag("--samples", type=int, profile=True, advanced=True,
+         help="Calibration samples: (prompt, seed) pairs, one sampling each."),
+    flag("--rollouts", type=int, profile=True, advanced=True,
+         help="Of those, how many also tell how errors grow: three samplings more each."),
+    flag("--validation-samples", type=int, profile=True, advanced=True,
+         help="Samples that the best of several plans is chosen on; 0: the first method is taken."),
+    flag("--max-skip", type=int, metavar="K", profile=True, advanced=True, help="Most steps that one segment skips."),
+    flag("--seed", type=int, profile=True, advanced=True, help="Seed of the first calibration sample."),
+    flag("--calibration-from", type=PATH, metavar="DIR", advanced=True,
+         help="Carry over the calibration of a bundle or work folder of this model, made by secant for other "
+         "steps, shift or guidance: one sampling a sample."),
 )  # fmt: skip
 
-device = click.option("--device", help="torch device that runs the model  [default: a GPU where there is one]")
+device = flag("--device", otherwise="a GPU where there is one", help="torch device that runs the model.")
+
+signed = flags(
+    "Trust",
+    flag("--verify-with", type=PATH, multiple=True, metavar="PUBLIC.pem", otherwise="$LEMICA_TRUSTED_KEYS",
+         advanced=True,
+         help="Take a bundle only if this key signed it; repeat for several, one of which must have. A folder "
+         "stands for its *.pem."),
+    flag("--require-signature", is_flag=True, advanced=True, help="Refuse to go on where no key is given."),
+)  # fmt: skip
+
+
+def trusted(verify_with: tuple[Path, ...], require_signature: bool) -> tuple[TrustedKey, ...]:
+    """The keys that `signed` asks for; none: no signature is needed.
+
+    Raises:
+        UsageError: a signature is needed, and no key is given.
+        LemicaError: as `signing.trusted_keys`.
+    """
+    from lemica_trt.bundle.signing import TRUSTED_KEYS, environment_keys, trusted_keys
+
+    keys = trusted_keys(verify_with) if verify_with else environment_keys()
+    if require_signature and not keys:
+        raise UsageError(
+            "--require-signature: expected a public key, got none", fix=f"add --verify-with, or set {TRUSTED_KEYS}"
+        )
+    return keys
+
 
 samples_run_by = flags(
-    click.option("--prompts", type=FILE,
-                 help="Prompts, one a line, instead of the profile's: for calibration, fits and trials."),
-    click.option("--calibrate-on", type=click.Choice(["torch", "engine"]),
-                 help="Where calibration, fits and trials run the model: in PyTorch, or on the bundle's own engines  "
-                 "[default: torch]"),
+    "Calibration",
+    flag("--prompts", type=FILE, otherwise="the profile's",
+         help="File of prompts, one a line: for calibration, fits and trials."),
+    flag("--calibrate-on", type=click.Choice(["torch", "engine"]), otherwise="torch",
+         help="Where calibration, fits and trials run the model: in PyTorch, or on the bundle's own engines."),
     device,
-    click.option("--ray", metavar="ADDRESS",
-                 help="Run the model on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT, as ray.init has it."),
+    flag("--ray", metavar="ADDRESS", advanced=True,
+         help="Run the model on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT, as ray.init has it."),
 )  # fmt: skip
 
-method = click.option(
-    "--method", metavar="NAME[,NAME…]",
-    help="How plans are made (see `lemica-trt methods`); of several the best is found by trial  [default: auto]",
+method = flags(
+    "Method",
+    flag("--method", metavar="NAME[,NAME…]", otherwise="auto", shell_complete=completion.methods,
+         help="How plans are made (see `lemica-trt methods`); of several the best is found by trial."),
 )  # fmt: skip
 
-schedule = click.option(
-    "--schedule", type=Integers(), metavar="STEP,STEP,…", help="Full steps as given; nothing is calibrated."
-)
+schedule = flags(
+    "Method",
+    flag("--schedule", type=Integers(), metavar="STEP,STEP,…", advanced=True,
+         help="Full steps as given; nothing is calibrated."),
+)  # fmt: skip
 
 REPLACED = {
     "reuse": "--method lemica or uniform reuse residuals, --method linear outputs",
@@ -224,28 +304,34 @@ REPLACED = {
 """Flags of earlier releases → what to write."""
 
 planning = flags(
-    click.option("--budget", type=Integers(), metavar="B[,B…]",
-                 help="Full steps; several make several plans, the first is the default.  [default: 15]"),
-    click.option("--speedup", metavar="S[,S…]",
-                 help="Or so many times faster than all steps in full, as this machine's engines run them."),
-    click.option("--latency", metavar="T[,T…]",
-                 help="Or so long for the denoising loop of one request here, text encoder and VAE not in it: "
-                 "2.5s, 800ms."),
-    click.option("--min-psnr", metavar="DB[,DB…]",
-                 help="Or as few full steps as have this PSNR against the uncached run, the mean over the validation "
-                 "samples, 8 at least unless --validation-samples says otherwise."),
-    click.option("--pareto", is_flag=True, default=None,
-                 help="Also measure budgets over the whole range: quality and speed-up, as a table and a plot."),
+    "Budget",
+    flag("--budget", type=Integers(), metavar="B[,B…]", otherwise="15",
+         help="Full steps; several make several plans, the first is the default."),
+    flag("--speedup", metavar="S[,S…]",
+         help="Or so many times faster than all steps in full, as this machine's engines run them."),
+    flag("--latency", metavar="T[,T…]",
+         help="Or so long for the denoising loop of one request here, text encoder and VAE not in it: 2.5s, 800ms."),
+    flag("--min-psnr", metavar="DB[,DB…]",
+         help="Or as few full steps as have this PSNR against the uncached run, the mean over the validation "
+         "samples, 8 at least unless --validation-samples says otherwise."),
+    flag("--pareto", is_flag=True, default=None, advanced=True,
+         help="Also measure budgets over the whole range: quality and speed-up, as a table and a plot."),
     method,
-    click.option("--reference-steps", type=click.IntRange(1), metavar="M",
-                 help="Compare plans with the sampler at M steps: fit, choose and verify by that  "
-                 "[default: its own N]"),
+    flags(
+        "Method",
+        flag("--reference-steps", type=click.IntRange(1), metavar="M", otherwise="its own N", advanced=True,
+             help="Compare plans with the sampler at M steps: fit, choose and verify by that."),
+    ),
     schedule,
     *(click.option(f"--{name}", hidden=True) for name in REPLACED),
 )  # fmt: skip
 
+backend = flag("--backend", metavar="NAME", otherwise="the first that run here", shell_complete=completion.backends,
+               help="Which of the bundle's engines.")  # fmt: skip
+
 engines = flags(
-    click.option("--backend", multiple=True, metavar="NAME",
-                 help="Engines to build; repeat for several, the first is preferred.  [default: onnxruntime]"),
+    "Engines",
+    flag("--backend", multiple=True, metavar="NAME", otherwise="onnxruntime", shell_complete=completion.backends,
+         help="Engines to build; repeat for several, the first is preferred."),
     *option_flags(),
 )  # fmt: skip

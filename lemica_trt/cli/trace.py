@@ -6,29 +6,37 @@ from typing import Any
 
 import click
 
-from lemica_trt.cli import options
-from lemica_trt.cli.options import Screen, common, flags
+from lemica_trt.cli import completion, options
+from lemica_trt.cli.command import Command, flag, flags
+from lemica_trt.cli.options import Screen, common
 from lemica_trt.core.errors import UsageError
 from lemica_trt.ir.resources import is_pipeline, load_named, load_profile, profile_names
 from lemica_trt.ir.trace import TraceRequest
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Show how a diffusers pipeline denoises, and what was found.",
+    examples=("trace --model DIR", "trace --model OWNER/NAME --steps 4 --json"),
+)
 @flags(
-    click.option("--model", required=True, metavar="NAME|DIR|HUB_ID",
-                 help="Named model (see `lemica-trt models`), diffusers folder or hub id."),
-    click.option("--steps", "--num-inference-steps", "--denoising-steps", type=click.IntRange(2), default=4,
-                 show_default=True, help="Denoising steps of each run."),
-    click.option("--frames", "--num-frames", type=int, help="Video frames  [default: the profile's or pipeline's]"),
-    click.option("--height", type=int, help="Pixels  [default: the profile's or pipeline's]"),
-    click.option("--width", type=int, help="Pixels  [default: the profile's or pipeline's]"),
-    click.option("--guidance-scale", type=float, help="First guidance parameter of the pipeline's call."),
-    click.option("--max-sequence-length", type=int, help="Tokens of a prompt."),
-    click.option("--image", is_flag=True, help="Give an image also where the pipeline does not require one."),
-    click.option("--argument", "arguments", multiple=True, metavar="NAME=VALUE",
-                 help="Another argument of the pipeline's call; repeat for several."),
-    click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]),
-                 help="Precision of all networks  [default: the profile's, or fp32]"),
+    "Model",
+    flag("--model", required=True, metavar="NAME|DIR|HUB_ID", shell_complete=completion.models,
+         help="Named model (see `lemica-trt models`), diffusers folder or hub id."),
+    flag("--steps", type=click.IntRange(2), default=4, show_default=True,
+         aliases=("--num-inference-steps", "--denoising-steps"), help="Denoising steps of each run."),
+    flag("--frames", type=int, otherwise="the profile's or pipeline's", aliases=("--num-frames",),
+         help="Video frames."),
+    flag("--height", type=int, otherwise="the profile's or pipeline's", help="Pixels."),
+    flag("--width", type=int, otherwise="the profile's or pipeline's", help="Pixels."),
+    flag("--guidance-scale", type=float, aliases=("--cfg-scale",),
+         help="First guidance parameter of the pipeline's call."),
+    flag("--max-sequence-length", type=int, advanced=True, help="Tokens of a prompt."),
+    flag("--image", is_flag=True, help="Give an image also where the pipeline does not require one."),
+    flag("--argument", "arguments", multiple=True, metavar="NAME=VALUE",
+         help="Another argument of the pipeline's call; repeat for several."),
+    flag("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), otherwise="the profile's, or fp32",
+         aliases=("--torch-dtype",), help="Precision of all networks."),
     options.device,
 )  # fmt: skip
 @common
@@ -64,7 +72,7 @@ def trace(screen: Screen, model: str, arguments: tuple[str, ...], dtype: Any, de
     screen.print(found, lambda: trace_table(found))
 
 
-@click.command()
+@click.command(cls=Command, short_help="The named models: weights, settings, what was run.", examples=("models",))
 @common
 def models(screen: Screen) -> None:
     """List the named models: weights, sampling and shape as their cards have them, and what was run so far.

@@ -2,6 +2,7 @@
 
 requests          what is asked for, and what comes of it
 context           what a stage is given
+preflight         what can be refused before a build begins
 stage             a stage, and the loop
 artifacts         what stages leave for each other
 graph_stages      lower, layout, export, engine, time
@@ -14,6 +15,8 @@ estimates         what each would take: `--dry-run`
 work_commands     build, calibrate, export, engine, plan: the loop, up to one stage
 bundle_commands   plan, engine, verify on a finished bundle
 refit             a finished bundle calibrated and planned again, on its own engines
+measure_commands  bench and compare: plans of finished bundles
+plan_quality      how good a bundle's plans are on its own engines
 inspection        what lies behind a path, as values that `report` shows
 doctor            what is on this machine
 """

@@ -10,20 +10,31 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lemica_trt.bundle.contents import calibration_in, read_from, read_if_listed
-from lemica_trt.bundle.manifest import FRONT_FILE, REFERENCE_FILE, REPORTS, SAMPLER_FILE, SELECTION_FILE, plan_path
+from lemica_trt.bundle.manifest import (
+    FRONT_FILE,
+    MANIFEST_SIGNATURE,
+    REFERENCE_FILE,
+    REPORTS,
+    SAMPLER_FILE,
+    SELECTION_FILE,
+    plan_path,
+)
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.reports import stored_report
 from lemica_trt.bundle.workspace import Workspace, work_folder
 from lemica_trt.bundle.writing import add_plan, require_replaceable, write_bundle
 from lemica_trt.compiler.bundle_stages import verify_bundle
 from lemica_trt.compiler.context import open_model, solver_tables
 from lemica_trt.compiler.graph_stages import build_engines
+from lemica_trt.compiler.plan_quality import better_rival, known_quality, measure_quality, rivals_of, store_quality
 from lemica_trt.compiler.requests import BuildRequest, PlanResult, prompts_of
 from lemica_trt.core.atomic_folder import held
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.evaluate.step_timer import StepTimer, require_runnable
 from lemica_trt.ir.budget import Front, MinPsnr
-from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.measured import MeasuredPlan
+from lemica_trt.ir.plan import UNCACHED, StepPlan
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.resources import absolute_source
 from lemica_trt.ir.sampler import SamplerTable
@@ -90,13 +101,16 @@ def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:
 
 
 def plan_bundle(bundle: Bundle, request: BuildRequest, reporter: Reporter, *, default: str | None = None) -> PlanResult:
-    """Add plans to a bundle from what it carries of its calibration; no PyTorch, no plan is tried.
+    """Add plans to a bundle from what it carries of its calibration; no PyTorch.
 
     Steps are timed only where a budget is in a unit of time, or a front is shown, and the reports have no times of
-    this machine. A PSNR is looked up among the plans that were tried when the bundle was built.
+    this machine. A PSNR is looked up among the plans that were tried when the bundle was built. New plans run on a few
+    held-out clips where the bundle's engines run here; of plans that a time allows the best one is taken, and where
+    that is one that the bundle has, none is added.
 
     Args:
-        request: budgets, methods, schedule, reference steps, and whether the front is shown.
+        request: budgets, methods, schedule, reference steps, whether the front is shown, and on how many clips
+            (`verify_samples`) new plans run.
         default: name of the new default plan; None: as before.
 
     Raises:
@@ -107,30 +121,46 @@ def plan_bundle(bundle: Bundle, request: BuildRequest, reporter: Reporter, *, de
     request.check(None)
     timer, front = StepTimer(bundle, reporter), _front_of(bundle, request)
     times = timer.steps if request.is_timed else None
-    made = _plans_for(bundle, request, times, front)
+    made, rivals = _plans_for(bundle, request, times, front)
+    made, measured = _chosen(bundle, made, rivals, request.verify_samples, reporter)
+    added = [plan for plan in made.plans if plan.name not in bundle.plans or bundle.plan(plan.name) != plan]
     for plan in made.plans:
-        reporter.stage("plan", f"{plan.name}: {plan.method}; full steps {' '.join(map(str, plan.full_steps))}")
+        what = "; the bundle has it"
+        if plan in added:
+            what = f", in place of that by {bundle.plan(plan.name).method}" if plan.name in bundle.plans else ""
+        reporter.stage("plan", f"{plan.name}: {plan.method}; full steps {' '.join(map(str, plan.full_steps))}{what}")
     speeds = timer.speeds(made.plans, times) if times is not None else {}
     if times is None and front is not None:
         with contextlib.suppress(MissingDependencyError):  # a front is worth showing where no engine runs
             times = timer.steps
-    if made.plans or default is not None:
-        bundle = add_plan(bundle, *made.plans, default=default)
+    if added or default is not None:
+        if (bundle.path / MANIFEST_SIGNATURE).exists():
+            reporter.note("the bundle changes, its signatures go → lemica-trt sign BUNDLE --key KEY.pem")
+        bundle = add_plan(bundle, *added, default=default)
+        store_quality(bundle.path, measured)
     rows = front_rows(front, times) if front is not None and request.pareto else ()
     if rows:
         from lemica_trt.report.pictures import write_front
 
         # matplotlib comes with what builds; and where another process writes the bundle, there is no picture
         with contextlib.suppress(MissingDependencyError, UsageError), held(bundle.path):
-            write_front(rows, bundle.path / REPORTS, num_steps=bundle.manifest.profile.sampling.steps)
+            write_front(
+                rows, bundle.path / REPORTS, num_steps=bundle.manifest.profile.sampling.steps,
+                report=stored_report(bundle), plan=bundle.plan(),
+            )  # fmt: skip
     return PlanResult(
         plans=tuple(bundle.plan(name) for name in bundle.plans),
         outcomes=budget_outcomes(request.budgets, made, times, speeds),
         front=rows,
+        measured=known_quality(bundle.path) + measured,
+        added=tuple(plan.name for plan in added),
     )
 
 
-def _plans_for(bundle: Bundle, request: BuildRequest, times: Any, front: Front | None) -> PlanSet:
+def _plans_for(
+    bundle: Bundle, request: BuildRequest, times: Any, front: Front | None
+) -> tuple[PlanSet, list[list[StepPlan]]]:
+    """A plan for each budget; and beside each the bundle's own plans that would do as well."""
     table = read_from(bundle, SamplerTable, SAMPLER_FILE)
     reference = reference_of(bundle, table, request.reference_steps)
     cached = [plan for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps]
@@ -141,25 +171,47 @@ def _plans_for(bundle: Bundle, request: BuildRequest, times: Any, front: Front |
         reference=reference,
         model=bundle.manifest.profile.name,
         fit=_fit_of(cached, reference),
+        fit_range=bundle.manifest.profile.sampling.guidance_range,
         solver=solver_tables(table) if any(method.startswith("stock:") for method in request.methods) else None,
     )
     if request.schedule is not None:
         plan = plan_given(problem, request.schedule)
-        return PlanSet([plan], (plan.name,), front=front)
+        return PlanSet([plan], (plan.name,), front=front), [[]]
     if not request.budgets:
-        return PlanSet([], (), front=front)
+        return PlanSet([], (), front=front), []
     max_skip = problem.graph.max_skip if problem.calibration is not None and request.needs_calibration else None
     found = best_known(request.methods, problem, bundle.manifest.graphs.layout, _before(bundle, cached))
-    chosen = []
+    chosen, rivals = list[StepPlan](), list[list[StepPlan]]()
     for budget in resolve_budgets(request.budgets, request.planners, times, table.num_steps, max_skip):
         if isinstance(budget, MinPsnr):
             assert front is not None
             chosen.append(front.least(budget).plan)
+            rivals.append([])
         else:
             chosen.append(found(budget))
-    return PlanSet(
-        list({plan.name: plan for plan in chosen}.values()), tuple(plan.name for plan in chosen), front=front
-    )
+            searched = "auto" in request.methods and not isinstance(budget, int)
+            rivals.append(rivals_of(chosen[-1], budget, cached) if searched else [])
+    return PlanSet(chosen, tuple(plan.name for plan in chosen), front=front), rivals
+
+
+def _chosen(
+    bundle: Bundle, made: PlanSet, rivals: list[list[StepPlan]], clips: int, reporter: Reporter
+) -> tuple[PlanSet, list[MeasuredPlan]]:
+    """The plans to have: those that were made, or better ones that the bundle has; and what was measured."""
+    own = [bundle.plan(name) for name in bundle.plans]
+    plans = [next((old for old in own if old.name == UNCACHED == plan.name), plan) for plan in made.plans]
+    new = [plan for plan in plans if plan.name != UNCACHED and plan not in own]
+    run = {plan.rows_digest: plan for plan in (*new, *(r for several in rivals for r in several if new))}
+    measured = measure_quality(bundle, list(run.values()), clips, reporter)
+    by_digest = {found.rows_digest: found for found in measured}
+    chosen = []
+    for plan, several in zip(plans, rivals):
+        kept = better_rival(plan, several, by_digest) if plan in new else None
+        chosen.append(kept or plan)
+        if kept is not None:
+            reporter.stage("plan", f"{kept.name} is as fast and better than {plan.budget} full steps by {plan.method}")
+    names = tuple(plan.name for plan in chosen)
+    return PlanSet(list({plan.name: plan for plan in chosen}.values()), names, front=made.front), measured
 
 
 def _before(bundle: Bundle, cached: Sequence[StepPlan]) -> Mapping[int, Sequence[str]]:

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lemica_trt.bundle.manifest import MANIFEST, PROMPTS_FILE, REPORTS, VERIFY_REPORT, plan_path
+from lemica_trt.bundle.manifest import MANIFEST, PROMPTS_FILE, REPORTS, plan_path
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.reports import store_kept, store_report, stored_report
 from lemica_trt.bundle.workspace import Files, candidate_folder
 from lemica_trt.bundle.writing import write_bundle
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts, PlanIndex, Verified, Written
 from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.draft_stage import first_of_draft
+from lemica_trt.compiler.inspection import write_page
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.compiler.stage import Writes
 from lemica_trt.core.errors import InputError
@@ -93,7 +95,7 @@ def _bundle_at(path: Path, digest: str) -> Bundle | None:
     if not (path / MANIFEST).is_file():
         return None
     try:
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, trusted=())
         if bundle.manifest.digest != digest:
             return None
         bundle.check()
@@ -147,24 +149,26 @@ def verify_bundle(
         MissingDependencyError, UnsupportedError: these engines cannot run here.
         VerificationError: after the report was stored.
     """
+    from lemica_trt.compiler.plan_quality import quality_from_report, store_quality
     from lemica_trt.evaluate.quality import error_graph_of
     from lemica_trt.evaluate.samples import held_out_samples
     from lemica_trt.evaluate.verify import require_verified, verify
     from lemica_trt.report.pictures import write_pictures
 
     held_out = held_out_samples(prompts, samples)
-    report, clips, _ = verify(bundle, model, held_out, reporter=reporter, backend=backend, further=further, first=first)
-    write_value(report, bundle.path / VERIFY_REPORT)
+    report, kept, _ = verify(bundle, model, held_out, reporter=reporter, backend=backend, further=further, first=first)
+    store_report(report, bundle)
+    store_kept(kept, bundle)
     plans = [bundle.plan(name) for name in bundle.plans]
-    write_pictures(bundle.path / REPORTS, clips, plans, bundle.plan(), error_graph_of(bundle))
+    store_quality(bundle.path, quality_from_report(report, plans))
+    write_pictures(bundle.path / REPORTS, report, kept, plans, bundle.plan(), error_graph_of(bundle))
+    write_page(bundle)
     require_verified(report, bundle.path)
     return report
 
 
 def report_of(context: Context) -> VerifyReport | None:
     """The report of the bundle that was written last; None: no engines run here, or it is of another bundle."""
-    from lemica_trt.evaluate.verify import stored_report
-
     bundle, verified = written_bundle(context), context.read_if_there(Verified, artifacts.VERIFIED_FILE)
     if bundle is None or verified is None or verified.backend is None:
         return None

@@ -31,7 +31,7 @@ from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.compiler.stage import Stage
-from lemica_trt.core.errors import MissingDependencyError
+from lemica_trt.core.errors import MissingDependencyError, install_command
 from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import V
 from lemica_trt.ir.budget import StepTimes
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from lemica_trt.ir.step_model import StepModel
     from lemica_trt.models import Model
 
-LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "ftfy")
 """What decides what is measured and exported."""
 
 ENGINE_LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
@@ -170,6 +170,7 @@ class Context(contextlib.ExitStack):
             reference=self.reference,
             model=profile.name,
             fit=fit,
+            fit_range=profile.sampling.guidance_range,
             solver=solver_tables(table) if self.solves else None,
         )
 
@@ -297,7 +298,7 @@ def _build_libraries() -> Iterator[None]:
         yield
     except ImportError as error:
         raise MissingDependencyError(
-            f"building needs PyTorch and diffusers, got: {error}", fix="pip install 'lemica-trt[build]'"
+            f"building needs PyTorch and diffusers, got: {error}", fix=install_command("build")
         ) from None
 
 

@@ -10,21 +10,23 @@ from pathlib import Path
 
 from lemica_trt import __version__
 from lemica_trt.backends.options import backend_names
-from lemica_trt.core.errors import LemicaError
+from lemica_trt.core.errors import LemicaError, install_command
 from lemica_trt.core.progress import size
 from lemica_trt.ir.report import Check
 from lemica_trt.ir.resources import load_profile, profile_names
 
 LIBRARIES = {
-    "onnxruntime": "runs bundles on CPU and CUDA: pip install 'lemica-trt[onnxruntime]'",
-    "openvino": "runs bundles on CPU: pip install 'lemica-trt[openvino]'",
-    "tensorrt": "builds and runs engines on an NVIDIA GPU: pip install 'lemica-trt[tensorrt]'",
+    "onnxruntime": f"runs bundles on CPU and CUDA: {install_command('onnxruntime')}",
+    "openvino": f"runs bundles on CPU: {install_command('openvino')}",
+    "tensorrt": f"builds and runs engines on an NVIDIA GPU: {install_command('tensorrt')}",
     "tensorrt_lean": "runs version-compatible engines: pip install tensorrt-lean, at the version that built them",
-    "tensorrt_rtx": "builds engines on any machine, runs them on an RTX GPU: pip install 'lemica-trt[rtx]'",
-    "av": "writes .mp4: pip install 'lemica-trt[video]'",
-    "torch": "builds bundles: pip install 'lemica-trt[build]'",
-    "diffusers": "builds bundles: pip install 'lemica-trt[build]'",
-    "onnx": "builds bundles: pip install 'lemica-trt[build]'",
+    "tensorrt_rtx": f"builds engines on any machine, runs them on an RTX GPU: {install_command('rtx')}",
+    "av": f"writes .mp4: {install_command('video')}",
+    "cryptography": f"signs bundles and checks signatures: {install_command('sign')}",
+    "starlette": f"serves bundles to OpenAI's clients: {install_command('serve')}",
+    "torch": f"builds bundles: {install_command('build')}",
+    "diffusers": f"builds bundles: {install_command('build')}",
+    "onnx": f"builds bundles: {install_command('build')}",
 }
 """Optional libraries, and what for."""
 

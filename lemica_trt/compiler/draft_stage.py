@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lemica_trt.bundle.manifest import MANIFEST, VERIFY_REPORT, plan_path
+from lemica_trt.bundle.manifest import MANIFEST, plan_path
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.reports import store_report
 from lemica_trt.bundle.workspace import candidate_folder
 from lemica_trt.bundle.writing import move_bundle, write_bundle
 from lemica_trt.compiler import artifacts
@@ -86,7 +87,7 @@ def left_behind(context: Context) -> str | None:
     output = context.output
     if output is None or not is_there(context) or not _is_draft(context, output):
         return None
-    plan = Bundle.open(output).plan()
+    plan = Bundle.open(output, trusted=()).plan()
     how = "" if plan.name == UNCACHED else f" or by {plan.method} in {plan.budget} of {plan.num_steps}"
     return (
         f"{output} is a bundle that runs, with all steps{how}: a draft; the same command goes on to the plan that was "
@@ -97,7 +98,7 @@ def left_behind(context: Context) -> str | None:
 def _is_draft(context: Context, output: Path) -> bool:
     """Whether the bundle at the output is a draft of this work folder, be it of other inputs."""
     with contextlib.suppress(InputError):
-        digest = Bundle.open(output).digest
+        digest = Bundle.open(output, trusted=()).digest
         for stage, file in (("draft", artifacts.DRAFT_FILE), ("early", artifacts.EARLY_FILE)):
             if digest == _manifest_of(context, stage, file):
                 return True
@@ -154,6 +155,6 @@ def _verified(context: Context, bundle: Bundle) -> First | None:
         return None
     samples = held_out_samples(context.inputs.held_out, 1)
     found = verify(bundle, context.model, samples, reporter=context.reporter, backend=backend, draft=True)
-    write_value(found.report, bundle.path / VERIFY_REPORT)
+    store_report(found.report, bundle)
     require_verified(found.report, bundle.path)
     return found.first

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import msgspec
 
-from lemica_trt.bundle.manifest import VERIFY_REPORT, plan_path
+from lemica_trt.bundle.manifest import plan_path
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.reports import store_report, stored_report
 from lemica_trt.bundle.writing import move_bundle
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import Draft
@@ -42,7 +43,7 @@ def run_early(context: Context, folder: Path) -> Writes:
     draft, output, found = context.read(Draft, artifacts.DRAFT_FILE), context.output, Draft()
     assert output is not None
     samples = context.inputs.early_samples
-    lies_there = draft.run is not None and Bundle.open(output).digest == draft.manifest
+    lies_there = draft.run is not None and Bundle.open(output, trusted=()).digest == draft.manifest
     if lies_there and not context.table.stochastic:
         _ = context.model  # opened first: that is told of as a stage of its own
         context.reporter.stage("early", f"a fitted plan for the draft, from {count(samples, 'sample')}")
@@ -77,9 +78,9 @@ def _plan(context: Context, samples: int, reporter: Reporter) -> StepPlan:
 def _better(context: Context, plan: StepPlan, output: Path, reporter: Reporter) -> Draft:
     """The draft with a plan, where it is better with it."""
     from lemica_trt.evaluate.samples import held_out_samples
-    from lemica_trt.evaluate.verify import require_verified, stored_report, verify
+    from lemica_trt.evaluate.verify import require_verified, verify
 
-    before = stored_report(Bundle.open(output))
+    before = stored_report(Bundle.open(output, trusted=()))
     bundle = write_draft(context, [plan, context.read(StepPlan, plan_path(UNCACHED))])
     backend, _ = runnable_backend(bundle)
     report = verify(
@@ -97,7 +98,7 @@ def _better(context: Context, plan: StepPlan, output: Path, reporter: Reporter) 
         shutil.rmtree(bundle.path)
         context.reporter.note(f"the draft keeps its plan: {old:.1f} dB on one clip, the fitted one has {new:.1f}")
         return Draft()
-    write_value(report, bundle.path / VERIFY_REPORT)
+    store_report(report, bundle)
     require_verified(report, bundle.path)
     context.reporter.note(f"{output}: {plan.name} by {plan.method}, {new:.1f} dB on one clip, {old:.1f} before")
     return Draft(manifest=move_bundle(bundle, output).digest)

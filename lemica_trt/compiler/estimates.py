@@ -287,8 +287,10 @@ def plan(forecast: Forecast) -> list[StageEstimate]:
     )
     if fits:
         what = f"solvers on {count(settings.fit_samples, 'sample')}, to {forecast.reference_steps} steps"
-        made_anew = 0 if forecast.reuses_runs else 1
-        steps = settings.fit_samples * (made_anew * forecast.reference_steps + fits)
+        sampling = forecast.inputs.profile.sampling
+        elsewhere = sum(scale != sampling.guidance_scale for scale in sampling.fit_scales(settings.fit_samples))
+        made_anew = elsewhere if forecast.reuses_runs else settings.fit_samples
+        steps = made_anew * forecast.reference_steps + settings.fit_samples * fits
         found.append(forecast.stage("fit", what, steps))
     runs = trial_runs(len(tried), settings.validation_samples) if len(tried) > 1 else 0
     if runs:

@@ -17,6 +17,7 @@ from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts
 from lemica_trt.compiler.context import Context, library_versions
 from lemica_trt.compiler.requests import BuildRequest
 from lemica_trt.compiler.stage import Writes
+from lemica_trt.core.errors import UsageError
 from lemica_trt.core.progress import Reporter, size
 from lemica_trt.core.values import write_value
 from lemica_trt.evaluate.step_timer import StepTimer, times_text
@@ -35,6 +36,10 @@ def run_lower(context: Context, folder: Path) -> Writes:
 
     model, steps = context.model, context.inputs.request.reference_steps
     sampling = model.profile.sampling
+    if sampling.guidance_range is not None and not model.guided:
+        raise UsageError(
+            "--guidance-range: the model has one branch, whose guidance no request changes", fix="leave it out"
+        )
     table = sampler_table(model.scheduler(), dynamic_guidance=sampling.dynamic_guidance)
     kind = "stochastic" if table.stochastic else "deterministic"
     context.reporter.stage(

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lemica_trt.bundle.manifest import REPORTS
+from lemica_trt.bundle.contents import read_if_listed
+from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE, FRONT_FILE, REPORTS, SELECTION_FILE
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.reports import stored_kept, stored_report
+from lemica_trt.compiler.plan_quality import known_quality
 from lemica_trt.core.errors import InputError
-from lemica_trt.core.values import read_value
+from lemica_trt.core.values import read_value, write_bytes
+from lemica_trt.ir.budget import Front
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import BundleSummary
-from lemica_trt.report import PICTURES
+from lemica_trt.ir.trials import TrialTables
+from lemica_trt.planning.budget import front_rows
+from lemica_trt.report import PAGE, PICTURES
+from lemica_trt.report.page import PageFacts, page_html
 
 
 def summarize(bundle: Bundle) -> BundleSummary:
@@ -27,10 +34,45 @@ def summarize(bundle: Bundle) -> BundleSummary:
         size=sum(entry.size for entry in manifest.files.values()),
         files=len(manifest.files),
         versions=manifest.versions,
+        measured=known_quality(bundle.path),
         pictures={
             f"{REPORTS}/{name}": what for name, what in PICTURES.items() if (bundle.path / REPORTS / name).is_file()
         },
     )
+
+
+def page_facts(bundle: Bundle) -> PageFacts:
+    """What the report page of a bundle shows.
+
+    Raises:
+        InputError: a file of the bundle that it shows was altered.
+    """
+    report, front = stored_report(bundle), read_if_listed(bundle, Front, FRONT_FILE)
+    steps = None if report is None else report.steps
+    return PageFacts(
+        bundle=summarize(bundle),
+        digest=bundle.manifest.digest,
+        report=report,
+        kept=stored_kept(bundle),
+        graph=read_if_listed(bundle, ErrorGraph, ERROR_GRAPH_FILE),
+        trials=read_if_listed(bundle, TrialTables, SELECTION_FILE),
+        front=() if front is None else front_rows(front, steps),
+    )
+
+
+def write_page(bundle: Bundle, path: Path | None = None) -> Path:
+    """Write the report page of a bundle.
+
+    Args:
+        path: where to; None: into its `reports/`.
+
+    Raises:
+        InputError: a file of the bundle that it shows was altered.
+        MissingDependencyError: Jinja is not installed.
+    """
+    target = path or bundle.path / REPORTS / PAGE
+    write_bytes(page_html(page_facts(bundle)).encode(), target)
+    return target
 
 
 def inspect(path: Path, plan: str | None) -> tuple[object, BundleSummary | StepPlan | ErrorGraph]:
@@ -54,6 +96,7 @@ def inspect(path: Path, plan: str | None) -> tuple[object, BundleSummary | StepP
             shown = read_value(StepPlan, path)
         except InputError as error:
             raise InputError(
-                f"{path}: expected a bundle, a plan or an error graph; read as a plan: {error.what}"
+                f"{path}: expected a bundle, a plan or an error graph; read as a plan: {error.what}",
+                fix="give the folder of a bundle, or a file of its plans/ or calibration/",
             ) from None
     return shown, shown

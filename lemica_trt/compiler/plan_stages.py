@@ -23,6 +23,7 @@ from lemica_trt.ir.profile import CalibrationSettings
 from lemica_trt.ir.trials import TrialTables
 from lemica_trt.planning.planner import choose_planners, plan_given
 from lemica_trt.planning.search import BudgetSearch, PlanSet, beside, candidates_on, plan_budgets, resolve_budgets
+from lemica_trt.planning.step_plan import UNCACHED
 
 
 def run_calibrate(context: Context, folder: Path) -> Writes:
@@ -86,10 +87,12 @@ def run_plan(context: Context, folder: Path) -> Writes:
     for plan in made.plans:
         steps = " ".join(map(str, plan.full_steps))
         context.reporter.stage("plan", f"{plan.name}: {plan.method}; full steps {steps}")
-        write_value(plan, folder / plan_path(plan.name))
+        if plan.name != UNCACHED:  # that is there
+            write_value(plan, folder / plan_path(plan.name))
     index = PlanIndex(plans=tuple(plan.name for plan in made.plans), budgets=made.names)
     write_value(index, folder / artifacts.PLANS_FILE)
-    writes: Writes = {"plans": [artifacts.PLANS_FILE, *map(plan_path, index.plans)], "trials": [], "front": []}
+    own = [plan_path(name) for name in index.plans if name != UNCACHED]
+    writes: Writes = {"plans": [artifacts.PLANS_FILE, *own], "trials": [], "front": []}
     if made.tables:
         write_value(TrialTables(tables=made.tables), folder / SELECTION_FILE)
         writes["trials"] = [SELECTION_FILE]

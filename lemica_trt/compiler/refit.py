@@ -24,7 +24,7 @@ from lemica_trt.bundle.manifest import (
 )
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace, work_folder
-from lemica_trt.bundle.writing import add_plan
+from lemica_trt.bundle.writing import change_plans
 from lemica_trt.compiler import estimates
 from lemica_trt.compiler.bundle_commands import reference_of
 from lemica_trt.compiler.bundle_stages import facts_of
@@ -122,7 +122,7 @@ def refit(
     Raises:
         UsageError: a schedule is given; `samples` is no number; the engines have no graph that is needed.
         MissingDependencyError: none of the engines run here.
-        LemicaError: as calibration, planners and `bundle.writing.add_plan`.
+        LemicaError: as calibration, planners and `bundle.writing.change_plans`.
     """
     bundle.check()
     inputs = _inputs(bundle, request, samples)
@@ -137,8 +137,8 @@ def refit(
         speeds = context.timer.speeds(made.plans, times) if times is not None else {}
     for plan in made.plans:
         reporter.stage("plan", f"{plan.name}: {plan.method}; full steps {' '.join(map(str, plan.full_steps))}")
-    found = add_plan(
-        bundle, *made.plans, default=default, profile=inputs.profile, files=_files(bundle, inputs, context.made, made)
+    found = change_plans(
+        bundle, made.plans, default=default, profile=inputs.profile, files=_files(bundle, inputs, context.made, made)
     )
     return PlanResult(
         plans=tuple(found.plan(name) for name in found.plans),

@@ -18,6 +18,7 @@ from lemica_trt.core.values import Value, write_bytes, write_value
 from lemica_trt.ir.budget import Budget, FrontRow, Latency, MinPsnr, Speedup
 from lemica_trt.ir.calibration import Calibration, Sensitivity
 from lemica_trt.ir.engine import Option
+from lemica_trt.ir.measured import MeasuredPlans
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import NORMAL, DType, Profile
 from lemica_trt.ir.report import BudgetOutcome
@@ -273,7 +274,8 @@ def profile_with_samples(profile: Profile, samples: str) -> Profile:
         changed = msgspec.structs.replace(settings, samples=wanted)
     except ValueError:
         raise UsageError(
-            f"--samples: expected how many in all, or +K more than {settings.samples}, got {samples!r}"
+            f"--samples: expected how many in all, or +K more than {settings.samples}, got {samples!r}",
+            fix="for example --samples +4",
         ) from None
     return msgspec.structs.replace(profile, calibration=changed)
 
@@ -317,8 +319,12 @@ class PlanResult(Value, frozen=True):
         plans: all that the bundle has now; of a work folder, those made.
         outcomes: what came of budgets that are not numbers of full steps.
         front: quality and predicted time by budget, if it was asked for.
+        measured: what is known of the plans of a bundle, on its engines.
+        added: names of the plans that a bundle was given; none of them was compared with PyTorch.
     """
 
     plans: tuple[StepPlan, ...]
     outcomes: tuple[BudgetOutcome, ...] = ()
     front: tuple[FrontRow, ...] = ()
+    measured: MeasuredPlans = MeasuredPlans()
+    added: tuple[str, ...] = ()

@@ -15,9 +15,10 @@ from lemica_trt.bundle.workspace import Workspace, candidate_folder, work_folder
 from lemica_trt.bundle.writing import move_bundle, require_replaceable
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.bundle_stages import report_of, written_bundle
-from lemica_trt.compiler.context import Context, require_build_libraries
+from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.draft_stage import left_behind
 from lemica_trt.compiler.estimates import DryContext, Forecast, require_counts
+from lemica_trt.compiler.preflight import require_possible
 from lemica_trt.compiler.requests import (
     BuildRequest,
     BuildResult,
@@ -94,7 +95,7 @@ def extend(output: Path, samples: str, changes: dict[str, Any], reporter: Report
 
 
 def _built(inputs: Inputs, output: Path, reporter: Reporter) -> BuildResult:
-    require_build_libraries()
+    require_possible(inputs)
     last = "verify" if inputs.request.verify_samples else "bundle"
     with stages_run(Workspace(work_folder(output)), inputs, reporter, *DRAFT, last, output=output) as context:
         return _result(context)
@@ -120,8 +121,8 @@ def dry_run(profile: Profile, output: Path, request: BuildRequest) -> list[Stage
 def calibrate(profile: Profile, work: Path, request: BuildRequest, reporter: Reporter) -> ErrorGraph:
     """Profile, prompts → error graph, in a work folder."""
     request.check(profile.dtype if request.calibrate_on == "engine" else None)
-    require_build_libraries()
     inputs = inputs_from_request(profile, request)
+    require_possible(inputs)
     with stages_run(Workspace(work), inputs, reporter, "calibrate") as context:
         return context.read(ErrorGraph, ERROR_GRAPH_FILE)
 
@@ -185,7 +186,9 @@ def with_samples(inputs: Inputs, samples: str) -> Inputs:
         UsageError: it is neither, or the calibration was given.
     """
     if inputs.given.calibration is not None:
-        raise UsageError("--samples: the calibration was given (--error-graph), there is none to go on with")
+        raise UsageError(
+            "--samples: the calibration was given (--error-graph), there is none to go on with", fix="leave it out"
+        )
     return msgspec.structs.replace(inputs, profile=profile_with_samples(inputs.profile, samples))
 
 
@@ -268,6 +271,7 @@ def _result(context: Context) -> BuildResult:
     if front:
         from lemica_trt.report.pictures import write_front
 
-        write_front(front, bundle.path / REPORTS, num_steps=bundle.manifest.profile.sampling.steps)
+        count = bundle.manifest.profile.sampling.steps
+        write_front(front, bundle.path / REPORTS, num_steps=count, report=report, plan=bundle.plan())
     outcomes = budget_outcomes(request.budgets, made, times or steps, speeds)
     return BuildResult(publish(context), report, unverified, outcomes, front)

@@ -1,4 +1,4 @@
-"""Large files: digests that are computed by several threads, and memory maps."""
+"""Files: digests of large ones that are computed by several threads, memory maps, whether one can be written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from lemica_trt.core.errors import InputError
+from lemica_trt.core.errors import InputError, UsageError
 
 PART_BYTES = 64 << 20
 """Size of the parts that `PartedDigest` is made of."""
@@ -20,6 +20,27 @@ PIECE_BYTES = 4 << 20
 
 DIGEST_THREADS = 8
 """Most threads that read files at once; hashing frees Python's lock."""
+
+
+def require_writable(path: Path) -> Path | None:
+    """Ask before the work is done whether a file can be written; folders above it are made when it is.
+
+    Returns:
+        The first folder above it that has to be made; None: all are there.
+
+    Raises:
+        UsageError: it is a folder, something above it is none, or nothing may be written there.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path}: expected a file to write, got a folder", fix=f"name a file in it: {path / 'NAME'}")
+    missing, above = None, path.parent
+    while not above.exists():
+        missing, above = above, above.parent
+    if not above.is_dir():
+        raise UsageError(f"{path}: expected folders above it, got a file {above}", fix="give another path")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: nothing may be written in {above}", fix="give another path, or the permission")
+    return missing
 
 
 def sha256_of(path: Path) -> str:

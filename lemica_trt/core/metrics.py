@@ -1,4 +1,4 @@
-"""How alike two clips are: PSNR, SSIM, and LPIPS where it is installed. Frames in, numbers out.
+"""How alike two clips are: PSNR, SSIM; LPIPS and FLIP where they are installed. Frames in, numbers out.
 
 A clip is an array [F, H, W, 3], uint8 or floats on the same scale, 0 … 255. Numpy only.
 """
@@ -78,6 +78,30 @@ def lpips(a: Frames, b: Frames) -> float | None:
 def _lpips_network() -> tuple[Any, Any]:
     package = importlib.import_module("lpips")
     return package, package.LPIPS(net="alex", verbose=False).eval()
+
+
+def flip(a: Frames, b: Frames, *, pixels_per_degree: float) -> tuple[float, npt.NDArray[np.uint8]] | None:
+    """FLIP (Andersson et al. 2020), what somebody sees who flips between two pictures; None without `flip-evaluator`.
+
+    Args:
+        a, b: clips; `b` is the reference.
+        pixels_per_degree: of the field of view, as the frames are seen.
+
+    Returns:
+        Mean over pixels and frames, 0 … 1; maps uint8 [F, H, W, 3] in the authors' colours, black where nothing is
+        seen.
+
+    Raises:
+        ValueError: as `psnr`.
+    """
+    _check(a, b)
+    if importlib.util.find_spec("flip_evaluator") is None:
+        return None
+    package = importlib.import_module("flip_evaluator")
+    pairs = [(y.astype(np.float32) / PEAK, x.astype(np.float32) / PEAK) for x, y in zip(a, b)]
+    found = [package.evaluate(*pair, "LDR", parameters={"ppd": pixels_per_degree}) for pair in pairs]
+    maps = np.stack([_as_uint8(PEAK * np.asarray(shown)) for shown, _, _ in found])
+    return float(np.mean([mean for _, mean, _ in found])), maps
 
 
 def _ssim_frame(x: Array, y: Array) -> float:

@@ -16,7 +16,7 @@ MAX_LINE = 300
 
 
 def basic_clean(text: str) -> str:
-    """HTML unescaped twice, runs of white space made one space: `prompt_clean` of diffusers' Wan, without ftfy."""
+    """HTML unescaped twice, runs of white space made one space."""
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
@@ -35,9 +35,29 @@ def lower_clean(text: str) -> str:
     return text.lower().strip()
 
 
-Cleaning = Literal["none", "basic", "lower"]
+def ftfy_clean(text: str) -> str:
+    """`prompt_clean` of diffusers' Wan: damaged Unicode, curly quotes and wide letters mended by ftfy, then as `basic`.
 
-CLEANINGS: dict[Cleaning, Callable[[str], str]] = {"none": str, "basic": basic_clean, "lower": lower_clean}
+    Raises:
+        MissingDependencyError: ftfy is not installed.
+    """
+    try:
+        import ftfy
+    except ImportError as error:
+        from lemica_trt.core.errors import MissingDependencyError  # which imports this module
+
+        raise MissingDependencyError(f"prompts are cleaned with ftfy, got: {error}", fix="pip install ftfy") from None
+    return basic_clean(ftfy.fix_text(text))
+
+
+Cleaning = Literal["none", "basic", "lower", "ftfy"]
+
+CLEANINGS: dict[Cleaning, Callable[[str], str]] = {
+    "none": str,
+    "basic": basic_clean,
+    "lower": lower_clean,
+    "ftfy": ftfy_clean,
+}
 """How a prompt is cleaned before it is tokenised."""
 
 

@@ -75,7 +75,9 @@ def read_value(cls: type[V], path: str | os.PathLike[str]) -> V:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: expected a readable {cls.__name__} file, got: {error.strerror}") from None
+        raise InputError(
+            f"{path}: expected a readable {cls.__name__} file, got: {error.strerror}", fix="check the path"
+        ) from None
     return value_from_json(cls, data, where=str(path))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy.typing as npt
 
 from lemica_trt.evaluate.timing import RowSeconds, row_by_row, seconds_of
-from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.plan import StepPlan, uncached_of
 from lemica_trt.ir.report import Timing
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.runtime.random import Generator
@@ -61,7 +61,7 @@ class Deployed:
 
     def _run(self, plan: StepPlan, prompt: str, seed: int) -> Array:
         pipe = self.pipe
-        conditions = pipe.conditions(prompt)
+        conditions = pipe.conditions_of(prompt)
         noise = Generator(seed).randn((1, *pipe.bundle.manifest.graphs.layout.latent_shape))
         results: list[Array] = []
 
@@ -82,24 +82,28 @@ class Deployed:
         frames: Array = self.pipe.decode(self.latents(plan, prompt, seed))
         return frames
 
+    def seconds(self, plan: StepPlan) -> tuple[float, ...]:
+        """Seconds of each run of a plan but the first; of a single run that."""
+        return tuple(self._whole.get(plan.name) or [self._rows[plan.name][0]])
+
     def full_step(self, plan: StepPlan) -> float:
         """Seconds of a full step of a plan that has run."""
         return median(self._rows[plan.name][1].full)
 
     def timing(self, plans: Sequence[StepPlan]) -> list[Timing]:
         """Times of plans that have run, those with the most full steps first."""
-        uncached = next((plan for plan in plans if plan.budget == plan.num_steps), None)
+        uncached = uncached_of(plans)
         return [self._timing(plan, uncached) for plan in sorted(plans, key=lambda plan: -plan.budget)]
 
     def _timing(self, plan: StepPlan, uncached: StepPlan | None) -> Timing:
         whole, rows = self._rows[plan.name]
-        step, totals = self.full_step(plan), self._whole.get(plan.name) or [whole]
+        step = self.full_step(plan)
         return Timing(
             plan=plan.name,
             budget=plan.budget,
             full_step=step,
             skipped_step=median(rows.cached) if rows.cached else None,
-            total=median(totals),
+            total=median(self.seconds(plan)),
             overhead=whole / (sum(rows.full) + sum(rows.cached)) - 1,
             ratio=whole / (plan.budget * step),
             speedup=None if uncached is None else self._speedup(plan, uncached),

@@ -68,7 +68,7 @@ class EngineModel:
 
     def begin(self, prompt: str, seed: int) -> Beginning:
         """What a request begins with."""
-        return Beginning(self.pipe.conditions(prompt), self._noises(seed))
+        return Beginning(self.pipe.conditions_of(prompt), self._noises(seed))
 
     def _noises(self, seed: int) -> Iterator[Latents]:
         generator = Generator(seed)
@@ -93,7 +93,9 @@ class EngineModel:
         """A request by a plan, as it is deployed."""
         first = next(self._noises(seed))[None]
         seeds = [seed] if plan.stochastic else None
-        found: Latents = self.pipe.latents(self.pipe.conditions(prompt), first, plan=plan, seeds=seeds, finite=False)[0]
+        found: Latents = self.pipe.latents(
+            self.pipe.conditions_of(prompt), first, plan=plan, seeds=seeds, finite=False
+        )[0]
         return found
 
     def frames(self, latents: Latents) -> Frames:

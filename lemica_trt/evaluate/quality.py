@@ -17,11 +17,13 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.baselines import baselines, table_of_steps
 from lemica_trt.evaluate.deployed import Deployed
+from lemica_trt.evaluate.kept import Keeper
 from lemica_trt.evaluate.runs import ClipScore, score_clip
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.ir.calibration import ErrorGraph
-from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.report import PLAN, Clip, Quality
+from lemica_trt.ir.kept import UNCACHED
+from lemica_trt.ir.plan import StepPlan, uncached_of
+from lemica_trt.ir.report import PLAN, Quality
 from lemica_trt.models import Model
 from lemica_trt.planning.step_plan import uncached_plan
 
@@ -29,9 +31,6 @@ Array = npt.NDArray[Any]
 
 BASELINES = ("lemica",)
 """What the default plan is compared with, beside the sampler with as few steps."""
-
-CLIPS = 4
-"""Clips that are kept to be looked at."""
 
 
 class Case(NamedTuple):
@@ -70,24 +69,30 @@ def quality_steps(cases: Sequence[Case], clips: int) -> int:
 
 
 def measure_quality(
-    deployed: Deployed, model: Model, samples: Samples, cases: Sequence[Case], done: Callable[[float], None]
-) -> tuple[list[Quality], list[Clip]]:
+    deployed: Deployed,
+    model: Model,
+    samples: Samples,
+    cases: Sequence[Case],
+    done: Callable[[float], None],
+    keeper: Keeper,
+) -> list[Quality]:
     """Score plans and baselines; nothing where the bundle has no uncached plan.
 
     Args:
         cases: as `cases_of`.
         done: told of full steps in PyTorch.
+        keeper: given the clips of the default plan and its baselines.
 
     Returns:
-        Scores, each plan before its baselines, and the first `CLIPS` clips by the default plan.
+        Scores, each plan before its baselines.
     """
     pipe = deployed.pipe
     bundle = pipe.bundle
-    uncached = next((plan for plan in map(bundle.plan, bundle.plans) if plan.budget == plan.num_steps), None)
+    uncached = uncached_of(map(bundle.plan, bundle.plans))
     if uncached is None or not cases:
-        return [], []
+        return []
     finer = _finer_references([case.plan for case in cases], model, uncached.guidance_scale)
-    default, clips = bundle.plan().name, list[Clip]()
+    default = bundle.plan()
     scores: list[list[ClipScore]] = [[] for _ in cases]
     for number in range(samples.count):
         prompt, seed = samples[number]
@@ -99,15 +104,16 @@ def measure_quality(
 
         references: dict[int | None, Array] = {None: deployed.decoded(uncached, prompt, seed)}
         references |= {count: in_torch(plan) for count, plan in finer.items()}
+        steps = default.reference_steps
+        keeper.add(number, UNCACHED, uncached if steps is None else finer[steps], references[steps], None)
         for case, found in zip(cases, scores):
             if number >= case.clips:
                 continue
             clip = deployed.decoded(case.run, prompt, seed) if case.method == PLAN else in_torch(case.run)
-            reference = references[case.plan.reference_steps]
-            found.append(score_clip(clip, reference))
-            if case.method == PLAN and case.plan.name == default and number < CLIPS:
-                clips.append(Clip(prompt, reference, clip))
-    return [_quality(case, found) for case, found in zip(cases, scores)], clips
+            found.append(score_clip(clip, references[case.plan.reference_steps]))
+            if case.plan.name == default.name:
+                keeper.add(number, case.method, case.run, clip, found[-1].psnr)
+    return [_quality(case, found) for case, found in zip(cases, scores)]
 
 
 def error_graph_of(bundle: Bundle) -> ErrorGraph | None:

@@ -28,7 +28,7 @@ from lemica_trt.core.values import write_value
 from lemica_trt.ir.budget import StepTimes
 from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.graphs import StepLayout
-from lemica_trt.ir.plan import CacheRead, StepPlan
+from lemica_trt.ir.plan import CacheRead, StepPlan, uncached_of
 from lemica_trt.ir.report import Measured
 from lemica_trt.runtime.denoise import RowDone
 from lemica_trt.runtime.pipeline import Pipeline
@@ -62,7 +62,7 @@ def measure_steps(pipe: Pipeline, *, known: float | None = None) -> StepTimes:
         known: seconds of a full step, where it has been timed; None: it is timed here.
     """
     bundle = pipe.bundle
-    uncached = next(plan for plan in map(bundle.plan, bundle.plans) if plan.budget == plan.num_steps)
+    uncached = require_uncached(bundle)
     short = shortened(uncached, bundle.manifest.graphs.layout, full=SHORT if known is None else 1)
     run = request(pipe, short)
     began = perf_counter()
@@ -79,6 +79,18 @@ def measure_steps(pipe: Pipeline, *, known: float | None = None) -> StepTimes:
         rest.append(whole - sum(rows.full) - sum(rows.cached))
     step = median(full) if known is None else known
     return StepTimes(full=step, skipped=min(median(skipped), step) if skipped else None, rest=max(median(rest), 0.0))
+
+
+def require_uncached(bundle: Bundle) -> StepPlan:
+    """The uncached plan of a bundle.
+
+    Raises:
+        UsageError: it has none.
+    """
+    found = uncached_of(map(bundle.plan, bundle.plans))
+    if found is None:
+        raise UsageError("the bundle has no plan of all steps to compare with", fix="rebuild it")
+    return found
 
 
 def shortened(uncached: StepPlan, layout: StepLayout, *, full: int = SHORT) -> StepPlan:

@@ -18,30 +18,23 @@ import numpy.typing as npt
 from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import VERIFY_REPORT
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.core.errors import InputError, VerificationError
+from lemica_trt.core.errors import VerificationError
 from lemica_trt.core.progress import Reporter, Tally, count
 from lemica_trt.core.text import shortened
-from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.agreement import check_graphs, check_runs
 from lemica_trt.evaluate.deployed import Deployed
+from lemica_trt.evaluate.kept import Keeper
 from lemica_trt.evaluate.quality import Case, cases_of, measure_quality, quality_steps
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.evaluate.timing import TIMED_BESIDE, RowSeconds, backend_name, measure_steps
 from lemica_trt.ir.budget import StepTimes
-from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.report import Agreement, Clip, FirstRun, GraphCheck, VerifyReport
+from lemica_trt.ir.kept import Kept
+from lemica_trt.ir.plan import StepPlan, uncached_of
+from lemica_trt.ir.report import PLAN, Agreement, FirstRun, GraphCheck, VerifyReport
 from lemica_trt.models import Model
 from lemica_trt.runtime.pipeline import Pipeline
 
 Array = npt.NDArray[Any]
-
-
-def stored_report(bundle: Bundle) -> VerifyReport | None:
-    """The report in a bundle's `reports/`, if there is one that this version can read."""
-    try:
-        return read_value(VerifyReport, bundle.path / VERIFY_REPORT)
-    except InputError:
-        return None
 
 
 class First(NamedTuple):
@@ -52,10 +45,10 @@ class First(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """A report, some clips to look at, and what another verification of the same engines may take over."""
+    """A report, clips to look at, and what another verification of the same engines may take over."""
 
     report: VerifyReport
-    clips: list[Clip]
+    kept: Kept | None
     first: First
 
 
@@ -95,7 +88,7 @@ def verify(
         reporter.stage("draft" if draft else "verify", f"{count(samples.count, 'held-out clip')}, {where}")
         _warn(pipe, samples, reporter)
         cases = cases_of(bundle, model, samples.count, further, compared=not draft)
-        uncached = max(plans, key=lambda plan: plan.budget)
+        uncached = uncached_of(plans) or max(plans, key=lambda plan: plan.budget)
         compared = [uncached] if draft else plans
         deployed = Deployed(pipe, tally := _tally(reporter, compared, cases, samples.count))
         first = _taken_over(first, deployed, uncached, samples, backend_name(key))
@@ -105,7 +98,7 @@ def verify(
         agreement = check_runs(deployed, model, *samples[0], tally, known, plans=compared)
         first = first or _first(deployed, uncached, samples, graphs, agreement, backend_name(key))
         steps = steps or _timed(pipe, deployed.full_step(uncached), tally)
-        quality, clips = measure_quality(deployed, model, samples, cases, tally)
+        quality = measure_quality(deployed, model, samples, cases, tally, keeper := Keeper())
     report = VerifyReport(
         manifest_digest=bundle.manifest.digest,
         samples=samples.count,
@@ -118,7 +111,8 @@ def verify(
         timing=tuple(deployed.timing(compared)),
         steps=steps,
     )
-    return Verification(report, clips, first)
+    kept = keeper.kept(report.manifest_digest, bundle.plan(), samples, PLAN)
+    return Verification(report, kept, first)
 
 
 def _timed(pipe: Pipeline, full_step: float, tally: Tally) -> StepTimes:

@@ -1,6 +1,7 @@
 """Model, step layout → ONNX files and the `GraphSet` that describes them.
 
     graphs   the export of each graph, and the check of what the exporter made of it
+    real     PyTorch's program of a module → one on real numbers, whose sizes stay symbols
     passes   an exported model → the same computation, with nothing of the machine that exported it
 
 Knows nothing of plans' contents, engines or bundles.

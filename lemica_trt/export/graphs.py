@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import onnx
 import onnx_ir
@@ -29,10 +30,10 @@ from torch import Tensor, nn
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.values import require, write_bytes
 from lemica_trt.export.passes import clean_model, remove_idle_squeeze, rewrite_bool_where
+from lemica_trt.export.real import RealProgram, is_complex, symbolic_int
 from lemica_trt.ir.graphs import COMBINE, GraphSet, GraphSpec, Role, StepLayout, TensorDType, TensorSpec
 from lemica_trt.models import Model
 from lemica_trt.models.graph_specs import (
-    TORCH_DTYPES,
     cache_specs,
     example_inputs,
     input_specs,
@@ -97,19 +98,17 @@ def _export_graph(
 ) -> GraphSpec:
     profile = model.profile
     specs = input_specs(role, model, layout, hidden)
-    dynamic = profile.shape.max_batch > 1 and any("batch" in spec.shape for spec in specs)
-    inputs = example_inputs(specs, 2 if dynamic else 1, model.device)
-    # An example of 2 with a maximum of 2 leaves equal dimensions apart (torch 2.13).
-    batch = torch.export.Dim("batch", min=1, max=max(profile.shape.max_batch, 3))
-    dims = {"batch": batch, "2*batch": 2 * batch}
-    shapes = {spec.name: {0: dims[spec.shape[0]]} if isinstance(spec.shape[0], str) else {} for spec in specs}
+    batches = profile.shape.max_batch > 1 and any("batch" in spec.shape for spec in specs)
+    inputs = example_inputs(specs, 2 if batches else 1, model.device)
+    # What may stay a symbol: an input has its batch where there are several requests, and its text axes.
+    expected = specs if batches else [msgspec.structs.replace(spec, shape=spec.at_batch(1)) for spec in specs]
+    shapes = _dynamic_shapes(expected, profile.shape.max_batch)
+    dynamic = any(shapes.values())
     where = f"{profile.source}: {role}"
     with torch.no_grad(), _quiet():
         try:
             module = _module(role, model, layout).eval()
-            program = torch.export.export(
-                module, (inputs,), dynamic_shapes=(shapes,) if dynamic else None, strict=False
-            )
+            program = _exported(module, inputs, shapes if dynamic else None)
             exported = torch.onnx.export(
                 program,
                 (),
@@ -126,7 +125,7 @@ def _export_graph(
     graph = exported.model
     remove_idle_squeeze(graph)
     rewrite_bool_where(graph)
-    clean_model(graph, _symbols(graph))
+    clean_model(graph, _symbols(graph, expected))
     file = f"onnx/{role}.onnx"
     data_files = _write(graph, folder / file)
     found = GraphSpec(
@@ -138,8 +137,7 @@ def _export_graph(
         dit=_dit(role, layout),
         data_files=tuple(f"onnx/{name}" for name in data_files),
     )
-    expected = specs if dynamic else [_spec_of(name, x) for name, x in inputs.items()]
-    _check(where, found, expected, output_names(role, model, layout), dynamic)
+    _check(where, found, expected, output_names(role, model, layout), batches)
     if found.opset != profile.opset:
         raise UnsupportedError(f"{where}: expected opset {profile.opset}, the exporter made {found.opset}")
     try:
@@ -157,18 +155,36 @@ def _dit(role: str, layout: StepLayout) -> Literal["whole", "part"] | None:
     return "part" if layout.variant(role).reads else "whole"
 
 
-def _symbols(graph: Any) -> dict[str, str]:
-    """The exporter's name of the free dimension → ours."""
+def _dynamic_shapes(specs: Sequence[TensorSpec], max_batch: int) -> dict[str, dict[int, Any]]:
+    """Which dimensions of the inputs are free, as `torch.export` takes it: input → axis → dimension."""
+    # An example of 2 with a maximum of 2 leaves equal dimensions apart (torch 2.13).
+    batch = torch.export.Dim("batch", min=1, max=max(max_batch, 3))
+    dims = {"batch": batch, "2*batch": 2 * batch}
+    for spec in specs:
+        dims |= {axis: torch.export.Dim(axis, min=1, max=most) for axis, most in spec.text_axes.items()}
+    return {
+        spec.name: {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in specs
+    }
+
+
+def _exported(module: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, dict[int, Any]] | None) -> Any:
+    """A program of a module, on real numbers."""
+    dynamic = None if shapes is None else (shapes,)
+    with symbolic_int(module):
+        program = torch.export.export(module, (inputs,), dynamic_shapes=dynamic, strict=False)
+    if is_complex(program):
+        program = torch.export.export(RealProgram(program), (inputs,), dynamic_shapes=dynamic, strict=False)
+    return program
+
+
+def _symbols(graph: Any, specs: Sequence[TensorSpec]) -> dict[str, str]:
+    """The exporter's names of free dimensions → ours."""
+    ours, found = {spec.name: spec.shape for spec in specs}, {}
     for value in graph.graph.inputs:
-        dim = value.shape[0] if len(value.shape) else 0
-        if not isinstance(dim, int) and dim.value.isidentifier():
-            return {dim.value: "batch"}
-    return {}
-
-
-def _spec_of(name: str, x: Tensor) -> TensorSpec:
-    names = {dtype: key for key, dtype in TORCH_DTYPES.items()}
-    return TensorSpec(name=name, dtype=names[x.dtype], shape=tuple(x.shape))
+        for dim, own in zip(value.shape, ours.get(value.name, ())):
+            if not isinstance(dim, int) and dim.value.isidentifier():
+                found[dim.value] = "batch" if "batch" in str(own) else str(own)
+    return found
 
 
 def _tensor_spec(value: Any) -> TensorSpec:
@@ -177,7 +193,7 @@ def _tensor_spec(value: Any) -> TensorSpec:
 
 
 def _check(
-    where: str, graph: GraphSpec, expected: Sequence[TensorSpec], outputs: tuple[str, ...], dynamic: bool
+    where: str, graph: GraphSpec, expected: Sequence[TensorSpec], outputs: tuple[str, ...], batches: bool
 ) -> None:
     """Compare what the exporter declared with what was asked for: names, dtypes, and which dimensions are free."""
     wanted = {spec.name: spec for spec in expected}
@@ -186,7 +202,7 @@ def _check(
             raise UnsupportedError(f"{where}: expected input {wanted.get(spec.name)}, the exporter made {spec}")
     for spec in graph.outputs:
         first, *others = spec.shape
-        if isinstance(first, str) is not dynamic or any(isinstance(dim, str) for dim in others):
+        if isinstance(first, str) is not batches or any(isinstance(dim, str) for dim in others):
             raise UnsupportedError(
                 f"{where}: expected only the batch to be free in output {spec.name}, got {spec.shape}"
             )

@@ -13,5 +13,7 @@ step_model    what calibration asks of a model, in PyTorch or on engines
 budget        budgets in any unit, times of steps, quality by budget
 trials        how candidates did when they ran whole
 engine        which engine it is, and what it was built from
+measured      what was measured of plans without the model: quality, latency, two plans side by side
 report        what verification, timing and `doctor` find
+kept          the clips that verification keeps to be looked at
 """

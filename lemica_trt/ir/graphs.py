@@ -4,6 +4,7 @@ Knows nothing of torch, ONNX or engines."""
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from lemica_trt.core.text import Cleaning
@@ -17,16 +18,59 @@ Role = str
 """Name of a graph: of a variant, `COMBINE`, of a text encoder, or `vae_decoder`."""
 
 
+NEGATIVE = "negative_"
+"""Begins the name of what is of the negative prompt, where its text has another length than the prompt's."""
+
+_TEXT_AXIS = re.compile(rf"(?:{NEGATIVE})?tokens_([1-9]\d*)")
+
+
+def text_axis(longest: int, *, negative: bool = False) -> str:
+    """A dimension that is as long as the text of a prompt, 1 … `longest` tokens."""
+    return f"{NEGATIVE if negative else ''}tokens_{longest}"
+
+
+def longest_text(dim: int | str) -> int | None:
+    """Most tokens of a text axis; None: the dimension is none."""
+    found = _TEXT_AXIS.fullmatch(dim) if isinstance(dim, str) else None
+    return None if found is None else int(found[1])
+
+
 class TensorSpec(Value, frozen=True):
-    """One input or output of a graph. Symbolic dimensions are strings (`batch`)."""
+    """One input or output of a graph.
+
+    Symbolic dimensions are strings: `batch`, a multiple of it (`2*batch`), or a text axis (`tokens_512`: 1 … 512
+    tokens of the prompt; `negative_tokens_512`: of the negative prompt).
+    """
 
     name: str
     dtype: TensorDType
     shape: tuple[int | str, ...]
 
-    def at(self, batch: int) -> tuple[int, ...]:
-        """The shape at a batch size; a symbolic dimension is `batch` or a multiple of it (`2*batch`)."""
-        return tuple(dim if isinstance(dim, int) else _factor(dim) * batch for dim in self.shape)
+    def at(self, batch: int, *, tokens: int | None = None) -> tuple[int, ...]:
+        """The shape at a batch size.
+
+        Args:
+            tokens: length of text axes; None: their longest.
+        """
+        return tuple(dim if isinstance(dim, int) else _size(dim, batch, tokens) for dim in self.shape)
+
+    def at_batch(self, batch: int) -> tuple[int | str, ...]:
+        """The same, where text axes stay symbols."""
+        free = [longest_text(dim) is not None for dim in self.shape]
+        return tuple(dim if is_free else size for dim, size, is_free in zip(self.shape, self.at(batch), free))
+
+    @property
+    def text_axes(self) -> dict[str, int]:
+        """Text axes → their most tokens."""
+        found = {str(dim): longest_text(dim) for dim in self.shape}
+        return {dim: longest for dim, longest in found.items() if longest is not None}
+
+
+def _size(dim: str, batch: int, tokens: int | None) -> int:
+    longest = longest_text(dim)
+    if longest is None:
+        return _factor(dim) * batch
+    return longest if tokens is None else min(tokens, longest)
 
 
 def _factor(dim: str) -> int:
@@ -128,7 +172,7 @@ class StepLayout(Value, frozen=True):
     | `noise` | fp32 [b, *latent_shape] | all, if stochastic | standard normal: the row's draws, mixed |
     | `coefficients` | fp32 [len(vector)] | all | see `offsets` |
     | `guidance` | fp32 [b] | variants, if guided | g_i of each request |
-    | each of `conditions` | as declared, first dimension R | variants | unconditional branches first |
+    | each of `conditions` | as declared, first dimension R, or b | variants | unconditional branches first |
     | `SLOT_k`, k < its depth | dtype, first dimension R | variants that read it | of the k-th last row that wrote it |
 
     Outputs: `latents` (x_i, fp32), `output` (m_i, fp32), `guidance_term` (e_i, fp32) if guidance_history > 0, and each
@@ -138,7 +182,9 @@ class StepLayout(Value, frozen=True):
         latent_shape: without batch.
         latent_history, output_history: depths, at least 1.
         guidance_history: depth to which the guidance terms of outputs can be read back; 0: none are kept.
-        conditions: what every variant is given beside the latents: prompt embeddings, masks, image latents.
+        conditions: what every variant is given beside the latents: prompt embeddings, masks, image latents. Where their
+            shape follows the length of the prompt it has a text axis; where both branches have text axes of their own,
+            `negative_NAME` [b, …] is beside NAME [b, …].
         caches: slots, by name.
         variants: how a step can run, the one that computes everything first.
         stochastic: whether `noise` is an input.
@@ -188,6 +234,11 @@ class StepLayout(Value, frozen=True):
             if variant.name == name:
                 return variant
         raise KeyError(name)
+
+    @property
+    def text_axes(self) -> dict[str, int]:
+        """Text axes of the conditions → their most tokens."""
+        return {dim: longest for spec in self.conditions for dim, longest in spec.text_axes.items()}
 
     def depth(self, slot: str) -> int:
         """How far back a cache slot is kept; 0: there is none of that name."""
@@ -287,8 +338,8 @@ class EncoderSpec(Value, frozen=True):
         tokenizer: path of `tokenizer.json` in the bundle, read by the `tokenizers` library.
         length: number of ids, padded or cut to it (the last id of a cut prompt stays the end token).
         pad_id, end_id: token ids.
-        clean: `none`, `basic` = HTML unescaped twice, white space collapsed (Wan), or `lower` = lower case, white
-            space at the ends cut (PixArt).
+        clean: `none`, `basic` = HTML unescaped twice, white space collapsed, `ftfy` = the same after
+            `ftfy.fix_text` (Wan), or `lower` = lower case, white space at the ends cut (PixArt).
         mask: whether the text encoder graph takes `attention_mask` beside `input_ids`.
         template: what is tokenised; `{prompt}` stands for the prompt.
     """

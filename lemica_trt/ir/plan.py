@@ -26,7 +26,7 @@ import hashlib
 import html
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -36,13 +36,20 @@ from lemica_trt.core.values import Value, json_bytes, require, require_finite, w
 from lemica_trt.ir.graphs import COMBINE, TRUNK, GraphSet, StepLayout, TensorSpec, step_layout
 from lemica_trt.ir.timeline import plan_line, timeline_svg, timeline_text
 
+DEFAULT = "default"
+"""What a request may say for the default plan; no plan is called so."""
+
+UNCACHED = "uncached"
+"""Name, and method, of the plan that runs every step in full; every bundle has it: others are measured against it."""
+
 PLAN_FORMAT = 4
 
 
 GUIDANCE_RANGE = (0.5, 1.75)
-"""Guidance scales, in that of the runs that a plan was made from, which a request may have. On the tiny models plans
-that reuse what is cached hold from 2 to 7 where they were made at 4. Fitted plans fall fast above 5: on wan-tiny they
-are below LeMiCa's from 6 on, at 10 and at 15 of 50 steps."""
+"""Guidance scales, in that of the runs that a plan was made from, which a request may have."""
+
+FITTED_GUIDANCE_RANGE = (0.5, 1.25)
+"""The same for solvers that were fitted at one scale: they fall fast above it (docs/calibration.md)."""
 
 
 class CacheRead(Value, frozen=True):
@@ -224,7 +231,7 @@ class StepPlan(Value, frozen=True):
             low, high = self.guidance_range
             raise InputError(
                 f"plan {self.name} holds for guidance_scale {low:g} … {high:g}, got {scale:g}",
-                fix=f"use the plan that skips nothing, or build with --guidance-scale {scale:g}",
+                fix=f"use the plan that skips nothing, or build with --guidance-scale {scale:g}, or --guidance-range",
             )
 
     @property
@@ -259,11 +266,16 @@ class StepPlan(Value, frozen=True):
         return any(row.draws for row in self.rows)
 
 
-def guidance_range(guidance_scale: float) -> tuple[float, float] | None:
-    """Where a plan holds that was made from runs at this guidance scale; None: they were not guided, there is none."""
+def guidance_range(guidance_scale: float, *, fitted: bool = False) -> tuple[float, float] | None:
+    """Where a plan holds that was made from runs at this guidance scale; None: they were not guided, there is none.
+
+    Args:
+        fitted: whether the runs were what its weights were fitted to.
+    """
     if guidance_scale <= 1.0:
         return None
-    return GUIDANCE_RANGE[0] * guidance_scale, GUIDANCE_RANGE[1] * guidance_scale
+    low, high = FITTED_GUIDANCE_RANGE if fitted else GUIDANCE_RANGE
+    return low * guidance_scale, high * guidance_scale
 
 
 def layout_from_plans(
@@ -348,3 +360,10 @@ def check_plan(plan: StepPlan, graphs: GraphSet) -> None:
                 )
     except (KeyError, ValueError) as error:
         raise InputError(f"plan {plan.name}: {error}", fix="rebuild the bundle for this plan") from None
+
+
+def uncached_of(plans: Iterable[StepPlan]) -> StepPlan | None:
+    """The uncached plan among some: the one of that name, or else one of all steps in full; None: there is none."""
+    known = {plan.name: plan for plan in plans}
+    whole = (plan for plan in known.values() if plan.budget == plan.num_steps)
+    return known[UNCACHED] if UNCACHED in known else next(whole, None)

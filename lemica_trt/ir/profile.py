@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from lemica_trt.core.errors import UnsupportedError
@@ -45,25 +46,60 @@ class Sampling(Value, frozen=True):
     Attributes:
         steps: N, denoising steps.
         guidance_scale: classifier-free guidance g; 1 or less: no unconditional branch at all.
+        guidance_range: lowest and highest scale of requests, which solvers are fitted across; None: they are fitted at
+            `guidance_scale` alone.
         dynamic_guidance: diffusers' `use_dynamic_cfg` of CogVideoX.
         scheduler: diffusers scheduler class to use instead of the pipeline's own; made from its config.
         flow_shift: shift of the sigmas instead of the scheduler's own; of schedulers for flow matching.
+        sigmas, timesteps: N of them, falling, instead of the scheduler's own spacing, as the call of a diffusers
+            pipeline takes them; one of the two. Other numbers of steps are spaced by the scheduler.
         negative_prompt: default negative prompt.
     """
 
     steps: int = 50
     guidance_scale: float = 6.0
+    guidance_range: tuple[float, float] | None = None
     dynamic_guidance: bool = False
     scheduler: str | None = None
     flow_shift: float | None = None
+    sigmas: tuple[float, ...] | None = None
+    timesteps: tuple[float, ...] | None = None
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
         if self.flow_shift is not None:
             require_finite((self.flow_shift,), "flow_shift")
             require(self.flow_shift > 0, f"flow_shift must be above 0, got {self.flow_shift}")
+        require(self.sigmas is None or self.timesteps is None, "sigmas and timesteps exclude each other")
+        for name in ("sigmas", "timesteps"):
+            given = getattr(self, name)
+            if given is not None:
+                require_finite(given, name)
+                require(len(given) == self.steps, f"{name} must be {self.steps}, one for each step, got {len(given)}")
+                falling = all(a > b for a, b in pairwise(given)) and given[-1] > 0
+                require(falling, f"{name} must fall and stay above 0, got {', '.join(map('{:g}'.format, given))}")
         require(self.steps >= 2, f"steps must be at least 2, got {self.steps}")
-        require_finite((self.guidance_scale,), "guidance_scale")
+        require_finite((self.guidance_scale, *(self.guidance_range or ())), "guidance_scale, guidance_range")
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            require(
+                1 < low <= self.guidance_scale <= high,
+                f"guidance_range must begin above 1 and hold {self.guidance_scale:g}, is {low:g}:{high:g}",
+            )
+
+    def fit_scales(self, samples: int) -> tuple[float, ...]:
+        """The guidance scale at which each of some samples is fitted to.
+
+        Half of them, the even ones, at `guidance_scale`; the others evenly from the highest scale to the lowest,
+        because errors grow upwards.
+        """
+        scales = [self.guidance_scale] * samples
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            others = range(1, samples, 2)
+            for k, s in enumerate(others):
+                scales[s] = high + (low - high) * k / max(len(others) - 1, 1)
+        return tuple(scales)
 
     @property
     def guided(self) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import numpy.typing as npt
+from typing import NamedTuple
 
 from lemica_trt.core.metrics import margin_95
 from lemica_trt.core.values import Value
 from lemica_trt.ir.budget import FrontRow, StepTimes
 from lemica_trt.ir.engine import EngineEntry
+from lemica_trt.ir.measured import MeasuredPlans
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Profile
 
@@ -52,8 +51,6 @@ class Measured(Value, frozen=True):
     backend: str
     steps: StepTimes
 
-
-Array = npt.NDArray[Any]
 
 PLAN = "plan"
 """The method of a bundle's own plan in a `Quality`."""
@@ -175,6 +172,7 @@ class BundleSummary(NamedTuple):
         size, files: bytes, and how many.
         versions: of the libraries that built it.
         pictures: path in the bundle → what it shows.
+        measured: what is known of the plans on the bundle's engines.
     """
 
     profile: Profile
@@ -187,25 +185,12 @@ class BundleSummary(NamedTuple):
     files: int
     versions: dict[str, str]
     pictures: dict[str, str]
+    measured: MeasuredPlans = MeasuredPlans()
 
     @property
     def default(self) -> StepPlan:
         """The default plan."""
         return next(plan for plan in self.plans if plan.name == self.default_plan)
-
-
-class Clip(NamedTuple):
-    """A held-out clip to look at: uint8 [F, H, W, 3] each.
-
-    Attributes:
-        prompt: of both.
-        uncached: by the uncached plan, or the M steps that the default plan is compared with.
-        plan: by the bundle's default plan.
-    """
-
-    prompt: str
-    uncached: Array
-    plan: Array
 
 
 class VerifyReport(Value, frozen=True):

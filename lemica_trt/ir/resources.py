@@ -78,7 +78,9 @@ def load_named(name: str) -> NamedModel:
     except RecursionError:
         raise InputError(f"{path.name}: expected a valid build profile, got: values nested too deep") from None
     except (ValueError, OverflowError) as error:  # TOML, UTF-8, integers of thousands of digits, values, invariants
-        raise InputError(f"{path.name}: expected a valid build profile, got: {error}") from None
+        raise InputError(
+            f"{path.name}: expected a valid build profile, got: {error}", fix="see engines/cogvideox.toml"
+        ) from None
 
 
 def profile_name(model: str) -> str | None:
@@ -129,7 +131,9 @@ def require_buildable(model: NamedModel) -> None:
     card, profile = model.card, model.profile
     if card.refused:
         kind = f" ({card.pipeline})" if card.pipeline else ""
-        raise UnsupportedError(f"{profile.name}{kind} cannot be built yet: {card.refused}")
+        raise UnsupportedError(
+            f"{profile.name}{kind} cannot be built yet: {card.refused}", fix="lemica-trt models says what can"
+        )
 
 
 def absolute_source(source: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -115,3 +116,23 @@ class StepModel(Protocol):
 
     def frames(self, latents: Latents) -> npt.NDArray[np.uint8]:
         """Latents fp32 latent_shape → frames uint8 [F, H, W, 3]."""
+
+
+class AtGuidance:
+    """A model whose requests have another guidance scale by default, also above 1; in everything else the same.
+
+    Args:
+        model: guided.
+        scale: g.
+
+    Attributes:
+        profile: the model's, with this scale.
+    """
+
+    def __init__(self, model: StepModel, scale: float) -> None:
+        self._model = model
+        sampling = msgspec.structs.replace(model.profile.sampling, guidance_scale=scale, guidance_range=None)
+        self.profile = msgspec.structs.replace(model.profile, sampling=sampling)
+        self.revision, self.latent_shape, self.libraries = model.revision, model.latent_shape, model.libraries
+        self.guided, self.branches = model.guided, model.branches
+        self.begin, self.steps, self.run, self.frames = model.begin, model.steps, model.run, model.frames

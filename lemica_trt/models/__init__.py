@@ -5,6 +5,7 @@
     split                    any diffusers transformer → whole run with trunk residual, and run without trunk
     parts                    pipeline folder → networks; whether they are whole, and fit each other
     load                     profile → `Model`
+    preflight                what a pipeline's configuration tells before weights are downloaded
     traced                   a model made from a trace, of any pipeline
     model                    what every stage asks of a model
     scheduler                diffusers scheduler → `SamplerTable`

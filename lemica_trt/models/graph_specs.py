@@ -28,6 +28,10 @@ TORCH_DTYPES: dict[TensorDType, torch.dtype] = {
 }
 
 
+EXAMPLE_TOKENS, OTHER_TOKENS = 29, 47
+"""Lengths of text axes where any would do: those that no other dimension is likely to have."""
+
+
 def output_names(role: Role, model: Model, layout: StepLayout) -> tuple[str, ...]:
     """Output names of a graph, in order: a variant's end with the cache slots that it writes."""
     if role in model.ends:
@@ -65,7 +69,8 @@ def cache_specs(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
     """The cache slots of a layout as the model makes them, by name; shapes only, nothing is computed.
 
     Raises:
-        UnsupportedError: shapes within the transformer follow its data, so that no graph can be exported.
+        UnsupportedError: shapes within the transformer follow its data, so that no graph can be exported; or a slot has
+            another shape for another prompt.
     """
     rows = "2*batch" if layout.guided else "batch"
     found = {}
@@ -74,7 +79,10 @@ def cache_specs(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
         for variant in (variant for variant in layout.variants if variant.writes and not variant.reads):
             inputs = example_inputs(input_specs(variant.name, model, layout, {}), 1, model.device)
             try:
-                result = modules[variant.name](inputs)
+                result = other = modules[variant.name](inputs)
+                if layout.text_axes:
+                    specs = input_specs(variant.name, model, layout, {})
+                    other = modules[variant.name](example_inputs(specs, 1, model.device, tokens=OTHER_TOKENS))
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise UnsupportedError(
                     f"{model.profile.source}: expected a transformer that torch can export, got one whose shapes "
@@ -82,16 +90,23 @@ def cache_specs(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
                 ) from error
             for slot in variant.writes:
                 _, *shape = result[slot].shape
+                if layout.text_axes and result[slot].shape != other[slot].shape:
+                    raise UnsupportedError(
+                        f"{model.profile.source}: expected cache slots of one shape, that of {slot} follows the length "
+                        "of the prompt"
+                    )
                 found[slot] = TensorSpec(name=slot, dtype=model.profile.dtype, shape=(rows, *shape))
     return found
 
 
-def example_inputs(specs: Sequence[TensorSpec], batch: int, device: torch.device) -> dict[str, Tensor]:
-    """Zeros of the given shapes at a batch."""
-    sizes = {"batch": batch, "2*batch": 2 * batch}
+def example_inputs(
+    specs: Sequence[TensorSpec], batch: int, device: torch.device, *, tokens: int = EXAMPLE_TOKENS
+) -> dict[str, Tensor]:
+    """Zeros of the given shapes at a batch; each text axis has a length of its own, near `tokens`."""
+    axes = list(dict.fromkeys(axis for spec in specs for axis in spec.text_axes))
     return {
         spec.name: torch.zeros(
-            [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape],
+            spec.at(batch, tokens=tokens + sum(map(axes.index, spec.text_axes))),
             dtype=TORCH_DTYPES[spec.dtype],
             device=device,
         )

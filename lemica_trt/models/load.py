@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import functools
 import inspect
 import json
 import re
@@ -14,6 +16,7 @@ from typing import Any
 import diffusers
 import huggingface_hub
 import msgspec
+import numpy as np
 import torch
 import transformers
 
@@ -126,7 +129,7 @@ def load_model(
             networks = load_networks(folder, dtypes)
             pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder, **networks)
             require_vocabulary(folder, pipeline)
-        _set_scheduler(pipeline, profile.sampling)
+        pipeline.scheduler = scheduler_for(profile.sampling, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     model = Model(profile, family, pipeline, folder)
@@ -161,7 +164,7 @@ def load_pipeline(source: str, *, dtype: DType = "fp32", device: str = "cpu", sa
         with reading(source):
             pipeline = kind.from_pretrained(folder, **load_networks(folder, {"default": DTYPES[dtype]}))
         if sampling is not None:
-            _set_scheduler(pipeline, sampling)
+            pipeline.scheduler = scheduler_for(sampling, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -242,7 +245,10 @@ def _index(path: Path, *, where: str) -> dict[str, Any]:
             return index
     except (OSError, ValueError):
         pass
-    raise InputError(f"{where}: expected a diffusers pipeline folder, got no readable model_index.json")
+    raise InputError(
+        f"{where}: expected a diffusers pipeline folder, got no readable model_index.json",
+        fix="give the folder that has it, or a hub id",
+    )
 
 
 def _check_index(source: str, index: dict[str, Any]) -> Any:
@@ -292,7 +298,10 @@ def _folder_from_source(source: str) -> Path:
             f"{source}: expected a pipeline folder, got a file", fix="give the folder that has model_index.json"
         )
     if scheme == "package" or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise InputError(f"{source}: expected a folder, a hub id or package:NAME, got none that exists")
+        raise InputError(
+            f"{source}: expected a folder, a hub id or package:NAME, got none that exists",
+            fix="check the path, or give the id as the hub has it: OWNER/NAME",
+        )
     try:
         return Path(diffusers.DiffusionPipeline.download(source))
     except BROKEN as error:
@@ -305,8 +314,31 @@ def _folder_from_source(source: str) -> Path:
 def _scheduler_class(name: str) -> Any:
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise InputError(f"sampling.scheduler must be a diffusers scheduler class, got {name!r}")
+        if (missing := getattr(kind, "_backends", None)) is not None:  # diffusers' stand-in for it
+            raise MissingDependencyError(
+                f"scheduler {name} needs {' and '.join(missing)}, which is not here",
+                fix=f"pip install {' '.join(library for library in missing if library != 'torch')}",
+            )
+        near = difflib.get_close_matches(name, [known for known in dir(diffusers) if known.endswith("Scheduler")], n=3)
+        raise UsageError(
+            f"scheduler: expected a class of diffusers, got {name!r}",
+            fix=f"did you mean {' or '.join(near)}?" if near else "for example --scheduler DPMSolverMultistepScheduler",
+        )
     return kind
+
+
+def scheduler_for(sampling: Sampling, scheduler: Any) -> Any:
+    """The scheduler that a profile asks for, with its flow shift and its steps, made from the pipeline's own.
+
+    Raises:
+        UsageError: no such class.
+        UnsupportedError: as `scheduler_like` and `scheduler_at`, or there is no shift to change.
+    """
+    if sampling.scheduler is not None:
+        scheduler = scheduler_like(_scheduler_class(sampling.scheduler), scheduler)
+    if sampling.flow_shift is not None:
+        scheduler = _shifted(scheduler, sampling.flow_shift)
+    return scheduler_at(scheduler, sampling)
 
 
 def scheduler_like(kind: Any, scheduler: Any) -> Any:
@@ -333,16 +365,8 @@ def scheduler_like(kind: Any, scheduler: Any) -> Any:
         return made_scheduler(kind, config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     if kind.__name__.startswith("FlowMatch") or flow:
         what = f"{type(scheduler).__name__} is {'' if flow else 'not '}for flow matching"
-        raise UnsupportedError(f"the model's {what}, unlike {kind.__name__}")
+        raise UnsupportedError(f"the model's {what}, unlike {kind.__name__}", fix="choose another --scheduler, or none")
     return made_scheduler(kind, config)
-
-
-def _set_scheduler(pipeline: Any, sampling: Sampling) -> None:
-    """Put the scheduler and the flow shift of a profile in the place of a pipeline's own."""
-    if sampling.scheduler is not None:
-        pipeline.scheduler = scheduler_like(_scheduler_class(sampling.scheduler), pipeline.scheduler)
-    if sampling.flow_shift is not None:
-        pipeline.scheduler = _shifted(pipeline.scheduler, sampling.flow_shift)
 
 
 def _shifted(scheduler: Any, shift: float) -> Any:
@@ -357,6 +381,43 @@ def _shifted(scheduler: Any, shift: float) -> Any:
     if scheduler.config.get("use_flow_sigmas", False):
         return made_scheduler(type(scheduler), scheduler.config, flow_shift=shift)
     raise UnsupportedError(f"expected a scheduler for flow matching to shift, got {name}", fix="leave --flow-shift out")
+
+
+def scheduler_at(scheduler: Any, sampling: Sampling) -> Any:
+    """The same scheduler, which takes the profile's sigmas or timesteps when it is asked for the profile's N steps.
+
+    That is what a diffusers pipeline does whose call is given them; here it also holds for those whose call takes none.
+
+    Raises:
+        UnsupportedError: its `set_timesteps` takes none.
+    """
+    name = "timesteps" if sampling.sigmas is None else "sigmas"
+    given = getattr(sampling, name)
+    if given is None:
+        return scheduler
+    kind = type(scheduler)
+    theirs = inspect.signature(kind.set_timesteps)
+    if name not in theirs.parameters:
+        raise UnsupportedError(
+            f"expected a scheduler that takes {name}, {kind.__name__} does not",
+            fix=f"leave --{name} out, or choose another --scheduler",
+        )
+    numbers = np.array(given) if name == "sigmas" else [int(n) if n.is_integer() else n for n in given]
+
+    @functools.wraps(kind.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        asked = theirs.bind(self, *args, **kwargs).arguments
+        lists = [asked[other] for other in ("sigmas", "timesteps") if asked.get(other) is not None]
+        if (len(lists[0]) if lists else asked.get("num_inference_steps")) == len(numbers):
+            asked = {**asked, "num_inference_steps": None, "sigmas": None, "timesteps": None, name: numbers}
+        kind.set_timesteps(**{key: value for key, value in asked.items() if value is not None})
+        if asked.get(name) is numbers:
+            made = [] if self.num_inference_steps is None else self.timesteps.tolist()
+            if len(made) != len(numbers) or (name == "timesteps" and made != numbers):
+                raise ValueError(f"of {len(numbers)} {name} it makes {len(made)} steps, at {made}")
+
+    same = {"set_timesteps": set_timesteps, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return made_scheduler(type(kind.__name__, (kind,), same), scheduler.config)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,13 @@
 """A model made from a trace: any pipeline that tracing understands, with the interface of `model.Model`.
 
 What is not understood well enough to be built is refused when the model is loaded, before long work: several samplers,
-kinds of steps or networks, prompts that are not padded, a trunk with several streams, a text encoder that reads values
-in Python. Last, the conditions that its own encoders make of two requests are compared with the pipeline's. Whole runs
+kinds of steps or networks, a trunk with several streams, a text encoder that reads values in Python.
+
+Where shapes follow the prompt, text encoders run at the length of the longest prompt that the pipeline takes, and their
+outputs are cut to the prompt's own tokens: conditions have a text axis, of each branch's own where each has a call of
+its own. What the pipeline computes from the length alone is kept at the longest and cut too.
+
+Last, the conditions that its own encoders make of two requests are compared with the pipeline's. Whole runs
 are compared by `lemica-trt verify`, as for every model.
 """
 
@@ -10,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,25 +28,26 @@ from torch.utils import _pytree as pytree
 
 from lemica_trt.core.errors import InputError, UnsupportedError
 from lemica_trt.core.text import CLEANINGS
-from lemica_trt.ir.graphs import EncoderSpec, TensorDType, TensorSpec
+from lemica_trt.ir.graphs import NEGATIVE as NEGATIVE_NAME
+from lemica_trt.ir.graphs import EncoderSpec, TensorDType, TensorSpec, text_axis
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.trace import Trace, TraceRequest, TraceSlot
 from lemica_trt.models.model import End, Model
 from lemica_trt.models.trace.arguments import BASE, LONGER, SHORTER, SHORTER_NEGATIVE
 from lemica_trt.models.trace.arguments import NEGATIVE as BASE_NEGATIVE
-from lemica_trt.models.trace.body import Body, Line, Network, Rows, fitted_line
+from lemica_trt.models.trace.body import Body, Line, Network, Prefix, Rows, fitted_line
 from lemica_trt.models.trace.ends import FramesDecoder, TapeSlice
 from lemica_trt.models.trace.program import effects
 from lemica_trt.models.trace.replay import relative
 from lemica_trt.models.trace.runs import record
-from lemica_trt.models.trace.slots import NEGATIVE, PROMPT
+from lemica_trt.models.trace.slots import NEGATIVE, PROMPT, Run
 from lemica_trt.models.trace.tape import Event, Ref, Tape, plain, refs
 from lemica_trt.models.trace.tracing import trace_runs
 
 TOLERANCE = 1e-4
 """Largest deviation of conditions and frames from the pipeline's own, relative."""
 
-ODD = "The RED Cat &amp; a  blue <b>bird</b>, 2 trees\n"
+ODD = "The RED Cat &amp; a  blue <b>bird</b>, 2 ｔｒｅｅｓ schÃ¶n\n"
 """A prompt that shows how a pipeline cleans its prompts."""
 
 TAKEN = ("input_ids", "attention_mask", "latents", "output", "noise", "coefficients", "guidance", "frames")
@@ -80,6 +87,11 @@ class TracedModel(Model):
         self._traced = trace_runs(pipeline, request_from_profile(profile, pipeline))
         self.trace = self._traced.trace
         self._require_buildable()
+        self._require_text_axes()
+        free = self.trace.text == "free"
+        self._whole, self._text = self._traced.runs.longest() if free else (self._traced.runs.base, BASE)
+        if self._whole.programs[0].digest != self._traced.runs.base.programs[0].digest:
+            raise UnsupportedError(f"{self.trace.pipeline} cannot be built yet: long prompts take other operators")
         self.latent_shape = tuple(self.trace.states[0].shape[1:])
         self._conditions = self._named_conditions()
         self._encoders = self._make_encoders()
@@ -108,11 +120,15 @@ class TracedModel(Model):
     @property
     def conditions(self) -> tuple[TensorSpec, ...]:
         """As the loop reads them, without duplicates; R = 2 under guidance, the negative prompt's row first."""
-        rows = "2*batch" if self.guided else "batch"
-        return tuple(
-            TensorSpec(name=name, dtype=NAMES[value.dtype], shape=(rows, *value.shape[1:]))
-            for name, value in self._conditions.items()
-        )
+        rows, specs = "2*batch" if self.guided else "batch", []
+        for name, value in self._conditions.items():
+            shape: tuple[int | str, ...] = (rows, *value.shape[1:])
+            if self._is_free(name):
+                negative = self._is_negative(name)
+                first = "batch" if negative or NEGATIVE_NAME + name in self._conditions else rows
+                shape = (first, text_axis(value.shape[1], negative=negative), *value.shape[2:])
+            specs.append(TensorSpec(name=name, dtype=NAMES[value.dtype], shape=shape))
+        return tuple(specs)
 
     def _require_buildable(self) -> None:
         trace, kind = self.trace, self.trace.pipeline
@@ -121,7 +137,7 @@ class TracedModel(Model):
             "it steps several latents at once": len(trace.states) != 1,
             "its steps are of several kinds": len(trace.kinds) != 1,
             "it calls several networks": trunk is None or trunk.component != "transformer",
-            "shapes follow the length of the prompt": trace.text != "fixed",
+            "it takes no prompt": trace.text == "none",
             "its blocks add to no stream, or to several": trunk is not None and len(trunk.streams) != 1,
             **_beyond_prompts(trace),
             f"its network reads values in Python ({', '.join(trace.python)})": bool(trace.python),
@@ -146,7 +162,7 @@ class TracedModel(Model):
         found: dict[str, Tensor] = {}
         for k, slot in self._slots():
             if slot.role == "condition":
-                value = self._traced.runs.base.programs[0].values[k]
+                value = self._whole.programs[0].values[k]
                 if not isinstance(value, Tensor) or not value.dim():
                     raise UnsupportedError(f"{slot.name} is a number that follows the prompt: it cannot be built yet")
                 name = self._name(slot)
@@ -160,10 +176,56 @@ class TracedModel(Model):
     def _name(self, slot: TraceSlot) -> str:
         """A condition's name in graphs: that of the network's argument, unless it is the only one, or graphs use that
         for something else."""
-        if len({its.argument for _, its in self._slots() if its.role == "condition"}) == 1:
-            return "prompt_embeds"
         name = slot.argument.replace(".", "_")
-        return f"dit_{name}" if name in TAKEN else name
+        if len({its.argument for _, its in self._slots() if its.role == "condition"}) == 1:
+            name = "prompt_embeds"
+        own = slot.name in self.trace.text_slots and PROMPT not in slot.of
+        return (NEGATIVE_NAME if own else "") + (f"dit_{name}" if name in TAKEN else name)
+
+    def _require_text_axes(self) -> None:
+        """Conditions whose shape follows the prompt must be [rows, tokens, …].
+
+        Raises:
+            UnsupportedError: one is not.
+        """
+        for k, slot in self._slots():
+            if slot.role != "condition" or slot.name not in self.trace.text_slots:
+                continue
+            own = self._traced.runs.base.programs[0].values[k].shape
+            others = [run.programs[0].values[k].shape for run in self._traced.runs.longer.values()]
+            if len(own) < 3 or any(its[:1] + its[2:] != own[:1] + own[2:] for its in others):
+                raise UnsupportedError(
+                    f"{self.trace.pipeline} cannot be built yet: {slot.component}.{slot.argument} follows the length "
+                    f"of the prompt, and is not [rows, tokens, width] but {list(own)}"
+                )
+
+    def _is_negative(self, name: str) -> bool:
+        """Whether a condition is of the negative prompt alone, with a text axis of its own."""
+        return name.startswith(NEGATIVE_NAME) and name.removeprefix(NEGATIVE_NAME) in self._conditions
+
+    def _is_free(self, name: str) -> bool:
+        """Whether the shape of a condition follows the prompt."""
+        return any(
+            slot.role == "condition" and self._name(slot) == name
+            for _, slot in self._slots()
+            if slot.name in self.trace.text_slots
+        )
+
+    def _prefix(self, k: int, slot: TraceSlot) -> Prefix:
+        """A slot that the length of a text decides alone."""
+        runs, longest = self._traced.runs, self._whole.programs[0].values[k]
+        longer = {what: run.programs[0].values[k] for what, run in runs.longer.items()}
+        base = runs.base.programs[0].values[k]
+        followed = [what for what, value in longer.items() if value.shape != base.shape]
+        names = {self._is_negative(name): name for name in self._conditions if self._is_free(name)}
+        name = names.get(followed == [NEGATIVE])
+        cut = all(torch.equal(longest[: len(value)], value) for value in (base, *longer.values()))
+        if slot.role != "constant" or len(followed) != 1 or name is None or not cut:
+            raise UnsupportedError(
+                f"{self.trace.pipeline} cannot be built yet: {slot.name} follows the length of the prompt, and is not "
+                "the beginning of what it is for a longer one"
+            )
+        return Prefix(name, longest)
 
     def _prompt_row(self, k: int) -> int:
         """The row of a condition that follows the prompt."""
@@ -179,9 +241,11 @@ class TracedModel(Model):
         runs = self._traced.runs
         program = runs.base.programs[-1]
         timesteps = [row.timestep or 0.0 for row in self.trace.states[0].table.rows[:-1]]
-        slots: dict[int, Line | Rows] = {}
+        slots: dict[int, Line | Rows | Prefix] = {}
         for k, slot in self._slots():
-            if slot.role == "column":
+            if slot.name in self.trace.text_slots and slot.role != "condition":
+                slots[k] = self._prefix(k, slot)
+            elif slot.role == "column":
                 if not slot.column:
                     raise UnsupportedError(f"{slot.name} has another value in each element: it cannot be built yet")
                 slots[k] = fitted_line("timestep", timesteps, slot.column, slot.name)
@@ -200,7 +264,7 @@ class TracedModel(Model):
 
     def _rows(self, k: int, slot: TraceSlot) -> tuple[int, ...]:
         """Rows of a condition that a slot has: 0 is the negative prompt's, where there is guidance."""
-        if not self.guided:
+        if not self.guided or (slot.name in self.trace.text_slots and len(slot.of) == 1):
             return (0,)
         if slot.of == (PROMPT, NEGATIVE):
             return (0, 1) if self._prompt_row(k) == 1 else (1, 0)
@@ -210,9 +274,8 @@ class TracedModel(Model):
 
     def _make_encoders(self) -> list[_Encoder]:
         """A graph for each tokenizer whose ids conditions follow."""
-        runs = self._traced.runs
-        program, tape = runs.base.programs[0], runs.base.tape
-        left = dict.fromkeys(self._conditions)
+        program, tape = self._whole.programs[0], self._whole.tape
+        left = {name: None for name in self._conditions if not self._is_negative(name)}
         births = {}
         for k, slot in self._slots():
             name = self._name(slot)
@@ -220,7 +283,7 @@ class TracedModel(Model):
                 births[name] = (program.births[k], self._prompt_row(k))
         encoders = []
         for at, event in enumerate(tape.items[: program.span[1]]):
-            if not (isinstance(event, Event) and event.kind == "tokenize" and _texts(event)):
+            if not (isinstance(event, Event) and event.kind == "tokenize" and _texts(event, self._text)):
                 continue
             encoder = self._encoder(at, event, {name: births[name] for name in left}, program.span[1])
             if encoder is not None:
@@ -233,22 +296,23 @@ class TracedModel(Model):
         return encoders
 
     def _encoder(self, at: int, event: Event, births: dict[str, tuple[Ref | None, int]], end: int) -> _Encoder | None:
-        tape, components = self._traced.runs.base.tape, self.pipeline.components
+        tape, components = self._whole.tape, self.pipeline.components
+        held = ("attention_mask",) if self.trace.text == "free" else ()
         inputs = {name: event.outs[name] for name in ("input_ids", "attention_mask") if name in event.outs}
         outputs = {}
         for name, (ref, _) in births.items():
             try:
-                TapeSlice(tape, (at + 1, end), inputs, {name: ref}, components)  # type: ignore[dict-item]
+                TapeSlice(tape, (at + 1, end), inputs, {name: ref}, components, held)  # type: ignore[dict-item]
                 outputs[name] = ref
             except UnsupportedError:
                 continue
         if not outputs:
             return None
-        module = TapeSlice(tape, (at + 1, end), inputs, outputs, components)  # type: ignore[arg-type]
+        module = TapeSlice(tape, (at + 1, end), inputs, outputs, components, held)  # type: ignore[arg-type]
         rows = {name: births[name][1] for name in outputs}
         tokens, ids = components[event.name], tape.value(event.outs["input_ids"])
         role = event.name.replace("tokenizer", "text_encoder")
-        text = next(text for text in _texts(event) if BASE in text)
+        text = _texts(event, self._text)[0]
         spec = EncoderSpec(
             tokenizer=f"{event.name}/tokenizer.json",
             length=ids.shape[1],
@@ -256,34 +320,42 @@ class TracedModel(Model):
             end_id=tokens.eos_token_id,
             graph=role,
             mask="attention_mask" in module.read,
-            template=text.replace(BASE, "{prompt}"),
+            template=text.replace(self._text, "{prompt}"),
         )
         spec = self._checked_ids(event.name, spec)
         return _Encoder(event.name, spec, _FirstRows(module, rows), tuple(outputs))  # type: ignore[arg-type]
 
     def _checked_ids(self, component: str, spec: EncoderSpec) -> EncoderSpec:
-        """The spec with the cleaning that gives the pipeline's own ids, for prompts of several lengths and kinds."""
+        """The spec with the cleaning, and the end of cut prompts, that give the pipeline's own ids, for prompts of
+        several lengths and kinds."""
         runs = self._traced.runs
         tapes = {BASE: runs.base.tape, LONGER: runs.others[PROMPT].tape, SHORTER: runs.check.tape, ODD: self._odd}
-        for clean in CLEANINGS:
-            tried = msgspec.structs.replace(spec, clean=clean)
-            if all(
-                self._has_ids(tape, component, self._ids(component, tried, text)[0]) for text, tape in tapes.items()
-            ):
+        if PROMPT in runs.longer:
+            tapes = {**tapes, LONGER: runs.longer[PROMPT].tape, SHORTER: self._short.tape, self._text: self._whole.tape}
+        ends = (spec.end_id, None) if runs.longer else (spec.end_id,)
+        for clean, end in itertools.product(CLEANINGS, ends):
+            tried = msgspec.structs.replace(spec, clean=clean, end_id=end)
+            if all(self._has_ids(tape, component, *self._ids(component, tried, text)) for text, tape in tapes.items()):
                 return tried
         raise UnsupportedError(f"{component}: the runtime would give other token ids; it cannot be built yet")
 
     @cached_property
+    def _short(self) -> Run:
+        """A run with shorter prompts, where their length matters."""
+        return self._traced.runs.shorter()
+
+    @cached_property
     def _odd(self) -> Tape:
-        """A prompt with capitals, white space and markup, up to the loop."""
+        """A prompt with capitals, white space, markup and damaged Unicode, up to the loop."""
         return record(self.pipeline, self._traced.arguments, last_step=0, prompt=ODD)[0]
 
     @staticmethod
-    def _has_ids(tape: Tape, component: str, ids: Tensor) -> bool:
-        """Whether a tokenizer gave these ids in a recording."""
+    def _has_ids(tape: Tape, component: str, ids: Tensor, mask: Tensor) -> bool:
+        """Whether a tokenizer gave these ids in a recording, with padding or without."""
         events = [e for e in tape.items if isinstance(e, Event) and e.kind == "tokenize" and e.name == component]
         found = [tape.value(event.outs["input_ids"]) for event in events if "input_ids" in event.outs]
-        return any(its.shape == ids.shape and bool((its == ids).all()) for its in found)
+        own = ids[:, : int(mask.sum())]
+        return any(torch.equal(its.cpu(), ids) or torch.equal(its.cpu(), own) for its in found)
 
     def _ids(self, component: str, spec: EncoderSpec, text: str) -> tuple[Tensor, Tensor]:
         """As `runtime.text.PromptTokenizer.ids`; int64 [1, length] each."""
@@ -310,11 +382,29 @@ class TracedModel(Model):
     def embed(  # type: ignore[override]  # `denoise.Conditions`
         self, prompts: Sequence[str], negative: str | Sequence[str] | None = None
     ) -> dict[str, Tensor]:
-        """Conditions by name, [R, …]; under guidance the negative prompts' rows first."""
-        negative = self.profile.sampling.negative_prompt if negative is None else negative
-        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-        rows = [self._embed(text) for text in ([*negatives, *prompts] if self.guided else prompts)]
-        return {name: torch.cat([row[name] for row in rows]) for name in self._conditions}
+        """Conditions by name, [R, …] or [b, …]; under guidance the negative prompts' rows first."""
+        negatives = self._negatives(negative, len(prompts)) if self.guided else []
+        rows = {text: self._embed(text) for text in dict.fromkeys((*negatives, *prompts))}
+        found = {}
+        for spec in self.conditions:
+            name, followed = spec.name, list(prompts)
+            if self._is_negative(name):
+                name, followed = name.removeprefix(NEGATIVE_NAME), negatives
+            texts = followed if spec.text_axes and spec.shape[0] == "batch" else [*negatives, *prompts]
+            parts = [rows[text][name] for text in texts]
+            if spec.text_axes:
+                length, *others = {self._length(name, text) for text in followed}
+                if others or length < 1:
+                    raise InputError(f"prompts of a batch must have one length, at least 1 token, got {length}")
+                parts = [part[:, :length] for part in parts]
+            found[spec.name] = torch.cat(parts)
+        return found
+
+    def _length(self, name: str, text: str) -> int:
+        """Tokens that a condition has for a prompt."""
+        encoder = next(encoder for encoder in self._encoders if name in encoder.outputs)
+        _, mask = self._ids(encoder.component, encoder.spec, text)
+        return self._conditions[name].shape[1] - int((mask == 0).sum())
 
     def _embed(self, text: str) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -433,17 +523,20 @@ class TracedModel(Model):
             UnsupportedError: they are not, or cannot; says which part.
         """
         runs = self._traced.runs
-        for prompt, negative, run in (
-            (BASE, BASE_NEGATIVE, runs.base),
-            (SHORTER, SHORTER_NEGATIVE, runs.check),
-        ):
+        requests = [(BASE, BASE_NEGATIVE, runs.base)]
+        if runs.longer:
+            requests.append((SHORTER, SHORTER_NEGATIVE, self._short))
+            requests += [(LONGER, BASE_NEGATIVE, run) for what, run in runs.longer.items() if what == PROMPT]
+        else:
+            requests.append((SHORTER, SHORTER_NEGATIVE, runs.check))
+        for prompt, negative, run in requests:
             own = self.embed([prompt], negative)
             for k, slot in self._slots():
                 if slot.role != "condition":
                     continue
                 name, wanted = self._name(slot), run.programs[0].values[k]
                 rows = own[name][list(self._rows(k, slot))]
-                if relative(rows.to(wanted.dtype).float(), wanted.float()) > TOLERANCE:
+                if rows.shape != wanted.shape or relative(rows.to(wanted.dtype).float(), wanted.float()) > TOLERANCE:
                     raise UnsupportedError(
                         f"{self.trace.pipeline} cannot be built yet: {name} is not reproduced from token ids"
                     )
@@ -465,9 +558,9 @@ class _FirstRows(nn.Module):
         return {name: value.long() if value.dtype == torch.bool else value for name, value in found.items()}
 
 
-def _texts(event: Event) -> list[str]:
-    """The texts of a tokenizer's call that have the base prompt in them."""
-    return [leaf for leaf in pytree.tree_leaves(event.inputs) if isinstance(leaf, str) and BASE in leaf]
+def _texts(event: Event, prompt: str) -> list[str]:
+    """The texts of a tokenizer's call that have the prompt in them."""
+    return [leaf for leaf in pytree.tree_leaves(event.inputs) if isinstance(leaf, str) and prompt in leaf]
 
 
 def _final(tape: Tape) -> Tensor:

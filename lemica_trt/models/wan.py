@@ -23,7 +23,7 @@ class Wan(Family):
     block_lists = ("blocks",)
     epilogue = "norm_out"
     text_mask = True
-    clean = "basic"
+    clean = "ftfy"
     vae_dtype = "fp32"
 
     def check(self, pipeline: Any, profile: Profile) -> None:

@@ -13,6 +13,7 @@ Knows plans and numbers only; `evaluate` runs plans.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import math
@@ -24,7 +25,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
+from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, install_command
 from lemica_trt.ir.budget import StepBudget
 from lemica_trt.ir.calibration import Calibration, ErrorGraph, TrajectoryGrams
 from lemica_trt.ir.plan import PlanRow, StepPlan, guidance_range
@@ -53,7 +54,7 @@ MISSING: dict[Need, tuple[str, str]] = {
     ),
     "solver": (
         "standard solvers, which take PyTorch, diffusers and a sampler whose noise levels are known",
-        "pip install 'lemica-trt[build]', or use another --method",
+        f"{install_command('build')}, or use another --method",
     ),
 }
 """Need → what is missing where a problem does not have it, and how to get it."""
@@ -82,6 +83,7 @@ class Problem:
         reference: the same sampler at M > N steps, where plans are to end where that ends; None: where the N steps end.
         model: profile name, which published schedules are listed under.
         fit: fits a solver to the model; None: there is no model to fit to.
+        fit_range: lowest and highest guidance scale of what `fit` fits to; None: `guidance_scale` alone.
         solver: sets a standard solver; None: there is no diffusers to take it from.
 
     Raises:
@@ -94,6 +96,7 @@ class Problem:
     reference: SamplerTable | None = None
     model: str = ""
     fit: Fit | None = None
+    fit_range: tuple[float, float] | None = None
     solver: SolverTable | None = None
 
     def __post_init__(self) -> None:
@@ -134,16 +137,22 @@ class Problem:
         assert self.calibration is not None and self.calibration.grams is not None
         return self.calibration.grams
 
-    def guidance_range(self) -> tuple[float, float] | None:
+    def guidance_range(self, *, fitted: bool = False) -> tuple[float, float] | None:
         """Guidance scales that plans made from the calibration hold for; None: any.
 
         A calibration that was carried over from another guidance scale holds where both do.
+
+        Args:
+            fitted: whether the plan's weights come from `fit`.
         """
+        if fitted and self.fit_range is not None:
+            return self.fit_range
         scales = [self.guidance_scale]
         if self.calibration is not None and self.calibration.graph.method == "retargeted":
             source = self.calibration.sensitivity
             scales += [] if source is None else [source.guidance_scale]
-        ranges = [found for found in map(guidance_range, scales) if found is not None]
+        found = (guidance_range(scale, fitted=fitted) for scale in scales)
+        ranges = [each for each in found if each is not None]
         return (max(low for low, _ in ranges), min(high for _, high in ranges)) if ranges else None
 
 
@@ -175,8 +184,8 @@ class Planner:
     def __call__(self, problem: Problem, budget: int) -> StepPlan:
         self.require_needs(problem)
         if budget == problem.table.num_steps:
-            return uncached_plan(problem.table, guidance_scale=problem.guidance_scale, name=f"b{budget}")
-        return _with_origin(self.make(problem, budget), problem, self.name, from_graph="error-graph" in self.needs)
+            return uncached_plan(problem.table, guidance_scale=problem.guidance_scale)
+        return _with_origin(self.make(problem, budget), problem, self.name, self.needs)
 
     def require_needs(self, problem: Problem) -> None:
         """Raise UsageError unless the problem has what the planner needs."""
@@ -192,26 +201,26 @@ def plan_given(problem: Problem, steps: Sequence[int]) -> StepPlan:
         steps: rising, of 0 … N − 1, the first 0.
 
     Raises:
-        InputError: they are something else.
+        UsageError: they are something else.
     """
     schedule = given(steps, problem.table.num_steps)
     if schedule.budget == schedule.num_steps:
-        return uncached_plan(problem.table, guidance_scale=problem.guidance_scale, name=f"b{schedule.budget}")
+        return uncached_plan(problem.table, guidance_scale=problem.guidance_scale)
     plan = plan_from_schedule(
         schedule, problem.table, name="given", guidance_scale=problem.guidance_scale, method="given"
     )
-    return _with_origin(plan, problem, "given", from_graph=False)
+    return _with_origin(plan, problem, "given", frozenset())
 
 
-def _with_origin(plan: StepPlan, problem: Problem, method: str, *, from_graph: bool) -> StepPlan:
+def _with_origin(plan: StepPlan, problem: Problem, method: str, needs: frozenset[Need]) -> StepPlan:
     """The plan with its name, and with what it was made from and for."""
     return msgspec.structs.replace(
         plan,
         name=f"b{plan.budget}",
         method=method,
         guidance_scale=problem.guidance_scale,
-        guidance_range=problem.guidance_range(),
-        error_graph_digest=problem.graph.digest if from_graph else None,
+        guidance_range=problem.guidance_range(fitted="fit" in needs),
+        error_graph_digest=problem.graph.digest if "error-graph" in needs else None,
         reference_steps=None if problem.reference is None else problem.reference.num_steps,
     )
 
@@ -241,7 +250,11 @@ def planners_named(methods: Sequence[str]) -> list[Planner]:
     names = [name for method in methods for name in groups.get(method, (method,))]
     for name in names:
         if name not in known:
-            raise UsageError(f"method: expected {' or '.join(GROUPS)} or one of {', '.join(known)}, got {name!r}")
+            near = difflib.get_close_matches(name, [*known, *GROUPS], n=2)
+            raise UsageError(
+                f"method: expected {' or '.join(GROUPS)} or one of {', '.join(known)}, got {name!r}",
+                fix=f"did you mean {' or '.join(near)}?" if near else "lemica-trt methods says what each does",
+            )
     return [known[name] for name in dict.fromkeys(names)]
 
 

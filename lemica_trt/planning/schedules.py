@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lemica_trt.core.errors import InfeasibleError, InputError
+from lemica_trt.core.errors import InfeasibleError, InputError, UsageError
 from lemica_trt.core.values import Value, read_value
 from lemica_trt.ir.resources import calibration_path
 from lemica_trt.ir.schedule import Schedule
@@ -28,16 +28,16 @@ def given(steps: Sequence[int], num_steps: int) -> Schedule:
     """The user's own list (`--schedule 0,1,2,5`).
 
     Raises:
-        InputError: empty, not beginning with 0, not rising, or out of 0 … N − 1; the message names the index.
+        UsageError: empty, not beginning with 0, not rising, or out of 0 … N − 1; the message names the index.
     """
     fix = f"give rising steps of 0 … {num_steps - 1}, the first 0"
     if len(steps) == 0 or steps[0] != 0:
-        raise InputError(f"schedule[0]: expected step 0, got {steps[0] if steps else 'nothing'}", fix=fix)
+        raise UsageError(f"schedule[0]: expected step 0, got {steps[0] if steps else 'nothing'}", fix=fix)
     for index, step in enumerate(steps):
         if not 0 <= step < num_steps:
-            raise InputError(f"schedule[{index}]: expected a step of 0 … {num_steps - 1}, got {step}", fix=fix)
+            raise UsageError(f"schedule[{index}]: expected a step of 0 … {num_steps - 1}, got {step}", fix=fix)
         if index > 0 and step <= steps[index - 1]:
-            raise InputError(
+            raise UsageError(
                 f"schedule[{index}]: expected a step after {steps[index - 1]}, the one before it, got {step}", fix=fix
             )
     return Schedule(num_steps=num_steps, full_steps=tuple(steps))
@@ -83,7 +83,7 @@ def published(model: str, budget: int) -> Schedule:
     entry = of_model[budget]
     try:
         return given(entry.full_steps, entry.num_steps)
-    except InputError as error:
+    except UsageError as error:
         raise InputError(
             f"published schedule of {model} with {budget} full steps: the list as published is unusable: {error.what}",
             fix="calibrate, or give the steps yourself",

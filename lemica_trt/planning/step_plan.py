@@ -8,12 +8,10 @@ import msgspec
 
 from lemica_trt.core.values import require
 from lemica_trt.ir.graphs import FULL, SKIP
+from lemica_trt.ir.plan import UNCACHED as UNCACHED
 from lemica_trt.ir.plan import PlanRow, StepPlan, trunk_reads
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
-
-UNCACHED = "uncached"
-"""Name, and method, of the plan that runs every step in full; every bundle has it: others are measured against it."""
 
 OutputWeights = Sequence[tuple[float, ...]]
 """For each step 0 … N − 1 the weight of the k-th last full step's output at index k; empty exactly at full steps."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -12,24 +12,34 @@ from rich.table import Table
 from rich.text import Text
 
 from lemica_trt.core.progress import count, duration, size
-from lemica_trt.ir.budget import FrontRow, format_seconds
+from lemica_trt.ir.budget import FrontRow, StepTimes, format_seconds
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import GraphSet
+from lemica_trt.ir.measured import MeasuredPlan, MeasuredPlans
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import PLAN, BudgetOutcome, BundleSummary, Check, Quality, StageEstimate, VerifyReport
 from lemica_trt.ir.timeline import guidance_text, timeline_text
 from lemica_trt.report.timeline import plan_table
+from lemica_trt.report.ways import BASELINES
 
-BASELINES = {"lemica": "LeMiCa", "uniform": "uniform", "fewer-steps": "fewer steps"}
-"""Method of a baseline → what a table calls it."""
+TIMELINE_WIDTH = 80
+"""Columns of a plan on one line, its name before it."""
 
 
 def table(*columns: str, title: str | None = None) -> Table:
     """An empty table in the house's style; a column whose name begins with `>` is flushed right."""
-    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
-    for column in columns:
-        made.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
+    made = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for number, column in enumerate(columns):
+        side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+        made.add_column(column.lstrip(">"), justify=side, overflow="fold", no_wrap=number == 0)  # names stay whole
     return made
 
 
@@ -54,14 +64,14 @@ def build_table(
         parts.append(quality_table(report, title=title))
         parts.append(agreement_text(report))
     for entry in bundle.engines:
-        parts.extend(_line(f"engine   {line}") for line in engine_lines(entry))
+        parts.append(labelled(("engine", text) for text in engine_lines(entry)))
     for backend, reason in (unverified or {}).items():
-        parts.append(_line(f"BUILT, NOT VERIFIED: {backend} ({reason})"))
+        parts.append(line(f"BUILT, NOT VERIFIED: {backend} ({reason})"))
     if unverified and report is None:
-        parts.append(_line(f"verify   lemica-trt verify {output}  (on a machine that runs these engines)"))
-    parts.append(_line(f"bundle   {output}"))
-    parts.extend(_line(f"picture  {output / path}  ({what})") for path, what in bundle.pictures.items())
-    parts.append(_line(f'try      lemica-trt run {output} "a prompt" --output clip.mp4'))
+        parts.append(line(f"verify   lemica-trt verify {output}  (on a machine that runs these engines)"))
+    parts.append(line(f"bundle   {output}"))
+    parts.extend(line(f"picture  {output / path}  ({what})") for path, what in bundle.pictures.items())
+    parts.append(line(f'try      lemica-trt run {output} "a prompt" --output clip.mp4'))
     return Group(*parts)
 
 
@@ -79,52 +89,50 @@ def engine_lines(entry: EngineEntry) -> Iterator[str]:
         yield f"{entry.key.backend} {role}: {', '.join(parts)}"
 
 
-def _line(text: str) -> Text:
+LABEL_WIDTH = 8
+"""Columns of the word that a line begins with."""
+
+
+def line(text: str) -> Text:
     """A line that is not wrapped: a path in it can be copied."""
     return Text(text, no_wrap=True, overflow="ignore")
 
 
 def quality_table(report: VerifyReport, *, title: str | None = None) -> Table:
     """Each plan's time and held-out quality, its baselines below it."""
-    made = table(
-        "plan",
-        ">full steps",
-        ">time",
-        ">speed-up",
-        ">full step",
-        ">skipped",
-        ">PSNR dB",
-        ">95 %",
-        ">5th pct.",
-        ">worst",
-        ">SSIM",
-        title=title,
-    )
+    made = table("plan", ">full", ">time", ">speed-up", ">PSNR dB", ">5th pct.", ">worst", ">SSIM", title=title)
     perceptual = any(row.lpips is not None for row in report.quality)
     if perceptual:
         made.add_column("LPIPS", justify="right")
     for timing in report.timing:
         rows = [row for row in report.quality if row.plan == timing.plan]
         speed = "" if timing.speedup is None else f"{timing.speedup:.2f}×"
-        skipped = "" if timing.skipped_step is None else duration(timing.skipped_step)
-        head = [timing.plan, str(timing.budget), duration(timing.total), speed, duration(timing.full_step), skipped]
+        head = [timing.plan, str(timing.budget), duration(timing.total), speed]
         plan = next((row for row in rows if row.method == PLAN), None)
-        made.add_row(*head, *_scores(plan, perceptual, report.samples), style="bold" if plan else "")
+        made.add_row(*head, *_scores(plan, perceptual), style="bold" if plan else "")
         for row in rows:
             if row.method != PLAN:
-                cells = [f"  {BASELINES[row.method]}", str(row.budget), "", "", "", ""]
-                made.add_row(*cells, *_scores(row, perceptual, report.samples), style="dim")
+                cells = [f"  {BASELINES[row.method]}", str(row.budget), "", ""]
+                made.add_row(*cells, *_scores(row, perceptual), style="dim")
     return made
 
 
-def _scores(row: Quality | None, perceptual: bool, samples: int) -> list[str]:
+def _scores(row: Quality | None, perceptual: bool) -> list[str]:
     if row is None:
-        return ["reference"]
-    margin = "" if row.psnr_margin is None else f"±{row.psnr_margin:.1f}"
-    if len(row.each_psnr) < samples:
-        margin = " ".join(filter(None, (margin, f"({count(len(row.each_psnr), 'clip')})")))
-    scores = [f"{row.psnr:.1f}", margin, f"{row.psnr_p5:.1f}", f"{row.psnr_worst:.1f}", f"{row.ssim:.4f}"]
+        return ["ref."]
+    margin = "" if row.psnr_margin is None else f" ±{row.psnr_margin:.1f}"
+    scores = [f"{row.psnr:.1f}{margin}", f"{row.psnr_p5:.1f}", f"{row.psnr_worst:.1f}", f"{row.ssim:.4f}"]
     return [*scores, "" if row.lpips is None else f"{row.lpips:.3f}"] if perceptual else scores
+
+
+def _clips(report: VerifyReport) -> str:
+    """How many clips the plans ran on."""
+    fewer: dict[int, list[str]] = {}
+    for row in report.quality:
+        if row.method == PLAN and len(row.each_psnr) < report.samples:
+            fewer.setdefault(len(row.each_psnr), []).append(row.plan)
+    beside = [f"{', '.join(plans)}: {count(clips, 'clip')}" for clips, plans in sorted(fewer.items())]
+    return count(report.samples, "held-out clip") + (f" ({'; '.join(beside)})" if beside else "")
 
 
 def _references(report: VerifyReport) -> str:
@@ -136,35 +144,52 @@ def _references(report: VerifyReport) -> str:
 
 
 def agreement_text(report: VerifyReport) -> RenderableType:
-    """How far runtime, PyTorch and diffusers agree, and what the loop costs beyond its steps; one line each."""
-    lines = [
-        f"quality  {report.samples} held-out clips against {_references(report)}; {report.backend}, {report.machine}"
-    ]
+    """How far runtime, PyTorch and diffusers agree, what steps take, and what the loop costs beyond them."""
+    notes = [("quality", f"{_clips(report)} against {_references(report)}, ± 95 %; {report.backend}, {report.machine}")]
     worst = max(report.graphs, key=lambda check: check.difference / max(check.scale, 1e-9), default=None)
     if worst is not None:
-        lines.append(
-            f"graphs   differ from PyTorch by at most {worst.difference:.1e} of {worst.scale:.3g} ({worst.role})"
-        )
+        found = f"{worst.difference:.1e} of {worst.scale:.3g} ({worst.role})"
+        notes.append(("graphs", f"differ from PyTorch by at most {found}"))
     for against in ("diffusers", "torch"):
         runs = [f"{run.plan} {run.difference:.1e}" for run in report.agreement if run.against == against]
         if runs:
-            lines.append(f"latents  largest difference from {against} after all steps: {', '.join(runs)}")
+            notes.append(("latents", f"largest difference from {against} after all steps: {', '.join(runs)}"))
+    if report.steps is not None:
+        notes.append(("steps", steps_text(report.steps)))
     costs = ", ".join(f"{timing.plan} {timing.overhead:+.1%} ({timing.ratio:.3f})" for timing in report.timing)
-    lines.append(f"loop     time beyond the steps' own (and over full steps alone): {costs}")
-    return Group(*map(_line, lines))
+    notes.append(("loop", f"time beyond the steps' own (and over full steps alone): {costs}"))
+    return labelled(notes)
+
+
+def steps_text(times: StepTimes) -> str:
+    """What steps take."""
+    skipped = "" if times.skipped is None else f", a skipped one {format_seconds(times.skipped)}"
+    return f"a full step takes {format_seconds(times.full)}{skipped}"
+
+
+def labelled(notes: Iterable[tuple[str, str]]) -> Table:
+    """Lines that begin with a word, and go on below it where they are long."""
+    made = Table.grid(padding=(0, 1, 0, 0))
+    made.add_column(min_width=LABEL_WIDTH, no_wrap=True)
+    made.add_column(overflow="fold")
+    for label, text in notes:
+        made.add_row(label, Text(text))
+    return made
 
 
 def with_outcomes(
     shown: RenderableType, outcomes: Sequence[BudgetOutcome], front: Sequence[FrontRow]
 ) -> RenderableType:
     """A table, and below it the front and what came of budgets in other units, where there are any."""
-    parts = [shown, *([front_table(front)] if front else []), *map(_line, map(outcome_text, outcomes))]
+    parts = [shown, *([front_table(front)] if front else [])]
+    if outcomes:
+        parts.append(labelled(("asked", outcome_text(outcome)) for outcome in outcomes))
     return Group(*parts) if len(parts) > 1 else shown
 
 
 def outcome_text(outcome: BudgetOutcome) -> str:
     """What was asked for, what was predicted, what was measured."""
-    parts = [f"asked    {outcome.asked}: plan {outcome.plan}, {outcome.full_steps} full steps"]
+    parts = [f"{outcome.asked}: plan {outcome.plan}, {outcome.full_steps} full steps"]
     for name, speed in (("predicted", outcome.predicted), ("measured", outcome.measured)):
         parts += [f"{name} {format_seconds(speed.seconds)}, {speed.speedup:.2f}×"] if speed is not None else []
     row = outcome.quality
@@ -210,18 +235,49 @@ def front_table(rows: Sequence[FrontRow]) -> Table:
     return made
 
 
-def plans_table(plans: Sequence[StepPlan], *, title: str | None = None) -> Table:
-    """Plans as timelines."""
-    made = table("plan", ">full steps", "method", "guidance", "timeline", title=title)
-    for plan in sorted(plans, key=lambda plan: -plan.budget):
-        made.add_row(
-            plan.name,
-            f"{plan.budget}/{plan.num_steps}",
-            plan.method,
-            guidance_text(plan),
-            timeline_text(plan, width=plan.num_steps),
-        )
-    return made
+def plans_table(
+    plans: Sequence[StepPlan], measured: MeasuredPlans | None = None, *, title: str | None = None
+) -> RenderableType:
+    """Plans with what is known of each, and as timelines.
+
+    Args:
+        measured: quality and times, on a bundle's engines; None: nothing is known.
+    """
+    ordered = sorted(plans, key=lambda plan: -plan.budget)
+    found = {plan.name: known for plan in ordered if measured is not None and (known := measured.of(plan)) is not None}
+    made = table("plan", ">full steps", *((">PSNR dB", ">time", ">speed-up") if found else ()), "method",
+                 "guidance", title=title)  # fmt: skip
+    for plan in ordered:
+        numbers = _measured_cells(found.get(plan.name)) if found else []
+        made.add_row(plan.name, f"{plan.budget}/{plan.num_steps}", *numbers, plan.method, guidance_text(plan))
+    width = max((len(plan.name) for plan in ordered), default=0)
+    lines = [
+        line(f"{plan.name:<{width}}  {timeline_text(plan, max(TIMELINE_WIDTH - width - 2, 20))}") for plan in ordered
+    ]
+    notes = []
+    if found:
+        several = {(known.backend, known.machine) for known in found.values()}
+        clips = sorted({len(known.psnr) for known in found.values() if known.psnr})
+        against = sorted({known.reference_steps or 0 for known in found.values() if known.psnr})
+        reference = " or ".join("the uncached run" if steps == 0 else f"{steps} steps" for steps in against)
+        held_out = f"held-out clips ({' or '.join(map(str, clips))}) against {reference}; " if clips else ""
+        notes = [Text(f"{held_out}{'; '.join(sorted(', '.join(each) for each in several))}", style="dim")]
+    return Group(made, *notes, *lines)
+
+
+def _measured_cells(known: MeasuredPlan | None) -> list[str]:
+    if known is None:
+        return ["–"] * 3
+    quality = "ref." if known.mean is None else f"{known.mean:.1f}"
+    return [quality, duration(known.seconds), "" if known.speedup is None else f"{known.speedup:.2f}×"]
+
+
+def with_unverified(shown: RenderableType, added: Sequence[str], target: Path) -> RenderableType:
+    """A table, and below it that plans were added which nobody has compared with PyTorch."""
+    if not added:
+        return shown
+    what = f"added    {', '.join(added)}; not compared with PyTorch: lemica-trt verify {target}"
+    return Group(shown, line(what))
 
 
 def graphs_table(graphs: GraphSet) -> Table:
@@ -321,7 +377,7 @@ def bundle_table(bundle: BundleSummary) -> RenderableType:
         ("built with", ", ".join(f"{name} {version}" for name, version in sorted(bundle.versions.items()))),
     ):
         facts.add_row(name, text)
-    return Group(facts, plans_table(bundle.plans))
+    return Group(facts, plans_table(bundle.plans, bundle.measured))
 
 
 def inspected_table(value: BundleSummary | StepPlan | ErrorGraph) -> RenderableType:

@@ -7,6 +7,7 @@
     single_graph  one graph, run once
     pipeline      prompt → frames: all of the above, for a bundle
     video         frames → .mp4, .gif, .png, .npy
+    validation    values of a request, checked: what all servers share
 
 Importing any of them imports numpy and msgspec, nothing heavier; vendors' packages load when an engine does.
 """

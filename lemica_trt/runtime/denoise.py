@@ -2,9 +2,10 @@
 
 Earlier latents, outputs and residuals live in rings of buffers; a row reads the slots before its own and writes its
 own, so that nothing is ever moved: only which buffer is bound to which name rotates. All of that is known before the
-first request. It is prepared once for each plan and batch size (`_Program`): buffers, coefficients on the device, one
-bound `Call` a row. A request uploads noise, prompt embeddings and guidance, runs the calls, downloads the result. Rows
-between which the host has nothing to do are one call: a whole plan, unless somebody listens or fresh noise is drawn.
+first request. It is prepared once for each plan, batch size and length of texts (`_Program`): buffers, coefficients on
+the device, one bound `Call` a row. A request uploads noise, prompt embeddings and guidance, runs the calls, downloads
+the result. Rows between which the host has nothing to do are one call: a whole plan, unless somebody listens or fresh
+noise is drawn.
 
 Positions before the first row – x_{−2}, m_{−1}, a residual of a full row that has not been – are bound to buffers of
 zeros, so that a request never sees what an earlier one left.
@@ -27,7 +28,10 @@ from lemica_trt.ir.graphs import COMBINE, TERM, GraphSet, Role, TensorDType, Ten
 from lemica_trt.ir.plan import StepPlan, check_plan, coefficient_vector
 
 PREPARED_PROGRAMS = 16
-"""How many (plan, batch) pairs stay prepared; the one used longest ago goes first."""
+"""How many (plan, batch, lengths of texts) stay prepared; the one used longest ago goes first."""
+
+
+_Shape = tuple[int, ...]
 
 
 class Cancelled(Exception):
@@ -83,19 +87,20 @@ class _Buffers:
     caches: dict[str, _Ring]
     zeros: Buffer
     noise: Buffer | None
-    conditions: dict[str, Buffer]
 
 
 @dataclass(frozen=True)
 class _Program:
-    """A plan bound to buffers of one batch size.
+    """A plan bound to buffers of one batch size and length of texts.
 
     Attributes:
+        conditions: by name.
         rows: index of each row, and its call.
         spans: index of the first row of each span of rows that run without the host, and its call.
     """
 
     buffers: _Buffers
+    conditions: dict[str, Buffer]
     rows: tuple[tuple[int, Call], ...]
     spans: tuple[tuple[int, Call], ...]
     guidance: dict[tuple[float, float], Buffer]
@@ -121,7 +126,8 @@ class Denoiser:
         self._lock = threading.RLock()
         self._running = False
         self._buffers: dict[int, _Buffers] = {}
-        self._programs: OrderedDict[tuple[StepPlan, int], _Program] = OrderedDict()
+        self._programs: OrderedDict[tuple[StepPlan, tuple[_Shape, ...]], _Program] = OrderedDict()
+        self._conditions: dict[tuple[_Shape, ...], dict[str, Buffer]] = {}
 
     def run(
         self,
@@ -203,14 +209,10 @@ class Denoiser:
             raise UsageError(f"guidance must be {'given' if layout.guided else 'absent'}: see the bundle's layout")
         if plan.stochastic and draw is None:
             raise UsageError(f"plan {plan.name} draws noise at its steps, but got no source of it")
-        program = self._program(plan, batch)
+        program = self._program(plan, batch, self._shapes(conditions, batch))
         buffers = program.buffers
         self._upload("noise", noise, buffers.latents[-1])
-        if set(conditions) != set(buffers.conditions):
-            raise InputError(
-                f"conditions must be {', '.join(sorted(buffers.conditions))}, got {', '.join(sorted(conditions))}"
-            )
-        for name, buffer in buffers.conditions.items():
+        for name, buffer in program.conditions.items():
             self._upload(name, conditions[name], buffer)
         if guidance is not None:
             for (offset, factor), buffer in program.guidance.items():
@@ -240,28 +242,56 @@ class Denoiser:
             )
         self._backend.upload(data, buffer)
 
-    def _program(self, plan: StepPlan, batch: int) -> _Program:
-        key = (plan, batch)
+    def _shapes(self, conditions: Mapping[str, Array], batch: int) -> tuple[_Shape, ...]:
+        """The shape of each of the layout's conditions, in order; of text axes as they are given.
+
+        Raises:
+            InputError: others are given, or a text is longer than the graphs take, or of several lengths.
+        """
+        layout = self._graphs.layout
+        names = [spec.name for spec in layout.conditions]
+        if set(conditions) != set(names):
+            raise InputError(f"conditions must be {', '.join(sorted(names))}, got {', '.join(sorted(conditions))}")
+        lengths: dict[str, int] = {}
+        shapes = []
+        for spec in layout.conditions:
+            expected = list(spec.at(batch))
+            for axis, dim in enumerate(spec.shape):
+                if dim in spec.text_axes and conditions[spec.name].ndim == len(expected):
+                    size = conditions[spec.name].shape[axis]
+                    if not 1 <= size <= expected[axis] or lengths.setdefault(str(dim), size) != size:
+                        raise InputError(
+                            f"{spec.name} must have one length of 1 … {expected[axis]} tokens, as others have that "
+                            f"follow the same text, got {size}"
+                        )
+                    expected[axis] = size
+            shapes.append(tuple(expected))
+        return (batch, *layout.latent_shape), *shapes
+
+    def _program(self, plan: StepPlan, batch: int, shapes: tuple[_Shape, ...]) -> _Program:
+        key = (plan, shapes)
         if key not in self._programs:
-            self._programs[key] = self._prepare(plan, batch)
+            self._programs[key] = self._prepare(plan, batch, shapes)
             if len(self._programs) > PREPARED_PROGRAMS:
                 self._backend.synchronize()  # it may be running
                 self._programs.popitem(last=False)
+                kept = {of for _, of in self._programs}
+                self._conditions = {of: buffers for of, buffers in self._conditions.items() if of in kept}
         self._programs.move_to_end(key)
         return self._programs[key]
 
-    def _prepare(self, plan: StepPlan, batch: int) -> _Program:
+    def _prepare(self, plan: StepPlan, batch: int, shapes: tuple[_Shape, ...]) -> _Program:
         """Allocate what is missing, upload the coefficients, bind every row."""
         check_plan(plan, self._graphs)
         layout = self._graphs.layout
-        buffers = self._allocate(batch)
+        buffers, conditions = self._allocate(batch), self._allocate_conditions(shapes)
         guidance: dict[tuple[float, float], Buffer] = {}
         calls = []
         written = dict.fromkeys(buffers.caches, 0)  # rows before this one that wrote each cache slot
         for i, row in enumerate(plan.rows):
             role = row.variant or COMBINE
             graph = self._graphs.graph(role)
-            tensors = {**buffers.conditions, "coefficients": self._constant(coefficient_vector(row, layout))}
+            tensors = {**conditions, "coefficients": self._constant(coefficient_vector(row, layout))}
             tensors.update({f"latents_{j}": buffers.latents[i - 1 - j] for j in range(layout.latent_history)})
             tensors.update({f"outputs_{k}": buffers.outputs[i - 1 - k] for k in range(layout.output_history)})
             tensors.update({"latents": buffers.latents[i], "output": buffers.outputs[i]})
@@ -292,7 +322,17 @@ class Denoiser:
                 written[name] += 1
         starts = [i for i, row in enumerate(plan.rows) if i == 0 or row.draws or row.noise]
         spans = [(start, self._backend.join(calls[start:end])) for start, end in zip(starts, [*starts[1:], None])]
-        return _Program(buffers, tuple(enumerate(calls)), tuple(spans), guidance, buffers.latents[len(plan.rows) - 1])
+        result = buffers.latents[len(plan.rows) - 1]
+        return _Program(buffers, conditions, tuple(enumerate(calls)), tuple(spans), guidance, result)
+
+    def _allocate_conditions(self, shapes: tuple[_Shape, ...]) -> dict[str, Buffer]:
+        """Buffers that all plans share which run on conditions of these shapes."""
+        if shapes not in self._conditions:
+            self._conditions[shapes] = {
+                spec.name: self._backend.empty(shape, spec.dtype)
+                for spec, shape in zip(self._graphs.layout.conditions, shapes[1:])
+            }
+        return self._conditions[shapes]
 
     def _allocate(self, batch: int) -> _Buffers:
         if batch not in self._buffers:
@@ -317,10 +357,6 @@ class Denoiser:
                 caches=caches,
                 zeros=zeros,
                 noise=self._backend.empty(shape, "fp32") if layout.stochastic else None,
-                conditions={
-                    tensor.name: self._backend.empty((samples, *_static(tensor)), tensor.dtype)
-                    for tensor in layout.conditions
-                },
             )
         return self._buffers[batch]
 

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -25,9 +25,10 @@ from lemica_trt.backends.base import Array, Buffer, Capture, Engine, Settings, o
 from lemica_trt.bundle.contents import read_if_listed
 from lemica_trt.bundle.manifest import PROMPTS_FILE
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.signing import trusted_keys
 from lemica_trt.core.errors import EngineError, InputError, UsageError
 from lemica_trt.ir.engine import EngineEntry
-from lemica_trt.ir.graphs import Role
+from lemica_trt.ir.graphs import NEGATIVE, Role
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.prompts import PromptFacts
 from lemica_trt.runtime.denoise import Denoiser, OnStep, RowDone
@@ -38,6 +39,28 @@ from lemica_trt.runtime.text import PromptTokenizer
 
 LOGGER = logging.getLogger("lemica_trt")
 """Told of prompts that are cut, or far from those of the calibration."""
+
+
+_ARGUMENTS = ("guidance_scale", "negative_prompt", "plan", "on_step")
+
+DIFFUSERS = {
+    "num_inference_steps": "the steps are part of a plan: plan=NAME, one of pipe.bundle.plans",
+    "timesteps": "the steps are part of a plan: plan=NAME, one of pipe.bundle.plans",
+    "sigmas": "the steps are part of a plan: plan=NAME, one of pipe.bundle.plans",
+    "generator": "seed=NUMBER: the noise of torch.Generator('cpu').manual_seed(NUMBER)",
+    "num_frames": "a bundle has one shape: build another one with frames=, height=, width=",
+    "height": "a bundle has one shape: build another one with frames=, height=, width=",
+    "width": "a bundle has one shape: build another one with frames=, height=, width=",
+    "num_videos_per_prompt": "give a list of prompts, and a list of seeds",
+    "num_images_per_prompt": "give a list of prompts, and a list of seeds",
+    "output_type": "leave it out: .frames is uint8 [F, H, W, 3], .latents is what output_type='latent' gives",
+    "return_dict": "leave it out: the result has .frames, .latents and .seconds",
+    "latents": "pipe.latents(conditions, noise) denoises given noise",
+    "prompt_embeds": "pipe.latents(conditions, noise) takes conditions, as pipe.encode(prompt) gives them",
+    "callback_on_step_end": "on_step=FUNCTION, which is called with a RowDone",
+    "true_cfg_scale": "guidance_scale=NUMBER",
+}
+"""Arguments of diffusers' pipelines → what to write here."""
 
 
 class Pipeline:
@@ -166,11 +189,17 @@ class Pipeline:
         negative_prompt: str | None = None,
         plan: str | None = None,
         on_step: OnStep | None = None,
+        **others: object,
     ) -> Generation | list[Generation]:
         """Generate one clip, or one for each prompt of a list (all with one seed, or a list of seeds).
 
-        Args and raises: see `GenerationRequest` and `run`.
+        Args and raises: see `GenerationRequest` and `run`; arguments of diffusers that are called otherwise here are
+        answered with what to write (UsageError).
         """
+        if others:
+            name = next(iter(others))
+            hint = DIFFUSERS.get(name, f"arguments are prompt, seed, {', '.join(_ARGUMENTS)}")
+            raise UsageError(f"expected no argument {name!r}", fix=hint)
         if not isinstance(prompt, (str, list, tuple)):
             raise InputError(f"a prompt must be a string, or a list of strings, got {type(prompt).__name__}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -242,7 +271,12 @@ class Pipeline:
             UsageError: the bundle has no text encoder.
             InputError: the prompt is not text.
         """
-        conditions = {}
+        return self._encode(prompt)[0]
+
+    def _encode(self, prompt: str) -> tuple[dict[str, Array], dict[str, int]]:
+        """What `encode` gives, and how many of the encoder's positions no token of the prompt is at, by condition."""
+        conditions: dict[str, Array] = {}
+        unused: dict[str, int] = {}
         for tokenizer in self._encoders:
             ids, mask = tokenizer.ids(prompt)
             inputs = {"input_ids": ids[None], "attention_mask": mask[None]}
@@ -250,7 +284,47 @@ class Pipeline:
                 del inputs["attention_mask"]
             found = self.run_graph(tokenizer.spec.graph, inputs)
             conditions.update({name: array[0] for name, array in found.items()})
-        return conditions
+            unused.update(dict.fromkeys(found, int((mask == 0).sum())))
+        return conditions, unused
+
+    def conditions(self, prompts: Sequence[str], negatives: Sequence[str] = ()) -> dict[str, Array]:
+        """What the DiT is given for some requests: the layout's conditions.
+
+        Args:
+            prompts: b of them.
+            negatives: as many under guidance, else none.
+
+        Returns:
+            By name, [R, …] or [b, …]. A text axis is as long as the prompt, the template around it left out.
+
+        Raises:
+            UsageError: the bundle has no text encoder.
+            InputError: a prompt is not text, or has no tokens; or texts of one batch have other lengths.
+        """
+        encoded = {text: self._encode(text) for text in dict.fromkeys((*negatives, *prompts))}
+        result = {}
+        for spec in self.bundle.manifest.graphs.layout.conditions:
+            name, texts = spec.name, [*negatives, *prompts]
+            followed = list(prompts)
+            if spec.text_axes and name not in encoded[texts[0]][0]:
+                name, texts, followed = name.removeprefix(NEGATIVE), list(negatives), list(negatives)
+            elif spec.text_axes and spec.shape[0] == "batch":
+                texts = followed
+            if any(name not in encoded[text][0] for text in texts):
+                raise InputError(f"no text encoder of the bundle gives the condition {spec.name}", fix="rebuild it")
+            rows = [encoded[text][0][name] for text in texts]
+            if spec.text_axes:
+                rows = [row[: self._length(name, followed, encoded)] for row in rows]
+            result[spec.name] = np.stack(rows)
+        return result
+
+    def _length(self, name: str, texts: Sequence[str], encoded: Mapping[str, Any]) -> int:
+        """Tokens of a condition that texts have, all the same."""
+        lengths = {len(conditions[name]) - unused[name] for conditions, unused in (encoded[text] for text in texts)}
+        length, *others = lengths
+        if others or length < 1:
+            raise InputError(f"prompts of a batch must have one length, at least 1 token, got {sorted(lengths)}")
+        return int(length)
 
     def latents(
         self,
@@ -295,21 +369,19 @@ class Pipeline:
         """
         return cast(Array, self.run_graph("vae_decoder", {"latents": latents[None]})["frames"][0])
 
-    def conditions(self, prompt: str, negative_prompt: str | None = None) -> dict[str, Array]:
-        """The conditions of one request, as `latents` takes them: name → array [R, …].
+    def conditions_of(self, prompt: str, negative_prompt: str | None = None) -> dict[str, Array]:
+        """The conditions of one request, as `latents` takes them.
 
         Args:
             negative_prompt: None: the profile's. Guided bundles only.
 
         Raises:
-            as `encode`.
+            as `conditions`.
         """
-        prompts = [prompt]
-        if self.bundle.manifest.graphs.layout.guided:
-            default = self.bundle.manifest.profile.sampling.negative_prompt
-            prompts.insert(0, default if negative_prompt is None else negative_prompt)
-        encoded = [self.encode(text) for text in prompts]
-        return {name: np.stack([each[name] for each in encoded]) for name in encoded[0]}
+        if not self.bundle.manifest.graphs.layout.guided:
+            return self.conditions([prompt])
+        default = self.bundle.manifest.profile.sampling.negative_prompt
+        return self.conditions([prompt], [default if negative_prompt is None else negative_prompt])
 
     def run_graph(
         self, role: Role, inputs: Mapping[str, Array | Buffer], *, keep: Collection[str] = ()
@@ -333,16 +405,14 @@ class Pipeline:
     ) -> list[Generation]:
         """Requests without None, at most max_batch."""
         start = perf_counter()
-        encoded_prompts = [self.encode(request.prompt) for request in requests]
-        scales = None
+        scales, negatives = None, list[str]()
         if self.bundle.manifest.graphs.layout.guided:
-            negative = {text: self.encode(text) for text in {str(request.negative_prompt) for request in requests}}
-            encoded_prompts = [negative[str(request.negative_prompt)] for request in requests] + encoded_prompts
+            negatives = [str(request.negative_prompt) for request in requests]
             scales = np.array([request.guidance_scale for request in requests], np.float64)
+        conditions = self.conditions([request.prompt for request in requests], negatives)
         encoded = perf_counter()
         generators = [Generator(request.seed) for request in requests]
         noise = np.stack([self._noise(generator) for generator in generators])
-        conditions = {name: np.stack([each[name] for each in encoded_prompts]) for name in encoded_prompts[0]}
         latents = self._denoise(plan, conditions, noise, scales, generators, on_step)
         denoised = perf_counter()
         results = []
@@ -375,7 +445,7 @@ class Pipeline:
             for each in guidance.tolist():
                 plan.require_guidance(each)
         elif guidance_scale is not None:
-            raise UsageError(_UNGUIDED)
+            raise UsageError(_UNGUIDED, fix="leave them out, or build with --guidance-scale")
 
         def draw() -> Array:
             return np.stack([self._noise(generator) for generator in generators])
@@ -411,7 +481,7 @@ class Pipeline:
         self._warn(request.prompt)
         if not self.bundle.manifest.graphs.layout.guided:
             if request.guidance_scale is not None or request.negative_prompt is not None:
-                raise UsageError(_UNGUIDED)
+                raise UsageError(_UNGUIDED, fix="leave them out, or build with --guidance-scale")
             return request
         scale = plan.guidance_scale if request.guidance_scale is None else request.guidance_scale
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
@@ -446,16 +516,25 @@ def _offset(on_step: OnStep, chunk: int, chunks: int) -> OnStep:
     return count
 
 
-def load(path: str | os.PathLike[str], plan: str | None = None, **options: Any) -> Pipeline:
+def load(
+    path: str | os.PathLike[str],
+    plan: str | None = None,
+    *,
+    verify_with: Iterable[str | os.PathLike[str]] | None = None,
+    **options: Any,
+) -> Pipeline:
     """Open a bundle and load its engines: `lemica_trt.load("out/tiny")("a big red circle moves left")`.
 
     Args:
         path: the bundle's folder.
         plan: the plan of requests that name none; None: the bundle's default.
+        verify_with: PEM files of public keys, one of which must have signed the bundle; None: those that the
+            environment names (`LEMICA_TRUSTED_KEYS`), if it does.
         options: as `Pipeline` takes them.
 
     Raises:
-        IntegrityError: no bundle, or a damaged one.
+        IntegrityError: no bundle, a damaged one, or one that none of the keys signed.
         LemicaError: as `Pipeline`.
     """
-    return Pipeline(Bundle.open(path), plan=plan, **options)
+    trusted = None if verify_with is None else trusted_keys(verify_with)
+    return Pipeline(Bundle.open(path, trusted=trusted), plan=plan, **options)

@@ -38,7 +38,7 @@ class Generator:
         except TypeError:
             number = -1
         if not 0 <= number < 1 << 63:
-            raise UsageError(f"a seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
+            raise UsageError(f"a seed must be an integer from 0 to 2^63 - 1, got {seed!r}", fix="for example 0")
         self._bits = np.random.RandomState(number & 0xFFFFFFFF)
 
     def randn(self, shape: tuple[int, ...]) -> Floats:

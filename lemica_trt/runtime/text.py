@@ -38,7 +38,7 @@ def require_prompt(prompt: object, name: str = "a prompt") -> str:
     except UnicodeEncodeError as error:
         raise InputError(f"{name} must be Unicode text, got: {error.reason}") from None
     if size > MAX_PROMPT_BYTES:
-        raise InputError(f"{name} must be text of at most {MAX_PROMPT_BYTES} bytes; got {size} bytes")
+        raise InputError(f"{name} must be text of at most {MAX_PROMPT_BYTES} bytes; got {size} bytes", fix="shorten it")
     return prompt
 
 
@@ -85,12 +85,15 @@ class PromptTokenizer:
 
     Raises:
         InputError: the content is not a tokenizer.
+        MissingDependencyError: what cleans prompts is not installed.
     """
 
     def __init__(self, spec: EncoderSpec, tokenizer: bytes) -> None:
         from tokenizers import Tokenizer
 
         self.spec = spec
+        self._clean = CLEANINGS[spec.clean]
+        self._clean("")
         try:
             self._tokenizer = Tokenizer.from_str(checked_tokenizer(tokenizer))
         except (KeyboardInterrupt, SystemExit):
@@ -137,7 +140,7 @@ class PromptTokenizer:
 
     def _encoded(self, prompt: str) -> Any:
         require_prompt(prompt)
-        text = self.spec.template.replace(PROMPT, CLEANINGS[self.spec.clean](prompt))
+        text = self.spec.template.replace(PROMPT, self._clean(prompt))
         try:
             return self._tokenizer.encode(text)
         except (KeyboardInterrupt, SystemExit):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
+from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError, install_command
 
 Frames = npt.NDArray[np.uint8]
 
@@ -22,7 +23,16 @@ H264_RATE_FACTOR = 17
 """H.264's CRF: 0 is lossless, 23 the encoder's default; 17 looks lossless."""
 
 
-def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int) -> None:
+SMALL, ENLARGED = 128, 4
+"""Clips up to so many pixels wide and high are enlarged by this, where nobody says otherwise: players blur them."""
+
+
+def default_scale(frames: Frames, path: str | os.PathLike[str]) -> int:
+    """By what factor `lemica-trt run` enlarges a clip [F, H, W, 3] where it is told none; arrays are never enlarged."""
+    return ENLARGED if max(frames.shape[1:3]) <= SMALL and Path(path).suffix.lower() != ".npy" else 1
+
+
+def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int, scale: int = 1) -> None:
     """Write frames; the suffix of `path` is the format.
 
     Args:
@@ -30,6 +40,7 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int) -> No
         path: `.mp4`: H.264, yuv420p, an odd last line or column doubled; `.gif`: endless loop; `.png`: one row of all
             frames; `.npy`: the array.
         fps: frames a second.
+        scale: whole factor by which frames are enlarged, every pixel a square.
 
     Raises:
         UsageError: unknown suffix.
@@ -40,6 +51,7 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int) -> No
     check_suffix(target)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise InputError(f"frames must be uint8 [F, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +64,27 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: int) -> No
         raise InputError(f"{path}: expected a file that can be written, got: {error.strerror or error}") from None
 
 
-def check_suffix(path: str | os.PathLike[str]) -> None:
+def encoded(frames: Frames, suffix: str, *, fps: int) -> bytes:
+    """The content of the file that `write_video` writes.
+
+    Args:
+        suffix: `.mp4`, `.gif`, `.png` or `.npy`.
+
+    Raises:
+        as `write_video`.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # FFmpeg moves an MP4's index to its front: in a file
+        path = Path(folder) / f"clip{suffix}"
+        write_video(frames, path, fps=fps)
+        return path.read_bytes()
+
+
+def check_suffix(path: str | os.PathLike[str], *, made_here: bool = True) -> None:
     """Refuse what `write_video` would refuse for its suffix; for asking before the work is done.
+
+    Args:
+        path: of the file.
+        made_here: False: a server makes `.mp4`.
 
     Raises:
         UsageError: unknown suffix.
@@ -64,7 +95,7 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
         raise UsageError(
             f"cannot write {suffix or 'a file without a suffix'!r}", fix=f"use one of: {', '.join(_WRITERS)}"
         )
-    if suffix == ".mp4":
+    if suffix == ".mp4" and made_here:
         _import_av()
 
 
@@ -72,7 +103,7 @@ def _import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise MissingDependencyError(f".mp4 needs PyAV, got: {error}", fix="pip install 'lemica-trt[video]'") from None
+        raise MissingDependencyError(f".mp4 needs PyAV, got: {error}", fix=install_command("video")) from None
     return av
 
 

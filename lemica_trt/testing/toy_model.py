@@ -80,7 +80,7 @@ class ToyModel(Model):
 
     revision = "toy"
 
-    def __init__(self, guidance_scale: float = 3.0) -> None:
+    def __init__(self, guidance_scale: float = 3.0, guidance_range: tuple[float, float] | None = None) -> None:
         torch.manual_seed(0)
         profile = Profile(
             name="toy",
@@ -89,7 +89,7 @@ class ToyModel(Model):
             dtype="fp32",
             text_length=2,
             shape=Shape(frames=1, height=8, width=8),
-            sampling=Sampling(guidance_scale=guidance_scale),
+            sampling=Sampling(guidance_scale=guidance_scale, guidance_range=guidance_range),
         )
         pipeline = SimpleNamespace(transformer=ToyTransformer().eval(), device=torch.device("cpu"))
         super().__init__(profile, ToyFamily(), pipeline, Path())

@@ -9,18 +9,19 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lemica_trt import __version__
 from lemica_trt.bundle.manifest import Manifest
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.core.errors import LemicaError, MissingDependencyError, UsageError, VerificationError
+from lemica_trt.bundle.signing import TrustedKey
+from lemica_trt.core.errors import LemicaError, MissingDependencyError, UsageError, VerificationError, install_command
 from lemica_trt.core.values import Value
 from lemica_trt.triton.config import BUNDLE, parameter_names
-from lemica_trt.triton.interface import CACHED, STREAMS, Interface, Port, interfaces
-from lemica_trt.triton.repository import START_SCRIPT, model_file, start_script
+from lemica_trt.triton.interface import STREAMS, Interface, Port, interfaces
+from lemica_trt.triton.repository import START_SCRIPT, model_file, shipped
 
 Parser = Callable[[str], dict[str, Any]]
 
@@ -38,8 +39,14 @@ class LintIssue(Value, frozen=True):
     note: bool = False
 
 
-def check_repository(target: str | os.PathLike[str]) -> tuple[LintIssue, ...]:
+def check_repository(
+    target: str | os.PathLike[str], trusted: Sequence[TrustedKey] | None = None
+) -> tuple[LintIssue, ...]:
     """Everything that is wrong with a repository; empty: nothing.
+
+    Args:
+        target: the repository.
+        trusted: keys, as `Bundle.open` takes them.
 
     Raises:
         UsageError: `target` is not a repository of lemica-trt.
@@ -53,20 +60,20 @@ def check_repository(target: str | os.PathLike[str]) -> tuple[LintIssue, ...]:
         )
     parse = _parser()
     try:
-        bundle = Bundle.open(folder / BUNDLE)
+        bundle = Bundle.open(folder / BUNDLE, trusted=trusted)
         bundle.check()
     except LemicaError as error:
         return (LintIssue(path=BUNDLE, message=str(error)),)
     return tuple(_issues_in(folder, bundle, parse))
 
 
-def require_sound(target: str | os.PathLike[str]) -> tuple[LintIssue, ...]:
+def require_sound(target: str | os.PathLike[str], trusted: Sequence[TrustedKey] | None = None) -> tuple[LintIssue, ...]:
     """`check_repository`, and its notes.
 
     Raises:
         VerificationError: something is wrong; the first issue is in the message, with how many there are.
     """
-    issues = check_repository(target)
+    issues = check_repository(target, trusted)
     wrong = [issue for issue in issues if not issue.note]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -124,7 +131,7 @@ def _issues_in_start_script(script: Path) -> Iterator[LintIssue]:
         text = script.read_bytes()
     except OSError:
         text = b""
-    if text == start_script():
+    if text == shipped(START_SCRIPT):
         return
     closed = [flag for flag in _CLOSING_FLAGS if re.search(rb"^[^#]*" + flag.encode(), text, re.MULTILINE)]
     for flag in _CLOSING_FLAGS:
@@ -151,8 +158,8 @@ def _wrong_identity(config: Mapping[str, Any], text: str, model: str, manifest: 
         yield f"max_batch_size: expected 1 … {most}, got {config['max_batch_size']}"
     if config["decoupled"] != (model in STREAMS):
         yield f"model_transaction_policy: expected decoupled {model in STREAMS}, got {config['decoupled']}"
-    if config["response_cache"] and model not in CACHED:
-        yield "response_cache: answers of this model depend on parameters, which are not part of the cache's key"
+    if config["response_cache"]:
+        yield "response_cache: parameters are not part of its key, so that it answers whatever they are"
 
 
 def _wrong_tensors(config: Mapping[str, Any], expected: Interface) -> Iterator[str]:
@@ -192,6 +199,8 @@ def _wrong_parameters(config: Mapping[str, Any], model: str, bundle: Bundle, fol
         yield f"parameter backend: the bundle has no engines for {backend!r}"
     if "threads" in parameters and not parameters["threads"].isdecimal():
         yield f"parameter threads: expected a number, got {parameters['threads']!r}"
+    if parameters["require_signature"] not in ("yes", "no"):
+        yield f"parameter require_signature: expected yes or no, got {parameters['require_signature']!r}"
     if parameters.get("batching", "exact") not in ("exact", "off"):
         yield f"parameter batching: expected exact or off, got {parameters['batching']!r}"
 
@@ -208,7 +217,7 @@ def _parser() -> Parser:
         text_format = importlib.import_module("google.protobuf.text_format")
     except ImportError as error:
         raise MissingDependencyError(
-            f"checking needs tritonclient, got: {error}", fix="pip install 'lemica-trt[client]'"
+            f"checking needs tritonclient, got: {error}", fix=install_command("client")
         ) from None
 
     def parse(text: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError
+from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError, UsageError, install_command
 
 MODEL = "pipeline_stream"
 
@@ -33,7 +33,7 @@ def generate(
     """Generate one clip.
 
     Args:
-        url: host:port of the server's gRPC endpoint.
+        url: host:port of the server's gRPC endpoint, or `grpc://host:port`; `grpcs://` with TLS.
         prompt: any text.
         parameters: `plan`, `steps`, `seed`, `guidance_scale`, `negative_prompt`; what is left out is the bundle's.
         mp4: the clip as the bytes of an MP4 file.
@@ -46,6 +46,7 @@ def generate(
 
     Raises:
         MissingDependencyError: tritonclient is not installed, or no server is at `url`.
+        UsageError: `url` is something else.
         InputError: the server says that the request is not what it must be; the message says what is allowed.
         EngineError: the server failed, is full, or the time-out passed.
     """
@@ -70,6 +71,31 @@ def generate(
         client.close()
 
 
+def served_digest(url: str) -> str:
+    """The digest of the bundle that a server serves, as its configuration says.
+
+    Raises:
+        MissingDependencyError: as `generate`.
+        EngineError: it serves no bundle.
+    """
+    grpc, failure = _tritonclient()
+    client = _connect(url, grpc, failure)
+    try:
+        found = client.get_model_config(MODEL, as_json=True)["config"]["parameters"]["manifest"]["string_value"]
+    except failure as error:
+        raise _error(error, url) from None
+    except KeyError:
+        raise EngineError(f"the server at {url}: expected a {MODEL} that lemica-trt wrote, got another") from None
+    finally:
+        client.close()
+    return str(found)
+
+
+def is_full(error: EngineError) -> bool:
+    """Whether a server's queue was full; its stream says it in words only."""
+    return "maximum queue size" in str(error)
+
+
 def _tritonclient() -> tuple[Any, type[Exception]]:
     """tritonclient's gRPC module and its exception."""
     try:
@@ -79,13 +105,26 @@ def _tritonclient() -> tuple[Any, type[Exception]]:
         )
     except ImportError as error:
         raise MissingDependencyError(
-            f"the client needs tritonclient, got: {error}", fix="pip install 'lemica-trt[client]'"
+            f"the client needs tritonclient, got: {error}", fix=install_command("client")
         ) from None
+
+
+def _address(url: str) -> tuple[str, bool]:
+    """HOST:PORT, and whether to encrypt, of a URL with or without a scheme.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    found = re.fullmatch(r"(?:(grpc|grpcs|http|https)://)?([^/\s@]+:\d+)/?", url)
+    if found is None:
+        raise UsageError(f"expected HOST:PORT of a server's gRPC endpoint, got {url!r}", fix="--url localhost:8001")
+    return found[2], found[1] in ("grpcs", "https")
 
 
 def _connect(url: str, grpc: Any, failure: type[Exception]) -> Any:
     """A client of a server that is live."""
-    client = grpc.InferenceServerClient(url)
+    address, tls = _address(url)
+    client = grpc.InferenceServerClient(address, ssl=tls)
     try:
         if not client.is_server_live():
             raise failure("not live")

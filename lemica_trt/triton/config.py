@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from lemica_trt import __version__
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.signing import TRUSTED_KEYS
 from lemica_trt.core.errors import UsageError
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.triton.interface import (
-    CACHED,
     MODEL_SUMMARIES,
     OLDEST_SERVER_NAME,
     STREAMS,
@@ -32,6 +32,7 @@ class Settings:
         timeout: seconds that a request may wait in a queue, unless it says so itself.
         threads: CPU threads of each engine; 0: as the bundle was built.
         batching: `exact` or `off`, see `lemica_trt.triton.server.batching`.
+        require_signature: models load only if the server is given keys, one of which signed the bundle.
     """
 
     instances: int = 1
@@ -39,6 +40,7 @@ class Settings:
     timeout: int = 600
     threads: int = 0
     batching: str = "exact"
+    require_signature: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("instances", 1), ("queue", 1), ("timeout", 1), ("threads", 0)):
@@ -50,7 +52,7 @@ class Settings:
 
 def config_text(model: str, interface: Interface, bundle: Bundle, engine: EngineEntry, settings: Settings) -> str:
     """The config.pbtxt of a model on one set of engines."""
-    batch = bundle.manifest.graphs.max_batch if model.startswith("denoiser") else 8 if model in CACHED else 1
+    batch = bundle.manifest.graphs.max_batch if model.startswith("denoiser") else 8 if model == "text_encoder" else 1
     blocks = [
         f"# {MODEL_SUMMARIES[model]}\n"
         f"# Written by lemica-trt {__version__} for {bundle.manifest.profile.name}, tritonserver {OLDEST_SERVER_NAME}\n"
@@ -96,11 +98,6 @@ def _scheduling(model: str, bundle: Bundle, engine: EngineEntry, settings: Setti
         "}"
     )
     yield "# The newest version serves.\nversion_policy { latest { num_versions: 1 } }"
-    if model in CACHED:
-        yield (
-            "# Embeddings of prompts that have been seen, if the server runs with --cache-config.\n"
-            "response_cache { enable: true }"
-        )
 
 
 def _warm_up(interface: Interface) -> str:
@@ -114,7 +111,7 @@ def _warm_up(interface: Interface) -> str:
 
 def parameter_names(model: str) -> tuple[str, ...]:
     """The parameters that a model's config must have."""
-    names = ["bundle", "manifest", "lemica_trt"]
+    names = ["bundle", "manifest", "lemica_trt", "require_signature"]
     names += ["stream"] if model in STREAMS else []
     names += [] if model.startswith("pipeline") else ["backend", "threads"]
     names += ["batching"] if model.startswith("denoiser") else []
@@ -127,6 +124,10 @@ def _parameters(model: str, bundle: Bundle, engine: EngineEntry, settings: Setti
         "bundle": (f"../{BUNDLE}", "The bundle, relative to this folder."),
         "manifest": (bundle.digest, "SHA-256 of the bundle's manifest; no other bundle is loaded."),
         "lemica_trt": (__version__, "Version of lemica-trt that the python backend's interpreter must have."),
+        "require_signature": (
+            "yes" if settings.require_signature else "no",
+            f"yes: the bundle must be signed by a key that the server's variable {TRUSTED_KEYS} names.",
+        ),
         "stream": ("yes", "Progress is sent."),
         "backend": (engine.key.backend, "Engines of the bundle that are used."),
         "threads": (str(settings.threads), "CPU threads of an engine; 0: as the bundle was built. CPU engines only."),

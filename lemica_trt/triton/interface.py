@@ -3,7 +3,7 @@
     prompt ─ pipeline ──────────────────────────────────────────────────── frames or MP4
                │ text_encoder        denoiser_stream            vae_decoder
                │ prompt → embeds     embeds → step…, latents    latents → frames
-               │ (response cache)    (batches, metrics)
+               │ (cache)             (batches, metrics)
 
 Pure: from a bundle's manifest to names, dtypes and dimensions; `repository` writes them, `check` compares with them,
 `server` reads requests by them.
@@ -46,9 +46,6 @@ MODEL_SUMMARIES: dict[str, str] = {
 STREAMS = ("denoiser_stream", "pipeline_stream")
 """Models that answer more than once (decoupled)."""
 
-CACHED = ("text_encoder",)
-"""Models whose answers Triton's response cache keeps."""
-
 _TRITON_DTYPES = {"fp32": "FP32", "fp16": "FP16", "bf16": "FP32", "uint8": "UINT8"}
 """bf16 has no numpy dtype: it travels as FP32, as the runtime hands it out."""
 
@@ -74,12 +71,14 @@ def embeds_of(graphs: GraphSet) -> Port:
     """The prompt's condition: as the text encoder gives it; as the DiT takes it where there is none.
 
     Raises:
-        UnsupportedError: the DiT takes several conditions.
+        UnsupportedError: the DiT takes several conditions, or one whose shape follows the prompt.
     """
     if len(graphs.layout.conditions) != 1:
         names = ", ".join(condition.name for condition in graphs.layout.conditions)
         raise UnsupportedError(f"expected one condition to serve, the bundle's DiT takes {names or 'none'}")
     (tensor,) = graphs.layout.conditions
+    if tensor.text_axes:
+        raise UnsupportedError(f"expected prompts that are padded, the shape of {tensor.name} follows their length")
     encoded = (output for graph in graphs.graphs if graph.role == "text_encoder" for output in graph.outputs)
     tensor = next((output for output in encoded if output.name == tensor.name), tensor)
     return Port(tensor.name, _TRITON_DTYPES[tensor.dtype], tuple(int(size) for size in tensor.shape[1:]))

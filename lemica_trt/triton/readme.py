@@ -22,8 +22,11 @@ Written by lemica-trt {__version__}. Needs:
 - in that backend's interpreter (the first `python3` on PATH, or EXECUTION_ENV_PATH) `lemica-trt=={__version__}` without
   PyTorch, the engines' library – {engines}; TensorRT at exactly this version –, PyAV for MP4, and `numpy<2` if the
   server is older than its numpy 2 support. A model that finds something else does not load, and says what.
+  `requirements.txt` has all of it but TensorRT, with hashes; `sbom.cdx.json` lists the same.
 
 ```bash
+python3 -m pip install --require-hashes -r requirements.txt
+python3 -m pip install --no-deps lemica-trt=={__version__}
 lemica-trt triton --check .
 ./start.sh
 ```
@@ -44,6 +47,9 @@ Parameters of a request: `plan`, `steps` (full steps, of the plans below), `seed
 pipelines `negative_prompt` and `output` (`frames`, `mp4`, `mp4-base64`). `timeout` (microseconds) ends it between two
 steps.
 
+`./probe.py` makes a real request, the first step of one: for readiness probes, since a server whose models' processes
+have died still says that it is ready. With `--clip` it wants a whole clip.
+
 | plan | full steps |
 |---|---|
 {_plan_table(bundle)}
@@ -53,7 +59,10 @@ lemica-trt client --url localhost:8001 "a prompt" --output clip.mp4
 curl -d '{{"prompt": "a prompt", "seed": 7, "output": "mp4-base64"}}' localhost:8000/v2/models/pipeline/generate
 ```
 
-New plans, without a restart:
+{_NEW_PLANS}"""
+
+
+_NEW_PLANS = """New plans, without a restart:
 
 ```bash
 lemica-trt plan denoiser/bundle --budget 12

@@ -2,7 +2,9 @@
 
     DIR/
       README.md             what it needs, how to start it, what a request may ask for
+      requirements.txt      what the server's interpreter needs, pinned with hashes; sbom.cdx.json lists the same
       start.sh              starts the server: on loopback, with the APIs that can run code closed
+      probe.py              asks it for something real
       denoiser/             config.pbtxt, configs/cpu.pbtxt, 1/model.py
         bundle/             the bundle, once; every model refers to it by the parameter `bundle`
       denoiser_stream/  text_encoder/  vae_decoder/  pipeline/  pipeline_stream/
@@ -28,9 +30,13 @@ from lemica_trt.triton.config import BUNDLE, Settings, config_text
 from lemica_trt.triton.interface import MODELS, interfaces
 from lemica_trt.triton.readme import readme_text
 
-__all__ = ["BUNDLE", "Settings", "model_file", "require_repository", "start_script", "write_repository"]
+__all__ = ["BUNDLE", "Settings", "model_file", "require_repository", "shipped", "write_repository"]
 
 START_SCRIPT = "start.sh"
+SCRIPTS = (START_SCRIPT, "probe.py")
+
+SERVER_PINS = ("requirements.txt", "sbom.cdx.json")
+"""What tools/lock_server.sh makes: versions with hashes of what the server's interpreter needs."""
 
 
 def write_repository(
@@ -61,7 +67,8 @@ def write_repository(
         with held(folder):
             with written({folder / name: data for name, data in contents.items()}):  # fails before anything is replaced
                 copy_bundle(bundle, folder / BUNDLE)
-            (folder / START_SCRIPT).chmod(0o755)
+            for name in SCRIPTS:
+                (folder / name).chmod(0o755)
             for name in found if cpu is None else ():
                 (folder / name / "configs" / "cpu.pbtxt").unlink(missing_ok=True)
     except BaseException:
@@ -80,7 +87,7 @@ def _contents(bundle: Bundle, models: tuple[str, ...], settings: Settings) -> di
         contents[f"{name}/config.pbtxt"] = config_text(name, found[name], bundle, gpu, settings).encode()
         if cpu is not None:
             contents[f"{name}/configs/cpu.pbtxt"] = config_text(name, found[name], bundle, cpu, settings).encode()
-    contents[START_SCRIPT] = start_script()
+    contents.update({name: shipped(name) for name in (*SCRIPTS, *SERVER_PINS)})
     contents["README.md"] = readme_text(bundle, models, cpu is not None).encode()
     return contents
 
@@ -100,9 +107,9 @@ def model_file(model: str) -> bytes:
     return (Path(__file__).parent / "model" / MODELS[model]).read_bytes()
 
 
-def start_script() -> bytes:
-    """start.sh, as it ships with this package."""
-    return (Path(__file__).parent / START_SCRIPT).read_bytes()
+def shipped(name: str) -> bytes:
+    """A file of the repository as it ships with this package."""
+    return (Path(__file__).parent / name).read_bytes()
 
 
 def _cpu_engine(bundle: Bundle) -> EngineEntry | None:

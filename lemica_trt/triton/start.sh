@@ -28,4 +28,4 @@ exec "${TRITONSERVER:-tritonserver}" \
   --http-port="${HTTP_PORT:-8000}" --grpc-port="${GRPC_PORT:-8001}" --metrics-port="${METRICS_PORT:-8002}" \
   --http-restricted-api="$closed:admin-token=$token" \
   --grpc-restricted-protocol="$closed:admin-token=$token" \
-  --cache-config=local,size=67108864 --log-verbose=0 "$@"
+  --log-verbose=0 "$@"

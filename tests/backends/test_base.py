@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import toy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lemica_trt.backends.base import check_binding, decode, encode, open_backend
+from lemica_trt.backends.base import check_binding, decode, encode, note_version, open_backend
+from lemica_trt.backends.build import build
 from lemica_trt.core.errors import EngineError, UnsupportedError
 from lemica_trt.ir.engine import EngineKey
 
@@ -76,3 +79,32 @@ def test_bindings_are_checked() -> None:
     for message, binding in bad:
         with pytest.raises(EngineError, match=message):
             check_binding(graph, binding)
+
+
+@pytest.mark.null
+def test_engines_of_another_release_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    key = EngineKey(backend="onnxruntime", version="1.24.1", target="cpu", dtype="fp32", graphs_digest="0" * 64)
+    note_version(key, "1.24.1")
+    assert not caplog.records
+    note_version(msgspec.structs.replace(key, version="1\x1b[2J"), "1.31.1")
+    assert caplog.messages == [
+        "the bundle was built and verified with onnxruntime 1\\x1b[2J, here is 1.31.1: its numbers may differ → "
+        "pip install onnxruntime==1\\x1b[2J"
+    ]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_releases_are_compared_when_engines_are_loaded(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip(name)
+    graphs = toy.graphs_of(toy.layout_of())
+    toy.write_onnx(graphs, tmp_path)
+    key = build(name, graphs, tmp_path, tmp_path).key
+    open_backend(key)
+    assert not caplog.records
+    open_backend(msgspec.structs.replace(key, version="0.1"))
+    assert [message.partition(",")[0] for message in caplog.messages] == [
+        f"the bundle was built and verified with {name} 0.1"
+    ]

@@ -619,14 +619,14 @@ def test_one_command_builds_for_two_backends(
     built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     """From the work folder of an earlier build; ONNX Runtime stays the preferred backend."""
-    from command import lemica
+    from command import lemica, result_of
 
     work = tmp_path / "work"
     shutil.copytree(built[0].with_name("bundle.work"), work)
     both = ("--backend", "onnxruntime", "--backend", "tensorrt-rtx", "--builder-optimization-level", "0")
     done = lemica("engine", work, *both, "--output", tmp_path / "bundle", "--json")
     assert done.returncode == 0, done.stderr
-    (bucket,) = json.loads(done.stdout)["buckets"].values()
+    (bucket,) = result_of(done.stdout)["buckets"].values()
     engines = msgspec.convert(bucket["engines"], list[EngineEntry])
     assert [entry.key.backend for entry in engines] == ["onnxruntime", "tensorrt-rtx"]
     assert set(engines[0].builds) == {"full", "text_encoder"} and isinstance(engines[1].builds["full"], EngineBuild)

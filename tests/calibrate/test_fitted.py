@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -13,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lemica_trt.calibrate.fit import FLOOR, Fitter, SampleRun, closest_combination
+from lemica_trt.calibrate.replay import Stepper
+from lemica_trt.calibrate.trajectories import Trajectories
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, VerificationError
 from lemica_trt.ir.plan import PlanRow, StepPlan, layout_from_plans
 from lemica_trt.ir.sampler import SamplerRow, SamplerTable
 from lemica_trt.ir.schedule import Schedule
-from lemica_trt.ir.step_model import Latents
+from lemica_trt.ir.step_model import AtGuidance, Latents
 from lemica_trt.models import denoise
 from lemica_trt.models.denoise import Rollout
 from lemica_trt.planning.extrapolation import linear_plan
@@ -263,6 +266,33 @@ def test_a_reference_of_more_steps_is_what_is_fitted_to(tmp_path: Path) -> None:
     exact = uncached_plan(fine, guidance_scale=3.0)
     errors = [squared_errors(model, p, exact) for p in (plan, uncached_plan(table, guidance_scale=3.0))]
     assert np.log(errors[0]).mean() < np.log(errors[1]).mean()
+
+
+def test_a_fit_across_guidance_scales_is_nearer_at_the_highest_and_as_near_at_its_own(tmp_path: Path) -> None:
+    scales = {"alone": ToyModel(), "across": ToyModel(guidance_range=(1.5, 12.0))}
+    samples = 8
+    assert scales["across"].profile.sampling.fit_scales(samples) == (3.0, 12.0, 3.0, 8.5, 3.0, 5.0, 3.0, 1.5)
+    assert scales["across"].profile.sampling.fit_scales(2) == (3.0, 12.0)
+    errors = {}
+    for name, model in scales.items():
+        kept = Trajectories(tmp_path / name)
+        for s in range(samples):  # as calibration leaves them
+            kept.run(Stepper(model, euler(N), 1), PROMPTS[s % 3], SEED + s, f"sample {s}")
+        fits = fitter(model, tmp_path / f"{name}.jsonl", samples=samples, trajectories=kept.folder)
+        expected = samples * SCHEDULE.budget + (4 * N if name == "across" else 0)  # the uncached runs at other scales
+        assert fits.evaluations_for(SCHEDULE) == expected
+        plan = fits(SCHEDULE)
+        assert fits.evaluations == expected
+        for scale in (3.0, 12.0):
+            there = AtGuidance(model, scale)
+            exact = uncached_plan(euler(N), guidance_scale=scale)
+            moved = msgspec.structs.replace(plan, guidance_scale=scale)
+            found = [np.square(there.run(moved, p, 9) - there.run(exact, p, 9)).sum() for p in PROMPTS]
+            errors[name, scale] = float(np.log(found).mean())
+    assert errors["across", 12.0] < errors["alone", 12.0] - 1
+    assert errors["across", 3.0] < errors["alone", 3.0] + 0.5
+    with pytest.raises(InputError, match="expected a journal of this measurement"):
+        fitter(scales["alone"], tmp_path / "across.jsonl", samples=samples)
 
 
 def test_what_cannot_be_fitted(tmp_path: Path) -> None:

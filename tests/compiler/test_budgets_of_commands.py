@@ -85,8 +85,8 @@ def test_a_time_is_planned_from_what_the_engines_take(bundle: Path) -> None:
     first, second = made.outcomes
     assert first.predicted is not None and first.predicted.speedup >= 1.2 and 2 <= first.full_steps < 8
     assert first.measured is not None and first.measured.seconds > 0
-    assert (second.plan, second.full_steps) == ("b8", 8)
-    assert {first.plan, "b8"} <= set(Bundle.open(bundle).plans) == {plan.name for plan in made.plans}
+    assert (second.plan, second.full_steps) == ("uncached", 8)
+    assert {first.plan, "uncached"} <= set(Bundle.open(bundle).plans) == {plan.name for plan in made.plans}
     with pytest.raises(InfeasibleError, match="at least 2 are needed where at most 3"):
         planned(bundle, Latency(seconds=1e-6))
 

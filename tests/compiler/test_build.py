@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from command import result_of
 
 import lemica_trt
 from lemica_trt.bundle.reading import Bundle
@@ -151,10 +152,12 @@ def test_flags_become_a_profile_and_a_request() -> None:
             request_fields(flags)
     with pytest.raises(UsageError, match="onnxruntime has no option --gpus"):
         lemica_trt.build(model="cogvideox-tiny", gpus=2)
+    with pytest.raises(UsageError, match="steps must be at least 2, got 1"):
+        lemica_trt.build(model="cogvideox-tiny", num_inference_steps=1)
 
 
 def test_methods_are_listed_with_what_they_need() -> None:
     done = CliRunner().invoke(main, ["methods", "--json"])
-    found = {method["name"]: method for method in json.loads(done.stdout)}
+    found = {method["name"]: method for method in result_of(done.stdout)}
     assert set(found) == set(planners()) and found["fitted"]["auto"] and not found["lemica"]["auto"]
     assert CliRunner().invoke(main, ["methods"]).stdout.count("\n") > len(found)

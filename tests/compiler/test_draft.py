@@ -12,13 +12,13 @@ import pytest
 
 from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.reports import stored_report
 from lemica_trt.cli.flags import plan_target
 from lemica_trt.compiler import work_commands
 from lemica_trt.compiler.requests import BuildRequest, BuildResult
 from lemica_trt.core.errors import UsageError, VerificationError
 from lemica_trt.core.progress import Quiet
 from lemica_trt.core.values import read_value
-from lemica_trt.evaluate.verify import stored_report
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.report import PLAN

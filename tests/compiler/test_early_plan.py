@@ -13,11 +13,11 @@ import pytest
 from build_cost import Counting, counted
 
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.reports import stored_report
 from lemica_trt.bundle.workspace import work_folder
 from lemica_trt.compiler import work_commands
 from lemica_trt.compiler.requests import BuildRequest, Inputs
 from lemica_trt.core.progress import Quiet, Within
-from lemica_trt.evaluate.verify import stored_report
 from lemica_trt.ir.profile import EFFORTS, Profile
 from lemica_trt.ir.resources import load_profile
 from lemica_trt.runtime.pipeline import load

@@ -16,6 +16,7 @@ from test_fuzz_files import refused
 
 from lemica_trt.core.values import read_value
 from lemica_trt.ir.plan import StepPlan
+from lemica_trt.runtime import validation
 from lemica_trt.triton.server import requests
 
 GOLDEN = Path(__file__).parents[1] / "golden/bundle"
@@ -49,14 +50,14 @@ def parameters_of_a_request(text: str) -> None:
     if found is None:
         return
     assert set(found) <= {*NAMES, "caller", "triton_x"}
-    plan = refused(lambda: requests.choose_plan(found, PLANS, "b3"))
+    plan = refused(lambda: validation.choose_plan(found, PLANS, "b3"))
     assert plan is None or plan in PLANS.values()
-    seed = refused(lambda: requests.seed_from(found))
+    seed = refused(lambda: validation.seed_from(found))
     assert seed is None or 0 <= seed < 1 << 63
     for guided in (True, False):
-        scale = refused(partial(requests.guidance_from, found, PLANS["b3"], guided=guided))
+        scale = refused(partial(validation.guidance_from, found, PLANS["b3"], guided=guided))
         assert scale is None or 0 <= scale <= 100
-    prompt = refused(lambda: requests.text_from("negative_prompt", found.get("negative_prompt")))
+    prompt = refused(lambda: validation.text_from("negative_prompt", found.get("negative_prompt")))
     assert prompt is None or isinstance(prompt.encode(), bytes)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import shutil
 
 import diffusers
@@ -12,7 +14,10 @@ import tiny
 import torch
 
 from lemica_trt.core.errors import InputError, UnsupportedError
-from lemica_trt.models import FAMILIES, family_from_name, family_from_pipeline, load_model, scheduler_like
+from lemica_trt.ir.profile import Sampling
+from lemica_trt.models import FAMILIES, denoise, family_from_name, family_from_pipeline, load_model, scheduler_like
+from lemica_trt.models.scheduler import sampler_table
+from lemica_trt.planning.step_plan import uncached_plan
 
 pytestmark = pytest.mark.cpu
 
@@ -139,6 +144,73 @@ def test_another_shift_of_a_flow_scheduler(folder, model_of) -> None:
     torch.testing.assert_close(scheduler.sigmas[1:-1], 5 * flat / (1 + 4 * flat), rtol=0.01, atol=0.0)
     with pytest.raises(UnsupportedError, match="a scheduler for flow matching to shift, got CogVideoXDDIMScheduler"):
         load_model(_profile(folder, flow_shift=5.0))
+
+
+SIGMAS = (0.99, 0.8, 0.45, 0.1)
+
+
+@pytest.mark.parametrize("scheduler", [None, "FlowMatchEulerDiscreteScheduler"])
+def test_given_sigmas_are_those_of_the_pipeline_and_of_its_table(model_of, scheduler) -> None:
+    """Of the pipeline itself, whose call takes none, and of the plan that is lowered; other numbers of steps are not
+    touched."""
+    wan = model_of("wan").profile
+    if (
+        scheduler is None
+        and "sigmas" not in inspect.signature(diffusers.UniPCMultistepScheduler.set_timesteps).parameters
+    ):
+        pytest.skip("this diffusers has a UniPC that takes no sigmas")
+    sampling = msgspec.structs.replace(wan.sampling, steps=4, sigmas=SIGMAS, scheduler=scheduler)
+    model = load_model(msgspec.structs.replace(wan, sampling=sampling))
+    table = sampler_table(model.scheduler())
+    shifted = [3 * s / (1 + 2 * s) for s in SIGMAS]
+    assert [t / 1000 for t in table.timesteps] == pytest.approx(shifted, abs=2e-3)
+    own = load_model(msgspec.structs.replace(wan, sampling=msgspec.structs.replace(sampling, sigmas=None)))
+    assert torch.equal(model.scheduler(7).sigmas, own.scheduler(7).sigmas)
+    assert not torch.allclose(model.scheduler().sigmas, own.scheduler().sigmas, atol=0.01)
+    noise = model.noise(0)[None]
+    plan = uncached_plan(table, guidance_scale=sampling.guidance_scale)
+    theirs = model.reference(["a cat"], noise, negative="no")
+    assert (denoise(model, plan, model.embed(["a cat"], "no"), noise) - theirs).abs().max() < 1e-4
+    assert (own.reference(["a cat"], noise, negative="no") - theirs).abs().max() > 1e-3
+
+
+# Upstream: diffusers hands tensors to numpy functions, and torch's tensors do not speak numpy 2 in full yet.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("scheduler", "given", "message"),
+    [
+        (None, {"timesteps": (999.0, 600.0, 300.0, 20.0)}, "expected a scheduler that takes timesteps, CogVideoXDDIM"),
+        ("DDIMScheduler", {"sigmas": SIGMAS}, "expected a scheduler that takes sigmas, DDIMScheduler does not"),
+        ("UniPCMultistepScheduler", {"sigmas": SIGMAS}, "Passing `sigmas` is only supported|takes sigmas"),
+        ("EulerDiscreteScheduler", {"sigmas": SIGMAS}, "of 4 sigmas it makes 3 steps"),
+        ("DPMSolverMultistepScheduler", {"timesteps": (999.5, 600.0, 300.0, 20.0)}, "makes 4 steps, at .999, 600"),
+    ],
+)
+def test_sigmas_that_a_scheduler_does_not_take_are_refused(folder, scheduler, given, message) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        load_model(_profile(folder, scheduler=scheduler, steps=4, **given)).scheduler()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+def test_given_timesteps(folder) -> None:
+    timesteps = (999.0, 600.0, 300.0, 20.0)
+    model = load_model(_profile(folder, scheduler="DPMSolverMultistepScheduler", steps=4, timesteps=timesteps))
+    assert sampler_table(model.scheduler()).timesteps == timesteps
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sigmas": (1.0, 0.5)}, "sigmas must be 3, one for each step, got 2"),
+        ({"sigmas": (1.0, 0.5, 0.5)}, "sigmas must fall and stay above 0, got 1, 0.5, 0.5"),
+        ({"timesteps": (1.0, 0.5, 0.0)}, "timesteps must fall and stay above 0"),
+        ({"sigmas": (math.inf, 0.5, 0.1)}, "must be finite"),
+        ({"sigmas": (1.0, 0.5, 0.1), "timesteps": (3.0, 2.0, 1.0)}, "exclude each other"),
+    ],
+)
+def test_lists_that_are_no_schedule(given, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(steps=3, **given)
 
 
 @pytest.mark.parametrize(

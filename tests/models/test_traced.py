@@ -25,18 +25,21 @@ pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of diffu
 
 RUN = (
     *("auraflow", "chroma", "cogvideox", "cogview3-plus", "easyanimate", "flux", "hunyuanvideo", "ltx", "mochi"),
-    "pixart-sigma",
+    *("pixart-sigma", "kandinsky5", "latte", "qwen-image"),
 )
 
 REFUSED = {
     "cogvideox-i2v": r"transformer\.hidden_states follows the image",
-    "cogview4": "shapes follow the length of the prompt",
-    "latte": "shapes follow the length of the prompt",
+    "cogview4": "prompt_embeds is not reproduced from token ids",
     "ltx2": "steps several latents at once",
     "lumina2": r"reads values in Python \(transformer: tolist\)",
     "sd3": "expected a condition that follows one tokenizer's ids|not reproduced from token ids",
     "wan2.2": "its steps are of several kinds",
+    "z-image": r"transformer\.cap_feats\.0 follows the length of the prompt, and is not \[rows, tokens, width\]",
 }
+
+FREE = ("kandinsky5", "latte", "qwen-image")
+"""Those whose shapes follow the prompt."""
 
 MODELS: dict[str, TracedModel] = {}
 
@@ -203,6 +206,26 @@ def test_guidance_terms_are_what_guidance_adds_to_the_conditional_output(name: s
         assert_near(result["output"] - result["guidance_term"], conditional, size)
         assert_near(result["guidance_term"], (scale - 1) * found[2.0]["guidance_term"], scale * size)
     assert float(found[2.0]["guidance_term"].abs().max()) > 1e-3 * size
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_conditions_are_as_long_as_the_prompt(name: str) -> None:
+    """And as wide as the longest one says; the longest is cut to what the pipeline takes."""
+    traced = model(name)
+    specs = {spec.name: spec for spec in traced.conditions}
+    lengths = []
+    for prompt in ("a cat", "a green house by the tree", "a " * 1000):
+        found = traced.embed([prompt], "a dull picture")
+        assert found.keys() == specs.keys()
+        for key, spec in specs.items():
+            axes = list(zip(spec.shape, found[key].shape))
+            for dim, size in axes:
+                assert size <= spec.text_axes[dim] if dim in spec.text_axes else True
+            if any(str(dim).startswith("tokens") for dim, _ in axes):
+                lengths.append(found[key].shape[1])
+    short, middle, longest = lengths
+    assert short < middle < longest
+    assert longest in max(specs.values(), key=lambda spec: len(spec.text_axes)).text_axes.values()
 
 
 def assert_near(left: torch.Tensor, right: torch.Tensor, size: float) -> None:

@@ -132,7 +132,7 @@ def test_given_steps_reuse_residuals() -> None:
     assert (plan.name, plan.method, plan.full_steps, plan.error_graph_digest) == ("b3", "given", (0, 2, 5), None)
     assert sum(row.caches == trunk_reads(1.0) for row in plan.rows) == N - 3
     assert plan_given(problem_of(), range(N)).method == "uncached"
-    with pytest.raises(InputError, match=r"schedule\[1\]"):
+    with pytest.raises(UsageError, match=r"schedule\[1\]"):
         plan_given(problem_of(), (0, 0))
 
 

@@ -55,7 +55,10 @@ def test_the_plan_spends_the_budget_and_runs(planner: Planner) -> None:
 def test_the_plan_says_where_it_comes_from(planner: Planner) -> None:
     plan = planner(replace(PROBLEM, reference=flow_table(4 * N)), BUDGET)
     assert (plan.name, plan.method, plan.reference_steps) == (f"b{BUDGET}", planner.name, 4 * N)
-    assert (plan.guidance_scale, plan.guidance_range) == (4.0, (2.0, 7.0))
+    fitted = "fit" in planner.needs
+    assert (plan.guidance_scale, plan.guidance_range) == (4.0, (2.0, 5.0) if fitted else (2.0, 7.0))
+    across = planner(replace(PROBLEM, fit_range=(3.0, 9.0)), BUDGET)
+    assert across.guidance_range == ((3.0, 9.0) if fitted else (2.0, 7.0))
     assert plan.error_graph_digest == (PROBLEM.graph.digest if "error-graph" in planner.needs else None)
     assert planner(PROBLEM, BUDGET).reference_steps is None
 
@@ -88,7 +91,7 @@ def test_a_budget_that_no_plan_has(planner: Planner, budget: int) -> None:
 @every_planner
 def test_all_steps_in_full_is_the_uncached_plan(planner: Planner) -> None:
     plan = planner(PROBLEM, N)
-    assert (plan.full_steps, plan.method, plan.name) == (tuple(range(N)), "uncached", f"b{N}")
+    assert (plan.full_steps, plan.method, plan.name) == (tuple(range(N)), "uncached", "uncached")
     assert plan.error_graph_digest is plan.reference_steps is plan.guidance_range is None
 
 

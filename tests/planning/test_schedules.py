@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given as forall
 from hypothesis import strategies as st
 
-from lemica_trt.core.errors import InfeasibleError, InputError
+from lemica_trt.core.errors import InfeasibleError, InputError, UsageError
 from lemica_trt.core.values import read_value
 from lemica_trt.ir.resources import calibration_path
 from lemica_trt.ir.schedule import Schedule
@@ -44,7 +44,7 @@ def test_uniform_out_of_range() -> None:
     ],
 )
 def test_given_names_the_index(steps: list[int], says: str) -> None:
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(UsageError, match=says):
         given(steps, 50)
 
 

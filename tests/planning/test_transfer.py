@@ -113,7 +113,11 @@ def test_an_unguided_calibration_holds_unguided() -> None:
     require_retargetable(alone, wanted(table, guidance_scale=1.0), table)
     with pytest.raises(UnsupportedError, match="guidance 1 … 1"):
         require_retargetable(alone, wanted(table, guidance_scale=1.5), table)
-    assert guidance_range(1.0) is None and guidance_range(4.0) == (2.0, 7.0)
+    assert (
+        guidance_range(1.0) is None
+        and guidance_range(4.0) == (2.0, 7.0)
+        and guidance_range(4.0, fitted=True) == (2.0, 5.0)
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from lemica_trt.ir.calibration import Edge, ErrorGraph
 from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.report import Quality
 from lemica_trt.planning.step_plan import plan_from_schedule
 from lemica_trt.testing.values import provenance, recurrence, schedule_of
 
@@ -26,6 +27,15 @@ def error_graph(num_steps: int = 50, max_skip: int = 9) -> ErrorGraph:
 def plan(full_steps: tuple[int, ...], num_steps: int = 50, name: str = "default", method: str = "lemica") -> StepPlan:
     schedule = schedule_of(num_steps, *full_steps)
     return plan_from_schedule(schedule, recurrence(num_steps), name=name, guidance_scale=6.0, method=method)
+
+
+def quality(budget: int, method: str, psnr: float, clips: int, plan: str | None = None) -> Quality:
+    """Clips half a decibel apart, `psnr` in the middle."""
+    each = tuple(psnr + 0.5 * (number - (clips - 1) / 2) for number in range(clips))
+    return Quality(
+        plan=plan or f"b{budget}", method=method, budget=budget, psnr=psnr, psnr_p5=min(each), ssim=0.99, ssim_p5=0.98,
+        lpips=None, each_psnr=each,
+    )  # fmt: skip
 
 
 def clip(frames: int = 9, height: int = 64, width: int = 64, noise: float = 0.0) -> npt.NDArray[np.uint8]:

@@ -306,6 +306,9 @@ def test_bad_values_are_one_line(bundle: Bundle, pipe: Pipeline) -> None:
         (UsageError, "guidance_scale must be a finite number", {"guidance_scale": "3"}),
         (UsageError, "no plan 'fast' → use one of: default, slow", {"plan": "fast"}),
         (InputError, "a prompt must be a string", {"negative_prompt": 3}),
+        (UsageError, "no argument 'num_inference_steps' → the steps are part of a plan", {"num_inference_steps": 9}),
+        (UsageError, "no argument 'generator' → seed=NUMBER", {"generator": None}),
+        (UsageError, "no argument 'abacus' → arguments are prompt, seed, guidance_scale,", {"abacus": 1}),
     ]
     for kind, message, settings in bad:
         with pytest.raises(kind, match=message) as caught:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lemica_trt.core.errors import InputError
-from lemica_trt.core.text import basic_clean
+from lemica_trt.core.errors import InputError, MissingDependencyError
+from lemica_trt.core.text import basic_clean, ftfy_clean
 from lemica_trt.ir.graphs import EncoderSpec
 from lemica_trt.runtime.text import MAX_PROMPT_BYTES, PromptTokenizer, checked_tokenizer
 
@@ -85,6 +86,26 @@ def test_end_token_of_a_cut_prompt_without_a_post_processor() -> None:
 
 def test_basic_clean() -> None:
     assert basic_clean("  a&amp;amp;b\n\n c&lt;d&#39; ") == "a&b c<d'"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["  a&amp;amp;b\n\n c ", "schÃ¶n", "ＲＥＤ\u3000cat", "\u201cquoted\u201d", "<b>x &amp; y</b>", "ﬁve", ""]
+)
+def test_wan_cleans_as_diffusers_does(prompt: str) -> None:
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    assert ftfy_clean(prompt) == prompt_clean(prompt)
+
+
+def test_a_cleaning_whose_library_is_missing_is_refused_at_load(
+    tokenizer_json: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = EncoderSpec(tokenizer="t", length=3, pad_id=0, clean="ftfy")
+    PromptTokenizer(spec, tokenizer_json)
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(MissingDependencyError, match=r"prompts are cleaned with ftfy, got: .* → pip install ftfy"):
+        PromptTokenizer(spec, tokenizer_json)
+    PromptTokenizer(EncoderSpec(tokenizer="t", length=3, pad_id=0, clean="basic"), tokenizer_json)
 
 
 @pytest.mark.parametrize("prompt", [None, 3, b"a", ["a"], "a\ud800"])

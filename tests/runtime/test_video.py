@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
-from lemica_trt.runtime.video import check_suffix, write_video
+from lemica_trt.runtime.video import check_suffix, default_scale, write_video
 
 pytestmark = pytest.mark.cpu
 
@@ -58,6 +58,20 @@ def test_png_and_npy_are_exact(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(image), np.concatenate(list(frames), axis=1))
     write_video(frames, tmp_path / "clip.npy", fps=8)
     np.testing.assert_array_equal(np.load(tmp_path / "clip.npy"), frames)
+
+
+def test_pixels_become_squares(tmp_path: Path) -> None:
+    frames = clip(2, 20, 30)
+    write_video(frames, tmp_path / "clip.npy", fps=8, scale=3)
+    made = np.load(tmp_path / "clip.npy")
+    assert made.shape == (2, 60, 90, 3)
+    assert all((made[:, y::3, x::3] == frames).all() for y in range(3) for x in range(3))
+
+
+def test_only_small_clips_are_enlarged_unasked() -> None:
+    small, wide = np.zeros((1, 64, 128, 3), np.uint8), np.zeros((1, 64, 129, 3), np.uint8)
+    assert [default_scale(small, name) for name in ("a.mp4", "a.PNG", "a.npy")] == [4, 4, 1]
+    assert default_scale(wide, "a.mp4") == 1
 
 
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

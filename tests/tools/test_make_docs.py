@@ -11,6 +11,7 @@ import pytest
 import tables
 from record import Quality, QualityRow, Run, Speed, SpeedRow, read_results, write_result
 
+from lemica_trt.cli.command import Flag
 from lemica_trt.core.errors import InputError
 
 pytestmark = pytest.mark.null
@@ -129,13 +130,13 @@ def test_options_of_a_command() -> None:
         params=[
             click.Argument(["target"], required=False),
             click.Option(["--size", "-s"], type=int, default=3, show_default=True, help="How large."),
-            click.Option(["--kind"], type=click.Choice(["a", "b"]), help="Which  [default: what fits]"),
+            Flag(["--kind"], type=click.Choice(["a", "b"]), otherwise="what fits", help="Which."),
             click.Option(["--pool"], metavar="X|Y", help="Of which."),
         ],
         help="Do it.",
     )
     text = "\n".join(make_docs._command("tool do", command))
     assert "tool do [TARGET] [OPTIONS]" in text
-    assert "| `--size`, `-s` INTEGER | 3 | How large. |" in text
-    assert "| `--kind` a / b | what fits | Which |" in text
-    assert "| `--pool` X\\|Y |  | Of which. |" in text
+    assert "| `--size`, `-s` INTEGER | 3 | How large. | Output |" in text
+    assert "| `--kind` a / b | what fits | Which. | Output |" in text
+    assert "| `--pool` X\\|Y |  | Of which. | Output |" in text

@@ -35,7 +35,12 @@ BROKEN = [
     ("denoiser", 'backend: "python"', 'backend: "pyhton"', "backend: expected 'python'"),
     ("denoiser", "dynamic_batching {", "dynamic_batchin {", 'no field named "dynamic_batchin"'),
     ("denoiser_stream", "decoupled: true", "decoupled: false", "expected decoupled True, got False"),
-    ("pipeline", "version_policy", "response_cache { enable: true }\nversion_policy", "not part of the cache's key"),
+    (
+        "pipeline",
+        "version_policy",
+        "response_cache { enable: true }\nversion_policy",
+        "parameters are not part of its key",
+    ),
     ("vae_decoder", "dims: [ 2, 3, 4, 4 ] }\n", "dims: [ 2, 3, 4, 5 ] }\n", "expected FP32 [2, 3, 4, 4], got FP32"),
     ("text_encoder", "TYPE_FP32", "TYPE_FP16", "expected FP32 [5, 12], got FP16 [5, 12]"),
     ("denoiser", '"../denoiser/bundle"', '"../bundle"', "parameter bundle: expected ../denoiser/bundle"),

@@ -56,12 +56,16 @@ def embeds_input(kind: Any, reference: dict[str, Any], prompt: str, negative: st
     return inputs
 
 
-def stream(server: Server, model: str, inputs: list[Any], parameters: dict[str, Any]) -> Iterator[Any]:
+def stream(
+    server: Server, model: str, inputs: list[Any], parameters: dict[str, Any], outputs: Any = None
+) -> Iterator[Any]:
     """The answers of a streaming model; raises its error; cancels when it is closed early."""
     answers: queue.Queue[Any] = queue.Queue()
     with grpc.InferenceServerClient(server.grpc) as client:
         client.start_stream(callback=lambda result, error: answers.put(error or result))
-        client.async_stream_infer(model, inputs, parameters=parameters, enable_empty_final_response=True)
+        client.async_stream_infer(
+            model, inputs, parameters=parameters, outputs=outputs, enable_empty_final_response=True
+        )
         try:
             while True:
                 answer = answers.get(timeout=60)
@@ -223,14 +227,49 @@ def test_requests_share_batches_and_not_bits(server: Server, reference: dict[str
     np.testing.assert_array_equal(together, alone)
 
 
-def test_embeddings_are_cached(server: Server) -> None:
-    def ask() -> None:
-        assert server.post("v2/models/pipeline/generate", {"prompt": "a cached star", "output": "mp4-base64"})[0] == 200
+@pytest.mark.parametrize("model", ["text_encoder", "pipeline", "pipeline_stream", "vae_decoder", "denoiser"])
+def test_what_no_model_declares_is_an_error_whether_its_answer_is_cached_or_not(
+    server: Server, reference: dict[str, Any], model: str
+) -> None:
+    """Embeddings of the prompt are kept after the first request; over gRPC and HTTP, unary and streamed."""
+    prompt = "a cached star"
+    latents = np.zeros((1, *reference["latents_0"].shape), np.float32)
+    inputs = prompt_input(grpc, prompt)
+    if model == "denoiser":
+        inputs = embeds_input(grpc, reference, "a big red circle moves left")
+    if model == "vae_decoder":
+        inputs = [grpc.InferInput("latents", list(latents.shape), "FP32").set_data_from_numpy(latents)]
+    for parameters, outputs, message in (
+        ({}, None, ""),
+        ({"cfg": 3}, None, "unknown parameter 'cfg'"),
+        ({}, ["nothing"], "unexpected inference output 'nothing'"),
+    ):
+        wanted = None if outputs is None else [grpc.InferRequestedOutput(name) for name in outputs]
+        error = None
+        try:
+            if model == "pipeline_stream":
+                list(stream(server, model, inputs, parameters, wanted))
+            else:
+                with grpc.InferenceServerClient(server.grpc) as client:
+                    client.infer(model, inputs, parameters=parameters, outputs=wanted)
+        except failure as found:
+            error = found
+        assert (message in error.message()) if message else (error is None), error
+    status, body = server.post("v2/models/pipeline/infer", {**HTTP_RED, "outputs": [{"name": "video"}]})
+    assert status == 400 and "outputs must be frames, which output 'frames' makes; got video" in body.decode()
 
-    ask()
-    hits = server.metric("nv_cache_num_hits_per_model", model="text_encoder")
-    ask()
-    assert server.metric("nv_cache_num_hits_per_model", model="text_encoder") == hits + 2
+
+HTTP_RED = {"inputs": [{"name": "prompt", "shape": [1, 1], "datatype": "BYTES", "data": ["red"]}]}
+
+
+def test_time_outs_over_generate(server: Server) -> None:
+    ask = {"prompt": "red", "plan": "uncached"}
+    for model in ("pipeline/generate", "pipeline_stream/generate_stream"):
+        _, body = server.post(f"v2/models/{model}", {**ask, "timeout": 20_000})
+        assert "timeout" in body.decode() and b"frames" not in body, body
+        _, body = server.post(f"v2/models/{model}", {**ask, "timeout": "soon"})
+        assert "timeout must be a number of microseconds from 1 to 2^63 - 1; got 'soon'" in body.decode()
+    assert server.post("v2/models/pipeline/generate", {**ask, "timeout": 60_000_000})[0] == 200
 
 
 @pytest.mark.parametrize("model", ["denoiser_stream", "pipeline_stream"])
@@ -445,15 +484,49 @@ def test_a_numpy_that_the_server_cannot_read_is_refused(tritonserver: Path, tiny
         pass
 
 
+def test_the_probe_asks_for_something_real(server: Server) -> None:
+    """A step, and a clip. Where a process has died, it says so."""
+
+    def probe(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [str(server.repository / "probe.py"), "--url", f"http://{server.http}", "--timeout", "60", *flags]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    asked = server.metric("lemica_requests_total", model="denoiser_stream")
+    assert probe().returncode == 0
+    assert eventually(lambda: server.metric("lemica_requests_total", model="denoiser_stream") == asked + 1)
+    assert probe("--clip").returncode == 0
+    os.kill(server.stub("denoiser_stream"), signal.SIGKILL)
+    try:
+        done = probe()
+        assert done.returncode == 1 and done.stderr.startswith("probe: "), done.stderr
+        assert done.stderr.count("\n") == 1
+        assert server.get("v2/health/ready") == b""  # which notices nothing
+    finally:
+        assert server.load("denoiser_stream")[0] == 200
+    assert probe().returncode == 0
+    done = subprocess.run(
+        [str(server.repository / "probe.py"), "--url", "http://127.0.0.1:9", "--timeout", "2"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "refused" in done.stderr
+
+
 def test_a_killed_process_says_so_and_comes_back(server: Server, reference: dict[str, Any]) -> None:
     """The last test: it leaves a server that has been through something."""
     prompt, parameters = split(CASES[0])
-    process = server.stub("denoiser_stream")  # looking for it takes longer than a request
-    answers = stream(server, "pipeline_stream", prompt_input(grpc, prompt), {"plan": "uncached"})
-    next(answers)
-    os.kill(process, signal.SIGKILL)
-    with pytest.raises(failure):  # the request that was under way gets an answer
-        list(answers)
+    for _ in range(5):  # a request may be quicker than who kills its process
+        process = server.stub("denoiser_stream")
+        answers = stream(server, "pipeline_stream", prompt_input(grpc, prompt), {"plan": "uncached"})
+        next(answers)
+        os.kill(process, signal.SIGKILL)
+        try:
+            list(answers)
+        except failure:  # the request that was under way gets an answer
+            break
+        assert server.load("denoiser_stream")[0] == 200
+    else:
+        pytest.fail("no request was under way when its process was killed")
     server.get("v2/health/ready")  # Triton's own health check does not notice
     with grpc.InferenceServerClient(server.grpc) as client:
         with pytest.raises(failure):

@@ -23,10 +23,11 @@ import toy
 from test_repository import make_bundle
 
 from lemica_trt.core.errors import EngineError, InputError, IntegrityError, LemicaError, UnsupportedError, UsageError
+from lemica_trt.runtime import validation
 from lemica_trt.runtime.denoise import Denoiser
-from lemica_trt.triton.client import _error
+from lemica_trt.triton.client import _address, _error
 from lemica_trt.triton.repository import write_repository
-from lemica_trt.triton.server import batching, cancel, errors, load, requests
+from lemica_trt.triton.server import batching, cancel, errors, load
 
 pytestmark = pytest.mark.null
 
@@ -99,7 +100,7 @@ def test_bundles_that_are_refused(tmp_path: Path) -> None:
         load.open_bundle(pb_utils(), load_args(repository, lemica_trt="0.0.1"))
     with pytest.raises(UnsupportedError, match="expected the bundle that denoiser was written for, got another"):
         load.open_bundle(pb_utils(), load_args(repository, manifest="1" * 64))
-    with pytest.raises(IntegrityError, match="expected a bundle"):
+    with pytest.raises(InputError, match="expected a bundle"):
         load.open_bundle(pb_utils(), load_args(repository, bundle="../nowhere"))
     plan = repository / "denoiser/bundle/plans/slow.json"
     plan.write_bytes(plan.read_bytes() + b" ")
@@ -141,8 +142,8 @@ def test_plans_and_steps() -> None:
         ({"plan": "fast"}, "fast"),
         ({"steps": 1}, "fast"),
     ):
-        assert requests.choose_plan(asked, plans, "slow") is plans[name]
-    assert requests.choose_plan({"plan": "fast", "steps": 1}, plans, "slow") is plans["fast"]
+        assert validation.choose_plan(asked, plans, "slow") is plans[name]
+    assert validation.choose_plan({"plan": "fast", "steps": 1}, plans, "slow") is plans["fast"]
     for bad in (
         {"plan": "no"},
         {"plan": 3},
@@ -152,22 +153,22 @@ def test_plans_and_steps() -> None:
         {"plan": "slow", "steps": 1},
     ):
         with pytest.raises(LemicaError, match="must be one of"):
-            requests.choose_plan(bad, plans, "slow")
+            validation.choose_plan(bad, plans, "slow")
 
 
 def test_guidance() -> None:
     plan = toy.euler_plan("fr", guidance_scale=4.0)
-    assert requests.guidance_from({}, plan, guided=True) == 4.0
-    assert requests.guidance_from({"guidance_scale": 3}, plan, guided=True) == 3.0
+    assert validation.guidance_from({}, plan, guided=True) == 4.0
+    assert validation.guidance_from({"guidance_scale": 3}, plan, guided=True) == 3.0
     for bad in (float("nan"), float("inf"), 100.5, True, "3", None):
         with pytest.raises(LemicaError, match="guidance_scale must be a number from 0 to 100"):
-            requests.guidance_from({"guidance_scale": bad}, plan, guided=True)
+            validation.guidance_from({"guidance_scale": bad}, plan, guided=True)
     with pytest.raises(LemicaError, match="built without guidance"):
-        requests.guidance_from({"guidance_scale": 3}, plan, guided=False)
+        validation.guidance_from({"guidance_scale": 3}, plan, guided=False)
     limited = msgspec.structs.replace(plan, guidance_range=(2.0, 7.0))
-    assert requests.guidance_from({"guidance_scale": 7}, limited, guided=True) == 7.0
+    assert validation.guidance_from({"guidance_scale": 7}, limited, guided=True) == 7.0
     with pytest.raises(LemicaError, match=r"plan default holds for guidance_scale 2 … 7, got 7\.5"):
-        requests.guidance_from({"guidance_scale": 7.5}, limited, guided=True)
+        validation.guidance_from({"guidance_scale": 7.5}, limited, guided=True)
 
 
 class Pipe:
@@ -230,6 +231,46 @@ def test_a_caller_that_goes_away_and_a_worker_that_dies() -> None:
     time.sleep(0.002)
     ended = cancellation.ended("after step 1")
     assert ended is not None and ended.code == "UNAVAILABLE"
+
+
+def test_files_of_callers_that_were_killed_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cancel.tempfile, "gettempdir", lambda: str(tmp_path))
+    cancel.remove_leftovers()  # nothing is there yet
+    script = (
+        "import os, signal, tempfile; tempfile.tempdir = os.environ['AT']\n"
+        "from lemica_trt.triton.server import cancel\n"
+        "with cancel.cancel_token(): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, "AT": str(tmp_path)}, check=False)
+    with cancel.cancel_token() as mine:
+        (mine.parent / "something else").touch()
+        assert len(list(mine.parent.iterdir())) == 3
+        cancel.remove_leftovers()
+        assert {path.name for path in mine.parent.iterdir()} == {mine.name, "something else"}
+
+
+def test_a_process_ends_with_its_server(tmp_path: Path) -> None:
+    """A grandchild whose parent is killed; with its files."""
+    child = (
+        "import os, tempfile, time; tempfile.tempdir = os.environ['AT']\n"
+        "from lemica_trt.triton.server import cancel, lifetime\n"
+        "lifetime.CHECK_INTERVAL_SECONDS = 0.01\n"
+        "lifetime.exit_with_parent(); lifetime.exit_with_parent()\n"
+        "with cancel.cancel_token(): print(os.getpid(), flush=True); time.sleep(600)"
+    )
+    server = "import subprocess, sys\nprocess = subprocess.Popen([sys.executable, '-c', sys.argv[1]])\nprocess.wait()"
+    environment = {**os.environ, "AT": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", server, child], env=environment, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        process = int(parent.stdout.readline())
+        assert len(list(tmp_path.glob("*/*"))) == 1
+        parent.kill()
+        assert parent.stdout.read() == ""  # its end: nobody holds the pipe any more
+    while not cancel._has_died(str(process)):  # its files are closed a moment before
+        time.sleep(0.01)
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,8 +340,24 @@ def test_prompts_that_are_cut_or_far_are_logged(monkeypatch: pytest.MonkeyPatch)
         encode=lambda prompt: {"prompt_embeds": np.zeros((5, 12), np.float32)},
         warnings=lambda prompt, negative: [] if prompt == "near" else [f"it is {'cut' if negative else 'far'}"],
     )
-    for prompt in ("near", "dragons", "blurry"):
+    model.keep(3)
+    for prompt in ("near", "dragons", "blurry", "dragons"):
         array = np.array([[prompt.encode()]], np.object_)
         (answer,) = model.execute([SimpleNamespace(array=array, parameters=lambda: "{}")])
         assert answer.output_tensors == [("prompt_embeds", (1, 5, 12))]
     assert logged == ["text_encoder: it is far", "text_encoder: it is cut"]
+    assert model.encoded.cache_info().hits == 1
+
+
+def test_addresses_of_servers() -> None:
+    for url, expected in (
+        ("localhost:8001", ("localhost:8001", False)),
+        ("grpc://localhost:8001/", ("localhost:8001", False)),
+        ("http://[::1]:8001", ("[::1]:8001", False)),
+        ("grpcs://example.com:443", ("example.com:443", True)),
+        ("https://example.com:443", ("example.com:443", True)),
+    ):
+        assert _address(url) == expected
+    for url in ("localhost", "http://localhost:8001/v2", "ftp://localhost:1", "", "user@host:1", "host:1 "):
+        with pytest.raises(UsageError, match=r"expected HOST:PORT of a server's gRPC endpoint, got .* → --url local"):
+            _address(url)

@@ -110,7 +110,7 @@ class Server:
 
     def stub(self, model: str) -> int:
         """Process id of a model's first instance."""
-        return min(_stubs(self.repository, f"{model}/"))
+        return min(stubs(self.repository, f"{model}/"))
 
 
 def free_ports(count: int) -> list[int]:
@@ -184,21 +184,21 @@ def _ready(server: Server, process: subprocess.Popen[bytes]) -> bool:
 
 def _end(process: subprocess.Popen[bytes], repository: Path) -> None:
     """End the server, and what it leaves behind where it crashed or its models were killed."""
-    stubs = _stubs(repository)
+    regions = stubs(repository)
     process.send_signal(signal.SIGINT)
     try:
         process.wait(40)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    for pid in _stubs(repository):
+    for pid in stubs(repository):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    for region in stubs.values():
+    for region in regions.values():
         (SHM / region).unlink(missing_ok=True)
 
 
-def _stubs(repository: Path, model: str = "") -> dict[int, str]:
+def stubs(repository: Path, model: str = "") -> dict[int, str]:
     """Processes of the repository's models, or of one, and the name of the shared memory of each."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):

@@ -15,7 +15,7 @@ from lemica_trt.backends.build import ENGINES_FOLDER, Estimate, graphs_digest
 from lemica_trt.backends.onnx_file import require_plain
 from lemica_trt.backends.onnxruntime.attention import ATTENTION, write_fused
 from lemica_trt.backends.onnxruntime.options import OrtOptions
-from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError
+from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError, install_command
 from lemica_trt.core.text import first_line
 from lemica_trt.core.threads import usable_threads
 from lemica_trt.ir.engine import EngineBuild, EngineEntry, EngineKey
@@ -108,7 +108,7 @@ def import_onnxruntime() -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             f"the onnxruntime backend needs the package onnxruntime, got: {error}",
-            fix="pip install 'lemica-trt[onnxruntime]'",
+            fix=install_command("onnxruntime"),
         ) from None
     return onnxruntime
 

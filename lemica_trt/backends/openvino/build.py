@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lemica_trt.backends.build import Estimate, graphs_digest
 from lemica_trt.backends.onnx_file import require_plain
 from lemica_trt.backends.openvino.options import OpenVinoOptions
-from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError
+from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError, install_command
 from lemica_trt.core.text import first_line
 from lemica_trt.core.threads import usable_threads
 from lemica_trt.ir.engine import EngineEntry, EngineKey
@@ -58,7 +58,7 @@ class OpenVinoBuilder:
             compiled_model(graph, root / graph.file, options)
         key = EngineKey(
             backend="openvino",
-            version=import_openvino().__version__.partition("-")[0],
+            version=openvino_version(),
             target="cpu",
             dtype=graphs.dtype,
             graphs_digest=graphs_digest(graphs, root),
@@ -68,6 +68,15 @@ class OpenVinoBuilder:
 
 
 BUILDERS = {"openvino": OpenVinoBuilder()}
+
+
+def openvino_version() -> str:
+    """Its release, without the number of the build.
+
+    Raises:
+        MissingDependencyError: as `import_openvino`.
+    """
+    return str(import_openvino().__version__.partition("-")[0])
 
 
 def import_openvino() -> Any:
@@ -81,7 +90,7 @@ def import_openvino() -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             f"the openvino backend needs the package openvino, got: {error}",
-            fix="pip install 'lemica-trt[openvino]'",
+            fix=install_command("openvino"),
         ) from None
     return openvino
 

@@ -36,7 +36,7 @@ from lemica_trt.backends.tensorrt.protocol import (
     Progress,
 )
 from lemica_trt.backends.tensorrt.vendor import VENDORS, Vendor
-from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError
+from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError, install_command
 from lemica_trt.core.files import sha256_of
 from lemica_trt.core.progress import Reporter, duration, size
 from lemica_trt.core.values import Value, read_value, write_value
@@ -198,7 +198,7 @@ class TensorRTBuilder:
         reason = answer.what if isinstance(answer, Failed) else str(answer)
         raise MissingDependencyError(
             f"the {self.vendor.backend} backend needs {self.vendor.title}, got: {reason}",
-            fix=f"pip install 'lemica-trt[{self.vendor.extra}]'",
+            fix=install_command(self.vendor.extra),
         )
 
     def _target(self, options: TensorRTOptions | RtxOptions, found: ProbeResult) -> str:

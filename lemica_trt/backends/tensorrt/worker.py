@@ -56,6 +56,9 @@ if TYPE_CHECKING:
     import tensorrt_rtx
 
 # What the dynamic loader says at the end of its line where memory is short.
+USUAL_TOKENS = 128
+"""Length of text axes that engines are tuned for, unless they are shorter; others run too."""
+
 _NO_ROOM = ("failed to map segment from shared object", "Cannot allocate memory")
 
 
@@ -189,7 +192,8 @@ def configure(trt: Any, builder: tensorrt.Builder, job: BuildJob) -> tensorrt.IB
         profile: tensorrt.IOptimizationProfile = builder.create_optimization_profile()
         for spec in job.graph.inputs:
             largest = spec.at(job.max_batch)
-            profile.set_shape(spec.name, spec.at(1), largest, largest)
+            usual = spec.at(job.max_batch, tokens=USUAL_TOKENS)
+            profile.set_shape(spec.name, spec.at(1, tokens=1), usual, largest)
         config.add_optimization_profile(profile)
     return config
 

@@ -114,6 +114,14 @@ class Arguments:
         return parameter is not None and (self._request.image or parameter.default is parameter.empty)
 
     @property
+    def max_sequence_length(self) -> int | None:
+        """Tokens of a prompt; None: the pipeline's call says nothing of them."""
+        if "max_sequence_length" not in self._names:
+            return None
+        value = self._fixed.get("max_sequence_length", self._names["max_sequence_length"].default)
+        return value if isinstance(value, int) else None
+
+    @property
     def has_prompt(self) -> bool:
         """Whether a prompt is given."""
         return "prompt" in self._names

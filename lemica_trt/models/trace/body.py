@@ -40,6 +40,19 @@ class Rows:
     rows: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """A slot that is the same for all prompts, cut to the length of the text.
+
+    Attributes:
+        condition: name of a condition [rows, tokens, …] that has this length.
+        values: at the longest text, [tokens, …].
+    """
+
+    condition: str
+    values: Tensor
+
+
 class Network(nn.Module):
     """A transformer whose trunk can be seen, and left out.
 
@@ -100,7 +113,7 @@ class Step(NamedTuple):
     Attributes:
         output: guided, fp32 [1, *latent_shape].
         guidance_term: what a guidance scale above 1 adds to it, fp32 [1, *latent_shape]; zeros if not asked for.
-        residual: of the trunk, of all calls.
+        residual: of the trunk, [R, …]: of all calls, whose own first dimension may be a multiple (Latte's has frames).
     """
 
     output: Tensor
@@ -121,15 +134,19 @@ class Body(nn.Module):
         calls: of the network.
     """
 
-    def __init__(self, program: Program, slots: Mapping[int, Line | Rows], network: Network, *, branches: bool) -> None:
+    def __init__(
+        self, program: Program, slots: Mapping[int, Line | Rows | Prefix], network: Network, *, branches: bool
+    ) -> None:
         super().__init__()
         self.network = network
         self._branches = branches
         self.calls = len(program.calls)
         self._program, self._lines = program, dict(slots)
         for k, value in enumerate(program.values):
-            if isinstance(value, Tensor) and k not in slots:
-                self.register_buffer(f"constant_{k}", value, persistent=False)
+            slot = slots.get(k)
+            if isinstance(value, Tensor) and (slot is None or isinstance(slot, Prefix)):
+                constant = slot.values if isinstance(slot, Prefix) else value
+                self.register_buffer(f"constant_{k}", constant, persistent=False)
 
     def forward(
         self,
@@ -146,11 +163,11 @@ class Body(nn.Module):
             x: fp32 [1, *latent_shape].
             timestep, in_scale, guidance: fp32 [1]; guidance: None where it is baked.
             conditions: by name, [R, …].
-            residual: of all calls, along the first dimension, in place of the trunk; None: the trunk runs.
+            residual: as in `Step`, in place of the trunk; None: the trunk runs.
         """
         own: list[Tensor] = []
         returned: list[list[Tensor]] = []
-        given = [] if residual is None else list(residual.chunk(self.calls))
+        given = [] if residual is None else list(residual.flatten(0, 1).chunk(self.calls))
 
         def call(name: str, arguments: Any) -> list[Tensor]:
             if residual is not None:
@@ -176,12 +193,18 @@ class Body(nn.Module):
         if self._branches and guidance is not None:  # at scale 1 the output is the conditional one
             again = iter(returned)
             term = guided - output(torch.ones_like(guidance), lambda name, arguments: next(again))
-        return Step(guided, term, torch.cat(own) if own else x)
+        rows = 1 if guidance is None else 2
+        if not own:
+            return Step(guided, term, x)
+        added = torch.cat(own)
+        return Step(guided, term, added.reshape(rows, added.shape[0] // rows, *added.shape[1:]))
 
     def _value(self, k: int, value: Any, sources: Mapping[str, Tensor | None], conditions: Mapping[str, Tensor]) -> Any:
         slot = self._lines.get(k)
         if slot is None:
             return self.get_buffer(f"constant_{k}") if isinstance(value, Tensor) else value
+        if isinstance(slot, Prefix):
+            return self.get_buffer(f"constant_{k}")[: conditions[slot.condition].shape[1]]
         if isinstance(slot, Rows):
             whole = conditions[slot.condition]
             rows = (

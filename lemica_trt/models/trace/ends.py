@@ -5,7 +5,7 @@ Both are slices of a recording: the operators and calls between two tensors, run
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class TapeSlice(nn.Module):
         inputs: name → tensor.
         outputs: name → tensor.
         components: of the pipeline.
+        held: names of inputs that only calls are given; for operators they are as they were recorded.
 
     Raises:
         UnsupportedError: an output does not depend on any input, or a value of one became Python's.
@@ -39,11 +40,17 @@ class TapeSlice(nn.Module):
         inputs: Mapping[str, Ref],
         outputs: Mapping[str, Ref],
         components: Mapping[str, Any],
+        held: Collection[str] = (),
     ) -> None:
         super().__init__()
         self._names = list(inputs)
-        cut = Extraction(tape, span, {ref.id: k for k, ref in enumerate(inputs.values())}, [], of_inputs=True)
-        nodes = cut.nodes()
+        numbers = {name: {ref.id: k} for k, (name, ref) in enumerate(inputs.items())}
+        free, of_calls = (
+            {number: k for name, its in numbers.items() if (name in held) is is_held for number, k in its.items()}
+            for is_held in (False, True)
+        )
+        cut = Extraction(tape, span, free, [], of_inputs=True, of_calls=of_calls)
+        nodes = [_with_places(node, cut) for node in cut.nodes()]
         if cut.host:
             raise UnsupportedError(f"a value that follows {' and '.join(inputs)} is read by .{cut.host[0][0]}()")
         self._outputs = {name: cut.place(ref) for name, ref in outputs.items()}
@@ -94,6 +101,19 @@ class TapeSlice(nn.Module):
                 result = node.what(*tree[0], **tree[1])
                 made[k] = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         return {name: take(place) for name, place in self._outputs.items()}
+
+
+def _with_places(node: Step, cut: Extraction) -> Step:
+    """A node that reads elements at a constant mask, with their places in its stead: no graph can follow a mask."""
+    if node.what is not torch.ops.aten.index.Tensor:
+        return node
+    (source, indices), kwargs = node.tree
+    found: list[Any] = []
+    for index in indices:
+        value = cut.values[index.index] if isinstance(index, Slot) else None
+        masks = isinstance(value, Tensor) and value.dtype == torch.bool
+        found += map(cut.constant, value.nonzero(as_tuple=True)) if masks else [index]  # type: ignore[union-attr]
+    return Step(node.kind, node.what, ((source, found), kwargs))
 
 
 def _needed(nodes: Sequence[Step], targets: Any) -> dict[int, Step]:

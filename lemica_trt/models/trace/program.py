@@ -7,7 +7,7 @@ network returns; everything else it reads is a *slot*: a tensor or a number from
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -231,6 +231,7 @@ class Extraction:
         roots: id of a tensor → number of the input that it is.
         order: ids of schedulers, one a state.
         of_inputs: calls are part of it only where they are given what depends on the roots; else all are.
+        of_calls: id of a tensor → number of the input that it is for calls alone; elsewhere it is a slot.
 
     Attributes:
         values: of the slots.
@@ -238,11 +239,19 @@ class Extraction:
     """
 
     def __init__(
-        self, tape: Tape, span: tuple[int, int], roots: dict[int, int], order: list[int], *, of_inputs: bool = False
+        self,
+        tape: Tape,
+        span: tuple[int, int],
+        roots: dict[int, int],
+        order: list[int],
+        *,
+        of_inputs: bool = False,
+        of_calls: Mapping[int, int] | None = None,
     ) -> None:
         self._tape, self._span, self._order, self._of_inputs = tape, span, order, of_inputs
         self._items = tape.items[span[0] : span[1]]
         self._places: dict[int, Any] = {number: X(state) for number, state in roots.items()}
+        self._of_calls = {number: X(state) for number, state in (of_calls or {}).items()}
         self._tainted = self._taint(set(roots))
         self._slots: dict[Any, int] = {}
         self.values: list[Any] = []
@@ -292,6 +301,12 @@ class Extraction:
             self._births.append(born)
         return Slot(self._slots[key])
 
+    def constant(self, value: Tensor) -> Slot:
+        """A slot of its own for a tensor."""
+        self.values.append(value)
+        self._births.append(None)
+        return Slot(len(self.values) - 1)
+
     def nodes(self) -> list[Step]:
         """The program's nodes, in order; to be called once."""
         nodes: list[Step] = []
@@ -332,7 +347,11 @@ class Extraction:
             names = ("sample",) if event.kind == "scale" else STEP_INPUTS
             tree = {name: self.place(event.inputs[name]) for name in names}
             return Step(event.kind, self._order.index(event.scheduler or 0), tree)
-        return Step(event.kind, event.name, pytree.tree_map(self.place, event.inputs))
+
+        def place(leaf: Any) -> Any:
+            return self._of_calls.get(leaf.id) or self.place(leaf) if isinstance(leaf, Ref) else self.place(leaf)
+
+        return Step(event.kind, event.name, pytree.tree_map(place, event.inputs))
 
 
 def run_program(

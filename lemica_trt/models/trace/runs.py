@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemica_trt.core.errors import InputError, LemicaError, MissingDependencyError
+from lemica_trt.core.errors import InputError, LemicaError, MissingDependencyError, UnsupportedError
 from lemica_trt.models.load import quiet
 from lemica_trt.models.trace.arguments import (
     GUIDER,
@@ -27,6 +27,12 @@ from lemica_trt.models.trace.tape import Recorder, Tape
 
 GUIDANCE_STEP = 1.25
 """How much a guidance scale is raised in the run that shows what follows it; twice in the run of the check."""
+
+WORD, FEW = "a ", 8
+"""What long prompts are made of, and how often it stands in a short one."""
+
+MAX_PROMPT = 1 << 15
+"""Letters of the longest prompt that is tried."""
 
 REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, ImportError)
 """What a pipeline raises for arguments that it does not take."""
@@ -69,19 +75,19 @@ class Runs:
     Attributes:
         base: every argument as requested.
         others: what differs in it → a run that differs from the base run in one thing.
-        longer: runs with a longer prompt or negative prompt whose shapes or operators follow its length.
+        longer: `prompt` or `negative_prompt` → a run with a longer one whose shapes or operators follow its length.
         check: everything is new in it. Its prompt has another length than the base run's, unless shapes follow it.
     """
 
     def __init__(self, pipeline: Any, arguments: Arguments) -> None:
         self._pipeline, self._arguments = pipeline, arguments
-        self.longer: list[Run] = []
+        self.longer: dict[str, Run] = {}
         self.base = self._run()
         self.others: dict[str, Run] = {}
         if arguments.has_prompt:
-            self.others[PROMPT] = self._other("prompt", LONGER, OTHER)
+            self.others[PROMPT] = self._other(PROMPT, "prompt", LONGER, OTHER)
         if arguments.has_negative:
-            self.others[NEGATIVE] = self._other("negative", LONGER_NEGATIVE, OTHER_NEGATIVE)
+            self.others[NEGATIVE] = self._other(NEGATIVE, "negative", LONGER_NEGATIVE, OTHER_NEGATIVE)
         if arguments.has_image:
             self.others[IMAGE] = self._run(image=2)
         self.others[SEED] = self._run(seed=12)
@@ -97,12 +103,49 @@ class Runs:
         tape, _ = record(self._pipeline, self._arguments, **changes)
         return Run(tape, programs(tape), {**self._arguments.scales, **changes.get("scales", {})})
 
-    def _other(self, what: str, longer: str, other: str) -> Run:
+    def longest(self) -> tuple[Run, str]:
+        """A run whose prompts have as many tokens as the pipeline takes, none cut off; and that prompt.
+
+        Where the pipeline has no parameter that says how many, its text encoder pads, and any longer prompt will do.
+
+        Raises:
+            UnsupportedError: no such prompt was found.
+        """
+        most = self._arguments.max_sequence_length
+        if most is not None:
+            short = self._run(prompt=WORD * FEW, negative=WORD * FEW)
+            text = (WORD * (FEW + most - self._tokens(short))).strip()
+            run = self._run(prompt=text, negative=text)
+            if self._tokens(run) == most:
+                return run, text
+            raise UnsupportedError(f"no prompt was found that has all {most} tokens")
+        text, before = LONGER, self._run(prompt=LONGER, negative=LONGER)
+        while len(text) < MAX_PROMPT:
+            text = f"{text} {text}"
+            run = self._run(prompt=text, negative=text)
+            if _alike(before, run):
+                return run, text
+            before = run
+        raise UnsupportedError(f"it takes prompts of more than {MAX_PROMPT} letters whole")
+
+    def _tokens(self, run: Run) -> int:
+        """The first dimension that follows the length of a text."""
+        longer = next(iter(self.longer.values())).programs[0]
+        for mine, its, found in zip(self.base.programs[0].values, longer.values, run.programs[0].values):
+            if isinstance(mine, Tensor) and mine.shape != its.shape:
+                return int(next(size for a, b, size in zip(mine.shape, its.shape, found.shape) if a != b))
+        raise UnsupportedError("it runs other operators on longer prompts")
+
+    def shorter(self) -> Run:
+        """A run with short prompts, another seed and another image."""
+        return self._run(prompt=SHORTER, negative=SHORTER_NEGATIVE, seed=78, image=4)
+
+    def _other(self, name: str, what: str, longer: str, other: str) -> Run:
         """A run with a longer text, so that masks show; where shapes follow its length, with one of equal length."""
         run = self._run(**{what: longer})
         if _alike(self.base, run):
             return run
-        self.longer.append(run)
+        self.longer[name] = run
         return self._run(**{what: other})
 
     def following(self, kinds: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -111,7 +154,7 @@ class Runs:
             (k, slot)
             for k, steps in enumerate(kinds)
             for slot, mine in enumerate(self.base.programs[steps[0]].values)
-            if isinstance(mine, Tensor) and any(_follows(mine, run, steps[0], slot) for run in self.longer)
+            if isinstance(mine, Tensor) and any(_follows(mine, run, steps[0], slot) for run in self.longer.values())
         ]
 
 

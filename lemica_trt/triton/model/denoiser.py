@@ -10,6 +10,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from lemica_trt.core.errors import LemicaError
+from lemica_trt.runtime import validation
 from lemica_trt.runtime.denoise import Cancelled
 from lemica_trt.triton.server import batching, cancel, errors, load, metrics, requests
 
@@ -51,13 +52,13 @@ class TritonPythonModel:
     def job(self, request, sender):
         """What one request asks for."""
         parameters = requests.read_parameters(request, PARAMETERS)
-        plan = requests.choose_plan(parameters, self.batches.plans, self.default)
+        plan = validation.choose_plan(parameters, self.batches.plans, self.default)
         names = ("negative_prompt_embeds", "prompt_embeds") if self.guided else ("prompt_embeds",)
         shape, kind = self.batches.embeds_shape, self.batches.embeds_dtype
         embeds = np.stack([requests.tensor_from(pb_utils, request, name, shape, kind) for name in names])
-        guidance = requests.guidance_from(parameters, plan, guided=self.guided)
+        guidance = validation.guidance_from(parameters, plan, guided=self.guided)
         cancellation = cancel.Cancellation(request, parameters.get("caller"))
-        return requests.DenoiseJob(embeds, plan, requests.seed_from(parameters), guidance, sender, cancellation)
+        return requests.DenoiseJob(embeds, plan, validation.seed_from(parameters), guidance, sender, cancellation)
 
     def run(self, jobs):
         """Denoise jobs of one plan; one that ends early is answered at once, the last one stops the loop."""

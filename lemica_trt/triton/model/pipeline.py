@@ -8,15 +8,14 @@ PyTorch), and PyAV for MP4. All parameters are explained in config.pbtxt.
 import base64
 import importlib.util
 import json
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from lemica_trt.core.errors import InputError, LemicaError
-from lemica_trt.runtime.video import write_video
+from lemica_trt.runtime import validation
+from lemica_trt.runtime.video import encoded
 from lemica_trt.triton.server import cancel, errors, load, requests
 
 FORWARDED = ("plan", "steps", "seed", "guidance_scale")
@@ -45,19 +44,22 @@ class TritonPythonModel:
 
     def answer(self, request, sender):
         start = time.monotonic()
-        parameters = requests.read_parameters(request, (*FORWARDED, "negative_prompt", "output"))
+        parameters = requests.read_parameters(request, (*FORWARDED, "negative_prompt", "output", "timeout"))
+        limit = validation.timeout_from(parameters) or request.timeout()
         output = parameters.get("output", "frames")
         if output not in OUTPUTS:
             raise InputError(f"output must be one of {', '.join(OUTPUTS)}; got {output!r}")
+        requests.require_requested(request, "frames" if output == "frames" else "video", output)
         prompt = requests.tensor_from(pb_utils, request, "prompt", (1,), np.object_)[0]
-        inputs = {"prompt_embeds": self.encode(requests.text_from("prompt", prompt))}
+        inputs = {"prompt_embeds": self.encode(validation.text_from("prompt", prompt))}
         if self.guided:
             negative = parameters.get("negative_prompt", self.negative_prompt)
-            inputs["negative_prompt_embeds"] = self.encode(requests.text_from("negative_prompt", negative))
+            inputs["negative_prompt_embeds"] = self.encode(validation.text_from("negative_prompt", negative))
         elif "negative_prompt" in parameters:
             raise InputError("this bundle was built without guidance: it takes no negative_prompt")
         forwarded = {name: parameters[name] for name in FORWARDED if name in parameters}
-        latents = self.denoise(request, sender, inputs, forwarded, start)
+        deadline = start + limit / 1e6 if limit else None
+        latents = self.denoise(request, sender, inputs, forwarded, deadline)
         frames = next(self.call("vae_decoder", {"latents": latents}, ["frames"]))["frames"]
         result = pb_utils.Tensor("frames", frames) if output == "frames" else self.video(frames[0], output)
         tensors = [*self.progress, result] if self.streams else [result]
@@ -66,14 +68,13 @@ class TritonPythonModel:
         )
 
     def encode(self, prompt):
-        """[1, text_length, width], from the response cache where the prompt has been seen."""
+        """[1, text_length, width]."""
         inputs = {"prompt": np.array([[prompt.encode()]], np.object_)}
         return next(self.call("text_encoder", inputs, ["prompt_embeds"]))["prompt_embeds"]
 
-    def denoise(self, request, sender, inputs, parameters, start):
+    def denoise(self, request, sender, inputs, parameters, deadline):
         """Latents [1, *latent_shape]; passes progress on, and cancellation and the time that is left."""
-        limit = request.timeout()
-        left = max(1, limit - int((time.monotonic() - start) * 1e6)) if limit else 0
+        left = max(1, int((deadline - time.monotonic()) * 1e6)) if deadline else 0
         outputs = ["step", "num_steps", "latents", "ended"]
         with cancel.cancel_token() as caller:
             settings = {"settings": json.dumps(parameters), "caller": caller.name}
@@ -101,9 +102,6 @@ class TritonPythonModel:
 
     def video(self, frames, output):
         """The MP4 file as bytes, or those in base64 for JSON."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "clip.mp4"
-            write_video(frames, path, fps=self.fps)
-            data = path.read_bytes()
+        data = encoded(frames, ".mp4", fps=self.fps)
         data = base64.b64encode(data) if output == "mp4-base64" else data
         return pb_utils.Tensor("video", np.array([[data]], np.object_))

@@ -3,6 +3,7 @@
     load        what a model checks before it serves, and its pipeline
     requests    parameters and tensors of a request, checked
     cancel      requests that end before their result: cancelled, out of time, or their process died
+    lifetime    processes of models end with their server
     batching    requests that run together, where that changes no bit of any result
     metrics     what `/metrics` shows beside Triton's own
     errors      exceptions as answers

@@ -22,6 +22,9 @@ from lemica_trt.triton.server.errors import RequestEnded
 
 T = TypeVar("T")
 
+_TOKEN = re.compile("([0-9]{1,10})-[0-9a-f]{32}")
+"""A caller's file: its process, and a random number."""
+
 CHECK_INTERVAL_SECONDS = 0.05
 """How often a model that waits for another one looks whether the request is still wanted."""
 
@@ -47,7 +50,7 @@ class Cancellation:
         limit = request.timeout()
         self._limit = limit / 1e6 if limit else math.inf
         self._start = time.monotonic()
-        if token is not None and not re.fullmatch("[0-9a-f]{32}", str(token)):
+        if token is not None and not _TOKEN.fullmatch(str(token)):
             raise InputError("caller is set by the pipeline models only")
         self.called = token is not None
         self._token = None if token is None else _token_folder() / str(token)
@@ -79,12 +82,21 @@ def cancel_token() -> Iterator[Path]:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise EngineError(f"{folder}: expected a folder of this user alone, got another", fix="remove it")
-    file = folder / secrets.token_hex(16)
+    file = folder / f"{os.getpid()}-{secrets.token_hex(16)}"
     file.touch()
     try:
         yield file
     finally:
         file.unlink(missing_ok=True)
+
+
+def remove_leftovers(*, own: bool = False) -> None:
+    """Remove the files of callers that were killed; with `own`, those of this process, too."""
+    with suppress(FileNotFoundError):
+        for file in _token_folder().iterdir():
+            found = _TOKEN.fullmatch(file.name)
+            if found and (_has_died(found[1]) or (own and int(found[1]) == os.getpid())):
+                file.unlink(missing_ok=True)
 
 
 def answers_while_wanted(
@@ -122,14 +134,18 @@ def require_wanted(request: Any, token: Path) -> None:
     if request.is_cancelled():
         raise RequestEnded("CANCELLED", "cancelled")
     process = token.read_text()
-    if process:
-        try:
-            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            state = "X"
-        if state in ("Z", "X"):
-            raise RequestEnded("UNAVAILABLE", "the process of denoiser_stream has died; load the model again")
+    if process and _has_died(process):
+        raise RequestEnded("UNAVAILABLE", "the process of denoiser_stream has died; load the model again")
+
+
+def _has_died(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except OSError:
+        return True
 
 
 def _token_folder() -> Path:
-    return Path(tempfile.gettempdir()) / f"lemica-trt-calls-{os.getuid()}"
+    """Of this user, and of those processes whose ids are comparable: containers may share a folder for such files."""
+    namespace = os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116
+    return Path(tempfile.gettempdir()) / f"lemica-trt-calls-{os.getuid()}-{namespace}"

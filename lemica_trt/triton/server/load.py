@@ -4,6 +4,7 @@
 - a numpy that this server cannot read (of numpy 2, the backend of 24.10 reads wrong numbers without a word);
 - another lemica-trt than the one that wrote the repository, or another bundle than it was written for;
 - a bundle with a file missing, altered or not listed;
+- a bundle that none of the keys of LEMICA_TRUSTED_KEYS signed, if that is set, or has to be;
 - engines of another TensorRT or GPU than the one here (the runtime compares).
 """
 
@@ -20,10 +21,12 @@ import numpy as np
 
 from lemica_trt import __version__
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.signing import TRUSTED_KEYS
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.ir.graphs import Role
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.triton.interface import OLDEST_SERVER
+from lemica_trt.triton.server import cancel, lifetime
 
 
 def load_pipeline(
@@ -56,6 +59,8 @@ def open_bundle(pb_utils: Any, args: Mapping[str, str]) -> tuple[Bundle, dict[st
         LemicaError: as `load_pipeline`.
     """
     check_server(pb_utils)
+    lifetime.exit_with_parent()
+    cancel.remove_leftovers()
     config = json.loads(args["model_config"])
     parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
     if parameters["lemica_trt"] != __version__:
@@ -65,6 +70,11 @@ def open_bundle(pb_utils: Any, args: Mapping[str, str]) -> tuple[Bundle, dict[st
         )
     folder = Path(args["model_repository"]) / parameters["bundle"]
     bundle = Bundle.open(folder)
+    if parameters["require_signature"] == "yes" and bundle.signed_by is None:
+        raise UnsupportedError(
+            f"{args['model_name']} was written for a bundle that must be signed, and the server trusts no key",
+            fix=f"start it with {TRUSTED_KEYS}=PUBLIC.pem",
+        )
     bundle.check()
     if bundle.digest != parameters["manifest"]:
         raise UnsupportedError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,9 @@ import numpy as np
 from lemica_trt.backends.base import Array
 from lemica_trt.core.errors import InputError
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.runtime.text import require_prompt
+from lemica_trt.runtime.validation import require_known
 from lemica_trt.triton.server.cancel import Cancellation
 from lemica_trt.triton.server.errors import RequestEnded
-
-GUIDANCE_SCALE_RANGE = (0.0, 100.0)
-"""Lowest and highest guidance scale of a request."""
 
 
 @dataclass
@@ -50,9 +47,7 @@ def read_parameters(request: Any, allowed: Collection[str]) -> dict[str, Any]:
     found = _object_from(request.parameters() or "{}", "parameters")
     if "caller" in found and "settings" in found:
         found.update(_object_from(found.pop("settings"), "settings"))
-    for name in found:
-        if name not in allowed and not name.startswith("triton_"):
-            raise InputError(f"unknown parameter {name!r}: expected {', '.join(sorted(allowed))}")
+    require_known((name for name in found if not name.startswith("triton_")), allowed)
     return found
 
 
@@ -71,69 +66,11 @@ def _object_from(text: object, name: str) -> dict[str, Any]:
     return found
 
 
-def choose_plan(parameters: Mapping[str, Any], plans: Mapping[str, StepPlan], default: str) -> StepPlan:
-    """The plan that `plan`, `steps` (full steps), both or neither ask for.
-
-    Raises:
-        InputError: there is none.
-    """
-    name, steps = parameters.get("plan"), parameters.get("steps")
-    if name == "default" and name not in plans:
-        name = default
-    if name is not None and (not isinstance(name, str) or name not in plans):
-        raise InputError(f"plan must be one of {', '.join(plans)}; got {name!r}")
-    if steps is None:
-        return plans[name or default]
-    candidates = [default, *plans] if name is None else [name]
-    for candidate in candidates:
-        if not isinstance(steps, bool) and plans[candidate].budget == steps:
-            return plans[candidate]
-    known = ", ".join(f"{plans[c].budget} (plan {c})" for c in dict.fromkeys(candidates))
-    raise InputError(f"steps, the number of full steps, must be one of {known}; got {steps!r}")
-
-
-def seed_from(parameters: Mapping[str, Any]) -> int:
-    """The seed; 0 if none is given.
-
-    Raises:
-        InputError: it is not 0 … 2^63 − 1.
-    """
-    seed = parameters.get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-        raise InputError(f"seed must be an integer from 0 to 2^63 - 1; got {seed!r}")
-    return seed
-
-
-def guidance_from(parameters: Mapping[str, Any], plan: StepPlan, *, guided: bool) -> float:
-    """The guidance scale; the plan's where none is asked for.
-
-    Raises:
-        InputError: out of `GUIDANCE_SCALE_RANGE`, or of what the plan holds for, or the bundle has none.
-    """
-    if "guidance_scale" not in parameters:
-        return plan.guidance_scale
-    scale = parameters["guidance_scale"]
-    if not guided:
-        raise InputError("this bundle was built without guidance: it takes no guidance_scale and no negative_prompt")
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    low, high = GUIDANCE_SCALE_RANGE
-    if not number or not low <= scale <= high:
-        raise InputError(f"guidance_scale must be a number from {low:g} to {high:g}; got {scale!r}")
-    plan.require_guidance(scale)
-    return float(scale)
-
-
-def text_from(name: str, value: object) -> str:
-    """A prompt.
-
-    Raises:
-        InputError: not UTF-8, or too long (`lemica_trt.runtime.text`).
-    """
-    try:
-        text = value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} must be UTF-8; got: {error.reason}") from None
-    return require_prompt(text, name)
+def require_requested(request: Any, name: str, output: str) -> None:
+    """Raise InputError if a client asks for other tensors than the one that its parameter `output` makes."""
+    names = request.requested_output_names()
+    if name not in names:
+        raise InputError(f"outputs must be {name}, which output {output!r} makes; got {', '.join(names)}")
 
 
 def tensor_from(pb_utils: Any, request: Any, name: str, shape: Sequence[int], kind: Any) -> Array:

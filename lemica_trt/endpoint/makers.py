@@ -1,0 +1,136 @@
+"""Who makes the clips: the engines of this process, or a Triton server that has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.core.errors import EngineError, UnsupportedError
+from lemica_trt.endpoint.errors import Refused
+from lemica_trt.runtime.denoise import Cancelled, RowDone
+from lemica_trt.runtime.generation import GenerationRequest
+from lemica_trt.runtime.pipeline import Pipeline
+from lemica_trt.runtime.video import encoded
+from lemica_trt.triton import client
+
+OnProgress = Callable[[int, int], None]
+"""Called with (steps done, steps); what it raises ends the request."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A clip.
+
+    Attributes:
+        data: the file's content.
+        seconds: wall-clock time of the denoising loop; None: not known here.
+        full, skipped: rows that ran the DiT, and that did not; 0: not known here.
+    """
+
+    data: bytes
+    seconds: float | None = None
+    full: int = 0
+    skipped: int = 0
+
+
+class Maker(Protocol):
+    """Makes clips. May be called by several threads."""
+
+    def make(self, request: GenerationRequest, plan: str, suffix: str, on_progress: OnProgress) -> Made:
+        """One clip as a file: `.mp4` or `.png`.
+
+        Raises:
+            LemicaError: it cannot be made.
+            Cancelled: `on_progress` raised it.
+        """
+
+    def check(self) -> None:
+        """Run the text encoder and the first step of the default plan.
+
+        Raises:
+            LemicaError: they do not run.
+        """
+
+
+class Engines:
+    """The engines of this process.
+
+    Args:
+        pipeline: loaded.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    def make(self, request: GenerationRequest, plan: str, suffix: str, on_progress: OnProgress) -> Made:
+        """See `Maker`."""
+        rows = {True: 0, False: 0}
+
+        def step(row: RowDone) -> None:
+            rows[row.full] += 1
+            on_progress(row.index + 1, row.rows)
+
+        (clip,) = self._pipeline.run([request], plan=plan, on_step=step)
+        data = encoded(clip.frames, suffix, fps=self._pipeline.fps)
+        return Made(data, clip.seconds["denoise"], rows[True], rows[False])
+
+    def check(self) -> None:
+        """See `Maker`."""
+
+        def stop(row: RowDone) -> None:
+            raise Cancelled
+
+        with suppress(Cancelled):
+            self._pipeline.run([GenerationRequest("")], on_step=stop)
+
+
+class TritonServer:
+    """A Triton server with a repository of the same bundle.
+
+    Args:
+        url: its gRPC endpoint.
+        bundle: what it must serve.
+        plan: the default plan.
+    """
+
+    def __init__(self, url: str, bundle: Bundle, plan: str) -> None:
+        self._url, self._bundle, self._plan = url, bundle, plan
+
+    def make(self, request: GenerationRequest, plan: str, suffix: str, on_progress: OnProgress) -> Made:
+        """See `Maker`; an MP4 is made by the server."""
+        given = {"guidance_scale": request.guidance_scale, "negative_prompt": request.negative_prompt}
+        parameters: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        parameters |= {"plan": plan, "seed": int(request.seed)}
+        try:
+            made = client.generate(
+                self._url, request.prompt, parameters=parameters, mp4=suffix == ".mp4", on_step=on_progress
+            )
+        except EngineError as error:
+            if client.is_full(error):
+                raise Refused(429, "queue_full", "the queue of the Triton server is full", retry_after=1) from None
+            raise
+        return Made(
+            made if isinstance(made, bytes) else encoded(made, suffix, fps=self._bundle.manifest.profile.shape.fps)
+        )
+
+    def check(self) -> None:
+        """See `Maker`; also that the server serves this bundle.
+
+        Raises:
+            UnsupportedError: it serves another one.
+        """
+        digest = client.served_digest(self._url)
+        if digest != self._bundle.digest:
+            raise UnsupportedError(
+                f"{self._url}: expected a server of bundle {self._bundle.digest[:12]}, it serves {digest[:12]}",
+                fix="give the bundle that the repository was written from: REPOSITORY/denoiser/bundle",
+            )
+
+        def stop(done: int, steps: int) -> None:
+            raise Cancelled
+
+        with suppress(Cancelled):
+            client.generate(self._url, "", parameters={"plan": self._plan}, on_step=stop)

@@ -1,0 +1,105 @@
+"""What can be wrong with a build that its configuration tells, before weights are downloaded: sampler, shape, disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import huggingface_hub
+from accelerate import init_empty_weights
+
+from lemica_trt.core.errors import MissingDependencyError
+from lemica_trt.core.progress import size
+from lemica_trt.ir.profile import TRACED, Profile
+from lemica_trt.models.load import family_from_name, is_here, quiet, scheduler_for
+from lemica_trt.models.parts import BROKEN
+from lemica_trt.models.scheduler import sampler_table
+
+CONFIGURATION = ("model_index.json", "*/*.json")
+"""Files of a pipeline on the hub that are small, and say what it is."""
+
+WEIGHTS = (".safetensors", ".bin", ".model")
+"""Endings of those that are large."""
+
+
+def require_configuration(profile: Profile) -> int | None:
+    """Refuse a sampler, a shape or a download that could only fail later; of a model that is on this machine nothing is
+    looked at, it is loaded in the same time.
+
+    Returns:
+        N, the rows of the sampler; None: not known.
+
+    Raises:
+        UsageError: no such scheduler.
+        UnsupportedError: it is not linear, or not for this model.
+        InputError: the model does not make this shape.
+        MissingDependencyError: the disk is too small for the weights.
+    """
+    if is_here(profile):
+        return None
+    with quiet():
+        folder = _configuration(profile.source)
+        if folder is None:
+            return None  # the download says why
+        scheduler, rows = _scheduler_in(folder), None
+        if scheduler is not None:
+            scheduler = scheduler_for(profile.sampling, scheduler)
+            scheduler.set_timesteps(profile.sampling.steps)
+            rows = sampler_table(scheduler, dynamic_guidance=profile.sampling.dynamic_guidance).num_steps
+        if profile.family != TRACED:
+            family = family_from_name(profile.family)
+            family.latent_shape(_without_weights(folder, family.pipeline_class), profile.shape)
+        _require_disk(profile.source)
+    return rows
+
+
+def _configuration(source: str) -> Path | None:
+    """A folder with the configuration of a pipeline on the hub; None: it cannot be had."""
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(CONFIGURATION)))
+    except BROKEN:
+        return None
+
+
+def _scheduler_in(folder: Path) -> Any:
+    """The pipeline's scheduler; None: it has none that diffusers knows."""
+    try:
+        index = json.loads((folder / "model_index.json").read_bytes())
+        kind = getattr(diffusers, index["scheduler"][1])
+        return kind.from_pretrained(folder, subfolder="scheduler")
+    except (AttributeError, KeyError, TypeError, IndexError, OSError, ValueError):
+        return None
+
+
+def _without_weights(folder: Path, pipeline: str) -> Any:
+    """A pipeline with transformer and VAE as their configuration says, which take no memory, and no other parts."""
+    index = json.loads((folder / "model_index.json").read_bytes())
+    kind = getattr(diffusers, pipeline)
+    names, _ = kind._get_signature_keys(kind)
+    parts: dict[str, Any] = dict.fromkeys(names)
+    with init_empty_weights():
+        for name in ("transformer", "vae"):
+            part = getattr(diffusers, index[name][1])
+            parts[name] = part.from_config(part.load_config(folder, subfolder=name))
+    return kind(**parts)
+
+
+def _require_disk(source: str) -> None:
+    """Raise MissingDependencyError where the hub says that the weights are larger than the disk that they go to."""
+    try:
+        files = huggingface_hub.HfApi().model_info(source, files_metadata=True).siblings or []
+    except BROKEN:
+        return
+    needed = sum(file.size or 0 for file in files if file.rfilename.endswith(WEIGHTS) and "/" in file.rfilename)
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    while not cache.exists():
+        cache = cache.parent
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        raise MissingDependencyError(
+            f"{source}: the weights take {size(needed)}, {size(free)} are free in {cache}",
+            fix="free disk space, or set HF_HOME to a folder on another disk",
+        )

@@ -1,0 +1,42 @@
+"""Processes of models end with their server.
+
+Triton 2.51 starts a process for each instance of a model. One whose server crashes or is killed would go on, and keep
+its engines and its shared memory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from lemica_trt.triton.server import cancel
+
+CHECK_INTERVAL_SECONDS = 1.0
+
+_SHARED_MEMORY = Path("/dev/shm")
+_REGION = "triton_python_backend_shm_region_"
+
+
+def exit_with_parent() -> None:
+    """End this process, at once, when the one that started it has ended; may be called twice.
+
+    Looked at from a thread: the kernel's own signal (PR_SET_PDEATHSIG) comes at the end of the thread that started a
+    process, and Triton's ends when the model is loaded.
+    """
+    if any(thread.name == exit_with_parent.__name__ for thread in threading.enumerate()):
+        return
+    threading.Thread(target=_watch, args=(os.getppid(),), name=exit_with_parent.__name__, daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(CHECK_INTERVAL_SECONDS)
+    with suppress(OSError):
+        cancel.remove_leftovers(own=True)
+        for word in Path("/proc/self/cmdline").read_bytes().decode(errors="replace").split("\0"):
+            if word.startswith(_REGION) and "/" not in word:
+                (_SHARED_MEMORY / word).unlink(missing_ok=True)
+    os._exit(1)

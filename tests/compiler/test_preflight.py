@@ -1,0 +1,125 @@
+"""What is refused before a download: a model of the hub whose weights may not be touched."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import huggingface_hub
+import pytest
+from click.testing import CliRunner, Result
+
+from lemica_trt.cli.main import main
+from lemica_trt.ir.resources import zoo_path
+from lemica_trt.models import preflight
+
+pytestmark = pytest.mark.cpu
+
+TOUCHED = "the weights were touched"
+
+PROFILE = """
+family = "cogvideox"
+source = "nobody/a-model"
+dtype = "fp32"
+text_length = 16
+shape = {frames = 9, height = 64, width = 64, max_batch = 1}
+sampling = {steps = 50, guidance_scale = 4.0}
+"""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A hub that has the bundled CogVideoX, gives its configuration, and fails the test where weights are asked for."""
+    asked: dict[str, Any] = {"bytes": 1000}
+    configuration = tmp_path / "hub"
+
+    def snapshot(source: str, *, allow_patterns: list[str]) -> str:
+        asked["source"] = source
+        whole = zoo_path("cogvideox-tiny")
+        for pattern in allow_patterns:
+            for file in whole.glob(pattern):
+                target = configuration / file.relative_to(whole)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+        assert not list(configuration.rglob("*.safetensors"))
+        return str(configuration)
+
+    def touched(*arguments: Any, **keywords: Any) -> Any:
+        raise OSError(TOUCHED)
+
+    def model_info(self: Any, source: str, *, files_metadata: bool) -> Any:
+        files = [SimpleNamespace(rfilename="transformer/model.safetensors", size=asked["bytes"])]
+        return SimpleNamespace(siblings=[*files, SimpleNamespace(rfilename="README.md", size=1 << 60)])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", touched)
+    monkeypatch.setattr(preflight, "is_here", lambda profile: False)
+    (tmp_path / "model.toml").write_text(PROFILE)
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def build(*arguments: object) -> Result:
+    command = ["build", "--model", "model.toml", "--output", "out", "--quiet", *map(str, arguments)]
+    return CliRunner().invoke(main, command)
+
+
+@pytest.mark.parametrize(("arguments", "code", "says"), [
+    (("--budget", "99"), 6, "budget: expected 5 … 50 full steps"),
+    (("--budget", "0"), 6, "budget: expected 5 … 50 full steps"),
+    (("--budget", "3"), 6, "budget: expected 5 … 50 full steps"),
+    (("--schedule", "0,7,3"), 2, "schedule[2]"),
+    (("--schedule", "0,60"), 2, "schedule[1]: expected a step of 0 … 49, got 60"),
+    (("--prompts", "nowhere.txt"), 3, "nowhere.txt"),
+    (("--scheduler", "DDIMSchedular"), 2, "did you mean DDIMScheduler"),
+    (("--scheduler", "DPMSolverSDEScheduler"), 7, "pip install torchsde"),
+    (("--scheduler", "FlowMatchEulerDiscreteScheduler"), 5, "not for flow matching"),
+    (("--frames", "10"), 3, "use 9 or 17"),
+    (("--height", "60"), 3, "height must be a multiple of 16"),
+    (("--device", "abacus"), 7, "abacus"),
+    (("--backend", "onnxruntime", "--dtype", "bf16"), 5, "bf16"),
+    (("--error-graph", "nowhere.json"), 3, "nowhere.json"),
+])  # fmt: skip
+def test_flags_are_refused_before_weights_are_touched(
+    arguments: tuple[str, ...], code: int, says: str, hub: dict[str, Any]
+) -> None:
+    done = build(*arguments)
+    assert done.exit_code == code and says in done.stderr, done.stderr
+    assert TOUCHED not in done.stderr and " → " in done.stderr
+    assert not Path("out").exists() and not Path("out.work/journals").exists()
+
+
+def test_weights_larger_than_the_disk_are_not_downloaded(hub: dict[str, Any]) -> None:
+    hub["bytes"] = 1 << 60
+    done = build("--budget", "15")
+    assert done.exit_code == 7 and "the weights take 1152922 TB" in done.stderr, done.stderr
+    assert TOUCHED not in done.stderr and "set HF_HOME" in done.stderr
+
+
+def test_what_can_be_built_goes_on_to_the_download(hub: dict[str, Any]) -> None:
+    done = build("--budget", "15")
+    assert done.exit_code == 3 and TOUCHED in done.stderr and hub["source"] == "nobody/a-model"
+
+
+def test_ray_is_looked_for_before_anything_else(hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from lemica_trt.compiler import preflight as checks
+
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    done = build("--budget", "15", "--ray", "local")
+    assert done.exit_code == 7 and "--ray needs Ray" in done.stderr
+
+
+def test_where_the_configuration_cannot_be_had_the_download_says_why(
+    hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*arguments: Any, **keywords: Any) -> Any:
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert TOUCHED in build("--budget", "15").stderr
+    done = build("--budget", "101")
+    assert done.exit_code == 6 and TOUCHED not in done.stderr

@@ -1,0 +1,63 @@
+"""A maker without engines, which a test holds at every step."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from lemica_trt.endpoint.makers import Made, OnProgress
+from lemica_trt.runtime.generation import GenerationRequest
+
+ROWS = 4
+
+
+@dataclass
+class Held:
+    """Makes `seed` as bytes, in `ROWS` steps; each waits until the test lets it go.
+
+    Attributes:
+        failure: raised instead of a clip.
+        sick: raised by a check.
+        made: requests that have come to their end, in order.
+        checks: how many checks there were.
+    """
+
+    failure: Exception | None = None
+    sick: Exception | None = None
+    free: bool = False
+    made: list[int] = field(default_factory=list)
+    checks: int = 0
+    _steps: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    _arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def make(self, request: GenerationRequest, plan: str, suffix: str, on_progress: OnProgress) -> Made:
+        self._arrived.release()
+        for row in range(ROWS):
+            if not self.free:
+                assert self._steps.acquire(timeout=60)
+            on_progress(row + 1, ROWS)
+            if not self.free:
+                self._arrived.release()
+        if self.failure is not None:
+            raise self.failure
+        self.made.append(int(request.seed))
+        return Made(f"{request.seed} {suffix}".encode(), 0.5, full=3, skipped=1)
+
+    def check(self) -> None:
+        self.checks += 1
+        if self.sick is not None:
+            raise self.sick
+
+    def arrive(self) -> None:
+        """Wait until a request has come in, or has done the step that it was allowed."""
+        assert self._arrived.acquire(timeout=60)
+
+    def step(self) -> None:
+        """Let it do one step, and wait until it has."""
+        self._steps.release()
+        self.arrive()
+
+    def finish(self) -> None:
+        """Let everything run from now on."""
+        self.free = True
+        self._steps.release(1000)

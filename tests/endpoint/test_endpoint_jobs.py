@@ -1,0 +1,152 @@
+"""Jobs: order, bounds, progress, cancelling, expiry, the end of the process."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import toy
+from makers import ROWS, Held
+
+from lemica_trt.core.errors import EngineError
+from lemica_trt.endpoint import jobs as module
+from lemica_trt.endpoint.errors import Refused
+from lemica_trt.endpoint.jobs import Job, Jobs
+from lemica_trt.endpoint.makers import Made
+from lemica_trt.endpoint.requests import Asked
+from lemica_trt.runtime.generation import GenerationRequest
+
+pytestmark = pytest.mark.null
+
+PLAN = toy.euler_plan("ffff", name="b4")
+
+
+def asked(seed: int = 0) -> Asked:
+    return Asked(GenerationRequest("a secret prompt", seed), PLAN, "toy")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def wait(job: Job) -> Job:
+    job.future.result(timeout=60)
+    return job
+
+
+def test_a_job_waits_runs_and_ends() -> None:
+    maker, clock = Held(), Clock()
+    ended: list[tuple[str, Made | None]] = []
+    jobs = Jobs(maker, clock=clock, on_end=lambda job, outcome, made: ended.append((outcome, made)))
+    first, second = jobs.submit(asked(5), ".mp4"), jobs.submit(asked(6), ".mp4")
+    maker.arrive()
+    assert (first.status, first.progress, second.status) == ("in_progress", 0, "queued")
+    maker.step()
+    assert first.progress == 25 and jobs.count("in_progress") == jobs.count("queued") == 1
+    clock.now = 1010.0
+    maker.finish()
+    assert wait(first).data == b"5 .mp4" and wait(second).data == b"6 .mp4"
+    assert (first.status, first.progress, first.completed_at) == ("completed", 100, 1010.0)
+    assert maker.made == [5, 6] and [outcome for outcome, _ in ended] == ["ok", "ok"]
+    assert jobs.all() == [first, second] and jobs.find(second.id) is second
+
+
+def test_a_full_queue_says_when_to_come_again() -> None:
+    maker, clock = Held(), Clock()
+    jobs = Jobs(maker, queue=1, clock=clock)
+    running = jobs.submit(asked(), ".mp4")
+    maker.arrive()
+    waiting = jobs.submit(asked(), ".mp4")
+    with pytest.raises(Refused, match="1 requests wait already") as refused:
+        jobs.submit(asked(), ".mp4")
+    assert (refused.value.status, refused.value.retry_after) == (429, 1)
+    jobs.remove(waiting.id)
+    clock.now += 7.0
+    for _ in range(ROWS):
+        maker.step()
+    wait(running)
+    running = jobs.submit(asked(), ".mp4")
+    maker.arrive()
+    jobs.submit(asked(), ".mp4")
+    with pytest.raises(Refused) as refused:
+        jobs.submit(asked(), ".mp4")
+    assert refused.value.retry_after == 7  # as long as the last one took
+    jobs.cancel_all()
+
+
+def test_cancelled_between_two_steps_or_before_the_first() -> None:
+    maker, outcomes = Held(), []
+    jobs = Jobs(maker, on_end=lambda job, outcome, made: outcomes.append(outcome))
+    running, waiting = jobs.submit(asked(1), ".mp4"), jobs.submit(asked(2), ".mp4")
+    maker.arrive()
+    jobs.remove(waiting.id)
+    jobs.remove(running.id)
+    assert wait(running).error == wait(waiting).error and running.error is not None
+    assert running.error["code"] == "cancelled" and running.status == "failed"
+    for job in (running, waiting):
+        with pytest.raises(Refused, match="no such video"):
+            jobs.find(job.id)
+    maker.finish()
+    last = wait(jobs.submit(asked(3), ".mp4"))
+    assert last.data == b"3 .mp4" and maker.made == [3]
+    assert outcomes == ["cancelled", "cancelled", "ok"]
+
+
+def test_faults_end_a_job_and_say_nothing_of_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    maker = Held(failure=EngineError("no memory"))
+    maker.finish()
+    jobs = Jobs(maker)
+    job = wait(jobs.submit(asked(), ".mp4"))
+    assert job.error == {"message": "no memory", "type": "server_error", "param": None, "code": "generation_failed"}
+    maker.failure = KeyError("a secret prompt")
+    with caplog.at_level(logging.ERROR):
+        job = wait(jobs.submit(asked(), ".mp4"))
+    assert job.error is not None and job.error["code"] == "internal_error" and job.error_status == 500
+    assert "KeyError" in caplog.text and "makers.py" in caplog.text and "secret" not in caplog.text
+    assert "secret" not in repr(job) and "secret" not in repr(asked())
+
+
+def test_finished_jobs_are_few_small_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    maker, clock = Held(), Clock()
+    maker.finish()
+    jobs = Jobs(maker, kept=2, expiry=60.0, clock=clock)
+    made = []
+    for seed in range(3):
+        clock.now += 1.0
+        made.append(wait(jobs.submit(asked(seed), ".mp4")))
+    assert jobs.all() == made[1:]
+    monkeypatch.setattr(module, "KEPT_BYTES", len(made[2].data or b""))
+    assert jobs.all() == made[2:]
+    clock.now += 60.0
+    assert jobs.all() == made[2:]
+    clock.now += 0.5
+    assert jobs.all() == []
+
+
+def test_the_end_of_the_process() -> None:
+    maker = Held()
+    jobs = Jobs(maker)
+    running, waiting = jobs.submit(asked(1), ".mp4"), jobs.submit(asked(2), ".mp4")
+    maker.arrive()
+    assert jobs.close() == [running]
+    assert wait(waiting).error_status == 503
+    with pytest.raises(Refused, match="shutting down") as refused:
+        jobs.submit(asked(), ".mp4")
+    assert refused.value.status == 503 and jobs.probe() is None
+    maker.finish()
+    assert wait(running).data == b"1 .mp4"
+    jobs.cancel_all()
+
+    maker = Held()
+    jobs = Jobs(maker)
+    running = jobs.submit(asked(1), ".mp4")
+    maker.arrive()
+    jobs.close()
+    maker.finish()
+    maker.failure = EngineError("it was not cancelled")
+    jobs.cancel_all()
+    assert wait(running).ended

@@ -1,0 +1,82 @@
+"""docker/Dockerfile, as far as it can be tried without Docker: its text, what it copies, the package made of that."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from lemica_trt.triton.interface import OLDEST_SERVER_NAME
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+LINES = [
+    line.split(None, 1)
+    for line in re.sub(r"\\\n\s*", "", TEXT).splitlines()
+    if line.strip() and not line.startswith("#")
+]
+ARGUMENTS = dict(shlex.split(rest)[0].split("=", 1) for word, rest in LINES if word == "ARG")
+COPIES = [shlex.split(rest) for word, rest in LINES if word == "COPY"]
+
+
+def test_its_instructions_are_known_and_in_order() -> None:
+    words = [word for word, _ in LINES]
+    assert set(words) <= {"ARG", "FROM", "COPY", "RUN", "USER", "ENV", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT"}
+    assert words.count("FROM") == words.count("USER") == words.count("ENTRYPOINT") == 1
+    assert words.index("USER") > max(i for i, word in enumerate(words) if word == "RUN")  # root only installs
+    used = set(re.findall(r"\$\{(\w+)\}", "\n".join(rest for _, rest in LINES)))
+    assert used == set(ARGUMENTS)  # each is used, each that is used is there
+
+
+def test_it_is_the_oldest_triton_that_is_known_and_its_ports() -> None:
+    assert f"container {ARGUMENTS['TRITON']}" in OLDEST_SERVER_NAME
+    start = (ROOT / "lemica_trt" / "triton" / "start.sh").read_text(encoding="utf-8")
+    (ports,) = (rest.split() for word, rest in LINES if word == "EXPOSE")
+    assert ports == re.findall(r"_PORT:-(\d+)", start)
+    assert "ADDRESS:-127.0.0.1" in start and ["ENV", "ADDRESS=0.0.0.0"] in LINES
+
+
+def test_its_extras_exist() -> None:
+    _, _, extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")
+    for extra in ARGUMENTS["EXTRAS"].split(","):
+        assert re.search(rf"^{extra} = \[", extras.partition("\n[")[0], re.MULTILINE), extra
+
+
+def test_what_it_copies_is_there_and_is_let_in() -> None:
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    sources = {source for *found, _ in COPIES for source in found}
+    assert sources == let_in
+    for source in sources:
+        assert (ROOT / source).exists(), source
+
+
+@pytest.mark.skipif(find_spec("hatchling") is None, reason="pip install hatchling")
+def test_the_package_can_be_made_of_what_it_copies(tmp_path: Path) -> None:
+    """The `pip install /src` of its RUN line, without what it would fetch."""
+    for *sources, target in COPIES:
+        for source in sources:
+            there = tmp_path / target.strip("/")
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, there, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                there.mkdir(exist_ok=True)
+                shutil.copy(ROOT / source, there)
+    (run,) = (rest for word, rest in LINES if word == "RUN")
+    assert re.match(r'pip install --no-cache-dir "/src\[\$\{EXTRAS\}\]" "\$\{NUMPY\}" \$\{PACKAGES\} && ', run)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    site = tmp_path / "site"
+    done = subprocess.run(
+        [*command, "--target", str(site), str(tmp_path / "src")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    made = {path.relative_to(site).as_posix() for path in (site / "lemica_trt").rglob("*.py")}
+    assert made == {path.relative_to(ROOT).as_posix() for path in (ROOT / "lemica_trt").rglob("*.py")}
+    assert (site / "lemica_trt" / "triton" / "start.sh").is_file()
