@@ -73,8 +73,7 @@ def verify(
         backend: which engines; None: the preferred ones.
         further: how many of the samples plans beside the default one run on; None: all.
         first: of an earlier verification of the same engines on the same samples.
-        draft: whether the bundle is one: then the uncached plan is compared with PyTorch, and its other plan with the
-            uncached run, both on the engines.
+        draft: whether the bundle is one: then its plan is compared with the uncached run alone, on the engines.
         steps: step times, where they were measured just now; None: they are measured.
 
     Raises:
