@@ -132,7 +132,7 @@ def build(profile: Profile, effort: Effort, seed: int, budgets: tuple[int, ...],
     """One build, counted; graphs and engines of an earlier one in the folder stay."""
     for left in (folder / "bundle", folder / "bundle.work" / "journals"):
         shutil.rmtree(left, ignore_errors=True)
-    for stage in ("draft", "calibrate", "plan"):
+    for stage in ("draft", "early", "calibrate", "plan"):
         (folder / "bundle.work" / "records" / f"{stage}.json").unlink(missing_ok=True)
     settings = msgspec.structs.replace(
         profile.calibration,

@@ -7,6 +7,7 @@ stage             a stage, and the loop
 artifacts         what stages leave for each other
 graph_stages      lower, layout, export, engine, time
 draft_stage       draft
+early_stage       early
 plan_stages       calibrate, plan
 bundle_stages     bundle, verify
 stages            the list

@@ -8,6 +8,7 @@
 | engines.json | engine | `Engines` |
 | times.json | time | `ir.report.Measured` |
 | draft.json, draft.npy | draft | `Draft`, and the latents of its `run` |
+| early.json | early | `Draft` with a first fitted plan |
 | plans.json | plan | `PlanIndex` |
 | bundle.json | bundle | `Written` |
 | verified.json | verify | `Verified` |
@@ -27,6 +28,7 @@ ENGINES_FILE = "engines.json"
 TIMES_FILE = "times.json"
 DRAFT_FILE = "draft.json"
 DRAFT_LATENTS = "draft.npy"
+EARLY_FILE = "early.json"
 PLANS_FILE = "plans.json"
 BUNDLE_FILE = "bundle.json"
 VERIFIED_FILE = "verified.json"
@@ -60,7 +62,7 @@ class Draft(Value, frozen=True):
     """The draft of the bundle.
 
     Attributes:
-        manifest: digest of its manifest; None: there was a bundle already.
+        manifest: digest of its manifest; None: there was a bundle already, or one that is better.
         run: what its verification found; None: there was none.
     """
 

@@ -2,7 +2,7 @@
 bundle when that is verified. A build that is interrupted leaves it.
 
 Its plans are the uncached one, and of the first budget one that needs no calibration. What is verified of engines and
-the uncached plan is not verified again (`ir.report.FirstRun`), so that a draft costs no more than runs of its plan.
+the uncached plan is not verified again (`ir.report.FirstRun`), so that a draft costs no more than a run of its plan.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lemica_trt.compiler.artifacts import Draft, Engines, Exported, ModelFacts
 from lemica_trt.compiler.context import Context, solver_tables
 from lemica_trt.compiler.stage import Writes
 from lemica_trt.core.errors import InputError, LemicaError
-from lemica_trt.core.values import write_value
+from lemica_trt.core.values import read_value, write_value
 from lemica_trt.evaluate.step_timer import runnable_backend
 from lemica_trt.ir.budget import MinPsnr
 from lemica_trt.ir.plan import StepPlan
@@ -56,7 +56,7 @@ def run_draft(context: Context, folder: Path) -> Writes:
         plans = list(_plans(context))
         names = ", ".join(plan.name if plan.name == UNCACHED else f"{plan.name} by {plan.method}" for plan in plans)
         context.reporter.stage("draft", f"{output}: {names}; until there is a better plan")
-        bundle = _write(context, plans)
+        bundle = write_draft(context, plans)
         first = _verified(context, bundle) if context.inputs.request.verify_samples > 0 else None
         if first is not None:
             np.save(folder / artifacts.DRAFT_LATENTS, first.latents, allow_pickle=False)
@@ -97,12 +97,20 @@ def left_behind(context: Context) -> str | None:
 
 def _is_draft(context: Context, output: Path) -> bool:
     """Whether the bundle at the output is a draft of this work folder, be it of other inputs."""
-    record = context.work.record("draft")
-    if record is None or artifacts.DRAFT_FILE not in record.files:
-        return False
     with contextlib.suppress(InputError):
-        return Bundle.open(output, trusted=()).digest == context.read(Draft, artifacts.DRAFT_FILE).manifest
+        digest = Bundle.open(output, trusted=()).digest
+        for stage, file in (("draft", artifacts.DRAFT_FILE), ("early", artifacts.EARLY_FILE)):
+            if digest == _manifest_of(context, stage, file):
+                return True
     return False
+
+
+def _manifest_of(context: Context, stage: str, file: str) -> str | None:
+    """Of the draft that a stage has left."""
+    record = context.work.record(stage)
+    if record is None or file not in record.files:
+        return None
+    return read_value(Draft, context.work.root / file).manifest
 
 
 def _plans(context: Context) -> Iterator[StepPlan]:
@@ -119,7 +127,8 @@ def _plans(context: Context) -> Iterator[StepPlan]:
     yield context.read(StepPlan, plan_path(UNCACHED))
 
 
-def _write(context: Context, plans: list[StepPlan]) -> Bundle:
+def write_draft(context: Context, plans: list[StepPlan]) -> Bundle:
+    """A bundle of these plans, the default first, beside the output."""
     exported = context.read(Exported, artifacts.EXPORT_FILE)
     listed = [path for name in ("sampler", "reference", "graphs", "engines") for path in context.view.artifact(name)]
     return write_bundle(

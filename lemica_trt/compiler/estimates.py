@@ -223,13 +223,39 @@ def time(forecast: Forecast) -> list[StageEstimate]:
 
 
 def draft(forecast: Forecast) -> list[StageEstimate]:
-    """Of one clip, on engines and in PyTorch: the uncached plan and one of the first budget."""
+    """Of one clip: the uncached plan on engines and in PyTorch, one of the first budget on engines."""
     if forecast.output is not None and (forecast.output / MANIFEST).is_file():
         return [forecast.stage("draft", f"there is a bundle: {forecast.output}")]
     verified = forecast.inputs.request.verify_samples > 0
-    steps = 2 * (forecast.num_steps + forecast.budgets[0] % forecast.num_steps) + TIMED_BESIDE
+    steps = 2 * forecast.num_steps + forecast.budgets[0] % forecast.num_steps + TIMED_BESIDE
     what = "engines and a plan that takes no calibration, until there is a better one"
     return [forecast.stage("draft", what, steps * verified, models=2)]
+
+
+def early(forecast: Forecast) -> list[StageEstimate]:
+    """The first samples of the calibration, a fit to one, and a run of the plan."""
+    samples = forecast.inputs.early_samples
+    return [
+        forecast.stage("early", f"a fitted plan for the draft, from {count(samples, 'sample')}", early_steps(forecast))
+    ]
+
+
+def early_steps(forecast: Forecast) -> float:
+    """Full steps of `early`; none where it finds a bundle instead of a draft, or no solver can be fitted."""
+    return _first_samples(forecast) + 2 * forecast.budgets[0] if _first_samples(forecast) else 0.0
+
+
+def _first_samples(forecast: Forecast) -> float:
+    """Full steps of the calibration that `early` makes."""
+    from lemica_trt.calibrate.cost import calibration_cost
+
+    there = forecast.output is not None and (forecast.output / MANIFEST).is_file()
+    samples = 0 if there or forecast.stochastic else forecast.inputs.early_samples
+    if not samples:
+        return 0.0
+    settings = msgspec.structs.replace(forecast.inputs.profile.calibration, samples=samples)
+    cost = calibration_cost(settings, forecast.num_steps)
+    return cost.full + SKIPPED_STEP * cost.skip
 
 
 def calibrate(forecast: Forecast) -> list[StageEstimate]:
@@ -242,7 +268,8 @@ def calibrate(forecast: Forecast) -> list[StageEstimate]:
     what = f"{settings.method}: {count(settings.samples, 'sample')}" + (f", {rollouts} rolled out" if rollouts else "")
     latents = settings.samples * (forecast.num_steps + 1)  # of the uncached runs, which are kept
     kept = forecast.cost.latent * latents if forecast.cost is not None and settings.method != "exact" else None
-    return [forecast.stage("calibrate", what, calls.full + SKIPPED_STEP * calls.skip, disk=kept)]
+    steps = calls.full + SKIPPED_STEP * calls.skip - _first_samples(forecast)
+    return [forecast.stage("calibrate", what, steps, disk=kept)]
 
 
 def plan(forecast: Forecast) -> list[StageEstimate]:

@@ -16,8 +16,10 @@ from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import ModelFacts, PlanIndex
 from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.stage import Writes
+from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import write_value
 from lemica_trt.ir.calibration import Calibration, ErrorGraph
+from lemica_trt.ir.profile import CalibrationSettings
 from lemica_trt.ir.trials import TrialTables
 from lemica_trt.planning.planner import choose_planners, plan_given
 from lemica_trt.planning.search import BudgetSearch, PlanSet, beside, candidates_on, plan_budgets, resolve_budgets
@@ -38,19 +40,26 @@ def run_calibrate(context: Context, folder: Path) -> Writes:
     return {"calibration": [path for path, value in files.items() if value is not None]}
 
 
-def calibrated(context: Context) -> Calibration:
-    """The model's calibration, by the profile's settings."""
+def calibrated(
+    context: Context, settings: CalibrationSettings | None = None, reporter: Reporter | None = None
+) -> Calibration:
+    """The model's calibration.
+
+    Args:
+        settings: None: the profile's.
+        reporter: None: the context's.
+    """
     from lemica_trt.calibrate.calibration import calibrate
 
     inputs = context.inputs
     return calibrate(
         context.step_model,
-        inputs.profile.calibration,
+        settings or inputs.profile.calibration,
         context.table,
         inputs.prompts,
         journals=context.work.journals,
         trajectories=context.trajectories,
-        reporter=context.reporter,
+        reporter=reporter or context.reporter,
         workers=context.work_on,
         sensitivity=inputs.given.sensitivity,
     )

@@ -134,6 +134,11 @@ class BuildRequest(Value, frozen=True):
                 check_engine(backend, dtype, options)
 
 
+EARLY_SAMPLES = 2
+"""Samples whose calibration is enough for a first fitted plan: errors of two choose nearly the steps that those of all
+do. It is fitted to the first of them."""
+
+
 class Given(Value, frozen=True):
     """Calibrations that were made elsewhere.
 
@@ -161,6 +166,26 @@ class Inputs(Value, frozen=True):
     prompts: tuple[str, ...]
     held_out: tuple[str, ...]
     given: Given = Given()
+
+    @property
+    def early_samples(self) -> int:
+        """Samples of the calibration after which the draft gets a fitted plan; 0: it gets none.
+
+        Only where most of the calibration is still to come then, and where a solver is fitted to its own samples.
+        """
+        request, settings = self.request, self.profile.calibration
+        few = min(EARLY_SAMPLES, settings.rollouts)
+        possible = (
+            request.has_draft
+            and request.verify_samples > 0
+            and request.reference_steps is None
+            and self.given.calibration is None
+            and settings.method == "secant"
+            and settings.samples >= 4 * few
+            and not isinstance(request.budgets[0], MinPsnr)
+            and any("fit" in planner.needs for planner in request.planners)
+        )
+        return few if possible else 0
 
     def digest_of(self, name: str) -> str:
         """Digest of an input, or of a field of one: `prompts`, `profile.sampling`, `request.budgets`."""

@@ -6,6 +6,7 @@
     engine     graphs → engines
     time       engines → what steps take                              only where a budget is in a unit of time
     draft      engines → a bundle with a plan that takes no calibration, until there is a better one
+    early      a few samples of the calibration → the draft with a fitted plan
     calibrate  model, sampler, prompts → error graph, Gram matrices   only where a method searches them
     plan       calibration, prompts, budgets, times → plans, trials, front
     bundle     everything → a bundle beside the one that it will replace
@@ -18,7 +19,7 @@ plan reads less far back, it is multiplied by 0. PyTorch is imported inside the 
 
 from __future__ import annotations
 
-from lemica_trt.compiler import bundle_stages, draft_stage, estimates, graph_stages, plan_stages
+from lemica_trt.compiler import bundle_stages, draft_stage, early_stage, estimates, graph_stages, plan_stages
 from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.stage import Stage
 
@@ -92,6 +93,32 @@ STAGES = (
         run=draft_stage.run_draft,
         estimate=estimates.draft,
         is_needed=lambda context: context.inputs.request.has_draft,
+        is_whole=draft_stage.is_there,
+        command="lemica-trt build …",
+    ),
+    Stage(
+        "early",
+        reads=(
+            *(
+                "libraries",
+                "machine",
+                "profile",
+                "model",
+                "sampler",
+                "layout",
+                "uncached",
+                "graphs",
+                "engines",
+                "times",
+            ),
+            *("draft", "prompts", "held_out", "request.budgets", "request.methods"),
+        ),
+        writes=("early",),
+        packages=("models", "backends", "bundle", "runtime", "calibrate", "planning", "evaluate"),
+        run=early_stage.run_early,
+        also_reads=on_engines,
+        estimate=estimates.early,
+        is_needed=lambda context: context.inputs.early_samples > 0,
         is_whole=draft_stage.is_there,
         command="lemica-trt build …",
     ),

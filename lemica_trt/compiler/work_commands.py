@@ -43,8 +43,8 @@ from lemica_trt.ir.report import StageEstimate
 from lemica_trt.planning.budget import front_rows
 from lemica_trt.planning.search import PlanSet, budget_outcomes
 
-DRAFT = "draft"
-"""The stage that a build runs although nothing needs what it makes."""
+DRAFT = ("draft", "early")
+"""The stages that a build runs although nothing needs what they make."""
 
 ENGINE_STAGES = ("engine", "time", "bundle")
 """What runs where PyTorch need not be."""
@@ -97,7 +97,7 @@ def extend(output: Path, samples: str, changes: dict[str, Any], reporter: Report
 def _built(inputs: Inputs, output: Path, reporter: Reporter) -> BuildResult:
     require_possible(inputs)
     last = "verify" if inputs.request.verify_samples else "bundle"
-    with stages_run(Workspace(work_folder(output)), inputs, reporter, DRAFT, last, output=output) as context:
+    with stages_run(Workspace(work_folder(output)), inputs, reporter, *DRAFT, last, output=output) as context:
         return _result(context)
 
 
@@ -110,7 +110,7 @@ def dry_run(profile: Profile, output: Path, request: BuildRequest) -> list[Stage
     request.check(profile.dtype, validation_samples=profile.calibration.validation_samples)
     with DryContext(Workspace(work_folder(output)), inputs_from_request(profile, request), output=output) as context:
         last = "verify" if request.verify_samples else "bundle"
-        stages = context.select(needed_stages(STAGES, context, DRAFT, last))
+        stages = context.select(needed_stages(STAGES, context, *DRAFT, last))
         require_counts(context.forecast)
         if context.has_model:
             for stage in stages:
@@ -229,8 +229,8 @@ def stages_run(
             run_stages(stages, context, only=only)
         except KeyboardInterrupt:
             reporter.close()
-            if DRAFT in last and (line := left_behind(context)) is not None:
-                reporter.stage(DRAFT, line)
+            if set(DRAFT) & set(last) and (line := left_behind(context)) is not None:
+                reporter.stage(DRAFT[0], line)
             raise
         yield context
 

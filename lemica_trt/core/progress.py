@@ -69,6 +69,31 @@ class Tally:
         self._reporter.advance(self._done, self._total)
 
 
+class Within(Quiet):
+    """What work tells that is a part of a stage: its own stages become notes, and what it does is counted together.
+
+    Args:
+        reporter: told.
+        total: full steps of all parts.
+    """
+
+    def __init__(self, reporter: Reporter, total: float) -> None:
+        self._reporter, self._tally = reporter, Tally(reporter, total)
+        self._done: float | None = None
+
+    def stage(self, name: str, detail: str) -> None:
+        self._done = None
+        self._reporter.note(f"{name}: {detail}")
+
+    def advance(self, done: float, total: float) -> None:
+        if self._done is not None:  # what the first call says was done before
+            self._tally(done - self._done)
+        self._done = done
+
+    def note(self, text: str) -> None:
+        self._reporter.note(text)
+
+
 TOGETHER = frozenset({"fit", "select", "quality"})
 """Stages that take turns, once for each budget."""
 

@@ -102,10 +102,13 @@ def check_runs(
     seed: int,
     done: Callable[[float], None],
     known: Sequence[Agreement] = (),
+    *,
+    plans: Sequence[StepPlan],
 ) -> list[Agreement]:
-    """Compare whole runs of every plan on one request, which are kept for the next one who wants them.
+    """Compare whole runs of plans on one request, which are kept for the next one who wants them.
 
     Args:
+        plans: of the bundle.
         done: told of full steps in PyTorch.
         known: what need not be compared again.
 
@@ -114,10 +117,9 @@ def check_runs(
     """
     pipe, found = deployed.pipe, list(known)
     before = {agreement.plan for agreement in known}
-    for name in pipe.bundle.plans:
-        if name in before:
+    for plan in plans:
+        if plan.name in before:
             continue
-        plan = pipe.bundle.plan(name)
         got = deployed.latents(plan, prompt, seed, keep=True)
         against, expected = _torch_run(model, plan, prompt, seed)
         done(plan.budget)
@@ -128,7 +130,7 @@ def check_runs(
             )
         found.append(
             Agreement(
-                plan=name,
+                plan=plan.name,
                 against=against,
                 difference=_largest(got - expected),
                 psnr=psnr(pipe.decode(got), pipe.decode(expected)),

@@ -43,18 +43,18 @@ class Case(NamedTuple):
     clips: int
 
 
-def cases_of(bundle: Bundle, model: Model, clips: int, further: int, *, compared: bool = True) -> list[Case]:
+def cases_of(bundle: Bundle, model: Model, clips: int, further: int | None, *, compared: bool = True) -> list[Case]:
     """The cached plans of a bundle, and baselines of the default one.
 
     Args:
         clips: of the default plan and its baselines.
-        further: clips of the other plans.
+        further: clips of the other plans; None: as many.
         compared: whether there are baselines.
     """
     plans = [plan for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps]
     default, found = bundle.plan(), list[Case]()
     for plan in plans:
-        found.append(Case(plan, PLAN, plan, clips if plan.name == default.name else further))
+        found.append(Case(plan, PLAN, plan, clips if plan.name == default.name or further is None else further))
         if compared and plan.name == default.name:
             others = baselines(plan, model, error_graph_of(bundle), BASELINES)
             found += [Case(plan, method, other, clips) for method, other in others.items()]

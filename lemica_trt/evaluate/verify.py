@@ -27,6 +27,7 @@ from lemica_trt.evaluate.kept import Keeper
 from lemica_trt.evaluate.quality import Case, cases_of, measure_quality, quality_steps
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.evaluate.timing import TIMED_BESIDE, RowSeconds, backend_name, measure_steps
+from lemica_trt.ir.budget import StepTimes
 from lemica_trt.ir.kept import Kept
 from lemica_trt.ir.plan import StepPlan, uncached_of
 from lemica_trt.ir.report import PLAN, Agreement, FirstRun, GraphCheck, VerifyReport
@@ -61,6 +62,7 @@ def verify(
     further: int | None = None,
     first: First | None = None,
     draft: bool = False,
+    steps: StepTimes | None = None,
 ) -> Verification:
     """Verify a bundle, which has an uncached plan, against the model that it was built from.
 
@@ -71,7 +73,8 @@ def verify(
         backend: which engines; None: the preferred ones.
         further: how many of the samples plans beside the default one run on; None: all.
         first: of an earlier verification of the same engines on the same samples.
-        draft: whether the bundle is one: then its plan is compared with the uncached run alone.
+        draft: whether the bundle is one: then its plan is compared with the uncached run alone, on the engines.
+        steps: step times, where they were measured just now; None: they are measured.
 
     Raises:
         IntegrityError: a file is altered or missing.
@@ -83,20 +86,18 @@ def verify(
         where = f"{key.backend} {key.version} on {key.target}"
         reporter.stage("draft" if draft else "verify", f"{count(samples.count, 'held-out clip')}, {where}")
         _warn(pipe, samples, reporter)
-        further = samples.count if further is None else further
         cases = cases_of(bundle, model, samples.count, further, compared=not draft)
-        tally = _tally(reporter, plans, cases, samples.count)
-        deployed, uncached = Deployed(pipe, tally), uncached_of(plans) or max(plans, key=lambda plan: plan.budget)
-        if first is not None and not _take_over(first, deployed, uncached, samples, backend_name(key)):
-            first = None
+        uncached = uncached_of(plans) or max(plans, key=lambda plan: plan.budget)
+        compared = [uncached] if draft else plans
+        deployed = Deployed(pipe, tally := _tally(reporter, compared, cases, samples.count))
+        first = _taken_over(first, deployed, uncached, samples, backend_name(key))
         tally(0 if first is None else 2 * uncached.budget)
         graphs = check_graphs(pipe, model) if first is None else first.run.graphs
-        agreement = check_runs(deployed, model, *samples[0], tally, [] if first is None else [first.run.agreement])
+        known = [] if first is None else [first.run.agreement]
+        agreement = check_runs(deployed, model, *samples[0], tally, known, plans=compared)
         first = first or _first(deployed, uncached, samples, graphs, agreement, backend_name(key))
-        steps = measure_steps(pipe, known=deployed.full_step(uncached))
-        tally(TIMED_BESIDE)
-        keeper = Keeper()
-        quality = measure_quality(deployed, model, samples, cases, tally, keeper)
+        steps = steps or _timed(pipe, deployed.full_step(uncached), tally)
+        quality = measure_quality(deployed, model, samples, cases, tally, keeper := Keeper())
     report = VerifyReport(
         manifest_digest=bundle.manifest.digest,
         samples=samples.count,
@@ -106,26 +107,35 @@ def verify(
         graphs=tuple(graphs),
         agreement=tuple(agreement),
         quality=tuple(quality),
-        timing=tuple(deployed.timing(plans)),
+        timing=tuple(deployed.timing(compared)),
         steps=steps,
     )
     kept = keeper.kept(report.manifest_digest, bundle.plan(), samples, PLAN)
     return Verification(report, kept, first)
 
 
-def _tally(reporter: Reporter, plans: Sequence[StepPlan], cases: Sequence[Case], samples: int) -> Tally:
+def _timed(pipe: Pipeline, full_step: float, tally: Tally) -> StepTimes:
+    """Step times, measured now beside what a full step is known to take."""
+    found = measure_steps(pipe, known=full_step)
+    tally(TIMED_BESIDE)
+    return found
+
+
+def _tally(reporter: Reporter, compared: Sequence[StepPlan], cases: Sequence[Case], samples: int) -> Tally:
     """Of all full steps of a verification."""
-    once = sum(plan.budget for plan in plans)  # in PyTorch; on the engines, too, where there is nothing to compare
+    once = sum(plan.budget for plan in compared)  # in PyTorch; on the engines, too, where there is nothing to compare
     return Tally(reporter, TIMED_BESIDE + once + (quality_steps(cases, samples) if cases else once))
 
 
-def _take_over(first: First, deployed: Deployed, uncached: StepPlan, samples: Samples, backend: str) -> bool:
-    """Whether an earlier run is of these engines and samples; then it is taken as made."""
+def _taken_over(
+    first: First | None, deployed: Deployed, uncached: StepPlan, samples: Samples, backend: str
+) -> First | None:
+    """An earlier run, taken as made; None: there is none of these engines and samples."""
+    if first is None or (first.run.backend, first.run.prompt, first.run.seed) != (backend, *samples[0]):
+        return None
     run = first.run
-    if (run.backend, run.prompt, run.seed) != (backend, *samples[0]):
-        return False
     deployed.know(uncached, run.prompt, run.seed, first.latents, (run.seconds, RowSeconds([*run.rows], [])))
-    return True
+    return first
 
 
 def _first(
