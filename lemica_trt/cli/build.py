@@ -172,7 +172,8 @@ def calibrate(screen: Screen, model: str | None, weights: str | None, output: Pa
         "--samples",
         metavar="+K|S",
         advanced=True,
-        help="Continue calibrating with K more samples, or S in all, and plan again; of a bundle in the work folder beside it.",
+        help="Continue calibrating with K more samples, or S in all, and plan again; of a bundle in the work folder "
+        "beside it.",
     ),
 )
 @options.engines  # fmt: skip

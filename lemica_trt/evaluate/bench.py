@@ -50,8 +50,8 @@ def bench(
 
     Args:
         plans: of the bundle, of different names.
-        prompts: in turns; seeds count from 0. All plans of a round get the same. Where shapes follow the prompt, the first
-            one alone: a batch has one length, and each length is prepared when it first comes.
+        prompts: in turns; seeds count from 0. All plans of a round get the same. Where shapes follow the prompt, the
+            first one alone: a batch has one length, and each length is prepared when it first comes.
         backend: of the pipeline.
         done: told of rounds.
 
