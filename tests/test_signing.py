@@ -17,7 +17,7 @@ from test_bundle import names_in, plan_of, write
 import lemica_trt
 from lemica_trt.bundle.manifest import MANIFEST, MANIFEST_SIGNATURE, manifest_digest_line
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.signing import TRUSTED_KEYS, TrustedKey, trusted_keys
+from lemica_trt.bundle.signing import MAX_SIGNATURES, TRUSTED_KEYS, TrustedKey, trusted_keys
 from lemica_trt.bundle.writing import add_plan, copy_bundle, sign_bundle
 from lemica_trt.core.errors import InputError, IntegrityError, LemicaError, UsageError
 from lemica_trt.triton.repository import Settings, write_repository
@@ -231,6 +231,34 @@ def test_copies_keep_signatures_and_new_plans_do_not(tmp_path: Path, keys: list[
     sign_bundle(Bundle.open(bundle.path), keys[1][0])
     signed = json.loads((bundle.path / MANIFEST_SIGNATURE).read_bytes())["signatures"]
     assert [one["keyid"] for one in signed] == [keys_of(keys[1][1])[0].keyid]
+
+
+def test_signatures_are_a_file_of_the_bundle(tmp_path: Path, keys: list[tuple[Path, Path]]) -> None:
+    """No link: what it points at would be copied."""
+    bundle, secret = write(tmp_path / "b"), tmp_path / "secret"
+    secret.write_bytes(b"x")
+    (tmp_path / "b" / MANIFEST_SIGNATURE).symlink_to(secret)
+    for use in (lambda: copy_bundle(bundle, tmp_path / "copy"), lambda: sign_bundle(bundle, keys[0][0])):
+        with pytest.raises(IntegrityError, match="no link"):
+            use()
+    assert not (tmp_path / "copy").exists() and secret.read_bytes() == b"x"
+
+
+def test_what_cannot_be_signed_says_how_it_can(tmp_path: Path, keys: list[tuple[Path, Path]]) -> None:
+    bundle = write(tmp_path / "b")
+    for number in range(10, 10 + MAX_SIGNATURES):
+        sign_bundle(bundle, write_keys(tmp_path, number)[0])
+    with pytest.raises(UsageError, match=r"16 signatures, the most there can be → remove manifest\.sig"):
+        sign_bundle(bundle, keys[0][0])
+    (tmp_path / "b" / MANIFEST_SIGNATURE).write_bytes(b"{")
+    with pytest.raises(IntegrityError, match=r"→ remove manifest\.sig, and sign again"):
+        sign_bundle(bundle, keys[0][0])
+
+
+def test_no_keys_are_not_any_keys(tmp_path: Path) -> None:
+    write(tmp_path / "b")
+    with pytest.raises(UsageError, match="expected public keys, got none"):
+        lemica_trt.load(tmp_path / "b", verify_with=[])
 
 
 def test_a_copy_has_the_very_manifest(tmp_path: Path, keys: list[tuple[Path, Path]]) -> None:

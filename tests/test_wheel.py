@@ -122,7 +122,7 @@ def test_the_command_line_needs_what_is_declared_and_no_more(
         done = run(paths, *arguments, cwd=tmp_path)
         assert done.returncode == 0 and said in done.stdout, f"{arguments}: {done.stdout}{done.stderr}"
     done = run(paths, "push", built[0], "file:kept", "--json", cwd=tmp_path)
-    assert done.returncode == 0 and json.loads(done.stdout)["kind"] == "bundle", done.stderr
+    assert done.returncode == 0 and json.loads(done.stdout)["result"]["kind"] == "bundle", done.stderr
     for arguments in (["build", "--model", "wan-tiny"], ["run", built[0], "x", "-o", "x.gif"], ["serve", built[0]]):
         done = run(paths, *arguments, cwd=tmp_path)
         assert done.returncode == 7 and done.stderr.count("→ pip install 'lemica-trt[") == 1, done.stderr

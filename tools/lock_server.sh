@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cache=${CACHE:-.cache}/lock
-if [ ! -e "$cache/.installed" ] || [ "$0" -nt "$cache/.installed" ]; then
+if [ ! -e "$cache/.installed" ] || [ tools/lock_server.sh -nt "$cache/.installed" ]; then
   "${PYTHON:-python3}" -m venv "$cache"
   "$cache/bin/python" -m pip install --quiet --disable-pip-version-check uv==0.13.8 cyclonedx-bom==7.5.0
   touch "$cache/.installed"

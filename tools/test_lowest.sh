@@ -24,7 +24,7 @@ python_at() { # the interpreter of version $1: on PATH, or kept by pyenv
 environment() { # NAME PYTHON EXTRA…: a virtual environment with the lowest versions, made again where they changed
   local venv=$cache/lowest-$1 python=$2
   shift 2
-  if [ ! -e "$venv/.installed" ] || [ pyproject.toml -nt "$venv/.installed" ] || [ "$0" -nt "$venv/.installed" ]; then
+  if [ ! -e "$venv/.installed" ] || [ pyproject.toml -nt "$venv/.installed" ] || [ tools/test_lowest.sh -nt "$venv/.installed" ]; then
     "$python" -m venv --clear "$venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv==0.13.8 pytest hypothesis
     if [[ " $* " == *" build "* ]]; then
@@ -46,6 +46,10 @@ tests() { # NAME ARGUMENT…: warnings of old libraries about newer ones are no 
   "$venv/bin/python" -m pytest -q -p no:cacheprovider -o filterwarnings=default "$@"
 }
 
+case "${1:-both}" in
+  runtime | build | both) ;;
+  *) echo "expected runtime, build or nothing, got $1" >&2; exit 2 ;;
+esac
 if [ "${1:-runtime}" = runtime ]; then
   environment runtime "$(python_at 3.10)" onnxruntime video sign
   tests runtime -m 'null and not benchmark and not fuzz and not load'

@@ -94,7 +94,7 @@ class Bundle:
         if line != manifest_digest_line(data):
             raise IntegrityError(f"{path}/{MANIFEST}: does not match {MANIFEST_DIGEST}: altered", fix=REBUILD)
         try:
-            signer = require_signed(data, _read_signatures(folder), keys, str(path)) if keys else None
+            signer = require_signed(data, read_signatures(folder), keys, str(path)) if keys else None
         except IntegrityError:
             if _read_manifest(folder)[0] == data:
                 raise
@@ -331,7 +331,7 @@ def _read_manifest(folder: Path) -> tuple[bytes, bytes]:
     return _read_small(folder, MANIFEST), _read_small(folder, MANIFEST_DIGEST)
 
 
-def _read_signatures(folder: Path) -> bytes | None:
+def read_signatures(folder: Path) -> bytes | None:
     """Content of `manifest.sig`; None: there is none."""
     try:
         return _read_small(folder, MANIFEST_SIGNATURE, MAX_SIGNATURE_BYTES)

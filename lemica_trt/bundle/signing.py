@@ -104,7 +104,7 @@ def trusted_keys(paths: Iterable[str | os.PathLike[str]]) -> tuple[TrustedKey, .
 
     Raises:
         InputError: a file cannot be read, or is no public key.
-        UsageError: a folder has none.
+        UsageError: there are none, or a folder has none: nobody is trusted by mistake.
         MissingDependencyError: cryptography is not installed.
     """
     files: list[Path] = []
@@ -113,6 +113,8 @@ def trusted_keys(paths: Iterable[str | os.PathLike[str]]) -> tuple[TrustedKey, .
         if not found:
             raise UsageError(f"{path}: expected a folder of public keys, got no *.pem in it")
         files += found
+    if not files:
+        raise UsageError("expected public keys, got none", fix="name one, or leave them out")
     return tuple(TrustedKey(_small_file(file), str(file)) for file in files)
 
 
@@ -142,17 +144,24 @@ def signature_bytes(manifest: bytes, key: str | os.PathLike[str], present: bytes
 
     Raises:
         InputError: no such key.
+        IntegrityError: what is present is damaged.
+        UsageError: no more signatures can be added.
         MissingDependencyError: cryptography is not installed.
     """
     private = _loaded("load_pem_private_key", "Ed25519PrivateKey", _small_file(Path(key)), str(key), password=None)
     payload = json_bytes(_statement(manifest))
     kept: dict[str, Signature] = {}
     if present is not None:
-        with_old = _envelope(present, where=MANIFEST_SIGNATURE)
+        with_old = _envelope(present, where=MANIFEST_SIGNATURE, fix=f"remove {MANIFEST_SIGNATURE}, and sign again")
         kept = {one.keyid: one for one in with_old.signatures} if with_old.payload == payload else {}
     unsigned = Envelope(payload=payload, payload_type=_PAYLOAD_TYPE, signatures=(Signature(keyid="", sig=bytes(64)),))
     keyid = _keyid(private.public_key())
     kept[keyid] = Signature(keyid=keyid, sig=private.sign(unsigned.signed))
+    if len(kept) > MAX_SIGNATURES:
+        raise UsageError(
+            f"{MANIFEST_SIGNATURE} has {MAX_SIGNATURES} signatures, the most there can be",
+            fix=f"remove {MANIFEST_SIGNATURE}, and sign again",
+        )
     signed = msgspec.structs.replace(unsigned, signatures=tuple(kept[name] for name in sorted(kept)))
     return json_bytes(signed)
 
@@ -200,11 +209,11 @@ def _statement(manifest: bytes) -> dict[str, Any]:
     }
 
 
-def _envelope(data: bytes, where: str) -> Envelope:
+def _envelope(data: bytes, where: str, fix: str = "get the bundle and its signature again") -> Envelope:
     try:
         return value_from_json(Envelope, data, where=where)
     except InputError as error:
-        raise IntegrityError(error.what, fix="get the bundle and its signature again") from None
+        raise IntegrityError(error.what, fix=fix) from None
 
 
 def _small_file(path: Path) -> bytes:

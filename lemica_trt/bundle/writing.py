@@ -28,7 +28,7 @@ from lemica_trt.bundle.manifest import (
     portable_source,
     require_relative,
 )
-from lemica_trt.bundle.reading import Bundle, files_below, hub_blobs
+from lemica_trt.bundle.reading import Bundle, files_below, hub_blobs, read_signatures
 from lemica_trt.bundle.signing import signature_bytes
 from lemica_trt.core.atomic_folder import held, remove_leftovers, replacing, temporary_beside
 from lemica_trt.core.errors import InputError, IntegrityError, MissingDependencyError, UsageError
@@ -261,8 +261,8 @@ def copy_bundle(bundle: Bundle, target: str | os.PathLike[str]) -> Bundle:
             raise IntegrityError(f"{bundle.path}: replaced after it was opened", fix="open the bundle again")
         _store(manifest, staged / MANIFEST)
         _store(manifest_digest_line(manifest), staged / MANIFEST_DIGEST)
-        if (bundle.path / MANIFEST_SIGNATURE).is_file():
-            _store(bundle.path / MANIFEST_SIGNATURE, staged / MANIFEST_SIGNATURE)
+        if (signatures := read_signatures(bundle.path)) is not None:
+            _store(signatures, staged / MANIFEST_SIGNATURE)
     return Bundle.open(folder, trusted=())
 
 
@@ -301,9 +301,10 @@ def sign_bundle(bundle: Bundle, key: str | os.PathLike[str]) -> Bundle:
         if found.digest != bundle.digest:
             raise IntegrityError(f"{bundle.path}: replaced after it was opened", fix="look at it, and sign it again")
         found.check()
-        target = found.path / MANIFEST_SIGNATURE
-        present = target.read_bytes() if target.is_file() else None
-        data = signature_bytes((found.path / MANIFEST).read_bytes(), key, present)
+        target, manifest = found.path / MANIFEST_SIGNATURE, (found.path / MANIFEST).read_bytes()
+        if hashlib.sha256(manifest).hexdigest() != found.digest:
+            raise IntegrityError(f"{bundle.path}: replaced after it was opened", fix="look at it, and sign it again")
+        data = signature_bytes(manifest, key, read_signatures(found.path))
         remove_leftovers(found.path)
         temporary = temporary_beside(found.path)  # a leftover inside the bundle would be a file that is not listed
         try:

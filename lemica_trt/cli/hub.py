@@ -43,12 +43,22 @@ def push(screen: Screen, path: Path, repository: str, private: bool) -> None:
     flag("--plan", metavar="NAME", help="This plan alone; also out of a bundle."),
     flag("--digest", metavar="HEX", help="What it must be, by its first 12 digits or more."),
 )  # fmt: skip
+@options.signed
 @common
-def pull(screen: Screen, repository: str, output: Path, plan: str | None, digest: str | None) -> None:
+def pull(
+    screen: Screen,
+    repository: str,
+    output: Path,
+    plan: str | None,
+    digest: str | None,
+    verify_with: tuple[Path, ...],
+    require_signature: bool,
+) -> None:
     """Get the bundle, or a plan, out of REPO: OWNER/NAME[@REVISION] on the hub, or a folder. See docs/hub.md."""
     from lemica_trt.hub import exchange
     from lemica_trt.hub.places import place_from
 
     screen.reporter.stage("pull", repository)
-    found = exchange.pull(place_from(repository), repository, output, plan=plan, digest=digest)
+    trusted = options.trusted(verify_with, require_signature)
+    found = exchange.pull(place_from(repository), repository, output, plan=plan, digest=digest, trusted=trusted)
     screen.print(found, lambda: f"{found.where}\n{found.kind} {', '.join(found.names)}\ndigest {found.digest}")

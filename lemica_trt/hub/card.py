@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from lemica_trt.bundle.manifest import Manifest
 from lemica_trt.core.progress import size
@@ -77,7 +77,7 @@ def _metadata(pipeline: str | None, source: str | None) -> str:
     lines = [f"library_name: {LIBRARY}", f"tags:\n- {LIBRARY}\n- diffusers"]
     if pipeline is not None:
         lines.insert(0, f"pipeline_tag: {pipeline}")
-    if source is not None and source.count("/") == 1 and ":" not in source:
+    if source is not None and source.count("/") == 1 and ":" not in source and not Path(source).exists():
         lines.insert(0, f"base_model: {source}")
     return "---\n" + "\n".join(lines) + "\n---"
 

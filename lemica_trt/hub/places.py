@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from lemica_trt.bundle.manifest import MANIFEST, require_relative
+from lemica_trt.bundle.manifest import MANIFEST, MANIFEST_DIGEST, require_relative
 from lemica_trt.bundle.reading import files_below
 from lemica_trt.core.atomic_folder import replacing, sync_folder
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError, install_command
@@ -97,10 +97,11 @@ class Folder:
         return self.path
 
     def write(self, contents: Contents, remove: Collection[str], message: str) -> str:
-        """See `Place`. The folder is replaced by a new one in one step; files that stay are linked or copied."""
+        """See `Place`. The folder is replaced by a new one in one step; files that stay are copied."""
 
         def require_ours(folder: Path) -> None:
-            if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / CARD).is_file())):
+            ours = folder.is_dir() and (not any(folder.iterdir()) or (folder / CARD).is_file())
+            if folder.exists() and (not ours or (folder / ".git").exists()):
                 raise UsageError(
                     f"{self.path}: expected a folder that 'lemica-trt push' wrote, an empty one or nothing",
                     fix="give another folder",
@@ -190,7 +191,7 @@ class Hub:
         except (errors.HfHubHTTPError, getattr(errors, "HTTPError", OSError), OSError) as error:  # no connection, too
             raise MissingDependencyError(
                 f"{self.name}: expected an answer of the hub, got: {_line(error)}",
-                fix="look after network and rights, or use a folder: file:FOLDER",
+                fix="check network and permissions, or use a folder: file:FOLDER",
             ) from None
 
 
@@ -216,4 +217,4 @@ def _line(error: Exception) -> str:
 
 def holds_bundle(files: Collection[str]) -> bool:
     """Whether a repository with these files holds a bundle."""
-    return MANIFEST in files
+    return {MANIFEST, MANIFEST_DIGEST} <= set(files)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,10 +11,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from command import lemica
+from command import lemica, result_of
 from hub_server import Repositories, serving
+from test_signing import write_keys
 
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.bundle.signing import TRUSTED_KEYS, trusted_keys
+from lemica_trt.bundle.writing import copy_bundle, sign_bundle
 from lemica_trt.core.errors import InputError, IntegrityError, LemicaError, MissingDependencyError, UsageError
 from lemica_trt.core.values import read_value
 from lemica_trt.hub.exchange import pull, push
@@ -63,7 +65,7 @@ def test_a_bundle_comes_back_as_it_was(built: Built, place: Place, tmp_path: Pat
     assert "## Quality" in card and "| **`b4`** | 4 | " in card and "2 held-out clips" in card
     assert "![contact sheet](reports/contact_sheet.png)" in card
 
-    pulled = pull(place, NAME, tmp_path / "here", digest=bundle.digest[:12])
+    pulled = pull(place, NAME, tmp_path / "here", digest=bundle.digest[:32])
     assert pulled.digest == bundle.digest
     Bundle.open(tmp_path / "here").check()
     found, expected = content(tmp_path / "here"), content(built[0])
@@ -73,8 +75,37 @@ def test_a_bundle_comes_back_as_it_was(built: Built, place: Place, tmp_path: Pat
     pull(place, NAME, tmp_path / "here", digest=bundle.digest)  # over itself
     with pytest.raises(IntegrityError, match=r"expected digest 000000000000…, got .*… → ask who pushed it"):
         pull(place, NAME, tmp_path / "other", digest="0" * 64)
-    with pytest.raises(UsageError, match="expected at least 12 hex digits of a digest, got 'abc'"):
+    with pytest.raises(UsageError, match="expected at least 32 hex digits of a digest, got 'abc'"):
         pull(place, NAME, tmp_path / "other", digest="abc")
+    assert not (tmp_path / "other").exists()
+
+
+def test_nothing_but_what_was_pushed_is_replaced(built: Built, place: Place, tmp_path: Path) -> None:
+    """A project with a README.md, or a model that somebody has on the hub."""
+    theirs: dict[str, Path | bytes] = {"README.md": b"mine", "src/main.py": b"1", "manifest.json": b"{}"}
+    place.write(theirs, (), "mine")
+    for path in (built[0], built[0] / "plans" / "b4.json"):
+        with pytest.raises(UsageError, match=r"expected a new repository or one that holds .* something else"):
+            push(path, place, NAME)
+    folder = place.folder(sorted(theirs))
+    assert all((folder / path).read_bytes() == data for path, data in theirs.items())
+    (tmp_path / "checkout" / ".git").mkdir(parents=True)
+    (tmp_path / "checkout" / "README.md").touch()
+    with pytest.raises(UsageError, match="expected a folder that 'lemica-trt push' wrote"):
+        push(built[0], Folder(tmp_path / "checkout"), "checkout")
+
+
+def test_signatures_go_along(built: Built, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, public = write_keys(tmp_path, 1)
+    _, other = write_keys(tmp_path, 2)
+    bundle = copy_bundle(Bundle.open(built[0]), tmp_path / "signed")
+    push(sign_bundle(bundle, private).path, place, NAME)
+    monkeypatch.setenv(TRUSTED_KEYS, str(public))
+    pull(place, NAME, tmp_path / "here")
+    assert Bundle.open(tmp_path / "here").signed_by == trusted_keys([public])[0].keyid
+    pull(place, NAME, tmp_path / "plans", plan="b4")
+    with pytest.raises(IntegrityError, match="expected a signature of"):
+        pull(place, NAME, tmp_path / "other", trusted=trusted_keys([other]))
     assert not (tmp_path / "other").exists()
 
 
@@ -218,7 +249,7 @@ def test_names_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_commands(built: Built, tmp_path: Path) -> None:
     done = lemica("push", built[0], "file:kept", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    digest = json.loads(done.stdout)["digest"]
+    digest = result_of(done.stdout)["digest"]
     done = lemica("pull", "file:kept", "-o", "bundle", "--digest", digest, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.split("\n")[0] == "bundle" and digest in done.stdout, done.stderr
     assert Bundle.open(tmp_path / "bundle").digest == digest
