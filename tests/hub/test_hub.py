@@ -117,7 +117,7 @@ def test_a_plan_out_of_a_bundle(built: Built, place: Place, tmp_path: Path) -> N
     assert pulled.kind == "plan"
     with pytest.raises(UsageError, match=r"there is no plan 'b9' → use one of: b4, b5, uncached"):
         pull(place, NAME, tmp_path / "plans", plan="b9")
-    with pytest.raises(UsageError, match="expected a repository for plans, it holds a bundle"):
+    with pytest.raises(UsageError, match="one that holds plans, it holds a bundle"):
         push(tmp_path / "plans" / "b5.json", place, NAME)
 
 
@@ -134,7 +134,7 @@ def test_plans_gather_in_one_repository(built: Built, place: Place, tmp_path: Pa
     assert read_value(StepPlan, tmp_path / "here" / "b5.json") == bundle.plan("b5")
     with pytest.raises(UsageError, match=r"expected --plan, it holds plans → use one of: b4, b5"):
         pull(place, NAME, tmp_path / "here")
-    with pytest.raises(UsageError, match="expected a repository for a bundle, it holds plans"):
+    with pytest.raises(UsageError, match="one that holds a bundle, it holds something else"):
         push(built[0], place, NAME)
 
 
