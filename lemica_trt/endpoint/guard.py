@@ -78,7 +78,7 @@ class Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            raise _TOO_LARGE
+            raise _too_large()
         if self._key is None:
             _, _, host = headers.get(b"host", b"").decode("latin-1").rpartition("@")
             name = re.sub(r":\d*$", "", host).strip("[]").lower()
@@ -91,7 +91,9 @@ class Guard:
                 raise Refused(401, "invalid_api_key", "expected the API key in the header Authorization: Bearer KEY")
 
 
-_TOO_LARGE = Refused(413, "request_too_large", f"a request must have at most {MAX_BODY_BYTES} bytes")
+def _too_large() -> Refused:
+    """A new one each time: a traceback grows whenever its exception is raised again."""
+    return Refused(413, "request_too_large", f"a request must have at most {MAX_BODY_BYTES} bytes")
 
 
 def _limited(receive: Receive) -> Receive:
@@ -103,7 +105,7 @@ def _limited(receive: Receive) -> Receive:
         message = await receive()
         size += len(message.get("body", b""))
         if size > MAX_BODY_BYTES:
-            raise _TOO_LARGE
+            raise _too_large()
         return message
 
     return limited

@@ -16,6 +16,7 @@ from makers import Held
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import EngineError
+from lemica_trt.endpoint.errors import Refused
 from lemica_trt.endpoint.jobs import Jobs
 from lemica_trt.endpoint.requests import Model
 
@@ -228,6 +229,18 @@ def test_bodies(rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     found = rig.client.post("/v1/videos", content=parts(), headers={"content-type": "application/json"})
     assert found.status_code == 413
     assert "POST /v1/videos 413" in caplog.text and "secret" not in caplog.text
+
+
+def test_a_refusal_keeps_nothing_of_the_one_before() -> None:
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b" " * (guard.MAX_BODY_BYTES + 1)}
+
+    refusals = []
+    for _ in range(2):
+        with pytest.raises(Refused) as refused:
+            asyncio.run(guard._limited(receive)())
+        refusals.append(refused.value)
+    assert refusals[0] is not refusals[1]
 
 
 def test_who_may_ask(built: tuple[Path, subprocess.CompletedProcess[str]], rig: Rig) -> None:
