@@ -110,7 +110,9 @@ class Jobs:
         self._maker, self._queue, self._kept, self.expiry = maker, queue, kept, expiry
         self._on_end, self._clock = on_end, clock
         self._jobs: dict[str, Job] = {}
+        self._waiting: dict[str, tuple[Job, Asked]] = {}  # one that is cancelled leaves nothing here
         self._lock = threading.Lock()
+        self._workers, self._working = workers, 0
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="lemica-trt")
         self._closing = False
         self._last_seconds = 1.0
@@ -131,7 +133,10 @@ class Jobs:
                 raise Refused(429, "queue_full", f"{waiting} requests wait already, as many as may", retry_after=after)
             job = Job(f"video_{secrets.token_hex(16)}", suffix, asked.model, asked.plan.name, self._clock())
             self._jobs[job.id] = job
-            self._pool.submit(self._run, job, asked)
+            self._waiting[job.id] = job, asked
+            if self._working < self._workers:
+                self._working += 1
+                self._pool.submit(self._run_next)
             return job
 
     def count(self, status: Status) -> int:
@@ -186,6 +191,7 @@ class Jobs:
     def cancel_all(self) -> None:
         """Cancel what runs between two steps, and wait for it."""
         with self._lock:
+            self._closing = True
             for job in self._jobs.values():
                 self._cancel(job, "shutting_down", "the server is shutting down", status=503)
         self._pool.shutdown(wait=True)
@@ -196,6 +202,20 @@ class Jobs:
             if self._closing or self.count("in_progress") or self.count("queued"):
                 return None
             return self._pool.submit(self._maker.check)
+
+    def _run_next(self) -> None:
+        """Run the job that has waited longest; then again, behind a check that waits, as long as there are any."""
+        with self._lock:
+            found = self._waiting.pop(next(iter(self._waiting), ""), None)
+        try:
+            if found is not None:
+                self._run(*found)
+        finally:
+            with self._lock:
+                if self._waiting:
+                    self._pool.submit(self._run_next)
+                else:
+                    self._working -= 1
 
     def _run(self, job: Job, asked: Asked) -> None:
         """Make a clip; whatever happens, the job ends."""
@@ -238,6 +258,7 @@ class Jobs:
         if job.ended:
             return
         job.wanted = False
+        self._waiting.pop(job.id, None)
         queued = job.status == "queued"
         self._fail(job, Refused(status, code, why))
         if queued:

@@ -235,10 +235,13 @@ def test_a_refusal_keeps_nothing_of_the_one_before() -> None:
     async def receive() -> Any:
         return {"type": "http.request", "body": b" " * (guard.MAX_BODY_BYTES + 1)}
 
+    async def read() -> None:
+        await guard._limited(receive)()
+
     refusals = []
     for _ in range(2):
         with pytest.raises(Refused) as refused:
-            asyncio.run(guard._limited(receive)())
+            asyncio.run(read())
         refusals.append(refused.value)
     assert refusals[0] is not refusals[1]
 

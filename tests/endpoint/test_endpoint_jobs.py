@@ -75,6 +75,7 @@ def test_a_full_queue_says_when_to_come_again() -> None:
     with pytest.raises(Refused) as refused:
         jobs.submit(asked(), ".mp4")
     assert refused.value.retry_after == 7  # as long as the last one took
+    maker.finish()
     jobs.cancel_all()
 
 
@@ -94,6 +95,33 @@ def test_cancelled_between_two_steps_or_before_the_first() -> None:
     last = wait(jobs.submit(asked(3), ".mp4"))
     assert last.data == b"3 .mp4" and maker.made == [3]
     assert outcomes == ["cancelled", "cancelled", "ok"]
+
+
+def test_what_is_cancelled_before_it_runs_leaves_nothing() -> None:
+    maker = Held()
+    jobs = Jobs(maker)
+    running = jobs.submit(asked(1), ".mp4")
+    maker.arrive()
+    for _ in range(5):
+        jobs.remove(jobs.submit(asked(2), ".mp4").id)
+    assert jobs._pool._work_queue.qsize() == 0 and not jobs._waiting
+    waiting = jobs.submit(asked(3), ".mp4")
+    assert jobs._pool._work_queue.qsize() == 0  # the worker that runs takes it
+    maker.finish()
+    assert wait(running).data == b"1 .mp4" and wait(waiting).data == b"3 .mp4" and maker.made == [1, 3]
+    jobs.cancel_all()
+
+
+def test_workers_run_side_by_side() -> None:
+    maker = Held()
+    jobs = Jobs(maker, workers=2)
+    made = [jobs.submit(asked(seed), ".mp4") for seed in range(3)]
+    maker.arrive()
+    maker.arrive()
+    assert [job.status for job in made] == ["in_progress", "in_progress", "queued"]
+    maker.finish()
+    assert all(wait(job).status == "completed" for job in made)
+    jobs.cancel_all()
 
 
 def test_faults_end_a_job_and_say_nothing_of_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
