@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -113,7 +114,7 @@ class Endpoint:
         """GET /v1/videos: what is known, page by page; the newest first."""
         query = request.query_params
         limit, order, after = query.get("limit", str(LISTED)), query.get("order", "desc"), query.get("after")
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit) <= 100):
+        if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
             raise InputError("limit must be a number from 1 to 100")
         if order not in ("asc", "desc"):
             raise InputError("order must be asc or desc")

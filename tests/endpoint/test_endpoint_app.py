@@ -93,7 +93,7 @@ def test_lists_page_by_page(rig: Rig) -> None:
     page = rig.client.get(f"/v1/videos?after={page['last_id']}").json()
     assert [video["id"] for video in page["data"]] == names[:1] and not page["has_more"]
     assert [video["id"] for video in rig.client.get("/v1/videos?order=asc").json()["data"]] == names
-    for wrong in ("limit=0", "limit=x", "limit=101", "order=up", "after=me"):
+    for wrong in ("limit=0", "limit=x", "limit=101", "limit=" + 5000 * "1", "limit=-1", "order=up", "after=me"):
         assert rig.client.get(f"/v1/videos?{wrong}").status_code == 400
 
 
