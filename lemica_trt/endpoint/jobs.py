@@ -94,6 +94,10 @@ class Jobs:
         expiry: seconds after which a finished job is forgotten.
         on_end: told of each end.
         clock: seconds since 1970.
+
+    Attributes:
+        expiry: as given.
+        succeeded: jobs that have made their clip.
     """
 
     def __init__(
@@ -116,6 +120,7 @@ class Jobs:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="lemica-trt")
         self._closing = False
         self._last_seconds = 1.0
+        self.succeeded = 0
 
     def submit(self, asked: Asked, suffix: str) -> Job:
         """Queue a job.
@@ -138,6 +143,11 @@ class Jobs:
                 self._working += 1
                 self._pool.submit(self._run_next)
             return job
+
+    @property
+    def closing(self) -> bool:
+        """Whether it takes no more jobs."""
+        return self._closing
 
     def count(self, status: Status) -> int:
         """How many jobs have a status."""
@@ -246,6 +256,7 @@ class Jobs:
                 made, failure = None, Refused(499, "cancelled", "the video was cancelled")
             elif made is not None:
                 job.data, job.status, job.completed_at = made.data, "completed", self._clock()
+                self.succeeded += 1
                 self._last_seconds = job.completed_at - (job.started_at or job.created_at)
             else:
                 assert failure is not None

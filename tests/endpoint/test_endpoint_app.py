@@ -187,13 +187,15 @@ def test_models_health_and_what_is_not_there(rig: Rig) -> None:
         assert found.status_code == status and found.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_readiness_is_a_real_check_and_not_too_often(rig: Rig) -> None:
+def test_readiness_is_a_real_check_and_not_too_often(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     assert rig.client.get("/health/ready").json()["status"] == "ready" and rig.maker.checks == 1
     assert rig.client.get("/health/ready").status_code == 200 and rig.maker.checks == 1
     rig.now += health.FRESH_SECONDS
     rig.maker.sick = EngineError("the driver has gone")
     found = rig.client.get("/health/ready")
-    assert found.status_code == 503 and found.json()["reason"] == "the driver has gone" and rig.maker.checks == 2
+    assert found.status_code == 503 and rig.maker.checks == 2
+    assert found.json()["reason"] == "the check failed; see the log"  # strangers may read it
+    assert "the check failed: EngineError: the driver has gone" in caplog.text
     rig.now += health.FRESH_SECONDS
     rig.maker.sick = None
     assert rig.client.get("/health/ready").status_code == 200
@@ -202,6 +204,28 @@ def test_readiness_is_a_real_check_and_not_too_often(rig: Rig) -> None:
     rig.maker.arrive()
     assert rig.client.get("/health/ready").json() == {"status": "ready", "reason": None, "running": 1, "waiting": 0}
     assert rig.maker.checks == 3
+
+
+def test_a_job_that_succeeds_shows_more_than_the_check_before(rig: Rig) -> None:
+    rig.maker.sick = EngineError("for a moment")
+    assert rig.client.get("/health/ready").status_code == 503
+    first = rig.post().json()["id"]
+    rig.maker.arrive()
+    rig.now += health.FRESH_SECONDS
+    assert rig.client.get("/health/ready").json()["status"] == "failed"  # nothing has shown otherwise
+    rig.maker.finish()
+    rig.ended(first)
+    rig.now -= health.FRESH_SECONDS
+    assert rig.client.get("/health/ready").json()["status"] == "ready" and rig.maker.checks == 1
+    rig.now += health.FRESH_SECONDS
+    assert rig.client.get("/health/ready").json()["status"] == "failed" and rig.maker.checks == 2
+
+
+def test_a_server_that_shuts_down_is_not_ready(rig: Rig) -> None:
+    assert rig.client.get("/health/ready").status_code == 200
+    rig.jobs.close()
+    found = rig.client.get("/health/ready")
+    assert found.status_code == 503 and found.json()["status"] == "stopping" and rig.maker.checks == 1
 
 
 def test_bodies(rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
