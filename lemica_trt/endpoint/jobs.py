@@ -211,7 +211,11 @@ class Jobs:
         with self._lock:
             if self._closing or self.count("in_progress") or self.count("queued"):
                 return None
-            return self._pool.submit(self._maker.check)
+            return self._pool.submit(self._maker.check, self._require_open)
+
+    def _require_open(self) -> None:
+        if self._closing:
+            raise Cancelled
 
     def _run_next(self) -> None:
         """Run the job that has waited longest; then again, behind a check that waits, as long as there are any."""
@@ -230,10 +234,13 @@ class Jobs:
     def _run(self, job: Job, asked: Asked) -> None:
         """Make a clip; whatever happens, the job ends."""
 
-        def on_progress(done: int, rows: int) -> None:
-            job.done, job.rows = done, rows
+        def check() -> None:
             if not job.wanted:
                 raise Cancelled
+
+        def on_progress(done: int, rows: int) -> None:
+            job.done, job.rows = done, rows
+            check()
 
         with self._lock:
             if job.ended or not job.wanted:
@@ -242,7 +249,7 @@ class Jobs:
         made: Made | None = None
         failure: Exception | None = None
         try:
-            made = self._maker.make(asked.generation, job.plan, job.suffix, on_progress)
+            made = self._maker.make(asked.generation, job.plan, job.suffix, on_progress, check)
         except Cancelled:
             failure = Refused(499, "cancelled", "the video was cancelled")
         except LemicaError as error:

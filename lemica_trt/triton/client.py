@@ -20,6 +20,12 @@ from lemica_trt.core.errors import EngineError, InputError, MissingDependencyErr
 
 MODEL = "pipeline_stream"
 
+POLL_SECONDS = 0.25
+"""How often who waits for a server may say that it waits no longer."""
+
+CONNECT_SECONDS = 10.0
+"""How long a server may take to say that it is live, and what it serves."""
+
 
 def generate(
     url: str,
@@ -29,6 +35,7 @@ def generate(
     mp4: bool = False,
     timeout: float | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> npt.NDArray[np.uint8] | bytes:
     """Generate one clip.
 
@@ -40,6 +47,7 @@ def generate(
         timeout: seconds until the server gives up; None: the server's own limit.
         on_step: called with (steps done, steps) after each full step. What it raises cancels the request on the server
             and passes through, as Ctrl-C does.
+        check: called every quarter of a second while the server is silent. What it raises does the same.
 
     Returns:
         Frames, uint8 [F, H, W, 3], or the bytes of the MP4 file.
@@ -63,7 +71,7 @@ def generate(
             parameters={**(parameters or {}), "output": "mp4" if mp4 else "frames"},
             timeout=None if timeout is None else max(1, round(timeout * 1e6)),
         )
-        return _receive(answers, "video" if mp4 else "frames", on_step)
+        return _receive(answers, "video" if mp4 else "frames", on_step, check)
     except failure as error:
         raise _error(error, url) from None
     finally:
@@ -81,7 +89,8 @@ def served_digest(url: str) -> str:
     grpc, failure = _tritonclient()
     client = _connect(url, grpc, failure)
     try:
-        found = client.get_model_config(MODEL, as_json=True)["config"]["parameters"]["manifest"]["string_value"]
+        config = client.get_model_config(MODEL, as_json=True, client_timeout=CONNECT_SECONDS)["config"]
+        found = config["parameters"]["manifest"]["string_value"]
     except failure as error:
         raise _error(error, url) from None
     except KeyError:
@@ -126,7 +135,7 @@ def _connect(url: str, grpc: Any, failure: type[Exception]) -> Any:
     address, tls = _address(url)
     client = grpc.InferenceServerClient(address, ssl=tls)
     try:
-        if not client.is_server_live():
+        if not client.is_server_live(client_timeout=CONNECT_SECONDS):
             raise failure("not live")
     except failure as error:
         client.close()
@@ -138,11 +147,19 @@ def _connect(url: str, grpc: Any, failure: type[Exception]) -> Any:
 
 
 def _receive(
-    answers: queue.Queue[tuple[Any, Any]], output: str, on_step: Callable[[int, int], None] | None
+    answers: queue.Queue[tuple[Any, Any]],
+    output: str,
+    on_step: Callable[[int, int], None] | None,
+    check: Callable[[], None] | None = None,
 ) -> npt.NDArray[np.uint8] | bytes:
     """The first answer that has the output; those before it are progress."""
     while True:
-        result, failed = answers.get()
+        if check is not None:
+            check()
+        try:
+            result, failed = answers.get(timeout=None if check is None else POLL_SECONDS)
+        except queue.Empty:
+            continue
         if failed is not None:
             raise failed
         done, steps = (int(result.as_numpy(key)[0, 0]) for key in ("step", "num_steps"))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import queue
 
 import pytest
 import toy
-from makers import ROWS, Held
+from makers import ROWS, Held, Silent
 
 from lemica_trt.core.errors import EngineError
 from lemica_trt.endpoint import jobs as module
@@ -14,7 +15,9 @@ from lemica_trt.endpoint.errors import Refused
 from lemica_trt.endpoint.jobs import Job, Jobs
 from lemica_trt.endpoint.makers import Made
 from lemica_trt.endpoint.requests import Asked
+from lemica_trt.runtime.denoise import Cancelled
 from lemica_trt.runtime.generation import GenerationRequest
+from lemica_trt.triton import client
 
 pytestmark = pytest.mark.null
 
@@ -122,6 +125,36 @@ def test_workers_run_side_by_side() -> None:
     maker.finish()
     assert all(wait(job).status == "completed" for job in made)
     jobs.cancel_all()
+
+
+@pytest.mark.parametrize("end", ["deleted", "shut down", "shut down in a check"])
+def test_a_silent_maker_holds_nothing_up(end: str) -> None:
+    maker = Silent()
+    jobs = Jobs(maker)
+    if end == "shut down in a check":
+        checking = jobs.probe()
+        assert checking is not None and maker.arrived.wait(60)
+        jobs.close()
+        assert isinstance(checking.exception(timeout=60), Cancelled)
+    else:
+        job = jobs.submit(asked(), ".mp4")
+        assert maker.arrived.wait(60)
+        if end == "deleted":
+            jobs.remove(job.id)
+            jobs._pool.submit(int).result(timeout=60)  # its worker is free again
+    jobs.cancel_all()
+
+
+def test_who_waits_for_a_silent_server_may_stop() -> None:
+    left = [1, 2]
+
+    def check() -> None:
+        if not left:
+            raise Cancelled
+        left.pop()
+
+    with pytest.raises(Cancelled):
+        client._receive(queue.Queue(), "frames", None, check)
 
 
 def test_faults_end_a_job_and_say_nothing_of_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
