@@ -198,13 +198,13 @@ class Jobs:
                     self._cancel(job, "shutting_down", "the server is shutting down", status=503)
             return [job for job in self._jobs.values() if job.status == "in_progress"]
 
-    def cancel_all(self) -> None:
+    def cancel_all(self, *, wait: bool = True) -> None:
         """Cancel what runs between two steps, and wait for it."""
         with self._lock:
             self._closing = True
             for job in self._jobs.values():
                 self._cancel(job, "shutting_down", "the server is shutting down", status=503)
-        self._pool.shutdown(wait=True)
+        self._pool.shutdown(wait=wait)
 
     def probe(self) -> Future[None] | None:
         """Have the maker check itself; None: jobs run or wait, which shows more."""
