@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.core.errors import EngineError, UnsupportedError
+from lemica_trt.core.errors import EngineError, LemicaError, MissingDependencyError, UnsupportedError
 from lemica_trt.endpoint.errors import Refused
 from lemica_trt.runtime.denoise import Cancelled, RowDone
 from lemica_trt.runtime.generation import GenerationRequest
@@ -22,6 +23,11 @@ OnProgress = Callable[[int, int], None]
 
 Check = Callable[[], None]
 """Called again and again while another process is silent; what it raises ends the request."""
+
+LOGGER = logging.getLogger("lemica_trt.endpoint")
+
+RETRY_SECONDS = 5
+"""When to come again after a Triton server could not be reached."""
 
 CHECK_SECONDS = 120.0
 """How long a Triton server may take for the first step of a check."""
@@ -130,13 +136,21 @@ class TritonServer:
                 on_step=on_progress,
                 check=check,
             )
-        except EngineError as error:
-            if client.is_full(error):
-                raise Refused(429, "queue_full", "the queue of the Triton server is full", retry_after=1) from None
-            raise
+        except (EngineError, MissingDependencyError) as error:
+            raise self._told(error) from None
         return Made(
             made if isinstance(made, bytes) else encoded(made, suffix, fps=self._bundle.manifest.profile.shape.fps)
         )
+
+    def _told(self, error: LemicaError) -> LemicaError:
+        """What clients are told, who need not know where the server is; the log says it."""
+        if client.is_full(error):
+            return Refused(429, "queue_full", "the queue of the Triton server is full", retry_after=1)
+        if isinstance(error, (client.Unavailable, MissingDependencyError)):
+            LOGGER.error("%s", error)
+            what = "the Triton server cannot be reached, or had no time: try again"
+            return Refused(503, "unavailable", what, retry_after=RETRY_SECONDS)
+        return EngineError(str(error).replace(f"the server at {self._url}", "the Triton server"))
 
     def check(self, check: Check = wait_on) -> None:
         """See `Maker`; also that the server serves this bundle.

@@ -27,6 +27,10 @@ CONNECT_SECONDS = 10.0
 """How long a server may take to say that it is live, and what it serves."""
 
 
+class Unavailable(EngineError):
+    """A server that has not run a request, or has gone while it did: another try may help."""
+
+
 def generate(
     url: str,
     prompt: str,
@@ -56,7 +60,7 @@ def generate(
         MissingDependencyError: tritonclient is not installed, or no server is at `url`.
         UsageError: `url` is something else.
         InputError: the server says that the request is not what it must be; the message says what is allowed.
-        EngineError: the server failed, is full, or the time-out passed.
+        EngineError: the server failed, is full, or the time-out passed; `Unavailable` where another try may help.
     """
     grpc, failure = _tritonclient()
     client = _connect(url, grpc, failure)
@@ -100,7 +104,7 @@ def served_digest(url: str) -> str:
     return str(found)
 
 
-def is_full(error: EngineError) -> bool:
+def is_full(error: Exception) -> bool:
     """Whether a server's queue was full; its stream says it in words only."""
     return "maximum queue size" in str(error)
 
@@ -182,4 +186,5 @@ def _error(error: Any, url: str) -> Exception:
     # A stream's errors carry no status: what is wrong with a request is known by how the models say it.
     if "INVALID_ARGUMENT" in status or _REFUSED.match(message):
         return InputError(message)
-    return EngineError(f"the server at {url}: {message}")
+    unavailable = "UNAVAILABLE" in status or "timeout expired" in message
+    return (Unavailable if unavailable else EngineError)(f"the server at {url}: {message}")

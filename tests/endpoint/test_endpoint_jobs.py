@@ -9,11 +9,11 @@ import pytest
 import toy
 from makers import ROWS, Held, Silent
 
-from lemica_trt.core.errors import EngineError
+from lemica_trt.core.errors import EngineError, MissingDependencyError
 from lemica_trt.endpoint import jobs as module
 from lemica_trt.endpoint.errors import Refused
 from lemica_trt.endpoint.jobs import Job, Jobs
-from lemica_trt.endpoint.makers import Made
+from lemica_trt.endpoint.makers import Made, TritonServer
 from lemica_trt.endpoint.requests import Asked
 from lemica_trt.runtime.denoise import Cancelled
 from lemica_trt.runtime.generation import GenerationRequest
@@ -155,6 +155,48 @@ def test_who_waits_for_a_silent_server_may_stop() -> None:
 
     with pytest.raises(Cancelled):
         client._receive(queue.Queue(), "frames", None, check)
+
+
+class Failure:
+    """An exception of tritonclient."""
+
+    def __init__(self, status: str, message: str) -> None:
+        self._status, self._message = status, message
+
+    def status(self) -> str:
+        return self._status
+
+    def message(self) -> str:
+        return self._message
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (client._error(Failure("", "Request timeout expired"), "triton:8001"), "unavailable"),
+        (client._error(Failure("StatusCode.UNAVAILABLE", "Socket closed"), "triton:8001"), "unavailable"),
+        (MissingDependencyError("expected a Triton server at triton:8001, got: x"), "unavailable"),
+        (client._error(Failure("", "Exceeds maximum queue size"), "triton:8001"), "queue_full"),
+        (client._error(Failure("", "no memory"), "triton:8001"), "generation_failed"),
+    ],
+)
+def test_faults_of_triton_say_whether_to_try_again_and_not_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, code: str
+) -> None:
+    def generate(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(client, "generate", generate)
+    outcomes: list[str] = []
+    maker = TritonServer("triton:8001", None, "b4")  # type: ignore[arg-type]
+    jobs = Jobs(maker, on_end=lambda job, outcome, made: outcomes.append(outcome))
+    job = wait(jobs.submit(asked(), ".mp4"))
+    assert job.error is not None and job.error["code"] == code and "triton:8001" not in str(job.error)
+    assert (job.error_status, job.retry_after) == {
+        "unavailable": (503, 5), "queue_full": (429, 1), "generation_failed": (500, None),
+    }[code]  # fmt: skip
+    assert outcomes == ["error" if code == "generation_failed" else "unavailable"]
+    jobs.cancel_all()
 
 
 def test_faults_end_a_job_and_say_nothing_of_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
