@@ -90,7 +90,7 @@ class Endpoint:
         """POST /v1/videos: the job; the whole clip where `response_format` asks for it, as Dynamo's clients do."""
         body = await _body(request)
         asked = self._model.read(body, image=False)
-        job = self._jobs.submit(asked, ".mp4")
+        job = self._jobs.submit(asked, ".mp4", listed=not asked.inline)
         if not asked.inline:
             return JSONResponse(self._video_object(job))
         data = await self._wait(request, job)
@@ -99,7 +99,7 @@ class Endpoint:
     async def make_image(self, request: Request) -> Response:
         """POST /v1/images/generations: the image; a client that goes away cancels it."""
         body = await _body(request)
-        job = self._jobs.submit(self._model.read(body, image=True), ".png")
+        job = self._jobs.submit(self._model.read(body, image=True), ".png", listed=False)
         data = base64.b64encode(await self._wait(request, job)).decode()
         return JSONResponse(
             {

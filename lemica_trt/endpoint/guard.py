@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import re
@@ -27,7 +28,13 @@ KNOWN = re.compile(
 )
 """Paths that are logged as they are."""
 
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address, without brackets, is of this machine alone."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Guard:
@@ -81,8 +88,8 @@ class Guard:
             raise _too_large()
         if self._key is None:
             _, _, host = headers.get(b"host", b"").decode("latin-1").rpartition("@")
-            name = re.sub(r":\d*$", "", host).strip("[]").lower()
-            if b"origin" in headers or name not in LOOPBACK_NAMES:
+            name = re.sub(r":\d*$", "", host).strip("[]")
+            if b"origin" in headers or not is_loopback(name):
                 raise Refused(403, "forbidden", "without an API key only programs on this machine may ask")
         elif not OPEN.fullmatch(scope["path"]):
             scheme, _, token = headers.get(b"authorization", b"").partition(b" ")

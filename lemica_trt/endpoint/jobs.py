@@ -44,6 +44,7 @@ class Job:
         error: OpenAI's error object, with HTTP status `error_status`.
         wanted: false: it ends before its next step.
         fetched: whether somebody has read the file.
+        listed: false: its client waits for the answer, and nobody else is told of it.
         future: done when the job is, whatever came of it; its result is nothing.
     """
 
@@ -63,6 +64,7 @@ class Job:
     retry_after: int | None = None
     wanted: bool = True
     fetched: bool = False
+    listed: bool = True
     future: Future[None] = field(default_factory=Future, repr=False)
 
     @property
@@ -122,8 +124,11 @@ class Jobs:
         self._last_seconds = 1.0
         self.succeeded = 0
 
-    def submit(self, asked: Asked, suffix: str) -> Job:
+    def submit(self, asked: Asked, suffix: str, *, listed: bool = True) -> Job:
         """Queue a job.
+
+        Args:
+            listed: whether `all` has it.
 
         Raises:
             Refused: the queue is full (429), or the server is shutting down (503).
@@ -136,7 +141,8 @@ class Jobs:
             if waiting >= self._queue:
                 after = max(1, round(self._last_seconds))
                 raise Refused(429, "queue_full", f"{waiting} requests wait already, as many as may", retry_after=after)
-            job = Job(f"video_{secrets.token_hex(16)}", suffix, asked.model, asked.plan.name, self._clock())
+            name, now = f"video_{secrets.token_hex(16)}", self._clock()
+            job = Job(name, suffix, asked.model, asked.plan.name, now, listed=listed)
             self._jobs[job.id] = job
             self._waiting[job.id] = job, asked
             if self._working < self._workers:
@@ -148,6 +154,11 @@ class Jobs:
     def closing(self) -> bool:
         """Whether it takes no more jobs."""
         return self._closing
+
+    def forget_old(self) -> None:
+        """Drop what has expired; done whenever a job comes, ends or is asked for, too."""
+        with self._lock:
+            self._forget()
 
     def count(self, status: Status) -> int:
         """How many jobs have a status."""
@@ -166,10 +177,10 @@ class Jobs:
             return self._jobs[name]
 
     def all(self) -> list[Job]:
-        """All jobs, the oldest first."""
+        """All jobs that are listed, the oldest first."""
         with self._lock:
             self._forget()
-            return list(self._jobs.values())
+            return [job for job in self._jobs.values() if job.listed]
 
     def remove(self, name: str) -> None:
         """Forget a job; one that waits or runs is cancelled.
@@ -268,6 +279,7 @@ class Jobs:
             else:
                 assert failure is not None
                 self._fail(job, failure)
+            self._forget()
         self._on_end(job, _outcome(failure), made)
         _finish(job)
 

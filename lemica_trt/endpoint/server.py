@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import math
 import os
@@ -27,6 +26,7 @@ import uvicorn
 
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.endpoint.app import Endpoint
+from lemica_trt.endpoint.guard import is_loopback
 from lemica_trt.endpoint.jobs import Jobs
 from lemica_trt.endpoint.makers import Maker
 from lemica_trt.endpoint.metrics import Metrics
@@ -87,7 +87,7 @@ def listen(settings: Settings) -> socket.socket:
     Raises:
         UsageError: others could reach it and there is no key; no such address; the port is taken.
     """
-    if settings.key is None and not _is_loopback(settings.host):
+    if settings.key is None and not is_loopback(settings.host):
         raise UsageError(
             f"expected an API key to listen on {settings.host}, where other machines reach it",
             fix=f"--api-key-file FILE, or {KEY_VARIABLE}",
@@ -100,13 +100,6 @@ def listen(settings: Settings) -> socket.socket:
             f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}",
             fix="give another --host or --port",
         ) from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def serve(model: Model, maker: Maker, settings: Settings, started: Callable[[str], None]) -> None:

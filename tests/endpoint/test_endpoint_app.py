@@ -148,6 +148,7 @@ def test_a_client_that_goes_away_cancels_its_image(built: tuple[Path, subprocess
         if messages:
             return messages.pop()
         await asyncio.to_thread(rig.maker.arrive)  # it goes when its request runs
+        assert rig.jobs.count("in_progress") == 1 and rig.jobs.all() == []  # no other client sees it
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
@@ -274,7 +275,7 @@ def test_who_may_ask(built: tuple[Path, subprocess.CompletedProcess[str]], rig: 
     for headers in ({"origin": "https://example.com"}, {"host": "example.com"}, {"host": "localhost.example.com:80"}):
         found = rig.client.get("/v1/models", headers=headers)
         assert found.status_code == 403 and found.json()["error"]["code"] == "forbidden"
-    for host in ("127.0.0.1:8000", "[::1]:8000", "localhost"):
+    for host in ("127.0.0.1:8000", "127.0.0.2:8000", "[::1]:8000", "LocalHost"):
         assert rig.client.get("/v1/models", headers={"host": host}).status_code == 200
 
     locked = Rig(built[0], key=KEY).client

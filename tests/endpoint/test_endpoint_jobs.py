@@ -230,6 +230,34 @@ def test_finished_jobs_are_few_small_and_forgotten(monkeypatch: pytest.MonkeyPat
     assert jobs.all() == []
 
 
+def test_old_jobs_go_when_another_ends_and_when_they_are_counted() -> None:
+    maker, clock = Held(), Clock()
+    jobs = Jobs(maker, expiry=60.0, clock=clock)
+    first = jobs.submit(asked(1), ".mp4")
+    maker.arrive()
+    for _ in range(ROWS):
+        maker.step()
+    wait(first)
+    second = jobs.submit(asked(2), ".mp4")
+    maker.arrive()
+    clock.now += 61.0
+    maker.finish()
+    wait(second)
+    assert jobs.is_forgotten(first) and not jobs.is_forgotten(second)
+    clock.now += 61.0
+    jobs.forget_old()
+    assert jobs.is_forgotten(second) and jobs.count("completed") == 0
+
+
+def test_what_its_client_waits_for_is_not_listed() -> None:
+    maker = Held()
+    jobs = Jobs(maker)
+    inline, listed = jobs.submit(asked(1), ".png", listed=False), jobs.submit(asked(2), ".mp4")
+    assert jobs.all() == [listed] and jobs.find(inline.id) is inline
+    maker.finish()
+    jobs.cancel_all()
+
+
 def test_the_end_of_the_process() -> None:
     maker = Held()
     jobs = Jobs(maker)

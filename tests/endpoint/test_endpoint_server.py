@@ -204,5 +204,7 @@ def test_what_is_refused_before_it_listens(built: Built, tmp_path: Path, monkeyp
     assert done.returncode == 2 and "--triton cannot be used together with --threads" in done.stderr
     done = lemica("serve", built[0], "--triton", "localhost:1", "--port", "0")
     assert done.returncode == 7 and "expected a Triton server at localhost:1" in done.stderr
+    done = lemica("serve", built[0], "--workers", "2")
+    assert done.returncode == 2 and "expected --workers 1 without --triton" in done.stderr
     done = lemica("serve", built[0], "--plan", "b9")
     assert done.returncode == 2 and "b9" in done.stderr
