@@ -9,7 +9,7 @@ import click
 from lemica_trt.cli import completion, options
 from lemica_trt.cli.command import Command, flag, flags
 from lemica_trt.cli.options import Screen, common
-from lemica_trt.core.errors import MissingDependencyError, install_command
+from lemica_trt.core.errors import MissingDependencyError, UsageError, install_command
 
 
 @click.command(
@@ -124,6 +124,11 @@ def serve(
     from lemica_trt.runtime.pipeline import Pipeline
     from lemica_trt.runtime.video import check_suffix
 
+    if triton is None and settings["workers"] > 1:
+        raise UsageError(
+            "expected --workers 1 without --triton: one pipeline runs one request at a time",
+            fix="leave out --workers, or give --triton HOST:PORT",
+        )
     if triton is not None:
         options.refuse_together("triton", "backend", "device", "threads")
     key, opened = read_key(api_key_file), Bundle.open(bundle, trusted=options.trusted(verify_with, require_signature))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -89,7 +90,7 @@ class Endpoint:
         """POST /v1/videos: the job; the whole clip where `response_format` asks for it, as Dynamo's clients do."""
         body = await _body(request)
         asked = self._model.read(body, image=False)
-        job = self._jobs.submit(asked, ".mp4")
+        job = self._jobs.submit(asked, ".mp4", listed=not asked.inline)
         if not asked.inline:
             return JSONResponse(self._video_object(job))
         data = await self._wait(request, job)
@@ -98,7 +99,7 @@ class Endpoint:
     async def make_image(self, request: Request) -> Response:
         """POST /v1/images/generations: the image; a client that goes away cancels it."""
         body = await _body(request)
-        job = self._jobs.submit(self._model.read(body, image=True), ".png")
+        job = self._jobs.submit(self._model.read(body, image=True), ".png", listed=False)
         data = base64.b64encode(await self._wait(request, job)).decode()
         return JSONResponse(
             {
@@ -113,7 +114,7 @@ class Endpoint:
         """GET /v1/videos: what is known, page by page; the newest first."""
         query = request.query_params
         limit, order, after = query.get("limit", str(LISTED)), query.get("order", "desc"), query.get("after")
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit) <= 100):
+        if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
             raise InputError("limit must be a number from 1 to 100")
         if order not in ("asc", "desc"):
             raise InputError("order must be asc or desc")

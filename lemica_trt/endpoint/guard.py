@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import re
@@ -27,7 +28,13 @@ KNOWN = re.compile(
 )
 """Paths that are logged as they are."""
 
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address, without brackets, is of this machine alone."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Guard:
@@ -78,11 +85,11 @@ class Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            raise _TOO_LARGE
+            raise _too_large()
         if self._key is None:
             _, _, host = headers.get(b"host", b"").decode("latin-1").rpartition("@")
-            name = re.sub(r":\d*$", "", host).strip("[]").lower()
-            if b"origin" in headers or name not in LOOPBACK_NAMES:
+            name = re.sub(r":\d*$", "", host).strip("[]")
+            if b"origin" in headers or not is_loopback(name):
                 raise Refused(403, "forbidden", "without an API key only programs on this machine may ask")
         elif not OPEN.fullmatch(scope["path"]):
             scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
@@ -91,7 +98,9 @@ class Guard:
                 raise Refused(401, "invalid_api_key", "expected the API key in the header Authorization: Bearer KEY")
 
 
-_TOO_LARGE = Refused(413, "request_too_large", f"a request must have at most {MAX_BODY_BYTES} bytes")
+def _too_large() -> Refused:
+    """A new one each time: a traceback grows whenever its exception is raised again."""
+    return Refused(413, "request_too_large", f"a request must have at most {MAX_BODY_BYTES} bytes")
 
 
 def _limited(receive: Receive) -> Receive:
@@ -103,7 +112,7 @@ def _limited(receive: Receive) -> Receive:
         message = await receive()
         size += len(message.get("body", b""))
         if size > MAX_BODY_BYTES:
-            raise _TOO_LARGE
+            raise _too_large()
         return message
 
     return limited

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from lemica_trt.core.errors import LemicaError
 from lemica_trt.core.text import first_line
 from lemica_trt.endpoint.jobs import Jobs
+
+LOGGER = logging.getLogger("lemica_trt.endpoint")
 
 FRESH_SECONDS = 5.0
 """How long the result of a check holds, so that nobody can keep the engines busy with checks."""
@@ -31,20 +33,24 @@ class Health:
         self._running: Future[None] | None = None
         self._failure: str | None = None
         self._checked_at = -float("inf")
+        self._seen = 0
 
     async def check(self) -> tuple[bool, dict[str, str | int | None]]:
         """Whether it is ready, and what is known: last failure, jobs that run and wait.
 
-        While jobs run there is nothing to check: the last check holds.
+        While jobs run there is nothing to check: the last check holds, until a job succeeds. A server that shuts down
+        is not ready.
         """
-        if self._clock() - self._checked_at >= FRESH_SECONDS:
+        if not self._jobs.closing and self._clock() - self._checked_at >= FRESH_SECONDS:
             if self._running is None:
                 self._running = self._jobs.probe()
             if self._running is not None:
                 await self._wait(self._running)
+        if self._jobs.succeeded > self._seen:
+            self._failure = None
         running, waiting = self._jobs.count("in_progress"), self._jobs.count("queued")
-        status = "ready" if self._failure is None else "failed"
-        return self._failure is None, {
+        status = "stopping" if self._jobs.closing else "ready" if self._failure is None else "failed"
+        return status == "ready", {
             "status": status, "reason": self._failure, "running": running, "waiting": waiting,
         }  # fmt: skip
 
@@ -53,11 +59,11 @@ class Health:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(running)), LIMIT_SECONDS)
         except asyncio.TimeoutError:
             self._failure = f"a first step takes more than {LIMIT_SECONDS:g} seconds"
+            self._seen = self._jobs.succeeded
             return  # the next one waits for the same check
-        except LemicaError as error:
-            self._failure = str(error)
-        except Exception as error:
-            self._failure = f"{type(error).__name__}: {first_line(error)}"
+        except Exception as error:  # a check has no prompt that its text could hold
+            LOGGER.error("the check failed: %s: %s", type(error).__name__, first_line(error))
+            self._failure = "the check failed; see the log"
         else:
             self._failure = None
-        self._running, self._checked_at = None, self._clock()
+        self._running, self._checked_at, self._seen = None, self._clock(), self._jobs.succeeded

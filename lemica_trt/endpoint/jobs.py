@@ -44,6 +44,7 @@ class Job:
         error: OpenAI's error object, with HTTP status `error_status`.
         wanted: false: it ends before its next step.
         fetched: whether somebody has read the file.
+        listed: false: its client waits for the answer, and nobody else is told of it.
         future: done when the job is, whatever came of it; its result is nothing.
     """
 
@@ -63,6 +64,7 @@ class Job:
     retry_after: int | None = None
     wanted: bool = True
     fetched: bool = False
+    listed: bool = True
     future: Future[None] = field(default_factory=Future, repr=False)
 
     @property
@@ -94,6 +96,10 @@ class Jobs:
         expiry: seconds after which a finished job is forgotten.
         on_end: told of each end.
         clock: seconds since 1970.
+
+    Attributes:
+        expiry: as given.
+        succeeded: jobs that have made their clip.
     """
 
     def __init__(
@@ -110,13 +116,19 @@ class Jobs:
         self._maker, self._queue, self._kept, self.expiry = maker, queue, kept, expiry
         self._on_end, self._clock = on_end, clock
         self._jobs: dict[str, Job] = {}
+        self._waiting: dict[str, tuple[Job, Asked]] = {}  # one that is cancelled leaves nothing here
         self._lock = threading.Lock()
+        self._workers, self._working = workers, 0
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="lemica-trt")
         self._closing = False
         self._last_seconds = 1.0
+        self.succeeded = 0
 
-    def submit(self, asked: Asked, suffix: str) -> Job:
+    def submit(self, asked: Asked, suffix: str, *, listed: bool = True) -> Job:
         """Queue a job.
+
+        Args:
+            listed: whether `all` has it.
 
         Raises:
             Refused: the queue is full (429), or the server is shutting down (503).
@@ -129,10 +141,24 @@ class Jobs:
             if waiting >= self._queue:
                 after = max(1, round(self._last_seconds))
                 raise Refused(429, "queue_full", f"{waiting} requests wait already, as many as may", retry_after=after)
-            job = Job(f"video_{secrets.token_hex(16)}", suffix, asked.model, asked.plan.name, self._clock())
+            name, now = f"video_{secrets.token_hex(16)}", self._clock()
+            job = Job(name, suffix, asked.model, asked.plan.name, now, listed=listed)
             self._jobs[job.id] = job
-            self._pool.submit(self._run, job, asked)
+            self._waiting[job.id] = job, asked
+            if self._working < self._workers:
+                self._working += 1
+                self._pool.submit(self._run_next)
             return job
+
+    @property
+    def closing(self) -> bool:
+        """Whether it takes no more jobs."""
+        return self._closing
+
+    def forget_old(self) -> None:
+        """Drop what has expired; done whenever a job comes, ends or is asked for, too."""
+        with self._lock:
+            self._forget()
 
     def count(self, status: Status) -> int:
         """How many jobs have a status."""
@@ -151,10 +177,10 @@ class Jobs:
             return self._jobs[name]
 
     def all(self) -> list[Job]:
-        """All jobs, the oldest first."""
+        """All jobs that are listed, the oldest first."""
         with self._lock:
             self._forget()
-            return list(self._jobs.values())
+            return [job for job in self._jobs.values() if job.listed]
 
     def remove(self, name: str) -> None:
         """Forget a job; one that waits or runs is cancelled.
@@ -183,27 +209,49 @@ class Jobs:
                     self._cancel(job, "shutting_down", "the server is shutting down", status=503)
             return [job for job in self._jobs.values() if job.status == "in_progress"]
 
-    def cancel_all(self) -> None:
+    def cancel_all(self, *, wait: bool = True) -> None:
         """Cancel what runs between two steps, and wait for it."""
         with self._lock:
+            self._closing = True
             for job in self._jobs.values():
                 self._cancel(job, "shutting_down", "the server is shutting down", status=503)
-        self._pool.shutdown(wait=True)
+        self._pool.shutdown(wait=wait)
 
     def probe(self) -> Future[None] | None:
         """Have the maker check itself; None: jobs run or wait, which shows more."""
         with self._lock:
             if self._closing or self.count("in_progress") or self.count("queued"):
                 return None
-            return self._pool.submit(self._maker.check)
+            return self._pool.submit(self._maker.check, self._require_open)
+
+    def _require_open(self) -> None:
+        if self._closing:
+            raise Cancelled
+
+    def _run_next(self) -> None:
+        """Run the job that has waited longest; then again, behind a check that waits, as long as there are any."""
+        with self._lock:
+            found = self._waiting.pop(next(iter(self._waiting), ""), None)
+        try:
+            if found is not None:
+                self._run(*found)
+        finally:
+            with self._lock:
+                if self._waiting:
+                    self._pool.submit(self._run_next)
+                else:
+                    self._working -= 1
 
     def _run(self, job: Job, asked: Asked) -> None:
         """Make a clip; whatever happens, the job ends."""
 
-        def on_progress(done: int, rows: int) -> None:
-            job.done, job.rows = done, rows
+        def check() -> None:
             if not job.wanted:
                 raise Cancelled
+
+        def on_progress(done: int, rows: int) -> None:
+            job.done, job.rows = done, rows
+            check()
 
         with self._lock:
             if job.ended or not job.wanted:
@@ -212,7 +260,7 @@ class Jobs:
         made: Made | None = None
         failure: Exception | None = None
         try:
-            made = self._maker.make(asked.generation, job.plan, job.suffix, on_progress)
+            made = self._maker.make(asked.generation, job.plan, job.suffix, on_progress, check)
         except Cancelled:
             failure = Refused(499, "cancelled", "the video was cancelled")
         except LemicaError as error:
@@ -226,10 +274,12 @@ class Jobs:
                 made, failure = None, Refused(499, "cancelled", "the video was cancelled")
             elif made is not None:
                 job.data, job.status, job.completed_at = made.data, "completed", self._clock()
+                self.succeeded += 1
                 self._last_seconds = job.completed_at - (job.started_at or job.created_at)
             else:
                 assert failure is not None
                 self._fail(job, failure)
+            self._forget()
         self._on_end(job, _outcome(failure), made)
         _finish(job)
 
@@ -238,6 +288,7 @@ class Jobs:
         if job.ended:
             return
         job.wanted = False
+        self._waiting.pop(job.id, None)
         queued = job.status == "queued"
         self._fail(job, Refused(status, code, why))
         if queued:

@@ -69,6 +69,7 @@ class Metrics:
 
     def page(self, jobs: Jobs) -> bytes:
         """The text that Prometheus reads."""
+        jobs.forget_old()
         for status in ("queued", "in_progress", "completed", "failed"):
             self._jobs.labels(status).set(jobs.count(status))
         return generate_latest(self._registry)

@@ -1,15 +1,17 @@
 """The endpoint on uvicorn: where it listens, and how it stops.
 
 SIGTERM or Ctrl-C: nothing new is taken, what waits is cancelled, and what runs may finish, and be fetched, within the
-grace; then it is cancelled between two steps. Every open request is answered. A second signal does not wait.
+grace; then it is cancelled between two steps. Every open request is answered; a client that does not read its answer is
+not waited for longer than `FLUSH_SECONDS`, or what is left of the grace. A second signal, of either kind, ends the
+grace: what runs is cancelled before its next step, and the process ends with the step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -18,11 +20,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.endpoint.app import Endpoint
+from lemica_trt.endpoint.guard import is_loopback
 from lemica_trt.endpoint.jobs import Jobs
 from lemica_trt.endpoint.makers import Maker
 from lemica_trt.endpoint.metrics import Metrics
@@ -36,6 +40,9 @@ SHORTEST_KEY = 16
 
 POLL_SECONDS = 0.05
 """How often a server that stops looks whether it may."""
+
+FLUSH_SECONDS = 3
+"""How long clients have to read their answers when the grace is over."""
 
 BACKLOG = 128
 
@@ -80,7 +87,7 @@ def listen(settings: Settings) -> socket.socket:
     Raises:
         UsageError: others could reach it and there is no key; no such address; the port is taken.
     """
-    if settings.key is None and not _is_loopback(settings.host):
+    if settings.key is None and not is_loopback(settings.host):
         raise UsageError(
             f"expected an API key to listen on {settings.host}, where other machines reach it",
             fix=f"--api-key-file FILE, or {KEY_VARIABLE}",
@@ -93,13 +100,6 @@ def listen(settings: Settings) -> socket.socket:
             f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}",
             fix="give another --host or --port",
         ) from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def serve(model: Model, maker: Maker, settings: Settings, started: Callable[[str], None]) -> None:
@@ -169,8 +169,15 @@ class _Server(uvicorn.Server):
             if all(job.fetched or job.status == "failed" or self._jobs.is_forgotten(job) for job in running):
                 break
             await asyncio.sleep(POLL_SECONDS)
-        await asyncio.to_thread(self._jobs.cancel_all)
+        self.config.timeout_graceful_shutdown = max(FLUSH_SECONDS, math.ceil(end - time.monotonic()))
+        await asyncio.to_thread(self._jobs.cancel_all, wait=not self.force_exit)
         await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: the first begins the grace, the second ends it; uvicorn knows the second of Ctrl-C only."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -20,6 +20,16 @@ from lemica_trt.core.errors import EngineError, InputError, MissingDependencyErr
 
 MODEL = "pipeline_stream"
 
+POLL_SECONDS = 0.25
+"""How often who waits for a server may say that it waits no longer."""
+
+CONNECT_SECONDS = 10.0
+"""How long a server may take to say that it is live, and what it serves."""
+
+
+class Unavailable(EngineError):
+    """A server that has not run a request, or has gone while it did: another try may help."""
+
 
 def generate(
     url: str,
@@ -29,6 +39,7 @@ def generate(
     mp4: bool = False,
     timeout: float | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> npt.NDArray[np.uint8] | bytes:
     """Generate one clip.
 
@@ -40,6 +51,7 @@ def generate(
         timeout: seconds until the server gives up; None: the server's own limit.
         on_step: called with (steps done, steps) after each full step. What it raises cancels the request on the server
             and passes through, as Ctrl-C does.
+        check: called every quarter of a second while the server is silent. What it raises does the same.
 
     Returns:
         Frames, uint8 [F, H, W, 3], or the bytes of the MP4 file.
@@ -48,7 +60,7 @@ def generate(
         MissingDependencyError: tritonclient is not installed, or no server is at `url`.
         UsageError: `url` is something else.
         InputError: the server says that the request is not what it must be; the message says what is allowed.
-        EngineError: the server failed, is full, or the time-out passed.
+        EngineError: the server failed, is full, or the time-out passed; `Unavailable` where another try may help.
     """
     grpc, failure = _tritonclient()
     client = _connect(url, grpc, failure)
@@ -63,7 +75,7 @@ def generate(
             parameters={**(parameters or {}), "output": "mp4" if mp4 else "frames"},
             timeout=None if timeout is None else max(1, round(timeout * 1e6)),
         )
-        return _receive(answers, "video" if mp4 else "frames", on_step)
+        return _receive(answers, "video" if mp4 else "frames", on_step, check)
     except failure as error:
         raise _error(error, url) from None
     finally:
@@ -81,7 +93,8 @@ def served_digest(url: str) -> str:
     grpc, failure = _tritonclient()
     client = _connect(url, grpc, failure)
     try:
-        found = client.get_model_config(MODEL, as_json=True)["config"]["parameters"]["manifest"]["string_value"]
+        config = client.get_model_config(MODEL, as_json=True, client_timeout=CONNECT_SECONDS)["config"]
+        found = config["parameters"]["manifest"]["string_value"]
     except failure as error:
         raise _error(error, url) from None
     except KeyError:
@@ -91,7 +104,7 @@ def served_digest(url: str) -> str:
     return str(found)
 
 
-def is_full(error: EngineError) -> bool:
+def is_full(error: Exception) -> bool:
     """Whether a server's queue was full; its stream says it in words only."""
     return "maximum queue size" in str(error)
 
@@ -126,7 +139,7 @@ def _connect(url: str, grpc: Any, failure: type[Exception]) -> Any:
     address, tls = _address(url)
     client = grpc.InferenceServerClient(address, ssl=tls)
     try:
-        if not client.is_server_live():
+        if not client.is_server_live(client_timeout=CONNECT_SECONDS):
             raise failure("not live")
     except failure as error:
         client.close()
@@ -138,11 +151,19 @@ def _connect(url: str, grpc: Any, failure: type[Exception]) -> Any:
 
 
 def _receive(
-    answers: queue.Queue[tuple[Any, Any]], output: str, on_step: Callable[[int, int], None] | None
+    answers: queue.Queue[tuple[Any, Any]],
+    output: str,
+    on_step: Callable[[int, int], None] | None,
+    check: Callable[[], None] | None = None,
 ) -> npt.NDArray[np.uint8] | bytes:
     """The first answer that has the output; those before it are progress."""
     while True:
-        result, failed = answers.get()
+        if check is not None:
+            check()
+        try:
+            result, failed = answers.get(timeout=None if check is None else POLL_SECONDS)
+        except queue.Empty:
+            continue
         if failed is not None:
             raise failed
         done, steps = (int(result.as_numpy(key)[0, 0]) for key in ("step", "num_steps"))
@@ -165,4 +186,5 @@ def _error(error: Any, url: str) -> Exception:
     # A stream's errors carry no status: what is wrong with a request is known by how the models say it.
     if "INVALID_ARGUMENT" in status or _REFUSED.match(message):
         return InputError(message)
-    return EngineError(f"the server at {url}: {message}")
+    unavailable = "UNAVAILABLE" in status or "timeout expired" in message
+    return (Unavailable if unavailable else EngineError)(f"the server at {url}: {message}")

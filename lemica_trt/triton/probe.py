@@ -21,6 +21,8 @@ import urllib.error
 import urllib.request
 
 MODEL = "pipeline_stream"
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks the server itself, whatever proxy the environment names."""
 
 
 def main() -> int:
@@ -50,7 +52,7 @@ def first_answer(url: str, clip: bool, timeout: float) -> dict[str, object]:
     body = {"prompt": "", "timeout": max(1, round(timeout * 1e6))}
     request = urllib.request.Request(f"{url}/v2/models/{MODEL}/generate_stream", json.dumps(body).encode())
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
+        with OPENER.open(request, timeout=timeout) as answer:
             for line in answer:
                 event = json.loads(line[len(b"data:") :]) if line.startswith(b"data:") else {}
                 if "error" in event or ("frames" if clip else "step") in event:

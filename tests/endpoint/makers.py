@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from lemica_trt.endpoint.makers import Made, OnProgress
+from lemica_trt.endpoint.makers import Check, Made, OnProgress, wait_on
 from lemica_trt.runtime.generation import GenerationRequest
 
 ROWS = 4
@@ -30,7 +30,9 @@ class Held:
     _steps: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     _arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def make(self, request: GenerationRequest, plan: str, suffix: str, on_progress: OnProgress) -> Made:
+    def make(
+        self, request: GenerationRequest, plan: str, suffix: str, on_progress: OnProgress, check: Check = wait_on
+    ) -> Made:
         self._arrived.release()
         for row in range(ROWS):
             if not self.free:
@@ -43,7 +45,7 @@ class Held:
         self.made.append(int(request.seed))
         return Made(f"{request.seed} {suffix}".encode(), 0.5, full=3, skipped=1)
 
-    def check(self) -> None:
+    def check(self, check: Check = wait_on) -> None:
         self.checks += 1
         if self.sick is not None:
             raise self.sick
@@ -61,3 +63,24 @@ class Held:
         """Let everything run from now on."""
         self.free = True
         self._steps.release(1000)
+
+
+class Silent:
+    """A maker of another process that does not answer: only `check` ends what it does."""
+
+    def __init__(self) -> None:
+        self.arrived = threading.Event()
+
+    def make(
+        self, request: GenerationRequest, plan: str, suffix: str, on_progress: OnProgress, check: Check = wait_on
+    ) -> Made:
+        self.check(check)
+        raise AssertionError("unreachable")
+
+    def check(self, check: Check = wait_on) -> None:
+        self.arrived.set()
+        never = threading.Event()
+        for _ in range(6000):
+            check()
+            never.wait(0.01)
+        raise AssertionError("it was never cancelled")

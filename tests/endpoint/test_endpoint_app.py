@@ -16,6 +16,7 @@ from makers import Held
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import EngineError
+from lemica_trt.endpoint.errors import Refused
 from lemica_trt.endpoint.jobs import Jobs
 from lemica_trt.endpoint.requests import Model
 
@@ -92,7 +93,7 @@ def test_lists_page_by_page(rig: Rig) -> None:
     page = rig.client.get(f"/v1/videos?after={page['last_id']}").json()
     assert [video["id"] for video in page["data"]] == names[:1] and not page["has_more"]
     assert [video["id"] for video in rig.client.get("/v1/videos?order=asc").json()["data"]] == names
-    for wrong in ("limit=0", "limit=x", "limit=101", "order=up", "after=me"):
+    for wrong in ("limit=0", "limit=x", "limit=101", "limit=" + 5000 * "1", "limit=-1", "order=up", "after=me"):
         assert rig.client.get(f"/v1/videos?{wrong}").status_code == 400
 
 
@@ -147,6 +148,7 @@ def test_a_client_that_goes_away_cancels_its_image(built: tuple[Path, subprocess
         if messages:
             return messages.pop()
         await asyncio.to_thread(rig.maker.arrive)  # it goes when its request runs
+        assert rig.jobs.count("in_progress") == 1 and rig.jobs.all() == []  # no other client sees it
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
@@ -186,13 +188,15 @@ def test_models_health_and_what_is_not_there(rig: Rig) -> None:
         assert found.status_code == status and found.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_readiness_is_a_real_check_and_not_too_often(rig: Rig) -> None:
+def test_readiness_is_a_real_check_and_not_too_often(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     assert rig.client.get("/health/ready").json()["status"] == "ready" and rig.maker.checks == 1
     assert rig.client.get("/health/ready").status_code == 200 and rig.maker.checks == 1
     rig.now += health.FRESH_SECONDS
     rig.maker.sick = EngineError("the driver has gone")
     found = rig.client.get("/health/ready")
-    assert found.status_code == 503 and found.json()["reason"] == "the driver has gone" and rig.maker.checks == 2
+    assert found.status_code == 503 and rig.maker.checks == 2
+    assert found.json()["reason"] == "the check failed; see the log"  # strangers may read it
+    assert "the check failed: EngineError: the driver has gone" in caplog.text
     rig.now += health.FRESH_SECONDS
     rig.maker.sick = None
     assert rig.client.get("/health/ready").status_code == 200
@@ -201,6 +205,28 @@ def test_readiness_is_a_real_check_and_not_too_often(rig: Rig) -> None:
     rig.maker.arrive()
     assert rig.client.get("/health/ready").json() == {"status": "ready", "reason": None, "running": 1, "waiting": 0}
     assert rig.maker.checks == 3
+
+
+def test_a_job_that_succeeds_shows_more_than_the_check_before(rig: Rig) -> None:
+    rig.maker.sick = EngineError("for a moment")
+    assert rig.client.get("/health/ready").status_code == 503
+    first = rig.post().json()["id"]
+    rig.maker.arrive()
+    rig.now += health.FRESH_SECONDS
+    assert rig.client.get("/health/ready").json()["status"] == "failed"  # nothing has shown otherwise
+    rig.maker.finish()
+    rig.ended(first)
+    rig.now -= health.FRESH_SECONDS
+    assert rig.client.get("/health/ready").json()["status"] == "ready" and rig.maker.checks == 1
+    rig.now += health.FRESH_SECONDS
+    assert rig.client.get("/health/ready").json()["status"] == "failed" and rig.maker.checks == 2
+
+
+def test_a_server_that_shuts_down_is_not_ready(rig: Rig) -> None:
+    assert rig.client.get("/health/ready").status_code == 200
+    rig.jobs.close()
+    found = rig.client.get("/health/ready")
+    assert found.status_code == 503 and found.json()["status"] == "stopping" and rig.maker.checks == 1
 
 
 def test_bodies(rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -230,11 +256,26 @@ def test_bodies(rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     assert "POST /v1/videos 413" in caplog.text and "secret" not in caplog.text
 
 
+def test_a_refusal_keeps_nothing_of_the_one_before() -> None:
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b" " * (guard.MAX_BODY_BYTES + 1)}
+
+    async def read() -> None:
+        await guard._limited(receive)()
+
+    refusals = []
+    for _ in range(2):
+        with pytest.raises(Refused) as refused:
+            asyncio.run(read())
+        refusals.append(refused.value)
+    assert refusals[0] is not refusals[1]
+
+
 def test_who_may_ask(built: tuple[Path, subprocess.CompletedProcess[str]], rig: Rig) -> None:
     for headers in ({"origin": "https://example.com"}, {"host": "example.com"}, {"host": "localhost.example.com:80"}):
         found = rig.client.get("/v1/models", headers=headers)
         assert found.status_code == 403 and found.json()["error"]["code"] == "forbidden"
-    for host in ("127.0.0.1:8000", "[::1]:8000", "localhost"):
+    for host in ("127.0.0.1:8000", "127.0.0.2:8000", "[::1]:8000", "LocalHost"):
         assert rig.client.get("/v1/models", headers={"host": host}).status_code == 200
 
     locked = Rig(built[0], key=KEY).client

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toy
 from command import SMALL, lemica
+from makers import Held
 
 from lemica_trt.core.errors import InputError, LemicaError, UsageError
 
@@ -28,7 +31,12 @@ pytestmark = pytest.mark.cpu
 pytest.importorskip("starlette", reason="pip install 'lemica-trt[serve]'")
 pytest.importorskip("uvicorn", reason="pip install 'lemica-trt[serve]'")
 
-from lemica_trt.endpoint.server import Settings, listen, read_key  # noqa: E402
+import uvicorn  # noqa: E402
+
+from lemica_trt.endpoint.jobs import Jobs  # noqa: E402
+from lemica_trt.endpoint.requests import Asked  # noqa: E402
+from lemica_trt.endpoint.server import FLUSH_SECONDS, Settings, _Server, listen, read_key  # noqa: E402
+from lemica_trt.runtime.generation import GenerationRequest  # noqa: E402
 
 KEY = "a-key-for-the-tests"
 PROMPT = "a big red circle moves left"
@@ -141,6 +149,32 @@ def test_sigterm_answers_what_is_open(built: Built) -> None:
     assert len(answers) == 4 and set(answers) <= {"completed", "shutting_down"}, answers
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_grace(number: signal.Signals) -> None:
+    maker = Held()
+    jobs = Jobs(maker)
+    job = jobs.submit(Asked(GenerationRequest(PROMPT), toy.euler_plan("ffff", name="b4"), "toy"), ".mp4")
+    maker.arrive()
+    config = uvicorn.Config(None, lifespan="off")  # type: ignore[arg-type]
+    server = _Server(config, jobs, 1e6, lambda: None)
+    server.servers = []
+    server.handle_exit(number, None)
+    assert server.should_exit and not server.force_exit
+    server.handle_exit(number, None)
+    assert server.force_exit
+    asyncio.run(server.shutdown())  # neither for the grace nor for the step
+    assert job.error is not None and job.error["code"] == "shutting_down" and maker.made == []
+    maker.finish()
+
+
+def test_clients_that_do_not_read_are_not_waited_for() -> None:
+    config = uvicorn.Config(None, lifespan="off")  # type: ignore[arg-type]
+    server = _Server(config, Jobs(Held()), 0.0, lambda: None)
+    server.servers, server.force_exit = [], True
+    asyncio.run(server.shutdown())
+    assert config.timeout_graceful_shutdown == FLUSH_SECONDS
+
+
 def test_what_is_refused_before_it_listens(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LEMICA_TRT_API_KEY", raising=False)
     for host in ("0.0.0.0", "::", "example.com"):
@@ -170,5 +204,7 @@ def test_what_is_refused_before_it_listens(built: Built, tmp_path: Path, monkeyp
     assert done.returncode == 2 and "--triton cannot be used together with --threads" in done.stderr
     done = lemica("serve", built[0], "--triton", "localhost:1", "--port", "0")
     assert done.returncode == 7 and "expected a Triton server at localhost:1" in done.stderr
+    done = lemica("serve", built[0], "--workers", "2")
+    assert done.returncode == 2 and "expected --workers 1 without --triton" in done.stderr
     done = lemica("serve", built[0], "--plan", "b9")
     assert done.returncode == 2 and "b9" in done.stderr
