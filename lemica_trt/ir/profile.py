@@ -79,7 +79,8 @@ class Sampling(Value, frozen=True):
                 falling = all(a > b for a, b in pairwise(given)) and given[-1] > 0
                 require(falling, f"{name} must fall and stay above 0, got {', '.join(map('{:g}'.format, given))}")
         require(self.steps >= 2, f"steps must be at least 2, got {self.steps}")
-        require_finite((self.guidance_scale, *(self.guidance_range or ())), "guidance_scale, guidance_range")
+        require_finite((self.guidance_scale,), "guidance_scale")
+        require_finite(self.guidance_range or (), "guidance_range")
         if self.guidance_range is not None:
             low, high = self.guidance_range
             require(
