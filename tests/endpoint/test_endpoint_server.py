@@ -72,7 +72,7 @@ def serving(bundle: Path, *flags: str) -> Iterator[Served]:
     try:
         assert process.stdout is not None
         said = "".join(iter(process.stdout.readline, "}\n"))
-        yield Served(process, json.loads(said + "}")["url"])
+        yield Served(process, json.loads(said + "}")["result"]["url"])
     finally:
         if process.poll() is None:
             process.kill()
