@@ -292,7 +292,7 @@ def test_who_may_ask(built: tuple[Path, subprocess.CompletedProcess[str]], rig: 
 def test_a_fault_is_told_to_the_log_alone(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError(PROMPT["prompt"])
 
     monkeypatch.setattr(rig.jobs, "submit", broken)

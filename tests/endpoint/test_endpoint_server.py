@@ -72,7 +72,7 @@ def serving(bundle: Path, *flags: str) -> Iterator[Served]:
     try:
         assert process.stdout is not None
         said = "".join(iter(process.stdout.readline, "}\n"))
-        yield Served(process, json.loads(said + "}")["url"])
+        yield Served(process, json.loads(said + "}")["result"]["url"])
     finally:
         if process.poll() is None:
             process.kill()
@@ -141,7 +141,7 @@ def test_sigterm_answers_what_is_open(built: Built) -> None:
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
             thread.start()
-        while served.ask("/v1/videos?limit=1")["data"] == []:
+        while served.ask("/health/ready")["running"] == 0:
             pass
         served.stop()
         for thread in threads:
