@@ -81,7 +81,7 @@ def serving(bundle: Path, *flags: str) -> Iterator[Served]:
 
 def test_openais_client_gets_the_bytes_of_run(built: Built, tmp_path: Path) -> None:
     openai = pytest.importorskip("openai")
-    done = lemica("run", built[0], PROMPT, "--seed", "7", "--plan", "b5", "--output", tmp_path / "clip.mp4")
+    done = lemica("run", built[0], PROMPT, "--seed", "7", "--plan", "b5", "--scale", "1", "-o", tmp_path / "clip.mp4")
     assert done.returncode == 0, done.stderr
     files = {path: path.stat().st_mtime_ns for path in built[0].rglob("*")}
     with serving(built[0]) as served, openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY) as client:
@@ -118,7 +118,7 @@ def test_images_are_those_of_run(tmp_path: Path) -> None:
     flags = ("--frames", "1", "--method", "uniform", "--budget", "4", "--verify-samples", "0", "--output", bundle)
     done = lemica("build", *SMALL[:4], *flags)
     assert done.returncode == 0, done.stderr
-    done = lemica("run", bundle, PROMPT, "--seed", "3", "--output", tmp_path / "image.png")
+    done = lemica("run", bundle, PROMPT, "--seed", "3", "--scale", "1", "--output", tmp_path / "image.png")
     assert done.returncode == 0, done.stderr
     with serving(bundle) as served:
         answer = served.ask("/v1/images/generations", {"prompt": PROMPT, "seed": 3, "n": 1})

@@ -237,7 +237,7 @@ def test_a_layout_of_another_model_is_refused(exported_case, tmp_path) -> None:
 
 def test_a_dimension_that_the_exporter_fixed_is_found(exported_case, monkeypatch, tmp_path) -> None:
     exported = exported_case("sincos")
-    monkeypatch.setattr(graphs, "_symbols", lambda graph: {"s": "batch"})
+    monkeypatch.setattr(graphs, "_symbols", lambda graph, specs: {"s": "batch"})
     with pytest.raises(UnsupportedError, match=r"combine: expected input .*'batch'"):
         export_graphs(exported.model, exported.layout, tmp_path, roles=("combine",))
 

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 
-from lemica_trt.core.errors import InputError, UnsupportedError
+from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
 from lemica_trt.ir.profile import Sampling
 from lemica_trt.models import FAMILIES, denoise, family_from_name, family_from_pipeline, load_model, scheduler_like
 from lemica_trt.models.scheduler import sampler_table
@@ -109,7 +109,7 @@ def test_scheduler_by_name(folder) -> None:
     assert model.scheduler() is not model.scheduler()
     assert model.scheduler().config.prediction_type == "v_prediction"
     for name in ("NoSuchScheduler", "CogVideoXPipeline"):
-        with pytest.raises(InputError, match="must be a diffusers scheduler class"):
+        with pytest.raises(UsageError, match="expected a class of diffusers, got"):
             load_model(_profile(folder, scheduler=name))
 
 
