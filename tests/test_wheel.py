@@ -115,7 +115,8 @@ def test_the_command_line_needs_what_is_declared_and_no_more(
     for arguments, said in (
         (["--version"], lemica_trt.__version__),
         (["methods"], "fitted"),
-        (["doctor"], "wan-tiny"),
+        (["doctor"], "lemica-trt"),
+        (["models"], "wan-tiny"),
         (["inspect", built[0]], "b4"),
         (["plan", "--help"], "--budget"),
     ):

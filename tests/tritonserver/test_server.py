@@ -518,9 +518,9 @@ def test_a_killed_process_says_so_and_comes_back(server: Server, reference: dict
     for _ in range(5):  # a request may be quicker than who kills its process
         process = server.stub("denoiser_stream")
         answers = stream(server, "pipeline_stream", prompt_input(grpc, prompt), {"plan": "uncached"})
-        next(answers)
-        os.kill(process, signal.SIGKILL)
         try:
+            next(answers)
+            os.kill(process, signal.SIGKILL)
             list(answers)
         except failure:  # the request that was under way gets an answer
             break
@@ -531,6 +531,6 @@ def test_a_killed_process_says_so_and_comes_back(server: Server, reference: dict
     with grpc.InferenceServerClient(server.grpc) as client:
         with pytest.raises(failure):
             client.infer("pipeline", prompt_input(grpc, prompt), parameters=parameters, client_timeout=30)
-        assert server.load("denoiser_stream")[0] == 200
+        assert any(server.load("denoiser_stream")[0] == 200 for _ in range(3))
         answer = client.infer("pipeline", prompt_input(grpc, prompt), parameters=parameters)
         np.testing.assert_array_equal(answer.as_numpy("frames")[0], reference["frames_0"])
