@@ -13,7 +13,7 @@ JOBS ?= 2
 bin := $(VENV)/bin
 out := out
 
-.PHONY: demo test benchmark fuzz load lock lint types pythons clean
+.PHONY: demo test benchmark fuzz load long lock lint types pythons clean
 
 demo: $(VENV)/.installed
 	$(bin)/lemica-trt build --model cogvideox-tiny --budget $(BUDGET) --output $(out)/cogvideox-tiny
@@ -29,6 +29,10 @@ benchmark: $(VENV)/.installed
 # A hundred thousand mutations of files and requests; a quarter of an hour of one core.
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -m fuzz
+
+# Whole builds, and the commands of README.md: minutes of one core.
+long: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -m long
 
 # A real tritonserver under load: 32 clients, killed processes; LOAD_SECONDS=300 of it, and as much again.
 load: $(VENV)/.installed

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from command import lemica
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.long]
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -52,7 +52,7 @@ case "${1:-both}" in
 esac
 if [ "${1:-runtime}" = runtime ]; then
   environment runtime "$(python_at 3.10)" onnxruntime video sign
-  tests runtime -m 'null and not benchmark and not fuzz and not load'
+  tests runtime -m 'null and not benchmark and not fuzz and not load and not long'
 fi
 if [ "${1:-build}" = build ]; then
   environment build "$(python_at 3.11)" build client openvino sign

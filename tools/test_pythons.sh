@@ -31,7 +31,7 @@ for version in $versions; do
     touch "$venv/.installed"
   fi
   echo "Python $version, numpy $("$venv/bin/python" -c 'import numpy; print(numpy.__version__)'):"
-  "$venv/bin/python" -m pytest -q -m 'null and not benchmark and not fuzz and not load' -p no:cacheprovider
+  "$venv/bin/python" -m pytest -q -m 'null and not benchmark and not fuzz and not load and not long' -p no:cacheprovider
   tested="$tested $version"
 done
 echo "null tests ran on Python:${tested:- none of $versions}"

@@ -59,7 +59,7 @@ def assert_alike(found: StepPlan, expected: StepPlan) -> None:
         np.testing.assert_allclose(weights_of(mine), weights, rtol=0, atol=WEIGHTS * np.abs(weights).max())
 
 
-@pytest.mark.parametrize("name", ["cogvideox-tiny", "wan-tiny"])
+@pytest.mark.parametrize("name", ["cogvideox-tiny", pytest.param("wan-tiny", marks=pytest.mark.long)])
 def test_a_build_on_engines_makes_the_plans_of_pytorch(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

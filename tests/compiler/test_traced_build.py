@@ -65,7 +65,9 @@ def test_the_uncached_plan_of_a_bundle_is_the_pipeline(name: str, tmp_path: Path
     require_agreement(built(name, tmp_path))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [name if name == "latte" else pytest.param(name, marks=pytest.mark.long) for name in CALLS]
+)
 def test_prompts_of_any_length_are_the_pipelines(name: str, tmp_path: Path) -> None:
     """From a budget to engines; new prompts, seeds and a new scale, all in one bundle, none of them padded or cut."""
     output = built(name, tmp_path, "--budget", 3, *SMALL)
