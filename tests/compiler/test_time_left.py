@@ -7,7 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of diffusers
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]  # of diffusers
 
 
 def test_the_time_left_is_true_from_a_fifth_of_the_build_on(tmp_path: Path) -> None:
