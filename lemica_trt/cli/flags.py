@@ -142,7 +142,10 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
         parts["sampling"]["guidance_range"] = _range(flags["guidance_range"])
     for name in ("sigmas", "timesteps"):
         if flags.get(name) is not None:
-            parts["sampling"][name] = numbers = tuple(map(float, flags[name]))
+            try:
+                parts["sampling"][name] = numbers = tuple(map(float, flags[name]))
+            except (TypeError, ValueError):
+                raise UsageError(f"{name}: expected numbers, got {flags[name]!r}", fix="give a list of them") from None
             parts["sampling"].setdefault("steps", len(numbers))
     try:
         changed = {part: replace(getattr(profile, part), **fields) for part, fields in parts.items() if part}
