@@ -34,6 +34,9 @@ LOSSLESS_PIXELS = 1 << 16
 
 LOSSY_QUALITY = 80
 
+LOSSLESS_EFFORT = 75
+"""Of 100, how hard WebP searches; at 100 it takes eighty times as long for 2 % less."""
+
 DIFFERENCE_FACTOR = 8
 
 SHOWN_WIDTH = 256
@@ -172,5 +175,5 @@ def picture(frames: Frames, *, lossless: bool) -> bytes:
     """WebP of frames uint8 [F, H, W, 3], one below the other."""
     data = io.BytesIO()
     column = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))
-    column.save(data, "WEBP", lossless=lossless, quality=100 if lossless else LOSSY_QUALITY, method=6)
+    column.save(data, "WEBP", lossless=lossless, quality=LOSSLESS_EFFORT if lossless else LOSSY_QUALITY, method=4)
     return data.getvalue()
