@@ -25,7 +25,7 @@ def test_models_lists_every_profile() -> None:
     assert [model["profile"]["name"] for model in result_of(done.stdout)] == NAMES
     table = lemica("models").stdout
     assert all(name in table for name in NAMES)
-    assert "qwen-image" in table and "nothing" in table
+    assert "qwen-image" in table and "No other model was run with its weights." in table
 
 
 @pytest.mark.null

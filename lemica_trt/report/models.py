@@ -11,32 +11,29 @@ from lemica_trt.ir.profile import NamedModel, Shape
 from lemica_trt.report.summary import table
 
 NOTHING = "nothing"
-"""What was done with the weights of most models so far."""
+"""What was run with the weights of most models so far."""
 
 
 def models_table(models: Sequence[NamedModel]) -> RenderableType:
-    """A row a model; below, why some cannot be built and what a user should know of others."""
-    rows = table("model", "weights", ">steps", ">guidance", "shape", "dtype", "builds", "run with its weights")
+    """By model: its weights, what its card says, whether it was run with them or cannot be built."""
+    rows = table("model", "weights, settings, what was run")
     for model in models:
-        profile, card = model.profile, model.card
-        rows.add_row(
-            profile.name,
-            profile.source,
-            str(profile.sampling.steps),
-            f"{profile.sampling.guidance_scale:g}",
-            shape_text(profile.shape),
-            profile.dtype,
-            "no" if card.refused else "",
-            "; ".join(card.ran) or NOTHING,
+        profile = model.profile
+        settings = (
+            f"{profile.sampling.steps} steps, guidance {profile.sampling.guidance_scale:g}, "
+            f"{shape_text(profile.shape)}, {profile.dtype}"
         )
-    parts: list[RenderableType] = [rows, Text("")]
-    parts += [Text(f"{model.profile.name}: {line}") for model in models for line in _notes(model)]
-    return Group(*parts)
+        rows.add_row(profile.name, "\n".join([profile.source, settings, *_notes(model)]))
+    return Group(rows, Text("No other model was run with its weights."))
 
 
 def _notes(model: NamedModel) -> list[str]:
     card = model.card
-    return [*([f"cannot be built yet: {card.refused}"] if card.refused else []), *([card.note] if card.note else [])]
+    return [
+        *(["; ".join(card.ran)] if card.ran else []),
+        *([f"cannot be built yet: {card.refused}"] if card.refused else []),
+        *([card.note] if card.note else []),
+    ]
 
 
 def shape_text(shape: Shape) -> str:
