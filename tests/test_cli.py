@@ -199,6 +199,8 @@ def test_inspect_shows_bundle_plan_and_graph(built: tuple[Path, subprocess.Compl
         assert done.returncode == 0, done.stderr
         for word in words:
             assert word in done.stdout, (arguments, word)
+    whole = result_of(lemica("inspect", output, "--json").stdout)
+    assert whole["measured"]["uncached"]["psnr"] == [] and len(whole["measured"]["b4"]["psnr"]) == 2
     plan = result_of(lemica("inspect", output, "--plan", "b4", "--json").stdout)
     assert (
         tuple(row["step"] for row in plan["rows"] if "variant" in row and "caches" not in row)

@@ -40,6 +40,7 @@ def test_bench_times_plans_in_turns_and_row_by_row(bundle: Path, tmp_path: Path)
     assert f"the folder {times.parent} is not there, and will be made" in done.stderr
     found = read_value(Bench, times)
     assert (found.batch, found.bundle) == (2, Bundle.open(bundle).digest) and found.memory > 10_000_000
+    assert found.device_memory is None  # ONNX Runtime on the CPU
     plan, uncached = found.plans
     assert [p.plan for p in found.plans] == ["b4", "uncached"] and len(plan.latency) == len(uncached.latency) == 3
     for each in found.plans:

@@ -133,6 +133,10 @@ class Backend(Protocol):
         """
         ...
 
+    def device_memory(self) -> int | None:
+        """Bytes that all processes hold on the device; None: engines run in host memory, or the library hides it."""
+        ...
+
 
 Capture = Literal["plan", "step", "none"]
 """What becomes a CUDA graph: joined calls as one, each call, or nothing."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from lemica_trt.bundle.contents import read_if_listed
 from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE, FRONT_FILE, REPORTS, SELECTION_FILE
 from lemica_trt.bundle.reading import Bundle
@@ -78,6 +80,8 @@ def write_page(bundle: Bundle, path: Path | None = None) -> Path:
 def inspect(path: Path, plan: str | None) -> tuple[object, BundleSummary | StepPlan | ErrorGraph]:
     """The value behind a path – bundle, plan or error graph – as it is stored, and what to show of it.
 
+    Of a bundle that is its manifest, and as `measured` what is known of each plan (`MeasuredPlan` or None).
+
     Raises:
         InputError: it is none of these.
         UsageError: the bundle has no such plan.
@@ -86,7 +90,9 @@ def inspect(path: Path, plan: str | None) -> tuple[object, BundleSummary | StepP
     if not path.is_file():
         bundle = Bundle.open(path)
         if plan is None:
-            return bundle.manifest, summarize(bundle)
+            summary = summarize(bundle)
+            measured = {plan.name: summary.measured.of(plan) for plan in summary.plans}
+            return {**msgspec.to_builtins(bundle.manifest), "measured": measured}, summary
         shown = bundle.plan(None if plan == "default" else plan)
         return shown, shown
     try:

@@ -93,6 +93,7 @@ def bench(
         batch=load.batch,
         warm_up=warmed,
         memory=peak_memory(),
+        device_memory=pipe.device_memory(),
         plans=tuple(_plan_times(plan, times[plan.name], rows[plan.name]) for plan in plans),
     )
 

@@ -115,6 +115,7 @@ class Bench(Value, frozen=True):
         warm_up: seconds of requests before, at least one of each plan.
         memory: bytes, the peak of the process in host memory, engines and frames included.
         plans: in the order in which they took turns.
+        device_memory: bytes held on the GPU after the last request, by all processes; None: engines ran on the host.
         format_version: of this file.
     """
 
@@ -125,6 +126,7 @@ class Bench(Value, frozen=True):
     warm_up: float
     memory: int
     plans: tuple[PlanTimes, ...]
+    device_memory: int | None = None
     format_version: int = 1
 
 

@@ -32,6 +32,8 @@ def bench_table(found: Bench) -> RenderableType:
     lines.append(("of", f"{many}, after {duration(found.warm_up)} of warm-up; {found.backend}, {found.machine}"))
     if found.memory:
         lines.append(("memory", f"{size(found.memory)}, the peak of this process on the host"))
+    if found.device_memory is not None:
+        lines.append(("", f"{size(found.device_memory)} of the GPU held after the last request, by all processes"))
     return Group(made, labelled(lines))
 
 

@@ -146,6 +146,11 @@ class Pipeline:
             self._engines.clear()
             self._denoiser = Denoiser(self._backend, self.bundle.manifest.graphs, {})
 
+    def device_memory(self) -> int | None:
+        """Bytes that all processes hold on the device of the engines; None: see `Backend.device_memory`."""
+        with self._lock:
+            return self._backend.device_memory()
+
     def _require_open(self) -> None:
         if self._process != os.getpid():
             what = "closed" if self._process is None else "loaded by the process that this one was forked from"

@@ -193,6 +193,8 @@ def test_memory_comes_back(tmp_path: Path) -> None:
         for _ in range(2):
             denoiser.run(toy.euler_plan("fsf"), **inputs_of(machine.layout, batch))
     assert machine.device.memory_info().free < before
+    free, total = machine.device.memory_info()
+    assert machine.backend.device_memory() == total - free > 0
     machine.backend.synchronize()
     del denoiser
     assert machine.device.memory_info().free == before - ACTIVATIONS["full"]

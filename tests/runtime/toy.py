@@ -243,6 +243,9 @@ class NullBackend:
     def synchronize(self) -> None:
         self.log.append(("synchronize", None))
 
+    def device_memory(self) -> None:
+        return None
+
 
 class NullEngine:
     def __init__(self, backend: NullBackend, graph: GraphSpec) -> None:

@@ -127,3 +127,6 @@ class OrtBackend:
 
     def synchronize(self) -> None:
         """Nothing: every call has waited already."""
+
+    def device_memory(self) -> None:
+        return None

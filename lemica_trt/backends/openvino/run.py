@@ -118,3 +118,6 @@ class OpenVinoBackend:
 
     def synchronize(self) -> None:
         """Nothing: every call has waited already."""
+
+    def device_memory(self) -> None:
+        return None

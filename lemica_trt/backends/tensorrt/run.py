@@ -348,6 +348,11 @@ class TensorRTBackend:
         self.device.use()
         self.device.synchronize()
 
+    def device_memory(self) -> int:
+        self.device.use()
+        free, total = self.device.memory_info()
+        return total - free
+
     def make_context(
         self, engine: tensorrt.ICudaEngine, graph: GraphSpec, shapes: Shapes, cache: RuntimeCache | None
     ) -> Context:

@@ -203,6 +203,12 @@ class TorchBackend:
             with _engine_errors("the GPU failed"):
                 torch.cuda.synchronize(self._device)
 
+    def device_memory(self) -> int | None:
+        if self._device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free
+
     def current_device(self) -> contextlib.AbstractContextManager[Any]:
         """While it is open, what is enqueued goes to this device: CUDA keeps one for each thread."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
