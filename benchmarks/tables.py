@@ -11,6 +11,8 @@ from record import (
     BuildCost,
     EngineBuild,
     Guidance,
+    PeerRow,
+    Peers,
     Quality,
     QualityRow,
     Result,
@@ -75,18 +77,20 @@ def gain(better: Sequence[float], worse: Sequence[float]) -> str:
 
 def quality_table(result: Quality) -> str:
     """A row a plan: PSNR mean / 5th percentile / worst clip and SSIM against N steps, the plan's lead, and PSNR
-    against the fine reference."""
-    rows = []
+    against the fine reference; FLIP mean / 95th percentile / worst clip where it was measured."""
+    rows, seen = [], any(row.flip for row in result.rows)
     for budget in result.budgets:
         plans = result.of_budget(budget)
         own = next((row for row in plans if row.own), None)
         for row in plans:
             name = f"**the plan** ({row.method})" if row.own else NAMES.get(row.method, row.method)
             lead = "" if row.own or own is None else gain(own.psnr, row.psnr)
-            psnr = f"{mean_p5(row.psnr)} / {min(row.psnr):.1f}"
-            rows.append([name, str(budget), psnr, f"{np.mean(row.ssim):.4f}", lead, mean_p5(row.fine_psnr)])
+            flip = [flips(row.flip)] if seen else []
+            psnr, ssim = mean_p5_worst(row.psnr), f"{np.mean(row.ssim):.4f}"
+            rows.append([name, str(budget), psnr, ssim, *flip, lead, mean_p5(row.fine_psnr)])
     n, fine = result.steps, result.fine_steps
-    head = ["", "full steps", f"PSNR to {n} steps", "SSIM", "the plan's lead, dB", f"PSNR to {fine} steps"]
+    flip = [f"FLIP to {n} steps"] if seen else []
+    head = ["", "full steps", f"PSNR to {n} steps", "SSIM", *flip, "the plan's lead, dB", f"PSNR to {fine} steps"]
     return table(head, rows)
 
 
@@ -310,6 +314,90 @@ def attention_caption(result: AttentionMemory) -> str:
     )
 
 
+OURS = "lemica-trt"
+"""Library of a peer that is our own."""
+
+BUDGETS = (10, 15, 20, 25)
+"""Full steps that peers may take, in the short table."""
+
+
+def mean_p5_worst(numbers: Sequence[float], digits: int = 1, *, worst: float | None = None) -> str:
+    """`43.9 / 30.2 / 28.4`: mean, and at the bad end the 5th percentile and the worst clip.
+
+    Args:
+        worst: the worst clip's; None: low numbers are bad. Given: high ones are.
+    """
+    tail, percent = (min(numbers), 5) if worst is None else (worst, 95)
+    return " / ".join(f"{each:.{digits}f}" for each in (np.mean(numbers), np.percentile(numbers, percent), tail))
+
+
+def flips(numbers: Sequence[float]) -> str:
+    """FLIP, of which high numbers are bad: mean / 95th percentile / worst clip; empty: not measured."""
+    return mean_p5_worst(numbers, 3, worst=max(numbers)) if numbers else ""
+
+
+def peer_name(row: PeerRow) -> str:
+    """Library and method; our own in bold."""
+    return f"**{NAMES.get(row.method, row.method)}**" if row.library == OURS else f"{row.library} {row.method}"
+
+
+def peers_summary(result: Peers) -> str:
+    """A row a method: of its settings that take at most so many full steps, the one with the highest mean PSNR."""
+    rows = []
+    for name in dict.fromkeys(map(peer_name, result.rows)):
+        runs = [row for row in result.rows if peer_name(row) == name and not row.refusal]
+        cells = []
+        for budget in BUDGETS:
+            within = [row for row in runs if np.mean(row.full_steps) <= budget + 1e-6]
+            best = max(within, key=lambda row: np.mean(row.psnr), default=None)
+            cells.append("" if best is None else mean_p5_worst(best.psnr))
+        if runs:
+            rows.append([name, *cells])
+    return table(["", *(f"at most {budget}" for budget in BUDGETS)], rows)
+
+
+def peers_table(result: Peers) -> str:
+    """A row a setting, by method and cost; then what was refused."""
+    rows, refused = [], []
+    names = list(dict.fromkeys(map(peer_name, result.rows)))
+    cost = {id(row): float(np.mean(row.full_steps)) if row.full_steps else 0.0 for row in result.rows}
+    for row in sorted(result.rows, key=lambda row: (names.index(peer_name(row)), -cost[id(row)])):
+        if row.refusal:
+            refused.append([peer_name(row), row.setting, row.refusal])
+            continue
+        rows.append(
+            [
+                peer_name(row),
+                row.setting,
+                f"{cost[id(row)]:.1f}",
+                f"{median(row.seconds):.3f} s",
+                f"{median(slow / fast for slow, fast in zip(row.uncached_seconds, row.seconds)):.2f}×",
+                mean_p5_worst(row.psnr),
+                f"{np.mean(row.ssim):.4f}",
+                flips(row.flip),
+            ]
+        )
+    head = ["method", "setting", "full steps", "CPU time", "speed-up", "PSNR", "SSIM", "FLIP"]
+    tables = [table(head, rows)]
+    if refused:
+        same = {(name, text): [other[1] for other in refused if (other[0], other[2]) == (name, text)]
+                for name, _, text in refused}  # fmt: skip
+        lines = [[name, "; ".join(filter(None, several)), text.replace("|", "\\|")]
+                 for (name, text), several in same.items()]  # fmt: skip
+        tables.append(table(["refused", "settings", "by saying"], lines, "left"))
+    return "\n\n".join(tables)
+
+
+def peers_caption(result: Peers) -> str:
+    """What the tables are of."""
+    clips = next(len(row.psnr) for row in result.rows if not row.refusal)
+    return (
+        f"{result.model} (revision {(result.revision or 'none')[:12]}), {result.blocks} blocks, {result.steps} steps of "
+        f"{result.scheduler}, guidance {result.guidance_scale:g}; {clips} held-out clips, seeds from "
+        f"{result.first_seed}, in PyTorch, one thread."
+    )
+
+
 def described(result: Result) -> str:
     """Caption, table, and the line of its run."""
     if isinstance(result, Quality):
@@ -322,6 +410,8 @@ def described(result: Result) -> str:
         parts = [cost_caption(result), cost_table(result)]
     elif isinstance(result, Guidance):
         parts = [guidance_caption(result), guidance_table(result)]
+    elif isinstance(result, Peers):
+        parts = [peers_caption(result), peers_summary(result), peers_table(result)]
     elif isinstance(result, Traces):
         parts = [traces_table(result)]
     elif isinstance(result, AttentionMemory):
