@@ -314,8 +314,18 @@ def attention_caption(result: AttentionMemory) -> str:
     )
 
 
-OURS = "lemica-trt"
-"""Library of a peer that is our own."""
+OURS, PLAN = "lemica-trt", "the plan"
+"""Library of what `lemica_trt.apply` runs, and which of it is this tool's own choice; the rest are others' planners."""
+
+PLANNERS = {
+    "lemica": "LeMiCa",
+    "stock:dpmsolver++": "DPM-Solver++ 2M",
+    "stock:unipc": "UniPC",
+    "dpcache": "DPCache",
+    "meancache": "MeanCache",
+    "l2p": "L2P",
+}
+"""Planner → words."""
 
 BUDGETS = (10, 15, 20, 25)
 """Full steps that peers may take, in the short table."""
@@ -337,8 +347,23 @@ def flips(numbers: Sequence[float]) -> str:
 
 
 def peer_name(row: PeerRow) -> str:
-    """Library and method; our own in bold."""
-    return f"**{NAMES.get(row.method, row.method)}**" if row.library == OURS else f"{row.library} {row.method}"
+    """Library and method."""
+    method = PLANNERS.get(row.method, row.method) if row.library == OURS else row.method
+    return f"{row.library}, {method}"
+
+
+def is_plan(row: PeerRow) -> bool:
+    """Whether it is the plan of this tool's own choice."""
+    return (row.library, row.method) == (OURS, PLAN)
+
+
+def best_settings(rows: Iterable[PeerRow]) -> list[PeerRow]:
+    """Of the settings of one method those with a higher mean PSNR than all that take no more work; by work."""
+    found: list[PeerRow] = []
+    for row in sorted(rows, key=lambda row: (np.mean(row.full_steps), -np.mean(row.psnr))):
+        if not found or np.mean(row.psnr) > np.mean(found[-1].psnr):
+            found.append(row)
+    return found
 
 
 def peers_summary(result: Peers) -> str:
@@ -352,7 +377,7 @@ def peers_summary(result: Peers) -> str:
             best = max(within, key=lambda row: np.mean(row.psnr), default=None)
             cells.append("" if best is None else mean_p5_worst(best.psnr))
         if runs:
-            rows.append([name, *cells])
+            rows.append([f"**{name}**" if is_plan(runs[0]) else name, *cells])
     return table(["", *(f"at most {budget}" for budget in BUDGETS)], rows)
 
 
@@ -367,7 +392,7 @@ def peers_table(result: Peers) -> str:
             continue
         rows.append(
             [
-                peer_name(row),
+                f"**{peer_name(row)}**" if is_plan(row) else peer_name(row),
                 row.setting,
                 f"{cost[id(row)]:.1f}",
                 f"{median(row.seconds):.3f} s",
@@ -392,9 +417,10 @@ def peers_caption(result: Peers) -> str:
     """What the tables are of."""
     clips = next(len(row.psnr) for row in result.rows if not row.refusal)
     return (
-        f"{result.model} (revision {(result.revision or 'none')[:12]}), {result.blocks} blocks, {result.steps} steps of "
-        f"{result.scheduler}, guidance {result.guidance_scale:g}; {clips} held-out clips, seeds from "
-        f"{result.first_seed}, in PyTorch, one thread."
+        f"{result.model} (revision {(result.revision or 'none')[:12]}), {result.blocks} blocks, {result.steps} steps "
+        f"of {result.scheduler}, guidance {result.guidance_scale:g}; {clips} held-out clips, seeds from "
+        f"{result.first_seed}, in PyTorch, one thread. First the best mean PSNR of each method by the work of the "
+        "blocks, in full steps: mean / 5th percentile / worst clip."
     )
 
 

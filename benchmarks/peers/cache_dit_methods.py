@@ -1,9 +1,9 @@
 """cache-dit: DBCache, its calibrators, DBPrune, and its static masks of steps.
 
-DBCache computes the first block, and skips the rest while its residual changes little. Its default, the first eight, is
-more than small models have. A calibrator predicts the residual of the skipped blocks where DBCache reuses the last:
-TaylorSeer, or dynamic mode decomposition (DMD). A mask of steps stands in for the threshold: the library's own policies,
-and LeMiCa's steps.
+DBCache computes the first block, and skips the rest while its residual changes little; its default, the first eight
+blocks, is more than small models have. A calibrator predicts the residual of the skipped blocks where DBCache reuses
+the last: TaylorSeer, or dynamic mode decomposition (DMD). A mask of steps stands in for the threshold: the library's
+own policies, and LeMiCa's steps.
 """
 
 from __future__ import annotations

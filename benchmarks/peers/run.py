@@ -16,6 +16,7 @@ Writes JSON (`record.Peers`) and prints its table.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections import defaultdict
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--weights", help="diffusers folder, where the bundle was built from one")
     parser.add_argument("--clips", type=int, default=16)
-    parser.add_argument("--only", nargs="*", default=[], help="libraries; default: all")
+    parser.add_argument("--only", nargs="*", default=[], help="methods; default: all")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -163,9 +164,9 @@ def main() -> None:
     prompts = read_prompts(folder / "calibration.txt")
     task = Task(model, bundle, (prompts[0], model.profile.calibration.seed))
     samples = held_out_samples(read_prompts(folder / "held_out.txt"), given.clips)
-    chosen = [peer for peer in peers() if not given.only or peer.library in given.only]
+    chosen = [peer for peer in peers() if not given.only or peer.method in given.only]
     rows = measure(task, samples, chosen)
-    libraries = [*LIBRARIES, *(["cache-dit"] if any(peer.library == "cache-dit" for peer in chosen) else [])]
+    libraries = [*LIBRARIES, *(["cache-dit"] if importlib.util.find_spec("cache_dit") else [])]
     result = Peers(
         run=this_run(*libraries),
         model=model.profile.name,
