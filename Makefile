@@ -13,7 +13,7 @@ JOBS ?= 2
 bin := $(VENV)/bin
 out := out
 
-.PHONY: demo test benchmark fuzz load long lock lint types pythons clean
+.PHONY: demo test benchmark fuzz load long lock lint types peers pythons clean
 
 demo: $(VENV)/.installed
 	$(bin)/lemica-trt build --model cogvideox-tiny --budget $(BUDGET) --output $(out)/cogvideox-tiny
@@ -49,6 +49,9 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(bin)/mypy
 
+# An environment with the libraries that benchmarks/peers compares with, which the project itself does not need.
+peers: .venv-peers/.installed
+
 # The packages that run in production need no PyTorch and run on every Python that Triton's containers have.
 pythons: $(VENV)/.installed
 	tools/test_pythons.sh
@@ -60,5 +63,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,hub,serve,test]'
 	touch $@
 
+.venv-peers/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[build,flip]' cache-dit==1.5.3
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(out)
+	rm -rf $(VENV) .venv-peers $(out)

@@ -8,7 +8,7 @@
 
 32 clips of prompts and seeds that neither calibration nor the choice between plans has seen. PSNR and SSIM of each clip
 against two references: the uncached sampler of N steps, and the same sampler with 4·N steps, which stands for the exact
-solution. Everything runs in PyTorch. Writes JSON (`record.Quality`) and prints its table.
+solution; FLIP against the first. Everything runs in PyTorch. Writes JSON (`record.Quality`) and prints its table.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lemica_trt.core.metrics import Frames, psnr, ssim
 from lemica_trt.core.progress import reporter
 from lemica_trt.evaluate.baselines import baselines
 from lemica_trt.evaluate.evaluator import PlanEvaluator
+from lemica_trt.evaluate.kept import seen_flip
 from lemica_trt.evaluate.quality import error_graph_of
 from lemica_trt.evaluate.samples import HELD_OUT_SEED, held_out_samples
 from lemica_trt.ir.plan import StepPlan
@@ -69,6 +70,7 @@ def row(
         ssim=tuple(map(ssim, clips, coarse)),
         fine_psnr=tuple(map(psnr, clips, fine)),
         fine_ssim=tuple(map(ssim, clips, fine)),
+        flip=tuple(found[0] for found in map(seen_flip, clips, coarse) if found is not None),
     )
 
 

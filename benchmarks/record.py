@@ -69,6 +69,7 @@ class QualityRow(Value, frozen=True):
         full_steps: the steps that run the whole DiT; of a solver with fewer steps, 0 … B − 1.
         psnr, ssim: against the uncached N steps, one number a clip; PSNR in dB.
         fine_psnr, fine_ssim: against the fine reference.
+        flip: against the uncached N steps, 0 … 1, one number a clip; empty: not measured.
     """
 
     method: str
@@ -78,9 +79,11 @@ class QualityRow(Value, frozen=True):
     ssim: tuple[float, ...]
     fine_psnr: tuple[float, ...]
     fine_ssim: tuple[float, ...]
+    flip: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         counts = {len(self.psnr), len(self.ssim), len(self.fine_psnr), len(self.fine_ssim)}
+        counts |= {len(self.flip)} if self.flip else set()
         require(len(counts) == 1 and 0 not in counts, f"{self.method}: expected one number a clip, got {counts}")
 
     @property
@@ -495,7 +498,66 @@ class AttentionMemory(Value, frozen=True, tag_field="kind", tag="attention-memor
     rows: tuple[AttentionRow, ...]
 
 
-Result = Quality | Speed | Serving | EngineBuild | UnusedDepth | BuildCost | Guidance | Traces | AttentionMemory
+class PeerRow(Value, frozen=True):
+    """One setting of one method.
+
+    Attributes:
+        library: distribution; `lemica-trt`: our own.
+        method: as the library calls it; of our own, the planner or `the plan`.
+        setting: in words; empty: the method was refused as a whole.
+        refusal: what the library said where it does not run, or runs every step in full; "": it runs, and has numbers.
+        full_steps: work of the transformer's blocks in that of an uncached step, one number a clip.
+        seconds: of CPU for the denoising loop, one number a clip.
+        uncached_seconds: of the uncached run just before, likewise.
+        psnr, ssim, flip: against the uncached run, one number a clip; PSNR in dB, FLIP 0 … 1, empty without
+            `flip-evaluator`.
+    """
+
+    library: str
+    method: str
+    setting: str
+    refusal: str = ""
+    full_steps: tuple[float, ...] = ()
+    seconds: tuple[float, ...] = ()
+    uncached_seconds: tuple[float, ...] = ()
+    psnr: tuple[float, ...] = ()
+    ssim: tuple[float, ...] = ()
+    flip: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        several = (self.full_steps, self.seconds, self.uncached_seconds, self.psnr, self.ssim)
+        counts = {len(each) for each in several} | ({len(self.flip)} if self.flip else set())
+        require(len(counts) == 1, f"{self.method}, {self.setting}: expected one number a clip, got {counts}")
+        require((counts == {0}) == bool(self.refusal), f"{self.method}, {self.setting}: expected numbers or a refusal")
+
+
+class Peers(Value, frozen=True, tag_field="kind", tag="peers"):
+    """Methods of other libraries on a diffusers pipeline, and ours, in one run.
+
+    Attributes:
+        run: what made this.
+        model: name of the profile.
+        revision: of the model's weights.
+        scheduler: diffusers class.
+        steps: N.
+        guidance_scale: of all runs.
+        blocks: of the transformer.
+        first_seed: of the clips; clip s has prompt s of the held-out list and this seed + s.
+        rows: by library, method and setting, as they were run.
+    """
+
+    run: Run
+    model: str
+    revision: str | None
+    scheduler: str
+    steps: int
+    guidance_scale: float
+    blocks: int
+    first_seed: int
+    rows: tuple[PeerRow, ...]
+
+
+Result = Peers | Quality | Speed | Serving | EngineBuild | UnusedDepth | BuildCost | Guidance | Traces | AttentionMemory
 
 
 def this_run(*libraries: str) -> Run:

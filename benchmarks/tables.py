@@ -11,6 +11,8 @@ from record import (
     BuildCost,
     EngineBuild,
     Guidance,
+    PeerRow,
+    Peers,
     Quality,
     QualityRow,
     Result,
@@ -85,18 +87,20 @@ def tail_gain(better: Sequence[float], worse: Sequence[float]) -> str:
 
 def quality_table(result: Quality) -> str:
     """A row a plan: PSNR mean / 5th percentile / worst clip and SSIM against N steps, the plan's lead, and PSNR
-    against the fine reference."""
-    rows = []
+    against the fine reference; FLIP mean / 95th percentile / worst clip where it was measured."""
+    rows, seen = [], any(row.flip for row in result.rows)
     for budget in result.budgets:
         plans = result.of_budget(budget)
         own = next((row for row in plans if row.own), None)
         for row in plans:
             name = f"**the plan** ({row.method})" if row.own else NAMES.get(row.method, row.method)
             lead = "" if row.own or own is None else gain(own.psnr, row.psnr)
-            psnr = f"{mean_p5(row.psnr)} / {min(row.psnr):.1f}"
-            rows.append([name, str(budget), psnr, f"{np.mean(row.ssim):.4f}", lead, mean_p5(row.fine_psnr)])
+            flip = [flips(row.flip)] if seen else []
+            psnr, ssim = mean_p5_worst(row.psnr), f"{np.mean(row.ssim):.4f}"
+            rows.append([name, str(budget), psnr, ssim, *flip, lead, mean_p5(row.fine_psnr)])
     n, fine = result.steps, result.fine_steps
-    head = ["", "full steps", f"PSNR to {n} steps", "SSIM", "the plan's lead, dB", f"PSNR to {fine} steps"]
+    flip = [f"FLIP to {n} steps"] if seen else []
+    head = ["", "full steps", f"PSNR to {n} steps", "SSIM", *flip, "the plan's lead, dB", f"PSNR to {fine} steps"]
     return table(head, rows)
 
 
@@ -320,6 +324,116 @@ def attention_caption(result: AttentionMemory) -> str:
     )
 
 
+OURS, PLAN = "lemica-trt", "the plan"
+"""Library of what `lemica_trt.apply` runs, and which of it is this tool's own choice; the rest are others' planners."""
+
+PLANNERS = {
+    "lemica": "LeMiCa",
+    "stock:dpmsolver++": "DPM-Solver++ 2M",
+    "stock:unipc": "UniPC",
+    "dpcache": "DPCache",
+    "meancache": "MeanCache",
+    "l2p": "L2P",
+}
+"""Planner → words."""
+
+BUDGETS = (10, 15, 20, 25)
+"""Full steps that peers may take, in the short table."""
+
+
+def mean_p5_worst(numbers: Sequence[float], digits: int = 1, *, worst: float | None = None) -> str:
+    """`43.9 / 30.2 / 28.4`: mean, and at the bad end the 5th percentile and the worst clip.
+
+    Args:
+        worst: the worst clip's; None: low numbers are bad. Given: high ones are.
+    """
+    tail, percent = (min(numbers), 5) if worst is None else (worst, 95)
+    return " / ".join(f"{each:.{digits}f}" for each in (np.mean(numbers), np.percentile(numbers, percent), tail))
+
+
+def flips(numbers: Sequence[float]) -> str:
+    """FLIP, of which high numbers are bad: mean / 95th percentile / worst clip; empty: not measured."""
+    return mean_p5_worst(numbers, 3, worst=max(numbers)) if numbers else ""
+
+
+def peer_name(row: PeerRow) -> str:
+    """Library and method."""
+    method = PLANNERS.get(row.method, row.method) if row.library == OURS else row.method
+    return f"{row.library}, {method}"
+
+
+def is_plan(row: PeerRow) -> bool:
+    """Whether it is the plan of this tool's own choice."""
+    return (row.library, row.method) == (OURS, PLAN)
+
+
+def best_settings(rows: Iterable[PeerRow]) -> list[PeerRow]:
+    """Of the settings of one method those with a higher mean PSNR than all that take no more work; by work."""
+    found: list[PeerRow] = []
+    for row in sorted(rows, key=lambda row: (np.mean(row.full_steps), -np.mean(row.psnr))):
+        if not found or np.mean(row.psnr) > np.mean(found[-1].psnr):
+            found.append(row)
+    return found
+
+
+def peers_summary(result: Peers) -> str:
+    """A row a method: of its settings that take at most so many full steps, the one with the highest mean PSNR."""
+    rows = []
+    for name in dict.fromkeys(map(peer_name, result.rows)):
+        runs = [row for row in result.rows if peer_name(row) == name and not row.refusal]
+        cells = []
+        for budget in BUDGETS:
+            within = [row for row in runs if np.mean(row.full_steps) <= budget + 1e-6]
+            best = max(within, key=lambda row: np.mean(row.psnr), default=None)
+            cells.append("" if best is None else mean_p5_worst(best.psnr))
+        if runs:
+            rows.append([f"**{name}**" if is_plan(runs[0]) else name, *cells])
+    return table(["", *(f"at most {budget}" for budget in BUDGETS)], rows)
+
+
+def peers_table(result: Peers) -> str:
+    """A row a setting, by method and cost; then what was refused."""
+    rows, refused = [], []
+    names = list(dict.fromkeys(map(peer_name, result.rows)))
+    cost = {id(row): float(np.mean(row.full_steps)) if row.full_steps else 0.0 for row in result.rows}
+    for row in sorted(result.rows, key=lambda row: (names.index(peer_name(row)), -cost[id(row)])):
+        if row.refusal:
+            refused.append([peer_name(row), row.setting, row.refusal])
+            continue
+        rows.append(
+            [
+                f"**{peer_name(row)}**" if is_plan(row) else peer_name(row),
+                row.setting,
+                f"{cost[id(row)]:.1f}",
+                f"{median(row.seconds):.3f} s",
+                f"{median(slow / fast for slow, fast in zip(row.uncached_seconds, row.seconds)):.2f}×",
+                mean_p5_worst(row.psnr),
+                f"{np.mean(row.ssim):.4f}",
+                flips(row.flip),
+            ]
+        )
+    head = ["method", "setting", "full steps", "CPU time", "speed-up", "PSNR", "SSIM", "FLIP"]
+    tables = [table(head, rows)]
+    if refused:
+        same = {(name, text): [other[1] for other in refused if (other[0], other[2]) == (name, text)]
+                for name, _, text in refused}  # fmt: skip
+        lines = [[name, "; ".join(filter(None, several)), text.replace("|", "\\|")]
+                 for (name, text), several in same.items()]  # fmt: skip
+        tables.append(table(["refused", "settings", "by saying"], lines, "left"))
+    return "\n\n".join(tables)
+
+
+def peers_caption(result: Peers) -> str:
+    """What the tables are of."""
+    clips = next(len(row.psnr) for row in result.rows if not row.refusal)
+    return (
+        f"{result.model} (revision {(result.revision or 'none')[:12]}), {result.blocks} blocks, {result.steps} steps "
+        f"of {result.scheduler}, guidance {result.guidance_scale:g}; {clips} held-out clips, seeds from "
+        f"{result.first_seed}, in PyTorch, one thread. First the best mean PSNR of each method by the work of the "
+        "blocks, in full steps: mean / 5th percentile / worst clip."
+    )
+
+
 def described(result: Result) -> str:
     """Caption, table, and the line of its run."""
     if isinstance(result, Quality):
@@ -332,6 +446,8 @@ def described(result: Result) -> str:
         parts = [cost_caption(result), cost_table(result)]
     elif isinstance(result, Guidance):
         parts = [guidance_caption(result), guidance_table(result)]
+    elif isinstance(result, Peers):
+        parts = [peers_caption(result), peers_summary(result), peers_table(result)]
     elif isinstance(result, Traces):
         parts = [traces_table(result)]
     elif isinstance(result, AttentionMemory):

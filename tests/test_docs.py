@@ -84,7 +84,7 @@ def test_scripts_exist_and_have_the_flags(line: str) -> None:
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^make (\w+)", "\n".join(_lines(EVERYTHING)), re.MULTILINE))
-    assert targets == {"demo", "test"}
+    assert targets == {"demo", "test", "peers"}
     assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 

@@ -7,6 +7,8 @@
         lemica-trt build --model cogvideox-tiny --budget 15,10,20,25 --pareto --verify-samples 8 \\
             --output out/quality
 
+    python tools/make_docs.py --draw                 write them, and draw anew what is drawn from benchmarks/results/
+
 The pictures are drawn from values: plans, error graph, report and kept clips of that bundle, which are copied to
 docs/pictures. Times are left out of both: those of docs/ come from benchmarks.
 
@@ -30,11 +32,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from mistakes import mistakes_table
+from plots import peers_picture, plot_peers
 from record import (
     AttentionMemory,
     BuildCost,
     EngineBuild,
     Guidance,
+    Peers,
     Quality,
     Result,
     Serving,
@@ -172,6 +176,13 @@ def _results(kind: type[Result]) -> Callable[[Sequence[Result]], str]:
     return lambda results: "\n\n".join(described(result) for result in results if isinstance(result, kind))
 
 
+def peers(results: Sequence[Result]) -> str:
+    """The picture of each result, then its tables."""
+    found = [result for result in results if isinstance(result, Peers)]
+    alternative = "PSNR against full steps, a line a method"
+    return "\n\n".join(f"![{alternative}]({peers_picture(result)})\n\n{described(result)}" for result in found)
+
+
 PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "commands": lambda _: commands(),
     "mistakes": lambda _: mistakes_table(),
@@ -190,6 +201,7 @@ PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "unused-depth": _results(UnusedDepth),
     "build-cost": _results(BuildCost),
     "guidance": _results(Guidance),
+    "peers": peers,
 }
 """Name → what makes the part from all results."""
 
@@ -233,8 +245,15 @@ def keep_drawn(bundle: Path) -> None:
     store_kept(kept, drawn)
 
 
+def draw_results(folder: Path) -> None:
+    """The pictures of benchmark results into a folder."""
+    for result in read_results():
+        if isinstance(result, Peers):
+            plot_peers(result, folder / peers_picture(result))
+
+
 def draw_pictures(folder: Path) -> None:
-    """The pictures of docs/ into a folder, from `DRAWN`."""
+    """The pictures of docs/ into a folder, from `DRAWN` and benchmark results."""
     from lemica_trt.bundle.reading import Bundle
     from lemica_trt.bundle.reports import stored_kept, stored_report
     from lemica_trt.evaluate.quality import error_graph_of
@@ -249,6 +268,7 @@ def draw_pictures(folder: Path) -> None:
     write_contact_sheet(folder / CONTACT_SHEET, report, kept, plan, model=graph.model, timed=False)
     plans = [bundle.plan(name) for name in bundle.plans]
     plot_schedules(graph, strips_of(report, kept, plans, plan), folder / SCHEDULES)
+    draw_results(folder)
 
 
 def main() -> int:
@@ -256,7 +276,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a file is out of date")
     parser.add_argument("--pictures", type=Path, metavar="BUNDLE", help="also make the pictures, from this bundle")
+    parser.add_argument("--draw", action="store_true", help="also draw the pictures of benchmark results")
     given = parser.parse_args()
+    if given.draw:
+        draw_results(ROOT / "docs")
     if given.pictures is not None:
         keep_drawn(given.pictures)
         draw_pictures(ROOT / "docs")

@@ -130,8 +130,7 @@ def _stored(
     difference, mean, flip_map = None, None, None
     if run is not reference:
         difference = store(f"{method}-difference", enlarged_difference(run.frames, reference.frames))
-        shown = max(1, SHOWN_WIDTH // run.frames.shape[2])
-        found = flip(run.frames, reference.frames, pixels_per_degree=PIXELS_PER_DEGREE / shown)
+        found = seen_flip(run.frames, reference.frames)
         if found is not None:
             mean, maps = found
             flip_map = store(f"{method}-flip", maps)
@@ -145,6 +144,12 @@ def _stored(
         flip=mean,
         flip_map=flip_map,
     )
+
+
+def seen_flip(frames: Frames, reference: Frames) -> tuple[float, Frames] | None:
+    """FLIP of a clip as it is seen on a screen, small ones enlarged (`SHOWN_WIDTH`); as `metrics.flip`."""
+    shown = max(1, SHOWN_WIDTH // frames.shape[2])
+    return flip(frames, reference, pixels_per_degree=PIXELS_PER_DEGREE / shown)
 
 
 def kept_numbers(count: int) -> tuple[int, ...]:

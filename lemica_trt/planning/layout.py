@@ -53,7 +53,12 @@ def layout_for_methods(
     layout = layout_from_plans(plans, latent_shape=latent_shape, guided=guided, conditions=conditions)
     depth = max(OUTPUT_HISTORY, layout.output_history)
     weighed = branches and any("fit" in planner.needs for planner in planners)
-    return msgspec.structs.replace(layout, output_history=depth, guidance_history=depth if weighed else 0)
+    return msgspec.structs.replace(
+        layout,
+        latent_history=max(layout.latent_history, *(planner.latent_history for planner in planners), 1),
+        output_history=depth,
+        guidance_history=depth if weighed else 0,
+    )
 
 
 def _budgets(table: SamplerTable) -> list[int]:

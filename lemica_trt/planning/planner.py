@@ -169,6 +169,7 @@ class Planner:
         folds: whether nothing runs in a skipped step, so that a plan takes B steps of engine time; else each skipped
             step costs a little.
         make: the method itself: problem, B < N → rows; what the plan says of where it comes from is filled in here.
+        latent_history: how many latents a row reads back, where that may be more than the sampler does.
 
     Raises:
         UsageError: the problem lacks what it needs; says what.
@@ -180,6 +181,7 @@ class Planner:
     needs: frozenset[Need]
     folds: bool
     make: Callable[[Problem, int], StepPlan]
+    latent_history: int = 1
 
     def __call__(self, problem: Problem, budget: int) -> StepPlan:
         self.require_needs(problem)

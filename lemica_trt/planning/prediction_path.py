@@ -64,6 +64,21 @@ def solve_prediction_path(
     require_feasible(n, graph.max_skip, budgets)
     weights = sensitivities(table, graph, grams) ** (2 * power)
     costs = prediction_errors(table, grams, span) * weights[_stops(n, span)]
+    return least_sums(costs, budgets)
+
+
+def least_sums(costs: Array, budgets: Sequence[int]) -> dict[int, Schedule]:
+    """The schedule of each budget whose segments' costs have the least sum; exact.
+
+    What a segment from the full step i to the next one, j (or the end, N), costs may depend on the two full steps
+    before i. Dynamic programming over (q, p, i) and the number of full steps.
+
+    Args:
+        costs: [N, span + 1, span + 1, span + 1] at index [i, i − p, p − q, j − i]; 0 for a difference: no such step.
+            Infinite where there are no such steps. Schedules have gaps of at most `span`.
+        budgets: each B, with a path of that many full steps.
+    """
+    n, span = costs.shape[0], costs.shape[1] - 1
     least = np.full((n, span + 1, span + 1), np.inf)  # [i, i − p, p − q], of paths that end there
     least[0, 0, 0] = 0.0
     found, before = {}, list[npt.NDArray[np.intp]]()

@@ -30,19 +30,8 @@ def first_order_table(table: SamplerTable, steps: Sequence[int]) -> SamplerTable
     levels = require_levels(table)
     rows = [table.rows[0]]
     for i, j in zip(steps, [*steps[1:], table.num_steps]):
-        (a, s), (p, q) = (levels.signal[i], levels.noise[i]), levels.output(i)
-        det = a * q - s * p
-        if not det:
-            raise UnsupportedError(
-                f"step {i} of {table.scheduler} has no signal: {levels.target} says nothing of the data there",
-                fix="use a model with v_prediction",
-            )
-        b, z = levels.signal[j], levels.noise[j]
-        rows.append(
-            msgspec.structs.replace(
-                table.rows[j], latents=((b * q - z * p) / det,), outputs=((z * a - b * s) / det,), noise=0.0
-            )
-        )
+        latent, output = first_order_step(table, i, j)
+        rows.append(msgspec.structs.replace(table.rows[j], latents=(latent,), outputs=(output,), noise=0.0))
     kept = [*steps, table.num_steps]
     return SamplerTable(
         scheduler=table.scheduler,
@@ -51,3 +40,21 @@ def first_order_table(table: SamplerTable, steps: Sequence[int]) -> SamplerTable
             levels, signal=tuple(levels.signal[k] for k in kept), noise=tuple(levels.noise[k] for k in kept)
         ),
     )
+
+
+def first_order_step(table: SamplerTable, i: int, j: int) -> tuple[float, float]:
+    """The first-order ODE solver from step i to step j > i: factors of x_i and of m_i in x_j.
+
+    Raises:
+        UnsupportedError: as `first_order_table`.
+    """
+    levels = require_levels(table)
+    (a, s), (p, q) = (levels.signal[i], levels.noise[i]), levels.output(i)
+    det = a * q - s * p
+    if not det:
+        raise UnsupportedError(
+            f"step {i} of {table.scheduler} has no signal: {levels.target} says nothing of the data there",
+            fix="use a model with v_prediction",
+        )
+    b, z = levels.signal[j], levels.noise[j]
+    return (b * q - z * p) / det, (z * a - b * s) / det

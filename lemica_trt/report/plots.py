@@ -72,7 +72,7 @@ def plot_schedules(graph: ErrorGraph, strips: Sequence[Strip], path: str | os.Pa
         if strip.full_steps[-1] >= graph.num_steps:
             raise ValueError(f"{strip.name} has step {strip.full_steps[-1]}, the error graph {graph.num_steps} steps")
     below = 0.9 + 0.3 * len(strips)
-    with _figure(path, 4.2 + (below if strips else 0)) as figure:
+    with house_figure(path, 4.2 + (below if strips else 0)) as figure:
         if not strips:
             axes = figure.subplots()
             _heat_map(figure, axes, graph, None)
@@ -110,7 +110,7 @@ def plot_front(
     if not rows:
         raise ValueError("expected at least one row")
     predicted = all(row.speedup is not None for row in rows)
-    with _figure(path, 5.2) as figure:
+    with house_figure(path, 5.2) as figure:
         axes = figure.subplots()
         at = [(row.speedup if predicted and row.speedup is not None else num_steps / row.budget, row) for row in rows]
         on = sorted((x, row.psnr) for x, row in at if not row.dominated)
@@ -236,7 +236,7 @@ def _segments(strip: Strip, num_steps: int) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def _figure(path: str | os.PathLike[str], height: float) -> Iterator[Figure]:
+def house_figure(path: str | os.PathLike[str], height: float) -> Iterator[Figure]:
     """A figure in the house's style, written to `path` when the block ends without an error. No window, no global."""
     try:
         import matplotlib as mpl

@@ -49,7 +49,7 @@ def test_auto_is_at_most_five_and_all_that_is_possible() -> None:
 def test_all_is_every_method_that_may_win() -> None:
     found = names(problem_of(), "all")
     assert found[: len(AUTO)] == list(AUTO) and set(found) == planners().keys() - {"uniform", "published"}
-    assert names(problem_of(fit=None, solver=None), "all") == ["linear", PAPER]
+    assert names(problem_of(fit=None, solver=None), "all") == ["linear", PAPER, "dpcache", "l2p"]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_named_planners_come_in_their_order_each_once() -> None:
 
 
 def test_what_is_not_possible_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"expected auto or all or one of fitted, fitted-flat, lemica.*got 'signed'"):
+    with pytest.raises(UsageError, match=r"expected auto or all or one of dpcache, fitted, .*lemica.*got 'signed'"):
         names(problem_of(), "signed")
     with pytest.raises(UsageError, match="no method is possible"):
         names(problem_of(calibration=None, solver=None))

@@ -9,7 +9,7 @@ import make_docs
 import msgspec
 import pytest
 import tables
-from record import Quality, QualityRow, Run, Speed, SpeedRow, read_results, write_result
+from record import PeerRow, Peers, Quality, QualityRow, Run, Speed, SpeedRow, read_results, write_result
 
 from lemica_trt.cli.command import Flag
 from lemica_trt.core.errors import InputError
@@ -75,6 +75,42 @@ SPEED = Speed(
 """A machine that slows down: in every round the runtime takes half the time of eager."""
 
 
+def _peer(library: str, method: str, setting: str, steps: float, psnr: tuple[float, ...]) -> PeerRow:
+    count = len(psnr)
+    return PeerRow(
+        library=library,
+        method=method,
+        setting=setting,
+        full_steps=(steps,) * count,
+        seconds=(1.0, 4.0)[:count],
+        uncached_seconds=(2.0, 4.0)[:count],
+        psnr=psnr,
+        ssim=(0.5,) * count,
+        flip=(0.1, 0.3)[:count],
+    )
+
+
+PEERS = Peers(
+    run=RUN,
+    model="toy",
+    revision=None,
+    scheduler="Euler",
+    steps=50,
+    guidance_scale=4.0,
+    blocks=6,
+    first_seed=10,
+    rows=(
+        _peer("diffusers", "Some", "a", 9.0, (30.0, 40.0)),
+        _peer("diffusers", "Some", "b", 14.0, (20.0, 30.0)),
+        _peer("diffusers", "Some", "c", 16.0, (40.0, 44.0)),
+        PeerRow(library="diffusers", method="Other", setting="x", refusal="it | cannot"),
+        PeerRow(library="diffusers", method="Other", setting="y", refusal="it | cannot"),
+        _peer("lemica-trt", "the plan", "B = 10", 10.0, (40.0, 50.0)),
+        _peer("lemica-trt", "lemica", "B = 10", 10.0, (33.0, 35.0)),
+    ),
+)
+
+
 def test_speedups_are_medians_of_paired_ratios() -> None:
     eager, uncached, plan = SPEED.rows
     assert tables.speedup(uncached, eager) == 2.0
@@ -88,6 +124,42 @@ def test_quality_table() -> None:
     table = tables.quality_table(QUALITY)
     assert "| **the plan** (fitted) | 2 | 45.0 / 40.5 / 40.0 | 1.0000 |  | 45.0 / 40.5 |" in table
     assert "| LeMiCa | 2 | 37.0 / 30.7 / 30.0 | 1.0000 | +8.0 [+6.0, +10.0] |" in table
+
+
+def test_quality_table_has_flip_where_it_was_measured() -> None:
+    rows = tuple(msgspec.structs.replace(row, flip=(0.1, 0.3)) for row in QUALITY.rows)
+    table = tables.quality_table(msgspec.structs.replace(QUALITY, rows=rows))
+    assert "| SSIM | FLIP to 4 steps | the plan's lead, dB |" in table
+    assert "| LeMiCa | 2 | 37.0 / 30.7 / 30.0 | 1.0000 | 0.200 / 0.290 / 0.300 | +8.0" in table
+    assert "FLIP" not in tables.quality_table(QUALITY)
+    with pytest.raises(ValueError, match="one number a clip"):
+        msgspec.structs.replace(rows[0], flip=(0.1,))
+
+
+def test_peers_tables() -> None:
+    best = tables.best_settings(PEERS.rows[:3])
+    assert [row.setting for row in best] == ["a", "c"], "b takes more and is worse"
+    summary = tables.peers_summary(PEERS)
+    assert (
+        "| diffusers, Some | 35.0 / 30.5 / 30.0 | 35.0 / 30.5 / 30.0 | 42.0 / 40.2 / 40.0 | 42.0 / 40.2 / 40.0 |"
+        in summary
+    )
+    assert "| **lemica-trt, the plan** | 45.0 / 40.5 / 40.0 |" in summary and "Other" not in summary
+    table = tables.peers_table(PEERS)
+    row = (
+        "| lemica-trt, LeMiCa | B = 10 | 10.0 | 2.500 s | 1.50× | 34.0 / 33.1 / 33.0 | 0.5000 | 0.200 / 0.290 / 0.300 |"
+    )
+    assert row in table
+    assert "| diffusers, Other | x; y | it \\| cannot |" in table
+
+
+def test_a_peer_has_numbers_or_a_refusal() -> None:
+    with pytest.raises(ValueError, match="numbers or a refusal"):
+        PeerRow(library="diffusers", method="Other", setting="x")
+    with pytest.raises(ValueError, match="numbers or a refusal"):
+        msgspec.structs.replace(PEERS.rows[0], refusal="no")
+    with pytest.raises(ValueError, match="one number a clip"):
+        msgspec.structs.replace(PEERS.rows[0], ssim=(1.0,))
 
 
 def test_summary_has_the_best_standard_solver_and_the_speed_of_the_same_model() -> None:
