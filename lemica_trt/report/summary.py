@@ -87,6 +87,16 @@ def engine_lines(entry: EngineEntry) -> Iterator[str]:
         fused = build.fused_attention
         parts.append("not looked into" if fused is None else f"{fused} of {build.attentions} attentions fused")
         yield f"{entry.key.backend} {role}: {', '.join(parts)}"
+    yield from layers_lines(entry)
+
+
+def layers_lines(entry: EngineEntry) -> Iterator[str]:
+    """What is quantised, and what is not and why; a line a graph, nothing where none is."""
+    for role in entry.quantized:
+        layers = entry.builds[role].layers or ()
+        kept = [f"{layer.name} {layer.decibels:.1f} dB" for layer in layers if layer.precision == "fp32"]
+        line = f"{role}: {len(layers) - len(kept)} of {len(layers)} linear layers in {entry.precision}"
+        yield line + (f", in fp32 those that alone would leave least: {', '.join(kept)}" if kept else "")
 
 
 LABEL_WIDTH = 8
