@@ -36,6 +36,7 @@ from record import (
     EngineBuild,
     Guidance,
     Quality,
+    Quantized,
     Result,
     Serving,
     Speed,
@@ -190,6 +191,7 @@ PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "unused-depth": _results(UnusedDepth),
     "build-cost": _results(BuildCost),
     "guidance": _results(Guidance),
+    "quantized": _results(Quantized),
 }
 """Name → what makes the part from all results."""
 

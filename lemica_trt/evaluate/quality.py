@@ -75,6 +75,8 @@ def measure_quality(
     cases: Sequence[Case],
     done: Callable[[float], None],
     keeper: Keeper,
+    *,
+    quantized: bool = False,
 ) -> list[Quality]:
     """Score plans and baselines; nothing where the bundle has no uncached plan.
 
@@ -82,6 +84,7 @@ def measure_quality(
         cases: as `cases_of`.
         done: told of full steps in PyTorch.
         keeper: given the clips of the default plan and its baselines.
+        quantized: whether the engines are: then the uncached run is PyTorch's.
 
     Returns:
         Scores, each plan before its baselines.
@@ -102,7 +105,8 @@ def measure_quality(
             done(plan.budget)
             return pipe.decode(latents)
 
-        references: dict[int | None, Array] = {None: deployed.decoded(uncached, prompt, seed)}
+        exact = in_torch(uncached) if quantized else deployed.decoded(uncached, prompt, seed)
+        references: dict[int | None, Array] = {None: exact}
         references |= {count: in_torch(plan) for count, plan in finer.items()}
         steps = default.reference_steps
         keeper.add(number, UNCACHED, uncached if steps is None else finer[steps], references[steps], None)

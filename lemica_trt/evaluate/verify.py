@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
+from msgspec import UNSET
 
 from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import VERIFY_REPORT
@@ -82,7 +83,8 @@ def verify(
     """
     bundle.check()
     with Pipeline(bundle, backend=backend) as pipe:
-        key, plans = bundle.engine(backend).key, [bundle.plan(name) for name in bundle.plans]
+        entry, plans = bundle.engine(backend), [bundle.plan(name) for name in bundle.plans]
+        key = entry.key
         where = f"{key.backend} {key.version} on {key.target}"
         reporter.stage("draft" if draft else "verify", f"{count(samples.count, 'held-out clip')}, {where}")
         _warn(pipe, samples, reporter)
@@ -92,12 +94,14 @@ def verify(
         deployed = Deployed(pipe, tally := _tally(reporter, compared, cases, samples.count))
         first = _taken_over(first, deployed, uncached, samples, backend_name(key))
         tally(0 if first is None else 2 * uncached.budget)
-        graphs = check_graphs(pipe, model) if first is None else first.run.graphs
+        graphs = check_graphs(pipe, model, entry.quantized) if first is None else first.run.graphs
         known = [] if first is None else [first.run.agreement]
         agreement = check_runs(deployed, model, *samples[0], tally, known, plans=compared)
         first = first or _first(deployed, uncached, samples, graphs, agreement, backend_name(key))
         steps = steps or _timed(pipe, deployed.full_step(uncached), tally)
-        quality = measure_quality(deployed, model, samples, cases, tally, keeper := Keeper())
+        quality = measure_quality(
+            deployed, model, samples, cases, tally, keeper := Keeper(), quantized=bool(entry.quantized)
+        )
     report = VerifyReport(
         manifest_digest=bundle.manifest.digest,
         samples=samples.count,
@@ -109,6 +113,7 @@ def verify(
         quality=tuple(quality),
         timing=tuple(deployed.timing(compared)),
         steps=steps,
+        precision=entry.precision if entry.quantized else UNSET,
     )
     kept = keeper.kept(report.manifest_digest, bundle.plan(), samples, PLAN)
     return Verification(report, kept, first)

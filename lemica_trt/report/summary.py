@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from msgspec import UNSET
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -15,7 +16,7 @@ from lemica_trt.core.progress import count, duration, size
 from lemica_trt.ir.budget import FrontRow, StepTimes, format_seconds
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.engine import EngineEntry
-from lemica_trt.ir.graphs import GraphSet
+from lemica_trt.ir.graphs import GraphSet, Role
 from lemica_trt.ir.measured import MeasuredPlan, MeasuredPlans
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import PLAN, BudgetOutcome, BundleSummary, Check, Quality, StageEstimate, VerifyReport
@@ -92,11 +93,17 @@ def engine_lines(entry: EngineEntry) -> Iterator[str]:
 
 def layers_lines(entry: EngineEntry) -> Iterator[str]:
     """What is quantised, and what is not and why; a line a graph, nothing where none is."""
-    for role in entry.quantized:
-        layers = entry.builds[role].layers or ()
-        kept = [f"{layer.name} {layer.decibels:.1f} dB" for layer in layers if layer.precision == "fp32"]
-        line = f"{role}: {len(layers) - len(kept)} of {len(layers)} linear layers in {entry.precision}"
-        yield line + (f", in fp32 those that alone would leave least: {', '.join(kept)}" if kept else "")
+    yield from (f"{role}: {layers_text(entry, role)}" for role in entry.quantized)
+
+
+def layers_text(entry: EngineEntry, role: Role) -> str:
+    """How many linear layers of a graph are quantised, and which are not and why."""
+    layers = entry.builds[role].layers or ()
+    kept = [f"{layer.name} {layer.decibels:.1f}" for layer in layers if layer.precision == "fp32"]
+    text = f"{len(layers) - len(kept)} of {len(layers)} linear layers in {entry.precision}"
+    if kept:
+        text += f"; kept in fp32 (dB of the output if it alone were {entry.precision}): {', '.join(kept)}"
+    return text
 
 
 LABEL_WIDTH = 8
@@ -150,7 +157,8 @@ def _references(report: VerifyReport) -> str:
     others = {row.plan: row.reference_steps for row in report.quality if row.reference_steps is not None}
     if others and len(others) == len({row.plan for row in report.quality}):
         return f"the sampler with {' or '.join(map(str, sorted(set(others.values()))))} steps"
-    return ", ".join(["the uncached run", *(f"{plan} against {steps} steps" for plan, steps in others.items())])
+    uncached = "the uncached run" if report.precision is UNSET else "the uncached run in PyTorch"
+    return ", ".join([uncached, *(f"{plan} against {steps} steps" for plan, steps in others.items())])
 
 
 def agreement_text(report: VerifyReport) -> RenderableType:

@@ -28,7 +28,7 @@ from lemica_trt.core.progress import Reporter, count, size
 from lemica_trt.core.values import write_bytes
 from lemica_trt.ir.engine import LinearLayer
 
-NOISE_DB = 30.0
+NOISE_DB = 20.0
 """Signal-to-noise ratio of the output that the quantised layers shall leave, dB."""
 
 OPERATORS = ("MatMul", "Gemm")
@@ -73,7 +73,7 @@ def write_int8(
     with tempfile.TemporaryDirectory(prefix="quantize-") as folder, _quiet():
         quantizer = _Quantizer(source, data, Path(folder), observed, threads)
         errors: dict[_Layer, float] = {}
-        reporter.note(f"{count(len(quantizer.layers), 'linear layer')}, each alone in int8")
+        reporter.stage("quantize", f"{count(len(quantizer.layers), 'linear layer')}, each alone in int8")
         for number, layer in enumerate(quantizer.layers):
             reporter.advance(number, len(quantizer.layers))
             errors[layer] = quantizer.error([layer])
