@@ -79,6 +79,10 @@ class Builder(Protocol):
 class Quantizer(Protocol):
     """A builder whose options have `ir.engine.QUANTIZE`."""
 
+    def require_quantizable(self, graphs: GraphSet, root: Path) -> None:
+        """Raise UnsupportedError where the graphs that run the whole DiT cannot be quantised, before anything runs."""
+        ...
+
     def quantize(
         self,
         entry: EngineEntry,
@@ -151,6 +155,20 @@ def quantize(
     complete = options_from(entry.key.backend, options)
     quantizer: Quantizer = vendor_module(entry.key.backend, "build").BUILDERS[entry.key.backend]
     return quantizer.quantize(entry, graphs, root, out, complete, observed, reporter)
+
+
+def require_quantizable(backend: str, graphs: GraphSet, root: Path) -> None:
+    """Refuse what `quantize` could not do, before anything is measured.
+
+    Args:
+        backend: with the option `ir.engine.QUANTIZE`.
+        graphs, root: as in `build`.
+
+    Raises:
+        UnsupportedError: a graph cannot be quantised.
+    """
+    quantizer: Quantizer = vendor_module(backend, "build").BUILDERS[backend]
+    quantizer.require_quantizable(graphs, root)
 
 
 def prune(entries: Sequence[EngineEntry], out: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 from msgspec import UNSET
 
-from lemica_trt.backends.build import quantize
+from lemica_trt.backends.build import quantize, require_quantizable
 from lemica_trt.backends.options import options_by_backend
 from lemica_trt.bundle.contents import read_from
 from lemica_trt.bundle.manifest import SAMPLER_FILE
@@ -75,7 +75,11 @@ def quantized_engines(
         MissingDependencyError: none of the bundle's engines run here.
         UnsupportedError: it has no text encoder; or as `backends.build.quantize`.
     """
-    source, profile = unquantized(bundle), bundle.manifest.profile
+    source, profile, graphs = unquantized(bundle), bundle.manifest.profile, bundle.manifest.graphs
+    options = options_by_backend(request.backends, request.options)
+    wanted = [name for name, given in options.items() if given.get(QUANTIZE, NONE) != NONE]
+    for name in wanted:
+        require_quantizable(name, graphs, bundle.path)
     backend = require_runnable(source, fix="build engines for this machine first: lemica-trt engine BUNDLE --output …")
     table = read_from(bundle, SamplerTable, SAMPLER_FILE)
     prompts, settings = prompts_of(profile, None), profile.calibration
@@ -89,12 +93,10 @@ def quantized_engines(
         trajectories=trajectories,
         done=Tally(reporter, SAMPLES * table.num_steps),
     )
-    options = options_by_backend(request.backends, request.options)
-    graphs, found = bundle.manifest.graphs, list[EngineEntry]()
+    found = list[EngineEntry]()
     for entry in entries:
-        given = options[entry.key.backend]
-        if given.get(QUANTIZE, NONE) != NONE:
-            entry = quantize(entry, graphs, bundle.path, out, given, observed, reporter)
+        if entry.key.backend in wanted:
+            entry = quantize(entry, graphs, bundle.path, out, options[entry.key.backend], observed, reporter)
             for line in layers_lines(entry):
                 reporter.note(line)
         found.append(entry)

@@ -390,6 +390,7 @@ def bundle_table(bundle: BundleSummary) -> RenderableType:
             f"sampler {bundle.default.sampler_digest[:16]}",
         ),
         ("engines", ", ".join(f"{e.key.backend} {e.key.version} {e.key.target}" for e in bundle.engines)),
+        *(("quantised", text) for entry in bundle.engines for text in layers_lines(entry)),
         ("default plan", bundle.default_plan),
         ("size", f"{size(bundle.size)} in {bundle.files} files"),
         ("built with", ", ".join(f"{name} {version}" for name, version in sorted(bundle.versions.items()))),

@@ -104,6 +104,14 @@ class OrtBuilder:
             open_session(graph, out / file if found.fused else source, options, data=source.parent)
         return EngineEntry(key=key, files=files, builds=builds)
 
+    def require_quantizable(self, graphs: GraphSet, root: Path) -> None:
+        """Refuse graphs that are too large for one file."""
+        from lemica_trt.backends.onnxruntime.quantize import require_size
+
+        for graph in graphs.graphs:
+            if graph.dit == "whole":
+                require_size([root / name for name in (graph.file, *graph.data_files)])
+
     def quantize(
         self,
         entry: EngineEntry,
@@ -115,7 +123,7 @@ class OrtBuilder:
         reporter: Reporter,
     ) -> EngineEntry:
         """See `backends.build.quantize`."""
-        from lemica_trt.backends.onnxruntime.quantize import require_size, write_int8
+        from lemica_trt.backends.onnxruntime.quantize import write_int8
 
         self.check(graphs.dtype, options)
         digest = hashlib.sha256("".join(f"{role} {observed[role].digest}\n" for role in sorted(observed)).encode())
@@ -124,7 +132,6 @@ class OrtBuilder:
         files, builds = dict(entry.files), dict(entry.builds)
         for role, found in sorted(observed.items()):
             graph, file = graphs.graph(role), f"{folder}/{role}.onnx"
-            require_size([root / name for name in (graph.file, *graph.data_files)])
             source = (root if entry.files[role] == graph.file else out) / entry.files[role]
             data, threads = (root / graph.file).parent, options.threads or usable_threads()
             layers = write_int8(source, out / file, data, found, threads, reporter)

@@ -81,7 +81,8 @@ def write_int8(
         ordered = sorted(errors, key=lambda layer: -errors[layer])
         if len(kept) == len(ordered):
             raise UnsupportedError(
-                f"--quantize int8: all of {count(len(ordered), 'linear layer')} alone leave less than {NOISE_DB:g} dB",
+                f"--quantize int8: each of {count(len(ordered), 'linear layer')} alone leaves the output less than "
+                f"{NOISE_DB:g} dB",
                 fix="leave it out",
             )
         content = quantizer.quantized(ordered[len(kept) :]).SerializeToString(deterministic=True)
