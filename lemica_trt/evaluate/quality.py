@@ -75,16 +75,14 @@ def measure_quality(
     cases: Sequence[Case],
     done: Callable[[float], None],
     keeper: Keeper,
-    *,
-    quantized: bool = False,
 ) -> list[Quality]:
     """Score plans and baselines; nothing where the bundle has no uncached plan.
 
     Args:
+        deployed: the bundle's plans; of quantised engines they are compared with PyTorch's uncached run.
         cases: as `cases_of`.
         done: told of full steps in PyTorch.
         keeper: given the clips of the default plan and its baselines.
-        quantized: whether the engines are: then the uncached run is PyTorch's.
 
     Returns:
         Scores, each plan before its baselines.
@@ -105,7 +103,7 @@ def measure_quality(
             done(plan.budget)
             return pipe.decode(latents)
 
-        exact = in_torch(uncached) if quantized else deployed.decoded(uncached, prompt, seed)
+        exact = in_torch(uncached) if deployed.quantized else deployed.decoded(uncached, prompt, seed)
         references: dict[int | None, Array] = {None: exact}
         references |= {count: in_torch(plan) for count, plan in finer.items()}
         steps = default.reference_steps
