@@ -23,6 +23,7 @@ import msgspec
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import Value, read_value, require, write_bytes
+from lemica_trt.ir.engine import LinearLayer
 
 RESULTS = Path(__file__).parent / "results"
 """Where committed results lie."""
@@ -423,6 +424,52 @@ class Guidance(Value, frozen=True, tag_field="kind", tag="guidance"):
     rows: tuple[GuidanceRow, ...]
 
 
+class QuantizedRow(Value, frozen=True):
+    """One plan on engines of one precision.
+
+    Attributes:
+        engines: precision of their linear layers.
+        plan: which, in words; `uncached`: all steps.
+        full_steps: that it runs.
+        psnr: dB of each clip against the uncached run of the fp32 engines.
+    """
+
+    engines: str
+    plan: str
+    full_steps: tuple[int, ...]
+    psnr: tuple[float, ...]
+
+
+class Quantized(Value, frozen=True, tag_field="kind", tag="quantized"):
+    """What quantised linear layers cost and save on the CPU.
+
+    Attributes:
+        run: what made this.
+        model: name of the profile.
+        revision: of the model's weights.
+        steps: N.
+        budget: B of all plans but the uncached one.
+        first_seed: of the clips.
+        threads: of the engines.
+        rows: one a plan, the first on the engines in fp32.
+        layers: linear layers of the graph, the largest error first.
+        sizes: bytes of the graph that computes everything, in fp32 and quantised.
+        seconds: of a full step, in fp32 and quantised, in each round; they take turns.
+    """
+
+    run: Run
+    model: str
+    revision: str | None
+    steps: int
+    budget: int
+    first_seed: int
+    threads: int
+    rows: tuple[QuantizedRow, ...]
+    layers: tuple[LinearLayer, ...]
+    sizes: tuple[int, int]
+    seconds: tuple[tuple[float, ...], tuple[float, ...]]
+
+
 class TraceRow(Value, frozen=True):
     """One tiny random pipeline, traced.
 
@@ -557,7 +604,19 @@ class Peers(Value, frozen=True, tag_field="kind", tag="peers"):
     rows: tuple[PeerRow, ...]
 
 
-Result = Peers | Quality | Speed | Serving | EngineBuild | UnusedDepth | BuildCost | Guidance | Traces | AttentionMemory
+Result = (
+    Quality
+    | Speed
+    | Serving
+    | EngineBuild
+    | UnusedDepth
+    | BuildCost
+    | Guidance
+    | Quantized
+    | Peers
+    | Traces
+    | AttentionMemory
+)
 
 
 def this_run(*libraries: str) -> Run:

@@ -15,6 +15,7 @@ from record import (
     Peers,
     Quality,
     QualityRow,
+    Quantized,
     Result,
     Run,
     Serving,
@@ -24,6 +25,7 @@ from record import (
     UnusedDepth,
 )
 
+from lemica_trt.core.metrics import margin_95
 from lemica_trt.core.progress import duration, size
 
 RESAMPLES = 10_000
@@ -282,6 +284,35 @@ def guidance_caption(result: Guidance) -> str:
     )
 
 
+def quantized_table(result: Quantized) -> str:
+    """A row a plan, and what it has more than the fp32 engines' plan on the same quantised engines."""
+    _, _, *others = result.rows
+    rows = []
+    for row in result.rows:
+        lead = gain(row.psnr, others[0].psnr) if row in others[1:] else ""
+        margin = f"± {margin_95(row.psnr):.1f}"
+        name = f"{row.plan}, {len(row.full_steps)} steps"
+        rows.append([name, row.engines, f"{np.mean(row.psnr):.1f} {margin}", f"{np.percentile(row.psnr, 5):.1f}", lead])
+    head = ["plan", "engines", "PSNR", "5th percentile", f"more than the {others[0].plan}, dB"]
+    return table(head, rows)
+
+
+def quantized_caption(result: Quantized) -> str:
+    """What was quantised, what it saves, and what the table is of."""
+    kept = [layer for layer in result.layers if layer.precision == "fp32"]
+    worst = ", ".join(f"`{layer.name}` {layer.decibels:.1f}" for layer in kept)
+    plain, quantized = (median(each) * 1e3 for each in result.seconds)
+    ratio = median(slow / fast for slow, fast in zip(*result.seconds))
+    threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
+    return (
+        f"`{result.model}`: {len(result.layers) - len(kept)} of {len(result.layers)} linear layers in int8; kept in "
+        f"fp32 (dB of the output if it alone were int8): {worst}. The graph: "
+        f"{size(result.sizes[0])} in fp32, {size(result.sizes[1])} quantised. A full step: {plain:.1f} ms in fp32, "
+        f"{quantized:.1f} ms quantised, {ratio:.2f}× (medians of {len(result.seconds[0])} rounds in turns, {threads}). "
+        f"PSNR against the uncached {result.steps} steps in fp32, {len(result.rows[0].psnr)} held-out clips, ± 95 %."
+    )
+
+
 def traces_table(result: Traces) -> str:
     """A row a pipeline."""
     rows = []
@@ -448,6 +479,8 @@ def described(result: Result) -> str:
         parts = [guidance_caption(result), guidance_table(result)]
     elif isinstance(result, Peers):
         parts = [peers_caption(result), peers_summary(result), peers_table(result)]
+    elif isinstance(result, Quantized):
+        parts = [quantized_caption(result), quantized_table(result)]
     elif isinstance(result, Traces):
         parts = [traces_table(result)]
     elif isinstance(result, AttentionMemory):

@@ -40,6 +40,7 @@ from record import (
     Guidance,
     Peers,
     Quality,
+    Quantized,
     Result,
     Serving,
     Speed,
@@ -202,6 +203,7 @@ PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "build-cost": _results(BuildCost),
     "guidance": _results(Guidance),
     "peers": peers,
+    "quantized": _results(Quantized),
 }
 """Name → what makes the part from all results."""
 

@@ -3,7 +3,8 @@
 A vendor is a folder here, found by listing; nothing else names it. It holds
 
     __init__    BACKENDS: backend name → its options, a subclass of `options.Options`
-    build       BUILDERS: backend name → an object of the protocol `build.Builder`; absent where nothing is built
+    build       BUILDERS: backend name → an object of the protocol `build.Builder`, and of `build.Quantizer` where the
+                options have `quantize`; absent where nothing is built
     run         open_backend(key, settings): the run half, an object of the protocol `base.Backend`
 
     onnxruntime     `onnxruntime`: the ONNX files are the engine, with fused attention; CPU or CUDA

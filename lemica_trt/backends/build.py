@@ -17,7 +17,7 @@ from lemica_trt.core.errors import UsageError
 from lemica_trt.core.files import sha256_of
 from lemica_trt.core.values import json_bytes
 from lemica_trt.ir.engine import EngineEntry, Option
-from lemica_trt.ir.graphs import GraphSet
+from lemica_trt.ir.graphs import GraphSet, Role
 from lemica_trt.ir.profile import DType
 
 if TYPE_CHECKING:
@@ -34,6 +34,32 @@ class Estimate(NamedTuple):
     memory: int
 
 
+class Observed(NamedTuple):
+    """Step inputs of one graph: arrays as `backends.base.Backend.upload` takes them, by name.
+
+    Attributes:
+        ranges: that ranges of activations are measured on.
+        errors: that errors are measured on; others.
+        output: name of the output whose error that is.
+    """
+
+    ranges: Sequence[Mapping[str, Any]]
+    errors: Sequence[Mapping[str, Any]]
+    output: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all of it."""
+        found = hashlib.sha256(self.output.encode())
+        for inputs in (*self.ranges, None, *self.errors):
+            for name in sorted(inputs or {}):
+                array = (inputs or {})[name]
+                found.update(f"{name} {array.dtype} {array.shape}".encode())
+                found.update(array.tobytes())
+            found.update(b";")
+        return found.hexdigest()
+
+
 class Builder(Protocol):
     """What the build half of a backend offers. `options` are of the class that the backend declares, checked."""
 
@@ -47,6 +73,27 @@ class Builder(Protocol):
 
     def build(self, graphs: GraphSet, root: Path, out: Path, options: Any, reporter: Reporter) -> EngineEntry:
         """Build engines for all graphs; see `build`."""
+        ...
+
+
+class Quantizer(Protocol):
+    """A builder whose options have `ir.engine.QUANTIZE`."""
+
+    def require_quantizable(self, graphs: GraphSet, root: Path) -> None:
+        """Raise UnsupportedError where the graphs that run the whole DiT cannot be quantised, before anything runs."""
+        ...
+
+    def quantize(
+        self,
+        entry: EngineEntry,
+        graphs: GraphSet,
+        root: Path,
+        out: Path,
+        options: Any,
+        observed: Mapping[Role, Observed],
+        reporter: Reporter,
+    ) -> EngineEntry:
+        """Quantise engines; see `quantize`."""
         ...
 
 
@@ -80,6 +127,48 @@ def build(
 
         reporter = Quiet()
     return _builder(backend).build(graphs, root, out, options_from(backend, options or {}), reporter)
+
+
+def quantize(
+    entry: EngineEntry,
+    graphs: GraphSet,
+    root: Path,
+    out: Path,
+    options: Mapping[str, Option],
+    observed: Mapping[Role, Observed],
+    reporter: Reporter,
+) -> EngineEntry:
+    """Engines with quantised linear layers, of engines that were built.
+
+    Args:
+        entry: as `build` gives it, of the same graphs.
+        graphs, root, out: as in `build`.
+        options: with the option `ir.engine.QUANTIZE`, checked as by `check`.
+        observed: of each graph that is quantised, step inputs.
+        reporter: told of the progress.
+
+    Raises:
+        UsageError: the backend has no such option.
+        MissingDependencyError: a package is not here.
+        UnsupportedError: a graph cannot be quantised.
+    """
+    complete = options_from(entry.key.backend, options)
+    quantizer: Quantizer = vendor_module(entry.key.backend, "build").BUILDERS[entry.key.backend]
+    return quantizer.quantize(entry, graphs, root, out, complete, observed, reporter)
+
+
+def require_quantizable(backend: str, graphs: GraphSet, root: Path) -> None:
+    """Refuse what `quantize` could not do, before anything is measured.
+
+    Args:
+        backend: with the option `ir.engine.QUANTIZE`.
+        graphs, root: as in `build`.
+
+    Raises:
+        UnsupportedError: a graph cannot be quantised.
+    """
+    quantizer: Quantizer = vendor_module(backend, "build").BUILDERS[backend]
+    quantizer.require_quantizable(graphs, root)
 
 
 def prune(entries: Sequence[EngineEntry], out: Path) -> None:

@@ -88,6 +88,11 @@ class Workspace:
         """Folder of journals; each is named by what it holds measurements of."""
         return self.root / "journals"
 
+    @property
+    def trajectories(self) -> Path:
+        """Folder of uncached runs; absolute, because workers may run elsewhere."""
+        return (self.journals / "trajectories").resolve()
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder.

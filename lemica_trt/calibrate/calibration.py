@@ -84,6 +84,7 @@ def fit_by_model(
     journals: Path,
     trajectories: Path,
     reporter: Reporter,
+    target: StepModel | None = None,
 ) -> Fit | None:
     """Fits solvers to a model on the first samples of its calibration; None where the sampler draws noise.
 
@@ -92,31 +93,33 @@ def fit_by_model(
         reference: the sampler at M steps, where plans are compared with that.
         journals: folder of finished fits.
         trajectories: folder of uncached runs.
+        target: see `Fitter`.
     """
     if table.stochastic:
         return None
-    target, samples = reference or table, settings.fit_samples
+    finest, samples = reference or table, settings.fit_samples
 
     @functools.cache
     def fitter() -> Fitter:
-        measurement = fit_measurement(model(), table, target, prompts, samples, settings.seed)
+        measurement = fit_measurement(model(), table, finest, prompts, samples, settings.seed, target)
         return Fitter(
             model(),
             table,
-            target,
+            finest,
             prompts,
             samples=samples,
             seed=settings.seed,
             journal=journals / f"fits-{measurement.digest[:16]}.jsonl",
             trajectories=trajectories,
             progress=reporter.advance,
+            target=target,
         )
 
     def fit(schedule: Schedule) -> Any:
         evaluations = fitter().evaluations_for(schedule)
         reporter.stage(
             "fit",
-            f"a solver for {schedule.budget} steps, on {samples} samples, to {target.num_steps} steps: "
+            f"a solver for {schedule.budget} steps, on {samples} samples, to {finest.num_steps} steps: "
             f"{evaluations / table.num_steps:.1f} samplings' work",
         )
         return fitter()(schedule)

@@ -26,6 +26,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import UNSET, UnsetType
 
 from lemica_trt.calibrate.exact import provenance_of
 from lemica_trt.calibrate.inner_products import inner_products
@@ -69,6 +70,7 @@ class FitMeasurement(Header, frozen=True, kw_only=True):
         outputs, ridge, rounds: see the constants.
         branches: whether guidance terms are weighed.
         scales: guidance scale of each sample, where they are not all the default.
+        target: what computed the reference's runs, where that is another model.
     """
 
     samples: int
@@ -78,6 +80,7 @@ class FitMeasurement(Header, frozen=True, kw_only=True):
     rounds: int = ROUNDS
     branches: bool = False
     scales: tuple[float, ...] = ()
+    target: dict[str, str] | UnsetType = UNSET
 
 
 class FittedRow(Value, frozen=True):
@@ -182,6 +185,8 @@ class Fitter:
         journal: file of finished fits; a fit under way is lost with its process.
         trajectories: folder of the reference's runs, see there; None: they are made here, and not kept.
         progress: told what is done, in evaluations of the DiT.
+        target: whose runs of the reference the fitted ones shall end where they end, of the same latents and
+            conditions; None: the model's own. Of a quantised model, the one that it was made from.
 
     Raises:
         UnsupportedError: the sampler draws noise.
@@ -205,6 +210,7 @@ class Fitter:
         journal: Path,
         trajectories: Path | None = None,
         progress: Progress | None = None,
+        target: StepModel | None = None,
     ) -> None:
         if table.stochastic:
             raise UnsupportedError(
@@ -214,12 +220,13 @@ class Fitter:
         if not prompts:
             raise InputError("prompts: expected at least one, got none")
         self._model, self._table, self._reference = model, table, reference
+        self._target = model if target is None else target
         self._steps = tuple(range(table.num_steps))
         if reference.digest != table.digest:
             self._steps = nearest_steps(table, reference)
         self.samples, self._prompts, self._seed = samples, prompts, seed
         self._progress = progress
-        self._book = Journal(journal, fit_measurement(model, table, reference, prompts, samples, seed), Fit)
+        self._book = Journal(journal, fit_measurement(model, table, reference, prompts, samples, seed, target), Fit)
         self._trajectories = Trajectories(trajectories)
         self._scales = model.profile.sampling.fit_scales(samples)
         self._paths: list[Sequence[Latents]] = []
@@ -256,9 +263,9 @@ class Fitter:
         return self._prompts[s % len(self._prompts)], self._seed + s
 
     def _at(self, s: int) -> StepModel:
-        """The model at the guidance scale of a sample."""
-        default = self._model.profile.sampling.guidance_scale
-        return self._model if self._scales[s] == default else AtGuidance(self._model, self._scales[s])
+        """The target at the guidance scale of a sample."""
+        default = self._target.profile.sampling.guidance_scale
+        return self._target if self._scales[s] == default else AtGuidance(self._target, self._scales[s])
 
     def _start(self, schedule: Schedule) -> StepPlan:
         """The extrapolated plan that the fit begins with, in steps of the reference, folded."""
@@ -354,7 +361,13 @@ def fitted_plan(start: StepPlan, fitted: Sequence[FittedRow]) -> StepPlan:
 
 
 def fit_measurement(
-    model: StepModel, table: SamplerTable, reference: SamplerTable, prompts: Sequence[str], samples: int, seed: int
+    model: StepModel,
+    table: SamplerTable,
+    reference: SamplerTable,
+    prompts: Sequence[str],
+    samples: int,
+    seed: int,
+    target: StepModel | None = None,
 ) -> FitMeasurement:
     """What a journal of fits is bound to; its digest names the file."""
     return FitMeasurement(
@@ -363,6 +376,7 @@ def fit_measurement(
         reference=reference.digest,
         branches=model.branches,
         scales=() if model.profile.sampling.guidance_range is None else model.profile.sampling.fit_scales(samples),
+        target=UNSET if target is None else target.libraries,
     )
 
 

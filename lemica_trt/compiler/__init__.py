@@ -14,6 +14,7 @@ stages            the list
 estimates         what each would take: `--dry-run`
 work_commands     build, calibrate, export, engine, plan: the loop, up to one stage
 bundle_commands   plan, engine, verify on a finished bundle
+quantized         engines of a finished bundle with quantised linear layers
 refit             a finished bundle calibrated and planned again, on its own engines
 measure_commands  bench and compare: plans of finished bundles
 plan_quality      how good a bundle's plans are on its own engines

@@ -27,6 +27,7 @@ from lemica_trt.compiler.bundle_stages import verify_bundle
 from lemica_trt.compiler.context import open_model, solver_tables
 from lemica_trt.compiler.graph_stages import build_engines
 from lemica_trt.compiler.plan_quality import better_rival, known_quality, measure_quality, rivals_of, store_quality
+from lemica_trt.compiler.quantized import quantized_engines, without_quantization
 from lemica_trt.compiler.requests import BuildRequest, PlanResult, prompts_of
 from lemica_trt.core.atomic_folder import held
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
@@ -289,17 +290,23 @@ def rebuild_engines(bundle: Bundle, output: Path, changes: dict[str, Any], repor
     Raises:
         UsageError: `output` is the bundle itself, or something else than a bundle.
         IntegrityError: a file of the bundle is altered or missing.
+        LemicaError: as `backends.build.build` and, where linear layers are quantised, `quantized.quantized_engines`.
     """
     require_replaceable(output)
     if output.resolve() == bundle.path.resolve():
         raise UsageError(f"--output: expected another folder than the bundle, got {output}", fix="choose another")
     manifest = bundle.manifest
     request = BuildRequest(**changes)
-    request.check(manifest.profile.dtype)
+    request.check(manifest.profile.dtype, finished=True)
     bundle.check()
     work = Workspace(work_folder(output))
     with work.locked():
-        entries = build_engines(request, manifest.graphs, bundle.path, work.root, reporter)
+        plain = msgspec.structs.replace(request, options=without_quantization(request.options))
+        entries = build_engines(plain, manifest.graphs, bundle.path, work.root, reporter)
+        if request.quantizes:
+            entries = quantized_engines(
+                bundle, entries, request, work.root, trajectories=work.trajectories, reporter=reporter
+            )
         graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
         replaced = {name for entry in manifest.engines for name in entry.files.values()} - graphs
         replaced |= {plan_path(name) for name in manifest.plans}

@@ -78,8 +78,8 @@ class Context(contextlib.ExitStack):
 
     @property
     def trajectories(self) -> Path:
-        """Where uncached runs are kept; absolute, because workers may run elsewhere."""
-        return (self.work.journals / "trajectories").resolve()
+        """Where uncached runs are kept."""
+        return self.work.trajectories
 
     def select(self, stages: Sequence[Stage]) -> list[Stage]:
         """Let these stages, and no others, take part."""
@@ -126,6 +126,11 @@ class Context(contextlib.ExitStack):
     def known(self) -> Sequence[StepPlan]:
         """Plans that new ones of their budgets must not be far below."""
         return ()
+
+    @property
+    def target(self) -> StepModel | None:
+        """Whose uncached runs plans shall end where they end; None: those of `step_model`."""
+        return None
 
     @property
     def solves(self) -> bool:

@@ -112,7 +112,7 @@ def make_plans(context: Context) -> PlanSet:
     request, settings, journals = inputs.request, inputs.profile.calibration, context.work.journals
     fit = fit_by_model(
         lambda: context.step_model, settings, table, inputs.prompts, reference=reference, journals=journals,
-        trajectories=context.trajectories, reporter=context.reporter,
+        trajectories=context.trajectories, reporter=context.reporter, target=context.target,
     )  # fmt: skip
     problem = context.problem(context.calibration, fit=fit)
     if request.schedule is not None:
@@ -130,6 +130,7 @@ def make_plans(context: Context) -> PlanSet:
         trajectories=context.trajectories,
         reporter=context.reporter,
         workers=context.work_on,
+        target=context.target,
     )
     planners = choose_planners(request.methods, problem)
     if samples.count == 0:  # nothing to choose by

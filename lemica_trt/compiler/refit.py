@@ -2,7 +2,8 @@
 
 The stages `calibrate` and `plan`, as a build runs them, where the bundle stands for the work folder. Finished samples
 and fits are kept in the journals of the work folder beside it. The plan that the bundle has of a budget is tried beside
-the new one, and stays where that is clearly worse.
+the new one, and stays where that is clearly worse. Plans of quantised engines are fitted to the uncached runs of the
+graphs as they were exported, and compared with those.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from lemica_trt.compiler.bundle_stages import facts_of
 from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.estimates import Forecast
 from lemica_trt.compiler.plan_stages import calibrated, make_plans
+from lemica_trt.compiler.quantized import unquantized
 from lemica_trt.compiler.requests import BuildRequest, Inputs, PlanResult, profile_with_samples, prompts_of
 from lemica_trt.core.errors import UsageError
 from lemica_trt.core.progress import Reporter
@@ -102,6 +104,12 @@ class BundleContext(Context):
     @cached_property
     def step_model(self) -> StepModel:
         return self.open_engines(self._bundle)
+
+    @cached_property
+    def target(self) -> StepModel | None:
+        """Of quantised engines the graphs as they were exported: plans correct what quantisation does."""
+        source = unquantized(self._bundle)
+        return None if source is self._bundle else self.open_engines(source)
 
 
 def refit(

@@ -17,7 +17,7 @@ from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.values import Value, write_bytes, write_value
 from lemica_trt.ir.budget import Budget, FrontRow, Latency, MinPsnr, Speedup
 from lemica_trt.ir.calibration import Calibration, Sensitivity
-from lemica_trt.ir.engine import Option
+from lemica_trt.ir.engine import NONE, QUANTIZE, Option
 from lemica_trt.ir.measured import MeasuredPlans
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import NORMAL, DType, Profile
@@ -103,16 +103,22 @@ class BuildRequest(Value, frozen=True):
         """Whether a budget is in a unit of time."""
         return self.schedule is None and any(isinstance(budget, (Speedup, Latency)) for budget in self.budgets)
 
-    def check(self, dtype: DType | None, *, validation_samples: int | None = None) -> None:
+    @property
+    def quantizes(self) -> bool:
+        """Whether linear layers of some engines are to be quantised."""
+        return self.options.get(QUANTIZE, NONE) != NONE
+
+    def check(self, dtype: DType | None, *, validation_samples: int | None = None, finished: bool = False) -> None:
         """Refuse before any work what could only fail behind it.
 
         Args:
             dtype: of the engines; None: none are built.
             validation_samples: of the calibration settings; None: no plan is tried.
+            finished: whether the engines are built of a finished bundle.
 
         Raises:
             UsageError: unknown method, backend or option; budgets to be searched of a method that has only its own;
-                engines on a Ray cluster.
+                engines on a Ray cluster; quantised engines of what is no finished bundle.
             UnsupportedError, MissingDependencyError: as `backends.build.check`.
         """
         if self.schedule is None:
@@ -128,6 +134,11 @@ class BuildRequest(Value, frozen=True):
             raise UsageError(
                 "--min-psnr and --pareto measure quality on validation samples, and there are none",
                 fix="--validation-samples 8, or another --effort",
+            )
+        if self.quantizes and not finished:
+            raise UsageError(
+                "--quantize is of a finished bundle: ranges and errors are measured on its engines",
+                fix="build without it, then: lemica-trt engine BUNDLE --quantize int8 --output BUNDLE-int8",
             )
         if dtype is not None:
             for backend, options in options_by_backend(self.backends, self.options).items():

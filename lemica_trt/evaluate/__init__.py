@@ -3,6 +3,7 @@
 samples         which prompt and which seed a plan is run on
 runs            a plan run whole on one sample, and its scores
 engine_model    a bundle's engines as a model that calibration, fits and trials run on
+step_inputs     what full steps are given, for quantisation
 evaluator       plans on numbered samples: the one place that scores them
 baselines       other ways of spending the same number of full steps
 quality         held-out quality of a bundle's plans, beside the baselines

@@ -14,6 +14,7 @@ from typing import Any
 import numpy.typing as npt
 
 from lemica_trt.evaluate.timing import RowSeconds, row_by_row, seconds_of
+from lemica_trt.ir.graphs import Role
 from lemica_trt.ir.plan import StepPlan, uncached_of
 from lemica_trt.ir.report import Timing
 from lemica_trt.runtime.pipeline import Pipeline
@@ -28,13 +29,14 @@ class Deployed:
     Args:
         pipe: an open pipeline of the bundle.
         done: told of full steps that were run.
+        quantized: graphs with quantised layers.
 
     Attributes:
-        pipe: as given.
+        pipe, quantized: as given.
     """
 
-    def __init__(self, pipe: Pipeline, done: Callable[[float], None]) -> None:
-        self.pipe, self._done = pipe, done
+    def __init__(self, pipe: Pipeline, done: Callable[[float], None], quantized: Sequence[Role] = ()) -> None:
+        self.pipe, self.quantized, self._done = pipe, quantized, done
         self._kept: dict[tuple[str, str, int], Array] = {}
         self._rows: dict[str, tuple[float, RowSeconds]] = {}
         self._whole: dict[str, list[float]] = {}

@@ -6,19 +6,22 @@ stay on the device, as many as calibration holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lemica_trt.core.errors import UnsupportedError, UsageError
 from lemica_trt.core.metrics import Frames
-from lemica_trt.ir.graphs import COMBINE, TERM, TRUNK, StepLayout
+from lemica_trt.ir.graphs import COMBINE, TERM, TRUNK, GraphSpec, StepLayout
 from lemica_trt.ir.plan import PlanRow, StepPlan, coefficient_vector
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.step_model import Beginning, Latents, StepInput, StepOutput, Steps
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.runtime.random import Generator
+
+Watch = Callable[[GraphSpec, Mapping[str, Any]], None]
+"""Given a graph, and its inputs by name."""
 
 
 class EngineModel:
@@ -27,13 +30,14 @@ class EngineModel:
     Args:
         pipe: of a bundle with text encoders; of the VAE decoder there is need for frames only.
         backend: whose engines the pipeline has; None: the preferred ones.
+        watch: given each graph's inputs before it runs, by name, with batch.
 
     Attributes:
         pipe: as given.
     """
 
-    def __init__(self, pipe: Pipeline, backend: str | None = None) -> None:
-        self.pipe, self._key = pipe, pipe.bundle.engine(backend).key
+    def __init__(self, pipe: Pipeline, backend: str | None = None, *, watch: Watch | None = None) -> None:
+        self.pipe, self._key, self._watch = pipe, pipe.bundle.engine(backend).key, watch
         self._layout = pipe.bundle.manifest.graphs.layout
         if not pipe.bundle.manifest.encoders:
             raise UnsupportedError(
@@ -129,6 +133,8 @@ class EngineModel:
             inputs |= {spec.name: np.zeros(spec.at(1)) for spec in graph.inputs if spec.name.startswith(f"{TRUNK}_")}
             inputs[f"{TRUNK}_0"] = run.residual
         given = {spec.name: inputs[spec.name] for spec in graph.inputs}
+        if self._watch is not None:
+            self._watch(graph, given)
         found = self.pipe.run_graph(role, given, keep=(TRUNK,))
         term = found.get(TERM)
         return StepOutput(found["latents"][0], found["output"][0], None if term is None else term[0], found.get(TRUNK))

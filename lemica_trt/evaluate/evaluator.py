@@ -44,6 +44,7 @@ class PlanEvaluator:
         trajectories: folder of uncached runs that may have been kept (`calibrate.trajectories`); None: none.
         reporter: told what is done.
         workers: run the plans; None: this process.
+        target: whose uncached runs plans are compared with, of the same latents; None: the model's own.
 
     Attributes:
         samples: as given.
@@ -60,7 +61,9 @@ class PlanEvaluator:
         trajectories: Path | None = None,
         reporter: Reporter | None = None,
         workers: Workers | None = None,
+        target: StepModel | None = None,
     ) -> None:
+        self._target = target
         self.samples = samples
         self._open, self._table, self._reference = model, table, reference or table
         self._folder, self._trajectories = folder, trajectories
@@ -123,7 +126,7 @@ class PlanEvaluator:
 
     @functools.cached_property
     def _job(self) -> PlanRuns:
-        return PlanRuns(self._reference, self.samples, self._trajectories)
+        return PlanRuns(self._reference, self.samples, self._trajectories, self._target)
 
     @functools.cached_property
     def _latent_book(self) -> Journal[LatentScore]:
@@ -135,7 +138,7 @@ class PlanEvaluator:
 
     @functools.cached_property
     def _header(self) -> TrialHeader:
-        return trial_header(self._model, self._table, self.samples, self._job.reference_plan(self._model))
+        return trial_header(self._model, self._table, self.samples, self._job.reference_plan(self._model), self._target)
 
     def _journal(self, name: str) -> Path | None:
         return None if self._folder is None else self._folder / f"{name}-{self._header.digest[:16]}.jsonl"
@@ -162,6 +165,6 @@ class PlanEvaluator:
     def _reference_steps(self, s: int) -> int:
         """Full steps of the uncached run of a sample that are still to be made."""
         known = s in self._compared or Trajectories(self._trajectories).files(
-            self._model, self._reference, *self.samples[s]
+            self._target or self._model, self._reference, *self.samples[s]
         )
         return 0 if known else self._reference.num_steps

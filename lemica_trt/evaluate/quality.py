@@ -79,6 +79,7 @@ def measure_quality(
     """Score plans and baselines; nothing where the bundle has no uncached plan.
 
     Args:
+        deployed: the bundle's plans; of quantised engines they are compared with PyTorch's uncached run.
         cases: as `cases_of`.
         done: told of full steps in PyTorch.
         keeper: given the clips of the default plan and its baselines.
@@ -102,7 +103,8 @@ def measure_quality(
             done(plan.budget)
             return pipe.decode(latents)
 
-        references: dict[int | None, Array] = {None: deployed.decoded(uncached, prompt, seed)}
+        exact = in_torch(uncached) if deployed.quantized else deployed.decoded(uncached, prompt, seed)
+        references: dict[int | None, Array] = {None: exact}
         references |= {count: in_torch(plan) for count, plan in finer.items()}
         steps = default.reference_steps
         keeper.add(number, UNCACHED, uncached if steps is None else finer[steps], references[steps], None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from msgspec import UNSET, UnsetType
 
 from lemica_trt.calibrate.exact import provenance_of
 from lemica_trt.calibrate.journal import Header
@@ -44,15 +45,20 @@ class TrialHeader(Header, frozen=True, kw_only=True):
 
     Attributes:
         reference: digest of the rows of the plan that all others are compared with.
+        target: what computed its runs, where that is another model.
     """
 
     reference: str
+    target: dict[str, str] | UnsetType = UNSET
 
 
-def trial_header(model: StepModel, table: SamplerTable, samples: Samples, reference: StepPlan) -> TrialHeader:
+def trial_header(
+    model: StepModel, table: SamplerTable, samples: Samples, reference: StepPlan, target: StepModel | None = None
+) -> TrialHeader:
     """What scores of these samples are bound to; how many samples there are is not in it."""
     origin = provenance_of(model, table, samples.prompts, samples.seed)
-    return TrialHeader(**origin, reference=reference.rows_digest)
+    computed = UNSET if target is None else target.libraries
+    return TrialHeader(**origin, reference=reference.rows_digest, target=computed)
 
 
 class _PlanEntry(Value, frozen=True):
@@ -110,11 +116,13 @@ class PlanRuns(NamedTuple):
         table: the sampler of the uncached runs that plans are compared with.
         samples: what plans run on.
         trajectories: folder of uncached runs that may have been kept.
+        target: whose uncached runs they are; None: the model's.
     """
 
     table: SamplerTable
     samples: Samples
     trajectories: Path | None
+    target: StepModel | None = None
 
     def reference_plan(self, model: StepModel) -> StepPlan:
         """What plans are compared with."""
@@ -122,11 +130,12 @@ class PlanRuns(NamedTuple):
 
     def start(self, model: StepModel) -> Callable[[tuple[int, StepPlan, bool]], list[Any]]:
         uncached, kept = self.reference_plan(model), Trajectories(self.trajectories)
+        target = self.target or model
 
         @functools.cache
         def reference(s: int) -> Latents:
-            path = kept.find(model, self.table, *self.samples[s])
-            found: Latents = model.run(uncached, *self.samples[s]) if path is None else path[-1]
+            path = kept.find(target, self.table, *self.samples[s])
+            found: Latents = target.run(uncached, *self.samples[s]) if path is None else path[-1]
             if not np.isfinite(found).all():
                 raise VerificationError(
                     f"sample {s}: expected a finite uncached run, got NaN or infinity in {model.profile.dtype}",
@@ -140,7 +149,7 @@ class PlanRuns(NamedTuple):
 
         def work(unit: tuple[int, StepPlan, bool]) -> list[Any]:
             s, plan, decoded = unit
-            if decoded and plan.rows == uncached.rows:
+            if decoded and plan.rows == uncached.rows and target is model:
                 return [FrameScore(sample=s, plan=plan.rows_digest, psnr=PSNR_CAP)]
             wanted, latents = reference(s), model.run(plan, *self.samples[s])
             if not decoded:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
+from msgspec import UNSET
 
 from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import VERIFY_REPORT
@@ -28,6 +29,7 @@ from lemica_trt.evaluate.quality import Case, cases_of, measure_quality, quality
 from lemica_trt.evaluate.samples import Samples
 from lemica_trt.evaluate.timing import TIMED_BESIDE, RowSeconds, backend_name, measure_steps
 from lemica_trt.ir.budget import StepTimes
+from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.kept import Kept
 from lemica_trt.ir.plan import StepPlan, uncached_of
 from lemica_trt.ir.report import PLAN, Agreement, FirstRun, GraphCheck, VerifyReport
@@ -82,17 +84,16 @@ def verify(
     """
     bundle.check()
     with Pipeline(bundle, backend=backend) as pipe:
-        key, plans = bundle.engine(backend).key, [bundle.plan(name) for name in bundle.plans]
-        where = f"{key.backend} {key.version} on {key.target}"
-        reporter.stage("draft" if draft else "verify", f"{count(samples.count, 'held-out clip')}, {where}")
-        _warn(pipe, samples, reporter)
+        entry, plans = bundle.engine(backend), [bundle.plan(name) for name in bundle.plans]
+        key = entry.key
+        _tell(pipe, key, samples, reporter, draft=draft)
         cases = cases_of(bundle, model, samples.count, further, compared=not draft)
         uncached = uncached_of(plans) or max(plans, key=lambda plan: plan.budget)
         compared = [uncached] if draft else plans
-        deployed = Deployed(pipe, tally := _tally(reporter, compared, cases, samples.count))
+        deployed = Deployed(pipe, tally := _tally(reporter, compared, cases, samples.count), entry.quantized)
         first = _taken_over(first, deployed, uncached, samples, backend_name(key))
         tally(0 if first is None else 2 * uncached.budget)
-        graphs = check_graphs(pipe, model) if first is None else first.run.graphs
+        graphs = check_graphs(pipe, model, deployed.quantized) if first is None else first.run.graphs
         known = [] if first is None else [first.run.agreement]
         agreement = check_runs(deployed, model, *samples[0], tally, known, plans=compared)
         first = first or _first(deployed, uncached, samples, graphs, agreement, backend_name(key))
@@ -109,6 +110,7 @@ def verify(
         quality=tuple(quality),
         timing=tuple(deployed.timing(compared)),
         steps=steps,
+        precision=entry.precision if entry.quantized else UNSET,
     )
     kept = keeper.kept(report.manifest_digest, bundle.plan(), samples, PLAN)
     return Verification(report, kept, first)
@@ -161,8 +163,10 @@ def _first(
     return First(run, deployed.latents(uncached, prompt, seed, keep=True))
 
 
-def _warn(pipe: Pipeline, samples: Samples, reporter: Reporter) -> None:
-    """Say in one line which of the prompts are cut, or far from those of the calibration."""
+def _tell(pipe: Pipeline, key: EngineKey, samples: Samples, reporter: Reporter, *, draft: bool) -> None:
+    """Say what is verified; and in one line which of the prompts are cut, or far from those of the calibration."""
+    where = f"{key.backend} {key.version} on {key.target}"
+    reporter.stage("draft" if draft else "verify", f"{count(samples.count, 'held-out clip')}, {where}")
     prompts = dict.fromkeys(samples[s][0] for s in range(samples.count))
     found = {prompt: lines for prompt in prompts if (lines := pipe.warnings(prompt))}
     if found:

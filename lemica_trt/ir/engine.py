@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
+from msgspec import UNSET, UnsetType
+
 from lemica_trt.core.values import Value, require
 from lemica_trt.ir.graphs import Role
 from lemica_trt.ir.profile import DType
 
 Option = str | int | bool
 """Value of one option of a backend."""
+
+
+QUANTIZE = "quantize"
+"""The option of backends that quantise linear layers; engines whose options lack it have none."""
+
+NONE = "none"
+"""Its value where nothing is quantised."""
 
 
 class EngineKey(Value, frozen=True):
@@ -24,6 +36,7 @@ class EngineKey(Value, frozen=True):
         options: all that the backend has, defaults written out; see `backends.options.Options`.
         device: the GPU that kernels were chosen on, by its product name; None: on none.
         driver: highest CUDA version of the driver that they were chosen with (`13.0`); None: with none.
+        observed: of quantised engines SHA-256 (hex) of the step inputs that activations were measured on.
     """
 
     backend: str
@@ -34,6 +47,30 @@ class EngineKey(Value, frozen=True):
     options: dict[str, Option] = {}
     device: str | None = None
     driver: str | None = None
+    observed: str | UnsetType = UNSET
+
+
+class LinearLayer(Value, frozen=True):
+    """A linear layer of a quantised graph.
+
+    Attributes:
+        name: its path in the transformer where weights or bias have one, else the node of the graph.
+        precision: of its product: `int8`, or `fp32` where it was kept.
+        error: what it does to the model's output where it alone is quantised: ‖Δ‖²/‖output‖², the mean over steps of
+            a sample that its ranges were not measured on.
+    """
+
+    name: str
+    precision: Literal["int8", "fp32"]
+    error: float
+
+    def __post_init__(self) -> None:
+        require(0 <= self.error < math.inf, f"layer {self.name}: error must be finite, not negative, got {self.error}")
+
+    @property
+    def decibels(self) -> float:
+        """The output's signal-to-noise ratio where this layer alone is quantised, dB; at most 120."""
+        return -10 * math.log10(max(self.error, 1e-12))
 
 
 class EngineBuild(Value, frozen=True):
@@ -49,6 +86,7 @@ class EngineBuild(Value, frozen=True):
         attentions: of the network.
         fused_attention: attentions that the engine runs as one kernel, or that its graph has as one operator; None
             where it could not be looked into.
+        layers: of a quantised graph its linear layers, those that change the output most first.
     """
 
     seconds: float | None = None
@@ -58,6 +96,12 @@ class EngineBuild(Value, frozen=True):
     engine_precisions: dict[str, int] | None = None
     attentions: int = 0
     fused_attention: int | None = None
+    layers: tuple[LinearLayer, ...] | UnsetType = UNSET
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some of its layers are."""
+        return self.layers is not UNSET
 
 
 class EngineEntry(Value, frozen=True):
@@ -76,3 +120,13 @@ class EngineEntry(Value, frozen=True):
     def __post_init__(self) -> None:
         require(bool(self.files), "an entry needs at least one engine")
         require(set(self.builds) <= set(self.files), "builds must be of roles in files")
+
+    @property
+    def quantized(self) -> tuple[Role, ...]:
+        """Graphs with quantised layers, sorted."""
+        return tuple(sorted(role for role, build in self.builds.items() if build.quantized))
+
+    @property
+    def precision(self) -> str:
+        """What the DiT's linear layers compute in: `int8`, or the dtype of the graphs."""
+        return str(self.key.options[QUANTIZE]) if self.quantized else self.key.dtype

@@ -24,6 +24,7 @@ from lemica_trt.ir.report import PLAN, BundleSummary, Quality, VerifyReport
 from lemica_trt.ir.timeline import guidance_text
 from lemica_trt.ir.trials import TrialTables
 from lemica_trt.report.charts import front_chart, schedule_chart
+from lemica_trt.report.summary import layers_text
 from lemica_trt.report.ways import BASELINES, Way, strips_of, ways_of
 
 WEB = Path(__file__).with_name("web")
@@ -207,6 +208,8 @@ def _engine_rows(entry: EngineEntry) -> Iterator[tuple[str, ...]]:
         memory += [] if build.device_memory is None else [f"{size(build.device_memory)} GPU"]
         counts = build.precisions if build.engine_precisions is None else build.engine_precisions
         precisions = ", ".join(f"{number} layers {dtype}" for dtype, number in sorted(counts.items()))
+        if build.quantized:
+            precisions = layers_text(entry, role)
         fused = build.fused_attention
         attention = "not looked into" if fused is None else f"{fused} of {build.attentions} fused"
         took = "" if build.seconds is None else duration(build.seconds)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from msgspec import UNSET
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -15,7 +16,7 @@ from lemica_trt.core.progress import count, duration, size
 from lemica_trt.ir.budget import FrontRow, StepTimes, format_seconds
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.engine import EngineEntry
-from lemica_trt.ir.graphs import GraphSet
+from lemica_trt.ir.graphs import GraphSet, Role
 from lemica_trt.ir.measured import MeasuredPlan, MeasuredPlans
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import PLAN, BudgetOutcome, BundleSummary, Check, Quality, StageEstimate, VerifyReport
@@ -87,6 +88,22 @@ def engine_lines(entry: EngineEntry) -> Iterator[str]:
         fused = build.fused_attention
         parts.append("not looked into" if fused is None else f"{fused} of {build.attentions} attentions fused")
         yield f"{entry.key.backend} {role}: {', '.join(parts)}"
+    yield from layers_lines(entry)
+
+
+def layers_lines(entry: EngineEntry) -> Iterator[str]:
+    """What is quantised, and what is not and why; a line a graph, nothing where none is."""
+    yield from (f"{role}: {layers_text(entry, role)}" for role in entry.quantized)
+
+
+def layers_text(entry: EngineEntry, role: Role) -> str:
+    """How many linear layers of a graph are quantised, and which are not and why."""
+    layers = entry.builds[role].layers or ()
+    kept = [f"{layer.name} {layer.decibels:.1f}" for layer in layers if layer.precision == "fp32"]
+    text = f"{len(layers) - len(kept)} of {len(layers)} linear layers in {entry.precision}"
+    if kept:
+        text += f"; kept in fp32 (dB of the output if it alone were {entry.precision}): {', '.join(kept)}"
+    return text
 
 
 LABEL_WIDTH = 8
@@ -140,7 +157,8 @@ def _references(report: VerifyReport) -> str:
     others = {row.plan: row.reference_steps for row in report.quality if row.reference_steps is not None}
     if others and len(others) == len({row.plan for row in report.quality}):
         return f"the sampler with {' or '.join(map(str, sorted(set(others.values()))))} steps"
-    return ", ".join(["the uncached run", *(f"{plan} against {steps} steps" for plan, steps in others.items())])
+    uncached = "the uncached run" if report.precision is UNSET else "the uncached run in PyTorch"
+    return ", ".join([uncached, *(f"{plan} against {steps} steps" for plan, steps in others.items())])
 
 
 def agreement_text(report: VerifyReport) -> RenderableType:
@@ -372,6 +390,7 @@ def bundle_table(bundle: BundleSummary) -> RenderableType:
             f"sampler {bundle.default.sampler_digest[:16]}",
         ),
         ("engines", ", ".join(f"{e.key.backend} {e.key.version} {e.key.target}" for e in bundle.engines)),
+        *(("quantised", text) for entry in bundle.engines for text in layers_lines(entry)),
         ("default plan", bundle.default_plan),
         ("size", f"{size(bundle.size)} in {bundle.files} files"),
         ("built with", ", ".join(f"{name} {version}" for name, version in sorted(bundle.versions.items()))),

@@ -71,6 +71,7 @@ def test_keys_differ_where_engines_do() -> None:
         "options": {"threads": 2},
         "device": "NVIDIA H200",
         "driver": "13.0",
+        "observed": "2",
     }
     assert set(changes) == set(key.__struct_fields__)
     digests = {msgspec.structs.replace(key, **{name: value}).digest for name, value in changes.items()}

@@ -127,6 +127,25 @@ def test_the_logarithm_is_minimised_not_the_sum() -> None:
 # --- whole solvers -------------------------------------------------------------------------------------------------
 
 
+def test_a_fit_to_another_models_runs_corrects_the_model(tmp_path: Path) -> None:
+    """All steps in full of a model that is a tenth too loud: with the plain one as target its runs end where those of
+    the plain one end."""
+    plain, loud = ToyModel(), ToyModel()
+    loud.pipeline.transformer.head.weight.data *= 1.1
+    loud.pipeline.transformer.head.bias.data *= 1.1
+    schedule = Schedule(num_steps=N, full_steps=tuple(range(N)))
+    found = fitter(loud, tmp_path / "fits", target=plain)
+    plan, own = found(schedule), fitter(loud, tmp_path / "own")(schedule)
+    exact = [run(plain, uncached_plan(euler(N), guidance_scale=3.0), s) for s in range(SAMPLES)]
+    for s in range(SAMPLES):
+        size = np.square(exact[s]).sum()
+        assert np.square(run(loud, plan, s) - exact[s]).sum() < 1e-6 * size
+        assert np.square(run(loud, own, s) - exact[s]).sum() > 1e-4 * size
+    assert found.evaluations == 2 * SAMPLES * N, "the target's runs, and those that are fitted"
+    with pytest.raises(InputError, match="another"):  # the journal is bound to the target
+        fitter(loud, tmp_path / "fits")
+
+
 @pytest.mark.parametrize("eigenvalues", [2, 3, 5])
 @pytest.mark.parametrize("table", [euler(N), multistep(N)], ids=["euler", "multistep"])
 def test_a_linear_model_is_solved_exactly_once_enough_is_read(

@@ -103,6 +103,19 @@ def test_psnr_is_of_the_frames_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert not runs and journals(tmp_path) == ["frames", "trials"]
 
 
+def test_plans_can_be_compared_with_the_runs_of_another_model(tmp_path: Path, runs: list[int]) -> None:
+    """Of quantised engines, those in fp32: then the uncached plan is one of those that are compared."""
+    model, target = ToyModel(), ToyModel()
+    target.pipeline.transformer.head.weight.data *= 1.01
+    found = evaluator(model, tmp_path, target=target)
+    own, other = evaluator(model).scores([UNCACHED], range(2)), found.scores([UNCACHED], range(2))
+    assert own == [[SNR_CAP_DB] * 2] and all(20 < score < 60 for score in other[0])
+    del runs[:]
+    assert evaluator(model, tmp_path, target=target).scores([UNCACHED], range(2)) == other and not runs
+    assert evaluator(model, tmp_path).scores([UNCACHED], range(2)) == own, "in a journal of its own"
+    assert journals(tmp_path) == ["trials", "trials"]
+
+
 def frames(latents: torch.Tensor) -> torch.Tensor:
     """uint8 [b, 1, pixels, 1, 3], brightness by latent."""
     levels = (128 + 40 * latents.reshape(len(latents), 1, -1, 1, 1)).clamp(0, 255)

@@ -7,18 +7,22 @@ the engine's own lies in `engines/onnxruntime-KEY/`; external data it shares wit
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lemica_trt.backends.build import ENGINES_FOLDER, Estimate, graphs_digest
+import msgspec
+
+from lemica_trt.backends.build import ENGINES_FOLDER, Estimate, Observed, graphs_digest
 from lemica_trt.backends.onnx_file import require_plain
 from lemica_trt.backends.onnxruntime.attention import ATTENTION, write_fused
 from lemica_trt.backends.onnxruntime.options import OrtOptions
-from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError, install_command
+from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError, install_command
 from lemica_trt.core.text import first_line
 from lemica_trt.core.threads import usable_threads
-from lemica_trt.ir.engine import EngineBuild, EngineEntry, EngineKey
+from lemica_trt.ir.engine import NONE, EngineBuild, EngineEntry, EngineKey
 from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role
 from lemica_trt.ir.profile import DType
 
@@ -51,13 +55,18 @@ class OrtBuilder:
     """See `backends.build.Builder`."""
 
     def check(self, dtype: DType, options: OrtOptions) -> None:
-        """Refuse bf16, and a provider that this ONNX Runtime does not have."""
+        """Refuse bf16, a provider that this ONNX Runtime does not have, and int8 of what is not fp32 on the CPU."""
         if dtype == "bf16":
             raise UnsupportedError(
                 "ONNX Runtime does not run bf16 graphs",
                 fix="build with --dtype fp16 or fp32, or for --backend tensorrt-rtx or tensorrt",
             )
         require_provider(import_onnxruntime(), options)
+        if options.quantize != NONE and (options.provider != "cpu" or dtype != "fp32"):
+            raise UnsupportedError(
+                f"--quantize {options.quantize} is of fp32 graphs on the CPU, got {dtype} on {options.provider}",
+                fix="build the bundle with --dtype fp32, for --provider cpu; or leave it out",
+            )
 
     def estimate(self, weights: int) -> Estimate:
         """A graph is loaded once: its file and ONNX Runtime's own copy."""
@@ -67,9 +76,12 @@ class OrtBuilder:
         """Fuse attention, and load every graph once, so that one that does not load is found now.
 
         Raises:
+            UsageError: quantised engines are asked for, which `quantize` makes of what is built here.
             InputError: a graph asks for what no export does, see `onnx_file`.
         """
         self.check(graphs.dtype, options)
+        if options.quantize != NONE:
+            raise UsageError("--quantize: engines are quantised once they are built", fix="use backends.build.quantize")
         key = EngineKey(
             backend="onnxruntime",
             version=import_onnxruntime().__version__,
@@ -90,6 +102,42 @@ class OrtBuilder:
                 builds[graph.role] = EngineBuild(attentions=found.total, fused_attention=found.fused)
                 reporter.note(f"{graph.role}: {found.fused} of {found.total} attentions fused")
             open_session(graph, out / file if found.fused else source, options, data=source.parent)
+        return EngineEntry(key=key, files=files, builds=builds)
+
+    def require_quantizable(self, graphs: GraphSet, root: Path) -> None:
+        """Refuse graphs that are too large for one file."""
+        from lemica_trt.backends.onnxruntime.quantize import require_size
+
+        for graph in graphs.graphs:
+            if graph.dit == "whole":
+                require_size([root / name for name in (graph.file, *graph.data_files)])
+
+    def quantize(
+        self,
+        entry: EngineEntry,
+        graphs: GraphSet,
+        root: Path,
+        out: Path,
+        options: OrtOptions,
+        observed: Mapping[Role, Observed],
+        reporter: Reporter,
+    ) -> EngineEntry:
+        """See `backends.build.quantize`."""
+        from lemica_trt.backends.onnxruntime.quantize import write_int8
+
+        self.check(graphs.dtype, options)
+        digest = hashlib.sha256("".join(f"{role} {observed[role].digest}\n" for role in sorted(observed)).encode())
+        key = msgspec.structs.replace(entry.key, options=options.as_dict(), observed=digest.hexdigest())
+        folder = f"{ENGINES_FOLDER}/{key.backend}-{key.digest[:16]}"
+        files, builds = dict(entry.files), dict(entry.builds)
+        for role, found in sorted(observed.items()):
+            graph, file = graphs.graph(role), f"{folder}/{role}.onnx"
+            source = (root if entry.files[role] == graph.file else out) / entry.files[role]
+            data, threads = (root / graph.file).parent, options.threads or usable_threads()
+            layers = write_int8(source, out / file, data, found, threads, reporter)
+            open_session(graph, out / file, options, data=data)
+            files[role] = file
+            builds[role] = msgspec.structs.replace(builds.get(role, EngineBuild()), layers=layers)
         return EngineEntry(key=key, files=files, builds=builds)
 
 

@@ -1,0 +1,132 @@
+"""What linear layers in int8 cost and save on the CPU, and what a plan that is fitted to them gives back.
+
+    lemica-trt build --model cogvideox-tiny --budget 15 --output out/tiny
+    OMP_NUM_THREADS=1 python benchmarks/quantize.py out/tiny \\
+        --output benchmarks/results/quantize-cogvideox-tiny.json
+
+The bundle's engines are quantised (`lemica-trt engine --quantize int8`), and plans made for the result on its own
+engines (`lemica-trt plan --calibrate-on engine`). Held-out clips on the engines; PSNR against the uncached run of those
+in fp32. Beside them the same steps fitted to end where the int8 engines' own uncached runs end. Steps of both are timed
+in turns, on `--threads` threads. Writes JSON (`record.Quantized`) and prints its table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from record import Quantized, QuantizedRow, this_run, write_result
+from tables import described
+
+from lemica_trt.bundle.contents import read_from
+from lemica_trt.bundle.manifest import SAMPLER_FILE
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.calibrate.fit import Fitter
+from lemica_trt.calibrate.prompts import read_prompts
+from lemica_trt.compiler.bundle_commands import rebuild_engines
+from lemica_trt.compiler.refit import refit
+from lemica_trt.compiler.requests import BuildRequest
+from lemica_trt.core.metrics import Frames, psnr
+from lemica_trt.core.progress import Reporter, reporter
+from lemica_trt.evaluate.engine_model import EngineModel
+from lemica_trt.evaluate.samples import HELD_OUT_SEED, Samples, held_out_samples
+from lemica_trt.evaluate.timing import request, seconds_of
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.resources import calibration_path
+from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.ir.schedule import Schedule
+from lemica_trt.planning.step_plan import UNCACHED
+from lemica_trt.runtime.pipeline import Pipeline
+
+BACKEND = "onnxruntime"
+
+FP32, OWN, RUNS = "plan of the fp32 engines", "plan of its own", "the same steps, fitted to its own uncached runs"
+
+
+def fitted_to_own_runs(bundle: Bundle, plan: StepPlan) -> StepPlan:
+    """The steps of a plan under a solver that ends where the quantised engines' own uncached runs end."""
+    settings = bundle.manifest.profile.calibration
+    table = read_from(bundle, SamplerTable, SAMPLER_FILE)
+    prompts = read_prompts(calibration_path(settings.prompts) / "calibration.txt")
+    with Pipeline(bundle, backend=BACKEND) as pipe, tempfile.TemporaryDirectory() as folder:
+        fitter = Fitter(
+            EngineModel(pipe, BACKEND), table, table, prompts, samples=settings.fit_samples, seed=settings.seed,
+            journal=Path(folder) / "fits.jsonl",
+        )  # fmt: skip
+        return fitter(Schedule(num_steps=plan.num_steps, full_steps=plan.full_steps))
+
+
+def clips(pipe: Pipeline, plan: StepPlan, samples: Samples) -> list[Frames]:
+    """Clips of all samples."""
+    model = EngineModel(pipe, BACKEND)
+    return [model.frames(model.run(plan, *samples[s])) for s in range(samples.count)]
+
+
+def step_seconds(pipes: list[Pipeline], plan: StepPlan, rounds: int) -> list[tuple[float, ...]]:
+    """Seconds of a full step of each pipeline, in turns: a run of a plan over its full steps."""
+    runs = [request(pipe, plan) for pipe in pipes]
+    for run in runs:
+        run()
+    found = [[seconds_of(run) / plan.budget for run in runs] for _ in range(rounds)]
+    return [tuple(each) for each in zip(*found)]
+
+
+def measure(bundle: Bundle, folder: Path, count: int, rounds: int, threads: int, report: Reporter) -> Quantized:
+    """Quantise, plan, and run everything on `count` clips."""
+    plan, profile = bundle.plan(), bundle.manifest.profile
+    assert plan.method.startswith("fitted"), plan.method
+    options = {"quantize": "int8", "threads": threads}
+    rebuild_engines(bundle, folder / "int8", {"backends": (BACKEND,), "options": options}, report)
+    refit(Bundle.open(folder / "int8"), BuildRequest(budgets=(plan.budget,), backends=(BACKEND,)), report)
+    int8 = Bundle.open(folder / "int8")
+    own, uncached = int8.plan(plan.name), bundle.plan(UNCACHED)
+    samples = held_out_samples(read_prompts(calibration_path(profile.calibration.prompts) / "held_out.txt"), count)
+    report.stage("quantize", f"{count} clips")
+    entry = int8.engine(BACKEND)
+    (role,) = entry.quantized
+    with Pipeline(bundle, backend=BACKEND, threads=threads) as plain, Pipeline(int8, backend=BACKEND) as quantized:
+        exact = clips(plain, uncached, samples)
+        cases = [
+            (plain, "fp32", FP32, plan),
+            (quantized, "int8", UNCACHED, uncached),
+            (quantized, "int8", FP32, plan),
+            (quantized, "int8", OWN, own),
+            (quantized, "int8", RUNS, fitted_to_own_runs(int8, own)),
+        ]
+        rows = tuple(
+            QuantizedRow(
+                engines=engines, plan=name, full_steps=run.full_steps,
+                psnr=tuple(map(psnr, clips(pipe, run, samples), exact)),
+            )
+            for pipe, engines, name, run in cases
+        )  # fmt: skip
+        seconds = step_seconds([plain, quantized], plan, rounds)
+    files = [each.file(each.engine(BACKEND).files[role]) for each in (bundle, int8)]
+    return Quantized(
+        run=this_run(), model=profile.name, revision=bundle.manifest.revision, steps=plan.num_steps,
+        budget=plan.budget, first_seed=HELD_OUT_SEED, threads=threads, rows=rows,
+        layers=entry.builds[role].layers or (),
+        sizes=tuple(file.stat().st_size for file in files), seconds=tuple(seconds),
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=12, help="that steps are timed in")
+    parser.add_argument("--threads", type=int, default=1, help="of the engines")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    given = parser.parse_args()
+    report = reporter()
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(Bundle.open(given.bundle), Path(folder), given.clips, given.rounds, given.threads, report)
+    report.close()
+    write_result(result, given.output)
+    print(described(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Linear layers in int8 on ONNX Runtime: which, what they cost, and that nothing else changes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from lemica_trt.backends.build import Observed, build, check, quantize, require_quantizable
+from lemica_trt.backends.onnxruntime.build import open_session
+from lemica_trt.backends.onnxruntime.options import OrtOptions
+from lemica_trt.backends.onnxruntime.quantize import NOISE_DB, sensitive
+from lemica_trt.backends.options import options_from_key
+from lemica_trt.core.errors import UnsupportedError, UsageError
+from lemica_trt.core.progress import Quiet
+from lemica_trt.ir.engine import EngineEntry, LinearLayer
+from lemica_trt.ir.graphs import GraphSet, GraphSpec, TensorSpec, step_layout
+
+pytestmark = pytest.mark.cpu
+
+WIDTH, ROWS = 64, 8
+ALLOWED = 10 ** (-NOISE_DB / 10)
+INT8 = {"quantize": "int8", "threads": 1}
+
+
+def write(folder: Path, *, outlier: float = 1.0, part: float = 0.1, data: bool = False) -> GraphSet:
+    """y = part·W₃(W₁x + b₁) + W₂x: two products share an input; the input of W₃ has a column that is `outlier` times
+    the others, and counts for as little."""
+    random = np.random.default_rng(0)
+    weights = {
+        "dit.transformer.first.weight": random.standard_normal((WIDTH, WIDTH)) / 8,
+        "dit.transformer.first.bias": random.standard_normal(WIDTH),
+        "val_2": random.standard_normal((WIDTH, WIDTH)) / 8,
+        "val_3": part * random.standard_normal((WIDTH, WIDTH)) / 8,
+        "dit.transformer.third.bias": random.standard_normal(WIDTH),
+    }
+    weights["dit.transformer.first.weight"][0] *= outlier
+    weights["val_3"][0] /= outlier
+    nodes = [
+        helper.make_node("Gemm", ["x", *list(weights)[:2]], ["first"], "gemm", transB=1),
+        helper.make_node("MatMul", ["x", "val_2"], ["second"], "second"),
+        helper.make_node("MatMul", ["first", "val_3"], ["third"], "third"),
+        helper.make_node("Add", ["third", "dit.transformer.third.bias"], ["biased"], "bias"),
+        helper.make_node("Add", ["biased", "second"], ["output"], "sum"),
+    ]
+    tensors = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()]
+    shape = ["batch", WIDTH]
+    graph = helper.make_graph(
+        nodes, "toy", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, shape)], tensors,
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (folder / "onnx").mkdir(parents=True)
+    onnx.save(model, folder / "onnx/full.onnx", save_as_external_data=data, location="full.data", size_threshold=0)
+    tensor = TensorSpec(name="x", dtype="fp32", shape=("batch", WIDTH))
+    spec = GraphSpec(
+        role="full", file="onnx/full.onnx", inputs=(tensor,), opset=20, dit="whole",
+        outputs=(msgspec.structs.replace(tensor, name="output"),), data_files=("onnx/full.data",) if data else (),
+    )  # fmt: skip
+    layout = step_layout(latent_shape=(WIDTH,), latent_history=1, output_history=1, trunk_depth=0, guided=False)
+    return GraphSet(dtype="fp32", layout=layout, max_batch=ROWS, graphs=(spec,))
+
+
+def observed() -> dict[str, Observed]:
+    random = np.random.default_rng(1)
+    inputs = [{"x": random.standard_normal((ROWS, WIDTH)).astype(np.float32)} for _ in range(12)]
+    return {"full": Observed(ranges=inputs[:8], errors=inputs[8:], output="output")}
+
+
+def quantized(folder: Path, **toy: Any) -> tuple[GraphSet, EngineEntry, onnx.ModelProto]:
+    graphs = write(folder, **toy)
+    plain = build("onnxruntime", graphs, folder, folder, {"threads": 1})
+    entry = quantize(plain, graphs, folder, folder, INT8, observed(), Quiet())
+    return graphs, entry, onnx.load(folder / entry.files["full"])
+
+
+def outputs(graphs: GraphSet, path: Path, root: Path) -> list[Any]:
+    session = open_session(graphs.graph("full"), path, OrtOptions(threads=1), data=root / "onnx")
+    return [session.run(["output"], given)[0].astype(np.float64) for given in observed()["full"].errors]
+
+
+def share(found: list[Any], expected: list[Any]) -> float:
+    return float(np.mean([np.square(a - b).sum() / np.square(b).sum() for a, b in zip(found, expected)]))
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_layers_are_in_int8_and_their_error_is_what_was_measured(data: bool, tmp_path: Path) -> None:
+    graphs, entry, model = quantized(tmp_path, data=data)
+    layers = entry.builds["full"].layers
+    assert isinstance(layers, tuple) and {layer.name for layer in layers} == {"first", "second", "third"}
+    assert [layer.precision for layer in layers] == ["int8"] * 3
+    assert [layer.error for layer in layers] == sorted((layer.error for layer in layers), reverse=True)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    assert [tensor.data_type for tensor in weights.values()] == [TensorProto.INT8] * 3
+    assert not any(tensor.external_data for tensor in model.graph.initializer), "the exported file's data stay its own"
+    found = outputs(graphs, tmp_path / entry.files["full"], tmp_path)
+    error = share(found, outputs(graphs, tmp_path / graphs.graph("full").file, tmp_path))
+    assert error == pytest.approx(sum(layer.error for layer in layers), rel=0.5) and 0 < error < ALLOWED
+    assert entry.quantized == ("full",) and entry.precision == "int8"
+    assert (entry.key.options["quantize"], entry.key.options["threads"]) == ("int8", 1)
+
+
+def test_the_layer_that_costs_most_stays_as_it_was(tmp_path: Path) -> None:
+    """The outlier takes most levels of the range: that product alone would be above what is allowed."""
+    graphs, entry, model = quantized(tmp_path, outlier=3000.0, part=1.0)
+    layers = entry.builds["full"].layers
+    assert isinstance(layers, tuple)
+    assert (layers[0].name, layers[0].precision) == ("third", "fp32")
+    assert layers[0].error > ALLOWED > sum(layer.error for layer in layers[1:])
+    (third,) = [node for node in model.graph.node if node.name == "third"]
+    assert list(third.input) == ["first", "val_3"], "its input is not rounded, and so are not its weights"
+    found = outputs(graphs, tmp_path / entry.files["full"], tmp_path)
+    assert share(found, outputs(graphs, tmp_path / graphs.graph("full").file, tmp_path)) < ALLOWED
+
+
+def test_a_layer_that_stays_reads_what_it_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers share an input, one of them stays in fp32: the rounded input is not its own."""
+    keep = "lemica_trt.backends.onnxruntime.quantize.sensitive"
+    monkeypatch.setattr(keep, lambda errors: sorted(errors, reverse=True)[:1])
+    _, entry, model = quantized(tmp_path)
+    (layer,) = [layer for layer in entry.builds["full"].layers or () if layer.precision == "fp32"]
+    assert layer.name == "second", "of the largest part of the output"
+    (node,) = [node for node in model.graph.node if node.name == "second"]
+    (other,) = [node for node in model.graph.node if node.name == "gemm"]
+    assert list(node.input) == ["x", "val_2"] and other.input[0] != "x"
+
+
+def test_the_same_inputs_give_the_same_bytes_and_others_another_key(tmp_path: Path) -> None:
+    _, first, _ = quantized(tmp_path / "a")
+    graphs, second, _ = quantized(tmp_path / "b")
+    assert first == second
+    assert (tmp_path / "a" / first.files["full"]).read_bytes() == (tmp_path / "b" / second.files["full"]).read_bytes()
+    others = {"full": observed()["full"]._replace(ranges=observed()["full"].errors)}
+    plain = build("onnxruntime", graphs, tmp_path / "b", tmp_path / "b", {"threads": 1})
+    third = quantize(plain, graphs, tmp_path / "b", tmp_path / "b", INT8, others, Quiet())
+    assert third.key.digest != second.key.digest and third.files != second.files
+    assert plain.key.digest not in (second.key.digest, third.key.digest) and plain.quantized == ()
+
+
+@given(st.lists(st.floats(0, 0.03, allow_subnormal=False), min_size=1, max_size=7))
+def test_the_fewest_layers_stay_that_leave_little_enough(errors: list[float]) -> None:
+    kept = sensitive(errors)
+    fewest = next(
+        count
+        for count in range(len(errors) + 1)
+        for rest in itertools.combinations(sorted(errors, reverse=True), len(errors) - count)
+        if sum(rest) <= ALLOWED
+    )
+    assert len(kept) == fewest and kept == sorted(errors, reverse=True)[:fewest]
+
+
+def test_keys_of_engines_that_are_not_quantised_do_not_know_the_option(tmp_path: Path) -> None:
+    plain = build("onnxruntime", write(tmp_path), tmp_path, tmp_path, {"quantize": "none", "threads": 1})
+    assert set(plain.key.options) == {"optimization", "provider", "threads"}
+    assert options_from_key(plain.key) == OrtOptions(threads=1)
+    assert b"observed" not in msgspec.json.encode(plain.key) and b"layers" not in msgspec.json.encode(plain)
+    assert plain.precision == "fp32"
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = write(tmp_path)
+    with pytest.raises(UnsupportedError, match="--quantize int8 is of fp32 graphs on the CPU, got fp16 on cpu"):
+        check("onnxruntime", "fp16", INT8)
+    with pytest.raises(UsageError, match="openvino has no option --quantize"):
+        check("openvino", "fp32", {"quantize": "int8"})
+    with pytest.raises(UsageError, match="--quantize must be one of none, int8, got 'fp8'"):
+        check("onnxruntime", "fp32", {"quantize": "fp8"})
+    with pytest.raises(UsageError, match="engines are quantised once they are built"):
+        build("onnxruntime", graphs, tmp_path, tmp_path, INT8)
+    with pytest.raises(ValueError, match="layer x: error must be finite"):
+        LinearLayer(name="x", precision="int8", error=float("nan"))
+    plain = build("onnxruntime", graphs, tmp_path, tmp_path, {"threads": 1})
+    monkeypatch.setattr("lemica_trt.backends.onnxruntime.quantize.NOISE_DB", 200.0)
+    with pytest.raises(UnsupportedError, match="each of 3 linear layers alone leaves the output less than 200 dB"):
+        quantize(plain, graphs, tmp_path, tmp_path, INT8, observed(), Quiet())
+    monkeypatch.setattr("lemica_trt.backends.onnxruntime.quantize.MAX_BYTES", 1000)
+    with pytest.raises(UnsupportedError, match=r"expected a graph of less than 1\.0 kB with its weights"):
+        require_quantizable("onnxruntime", graphs, tmp_path)
