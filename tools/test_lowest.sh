@@ -8,18 +8,7 @@ cd "$(dirname "$0")/.."
 cache=${CACHE:-.cache}
 export OMP_NUM_THREADS=1
 export PYTHONPATH=$PWD
-
-python_at() { # the interpreter of version $1: on PATH, or kept by pyenv
-  local candidate
-  for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
-    if "$candidate" -c '' 2>/dev/null; then
-      echo "$candidate"
-      return
-    fi
-  done
-  echo "Python $1: not on this machine" >&2
-  return 1
-}
+. tools/python_at.sh
 
 environment() { # NAME PYTHON EXTRA…: a virtual environment with the lowest versions, made again where they changed
   local venv=$cache/lowest-$1 python=$2
