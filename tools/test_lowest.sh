@@ -45,7 +45,10 @@ if [ "${1:-runtime}" = runtime ]; then
 fi
 if [ "${1:-build}" = build ]; then
   environment build "$(python_at 3.11)" build client openvino sign
-  tests build tests/backends/test_base.py tests/backends/test_onnxruntime.py tests/backends/test_openvino.py tests/export \
-    tests/models/test_load.py tests/models/test_model.py tests/models/test_parts.py tests/models/test_split.py \
-    tests/runtime tests/test_bundle.py tests/test_cli.py tests/test_lower.py tests/tritonserver/test_check.py
+  # Folders that have a conftest.py of their own by themselves: tests import from it by that name.
+  tests build tests/export
+  tests build tests/models/test_load.py tests/models/test_model.py tests/models/test_parts.py tests/models/test_split.py
+  tests build tests/tritonserver/test_check.py
+  tests build tests/backends/test_base.py tests/backends/test_onnxruntime.py tests/backends/test_openvino.py \
+    tests/runtime tests/test_bundle.py tests/test_cli.py tests/test_lower.py
 fi

@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from triton_server import ADMIN_TOKEN, CACHE, CASES, ROOT, STEPS, Server, ServerEnded, serving
+from triton_server import ADMIN_TOKEN, CACHE, CASES, ROOT, STEPS, Server, ServerEnded, serving, stubs
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError
 from lemica_trt.triton.check import check_repository
 from lemica_trt.triton.repository import Settings, write_repository
+from lemica_trt.triton.server import landlock
 
 pytestmark = pytest.mark.cpu
 
@@ -102,6 +103,16 @@ def test_everything_is_ready(server: Server) -> None:
     files = sum((bundle.path / file).stat().st_size for file in engines)
     assert server.metric("lemica_engine_bytes", model="denoiser") == files
     assert server.metric("lemica_resident_bytes", model="denoiser_stream") > files
+
+
+@pytest.mark.skipif(not landlock.version(), reason="this kernel has no Landlock")
+def test_models_have_given_up_what_they_must_not_do(server: Server) -> None:
+    """What test_landlock.py tries happens in every process of this server; whoever is bound has no new privileges."""
+    found = stubs(server.repository)
+    assert len(found) >= len(MODELS)
+    for pid in found:
+        assert "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text(), pid
+    assert "no process from writing into the repository" not in server.log.read_text()
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
