@@ -155,6 +155,32 @@ def test_another_bundle_takes_the_place_of_the_first(built: Built, place: Place,
     assert "`more`" in card and "## Quality" not in card  # the verification was of the first
 
 
+def test_who_pushes_at_the_same_time_loses_nothing(built: Built, server: Repositories, tmp_path: Path) -> None:
+    """Two plans, read and written at the same time: the card of the second would not have the first."""
+    bundle = Bundle.open(built[0])
+    for name in ("b4", "b5"):
+        bundle.plan(name).save(tmp_path / f"{name}.json")
+
+    def other() -> None:
+        server.files.setdefault(NAME, {})["plans/other.json"] = (tmp_path / "b5.json").read_bytes()
+
+    place = Hub(NAME, endpoint=server.url)
+    for there in (False, True):  # a repository that appears meanwhile, and one that changes
+        server.meanwhile = other
+        with pytest.raises(
+            UsageError, match="somebody else has pushed there meanwhile, nothing was written → push again"
+        ):
+            push(tmp_path / "b4.json", place, NAME)
+        assert server.commits == [] and set(server.files[NAME]) == {"plans/other.json"}
+        if not there:
+            del server.files[NAME]["plans/other.json"]
+    push(tmp_path / "b4.json", place, NAME)
+    push(tmp_path / "b4.json", place, NAME)  # on top of its own
+    assert len(server.commits) == 2
+    card = server.files[NAME]["README.md"].decode()
+    assert "`b4`" in card and "`b5`" in card
+
+
 def test_what_is_damaged_counts_for_nothing(built: Built, server: Repositories, tmp_path: Path) -> None:
     folder = Folder(tmp_path / "repository")
     push(built[0], folder, NAME)
