@@ -80,6 +80,20 @@ def test_a_bundle_comes_back_as_it_was(built: Built, place: Place, tmp_path: Pat
     assert not (tmp_path / "other").exists()
 
 
+def test_cards_name_a_model_of_the_hub_only_where_a_profile_does(built: Built, tmp_path: Path) -> None:
+    from lemica_trt.hub.card import bundle_card
+
+    manifest = Bundle.open(built[0]).manifest
+
+    def card(source: str) -> str:
+        profile = msgspec.structs.replace(manifest.profile, source=source)
+        return bundle_card(msgspec.structs.replace(manifest, profile=profile), "0" * 64, [], None, [], "somebody/x")
+
+    assert "base_model: zai-org/CogVideoX-2b\n" in card("zai-org/CogVideoX-2b")
+    for source in ("package:cogvideox-tiny", "models/mine", "somebody/finetuned", "cogvideox", "here"):
+        assert "base_model" not in card(source)
+
+
 def test_nothing_but_what_was_pushed_is_replaced(built: Built, place: Place, tmp_path: Path) -> None:
     """A project with a README.md, or a model that somebody has on the hub."""
     theirs: dict[str, Path | bytes] = {"README.md": b"mine", "src/main.py": b"1", "manifest.json": b"{}"}
