@@ -99,9 +99,21 @@ told = []
 server = pb_utils(Logger=SimpleNamespace(log_warn=told.append))
 args = json.loads(os.environ["ARGS"])
 bundle, _ = load.open_bundle(server, args)
-with cancel.cancel_token():
-    pass
 print(json.dumps([told, list(done(bundle.path, Path(os.environ["OUTSIDE"])))]))
+"""
+)
+
+MODEL_AT_WORK = (
+    MODEL
+    + """
+with cancel.cancel_token() as token:
+    assert token.parent.parent == Path(os.environ["AT"])
+with tempfile.NamedTemporaryFile() as file:  # what is made for a clip
+    assert Path(file.name).parent.parent == token.parent
+cancel.remove_leftovers()
+assert Path(tempfile.gettempdir()).is_dir()
+cancel.remove_leftovers(own=True)
+assert not list(token.parent.iterdir())
 """
 )
 
@@ -148,7 +160,7 @@ def test_a_model_gives_the_right_up_when_it_loads(repository: Path, tmp_path: Pa
     """In a process with the arguments of Triton's; temporary files lie beside the repository."""
     before = content(repository)
     done = run(
-        MODEL, "triton_python_backend_shm_region_test",
+        MODEL_AT_WORK, "triton_python_backend_shm_region_test",
         ARGS=json.dumps(load_args(repository)), AT=str(tmp_path), OUTSIDE=str(tmp_path / "outside"),
         TESTS=os.pathsep.join(sys.path),
     )  # fmt: skip

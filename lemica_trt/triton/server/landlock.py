@@ -58,17 +58,19 @@ def confine(repository: Path, bundle: Path, *, gpu: bool) -> bool:
     """Bind this thread, and what it starts, to the places that a model writes; False: this kernel cannot.
 
     They are the folder for temporary files, shared memory, devices, for a GPU the caches of what is compiled for it,
-    and what `WRITABLE` names; never the repository or the bundle, even if they lie below one of these.
+    and what `WRITABLE` names; never the repository or the bundle, even if they lie below one of these. Where they lie
+    below the folder for temporary files, this process's lie in a folder of its own from then on.
 
     Raises:
         OSError: the kernel refuses.
     """
     if not version():
         return False
-    # Its folder cannot be made later, where the repository lies beside it. A model that needs it says what is wrong.
-    with suppress(OSError, EngineError), cancel.cancel_token():
-        pass
-    roots = [Path(tempfile.gettempdir()), Path("/proc/self")]
+    temporary = Path(os.path.realpath(tempfile.gettempdir()))
+    if temporary in Path(os.path.realpath(repository)).parents:  # then nothing new can be made there
+        with suppress(OSError, EngineError):  # a model that needs it says what is wrong
+            cancel.keep_temporary_files_here()
+    roots = [temporary, Path("/proc/self")]
     roots += [found for name in DEVICES for found in Path("/dev").glob(name)]
     roots += [Path(part) for part in os.environ.get(WRITABLE, "").split(os.pathsep) if part]
     if gpu:
