@@ -27,8 +27,8 @@ from lemica_trt.triton.server import cancel
 WRITABLE = "LEMICA_WRITABLE"
 """Environment variable: more folders and files that models' processes may write, separated as PATH is."""
 
-DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "shm", "dri", "dxg", "nvidia*")
-"""Below /dev: what every process has, shared memory, GPUs."""
+DEVICES = ("null", "zero", "random", "urandom", "tty", "shm", "dri", "dxg", "nvidia*")
+"""Below /dev: what every process has, shared memory, GPUs; the server has found these before it starts a model."""
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _CREATE_RULESET_VERSION = 1
