@@ -115,6 +115,31 @@ def test_models_have_given_up_what_they_must_not_do(server: Server) -> None:
     assert "no process from writing into the repository" not in server.log.read_text()
 
 
+@pytest.mark.skipif(not landlock.version(), reason="this kernel has no Landlock")
+def test_a_model_that_tries_to_write_into_the_bundle_fails(server: Server) -> None:
+    """During a request, in a process that this server has started; the request itself is answered."""
+    manifest = server.repository / "denoiser/bundle/manifest.json"
+    model = server.repository / "vae_decoder/1/model.py"
+    text, before = model.read_text(), manifest.read_bytes()
+    attempt = (
+        "    def execute(self, arrived):\n"
+        "        try:\n"
+        f"            open({str(manifest)!r}, 'ab').write(b' ')\n"
+        "        except OSError as error:\n"
+        "            pb_utils.Logger.log_info(f'refused: {type(error).__name__}')\n"
+    )
+    try:
+        model.write_text(text.replace("    def execute(self, arrived):\n", attempt))
+        assert server.load("vae_decoder")[0] == 200
+        ask = {"prompt": "red", "plan": "b4", "output": "mp4-base64"}
+        assert server.post("v2/models/pipeline/generate", ask)[0] == 200
+    finally:
+        model.write_text(text)
+        assert server.load("vae_decoder")[0] == 200
+    assert "refused: PermissionError" in server.log.read_text()
+    assert manifest.read_bytes() == before
+
+
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_http_gives_the_bits_of_the_pipeline(server: Server, reference: dict[str, Any], number: int) -> None:
     prompt, parameters = split(CASES[number])
