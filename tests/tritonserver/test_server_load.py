@@ -237,6 +237,13 @@ def require_right(server: Server, reference: dict[str, Any]) -> None:
             assert ask(server, client, reference, random.Random(1)) == "right"
 
 
+def require_gone(server: Server, left: dict[int, str]) -> None:
+    """Processes of models whose server was killed end by themselves, with their shared memory and call files."""
+    assert eventually(lambda: not stubs(server.repository), 60.0), stubs(server.repository)
+    assert not set(left.values()) & shared_memory()
+    assert not [file for file in cancel._token_folder().glob("*-*") if int(file.name.partition("-")[0]) in left]
+
+
 def test_every_request_is_answered_once(fresh: Server, reference: dict[str, Any]) -> None:
     """32 clients; every twelve seconds a process of a model is killed, and the model loaded again."""
     end, wrong, kills = time.monotonic() + SECONDS, list[str](), 0
@@ -266,7 +273,6 @@ def test_a_server_that_is_killed_again_and_again(
     """SIGKILL under 32 clients: each has one answer, or a connection that broke. No process, no shared memory and no
     call file stays, and the next server answers as the first one did."""
     write_repository(Bundle.open(tiny), tmp_path / "repository")
-    calls = cancel._token_folder()
     draw, end, wrong, rounds = random.Random(0), time.monotonic() + SECONDS, list[str](), 0
     while not rounds or time.monotonic() < end:
         rounds += 1
@@ -284,9 +290,7 @@ def test_a_server_that_is_killed_again_and_again(
             assert sum(before.values()) > CLIENTS and sum(seen.values()) >= sum(before.values())
             assert any(outcome.endswith(("UNAVAILABLE", "Error", "Disconnected")) for outcome in seen), seen
             assert len(left) >= len(KILLED)
-            assert eventually(lambda: not stubs(server.repository), 60.0), stubs(server.repository)
-            assert not set(left.values()) & shared_memory()
-            assert not [file.name for file in calls.glob("*-*") if int(file.name.partition("-")[0]) in left]
+            require_gone(server, left)
     with serving(tritonserver, tmp_path / "repository", tmp_path / "log") as server:
         require_right(server, reference)
 
@@ -317,7 +321,6 @@ def test_500_requests_leave_nothing_behind(fresh: Server, reference: dict[str, A
 def test_a_killed_server_leaves_nothing_behind(tritonserver: Path, tiny: Path, tmp_path: Path) -> None:
     """Its models' processes end by themselves, also in the middle of a request; so do their files."""
     write_repository(Bundle.open(tiny), tmp_path / "repository")
-    calls = cancel._token_folder()
     with serving(tritonserver, tmp_path / "repository", tmp_path / "log") as server:
 
         def request() -> None:
@@ -326,14 +329,12 @@ def test_a_killed_server_leaves_nothing_behind(tritonserver: Path, tiny: Path, t
 
         running = threading.Thread(target=request)
         running.start()
-        regions = set(stubs(server.repository).values())
+        left = stubs(server.repository)
         os.kill(server.pid, signal.SIGKILL)
         running.join()
-        assert eventually(lambda: not stubs(server.repository), 60.0), stubs(server.repository)
-        assert not regions & shared_memory()
+        require_gone(server, left)
     with serving(tritonserver, tmp_path / "repository", tmp_path / "log") as server:
         assert server.post("v2/models/pipeline/generate", {"prompt": "red", "output": "mp4-base64"})[0] == 200
-        assert not list(calls.iterdir())
 
 
 def test_plans_by_several_writers_while_serving(fresh: Server, tiny: Path) -> None:
