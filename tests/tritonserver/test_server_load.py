@@ -13,7 +13,6 @@ import http.client
 import json
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -88,7 +87,8 @@ def out_of_time(server: Server, client: Any, reference: dict[str, Any], draw: ra
     try:
         client.infer("pipeline", prompt_input(grpc, "red"), parameters={"plan": "uncached"}, timeout=20_000)
     except failure as error:
-        assert re.search("timeout|connect|socket closed|reset", error.message().lower()), error
+        said = "timeout" in error.message().lower()
+        assert said or eventually(lambda: cancel._has_died(str(server.pid))), error  # then the connection broke
         raise
     raise AssertionError("a whole clip in 20 ms")
 
