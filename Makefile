@@ -34,7 +34,7 @@ fuzz: $(VENV)/.installed
 long: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -m long
 
-# A real tritonserver under load: 32 clients, killed processes; LOAD_SECONDS=300 of it, and as much again.
+# A real tritonserver under load: 32 clients; killed processes, then killed servers, LOAD_SECONDS=300 each; and more.
 load: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -m load -s tests/tritonserver/test_server_load.py
 

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given as forall
@@ -27,6 +28,12 @@ from lemica_trt.planning.step_plan import plan_from_schedule
 pytestmark = pytest.mark.null
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def test_a_changed_value_is_checked_too() -> None:
+    """What `structs.replace` makes; up to msgspec 0.20 it was not."""
+    with pytest.raises(ValueError, match="frames must be at least 1, got 0"):
+        msgspec.structs.replace(Shape(frames=1, height=8, width=8), frames=0)
 
 
 def table_of(num_steps: int) -> SamplerTable:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Pin what runs in a server, with hashes: lemica_trt/triton/requirements.txt, and sbom.cdx.json of it (CycloneDX).
+# Pin what runs in a server, with hashes: lemica_trt/triton/requirements.txt, and sbom.cdx.json of it (CycloneDX); and
+# what makes the package there, docker/build-requirements.txt.
 #
 #   tools/lock_server.sh      asks the package index for the newest versions that constraints.txt allows
 #
@@ -27,6 +28,12 @@ HEAD
 "$cache/bin/uv" pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-header --no-annotate \
   --constraint "$inputs/constraints.txt" \
   --extra onnxruntime --extra openvino --extra video --extra sign pyproject.toml "$inputs/server.in" >>"$inputs/requirements.txt"
+cat >"$inputs/build-requirements.txt" <<'HEAD'
+# What makes the package of lemica-trt, `build-system.requires` of pyproject.toml: made by tools/lock_server.sh.
+HEAD
+sed -n 's/^requires = \["\(.*\)"\]$/\1/p' pyproject.toml >"$inputs/build.in"
+"$cache/bin/uv" pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-header --no-annotate \
+  "$inputs/build.in" >>"$inputs/build-requirements.txt"
 "$cache/bin/cyclonedx-py" requirements "$inputs/requirements.txt" --output-reproducible --output-format JSON \
   --output-file "$inputs/sbom.cdx.json" 2>"$inputs/log" || { cat "$inputs/log" >&2; exit 1; }
 # Without addresses of an index and without the hashes again, which lie beside it.
@@ -40,3 +47,4 @@ for component in bom["components"]:
 file.write_text(json.dumps(bom, indent=1, sort_keys=True) + "\n")
 PYTHON
 mv "$inputs/requirements.txt" "$inputs/sbom.cdx.json" "$target/"
+mv "$inputs/build-requirements.txt" docker/

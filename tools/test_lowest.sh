@@ -8,18 +8,7 @@ cd "$(dirname "$0")/.."
 cache=${CACHE:-.cache}
 export OMP_NUM_THREADS=1
 export PYTHONPATH=$PWD
-
-python_at() { # the interpreter of version $1: on PATH, or kept by pyenv
-  local candidate
-  for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
-    if "$candidate" -c '' 2>/dev/null; then
-      echo "$candidate"
-      return
-    fi
-  done
-  echo "Python $1: not on this machine" >&2
-  return 1
-}
+. tools/python_at.sh
 
 environment() { # NAME PYTHON EXTRA…: a virtual environment with the lowest versions, made again where they changed
   local venv=$cache/lowest-$1 python=$2
@@ -56,7 +45,10 @@ if [ "${1:-runtime}" = runtime ]; then
 fi
 if [ "${1:-build}" = build ]; then
   environment build "$(python_at 3.11)" build client openvino sign
-  tests build tests/backends/test_base.py tests/backends/test_onnxruntime.py tests/backends/test_openvino.py tests/export \
-    tests/models/test_load.py tests/models/test_model.py tests/models/test_parts.py tests/models/test_split.py \
-    tests/runtime tests/test_bundle.py tests/test_cli.py tests/test_lower.py tests/tritonserver/test_check.py
+  # Folders that have a conftest.py of their own by themselves: tests import from it by that name.
+  tests build tests/export
+  tests build tests/models/test_load.py tests/models/test_model.py tests/models/test_parts.py tests/models/test_split.py
+  tests build tests/tritonserver/test_check.py
+  tests build tests/backends/test_base.py tests/backends/test_onnxruntime.py tests/backends/test_openvino.py \
+    tests/runtime tests/test_bundle.py tests/test_cli.py tests/test_lower.py
 fi

@@ -5,20 +5,10 @@ cd "$(dirname "$0")/.."
 cache=${CACHE:-.cache}
 versions="3.10 3.12 3.13"
 tested=""
-
-python_at() { # the interpreter of version $1: on PATH, or kept by pyenv
-  local candidate
-  for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
-    if "$candidate" -c '' 2>/dev/null; then
-      echo "$candidate"
-      return
-    fi
-  done
-  return 1
-}
+. tools/python_at.sh
 
 for version in $versions; do
-  if ! python=$(python_at "$version"); then
+  if ! python=$(python_at "$version" 2>/dev/null); then
     echo "Python $version: not on this machine, null tests not run on it"
     continue
   fi

@@ -17,6 +17,7 @@ Order: `upload`, `Call.run` and `download` take effect in the order in which one
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,18 +185,36 @@ def open_backend(key: EngineKey, settings: Settings | None = None) -> Backend:
     return backend
 
 
-def note_version(key: EngineKey, here: str) -> None:
-    """Log where engines that any version of a library can load run on another one than they were tried with.
+def require_version(key: EngineKey, here: str, oldest: str) -> None:
+    """Compare the version of a library whose engines are ONNX graphs with the one that they were built with.
+
+    Such a graph names the versions of the operators that it uses, the standard ones and the library's own. Any release
+    that knows them computes it, with other last bits; one that does not know them refuses it when it is loaded. So
+    another release is no reason to refuse, but to say it; one that nobody has tried with these graphs is.
 
     Args:
         key: from the manifest.
         here: version of the library, without the number of its build.
+        oldest: the lowest version that pyproject.toml allows.
+
+    Raises:
+        UnsupportedError: the library is older than `oldest`.
     """
+    if _numbers(here) < _numbers(oldest):
+        raise UnsupportedError(
+            f"{key.backend} graphs need {key.backend} {oldest} or newer, here is {here}",
+            fix=f"pip install '{key.backend}>={oldest}'",
+        )
     if key.version != here:
         LOGGER.warning(
             "the bundle was built and verified with %s %s, here is %s: its numbers may differ → pip install %s==%s",
             *(key.backend, printable(key.version), here, key.backend, printable(key.version)),
         )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Major and minor number of a release."""
+    return tuple(int(number) for number in re.findall(r"[0-9]+", version)[:2])
 
 
 def check_binding(graph: GraphSpec, buffers: Mapping[str, Buffer]) -> None:

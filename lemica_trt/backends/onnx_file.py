@@ -5,6 +5,8 @@ external data, which older versions of ONNX Runtime read. What this tool exports
 
 - only operators of `OPERATORS`, of the standard domain, and those that a vendor's own build half writes; no subgraphs,
   functions or sparse tensors;
+- the opset that the graph's description names, one of `ir.profile.OPSETS`: ONNX Runtime 1.31 refuses an opset that it
+  does not know, OpenVINO 2026.4 takes it for the newest that it does;
 - external data only in the files that the graph's description lists, which the bundle has checked.
 
 The file is read as protobuf messages (onnx.proto of ONNX 1.17: `ModelProto`, `GraphProto`, `NodeProto`,
@@ -20,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.files import mapped
 from lemica_trt.ir.graphs import GraphSpec
+from lemica_trt.ir.profile import OPSETS
 
 OPERATORS = frozenset(
     """
@@ -77,14 +80,31 @@ class _Walk:
         self._own = own
         self._folder = PurePosixPath(graph.file).parent
         self._data_files = frozenset(graph.data_files)
+        self._opset = graph.opset
         self._fields_left = MAX_FIELDS
 
     def model(self, start: int, end: int) -> None:
+        opsets: list[int] = []
         for number, first, last in self._messages(start, end):
             if number == 7:
                 self._graph(first, last)
+            elif number == 8:
+                opsets += self._standard_opset(first, last)
             elif number in (20, 25):
                 raise ValueError("expected no functions and no training graphs")
+        if opsets != [self._opset] or self._opset not in OPSETS:
+            found = ", ".join(map(str, opsets)) or "none"
+            raise ValueError(f"expected opset {self._opset}, within {OPSETS[0]} … {OPSETS[-1]}, got {found}")
+
+    def _standard_opset(self, start: int, end: int) -> list[int]:
+        """The version that an import names, if it is of the standard domain."""
+        domain, version = "", 0
+        for number, wire, first, last in self._fields(start, end):
+            if number == 1 and wire == 2:
+                domain = self._text(first, last)
+            elif number == 2 and wire == 0:
+                version = first
+        return [version] if domain in STANDARD_DOMAINS else []
 
     def _graph(self, start: int, end: int) -> None:
         for number, first, last in self._messages(start, end):

@@ -174,13 +174,11 @@ def _changed(bundle: Bundle, **changes: Any) -> Manifest:
         InputError: they do not fit together.
     """
     try:
-        manifest = msgspec.structs.replace(bundle.manifest, **changes)
-        manifest.__post_init__()
+        return msgspec.structs.replace(bundle.manifest, **changes)
     except ValueError as error:
         raise InputError(
             f"{bundle.path.name}: cannot change its plans: {error}", fix="lemica-trt inspect BUNDLE shows them"
         ) from None
-    return manifest
 
 
 def _require_changes(
@@ -221,11 +219,9 @@ def _renamed(plan: StepPlan, name: str) -> StepPlan:
         UsageError: no plan can have it.
     """
     try:
-        found = msgspec.structs.replace(plan, name=name)
-        found.__post_init__()
+        return msgspec.structs.replace(plan, name=name)
     except ValueError as error:
         raise UsageError(f"plan {plan.name}: {error}", fix="choose another name") from None
-    return found
 
 
 def _require_plans(bundle: Bundle, plans: Iterable[StepPlan]) -> None:

@@ -105,7 +105,7 @@ def _replaced(folder: Path, require_replaceable: Callable[[Path], None]) -> Iter
             sync_folder(inside)
         sync_folder(staged)
         _swap(staged, folder)
-    except BaseException:
+    except BaseException:  # Ctrl-C and the end of a generator, too: nothing half-written stays
         shutil.rmtree(staged, ignore_errors=True)
         raise
     _clean_up(folder)

@@ -1,4 +1,5 @@
-"""Files: digests of large ones that are computed by several threads, memory maps, whether one can be written."""
+"""Files: digests of large ones that are computed by several threads, memory maps, the user's cache, whether one can be
+written."""
 
 from __future__ import annotations
 
@@ -41,6 +42,15 @@ def require_writable(path: Path) -> Path | None:
     if not os.access(above, os.W_OK | os.X_OK):
         raise UsageError(f"{path}: nothing may be written in {above}", fix="give another path, or the permission")
     return missing
+
+
+def user_cache() -> Path | None:
+    """This tool's folder in the user's cache, which need not exist; None without a home."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "lemica-trt"
+    except RuntimeError:
+        return None
 
 
 def sha256_of(path: Path) -> str:

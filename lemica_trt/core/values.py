@@ -109,7 +109,7 @@ def written(contents: Mapping[Path, bytes]) -> Iterator[None]:
         yield
         for target, temporary in temporaries.items():
             temporary.replace(target)
-    except BaseException:
+    except BaseException:  # Ctrl-C, too: no temporary file stays
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
         raise

@@ -68,7 +68,7 @@ class Guard:
         try:
             self._require_allowed(scope)
             await self._app(scope, _limited(receive), answer)
-        except Exception as error:
+        except Exception as error:  # whatever it was, the request gets an answer
             if not isinstance(error, Refused):  # its text may hold what was asked for: the place must do
                 where = "".join(traceback.format_tb(error.__traceback__))
                 LOGGER.error("%s\n%s", type(error).__name__, where)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from lemica_trt.bundle.manifest import Manifest
 from lemica_trt.core.progress import size
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import PLAN, Quality, VerifyReport
+from lemica_trt.ir.resources import profile_name
 
 LIBRARY = "lemica-trt"
 
@@ -77,7 +78,7 @@ def _metadata(pipeline: str | None, source: str | None) -> str:
     lines = [f"library_name: {LIBRARY}", f"tags:\n- {LIBRARY}\n- diffusers"]
     if pipeline is not None:
         lines.insert(0, f"pipeline_tag: {pipeline}")
-    if source is not None and source.count("/") == 1 and ":" not in source and not Path(source).exists():
+    if source is not None and "/" in source and profile_name(source) is not None:  # else it may be a folder
         lines.insert(0, f"base_model: {source}")
     return "---\n" + "\n".join(lines) + "\n---"
 

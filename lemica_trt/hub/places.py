@@ -139,15 +139,21 @@ class Hub:
         self, name: str, revision: str | None = None, *, private: bool = False, endpoint: str | None = None
     ) -> None:
         self.name, self._revision, self._private, self._endpoint = name, revision, private, endpoint
+        self._seen: str | None = None  # the commit that `files` found
+        self._is_new = False  # whether it found no repository
 
     def files(self) -> frozenset[str]:
-        """See `Place`."""
+        """See `Place`. What `write` does is on top of the commit that was found."""
         hub = _huggingface_hub()
+        api = hub.HfApi(endpoint=self._endpoint)
         with self._failures():
             try:
-                found = hub.HfApi(endpoint=self._endpoint).list_repo_files(self.name, revision=self._revision)
+                commit = api.repo_info(self.name, revision=self._revision).sha
+                found = api.list_repo_files(self.name, revision=commit)
             except hub.errors.RepositoryNotFoundError:
+                self._seen, self._is_new = None, True
                 return frozenset()
+            self._seen, self._is_new = commit, False
             return frozenset(found)
 
     def folder(self, paths: Collection[str]) -> Path:
@@ -166,14 +172,23 @@ class Hub:
         return Path(found)
 
     def write(self, contents: Contents, remove: Collection[str], message: str) -> str:
-        """See `Place`. One commit; a repository that does not exist is made."""
+        """See `Place`. One commit; a repository that does not exist is made.
+
+        Raises:
+            UsageError: another commit came after `files` looked: nothing of it is overwritten.
+        """
         hub = _huggingface_hub()
         operations: list[Any] = [hub.CommitOperationAdd(path, content) for path, content in sorted(contents.items())]
         operations += [hub.CommitOperationDelete(path) for path in sorted(remove)]
         with self._failures():
             api = hub.HfApi(endpoint=self._endpoint)
-            api.create_repo(self.name, private=self._private or None, exist_ok=True)
-            made = api.create_commit(self.name, operations, commit_message=message, revision=self._revision)
+            api.create_repo(self.name, private=self._private or None, exist_ok=not self._is_new)
+            self._is_new = False
+            parent = self._seen or api.repo_info(self.name, revision=self._revision).sha
+            made = api.create_commit(
+                self.name, operations, commit_message=message, revision=self._revision, parent_commit=parent
+            )
+            self._seen = str(made.oid)
         return str(made.commit_url)
 
     @contextmanager
@@ -188,11 +203,20 @@ class Hub:
             raise InputError(f"{self.name}: not found, or not for you: {_line(error)}", fix="hf auth login") from None
         except errors.LocalTokenNotFoundError:
             raise InputError(f"{self.name}: the hub wants a token", fix="hf auth login, or set HF_TOKEN") from None
-        except (errors.HfHubHTTPError, getattr(errors, "HTTPError", OSError), OSError) as error:  # no connection, too
-            raise MissingDependencyError(
-                f"{self.name}: expected an answer of the hub, got: {_line(error)}",
-                fix="check network and permissions, or use a folder: file:FOLDER",
-            ) from None
+        except errors.HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code in (409, 412):
+                raise UsageError(
+                    f"{self.name}: somebody else has pushed there meanwhile, nothing was written", fix="push again"
+                ) from None
+            raise self._no_answer(error) from None
+        except (getattr(errors, "HTTPError", OSError), OSError) as error:  # no connection, too
+            raise self._no_answer(error) from None
+
+    def _no_answer(self, error: Exception) -> MissingDependencyError:
+        return MissingDependencyError(
+            f"{self.name}: expected an answer of the hub, got: {_line(error)}",
+            fix="check network and permissions, or use a folder: file:FOLDER",
+        )
 
 
 def _huggingface_hub() -> Any:

@@ -12,6 +12,9 @@ DType = Literal["fp32", "fp16", "bf16"]
 """Precision of a network, by the names that trtexec and Polygraphy use."""
 
 
+OPSETS = range(18, 24)
+"""ONNX opsets that graphs may be of."""
+
 TRACED = "traced"
 """`Profile.family` of a pipeline that is traced."""
 
@@ -200,7 +203,7 @@ class Profile(Value, frozen=True):
 
     def __post_init__(self) -> None:
         require(self.text_length >= 1, f"text_length must be at least 1, got {self.text_length}")
-        require(18 <= self.opset <= 23, f"opset must be 18 … 23, got {self.opset}")
+        require(self.opset in OPSETS, f"opset must be 18 … 23, got {self.opset}")
 
     def require_possible(self) -> None:
         """Refuse, before any download, what no traced pipeline is built for.

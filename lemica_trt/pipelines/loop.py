@@ -343,7 +343,7 @@ class DrivenRun:
             self._loop.call(self.number, self._scheduler)
         except _Stop:
             return
-        except BaseException as error:
+        except BaseException as error:  # it is raised where the reports are read
             self._reports.put(error)
         else:
             self._reports.put(None)

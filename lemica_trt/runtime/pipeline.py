@@ -27,6 +27,7 @@ from lemica_trt.bundle.manifest import PROMPTS_FILE
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.signing import trusted_keys
 from lemica_trt.core.errors import EngineError, InputError, UsageError
+from lemica_trt.core.files import user_cache
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import NEGATIVE, Role
 from lemica_trt.ir.plan import StepPlan
@@ -501,12 +502,8 @@ class Pipeline:
 
 def _compiled_cache(entry: EngineEntry) -> Path | None:
     """Where a vendor keeps what it compiles here: the user's cache, never the bundle; None without a home."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(root) if root else Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return folder / "lemica-trt" / entry.key.digest[:16]
+    folder = user_cache()
+    return None if folder is None else folder / entry.key.digest[:16]
 
 
 _UNGUIDED = "the bundle was built without guidance: it takes no guidance_scale and no negative_prompt"

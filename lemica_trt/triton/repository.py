@@ -71,7 +71,7 @@ def write_repository(
                 (folder / name).chmod(0o755)
             for name in found if cpu is None else ():
                 (folder / name / "configs" / "cpu.pbtxt").unlink(missing_ok=True)
-    except BaseException:
+    except BaseException:  # Ctrl-C, too: no half repository stays
         if is_new and not (folder / BUNDLE).exists():
             shutil.rmtree(folder, ignore_errors=True)
         raise

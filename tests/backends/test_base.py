@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import toy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lemica_trt.backends.base import check_binding, decode, encode, note_version, open_backend
+from lemica_trt.backends.base import check_binding, decode, encode, open_backend, require_version
 from lemica_trt.backends.build import build
+from lemica_trt.backends.options import options_from, vendor_module
 from lemica_trt.core.errors import EngineError, UnsupportedError
 from lemica_trt.ir.engine import EngineKey
 
@@ -84,13 +86,43 @@ def test_bindings_are_checked() -> None:
 @pytest.mark.null
 def test_engines_of_another_release_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
     key = EngineKey(backend="onnxruntime", version="1.24.1", target="cpu", dtype="fp32", graphs_digest="0" * 64)
-    note_version(key, "1.24.1")
+    require_version(key, "1.24.1", "1.20")
     assert not caplog.records
-    note_version(msgspec.structs.replace(key, version="1\x1b[2J"), "1.31.1")
+    require_version(msgspec.structs.replace(key, version="1\x1b[2J"), "1.31.1", "1.20")
     assert caplog.messages == [
         "the bundle was built and verified with onnxruntime 1\\x1b[2J, here is 1.31.1: its numbers may differ → "
         "pip install onnxruntime==1\\x1b[2J"
     ]
+
+
+@pytest.mark.null
+def test_releases_that_nobody_has_tried_are_refused() -> None:
+    key = EngineKey(backend="onnxruntime", version="1.24.1", target="cpu", dtype="fp32", graphs_digest="0" * 64)
+    for here in ("1.20", "1.20.0", "1.20.1+cu12", "1.100.0", "2.0", "2.0.0.dev1"):
+        require_version(key, here, "1.20")
+    for here in ("1.19.9", "1.2.21", "0.99", "1.19.0rc1"):
+        with pytest.raises(UnsupportedError, match=rf"need onnxruntime 1\.20 or newer, here is {here} → pip install '"):
+            require_version(key, here, "1.20")
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_the_oldest_releases_are_those_of_pyproject(name: str) -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    floors = re.findall(rf'"{name}>=([\d.]+)', text)
+    oldest = min(floors, key=lambda version: tuple(map(int, version.split("."))))
+    assert oldest == vendor_module(name, "build").OLDEST
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_an_older_library_loads_no_engines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip(name)
+    key = EngineKey(backend=name, version="9999.1", target="cpu", dtype="fp32", graphs_digest="0" * 64)
+    key = msgspec.structs.replace(key, options=options_from(name, {}).as_dict())
+    monkeypatch.setattr(library, "__version__", "1.19.2-17000-abc")
+    with pytest.raises(UnsupportedError, match=rf"{name} graphs need {name} [\d.]+ or newer, here is 1\.19\.2"):
+        open_backend(key)
 
 
 @pytest.mark.cpu

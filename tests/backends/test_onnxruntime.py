@@ -59,6 +59,11 @@ def test_the_host_adds_little(tmp_path: Path) -> None:
     assert len(rows) == 51
 
 
+def too_new(*_: object, **__: object) -> None:
+    """What ONNX Runtime 1.20 says of opset 22."""
+    raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : model_load_utils.h:46 ValidateOpsetForDomain(…) Opset 22 is …")
+
+
 def test_engine_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = toy.graphs_of(toy.layout_of())
     _, entry = denoiser_of(graphs, tmp_path)
@@ -73,9 +78,12 @@ def test_engine_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
     with pytest.raises(InputError, match=r"onnx/full\.onnx: expected an ONNX file"):
         backend.load(graphs.graph("full"), tmp_path / "broken.onnx")
-    (tmp_path / "broken.onnx").write_bytes(b"")
+    (tmp_path / "broken.onnx").write_bytes(b"\x42\x02\x10\x14")  # opset 20, and no graph
     with pytest.raises(EngineError, match=r"ONNX Runtime cannot load onnx/full\.onnx"):
         backend.load(graphs.graph("full"), tmp_path / "broken.onnx")
+    with pytest.raises(UnsupportedError, match=r"does not know the operators of onnx/full\.onnx, ONNX opset 20 → pip"):
+        monkeypatch.setattr(backend._ort, "InferenceSession", too_new)
+        backend.load(full, tmp_path / full.file)
     with pytest.raises(UnsupportedError, match="bf16"):
         backend.empty((1,), "bf16")
     with pytest.raises(EngineError, match="expected fp32"):

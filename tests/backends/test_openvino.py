@@ -47,7 +47,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
     with pytest.raises(InputError, match=r"onnx/full\.onnx: expected an ONNX file"):
         backend.load(full, tmp_path / "broken.onnx")
-    (tmp_path / "broken.onnx").write_bytes(b"")
+    (tmp_path / "broken.onnx").write_bytes(b"\x42\x02\x10\x14")  # opset 20, and no graph
     with pytest.raises(EngineError, match=r"OpenVINO cannot load onnx/full\.onnx") as caught:
         backend.load(full, tmp_path / "broken.onnx")
     assert "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-FEW = 250
+FEW = 280
 """Examples of a target in the normal suite."""
 
 MANY = 10_000

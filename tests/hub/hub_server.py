@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -22,6 +22,7 @@ class Repositories:
         commits: messages, in order.
         broken: a path that is served with other bytes.
         refuse: status that everything is answered with; None: as it should.
+        meanwhile: what somebody else does before the next thing is written.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class Repositories:
         self.commits: list[str] = []
         self.broken: str | None = None
         self.refuse: int | None = None
+        self.meanwhile: Callable[[], None] | None = None
         self.url = ""
 
     def revision(self, name: str) -> str:
@@ -58,6 +60,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         held, body = self.repositories, self.rfile.read(int(self.headers["Content-Length"]))
+        if held.meanwhile is not None:
+            held.meanwhile()
+            held.meanwhile = None
         if held.refuse is not None:
             self.answer(held.refuse, {"error": "no"})
         elif self.path == "/api/repos/create":
@@ -76,6 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
                 if line["key"] == "header":
+                    if value.get("parentCommit", held.revision(match[1])) != held.revision(match[1]):
+                        return self.answer(412, {"error": "A commit has happened since. Please refresh and try again."})
                     held.commits.append(value["summary"])
                 elif line["key"] == "file":
                     changed[value["path"]] = base64.b64decode(value["content"])

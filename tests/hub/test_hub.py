@@ -80,6 +80,20 @@ def test_a_bundle_comes_back_as_it_was(built: Built, place: Place, tmp_path: Pat
     assert not (tmp_path / "other").exists()
 
 
+def test_cards_name_a_model_of_the_hub_only_where_a_profile_does(built: Built, tmp_path: Path) -> None:
+    from lemica_trt.hub.card import bundle_card
+
+    manifest = Bundle.open(built[0]).manifest
+
+    def card(source: str) -> str:
+        profile = msgspec.structs.replace(manifest.profile, source=source)
+        return bundle_card(msgspec.structs.replace(manifest, profile=profile), "0" * 64, [], None, [], "somebody/x")
+
+    assert "base_model: zai-org/CogVideoX-2b\n" in card("zai-org/CogVideoX-2b")
+    for source in ("package:cogvideox-tiny", "models/mine", "somebody/finetuned", "cogvideox", "here"):
+        assert "base_model" not in card(source)
+
+
 def test_nothing_but_what_was_pushed_is_replaced(built: Built, place: Place, tmp_path: Path) -> None:
     """A project with a README.md, or a model that somebody has on the hub."""
     theirs: dict[str, Path | bytes] = {"README.md": b"mine", "src/main.py": b"1", "manifest.json": b"{}"}
@@ -153,6 +167,32 @@ def test_another_bundle_takes_the_place_of_the_first(built: Built, place: Place,
     assert pulled.digest == other.digest and "more" in pulled.names
     card = (place.folder(["README.md"]) / "README.md").read_text(encoding="utf-8")
     assert "`more`" in card and "## Quality" not in card  # the verification was of the first
+
+
+def test_who_pushes_at_the_same_time_loses_nothing(built: Built, server: Repositories, tmp_path: Path) -> None:
+    """Two plans, read and written at the same time: the card of the second would not have the first."""
+    bundle = Bundle.open(built[0])
+    for name in ("b4", "b5"):
+        bundle.plan(name).save(tmp_path / f"{name}.json")
+
+    def other() -> None:
+        server.files.setdefault(NAME, {})["plans/other.json"] = (tmp_path / "b5.json").read_bytes()
+
+    place = Hub(NAME, endpoint=server.url)
+    for there in (False, True):  # a repository that appears meanwhile, and one that changes
+        server.meanwhile = other
+        with pytest.raises(
+            UsageError, match="somebody else has pushed there meanwhile, nothing was written → push again"
+        ):
+            push(tmp_path / "b4.json", place, NAME)
+        assert server.commits == [] and set(server.files[NAME]) == {"plans/other.json"}
+        if not there:
+            del server.files[NAME]["plans/other.json"]
+    push(tmp_path / "b4.json", place, NAME)
+    push(tmp_path / "b4.json", place, NAME)  # on top of its own
+    assert len(server.commits) == 2
+    card = server.files[NAME]["README.md"].decode()
+    assert "`b4`" in card and "`b5`" in card
 
 
 def test_what_is_damaged_counts_for_nothing(built: Built, server: Repositories, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -35,6 +36,13 @@ def model(*nodes: Any, weights: tuple[Any, ...] = (), functions: tuple[Any, ...]
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"]), *nodes], "g", [value], [], list(weights))
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], functions=list(functions))
+
+
+def of_opsets(*imports: tuple[str, int]) -> Any:
+    made = model()
+    del made.opset_import[:]
+    made.opset_import.extend(helper.make_opsetid(*each) for each in imports)
+    return made
 
 
 def check(made: Any, folder: Path) -> None:
@@ -81,6 +89,15 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
         lambda: model(helper.make_node("Relu", ["x"], ["z"], domain="com.microsoft")),
     ),
     ("the operator ''", lambda: model(helper.make_node("", ["x"], ["z"]))),
+    *(
+        (f"expected opset 20, within 18 … 23, got {found}", lambda imports=imports: of_opsets(*imports))
+        for imports, found in (
+            ((("", 21),), "21"),
+            ((("", 20), ("ai.onnx", 99)), "20, 99"),
+            ((("com.microsoft", 20),), "none"),
+            ((), "none"),
+        )
+    ),
     ("no functions", lambda: model(functions=(function("double"),))),
     ("no subgraphs and no sparse", lambda: model(helper.make_node("Constant", [], ["c"], sparse_value=SPARSE))),
     ("expected an ONNX file", lambda: b"\xff" * 20),
@@ -123,6 +140,17 @@ def test_what_exports_are_made_of(tmp_path: Path) -> None:
     assert not OPERATORS & {"Loop", "If", "Scan", "SequenceMap", "Optional", "ImageDecoder", "StringConcat"}
     with pytest.raises(InputError, match="expected a readable ONNX file"):
         require_plain(GRAPH, tmp_path / "absent")
+
+
+def test_opsets_beyond_what_is_exported(tmp_path: Path) -> None:
+    """OpenVINO takes an opset that it does not know for the newest that it does, and computes something."""
+    path = tmp_path / "full.onnx"
+    for opset in (17, 24, 99):
+        path.write_bytes(of_opsets(("", opset)).SerializeToString())
+        with pytest.raises(InputError, match=rf"expected opset {opset}, within 18 … 23, got {opset}"):
+            require_plain(msgspec.structs.replace(GRAPH, opset=opset), path)
+    path.write_bytes(of_opsets(("", 23), ("com.microsoft", 1)).SerializeToString())
+    require_plain(msgspec.structs.replace(GRAPH, opset=23), path)
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,12 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 pytestmark = pytest.mark.null
 
 
-def pins() -> list[tuple[object, list[str]]]:
+SERVER, BUILD = "lemica_trt/triton/requirements.txt", "docker/build-requirements.txt"
+
+
+def pins(file: str = SERVER) -> list[tuple[object, list[str]]]:
     """Requirements with their hashes."""
-    text = (ROOT / "lemica_trt/triton/requirements.txt").read_text()
+    text = (ROOT / file).read_text()
     lines = re.sub(r"^#.*$", "", text, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
     found = []
     for line in filter(str.strip, lines):
@@ -59,8 +62,9 @@ def test_all_that_a_server_needs_is_pinned_within_bounds(python: str) -> None:
         assert versions["numpy"].startswith("1."), "the server of 24.10 reads wrong numbers out of numpy 2 arrays"
 
 
-def test_every_pin_is_one_version_with_hashes() -> None:
-    for pin, hashes in pins():
+@pytest.mark.parametrize("file", [SERVER, BUILD])
+def test_every_pin_is_one_version_with_hashes(file: str) -> None:
+    for pin, hashes in pins(file):
         (specifier,) = pin.specifier  # type: ignore[attr-defined]
         assert specifier.operator == "==" and "*" not in specifier.version
         assert hashes and all(re.fullmatch("sha256:[0-9a-f]{64}", one) for one in hashes), pin
@@ -78,6 +82,13 @@ def test_the_pins_are_what_was_tested() -> None:
             assert pin.specifier.contains(versions[pin.name]), f"{pin}: make lock"  # type: ignore[attr-defined]
             compared += 1
     assert compared >= 8
+
+
+def test_what_makes_the_package_is_pinned_within_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    versions = {str(pin.name): next(iter(pin.specifier)).version for pin, _ in pins(BUILD)}  # type: ignore[attr-defined]
+    for wanted in map(requirements.Requirement, project["build-system"]["requires"]):
+        assert wanted.specifier.contains(versions[wanted.name]), f"{wanted}: make lock"
 
 
 def test_the_sbom_lists_the_pins() -> None:

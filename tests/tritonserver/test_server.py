@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from triton_server import ADMIN_TOKEN, CACHE, CASES, ROOT, STEPS, Server, ServerEnded, serving
+from triton_server import ADMIN_TOKEN, CACHE, CASES, ROOT, STEPS, Server, ServerEnded, serving, stubs
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError
 from lemica_trt.triton.check import check_repository
 from lemica_trt.triton.repository import Settings, write_repository
+from lemica_trt.triton.server import landlock
 
 pytestmark = pytest.mark.cpu
 
@@ -102,6 +103,41 @@ def test_everything_is_ready(server: Server) -> None:
     files = sum((bundle.path / file).stat().st_size for file in engines)
     assert server.metric("lemica_engine_bytes", model="denoiser") == files
     assert server.metric("lemica_resident_bytes", model="denoiser_stream") > files
+
+
+@pytest.mark.skipif(not landlock.version(), reason="this kernel has no Landlock")
+def test_models_have_given_up_what_they_must_not_do(server: Server) -> None:
+    """What test_landlock.py tries happens in every process of this server; whoever is bound has no new privileges."""
+    found = stubs(server.repository)
+    assert len(found) >= len(MODELS)
+    for pid in found:
+        assert "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text(), pid
+    assert "no process from writing into the repository" not in server.log.read_text()
+
+
+@pytest.mark.skipif(not landlock.version(), reason="this kernel has no Landlock")
+def test_a_model_that_tries_to_write_into_the_bundle_fails(server: Server) -> None:
+    """During a request, in a process that this server has started; the request itself is answered."""
+    manifest = server.repository / "denoiser/bundle/manifest.json"
+    model = server.repository / "vae_decoder/1/model.py"
+    text, before = model.read_text(), manifest.read_bytes()
+    attempt = (
+        "    def execute(self, arrived):\n"
+        "        try:\n"
+        f"            open({str(manifest)!r}, 'ab').write(b' ')\n"
+        "        except OSError as error:\n"
+        "            pb_utils.Logger.log_info(f'refused: {type(error).__name__}')\n"
+    )
+    try:
+        model.write_text(text.replace("    def execute(self, arrived):\n", attempt))
+        assert server.load("vae_decoder")[0] == 200
+        ask = {"prompt": "red", "plan": "b4", "output": "mp4-base64"}
+        assert server.post("v2/models/pipeline/generate", ask)[0] == 200
+    finally:
+        model.write_text(text)
+        assert server.load("vae_decoder")[0] == 200
+    assert "refused: PermissionError" in server.log.read_text()
+    assert manifest.read_bytes() == before
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))

@@ -1,7 +1,8 @@
-"""A server under load, for minutes: `make load`. LOAD_SECONDS sets how long the first test lasts, 300 if not set.
+"""A server under load, for minutes: `make load`. LOAD_SECONDS sets how long each of the first two tests lasts, or 300.
 
 Every request is answered once, right or with a status, while processes of models are killed, requests are cancelled,
-time out, or are not what they must be. Afterwards nothing has leaked.
+time out, or are not what they must be; where the server itself is killed, the connection may break. Afterwards nothing
+has leaked.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def out_of_time(server: Server, client: Any, reference: dict[str, Any], draw: ra
     try:
         client.infer("pipeline", prompt_input(grpc, "red"), parameters={"plan": "uncached"}, timeout=20_000)
     except failure as error:
-        assert "timeout" in error.message().lower(), error
+        said = "timeout" in error.message().lower()
+        assert said or eventually(lambda: cancel._has_died(str(server.pid))), error  # then the connection broke
         raise
     raise AssertionError("a whole clip in 20 ms")
 
@@ -189,25 +191,33 @@ def fresh(tritonserver: Path, tiny: Path, tmp_path: Path) -> Iterator[Server]:
 # ---------------------------------------------------------------- the tests
 
 
-def test_every_request_is_answered_once(fresh: Server, reference: dict[str, Any]) -> None:
-    """32 clients; every twelve seconds a process of a model is killed, and the model loaded again."""
-    end, seen = time.monotonic() + SECONDS, collections.Counter[str]()
-    wrong: list[str] = []
-    kills = 0
+@contextlib.contextmanager
+def clients(
+    server: Server, reference: dict[str, Any], is_over: Callable[[], bool], wrong: list[str]
+) -> Iterator[collections.Counter[str]]:
+    """32 clients, each with one request at a time until it is over; when the block ends, each has its last answer.
+
+    Args:
+        wrong: gets what no request may end in: a wrong answer, a second one, none in `PATIENCE_SECONDS`.
+
+    Yields:
+        How often each outcome has been seen: right, a status, or that the connection broke.
+    """
+    seen = collections.Counter[str]()
 
     def work(number: int) -> None:
         draw = random.Random(number)
-        with grpc.InferenceServerClient(fresh.grpc) as client:
-            while time.monotonic() < end and not wrong:
+        with grpc.InferenceServerClient(server.grpc) as client:
+            while not is_over() and not wrong:
                 ask = draw.choice(KINDS)
                 start = time.monotonic()
                 try:
-                    outcome = ask(fresh, client, reference, draw)
+                    outcome = ask(server, client, reference, draw)
                 except failure as error:
                     outcome = str(error.status()).removeprefix("StatusCode.")
                 except (OSError, http.client.HTTPException) as error:
                     outcome = type(error).__name__
-                except Exception as error:  # an assertion, a queue that stays empty: what this test is about
+                except Exception as error:  # an assertion, a queue that stays empty: what these tests are about
                     wrong.append(f"{ask.__name__}: {type(error).__name__}: {error}")
                     return
                 if time.monotonic() - start > PATIENCE_SECONDS:
@@ -216,6 +226,28 @@ def test_every_request_is_answered_once(fresh: Server, reference: dict[str, Any]
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         done = [pool.submit(work, number) for number in range(CLIENTS)]
+        yield seen
+        for each in done:
+            each.result(PATIENCE_SECONDS + 60)
+
+
+def require_right(server: Server, reference: dict[str, Any]) -> None:
+    with grpc.InferenceServerClient(server.grpc) as client:
+        for ask in (whole, latents, streamed):
+            assert ask(server, client, reference, random.Random(1)) == "right"
+
+
+def require_gone(server: Server, left: dict[int, str]) -> None:
+    """Processes of models whose server was killed end by themselves, with their shared memory and call files."""
+    assert eventually(lambda: not stubs(server.repository), 60.0), stubs(server.repository)
+    assert not set(left.values()) & shared_memory()
+    assert not [file for file in cancel._token_folder().glob("*-*") if int(file.name.partition("-")[0]) in left]
+
+
+def test_every_request_is_answered_once(fresh: Server, reference: dict[str, Any]) -> None:
+    """32 clients; every twelve seconds a process of a model is killed, and the model loaded again."""
+    end, wrong, kills = time.monotonic() + SECONDS, list[str](), 0
+    with clients(fresh, reference, lambda: time.monotonic() >= end, wrong) as seen:
         draw = random.Random(0)
         while time.monotonic() < end and not wrong:
             time.sleep(min(KILL_EVERY_SECONDS, max(0.0, end - time.monotonic())))
@@ -227,16 +259,40 @@ def test_every_request_is_answered_once(fresh: Server, reference: dict[str, Any]
                 if fresh.load(model)[0] == 200:
                     break
                 time.sleep(1)
-    for each in done:
-        each.result()
     print(f"{sum(seen.values())} requests, {kills} kills; {dict(sorted(seen.items()))}")
     assert not wrong, wrong[:3]
     assert seen["whole: right"] and seen["latents: right"] and seen["cancelled: cancelled"] and kills
     for model in KILLED:
         assert fresh.load(model)[0] == 200
-    with grpc.InferenceServerClient(fresh.grpc) as client:  # all is as it was
-        for ask in (whole, latents, streamed):
-            assert ask(fresh, client, reference, random.Random(1)) == "right"
+    require_right(fresh, reference)  # all is as it was
+
+
+def test_a_server_that_is_killed_again_and_again(
+    tritonserver: Path, tiny: Path, tmp_path: Path, reference: dict[str, Any]
+) -> None:
+    """SIGKILL under 32 clients: each has one answer, or a connection that broke. No process, no shared memory and no
+    call file stays, and the next server answers as the first one did."""
+    write_repository(Bundle.open(tiny), tmp_path / "repository")
+    draw, end, wrong, rounds = random.Random(0), time.monotonic() + SECONDS, list[str](), 0
+    while not rounds or time.monotonic() < end:
+        rounds += 1
+        with serving(tritonserver, tmp_path / "repository", tmp_path / "log") as server:
+            require_right(server, reference)
+            killed = threading.Event()
+            with clients(server, reference, killed.is_set, wrong) as seen:
+                time.sleep(draw.uniform(3.0, min(20.0, max(4.0, SECONDS))))
+                left = stubs(server.repository)
+                os.kill(server.pid, signal.SIGKILL)
+                time.sleep(1)  # requests to a server that is not there
+                before, _ = seen.copy(), killed.set()
+            print(f"round {rounds}: {sum(seen.values())} requests; {dict(sorted(seen.items()))}")
+            assert not wrong, wrong[:3]
+            assert sum(before.values()) > CLIENTS and sum(seen.values()) >= sum(before.values())
+            assert any(outcome.endswith(("UNAVAILABLE", "Error", "Disconnected")) for outcome in seen), seen
+            assert len(left) >= len(KILLED)
+            require_gone(server, left)
+    with serving(tritonserver, tmp_path / "repository", tmp_path / "log") as server:
+        require_right(server, reference)
 
 
 def test_500_requests_leave_nothing_behind(fresh: Server, reference: dict[str, Any]) -> None:
@@ -265,7 +321,6 @@ def test_500_requests_leave_nothing_behind(fresh: Server, reference: dict[str, A
 def test_a_killed_server_leaves_nothing_behind(tritonserver: Path, tiny: Path, tmp_path: Path) -> None:
     """Its models' processes end by themselves, also in the middle of a request; so do their files."""
     write_repository(Bundle.open(tiny), tmp_path / "repository")
-    calls = cancel._token_folder()
     with serving(tritonserver, tmp_path / "repository", tmp_path / "log") as server:
 
         def request() -> None:
@@ -274,14 +329,12 @@ def test_a_killed_server_leaves_nothing_behind(tritonserver: Path, tiny: Path, t
 
         running = threading.Thread(target=request)
         running.start()
-        regions = set(stubs(server.repository).values())
+        left = stubs(server.repository)
         os.kill(server.pid, signal.SIGKILL)
         running.join()
-        assert eventually(lambda: not stubs(server.repository), 60.0), stubs(server.repository)
-        assert not regions & shared_memory()
+        require_gone(server, left)
     with serving(tritonserver, tmp_path / "repository", tmp_path / "log") as server:
         assert server.post("v2/models/pipeline/generate", {"prompt": "red", "output": "mp4-base64"})[0] == 200
-        assert not list(calls.iterdir())
 
 
 def test_plans_by_several_writers_while_serving(fresh: Server, tiny: Path) -> None:

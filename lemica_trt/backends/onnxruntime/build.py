@@ -47,6 +47,9 @@ DTYPES = {
     "tensor(uint8)": "uint8",
 }
 
+OLDEST = "1.20"
+"""The lowest version that pyproject.toml allows, on the oldest Python."""
+
 PROCESS_BYTES = 60_000_000
 """Memory of a process that has imported ONNX Runtime; measured on Linux."""
 
@@ -175,6 +178,7 @@ def open_session(
 
     Raises:
         MissingDependencyError: the provider is not in this build of ONNX Runtime, or its libraries do not load.
+        UnsupportedError: this ONNX Runtime is older than the graph's opset.
         InputError: the file asks for what no export does, see `onnx_file`.
         EngineError: the file does not load, or is not the graph described.
     """
@@ -193,6 +197,11 @@ def open_session(
         chosen = (wanted, {"device_id": device}) if options.provider == "cuda" else wanted
         session = ort.InferenceSession(_source(graph, path, data, settings), settings, providers=[chosen])
     except Exception as error:  # onnxruntime raises many unrelated classes
+        if "ValidateOpsetForDomain" in str(error):
+            raise UnsupportedError(
+                f"onnxruntime {ort.__version__} does not know the operators of {graph.file}, ONNX opset {graph.opset}",
+                fix="pip install --upgrade onnxruntime, or rebuild the bundle with --opset 20",
+            ) from None
         raise EngineError(f"ONNX Runtime cannot load {graph.file}: {first_line(error)}") from None
     if wanted not in session.get_providers():
         raise MissingDependencyError(

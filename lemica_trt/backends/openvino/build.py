@@ -25,6 +25,9 @@ TYPES: dict[TensorDType, str] = {
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
+OLDEST = "2026.4"
+"""The lowest version that pyproject.toml allows."""
+
 PROCESS_BYTES = 110_000_000
 """Memory of a process that has imported OpenVINO; measured on Linux."""
 

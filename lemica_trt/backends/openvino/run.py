@@ -17,9 +17,9 @@ from lemica_trt.backends.base import (
     Settings,
     check_binding,
     check_upload,
-    note_version,
+    require_version,
 )
-from lemica_trt.backends.openvino.build import compiled_model, import_openvino, no_bf16, openvino_version
+from lemica_trt.backends.openvino.build import OLDEST, compiled_model, import_openvino, no_bf16, openvino_version
 from lemica_trt.backends.openvino.options import OpenVinoOptions
 from lemica_trt.backends.options import options_from_key
 from lemica_trt.core.errors import EngineError, UnsupportedError
@@ -32,7 +32,7 @@ def open_backend(key: EngineKey, settings: Settings) -> OpenVinoBackend:
     """See `backends.base.open_backend`."""
     if key.target != "cpu":
         raise UnsupportedError(f"expected engines for cpu, got some for {key.target!r}", fix="rebuild the bundle")
-    note_version(key, openvino_version())
+    require_version(key, openvino_version(), OLDEST)
     return OpenVinoBackend(cast(OpenVinoOptions, options_from_key(key, threads=settings.threads)))
 
 

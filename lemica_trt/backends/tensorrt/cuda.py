@@ -130,8 +130,8 @@ class CudaDevice:
             builder = self._stream.create_graph_builder().begin_building("relaxed")
             try:
                 enqueue()
-            except BaseException:
-                with suppress(Exception):  # it may have ended the capture, too
+            except BaseException:  # Ctrl-C, too: a stream that goes on capturing takes no other work
+                with suppress(Exception):  # cuda-core raises unrelated classes; the failure may have ended the capture
                     builder.end_building()
                 raise
             graph = builder.end_building().complete()

@@ -4,6 +4,7 @@
     requests    parameters and tensors of a request, checked
     cancel      requests that end before their result: cancelled, out of time, or their process died
     lifetime    processes of models end with their server
+    landlock    models' processes write nothing into the repository
     batching    requests that run together, where that changes no bit of any result
     metrics     what `/metrics` shows beside Triton's own
     errors      exceptions as answers

@@ -8,6 +8,7 @@ import os
 import queue
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 import threading
@@ -24,6 +25,12 @@ T = TypeVar("T")
 
 _TOKEN = re.compile("([0-9]{1,10})-[0-9a-f]{32}")
 """A caller's file: its process, and a random number."""
+
+_FILES = re.compile("([0-9]{1,10})-files")
+"""A process's folder of temporary files, where it has one of its own."""
+
+_kept: Path | None = None
+"""`_token_folder`, since temporary files go elsewhere."""
 
 CHECK_INTERVAL_SECONDS = 0.05
 """How often a model that waits for another one looks whether the request is still wanted."""
@@ -77,12 +84,7 @@ def cancel_token() -> Iterator[Path]:
     death of its process to the caller. A file does both: the called model writes its process id into it, and stops
     when the file has gone.
     """
-    folder = _token_folder()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise EngineError(f"{folder}: expected a folder of this user alone, got another", fix="remove it")
-    file = folder / f"{os.getpid()}-{secrets.token_hex(16)}"
+    file = _made_token_folder() / f"{os.getpid()}-{secrets.token_hex(16)}"
     file.touch()
     try:
         yield file
@@ -90,12 +92,31 @@ def cancel_token() -> Iterator[Path]:
         file.unlink(missing_ok=True)
 
 
+def keep_temporary_files_here() -> Path:
+    """The folder of callers' files, made now; this process's temporary files lie in it from now on, by themselves.
+
+    Raises:
+        EngineError: it is somebody else's.
+        OSError: it cannot be made.
+    """
+    global _kept
+    _kept = _made_token_folder()
+    own = _kept / f"{os.getpid()}-files"
+    own.mkdir(mode=0o700, exist_ok=True)
+    tempfile.tempdir = str(own)
+    return _kept
+
+
 def remove_leftovers(*, own: bool = False) -> None:
-    """Remove the files of callers that were killed; with `own`, those of this process, too."""
+    """Remove the files of callers and processes that were killed; with `own`, those of this process, too."""
     with suppress(FileNotFoundError):
         for file in _token_folder().iterdir():
-            found = _TOKEN.fullmatch(file.name)
-            if found and (_has_died(found[1]) or (own and int(found[1]) == os.getpid())):
+            found = _TOKEN.fullmatch(file.name) or _FILES.fullmatch(file.name)
+            if not found or not (_has_died(found[1]) or (own and int(found[1]) == os.getpid())):
+                continue
+            if _FILES.fullmatch(file.name):
+                shutil.rmtree(file, ignore_errors=True)
+            else:
                 file.unlink(missing_ok=True)
 
 
@@ -145,7 +166,23 @@ def _has_died(process: str) -> bool:
         return True
 
 
+def _made_token_folder() -> Path:
+    """`_token_folder`, there, and nobody else's.
+
+    Raises:
+        EngineError: it is somebody else's.
+    """
+    folder = _token_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise EngineError(f"{folder}: expected a folder of this user alone, got another", fix="remove it")
+    return folder
+
+
 def _token_folder() -> Path:
     """Of this user, and of those processes whose ids are comparable: containers may share a folder for such files."""
+    if _kept is not None:
+        return _kept
     namespace = os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116
     return Path(tempfile.gettempdir()) / f"lemica-trt-calls-{os.getuid()}-{namespace}"

@@ -20,6 +20,15 @@ _SHARED_MEMORY = Path("/dev/shm")
 _REGION = "triton_python_backend_shm_region_"
 
 
+def regions() -> list[str]:
+    """Names of the shared memory that the server gave this process; none: no server started it."""
+    try:
+        words = Path("/proc/self/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+    return [word for word in words if word.startswith(_REGION) and "/" not in word]
+
+
 def exit_with_parent() -> None:
     """End this process, at once, when the one that started it has ended; may be called twice.
 
@@ -36,7 +45,6 @@ def _watch(parent: int) -> None:
         time.sleep(CHECK_INTERVAL_SECONDS)
     with suppress(OSError):
         cancel.remove_leftovers(own=True)
-        for word in Path("/proc/self/cmdline").read_bytes().decode(errors="replace").split("\0"):
-            if word.startswith(_REGION) and "/" not in word:
-                (_SHARED_MEMORY / word).unlink(missing_ok=True)
+        for region in regions():
+            (_SHARED_MEMORY / region).unlink(missing_ok=True)
     os._exit(1)

@@ -6,6 +6,8 @@
 - a bundle with a file missing, altered or not listed;
 - a bundle that none of the keys of LEMICA_TRUSTED_KEYS signed, if that is set, or has to be;
 - engines of another TensorRT or GPU than the one here (the runtime compares).
+
+Before it opens the bundle it gives up the right to write into it (`landlock`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,12 @@ import numpy as np
 from lemica_trt import __version__
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.signing import TRUSTED_KEYS
+from lemica_trt.core.atomic_folder import finish_swap
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.ir.graphs import Role
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.triton.interface import OLDEST_SERVER
-from lemica_trt.triton.server import cancel, lifetime
+from lemica_trt.triton.server import cancel, landlock, lifetime
 
 
 def load_pipeline(
@@ -59,8 +63,6 @@ def open_bundle(pb_utils: Any, args: Mapping[str, str]) -> tuple[Bundle, dict[st
         LemicaError: as `load_pipeline`.
     """
     check_server(pb_utils)
-    lifetime.exit_with_parent()
-    cancel.remove_leftovers()
     config = json.loads(args["model_config"])
     parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
     if parameters["lemica_trt"] != __version__:
@@ -69,6 +71,10 @@ def open_bundle(pb_utils: Any, args: Mapping[str, str]) -> tuple[Bundle, dict[st
             fix="install that version, or write the repository again with 'lemica-trt triton'",
         )
     folder = Path(args["model_repository"]) / parameters["bundle"]
+    if lifetime.regions():
+        _confine(pb_utils, args, folder)
+    lifetime.exit_with_parent()
+    cancel.remove_leftovers()
     bundle = Bundle.open(folder)
     if parameters["require_signature"] == "yes" and bundle.signed_by is None:
         raise UnsupportedError(
@@ -82,6 +88,23 @@ def open_bundle(pb_utils: Any, args: Mapping[str, str]) -> tuple[Bundle, dict[st
             fix="write the repository again with 'lemica-trt triton'",
         )
     return bundle, parameters
+
+
+def _confine(pb_utils: Any, args: Mapping[str, str], folder: Path) -> None:
+    """Take the right to write into the repository away from this process, where the kernel can; a line in the log where
+    not. What a killed writer left is put right before."""
+    with suppress(OSError):
+        finish_swap(folder)
+    gpu = args["model_instance_kind"] == "GPU"
+    try:
+        done, why = landlock.confine(Path(args["model_repository"]).parent, folder, gpu=gpu), "it has no Landlock"
+    except OSError as error:
+        done, why = False, str(error.strerror)
+    if not done:
+        pb_utils.Logger.log_warn(
+            f"{args['model_name']}: this kernel keeps no process from writing into the repository ({why}): "
+            "mount it read-only"
+        )
 
 
 def check_server(pb_utils: Any) -> None:
