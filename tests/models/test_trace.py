@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,12 @@ from torch import Tensor, nn
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
 from lemica_trt.core.values import json_bytes, value_from_json
 from lemica_trt.ir.trace import Trace, TraceRequest
+from lemica_trt.models.load import load_pipeline
 from lemica_trt.models.trace import trace_pipeline
+from lemica_trt.models.trace.arguments import Arguments
+from lemica_trt.models.trace.body import Line, fitted_line
+from lemica_trt.models.trace.replay import ROUNDINGS, TOLERANCE, precision, tolerance
+from lemica_trt.models.trace.runs import Runs
 from lemica_trt.models.trace.tape import Recorder
 from lemica_trt.testing.pipelines import CASES, tiny_pipeline
 
@@ -33,7 +39,11 @@ def traced(name: str) -> Trace:
     return FOUND[name]
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.refusal])
+def traceable() -> list[str]:
+    return [name for name, case in CASES.items() if not case.refusal]
+
+
+@pytest.mark.parametrize("name", traceable())
 def test_every_pipeline_is_reproduced_for_another_request(name: str) -> None:
     trace = traced(name)
     assert trace.error <= 1e-4
@@ -42,6 +52,35 @@ def test_every_pipeline_is_reproduced_for_another_request(name: str) -> None:
     assert all(trunk.streams and trunk.error <= 2e-5 for trunk in trace.trunks), trace.trunks
     assert value_from_json(Trace, json_bytes(trace), where="here") == trace
     assert not [slot for slot in trace.slots if slot.role in ("condition", "column") and not slot.of]
+
+
+SLOW = ("hunyuanvideo-1.5", "ltx2")
+"""Those that run for more than a few seconds in half precision, for want of kernels on CPUs."""
+
+NOT_LOADED = ("hidream", "ltx2")
+"""Tiny pipelines that a folder does not give back: their parts are cast in place."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in SLOW else name for name in traceable()]
+)
+def test_every_pipeline_is_reproduced_in_half_precision(name: str, tmp_path: Path) -> None:
+    """Loaded as a build loads it, with what the classes keep in fp32: each step to two roundings, the trunk exactly."""
+    case = CASES[name]
+    if case.needs and importlib.util.find_spec(case.needs) is None:
+        pytest.skip(f"needs {case.needs}")
+    pipeline = tiny_pipeline(name)
+    if name in NOT_LOADED:
+        pipeline = pipeline.to(torch.bfloat16)
+    else:
+        pipeline.save_pretrained(tmp_path)
+        pipeline = load_pipeline(str(tmp_path), dtype="bf16")
+    assert pipeline.dtype == torch.bfloat16
+    trace = trace_pipeline(pipeline, case.request)
+    assert trace.error <= tolerance(torch.bfloat16) == ROUNDINGS * 2**-7
+    assert all(trunk.streams and trunk.error <= 2e-5 for trunk in trace.trunks), trace.trunks
+    assert {trunk.streams for trunk in trace.trunks} == {trunk.streams for trunk in traced(name).trunks}
+    assert [len(kind.steps) for kind in trace.kinds] == [len(kind.steps) for kind in traced(name).kinds]
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.refusal])
@@ -155,7 +194,7 @@ class Toy:
     def __call__(self, prompt: str, num_inference_steps: int = 4, generator: Any = None) -> Tensor:
         letters = torch.tensor([ord(letter) for letter in prompt.ljust(80)[:80]])
         text = self.text_encoder(letters)[:8].mean(0) + self.text_encoder(letters).std(0)
-        x = torch.randn((1, 3, 4), generator=generator)
+        x = torch.randn((1, 3, 4), generator=generator).to(self.text_encoder.weight.dtype)
         state = SimpleNamespace(
             text=text, generator=generator, momentum=torch.zeros_like(x), length=len(prompt.split())
         )
@@ -270,6 +309,54 @@ def test_in_place_writes_are_seen() -> None:
         return toy.transformer(buffer, t, text)[:, :3]
 
     assert trace_pipeline(Toy(body)).error < 1e-5
+
+
+def half(toy: Toy, dtype: torch.dtype = torch.bfloat16) -> Toy:
+    toy.transformer.to(dtype)
+    toy.text_encoder.to(dtype)
+    return toy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_a_replay_may_deviate_by_follows_from_the_dtype(dtype: torch.dtype) -> None:
+    toy = half(Toy(), dtype)
+    runs = Runs(toy, Arguments(toy, TraceRequest()))
+    assert precision(runs.base) == dtype
+    allowed = {torch.float32: TOLERANCE, torch.float16: ROUNDINGS * 2**-10, torch.bfloat16: ROUNDINGS * 2**-7}
+    assert tolerance(dtype) == allowed[dtype]
+    assert trace_pipeline(toy).error <= allowed[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_hides_no_wrong_trace(dtype: torch.dtype) -> None:
+    """What is refused in fp32 is refused, although roundings are larger: 1.5 % of the latents is more than one."""
+    changed = half(Toy(), dtype)
+    changed.after = lambda toy, x, state: 0.985 * x
+    with pytest.raises(UnsupportedError, match="changes the latents between two steps"):
+        trace_pipeline(changed)
+    for body in (_momentum, _branch, _random):
+        with pytest.raises(UnsupportedError):
+            trace_pipeline(half(Toy(body), dtype))
+
+
+def test_timesteps_that_were_rounded_are_a_line_of_few_digits() -> None:
+    """FLUX in bf16 rounds its timesteps, divides them by 1000, and rounds again; all are reproduced to the bit."""
+    times = torch.linspace(1000, 17, 50)
+    rounded = (times.bfloat16() / 1000).tolist()
+    few = slice(None, None, 12)
+    line = fitted_line("timestep", times[few].tolist(), rounded[few], "t", dtypes=[torch.bfloat16])
+    assert line == Line("timestep", 0.001, 0.0, torch.bfloat16)
+    own = line.factor * times.bfloat16().float() + line.offset
+    assert own.bfloat16().tolist() == rounded
+    direct = fitted_line("timestep", times.tolist(), times.half().tolist(), "t", dtypes=[torch.float16])
+    assert direct == Line("timestep", 1.0, 0.0)
+
+
+def test_a_curve_is_no_line_in_half_precision_either() -> None:
+    times = torch.linspace(1000, 17, 20)
+    curve = (times / 1000) ** 1.2
+    with pytest.raises(UnsupportedError, match="t is no straight line in the timestep"):
+        fitted_line("timestep", times.tolist(), curve.bfloat16().tolist(), "t", dtypes=[torch.bfloat16])
 
 
 def test_a_recording_ends_where_it_is_told_to() -> None:

@@ -1,4 +1,9 @@
-"""A trace run again for another request: the check that every trace ends with, and how guidance enters the output."""
+"""A trace run again for another request: the check that every trace ends with, and how guidance enters the output.
+
+In fp32 the loop is run whole, each step from what the trace made of the one before. A pipeline in half precision rounds
+its latents in every step, so that two whole runs drift apart although each step is right: there every step begins with
+the other run's own latents. What is left is the rounding of one step, and the tolerance is a few units of it.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +22,28 @@ from lemica_trt.models.trace.slots import Found, Run, same
 from lemica_trt.models.trace.tape import Event, plain, refs
 
 TOLERANCE = 1e-4
-"""Largest deviation of the final latents, relative to the largest of them: the sampler runs in float64 from its table,
-the pipeline's own in float32."""
+"""Largest deviation of the final latents in fp32, relative to the largest of them: the sampler runs in float64 from its
+table, the pipeline's own in float32."""
+
+ROUNDINGS = 2
+"""Half precision: largest deviation of what one step gives its sampler, and of what the sampler makes of it, in units
+of `torch.finfo(dtype).eps` (bf16: 2⁻⁷, fp16: 2⁻¹⁰), relative to the largest number that goes into it."""
+
+
+def precision(base: Run) -> torch.dtype:
+    """The coarsest of the dtypes that the loop has between its networks: float32, float16 or bfloat16."""
+    tensors = [*base.programs[0].x]
+    for item in base.tape.items[slice(*base.programs[-1].span)]:
+        if isinstance(item, Event) and item.kind == "call":
+            tensors += [base.tape.values[ref] for ref in refs((item.inputs, item.outs))]
+    found = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """What a replay may deviate by, relative: `TOLERANCE`, or `ROUNDINGS` of a half precision."""
+    exact = torch.finfo(dtype).eps <= torch.finfo(torch.float32).eps
+    return TOLERANCE if exact else ROUNDINGS * torch.finfo(dtype).eps
 
 
 class Network:
@@ -77,40 +102,67 @@ class Replay:
         return values
 
     def check(self, new: Run, tables: Sequence[SamplerTable], components: Mapping[str, Any]) -> float:
-        """The largest deviation from a run's own final latents, relative to the largest of them.
+        """The largest deviation from a run's own latents, relative: of the final ones, or in half precision of those
+        that any one step makes.
 
         Raises:
-            UnsupportedError: it is more than `TOLERANCE`, or a network is given something else in step 0, be its effect
+            UnsupportedError: it is more than `tolerance`, or a network is given something else in step 0, be its effect
                 as small as it may; says where it begins.
         """
+        dtype = precision(self._base)
+        forced = dtype.itemsize < 4
         draws = [counted_draws(copied) for copied in new.tape.schedulers.values()]
         latents = [[x.double()] for x in new.programs[0].x]
         outputs: list[list[Tensor]] = [[] for _ in latents]
-        first = ""
+        first, errors = "", [0.0]
         for program in self._base.programs:
             i, network = program.index, Network(components)
             x = [history[-1].to(program.x[k].dtype) for k, history in enumerate(latents)]
             scale = lambda k, sample: (sample.double() * tables[k].rows[i].in_scale).to(sample.dtype)  # noqa: B023,E731
             with torch.no_grad():
                 made, samples = run_program(program, x, self._values(i, new), network, scale)
-            first = first or _difference(network, new, i)
+            first = first or _difference(network, new, i, tolerance(dtype))
             for k, table in enumerate(tables):
-                _check_sample(samples[k], x[k], program)
-                outputs[k].append(made[k].double())
+                _check_sample(samples[k], x[k], program, dtype)
+                output = made[k]
+                if forced:
+                    output = _model_output(new, i, k)
+                    errors.append(relative(made[k], output))
+                outputs[k].append(output.double())
                 row = table.rows[i + 1]
                 terms = [*zip(row.latents, reversed(latents[k])), *zip(row.outputs, reversed(outputs[k]))]
                 if row.noise:
                     terms.append((row.noise, new.tape.draws[i][draws[k][i]].double()))
-                latents[k].append(sum((c * v for c, v in terms), torch.zeros_like(latents[k][-1])))
+                after = sum((c * v for c, v in terms), torch.zeros_like(latents[k][-1]))
+                if forced:
+                    own = new.programs[i].after[k].double()
+                    errors.append(_of_largest(after - own, [own, *(c * v for c, v in terms)]))
+                    after = own
+                latents[k].append(after)
         wanted = new.programs[-1].after
-        error = max(relative(history[-1], want) for history, want in zip(latents, wanted))
-        if first.endswith(" at step 0") or not error <= TOLERANCE:
+        error = max(*errors, *(relative(history[-1], want) for history, want in zip(latents, wanted)))
+        if first.endswith(" at step 0") or not error <= tolerance(dtype):
             where = f"; {first}" if first else ""
             raise UnsupportedError(
-                f"its trace does not hold for another prompt and seed (latents differ by {error:.1e} of the largest"
-                f"{where}{_host(self._base)})"
+                f"its trace does not hold for another prompt and seed (latents differ by {error:.1e} of the largest, "
+                f"{tolerance(dtype):.1e} allowed{where}{_host(self._base)})"
             )
         return error
+
+
+def _model_output(run: Run, i: int, state: int) -> Tensor:
+    """What a sampler was given in step i."""
+    order = list(run.tape.schedulers)
+    events = [item for item in run.tape.items[slice(*run.programs[i].span)] if isinstance(item, Event)]
+    (event,) = (event for event in events if event.kind == "step" and event.scheduler == order[state])
+    found: Tensor = run.tape.value(event.inputs["model_output"])
+    return found
+
+
+def _of_largest(difference: Tensor, others: Sequence[Tensor]) -> float:
+    """Largest difference, of the largest element of some tensors."""
+    size = max(float(other.abs().max()) for other in others)
+    return float(difference.abs().max()) / size if size else 0.0
 
 
 def relative(one: Tensor, other: Tensor) -> float:
@@ -122,8 +174,9 @@ def relative(one: Tensor, other: Tensor) -> float:
     return difference / size if size else difference
 
 
-def _check_sample(sample: Tensor, x: Tensor, program: Program) -> None:
-    if relative(sample, x) > 1e-5:
+def _check_sample(sample: Tensor, x: Tensor, program: Program, dtype: torch.dtype) -> None:
+    """Refuse a loop that does more to its latents between two steps than round them."""
+    if relative(sample, x) > max(1e-5, torch.finfo(dtype).eps):
         last = [node.what for node in program.nodes if node.kind == "op"][-1:]
         raise UnsupportedError(
             "it changes the latents between two steps of the sampler"
@@ -131,7 +184,7 @@ def _check_sample(sample: Tensor, x: Tensor, program: Program) -> None:
         )
 
 
-def _difference(network: Network, new: Run, i: int) -> str:
+def _difference(network: Network, new: Run, i: int, allowed: float) -> str:
     """The first argument of a network that differs from what it was in the new run; "" where all agree."""
     tape = new.tape
     events = [item for item in tape.items[slice(*new.programs[i].span)] if isinstance(item, Event)]
@@ -142,7 +195,7 @@ def _difference(network: Network, new: Run, i: int) -> str:
             other = its.get(path)
             close = same(leaf, other)
             if isinstance(leaf, Tensor) and isinstance(other, Tensor):
-                close = relative(leaf, other) < 1e-4
+                close = relative(leaf, other) < allowed
             elif not isinstance(leaf, int | float):
                 continue
             if not close:

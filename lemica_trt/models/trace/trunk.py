@@ -3,6 +3,8 @@
 With its block lists emptied, a transformer still runs: embeddings, then whatever comes behind the blocks. A *stream*
 is an argument of a module behind the blocks that differs between the whole run and the emptied one; its residual is
 the difference. Nothing is assumed of what lies between the last block and the head.
+
+Residuals are differences in fp32, and added in fp32: in half precision, too, the sum is the stream to the bit.
 """
 
 from __future__ import annotations
@@ -32,6 +34,16 @@ Place = tuple[str, int, str]
 
 class NoTrunkError(Exception):
     """The blocks cannot be left out; says why."""
+
+
+def difference(whole: Tensor, emptied: Tensor) -> Tensor:
+    """What blocks add to a stream, fp32."""
+    return whole.float() - emptied.float()
+
+
+def added(stream: Tensor, residual: Tensor) -> Tensor:
+    """A stream and an fp32 residual; rounded once, to the stream's dtype."""
+    return (stream + residual).to(stream.dtype)
 
 
 class Watched:
@@ -78,7 +90,7 @@ class Watched:
             for key, value in given.items():
                 if isinstance(value, Tensor):
                     extra = (add or {}).get((name, number, key))
-                    given[key] = value if extra is None else value + extra
+                    given[key] = value if extra is None else added(value, extra)
                     seen[name, number, key] = (self._list_of.get(module, ""), given[key].clone())
             args = tuple(value for key, value in given.items() if key.isdecimal())
             return args, {key: value for key, value in given.items() if not key.isdecimal()}
@@ -123,7 +135,7 @@ class Watched:
             stream = next(self._streams(whole, seen, lists, found), None)
             if stream is None or len(found) == MAX_STREAMS:
                 raise NoTrunkError(f"the output differs by {error:.1e} without its blocks")
-            found[stream] = whole[stream][1] - seen[stream][1]
+            found[stream] = difference(whole[stream][1], seen[stream][1])
 
     @staticmethod
     def _streams(
