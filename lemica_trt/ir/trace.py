@@ -170,7 +170,7 @@ class Trace(Value, frozen=True):
         text_slots: names of the slots whose shapes follow the prompt.
         python: values that become Python's inside a network (`transformer: tolist`); an export bakes them.
         error: largest deviation of the final latents of another prompt, seed and guidance scale, relative to the
-            largest of them.
+            largest of them; of a pipeline in half precision, largest deviation of any one step.
     """
 
     pipeline: str

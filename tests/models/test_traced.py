@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lemica_trt.core.errors import LemicaError, UnsupportedError
 from lemica_trt.core.metrics import psnr
+from lemica_trt.export import export_graphs
 from lemica_trt.ir.graphs import FULL, SKIP, TRUNK, StepLayout, step_layout
 from lemica_trt.ir.profile import TRACED, DType, Profile, Sampling, Shape
 from lemica_trt.ir.report import HALF_PSNR
@@ -163,6 +164,17 @@ def test_a_residual_in_half_precision_stands_in_for_the_trunk(
     assert full["output"].dtype == skipped["output"].dtype == torch.float32
     rounding = ROUNDINGS * torch.finfo(traced.dtype).eps
     assert skipped["output"] == pytest.approx(full["output"], abs=rounding * float(full["output"].abs().max()))
+
+
+def test_step_graphs_are_exported_in_bf16(tmp_path: Path, half_model: Callable[[str, DType], TracedModel]) -> None:
+    """What its conditions and its cache slot are; the interface around the network is fp32."""
+    traced = half_model("pixart-sigma", "bf16")
+    graphs = export_graphs(traced, layout_of(traced), tmp_path, roles=(FULL.name, SKIP.name)).graphs
+    for graph in graphs:
+        dtypes = {spec.name: spec.dtype for spec in (*graph.inputs, *graph.outputs)}
+        halves = {name for name in dtypes if name.startswith((TRUNK, "encoder_"))}
+        assert halves and {dtypes[name] for name in halves} == {"bf16"}
+        assert {dtypes[name] for name in ("latents_0", "coefficients", "guidance", "latents", "output")} == {"fp32"}
 
 
 @pytest.mark.parametrize("name", ["chroma", "flux"])

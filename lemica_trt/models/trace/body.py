@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -250,9 +250,9 @@ def fitted_line(
     size = max(float(np.abs(y).max()), 1e-9)
     if np.allclose(factor * x + offset, y, rtol=1e-5, atol=1e-5 * size):
         return Line(of, factor, offset)
-    for dtype, through in itertools.product(dtypes, (None, *dtypes)):
+    for digits, dtype, through in itertools.product(range(1, 7), dtypes, (None, *dtypes)):
         its = x if through is None else _rounded(x, through)
-        for line in _short_lines(its, y):
+        for line in _short_lines(its, y, digits):
             if np.array_equal(_rounded(line[0] * its + line[1], dtype), y):
                 return Line(of, *line, through)
     eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
@@ -269,13 +269,11 @@ def _least_squares(x: Any, y: Any) -> tuple[float, float]:
     return float(factor), float(offset)
 
 
-def _short_lines(x: Any, y: Any) -> Iterator[tuple[float, float]]:
-    """Lines near points, those of few digits first: what a line may have been before its values were rounded."""
-    factor, _ = _least_squares(x, y)
-    for digits in range(1, 7):
-        short = float(f"{factor:.{digits}g}")
-        offset = float(np.mean(y - short * x))
-        yield from ((short, near) for near in dict.fromkeys([0.0, *(round(offset, places) for places in range(5))]))
+def _short_lines(x: Any, y: Any, digits: int) -> list[tuple[float, float]]:
+    """Lines near points whose factor has so many digits: what a line may have been before its values were rounded."""
+    factor = float(f"{_least_squares(x, y)[0]:.{digits}g}")
+    offset = float(np.mean(y - factor * x))
+    return [(factor, near) for near in dict.fromkeys([0.0, *(round(offset, places) for places in range(5))])]
 
 
 def _rounded(values: Any, dtype: torch.dtype) -> Any:

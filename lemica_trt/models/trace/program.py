@@ -183,12 +183,24 @@ def _adopted(tape: Tape, found: Sequence[Program], denoisers: set[str]) -> Progr
     step = _steps(tape.items[slice(*span)])
     wanted = [tape.value(ref) for event in events if isinstance(event, Event) for ref in refs(event.inputs)]
     wanted += [tape.value(event.inputs["model_output"]) for event in step]
-    try:
-        given = list(effects(tape, adopted, values))
-    except (RuntimeError, IndexError, StopIteration, TypeError):  # of another structure altogether
-        return own
-    same = len(given) == len(wanted) and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(given, wanted))
-    return adopted if same else own
+    for tried in (adopted, _with_numbers(adopted, own)):
+        try:
+            given = list(effects(tape, tried, tried.values))
+        except (RuntimeError, IndexError, StopIteration, TypeError):  # of another structure altogether
+            continue
+        if len(given) == len(wanted) and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(given, wanted)):
+            return tried
+    return own
+
+
+def _with_numbers(program: Program, other: Program) -> Program:
+    """A program with the numbers of another one, in order, where both have as many."""
+    mine, its = ([k for k, born in enumerate(each.births) if born is None] for each in (program, other))
+    values = list(program.values)
+    if len(mine) == len(its):
+        for k, number in zip(mine, its):
+            values[k] = other.values[number]
+    return replace(program, values=tuple(values))
 
 
 def _steps(items: Sequence[Op | Event]) -> list[Event]:
