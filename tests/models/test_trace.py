@@ -329,14 +329,20 @@ def test_what_a_replay_may_deviate_by_follows_from_the_dtype(dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_hides_no_wrong_trace(dtype: torch.dtype) -> None:
-    """What is refused in fp32 is refused, although roundings are larger: 1.5 % of the latents is more than one."""
+    """What is refused in fp32 is refused, although roundings are larger: latents that are rounded are no others."""
     changed = half(Toy(), dtype)
-    changed.after = lambda toy, x, state: 0.985 * x
+    changed.after = lambda toy, x, state: 0.99 * x
     with pytest.raises(UnsupportedError, match="changes the latents between two steps"):
         trace_pipeline(changed)
     for body in (_momentum, _branch, _random):
         with pytest.raises(UnsupportedError):
             trace_pipeline(half(Toy(body), dtype))
+
+
+def test_latents_that_overflow_are_told() -> None:
+    large = half(Toy(lambda toy, x, t, text, state: toy.transformer(x, t, text) * 6e4 * 6e4), torch.float16)
+    with pytest.raises(UnsupportedError, match="not finite behind step 0 in float16 → --dtype bf16 or fp32"):
+        trace_pipeline(large)
 
 
 def test_timesteps_that_were_rounded_are_a_line_of_few_digits() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -107,14 +108,15 @@ class Replay:
 
         Raises:
             UnsupportedError: it is more than `tolerance`, or a network is given something else in step 0, be its effect
-                as small as it may; says where it begins.
+                as small as it may; says where it begins. Or the run's latents are not finite.
         """
         dtype = precision(self._base)
+        _require_finite(new, dtype)
         forced = dtype.itemsize < 4
         draws = [counted_draws(copied) for copied in new.tape.schedulers.values()]
         latents = [[x.double()] for x in new.programs[0].x]
         outputs: list[list[Tensor]] = [[] for _ in latents]
-        first, errors = "", [0.0]
+        first, errors = "", []
         for program in self._base.programs:
             i, network = program.index, Network(components)
             x = [history[-1].to(program.x[k].dtype) for k, history in enumerate(latents)]
@@ -140,7 +142,8 @@ class Replay:
                     after = own
                 latents[k].append(after)
         wanted = new.programs[-1].after
-        error = max(*errors, *(relative(history[-1], want) for history, want in zip(latents, wanted)))
+        errors += [relative(history[-1], want) for history, want in zip(latents, wanted)]
+        error = float(np.max(errors))  # NaN, if one is
         if first.endswith(" at step 0") or not error <= tolerance(dtype):
             where = f"; {first}" if first else ""
             raise UnsupportedError(
@@ -148,6 +151,16 @@ class Replay:
                 f"{tolerance(dtype):.1e} allowed{where}{_host(self._base)})"
             )
         return error
+
+
+def _require_finite(run: Run, dtype: torch.dtype) -> None:
+    """Raise UnsupportedError where a run overflows, as many networks do in fp16."""
+    for program in run.programs:
+        if not all(bool(after.isfinite().all()) for after in program.after):
+            name = str(dtype).removeprefix("torch.")
+            raise UnsupportedError(
+                f"its latents are not finite behind step {program.index} in {name}", fix="--dtype bf16 or fp32"
+            )
 
 
 def _model_output(run: Run, i: int, state: int) -> Tensor:
@@ -175,8 +188,8 @@ def relative(one: Tensor, other: Tensor) -> float:
 
 
 def _check_sample(sample: Tensor, x: Tensor, program: Program, dtype: torch.dtype) -> None:
-    """Refuse a loop that does more to its latents between two steps than round them."""
-    if relative(sample, x) > max(1e-5, torch.finfo(dtype).eps):
+    """Refuse a loop that does more to its latents between two steps than round them to its dtype."""
+    if min(relative(sample, x), relative(sample, x.to(dtype))) > 1e-5:
         last = [node.what for node in program.nodes if node.kind == "op"][-1:]
         raise UnsupportedError(
             "it changes the latents between two steps of the sampler"
