@@ -172,7 +172,7 @@ def test_step_graphs_are_exported_in_bf16(tmp_path: Path, half_model: Callable[[
     graphs = export_graphs(traced, layout_of(traced), tmp_path, roles=(FULL.name, SKIP.name)).graphs
     for graph in graphs:
         dtypes = {spec.name: spec.dtype for spec in (*graph.inputs, *graph.outputs)}
-        halves = {name for name in dtypes if name.startswith((TRUNK, "encoder_"))}
+        halves = {name for name in dtypes if name.startswith((TRUNK, "encoder_hidden"))}
         assert halves and {dtypes[name] for name in halves} == {"bf16"}
         assert {dtypes[name] for name in ("latents_0", "coefficients", "guidance", "latents", "output")} == {"fp32"}
 
