@@ -167,9 +167,10 @@ class Net(nn.Module):
         self.inner = nn.Linear(4, 4)
         self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
         self.head = nn.Linear(4, 4)
+        self.rate = 0.001
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        x = self.inner(x) + text + 0.001 * t
+        x = self.inner(x) + text + self.rate * t
         for block in self.blocks:
             x = x + torch.tanh(block(x))
         return self.head(x)
@@ -337,6 +338,50 @@ def test_half_precision_hides_no_wrong_trace(dtype: torch.dtype) -> None:
     for body in (_momentum, _branch, _random):
         with pytest.raises(UnsupportedError):
             trace_pipeline(half(Toy(body), dtype))
+    with pytest.raises(UnsupportedError, match=r"guidance scales differ by .*, 1.0e-06 allowed"):
+        trace_pipeline(half(Guided(_curved), dtype))
+
+
+class Guided(Toy):
+    """One that is called with a guidance scale."""
+
+    def __call__(
+        self, prompt: str, num_inference_steps: int = 4, generator: Any = None, guidance_scale: Any = 5.0
+    ) -> Any:
+        self.scale = guidance_scale
+        return super().__call__(prompt, num_inference_steps, generator)
+
+
+def _curved(toy: Any, x: Tensor, t: Tensor, text: Tensor, state: Any) -> Tensor:
+    """Guidance that is no straight line in its scale, by 0.8 % of the latents."""
+    return toy.transformer(x, t, text) * (1 + 0.02 * toy.scale**1.5)
+
+
+def test_one_half_tensor_makes_no_pipeline_half() -> None:
+    """Latents and outputs say what precision a loop has, and so what a wrong guidance may hide in."""
+
+    def body(toy: Any, x: Tensor, t: Tensor, text: Tensor, state: Any) -> Tensor:
+        return _curved(toy, x, t.bfloat16(), text, state)
+
+    toy = Guided(body)
+    assert precision(Runs(toy, Arguments(toy, TraceRequest())).base) == torch.float32
+    with pytest.raises(UnsupportedError, match=r"latents differ by .*, 1.0e-04 allowed"):
+        trace_pipeline(toy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("usual", "other"), [(999, 984), (999.0, 998.5)])
+def test_an_argument_without_effect_must_be_the_same(dtype: torch.dtype, usual: float, other: float) -> None:
+    """Whole numbers exactly, others to 1e-4, whatever the precision of the rest."""
+
+    def body(toy: Any, x: Tensor, t: Tensor, text: Tensor, state: Any) -> Tensor:
+        checked = state.generator.initial_seed() == 77
+        return toy.transformer(x, torch.tensor(other if checked else usual), text)
+
+    toy = half(Toy(body), dtype)
+    toy.transformer.rate = 0.0
+    with pytest.raises(UnsupportedError, match=r"the first difference is transformer\.t at step 0"):
+        trace_pipeline(toy)
 
 
 def test_latents_that_overflow_are_told() -> None:
