@@ -18,10 +18,11 @@ from lemica_trt.ir.trace import Trace, TraceRequest
 from lemica_trt.models.load import load_pipeline
 from lemica_trt.models.trace import trace_pipeline
 from lemica_trt.models.trace.arguments import Arguments
-from lemica_trt.models.trace.body import Line, fitted_line
+from lemica_trt.models.trace.body import Body, Line, Network, fitted_line
 from lemica_trt.models.trace.replay import ROUNDINGS, TOLERANCE, precision, tolerance
 from lemica_trt.models.trace.runs import Runs
 from lemica_trt.models.trace.tape import Recorder
+from lemica_trt.models.trace.tracing import trace_runs
 from lemica_trt.testing.pipelines import CASES, tiny_pipeline
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of diffusers and transformers
@@ -396,18 +397,43 @@ def test_timesteps_that_were_rounded_are_a_line_of_few_digits() -> None:
     rounded = (times.bfloat16() / 1000).tolist()
     few = slice(None, None, 12)
     line = fitted_line("timestep", times[few].tolist(), rounded[few], "t", dtypes=[torch.bfloat16])
-    assert line == Line("timestep", 0.001, 0.0, torch.bfloat16)
+    assert line == Line("timestep", 0.001, 0.0, torch.bfloat16, torch.bfloat16)
     own = line.factor * times.bfloat16().float() + line.offset
     assert own.bfloat16().tolist() == rounded
     direct = fitted_line("timestep", times.tolist(), times.half().tolist(), "t", dtypes=[torch.float16])
-    assert direct == Line("timestep", 1.0, 0.0)
+    assert direct == Line("timestep", 1.0, 0.0, None, torch.float16)
 
 
 def test_a_curve_is_no_line_in_half_precision_either() -> None:
     times = torch.linspace(1000, 17, 20)
-    curve = (times / 1000) ** 1.2
-    with pytest.raises(UnsupportedError, match="t is no straight line in the timestep"):
-        fitted_line("timestep", times.tolist(), curve.bfloat16().tolist(), "t", dtypes=[torch.bfloat16])
+    for curve in ((times / 1000) ** 1.2, times / 1000 + 0.004 * (20 * times / 1000).sin()):
+        for dtype in (torch.bfloat16, torch.float16):
+            with pytest.raises(UnsupportedError, match="t is no straight line in the timestep"):
+                fitted_line("timestep", times.tolist(), curve.to(dtype).tolist(), "t", dtypes=[dtype])
+
+
+def test_a_line_that_was_rounded_is_rounded_in_its_slot_though_that_is_fp32() -> None:
+    """t / 1000 in bf16, given to a network in fp32."""
+
+    def body(toy: Any, x: Tensor, t: Tensor, text: Tensor, state: Any) -> Tensor:
+        return toy.transformer(x, (t.bfloat16() / 1000).float(), text)
+
+    toy = half(Toy(body))
+    traced = trace_runs(toy, TraceRequest(steps=6))
+    (slot,) = traced.trace.role("column")
+    assert slot.dtype == "float32"
+    times = [row.timestep or 0.0 for row in traced.trace.states[0].table.rows[:-1]]
+    line = fitted_line("timestep", times, slot.column, slot.name, dtypes=[torch.bfloat16])
+    program = traced.runs.base.programs[-1]
+    network = Network(toy.transformer, traced.trace.trunks[0])
+    (k,) = (k for k, value in enumerate(program.values) if traced.named.name(0, k) == slot.name)
+    made = Body(program, {k: line}, network, branches=False)
+    seen: list[Tensor] = []
+    toy.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["t"]), with_kwargs=True)
+    one, x = torch.ones(1), torch.zeros(1, 3, 4)
+    for time, want in zip(times, slot.column):
+        made(x, torch.tensor([time]), one, None, {})
+        assert float(seen[-1]) == want
 
 
 def test_a_recording_ends_where_it_is_told_to() -> None:

@@ -28,13 +28,15 @@ from lemica_trt.models.trace.trunk import added, difference
 class Line:
     """A slot that is factor·v + offset: of the timestep (`timestep`) or of the guidance scale (`guidance`).
 
-    `through`: v is rounded to it first, as FLUX in bf16 does with its timesteps before it divides them.
+    `through`: v is rounded to it first, as FLUX in bf16 does with its timesteps before it divides them. `rounded`: the
+    slot is rounded to it, whatever its own dtype.
     """
 
     of: str
     factor: float
     offset: float
     through: torch.dtype | None = None
+    rounded: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,8 @@ class Body(nn.Module):
         assert source is not None
         source = source if slot.through is None else source.to(slot.through).float()
         line = slot.factor * source + slot.offset
+        if slot.rounded is not None and slot.rounded != getattr(value, "dtype", None):
+            line = line.to(slot.rounded).float()
         if not isinstance(value, Tensor):
             return line[0]
         line = line if value.dtype.is_floating_point else line.round()
@@ -240,7 +244,7 @@ def fitted_line(
     """The straight line through points.
 
     Args:
-        dtypes: half precisions that the values, or sources and values, may be rounded to; the first is the values' own.
+        dtypes: half precisions that the values, or sources and values, may be rounded to: then to the bit.
 
     Raises:
         UnsupportedError: they are on none, rounded or not.
@@ -254,10 +258,7 @@ def fitted_line(
         its = x if through is None else _rounded(x, through)
         for line in _short_lines(its, y, digits):
             if np.array_equal(_rounded(line[0] * its + line[1], dtype), y):
-                return Line(of, *line, through)
-    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
-    if np.abs(factor * x + offset - y).max() <= eps * size:
-        return Line(of, factor, offset)
+                return Line(of, *line, through, dtype)
     raise UnsupportedError(f"{name} is no straight line in the {of}")
 
 
