@@ -1,7 +1,7 @@
 """The loop's body as a torch module: what is exported for each step.
 
-The network has the pipeline's precision. What is done with its outputs is computed in fp32: guidance, and what the
-trunk adds to its stream. Where the pipeline casts to half precision, so does the body.
+The network has the pipeline's precision. What is done with its outputs is computed in fp32, guidance and what the
+trunk adds to its stream, except behind a cast of the pipeline's own to half precision: that is in the program too.
 """
 
 from __future__ import annotations
