@@ -91,7 +91,7 @@ def test_a_traced_pipeline_is_built_in_the_dtype_of_its_card(name: str) -> None:
     done = lemica("build", "--model", name, "--backend", "onnxruntime", "--denoising-steps", "8", "--budget", "3")
     assert done.exit_code == 5, done.stderr
     assert "bf16" in done.stderr
-    assert "--dtype fp16 or fp32, or for --backend tensorrt-rtx or tensorrt" in done.stderr
+    assert "--dtype fp32 (or fp16, where the model stands it), or for --backend tensorrt-rtx or tensorrt" in done.stderr
 
 
 @pytest.mark.null
