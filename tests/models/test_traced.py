@@ -131,22 +131,35 @@ def full_and_skipped(traced: TracedModel, layout: StepLayout) -> tuple[dict[str,
         return full, modules[SKIP.name]({**inputs, "coefficients": coefficients, f"{TRUNK}_0": full[TRUNK]})
 
 
-HALF = [*((name, "bf16") for name in RUN), ("chroma", "fp16"), ("hunyuanvideo", "fp16")]
+HALF_CI = (
+    *(("auraflow", "bf16"), ("cogview3-plus", "bf16"), ("flux", "bf16"), ("latte", "bf16"), ("ltx", "bf16")),
+    *(("pixart-sigma", "bf16"), ("chroma", "fp16")),
+)
+"""Of each way to guide, with and without a text axis; the rest is `long`."""
+
+HALF = [
+    case if case in HALF_CI else pytest.param(*case, marks=pytest.mark.long)
+    for case in (*((name, "bf16") for name in RUN), ("chroma", "fp16"), ("hunyuanvideo", "fp16"))
+]
 
 
 @pytest.mark.parametrize(("name", "dtype"), HALF)
 def test_the_uncached_plan_is_the_pipeline_in_half_precision(
     name: str, dtype: DType, half_model: Callable[[str, DType], TracedModel]
 ) -> None:
-    """What both round differently, guidance and latents, is two roundings a step; frames are what `verify` asks for."""
+    """What both round differently, guidance and latents, is two roundings a step, which add up as independent ones do;
+    frames are what `verify` asks for. The trace is that of fp32."""
     traced = half_model(name, dtype)
+    assert traced.trace.dtype == str(traced.dtype).removeprefix("torch.")
+    assert traced.trace.error <= ROUNDINGS * torch.finfo(traced.dtype).eps
+    assert [trunk.streams for trunk in traced.trace.trunks] == [trunk.streams for trunk in model(name).trace.trunks]
     scale = traced.profile.sampling.guidance_scale * (1.1 if traced.guided else 1.0)
     plan = uncached_plan(sampler_table(traced.scheduler()), guidance_scale=scale)
     noise = traced.noise(5)[None]
     got = denoise(traced, plan, traced.embed(["a green house by the tree"], "a dull picture"), noise)
     want = traced.reference(["a green house by the tree"], noise, negative="a dull picture", guidance_scale=scale)
     rounding = ROUNDINGS * torch.finfo(traced.dtype).eps
-    assert got == pytest.approx(want, abs=plan.num_steps * rounding * float(want.abs().max()))
+    assert got == pytest.approx(want, abs=plan.num_steps**0.5 * rounding * float(want.abs().max()))
     assert psnr(traced.decode(got)[0].numpy(), traced.decode(want)[0].numpy()) >= HALF_PSNR
     float_specs = [spec for spec in traced.conditions if spec.dtype != "int64"]
     assert {spec.dtype for spec in float_specs} == {dtype}
