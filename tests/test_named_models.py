@@ -81,9 +81,21 @@ def test_what_cannot_be_built_is_refused_before_anything_else(name: str) -> None
         assert done.stderr.count("\n") == 1
 
 
+BUILT = [name for name in NAMES if load_profile(name).family == TRACED and not load_named(name).card.refused]
+
+
 @pytest.mark.null
-def test_other_precisions_of_a_traced_pipeline_are_refused_before_a_download() -> None:
-    name = next(n for n in NAMES if load_profile(n).family == TRACED and not load_named(n).card.refused)
-    done = lemica("build", "--model", name, "--dtype", "bf16", "--budget", "3")
+@pytest.mark.parametrize("name", [name for name in BUILT if load_profile(name).dtype == "bf16"])
+def test_a_traced_pipeline_is_built_in_the_dtype_of_its_card(name: str) -> None:
+    """An engine that cannot run it is refused before a download, and those that can are named."""
+    done = lemica("build", "--model", name, "--backend", "onnxruntime", "--denoising-steps", "8", "--budget", "3")
+    assert done.exit_code == 5, done.stderr
+    assert "bf16" in done.stderr
+    assert "--dtype fp32 (or fp16, where the model stands it), or for --backend tensorrt-rtx or tensorrt" in done.stderr
+
+
+@pytest.mark.null
+def test_batches_of_a_traced_pipeline_are_refused_before_a_download() -> None:
+    done = lemica("build", "--model", BUILT[0], "--max-batch", "2", "--budget", "3")
     assert done.exit_code == 5
-    assert "in fp32" in done.stderr and "--dtype fp32" in done.stderr
+    assert "for one request a call, got max_batch 2" in done.stderr

@@ -153,7 +153,7 @@ class TraceTrunk(Value, frozen=True):
     reason: str = ""
 
 
-class Trace(Value, frozen=True):
+class Trace(Value, frozen=True, omit_defaults=True):
     """A pipeline, traced. Nothing of it is believed before a run with another prompt, seed and guidance scale is
     reproduced from it (`error`).
 
@@ -170,7 +170,9 @@ class Trace(Value, frozen=True):
         text_slots: names of the slots whose shapes follow the prompt.
         python: values that become Python's inside a network (`transformer: tolist`); an export bakes them.
         error: largest deviation of the final latents of another prompt, seed and guidance scale, relative to the
-            largest of them.
+            largest of them; of a pipeline in half precision, largest deviation of any one step.
+        dtype: torch's name of the precision: the coarsest of the latents' and the networks' outputs. `float32` is not
+            written.
     """
 
     pipeline: str
@@ -186,6 +188,7 @@ class Trace(Value, frozen=True):
     text_slots: tuple[str, ...]
     python: tuple[str, ...]
     error: float
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         names = [slot.name for slot in self.slots]

@@ -130,8 +130,8 @@ def load_model(
             pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder, **networks)
             require_vocabulary(folder, pipeline)
         pipeline.scheduler = scheduler_for(profile.sampling, pipeline.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(device)
     model = Model(profile, family, pipeline, folder)
     with quiet():
         require_fitting(model)
@@ -165,8 +165,9 @@ def load_pipeline(source: str, *, dtype: DType = "fp32", device: str = "cpu", sa
             pipeline = kind.from_pretrained(folder, **load_networks(folder, {"default": DTYPES[dtype]}))
         if sampling is not None:
             pipeline.scheduler = scheduler_for(sampling, pipeline.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(device)
+    return pipeline
 
 
 def profile_from_pipeline(source: str) -> Profile:

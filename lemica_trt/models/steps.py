@@ -117,13 +117,14 @@ class TracedFullStep(CombineStep):
     def __init__(self, model: TracedModel, layout: StepLayout) -> None:
         super().__init__(layout)
         self.body = model.body()
+        self._dtype = model.dtype
         self._names = [spec.name for spec in model.conditions]
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The full graph."""
         latents, step = self._run(inputs, None)
         result = {"latents": latents, **self._kept(step)}
-        return {**result, TRUNK: step.residual} if self.layout.depth(TRUNK) else result
+        return {**result, TRUNK: step.residual.to(self._dtype)} if self.layout.depth(TRUNK) else result
 
     def _kept(self, step: Step) -> dict[str, Tensor]:
         term = {TERM: step.guidance_term} if self.layout.guidance_history else {}

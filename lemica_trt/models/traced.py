@@ -38,14 +38,11 @@ from lemica_trt.models.trace.arguments import NEGATIVE as BASE_NEGATIVE
 from lemica_trt.models.trace.body import Body, Line, Network, Prefix, Rows, fitted_line
 from lemica_trt.models.trace.ends import FramesDecoder, TapeSlice
 from lemica_trt.models.trace.program import effects
-from lemica_trt.models.trace.replay import relative
+from lemica_trt.models.trace.replay import precision, relative, tolerance
 from lemica_trt.models.trace.runs import record
 from lemica_trt.models.trace.slots import NEGATIVE, PROMPT, Run
 from lemica_trt.models.trace.tape import Event, Ref, Tape, plain, refs
 from lemica_trt.models.trace.tracing import trace_runs
-
-TOLERANCE = 1e-4
-"""Largest deviation of conditions and frames from the pipeline's own, relative."""
 
 ODD = "The RED Cat &amp; a  blue <b>bird</b>, 2 ｔｒｅｅｓ schÃ¶n\n"
 """A prompt that shows how a pipeline cleans its prompts."""
@@ -86,6 +83,7 @@ class TracedModel(Model):
         profile.require_possible()
         self._traced = trace_runs(pipeline, request_from_profile(profile, pipeline))
         self.trace = self._traced.trace
+        self._precision = precision(self._traced.runs.base)
         self._require_buildable()
         self._require_text_axes()
         free = self.trace.text == "free"
@@ -248,7 +246,8 @@ class TracedModel(Model):
             elif slot.role == "column":
                 if not slot.column:
                     raise UnsupportedError(f"{slot.name} has another value in each element: it cannot be built yet")
-                slots[k] = fitted_line("timestep", timesteps, slot.column, slot.name)
+                halves = self._halves(program.values[k])
+                slots[k] = fitted_line("timestep", timesteps, slot.column, slot.name, dtypes=halves)
             elif slot.role == "guidance" and self.guided:
                 spread = [max(numbers) - min(numbers) for numbers in (slot.factor, slot.column) if numbers]
                 if not spread or max(spread) > 1e-5 * abs(slot.factor[0]):
@@ -261,6 +260,13 @@ class TracedModel(Model):
         trunk = self.trace.trunks[0]
         network = Network(self.pipeline.components[trunk.component], trunk)
         return Body(program, slots, network, branches=self.branches)
+
+    def _halves(self, value: Any) -> list[torch.dtype]:
+        """The half precisions that a value of the loop may have been rounded to, its own first."""
+        found = [self._precision] if self._precision.itemsize < 4 else []
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4:
+            found.insert(0, value.dtype)
+        return list(dict.fromkeys(found))
 
     def _rows(self, k: int, slot: TraceSlot) -> tuple[int, ...]:
         """Rows of a condition that a slot has: 0 is the negative prompt's, where there is guidance."""
@@ -456,7 +462,7 @@ class TracedModel(Model):
         decoder = FramesDecoder(slice_, tape.value(refs(step.outs)[0]).dtype)
         with torch.no_grad():
             pixels = slice_({"latents": tape.value(refs(step.outs)[0])})["pixels"]
-        if relative(pixels, final) > TOLERANCE:
+        if relative(pixels, final) > tolerance(self._precision):
             raise UnsupportedError(f"{self.trace.pipeline} cannot be built yet: its decoding is not reproduced")
         return decoder
 
@@ -509,7 +515,7 @@ class TracedModel(Model):
             negative=negative if isinstance(negative, str) else negative[0],
             scales=scales,
             others={
-                "latents": noise.to(self.device, self._traced.runs.base.programs[0].x[0].dtype),
+                "latents": noise.to(self.device, _first(self._traced.runs.base.tape).dtype),
                 "num_inference_steps": self.profile.sampling.steps if steps is None else steps,
                 **({} if generator is None else {"generator": generator}),
             },
@@ -529,6 +535,7 @@ class TracedModel(Model):
             requests += [(LONGER, BASE_NEGATIVE, run) for what, run in runs.longer.items() if what == PROMPT]
         else:
             requests.append((SHORTER, SHORTER_NEGATIVE, runs.check))
+        allowed = tolerance(self._precision)
         for prompt, negative, run in requests:
             own = self.embed([prompt], negative)
             for k, slot in self._slots():
@@ -536,7 +543,8 @@ class TracedModel(Model):
                     continue
                 name, wanted = self._name(slot), run.programs[0].values[k]
                 rows = own[name][list(self._rows(k, slot))]
-                if rows.shape != wanted.shape or relative(rows.to(wanted.dtype).float(), wanted.float()) > TOLERANCE:
+                most = allowed if wanted.is_floating_point() else 0.0
+                if rows.shape != wanted.shape or relative(rows.to(wanted.dtype).float(), wanted.float()) > most:
                     raise UnsupportedError(
                         f"{self.trace.pipeline} cannot be built yet: {name} is not reproduced from token ids"
                     )
@@ -563,11 +571,20 @@ def _texts(event: Event, prompt: str) -> list[str]:
     return [leaf for leaf in pytree.tree_leaves(event.inputs) if isinstance(leaf, str) and prompt in leaf]
 
 
+def _first(tape: Tape) -> Tensor:
+    """What the sampler's first step was given."""
+    latents: Tensor = tape.value(_sampler_steps(tape)[0].inputs["sample"])
+    return latents
+
+
 def _final(tape: Tape) -> Tensor:
     """What the sampler's last step returned."""
-    step = [item for item in tape.items if isinstance(item, Event) and item.kind == "step"][-1]
-    latents: Tensor = tape.value(refs(step.outs)[0])
+    latents: Tensor = tape.value(refs(_sampler_steps(tape)[-1].outs)[0])
     return latents
+
+
+def _sampler_steps(tape: Tape) -> list[Event]:
+    return [item for item in tape.items if isinstance(item, Event) and item.kind == "step"]
 
 
 def _beyond_prompts(trace: Trace) -> dict[str, bool]:

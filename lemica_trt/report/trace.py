@@ -70,7 +70,8 @@ def _facts(trace: Trace) -> Iterator[tuple[str, str]]:
         yield "baked", ", ".join(baked[:SHOWN]) + rest
     if trace.python:
         yield "in Python", f"{', '.join(trace.python)}: an export would bake it"
-    yield "check", f"another prompt, seed and guidance scale: latents agree to {trace.error:.0e} of the largest"
+    agree = "latents agree" if trace.dtype == "float32" else f"each step in {trace.dtype} agrees"
+    yield "check", f"another prompt, seed and guidance scale: {agree} to {trace.error:.0e} of the largest"
 
 
 def _state(state: TraceState) -> str:

@@ -13,8 +13,8 @@ import lemica_trt
 from lemica_trt.cli.main import main
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import read_value
-from lemica_trt.ir.graphs import FULL, SKIP
-from lemica_trt.ir.report import VerifyReport
+from lemica_trt.ir.graphs import FULL, SKIP, TRUNK
+from lemica_trt.ir.report import HALF_PSNR, VerifyReport
 from lemica_trt.runtime.random import Generator
 from lemica_trt.testing.pipelines import tiny_pipeline
 
@@ -121,6 +121,23 @@ def test_one_command_makes_a_plan_for_a_budget(tmp_path: Path) -> None:
     done = lemica("run", output, "a red bird", "--output", tmp_path / "x.png", "--quiet")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "x.png").stat().st_size > 100
+
+
+def test_a_pipeline_in_fp16_is_calibrated_and_built_in_fp16(tmp_path: Path) -> None:
+    """The pipeline's own precision from the first run to the engines; latents and coefficients stay fp32."""
+    output = built("flux", tmp_path, "--dtype", "fp16", "--budget", 3, *SMALL)
+    report = read_value(VerifyReport, output / "reports" / "verify.json")
+    assert report.dtype == "fp16" and not report.failures()
+    found = {(run.plan, run.against): run for run in report.agreement}
+    assert found["uncached", "diffusers"].psnr >= HALF_PSNR
+    assert 1e-5 < found["uncached", "diffusers"].difference < 2e-2
+    with lemica_trt.load(output) as pipe:
+        full = next(graph for graph in pipe.bundle.manifest.graphs.graphs if graph.role == FULL.name)
+        dtypes = {spec.name: spec.dtype for spec in (*full.inputs, *full.outputs)}
+        assert pipe("a red bird", seed=3).frames.shape == (1, 32, 48, 3)
+    halves = {"encoder_hidden_states", "pooled_projections", TRUNK}
+    assert dtypes == {name: "fp16" if name in halves else "fp32" for name in dtypes}
+    assert halves <= dtypes.keys()
 
 
 @pytest.mark.parametrize(

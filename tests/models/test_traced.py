@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
+from torch import Tensor
 
 from lemica_trt.core.errors import LemicaError, UnsupportedError
+from lemica_trt.core.metrics import psnr
+from lemica_trt.export import export_graphs
 from lemica_trt.ir.graphs import FULL, SKIP, TRUNK, StepLayout, step_layout
-from lemica_trt.ir.profile import TRACED, Profile, Sampling, Shape
+from lemica_trt.ir.profile import TRACED, DType, Profile, Sampling, Shape
+from lemica_trt.ir.report import HALF_PSNR
 from lemica_trt.ir.resources import load_named, load_profile, profile_names
 from lemica_trt.models.denoise import Rollout, denoise
 from lemica_trt.models.graph_specs import cache_specs, example_inputs, input_specs
+from lemica_trt.models.load import load_model
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.models.steps import step_modules
+from lemica_trt.models.trace.replay import ROUNDINGS
 from lemica_trt.models.traced import TracedModel
 from lemica_trt.planning.step_plan import uncached_plan
 from lemica_trt.testing.pipelines import CASES, tiny_pipeline
@@ -67,6 +76,21 @@ def model(name: str) -> TracedModel:
     return MODELS[name]
 
 
+@pytest.fixture(scope="module")
+def half_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, DType], TracedModel]:
+    """A model of (name, dtype), loaded as a build loads it; made once."""
+
+    @functools.cache
+    def loaded(name: str, dtype: DType) -> TracedModel:
+        folder = tmp_path_factory.mktemp(name)
+        tiny_pipeline(name).save_pretrained(folder)
+        found = load_model(msgspec.structs.replace(profile(name), source=str(folder), dtype=dtype))
+        assert isinstance(found, TracedModel)
+        return found
+
+    return loaded
+
+
 @pytest.mark.parametrize("name", RUN)
 def test_the_uncached_plan_is_the_pipeline(name: str) -> None:
     """With a prompt, noise, guidance scale and number of steps that tracing has not seen."""
@@ -88,7 +112,13 @@ def test_the_uncached_plan_is_the_pipeline(name: str) -> None:
 @pytest.mark.parametrize("name", RUN)
 def test_skipping_with_the_own_residual_is_the_full_step(name: str) -> None:
     traced = model(name)
-    layout = layout_of(traced)
+    full, skipped = full_and_skipped(traced, layout_of(traced))
+    output = full["output"]
+    assert skipped["output"] == pytest.approx(output, abs=2e-5 * float(output.abs().max()))
+
+
+def full_and_skipped(traced: TracedModel, layout: StepLayout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A full step, and a skipped one with its residual."""
     modules = step_modules(traced, layout)
     inputs = example_inputs(input_specs(FULL.name, traced, layout, {}), 1, traced.device)
     generator = torch.Generator().manual_seed(0)
@@ -98,9 +128,66 @@ def test_skipping_with_the_own_residual_is_the_full_step(name: str) -> None:
         full = modules[FULL.name](inputs)
         coefficients = inputs["coefficients"].clone()
         coefficients[layout.offsets[TRUNK]] = 1.0
-        skipped = modules[SKIP.name]({**inputs, "coefficients": coefficients, f"{TRUNK}_0": full[TRUNK]})
-    output = full["output"]
-    assert skipped["output"] == pytest.approx(output, abs=2e-5 * float(output.abs().max()))
+        return full, modules[SKIP.name]({**inputs, "coefficients": coefficients, f"{TRUNK}_0": full[TRUNK]})
+
+
+HALF_CI = (
+    *(("auraflow", "bf16"), ("cogview3-plus", "bf16"), ("flux", "bf16"), ("latte", "bf16"), ("ltx", "bf16")),
+    *(("pixart-sigma", "bf16"), ("chroma", "fp16")),
+)
+"""Of each way to guide, with and without a text axis; the rest is `long`."""
+
+HALF = [
+    case if case in HALF_CI else pytest.param(*case, marks=pytest.mark.long)
+    for case in (*((name, "bf16") for name in RUN), ("chroma", "fp16"), ("hunyuanvideo", "fp16"))
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), HALF)
+def test_the_uncached_plan_is_the_pipeline_in_half_precision(
+    name: str, dtype: DType, half_model: Callable[[str, DType], TracedModel]
+) -> None:
+    """What both round differently, guidance and latents, is two roundings a step, which add up as independent ones do;
+    frames are what `verify` asks for. The trace is that of fp32."""
+    traced = half_model(name, dtype)
+    assert traced.trace.dtype == str(traced.dtype).removeprefix("torch.")
+    assert traced.trace.error <= ROUNDINGS * torch.finfo(traced.dtype).eps
+    assert [trunk.streams for trunk in traced.trace.trunks] == [trunk.streams for trunk in model(name).trace.trunks]
+    scale = traced.profile.sampling.guidance_scale * (1.1 if traced.guided else 1.0)
+    plan = uncached_plan(sampler_table(traced.scheduler()), guidance_scale=scale)
+    noise = traced.noise(5)[None]
+    got = denoise(traced, plan, traced.embed(["a green house by the tree"], "a dull picture"), noise)
+    want = traced.reference(["a green house by the tree"], noise, negative="a dull picture", guidance_scale=scale)
+    rounding = ROUNDINGS * torch.finfo(traced.dtype).eps
+    assert got == pytest.approx(want, abs=plan.num_steps**0.5 * rounding * float(want.abs().max()))
+    assert psnr(traced.decode(got)[0].numpy(), traced.decode(want)[0].numpy()) >= HALF_PSNR
+    float_specs = [spec for spec in traced.conditions if spec.dtype != "int64"]
+    assert {spec.dtype for spec in float_specs} == {dtype}
+
+
+@pytest.mark.parametrize(("name", "dtype"), HALF)
+def test_a_residual_in_half_precision_stands_in_for_the_trunk(
+    name: str, dtype: DType, half_model: Callable[[str, DType], TracedModel]
+) -> None:
+    """The cache slot is in the model's dtype: that one rounding is all that the skipped step loses."""
+    traced = half_model(name, dtype)
+    layout = layout_of(traced)
+    full, skipped = full_and_skipped(traced, layout)
+    assert full[TRUNK].dtype == traced.dtype
+    assert full["output"].dtype == skipped["output"].dtype == torch.float32
+    rounding = ROUNDINGS * torch.finfo(traced.dtype).eps
+    assert skipped["output"] == pytest.approx(full["output"], abs=rounding * float(full["output"].abs().max()))
+
+
+def test_step_graphs_are_exported_in_bf16(tmp_path: Path, half_model: Callable[[str, DType], TracedModel]) -> None:
+    """What its conditions and its cache slot are; the interface around the network is fp32."""
+    traced = half_model("pixart-sigma", "bf16")
+    graphs = export_graphs(traced, layout_of(traced), tmp_path, roles=(FULL.name, SKIP.name)).graphs
+    for graph in graphs:
+        dtypes = {spec.name: spec.dtype for spec in (*graph.inputs, *graph.outputs)}
+        halves = {name for name in dtypes if name.startswith((TRUNK, "encoder_hidden"))}
+        assert halves and {dtypes[name] for name in halves} == {"bf16"}
+        assert {dtypes[name] for name in ("latents_0", "coefficients", "guidance", "latents", "output")} == {"fp32"}
 
 
 @pytest.mark.parametrize("name", ["chroma", "flux"])
@@ -178,12 +265,10 @@ def layout_of(traced: TracedModel) -> StepLayout:
     )
 
 
-def test_other_precisions_and_batches_are_refused() -> None:
-    import msgspec
-
-    for changes in ({"dtype": "bf16"}, {"shape": msgspec.structs.replace(profile("flux").shape, max_batch=2)}):
-        with pytest.raises(LemicaError, match="in fp32 and for one request a call"):
-            TracedModel(msgspec.structs.replace(profile("flux"), **changes), tiny_pipeline("flux"), Path("here"))
+def test_batches_are_refused() -> None:
+    shape = msgspec.structs.replace(profile("flux").shape, max_batch=2)
+    with pytest.raises(LemicaError, match="for one request a call, got max_batch 2"):
+        TracedModel(msgspec.structs.replace(profile("flux"), shape=shape), tiny_pipeline("flux"), Path("here"))
 
 
 @pytest.mark.parametrize("name", ["chroma", "cogvideox", "ltx"])

@@ -62,7 +62,8 @@ class OrtBuilder:
         if dtype == "bf16":
             raise UnsupportedError(
                 "ONNX Runtime does not run bf16 graphs",
-                fix="build with --dtype fp16 or fp32, or for --backend tensorrt-rtx or tensorrt",
+                fix="build with --dtype fp32 (or fp16, where the model stands it), "
+                "or for --backend tensorrt-rtx or tensorrt",
             )
         require_provider(import_onnxruntime(), options)
         if options.quantize != NONE and (options.provider != "cpu" or dtype != "fp32"):

@@ -104,7 +104,7 @@ class OrtBackend:
 
     def empty(self, shape: tuple[int, ...], dtype: TensorDType) -> OrtBuffer:
         if dtype == "bf16":
-            raise UnsupportedError("ONNX Runtime does not run bf16 graphs", fix="build with dtype fp16 or fp32")
+            raise UnsupportedError("ONNX Runtime does not run bf16 graphs", fix="build with dtype fp32 or fp16")
         make = self._ort.OrtValue.ortvalue_from_shape_and_type
         try:
             value = make(list(shape), NUMPY_DTYPES[dtype], self._options.provider, self._device)

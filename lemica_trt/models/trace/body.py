@@ -1,8 +1,13 @@
-"""The loop's body as a torch module: what is exported for each step."""
+"""The loop's body as a torch module: what is exported for each step.
+
+The network has the pipeline's precision. What is done with its outputs is computed in fp32, guidance and what the
+trunk adds to its stream, except behind a cast of the pipeline's own to half precision: that is in the program too.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,15 +21,22 @@ from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.ir.trace import TraceTrunk
 from lemica_trt.models.trace.program import Program, run_program
 from lemica_trt.models.trace.tape import plain
+from lemica_trt.models.trace.trunk import added, difference
 
 
 @dataclass(frozen=True)
 class Line:
-    """A slot that is factor·v + offset: of the timestep (`timestep`) or of the guidance scale (`guidance`)."""
+    """A slot that is factor·v + offset: of the timestep (`timestep`) or of the guidance scale (`guidance`).
+
+    `through`: v is rounded to it first, as FLUX in bf16 does with its timesteps before it divides them. `rounded`: the
+    slot is rounded to it, whatever its own dtype.
+    """
 
     of: str
     factor: float
     offset: float
+    through: torch.dtype | None = None
+    rounded: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class Network(nn.Module):
         self._stream = (transformer.get_submodule(stream),)
 
     def whole(self, arguments: Mapping[str, Any]) -> tuple[list[Tensor], Tensor]:
-        """Outputs, and what the trunk added to its stream."""
+        """Outputs, and what the trunk added to its stream, fp32."""
         seen: list[Tensor] = []
 
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,16 +97,16 @@ class Network(nn.Module):
             hook.remove()
         if len(seen) != 2:
             raise UnsupportedError(f"expected one call of the module behind the blocks, got {len(seen) / 2:g}")
-        return outputs, seen[0] - seen[1]
+        return outputs, difference(*seen)
 
     def without(self, arguments: Mapping[str, Any], residual: Tensor) -> list[Tensor]:
-        """Outputs where a residual stands in for the trunk."""
+        """Outputs where an fp32 residual stands in for the trunk."""
 
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             if not self._key.isdecimal():
-                return args, {**kwargs, self._key: kwargs[self._key] + residual}
+                return args, {**kwargs, self._key: added(kwargs[self._key], residual)}
             at = int(self._key)
-            return (*args[:at], args[at] + residual, *args[at + 1 :]), kwargs
+            return (*args[:at], added(args[at], residual), *args[at + 1 :]), kwargs
 
         hook = self._stream[0].register_forward_pre_hook(add, with_kwargs=True)
         try:
@@ -104,7 +116,9 @@ class Network(nn.Module):
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(plain(output)) if isinstance(leaf, Tensor)]
+    """The tensors that a network returns, in order; numbers in fp32."""
+    found = [leaf for leaf in pytree.tree_leaves(plain(output)) if isinstance(leaf, Tensor)]
+    return [leaf.float() if leaf.is_floating_point() else leaf for leaf in found]
 
 
 class Step(NamedTuple):
@@ -113,7 +127,8 @@ class Step(NamedTuple):
     Attributes:
         output: guided, fp32 [1, *latent_shape].
         guidance_term: what a guidance scale above 1 adds to it, fp32 [1, *latent_shape]; zeros if not asked for.
-        residual: of the trunk, [R, …]: of all calls, whose own first dimension may be a multiple (Latte's has frames).
+        residual: of the trunk, fp32 [R, …]: of all calls, whose own first dimension may be a multiple (Latte's has
+            frames).
     """
 
     output: Tensor
@@ -173,8 +188,8 @@ class Body(nn.Module):
             if residual is not None:
                 outputs = self.network.without(arguments, given.pop(0))
             else:
-                outputs, added = self.network.whole(arguments)
-                own.append(added)
+                outputs, residue = self.network.whole(arguments)
+                own.append(residue)
             if self._branches:
                 returned.append([output.clone() for output in outputs])  # what follows may write into them
             return outputs
@@ -196,8 +211,8 @@ class Body(nn.Module):
         rows = 1 if guidance is None else 2
         if not own:
             return Step(guided, term, x)
-        added = torch.cat(own)
-        return Step(guided, term, added.reshape(rows, added.shape[0] // rows, *added.shape[1:]))
+        whole = torch.cat(own)
+        return Step(guided, term, whole.reshape(rows, whole.shape[0] // rows, *whole.shape[1:]))
 
     def _value(self, k: int, value: Any, sources: Mapping[str, Tensor | None], conditions: Mapping[str, Tensor]) -> Any:
         slot = self._lines.get(k)
@@ -213,23 +228,55 @@ class Body(nn.Module):
             return rows.to(value.dtype)
         source = sources[slot.of]
         assert source is not None
+        source = source if slot.through is None else source.to(slot.through).float()
         line = slot.factor * source + slot.offset
+        if slot.rounded is not None and slot.rounded != getattr(value, "dtype", None):
+            line = line.to(slot.rounded).float()
         if not isinstance(value, Tensor):
             return line[0]
         line = line if value.dtype.is_floating_point else line.round()
         return line.to(value.dtype).expand(value.shape) if value.dim() else line.to(value.dtype)[0]
 
 
-def fitted_line(of: str, sources: Sequence[float], values: Sequence[float], name: str) -> Line:
+def fitted_line(
+    of: str, sources: Sequence[float], values: Sequence[float], name: str, *, dtypes: Sequence[torch.dtype] = ()
+) -> Line:
     """The straight line through points.
 
+    Args:
+        dtypes: half precisions that the values, or sources and values, may be rounded to: then to the bit.
+
     Raises:
-        UnsupportedError: they are on none.
+        UnsupportedError: they are on none, rounded or not.
     """
     x, y = np.asarray(sources, np.float64), np.asarray(values, np.float64)
-    factor = offset = 0.0
-    if np.ptp(x):
-        factor, offset = (float(number) for number in np.polyfit(x, y, 1))
-    if not np.allclose(factor * x + offset, y, rtol=1e-5, atol=1e-5 * max(float(np.abs(y).max()), 1e-9)):
-        raise UnsupportedError(f"{name} is no straight line in the {of}")
-    return Line(of, factor, offset)
+    factor, offset = _least_squares(x, y)
+    size = max(float(np.abs(y).max()), 1e-9)
+    if np.allclose(factor * x + offset, y, rtol=1e-5, atol=1e-5 * size):
+        return Line(of, factor, offset)
+    for digits, dtype, through in itertools.product(range(1, 7), dtypes, (None, *dtypes)):
+        its = x if through is None else _rounded(x, through)
+        for line in _short_lines(its, y, digits):
+            if np.array_equal(_rounded(line[0] * its + line[1], dtype), y):
+                return Line(of, *line, through, dtype)
+    raise UnsupportedError(f"{name} is no straight line in the {of}")
+
+
+def _least_squares(x: Any, y: Any) -> tuple[float, float]:
+    """Factor and offset."""
+    if not np.ptp(x):
+        return 0.0, 0.0
+    factor, offset = np.polyfit(x, y, 1)
+    return float(factor), float(offset)
+
+
+def _short_lines(x: Any, y: Any, digits: int) -> list[tuple[float, float]]:
+    """Lines near points whose factor has so many digits: what a line may have been before its values were rounded."""
+    factor = float(f"{_least_squares(x, y)[0]:.{digits}g}")
+    offset = float(np.mean(y - factor * x))
+    return [(factor, near) for near in dict.fromkeys([0.0, *(round(offset, places) for places in range(5))])]
+
+
+def _rounded(values: Any, dtype: torch.dtype) -> Any:
+    """Numbers as a dtype has them, float64; to float32 first, as the runtime's coefficients are."""
+    return torch.from_numpy(np.asarray(values)).float().to(dtype).double().numpy()

@@ -159,8 +159,9 @@ def programs(tape: Tape) -> list[Program]:
 def _adopted(tape: Tape, found: Sequence[Program], denoisers: set[str]) -> Program:
     """Step 0 as the program of step 1, where that does what step 0 did.
 
-    They may differ only in how x_0 came about: as a view of a buffer (Kandinsky 5), or cut from what an image filled
-    (LTX). What is an argument of a network has step 0's value; what else step 1 reads is tried as it is.
+    They may differ only in how x_0 came about: as a view of a buffer (Kandinsky 5), cut from what an image filled
+    (LTX), or in fp32 where later latents are in half precision (HunyuanVideo). What is an argument of a network has
+    step 0's value; what else step 1 reads is tried as it is.
     """
     own, next_one = found[0], found[1]
     calls = [
@@ -177,16 +178,29 @@ def _adopted(tape: Tape, found: Sequence[Program], denoisers: set[str]) -> Progr
     begin = calls[0] if len(calls) == len(next_one.calls) else own.span[0]
     scales = [k for k, item in enumerate(tape.items[:begin]) if isinstance(item, Event) and item.kind == "scale"]
     span = (scales[-1] if scales else begin, own.span[1])
-    adopted = replace(next_one, index=0, values=tuple(values), x=own.x, after=own.after, span=span, host=own.host)
+    x = tuple(mine.to(its.dtype) for mine, its in zip(own.x, next_one.x))
+    adopted = replace(next_one, index=0, values=tuple(values), x=x, after=own.after, span=span, host=own.host)
     step = _steps(tape.items[slice(*span)])
     wanted = [tape.value(ref) for event in events if isinstance(event, Event) for ref in refs(event.inputs)]
     wanted += [tape.value(event.inputs["model_output"]) for event in step]
-    try:
-        given = list(effects(tape, adopted, values))
-    except (RuntimeError, IndexError, StopIteration, TypeError):  # of another structure altogether
-        return own
-    same = len(given) == len(wanted) and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(given, wanted))
-    return adopted if same else own
+    for tried in (adopted, _with_numbers(adopted, own)):
+        try:
+            given = list(effects(tape, tried, tried.values))
+        except (RuntimeError, IndexError, StopIteration, TypeError):  # of another structure altogether
+            continue
+        if len(given) == len(wanted) and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(given, wanted)):
+            return tried
+    return own
+
+
+def _with_numbers(program: Program, other: Program) -> Program:
+    """A program with the numbers of another one, in order, where both have as many."""
+    mine, its = ([k for k, born in enumerate(each.births) if born is None] for each in (program, other))
+    values = list(program.values)
+    if len(mine) == len(its):
+        for k, number in zip(mine, its):
+            values[k] = other.values[number]
+    return replace(program, values=tuple(values))
 
 
 def _steps(items: Sequence[Op | Event]) -> list[Event]:

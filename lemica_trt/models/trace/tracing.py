@@ -29,7 +29,7 @@ from lemica_trt.models.trace.arguments import (
 )
 from lemica_trt.models.trace.named import Slots, dtype_name
 from lemica_trt.models.trace.program import Program
-from lemica_trt.models.trace.replay import Replay, nonlinearity
+from lemica_trt.models.trace.replay import Replay, nonlinearity, precision
 from lemica_trt.models.trace.runs import Runs
 from lemica_trt.models.trace.slots import PROMPT, Found, Run, find_slots, kinds_of
 from lemica_trt.models.trace.tape import Event, refs
@@ -100,6 +100,7 @@ def trace_runs(pipeline: Any, request: TraceRequest) -> Traced:
         text_slots=tuple(dict.fromkeys(filter(None, (named.name(*at) for at in runs.following(kinds))))),
         python=tuple(sorted(f"{name}: {how}" for name, how in base.tape.inside if name in _networks(base))),
         error=error,
+        **({"dtype": str(dtype).removeprefix("torch.")} if (dtype := precision(base)).itemsize < 4 else {}),
     )
     return Traced(trace, arguments, runs, found, named)
 

@@ -3,6 +3,9 @@
 With its block lists emptied, a transformer still runs: embeddings, then whatever comes behind the blocks. A *stream*
 is an argument of a module behind the blocks that differs between the whole run and the emptied one; its residual is
 the difference. Nothing is assumed of what lies between the last block and the head.
+
+Residuals are differences in fp32, and added in fp32. In half precision the sum is the stream to the bit, except where
+that is a small part of what comes before the blocks: there it is off by up to a rounding in fp32 of the larger one.
 """
 
 from __future__ import annotations
@@ -21,7 +24,13 @@ from lemica_trt.models.trace.replay import relative
 from lemica_trt.models.trace.tape import plain
 
 TOLERANCE = 2e-5
-"""Largest deviation of the output with residuals in place of blocks, relative to the largest output."""
+"""Largest deviation of the output with residuals in place of blocks, relative to the largest output. In half precision
+one rounding of the output (`torch.finfo(dtype).eps`) is allowed where no other stream is left: modules behind the
+blocks may round another way what is off by a rounding in fp32."""
+
+UNCHANGED = 1e-6
+"""Blocks change an argument by more than this, relative to the largest element; behind a stream that is corrected, in
+half precision, by more than a rounding."""
 
 MAX_STREAMS = 3
 """The most streams that are corrected."""
@@ -32,6 +41,22 @@ Place = tuple[str, int, str]
 
 class NoTrunkError(Exception):
     """The blocks cannot be left out; says why."""
+
+
+def difference(whole: Tensor, emptied: Tensor) -> Tensor:
+    """What blocks add to a stream, fp32."""
+    return whole.float() - emptied.float()
+
+
+def added(stream: Tensor, residual: Tensor) -> Tensor:
+    """A stream and an fp32 residual; rounded once, to the stream's dtype."""
+    return (stream + residual).to(stream.dtype)
+
+
+def _rounding(tensor: Tensor) -> float:
+    """One rounding of a tensor in half precision, relative; 0 of others, which are held to `TOLERANCE`."""
+    half = tensor.is_floating_point() and tensor.dtype.itemsize < 4
+    return torch.finfo(tensor.dtype).eps if half else 0.0
 
 
 class Watched:
@@ -78,7 +103,7 @@ class Watched:
             for key, value in given.items():
                 if isinstance(value, Tensor):
                     extra = (add or {}).get((name, number, key))
-                    given[key] = value if extra is None else value + extra
+                    given[key] = value if extra is None else added(value, extra)
                     seen[name, number, key] = (self._list_of.get(module, ""), given[key].clone())
             args = tuple(value for key, value in given.items() if key.isdecimal())
             return args, {key: value for key, value in given.items() if not key.isdecimal()}
@@ -121,9 +146,11 @@ class Watched:
             if error <= TOLERANCE and found:
                 return found, error
             stream = next(self._streams(whole, seen, lists, found), None)
+            if stream is None and found and error <= max((_rounding(tensor) for tensor in reference), default=0.0):
+                return found, error
             if stream is None or len(found) == MAX_STREAMS:
                 raise NoTrunkError(f"the output differs by {error:.1e} without its blocks")
-            found[stream] = whole[stream][1] - seen[stream][1]
+            found[stream] = difference(whole[stream][1], seen[stream][1])
 
     @staticmethod
     def _streams(
@@ -138,7 +165,7 @@ class Watched:
             other = whole[place][1]
             if other.shape != tensor.shape:
                 raise NoTrunkError(f"{place[0]} gets {list(tensor.shape)} without the blocks, {list(other.shape)} with")
-            if relative(tensor, other) > 1e-6:
+            if relative(tensor, other) > max(UNCHANGED, _rounding(tensor) if found else 0.0):
                 yield place
 
 
