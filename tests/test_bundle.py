@@ -829,6 +829,23 @@ def test_leftovers_of_the_living_stay(tmp_path: Path) -> None:
     assert sorted(hidden(tmp_path)) == sorted([living.name, other.name])
 
 
+def test_a_reader_who_may_not_write_waits_for_the_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two renames of a writer, whose first one it cannot undo: a model that Landlock binds."""
+    write(tmp_path / "bundle")
+    (tmp_path / "bundle").rename(tmp_path / ".bundle.old")
+    looks = []
+
+    def refused(folder: Path) -> None:
+        looks.append(folder)
+        if len(looks) == 3:
+            (tmp_path / ".bundle.old").rename(folder)  # the writer goes on
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(reading, "finish_swap", refused)
+    assert content_of(tmp_path / "bundle") == "1"
+    assert len(looks) >= 3
+
+
 def test_readers_during_a_swap(tmp_path: Path) -> None:
     """Opening while another process writes gives one bundle or the other."""
     target = tmp_path / "b"

@@ -49,15 +49,25 @@ def test_it_is_the_oldest_triton_that_is_known_and_its_ports() -> None:
 
 def test_all_but_what_the_engines_decide_is_pinned_with_hashes() -> None:
     pinned = [re.fullmatch(PINNED, run) for run in RUNS[:2]]
-    assert all(pinned) and len(RUNS) == 4
+    assert all(pinned) and len(RUNS) == 5
     copied = {f"{target}{Path(source).name}" for *found, target in COPIES for source in found}
     assert {found[2] for found in pinned if found} <= copied  # before they are asked for
     assert LINES.index(["COPY", " ".join(COPIES[0])]) < LINES.index(["RUN", RUNS[0]])
-    assert RUNS[2] == 'test -z "${PACKAGES}" || pip install --no-cache-dir ${PACKAGES}'
-    assert RUNS[3] == PACKAGE
+    constrained = "--constraint /pins/constraints.txt"
+    assert RUNS[3] == f'test -z "${{PACKAGES}}" || pip install --no-cache-dir {constrained} ${{PACKAGES}}'
+    assert RUNS[4] == PACKAGE
     _, _, extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")
     tensorrt = re.search(r"^tensorrt = \[(.*)\]$", extras, re.MULTILINE)
     assert tensorrt and ARGUMENTS["PACKAGES"].split() == re.findall('"([^"]+)"', tensorrt[1])
+
+
+def test_the_pins_constrain_what_else_is_installed(tmp_path: Path) -> None:
+    """The RUN line that makes constraints of them: the same versions, without hashes, which would be asked of all."""
+    (tmp_path / "requirements.txt").write_bytes((ROOT / "lemica_trt/triton/requirements.txt").read_bytes())
+    subprocess.run(["sh", "-c", RUNS[2].replace("/pins", str(tmp_path))], check=True)
+    made = (tmp_path / "constraints.txt").read_text().splitlines()
+    pins = re.findall(r"^([a-z0-9].*?) *\\$", (tmp_path / "requirements.txt").read_text(), re.MULTILINE)
+    assert made == pins and len(made) > 20 and all(re.match(r"[a-z0-9-]+==[\w.]+( ;|$)", line) for line in made)
 
 
 def test_what_it_copies_is_there_and_is_let_in() -> None:

@@ -185,7 +185,7 @@ def open_backend(key: EngineKey, settings: Settings | None = None) -> Backend:
     return backend
 
 
-def require_version(key: EngineKey, here: str, oldest: str) -> None:
+def require_version(key: EngineKey, here: str, oldest: str, package: str | None = None) -> None:
     """Compare the version of a library whose engines are ONNX graphs with the one that they were built with.
 
     Such a graph names the versions of the operators that it uses, the standard ones and the library's own. Any release
@@ -196,25 +196,28 @@ def require_version(key: EngineKey, here: str, oldest: str) -> None:
         key: from the manifest.
         here: version of the library, without the number of its build.
         oldest: the lowest version that pyproject.toml allows.
+        package: what to install; None: it is called as the backend.
 
     Raises:
         UnsupportedError: the library is older than `oldest`.
     """
+    package = package or key.backend
     if _numbers(here) < _numbers(oldest):
         raise UnsupportedError(
             f"{key.backend} graphs need {key.backend} {oldest} or newer, here is {here}",
-            fix=f"pip install '{key.backend}>={oldest}'",
+            fix=f"pip install '{package}>={oldest}'",
         )
     if key.version != here:
         LOGGER.warning(
             "the bundle was built and verified with %s %s, here is %s: its numbers may differ → pip install %s==%s",
-            *(key.backend, printable(key.version), here, key.backend, printable(key.version)),
+            *(key.backend, printable(key.version), here, package, printable(key.version)),
         )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Major and minor number of a release."""
-    return tuple(int(number) for number in re.findall(r"[0-9]+", version)[:2])
+    """The first three numbers of a release."""
+    numbers = [int(number) for number in re.findall(r"[0-9]+", re.split("[a-z+]", version)[0])]
+    return (*numbers, 0, 0, 0)[:3]
 
 
 def check_binding(graph: GraphSpec, buffers: Mapping[str, Buffer]) -> None:

@@ -315,7 +315,8 @@ def _read_manifest(folder: Path) -> tuple[bytes, bytes]:
     """
     previous, missed = None, 0
     for attempt in range(SWAP_RETRIES):
-        finish_swap(folder)
+        with suppress(OSError):  # who may not write here waits for the writer, or finds the manifest missing
+            finish_swap(folder)
         try:
             found = _read_small(folder, MANIFEST), _read_small(folder, MANIFEST_DIGEST)
         except FileNotFoundError:

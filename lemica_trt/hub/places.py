@@ -174,15 +174,24 @@ class Hub:
     def write(self, contents: Contents, remove: Collection[str], message: str) -> str:
         """See `Place`. One commit; a repository that does not exist is made.
 
+        Where `files` found a repository without any commit, or was not called, the parent is the newest commit now:
+        then one that has come since is overwritten.
+
         Raises:
             UsageError: another commit came after `files` looked: nothing of it is overwritten.
+            InputError: the repository is there, but this token may not read it.
         """
         hub = _huggingface_hub()
         operations: list[Any] = [hub.CommitOperationAdd(path, content) for path, content in sorted(contents.items())]
         operations += [hub.CommitOperationDelete(path) for path in sorted(remove)]
         with self._failures():
             api = hub.HfApi(endpoint=self._endpoint)
-            api.create_repo(self.name, private=self._private or None, exist_ok=not self._is_new)
+            try:
+                api.create_repo(self.name, private=self._private or None, exist_ok=not self._is_new)
+            except hub.errors.HfHubHTTPError as error:
+                if error.response is not None and error.response.status_code == 409:
+                    api.repo_info(self.name)  # not found: it was there before, hidden from this token
+                raise
             self._is_new = False
             parent = self._seen or api.repo_info(self.name, revision=self._revision).sha
             made = api.create_commit(

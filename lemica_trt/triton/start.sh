@@ -18,6 +18,7 @@ token=${ADMIN_TOKEN:-$(od -An -v -N32 -tx1 /dev/urandom | tr -d ' \n')}
 case $token in
   *[!A-Za-z0-9_-]*) echo "start.sh: ADMIN_TOKEN must be letters, digits, - and _" >&2; exit 2 ;;
 esac
+unset ADMIN_TOKEN # the models' processes have no use for it
 closed=model-repository,shared-memory,trace,logging
 for model in ${MODELS:-*}; do
   set -- "--load-model=$model" "$@"

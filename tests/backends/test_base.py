@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,11 @@ def test_engines_of_another_release_are_told_of(caplog: pytest.LogCaptureFixture
         "the bundle was built and verified with onnxruntime 1\\x1b[2J, here is 1.31.1: its numbers may differ → "
         "pip install onnxruntime==1\\x1b[2J"
     ]
+    caplog.clear()
+    require_version(msgspec.structs.replace(key, target="cuda"), "1.31.1", "1.20", "onnxruntime-gpu")
+    assert caplog.messages[0].endswith(
+        "with onnxruntime 1.24.1, here is 1.31.1: its numbers may differ → pip install onnxruntime-gpu==1.24.1"
+    )
 
 
 @pytest.mark.null
@@ -103,15 +109,19 @@ def test_releases_that_nobody_has_tried_are_refused() -> None:
     for here in ("1.19.9", "1.2.21", "0.99", "1.19.0rc1"):
         with pytest.raises(UnsupportedError, match=rf"need onnxruntime 1\.20 or newer, here is {here} → pip install '"):
             require_version(key, here, "1.20")
+    with pytest.raises(
+        UnsupportedError, match=r"need onnxruntime 1\.24\.1 or newer, here is 1\.24\.0 → pip install 'x>"
+    ):
+        require_version(key, "1.24.0", "1.24.1", "x")
 
 
 @pytest.mark.null
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_the_oldest_releases_are_those_of_pyproject(name: str) -> None:
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    floors = re.findall(rf'"{name}>=([\d.]+)', text)
-    oldest = min(floors, key=lambda version: tuple(map(int, version.split("."))))
-    assert oldest == vendor_module(name, "build").OLDEST
+    found = re.findall(rf'"{name}>=([\d.]+)(?:; python_version (<|>=) \'3\.11\')?"', text)
+    here = ("", ">=" if sys.version_info >= (3, 11) else "<")
+    assert {floor for floor, python in found if python in here} == {vendor_module(name, "build").OLDEST}
 
 
 @pytest.mark.cpu

@@ -44,11 +44,11 @@ class Asked:
     """An endpoint whose jobs are done at once."""
 
     def __init__(self, *, image: bool) -> None:
-        self.model = Model(Bundle.open(GOLDEN))
+        self.image, self.model = image, Model(Bundle.open(GOLDEN))
         if image:
             self.model.shape = msgspec.structs.replace(self.model.shape, frames=1)
         self.path = "/v1/images/generations" if image else "/v1/videos"
-        self.jobs = Jobs(Held(free=True), queue=4, kept=4)
+        self.jobs = Jobs(Held(free=True), queue=64, kept=4)
         app = Endpoint(self.model, self.jobs, Metrics(self.model), 5).app()
         self.client = testclient.TestClient(app, base_url="http://localhost:8000", raise_server_exceptions=True)
 
@@ -61,8 +61,9 @@ class Asked:
         answer = self.post(data, kind)
         found = answer.json()
         if answer.status_code == 200:
-            assert found.get("plan", "b3") in self.model.plans
-            assert "data" not in found or base64.b64decode(found["data"][0]["b64_json"])
+            assert self.image or found["plan"] in self.model.plans
+            if self.image or "data" in found:
+                assert base64.b64decode(found["data"][0]["b64_json"], validate=True)
         else:
             assert answer.status_code in (400, 404, 413, 415, 429), found
             message = found["error"]["message"]
@@ -96,9 +97,9 @@ def test_the_seeds_are_right(videos: Asked, images: Asked) -> None:
         for seed in seeds(name):
             answer = asked.post(seed, JSON)
             assert answer.status_code == 200, answer.text
-            videos.jobs.forget_old()
     for data, kind in (((SEEDS / "video.form").read_bytes(), FORM), (PARTS + b"--b--\r\n", MULTIPART)):
-        assert videos.post(data, kind).status_code in (200, 429)
+        answer = videos.post(data, kind)
+        assert answer.status_code == 200, answer.text
 
 
 def bodies(name: str) -> st.SearchStrategy[tuple[str, bytes]]:

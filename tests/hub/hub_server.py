@@ -22,6 +22,7 @@ class Repositories:
         commits: messages, in order.
         broken: a path that is served with other bytes.
         refuse: status that everything is answered with; None: as it should.
+        hidden: whether they are private, and the token may not read them: they are not found.
         meanwhile: what somebody else does before the next thing is written.
     """
 
@@ -30,6 +31,7 @@ class Repositories:
         self.commits: list[str] = []
         self.broken: str | None = None
         self.refuse: int | None = None
+        self.hidden = False
         self.meanwhile: Callable[[], None] | None = None
         self.url = ""
 
@@ -101,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         if held.refuse is not None:
             self.answer(held.refuse, {"error": "no"})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+|/tree/.*)?", path):
-            if match[1] not in held.files:
+            if held.hidden or match[1] not in held.files:
                 return self.missing()
             files = held.files[match[1]]
             if (match[2] or "").startswith("/tree"):

@@ -195,6 +195,17 @@ def test_who_pushes_at_the_same_time_loses_nothing(built: Built, server: Reposit
     assert "`b4`" in card and "`b5`" in card
 
 
+def test_a_repository_that_the_token_may_not_read_is_not_a_race(
+    built: Built, server: Repositories, tmp_path: Path
+) -> None:
+    """The hub says that there is none, and refuses to make it."""
+    Bundle.open(built[0]).plan("b4").save(tmp_path / "b4.json")
+    server.files[NAME], server.hidden = {"README.md": b"theirs"}, True
+    with pytest.raises(InputError, match=f"{NAME}: not found, or not for you: .* → hf auth login"):
+        push(tmp_path / "b4.json", Hub(NAME, endpoint=server.url), NAME)
+    assert server.files[NAME] == {"README.md": b"theirs"}
+
+
 def test_what_is_damaged_counts_for_nothing(built: Built, server: Repositories, tmp_path: Path) -> None:
     folder = Folder(tmp_path / "repository")
     push(built[0], folder, NAME)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from triton_server import CACHE, CASES, REFERENCE, ROOT, STEPS, Server, serving
+from triton_server import CACHE, CASES, PREFIX, REFERENCE, ROOT, STEPS, Server, serving
 
 
 @pytest.fixture(scope="session")
@@ -64,5 +64,6 @@ def server(tritonserver: Path, tiny: Path, tmp_path_factory: pytest.TempPathFact
 
     folder = tmp_path_factory.mktemp("triton")
     write_repository(Bundle.open(tiny), folder / "repository")
-    with serving(tritonserver, folder / "repository", folder / "log") as found:
+    flag = f"--backend-config=python,shm-region-prefix-name={PREFIX}"  # not the usual one: nothing may hang on that
+    with serving(tritonserver, folder / "repository", folder / "log", flag) as found:
         yield found

@@ -143,6 +143,7 @@ def test_what_is_not_written(tmp_path: Path) -> None:
 
 FAKE_SERVER = """#!/bin/sh
 printf '%s\\n' "$@" >"$ARGUMENTS"
+test -z "${ADMIN_TOKEN+set}"
 """
 
 

@@ -27,7 +27,7 @@ from lemica_trt.runtime import validation
 from lemica_trt.runtime.denoise import Denoiser
 from lemica_trt.triton.client import _address, _error
 from lemica_trt.triton.repository import write_repository
-from lemica_trt.triton.server import batching, cancel, errors, load
+from lemica_trt.triton.server import batching, cancel, errors, load, temporary
 
 pytestmark = pytest.mark.null
 
@@ -58,7 +58,13 @@ class Zeros(Tensor):
 def pb_utils(tensor: type[Tensor] = Tensor, **missing: Any) -> Any:
     request = SimpleNamespace(is_cancelled=None, timeout=None, get_response_sender=None)
     metrics = SimpleNamespace(HISTOGRAM=2)
-    parts = {"InferenceRequest": request, "TritonError": SimpleNamespace(CANCELLED=6), "MetricFamily": metrics}
+    logger = SimpleNamespace(log_warn=lambda text: None)
+    parts = {
+        "Logger": logger,
+        "InferenceRequest": request,
+        "TritonError": SimpleNamespace(CANCELLED=6),
+        "MetricFamily": metrics,
+    }
     return SimpleNamespace(**{**parts, "Tensor": tensor, **missing})
 
 
@@ -234,8 +240,8 @@ def test_a_caller_that_goes_away_and_a_worker_that_dies() -> None:
 
 
 def test_files_of_callers_that_were_killed_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cancel.tempfile, "gettempdir", lambda: str(tmp_path))
-    cancel.remove_leftovers()  # nothing is there yet
+    monkeypatch.setattr(temporary.tempfile, "gettempdir", lambda: str(tmp_path))
+    temporary.remove_leftovers()  # nothing is there yet
     script = (
         "import os, signal, tempfile; tempfile.tempdir = os.environ['AT']\n"
         "from lemica_trt.triton.server import cancel\n"
@@ -245,37 +251,44 @@ def test_files_of_callers_that_were_killed_are_removed(tmp_path: Path, monkeypat
     with cancel.cancel_token() as mine:
         (mine.parent / "something else").touch()
         assert len(list(mine.parent.iterdir())) == 3
-        cancel.remove_leftovers()
+        temporary.remove_leftovers()
         assert {path.name for path in mine.parent.iterdir()} == {mine.name, "something else"}
 
 
 def test_a_process_ends_with_its_server(tmp_path: Path) -> None:
-    """A grandchild whose parent is killed; with its files."""
+    """A grandchild whose parent is killed; with its files, and its shared memory, whatever that is called."""
     child = (
-        "import os, tempfile, time; tempfile.tempdir = os.environ['AT']\n"
+        "import os, sys, tempfile, time; tempfile.tempdir = os.environ['AT']\n"
+        "sys.modules['c_python_backend_utils'] = sys  # what the backend's program has\n"
         "from lemica_trt.triton.server import cancel, lifetime\n"
         "lifetime.CHECK_INTERVAL_SECONDS = 0.01\n"
         "lifetime.exit_with_parent(); lifetime.exit_with_parent()\n"
         "with cancel.cancel_token(): print(os.getpid(), flush=True); time.sleep(600)"
     )
-    server = "import subprocess, sys\nprocess = subprocess.Popen([sys.executable, '-c', sys.argv[1]])\nprocess.wait()"
+    server = "import subprocess, sys\nprocess = subprocess.Popen([sys.executable, *sys.argv[1:]])\nprocess.wait()"
+    (tmp_path / "model.py").write_text(child)
+    region = Path("/dev/shm") / f"some_prefix_{tmp_path.name}-{os.getpid()}"
+    region.touch()
     environment = {**os.environ, "AT": str(tmp_path)}
     with subprocess.Popen(
-        [sys.executable, "-c", server, child], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", server, str(tmp_path / "model.py"), region.name, "1024"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as parent:
         assert parent.stdout is not None
         process = int(parent.stdout.readline())
         assert len(list(tmp_path.glob("*/*"))) == 1
         parent.kill()
         assert parent.stdout.read() == ""  # its end: nobody holds the pipe any more
-    while not cancel._has_died(str(process)):  # its files are closed a moment before
+    while not temporary.has_died(str(process)):  # its files are closed a moment before
         time.sleep(0.01)
-    assert not list(tmp_path.glob("*/*"))
+    assert not list(tmp_path.glob("*/*")) and not region.exists()
 
 
 def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = SimpleNamespace(is_cancelled=lambda: False, timeout=lambda: 0)
-    monkeypatch.setattr(cancel.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(temporary.tempfile, "gettempdir", lambda: str(tmp_path))
     with cancel.cancel_token() as file:
         (tmp_path / "victim").write_text("mine")
         file.unlink()

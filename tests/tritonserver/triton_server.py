@@ -31,6 +31,9 @@ LOST_LOCK = "boost::interprocess::lock_exception"
 
 ADMIN_TOKEN = "the-token-of-the-tests"
 
+PREFIX = "of_another_name_"
+"""Of the names of shared memory that a server gives its models."""
+
 STEPS = 12
 NEGATIVE = "blue"
 CASES: tuple[dict[str, Any], ...] = tuple(
@@ -125,7 +128,12 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def serving(
-    launcher: Path, repository: Path, log: Path, *, models: str = "*", environment: dict[str, str] | None = None
+    launcher: Path,
+    repository: Path,
+    log: Path,
+    *flags: str,
+    models: str = "*",
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     """Run a server by its start script; it is gone afterwards, and so are its models' processes and what they left in
     /dev/shm.
@@ -143,6 +151,7 @@ def serving(
             "--model-config-name=cpu",
             "--allow-gpu-metrics=false",
             "--exit-timeout-secs=12",
+            *flags,
         ]
         settings = {
             "TRITONSERVER": str(launcher),

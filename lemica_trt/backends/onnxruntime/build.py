@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,11 @@ DTYPES = {
     "tensor(uint8)": "uint8",
 }
 
-OLDEST = "1.20"
-"""The lowest version that pyproject.toml allows, on the oldest Python."""
+OLDEST = "1.24.1" if sys.version_info >= (3, 11) else "1.20"
+"""The lowest version that pyproject.toml allows on this Python."""
+
+PACKAGES = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu"}
+"""Provider → what to install."""
 
 PROCESS_BYTES = 60_000_000
 """Memory of a process that has imported ONNX Runtime; measured on Linux."""
@@ -201,7 +205,7 @@ def open_session(
         if "ValidateOpsetForDomain" in str(error):
             raise UnsupportedError(
                 f"onnxruntime {ort.__version__} does not know the operators of {graph.file}, ONNX opset {graph.opset}",
-                fix="pip install --upgrade onnxruntime, or rebuild the bundle with --opset 20",
+                fix=f"pip install --upgrade {PACKAGES[options.provider]}, or rebuild the bundle with --opset 20",
             ) from None
         raise EngineError(f"ONNX Runtime cannot load {graph.file}: {first_line(error)}") from None
     if wanted not in session.get_providers():

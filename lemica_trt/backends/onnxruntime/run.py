@@ -23,7 +23,7 @@ from lemica_trt.backends.base import (
     check_upload,
     require_version,
 )
-from lemica_trt.backends.onnxruntime.build import OLDEST, import_onnxruntime, open_session
+from lemica_trt.backends.onnxruntime.build import OLDEST, PACKAGES, import_onnxruntime, open_session
 from lemica_trt.backends.onnxruntime.options import OrtOptions
 from lemica_trt.backends.options import options_from_key
 from lemica_trt.core.errors import EngineError, UnsupportedError
@@ -40,7 +40,7 @@ def open_backend(key: EngineKey, settings: Settings) -> OrtBackend:
             f"expected engines for {options.provider}, which their options name, got some for {key.target!r}",
             fix="rebuild the bundle",
         )
-    require_version(key, import_onnxruntime().__version__, OLDEST)
+    require_version(key, import_onnxruntime().__version__, OLDEST, PACKAGES.get(key.target))
     return OrtBackend(options, settings.device if options.provider == "cuda" else 0)
 
 

@@ -4,7 +4,8 @@
     requests    parameters and tensors of a request, checked
     cancel      requests that end before their result: cancelled, out of time, or their process died
     lifetime    processes of models end with their server
-    landlock    models' processes write nothing into the repository
+    confinement models' processes write nothing into the repository
+    temporary   their temporary files, and what killed ones left
     batching    requests that run together, where that changes no bit of any result
     metrics     what `/metrics` shows beside Triton's own
     errors      exceptions as answers

@@ -6,11 +6,7 @@ import json
 import math
 import os
 import queue
-import re
 import secrets
-import shutil
-import stat
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,19 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lemica_trt.core.errors import EngineError, InputError
+from lemica_trt.core.errors import InputError
+from lemica_trt.triton.server import temporary
 from lemica_trt.triton.server.errors import RequestEnded
 
 T = TypeVar("T")
-
-_TOKEN = re.compile("([0-9]{1,10})-[0-9a-f]{32}")
-"""A caller's file: its process, and a random number."""
-
-_FILES = re.compile("([0-9]{1,10})-files")
-"""A process's folder of temporary files, where it has one of its own."""
-
-_kept: Path | None = None
-"""`_token_folder`, since temporary files go elsewhere."""
 
 CHECK_INTERVAL_SECONDS = 0.05
 """How often a model that waits for another one looks whether the request is still wanted."""
@@ -57,10 +45,10 @@ class Cancellation:
         limit = request.timeout()
         self._limit = limit / 1e6 if limit else math.inf
         self._start = time.monotonic()
-        if token is not None and not _TOKEN.fullmatch(str(token)):
+        if token is not None and not temporary.TOKEN.fullmatch(str(token)):
             raise InputError("caller is set by the pipeline models only")
         self.called = token is not None
-        self._token = None if token is None else _token_folder() / str(token)
+        self._token = None if token is None else temporary.call_folder() / str(token)
         if self._token is not None:  # tell the caller which process works for it
             with suppress(FileNotFoundError):
                 handle = os.open(self._token, os.O_WRONLY | os.O_NOFOLLOW)
@@ -84,40 +72,12 @@ def cancel_token() -> Iterator[Path]:
     death of its process to the caller. A file does both: the called model writes its process id into it, and stops
     when the file has gone.
     """
-    file = _made_token_folder() / f"{os.getpid()}-{secrets.token_hex(16)}"
+    file = temporary.made_call_folder() / f"{os.getpid()}-{secrets.token_hex(16)}"
     file.touch()
     try:
         yield file
     finally:
         file.unlink(missing_ok=True)
-
-
-def keep_temporary_files_here() -> Path:
-    """The folder of callers' files, made now; this process's temporary files lie in it from now on, by themselves.
-
-    Raises:
-        EngineError: it is somebody else's.
-        OSError: it cannot be made.
-    """
-    global _kept
-    _kept = _made_token_folder()
-    own = _kept / f"{os.getpid()}-files"
-    own.mkdir(mode=0o700, exist_ok=True)
-    tempfile.tempdir = str(own)
-    return _kept
-
-
-def remove_leftovers(*, own: bool = False) -> None:
-    """Remove the files of callers and processes that were killed; with `own`, those of this process, too."""
-    with suppress(FileNotFoundError):
-        for file in _token_folder().iterdir():
-            found = _TOKEN.fullmatch(file.name) or _FILES.fullmatch(file.name)
-            if not found or not (_has_died(found[1]) or (own and int(found[1]) == os.getpid())):
-                continue
-            if _FILES.fullmatch(file.name):
-                shutil.rmtree(file, ignore_errors=True)
-            else:
-                file.unlink(missing_ok=True)
 
 
 def answers_while_wanted(
@@ -155,34 +115,5 @@ def require_wanted(request: Any, token: Path) -> None:
     if request.is_cancelled():
         raise RequestEnded("CANCELLED", "cancelled")
     process = token.read_text()
-    if process and _has_died(process):
+    if process and temporary.has_died(process):
         raise RequestEnded("UNAVAILABLE", "the process of denoiser_stream has died; load the model again")
-
-
-def _has_died(process: str) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
-    except OSError:
-        return True
-
-
-def _made_token_folder() -> Path:
-    """`_token_folder`, there, and nobody else's.
-
-    Raises:
-        EngineError: it is somebody else's.
-    """
-    folder = _token_folder()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise EngineError(f"{folder}: expected a folder of this user alone, got another", fix="remove it")
-    return folder
-
-
-def _token_folder() -> Path:
-    """Of this user, and of those processes whose ids are comparable: containers may share a folder for such files."""
-    if _kept is not None:
-        return _kept
-    namespace = os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116
-    return Path(tempfile.gettempdir()) / f"lemica-trt-calls-{os.getuid()}-{namespace}"

@@ -7,26 +7,43 @@ its engines and its shared memory.
 from __future__ import annotations
 
 import os
+import re
+import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from lemica_trt.triton.server import cancel
+from lemica_trt.triton.server import temporary
 
 CHECK_INTERVAL_SECONDS = 1.0
 
 _SHARED_MEMORY = Path("/dev/shm")
-_REGION = "triton_python_backend_shm_region_"
+_STUB = "triton_python_backend_stub"
+_STUB_MODULE = "c_python_backend_utils"
+
+
+def in_server() -> bool:
+    """Whether the Python backend started this process: it is its program, which brings a module of its own."""
+    with suppress(OSError):
+        if Path("/proc/self/exe").readlink().name.startswith(_STUB):
+            return True
+    return _STUB_MODULE in sys.modules
 
 
 def regions() -> list[str]:
-    """Names of the shared memory that the server gave this process; none: no server started it."""
+    """Names of the shared memory that the server gave this process; none: no server started it.
+
+    The backend starts a process with the model's file and this name; how the name begins is an option of the server,
+    `shm-region-prefix-name`.
+    """
+    if not in_server():
+        return []
     try:
         words = Path("/proc/self/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return []
-    return [word for word in words if word.startswith(_REGION) and "/" not in word]
+    return [word for word in words[2:3] if re.fullmatch(r"[^/\s]+", word)]
 
 
 def exit_with_parent() -> None:
@@ -44,7 +61,7 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(CHECK_INTERVAL_SECONDS)
     with suppress(OSError):
-        cancel.remove_leftovers(own=True)
+        temporary.remove_leftovers(own=True)
         for region in regions():
             (_SHARED_MEMORY / region).unlink(missing_ok=True)
     os._exit(1)

@@ -7,7 +7,7 @@
 - a bundle that none of the keys of LEMICA_TRUSTED_KEYS signed, if that is set, or has to be;
 - engines of another TensorRT or GPU than the one here (the runtime compares).
 
-Before it opens the bundle it gives up the right to write into it (`landlock`).
+Before it opens the bundle it gives up the right to write into it (`confinement`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.ir.graphs import Role
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.triton.interface import OLDEST_SERVER
-from lemica_trt.triton.server import cancel, landlock, lifetime
+from lemica_trt.triton.server import confinement, lifetime, temporary
 
 
 def load_pipeline(
@@ -71,10 +71,9 @@ def open_bundle(pb_utils: Any, args: Mapping[str, str]) -> tuple[Bundle, dict[st
             fix="install that version, or write the repository again with 'lemica-trt triton'",
         )
     folder = Path(args["model_repository"]) / parameters["bundle"]
-    if lifetime.regions():
-        _confine(pb_utils, args, folder)
+    _confine(pb_utils, args, folder)
     lifetime.exit_with_parent()
-    cancel.remove_leftovers()
+    temporary.remove_leftovers()
     bundle = Bundle.open(folder)
     if parameters["require_signature"] == "yes" and bundle.signed_by is None:
         raise UnsupportedError(
@@ -91,20 +90,17 @@ def open_bundle(pb_utils: Any, args: Mapping[str, str]) -> tuple[Bundle, dict[st
 
 
 def _confine(pb_utils: Any, args: Mapping[str, str], folder: Path) -> None:
-    """Take the right to write into the repository away from this process, where the kernel can; a line in the log where
-    not. What a killed writer left is put right before."""
-    with suppress(OSError):
-        finish_swap(folder)
-    gpu = args["model_instance_kind"] == "GPU"
-    try:
-        done, why = landlock.confine(Path(args["model_repository"]).parent, folder, gpu=gpu), "it has no Landlock"
-    except OSError as error:
-        done, why = False, str(error.strerror)
-    if not done:
-        pb_utils.Logger.log_warn(
-            f"{args['model_name']}: this kernel keeps no process from writing into the repository ({why}): "
-            "mount it read-only"
-        )
+    """Take the right to write into the repository away from this process; a line in the log says what is not. What a
+    killed writer left is put right before."""
+    if lifetime.in_server():
+        with suppress(OSError):
+            finish_swap(folder)
+        gpu = args["model_instance_kind"] == "GPU"
+        notes = confinement.confine(Path(args["model_repository"]).parent, folder, gpu=gpu)
+    else:  # whatever this process is, it goes on with something else
+        notes = ["no server's Python backend has started this process: it may still write into the repository"]
+    for note in notes:
+        pb_utils.Logger.log_warn(f"{args['model_name']}: {note}")
 
 
 def check_server(pb_utils: Any) -> None:
