@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -12,18 +13,26 @@ import numpy as np
 import pytest
 from command import lemica, result_of
 
+from lemica_trt.bundle.contents import read_from
+from lemica_trt.bundle.manifest import FRONT_FILE, SAMPLER_FILE, SELECTION_FILE
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import work_folder
+from lemica_trt.calibrate.fit import Fitter
 from lemica_trt.cli.flags import plan_target
 from lemica_trt.compiler import bundle_commands
 from lemica_trt.compiler.inspection import page_facts, summarize
+from lemica_trt.compiler.plan_quality import measure_quality
 from lemica_trt.compiler.quantized import unquantized
-from lemica_trt.compiler.requests import BuildRequest
-from lemica_trt.core.errors import UsageError
+from lemica_trt.compiler.requests import BuildRequest, prompts_of
+from lemica_trt.core.errors import MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.core.progress import Quiet
 from lemica_trt.core.text import printable
+from lemica_trt.evaluate.engine_model import EngineModel
+from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.sampler import SamplerTable
+from lemica_trt.ir.schedule import Schedule
 from lemica_trt.report.page import page_html
-from lemica_trt.report.summary import engine_lines
+from lemica_trt.report.summary import agreement_text, engine_lines
 from lemica_trt.runtime.pipeline import Pipeline
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of diffusers
@@ -37,6 +46,8 @@ def int8(built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path_factory:
     output = tmp_path_factory.mktemp("int8") / "bundle"
     done = lemica("engine", built[0], "--quantize", "int8", "--output", output, "--json")
     assert done.returncode == 0, done.stderr
+    printed = " ".join(done.stderr.split())
+    assert "the plans were made for fp32 engines, these are int8" in printed and "--calibrate-on engine" in printed
     (engine,) = result_of(done.stdout)["buckets"]["9x64x64"]["engines"]
     assert engine["key"]["options"]["quantize"] == "int8"
     return output
@@ -77,10 +88,10 @@ def test_without_quantisation_it_is_the_bundle_that_it_was(
 ) -> None:
     before, after = Bundle.open(built[0]), Bundle.open(int8)
     plain = unquantized(after)
-    assert plain.engine().key == before.engine().key and plain.engine().quantized == ()
+    assert plain.engine() == before.engine() and plain.engine().quantized == ()
     assert unquantized(before) is before
     exact, same, rounded = latents(before), latents(plain), latents(after)
-    assert np.abs(same - exact).max() < 1e-4 < np.abs(rounded - exact).max()
+    assert np.array_equal(same, exact) and np.abs(rounded - exact).max() > 1e-4
     decibels = 10 * np.log10(np.square(exact).sum() / np.square(rounded - exact).sum())
     assert decibels > 15, "a run of eight steps, each with an output of 20 dB"
 
@@ -101,12 +112,45 @@ def test_its_plans_end_where_the_runs_in_fp32_end(int8: Path, tmp_path: Path) ->
     plain, quantised = (bundle.engine().key.digest for bundle in (unquantized(after), after))
     assert header["target"]["engines"] == plain and header["versions"]["engines"] == quantised
     assert {path.name for path in work.joinpath("journals/trajectories").iterdir()} == kept, "the targets were there"
+    (plan,) = [plan for plan in made.plans if plan.budget == 4]
+    found, own = (errors(after, each) for each in (plan, fitted_to_own_runs(after, plan, tmp_path)))
+    print(found, own)
+    assert np.log(found).mean() < np.log(own).mean() - 0.01, "nearer to where the runs in fp32 end"
+
+
+def errors(bundle: Bundle, plan: StepPlan) -> list[float]:
+    """‖Δ‖² of runs of a plan from the uncached runs in fp32, on the samples that plans are fitted on."""
+    settings, prompts = bundle.manifest.profile.calibration, prompts_of(bundle.manifest.profile, None)
+    with Pipeline(bundle) as pipe, Pipeline(unquantized(bundle)) as exact:
+        rounded, plain, uncached = EngineModel(pipe), EngineModel(exact), bundle.plan("uncached")
+        samples = [(prompts[s % len(prompts)], settings.seed + s) for s in range(settings.fit_samples)]
+        return [float(np.square(rounded.run(plan, *s) - plain.run(uncached, *s)).sum()) for s in samples]
+
+
+def fitted_to_own_runs(bundle: Bundle, plan: StepPlan, folder: Path) -> StepPlan:
+    """The same steps, fitted to the uncached runs of the quantised engines."""
+    settings, table = bundle.manifest.profile.calibration, read_from(bundle, SamplerTable, SAMPLER_FILE)
+    with Pipeline(bundle) as pipe:
+        found = Fitter(
+            EngineModel(pipe), table, table, prompts_of(bundle.manifest.profile, None), samples=settings.fit_samples,
+            seed=settings.seed, journal=folder / "own.jsonl",
+        )  # fmt: skip
+        return found(Schedule(num_steps=plan.num_steps, full_steps=plan.full_steps))
 
 
 def test_a_verification_says_what_it_is_and_compares_with_pytorch(int8: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(int8, tmp_path / "bundle"))
     report = bundle_commands.verify(Bundle.open(output), None, 1, None, None, Quiet())
     assert report.precision == "int8" and not report.failures()
+    assert "onnxruntime" in report.backend and "int8" in report.backend
+    (scored,) = [row for row in report.quality if row.plan == "uncached"]
+    assert 20 < scored.psnr < 60, "with all steps in int8, against all steps in PyTorch"
+    assert "the uncached run in PyTorch, in fp32 as are" in rendered(agreement_text(report))
+    bundle = Bundle.open(output)
+    measured = measure_quality(bundle, [bundle.plan()], 1, Quiet())
+    for found, name in zip(measured, (bundle.plan().name, "uncached")):
+        (row,) = [row for row in report.quality if (row.plan, row.method) == (name, "plan")]
+        assert found.psnr == pytest.approx(row.each_psnr, abs=0.1), "the same reference, without PyTorch"
     assert set(Bundle.open(output).engine().quantized).isdisjoint(check.role for check in report.graphs)
     (uncached,) = [run for run in report.agreement if run.plan == "uncached"]
     assert uncached.difference > 1e-4 and uncached.psnr > report.lowest_psnr == 20.0
@@ -115,6 +159,63 @@ def test_a_verification_says_what_it_is_and_compares_with_pytorch(int8: Path, tm
     noisy = msgspec.structs.replace(report, agreement=(msgspec.structs.replace(uncached, psnr=19.0),))
     assert any("have 19.0 dB against diffusers, 20.0 needed" in failure for failure in noisy.failures())
     assert summarize(Bundle.open(output)).engines[0].quantized
+
+
+def test_where_the_precision_changes_plans_are_said_to_be_of_the_other_one(
+    built: tuple[Path, subprocess.CompletedProcess[str]], int8: Path, tmp_path: Path
+) -> None:
+    before, after = Bundle.open(built[0]), Bundle.open(int8)
+    assert SELECTION_FILE in before.manifest.files and SELECTION_FILE not in after.manifest.files
+    assert FRONT_FILE not in after.manifest.files
+    assert "--quantize int8 --output" in after.rebuild_command(after.engine().key)
+    assert "--quantize" not in before.rebuild_command(before.engine().key)
+    notes = Notes()
+    back = bundle_commands.rebuild_engines(after, tmp_path / "fp32", {}, notes)
+    assert back.engine() == before.engine() and back.engine().precision == "fp32"
+    assert any("the plans were made for int8 engines, these are fp32" in note for note in notes.found)
+    notes = Notes()
+    bundle_commands.rebuild_engines(before, tmp_path / "same", {}, notes)
+    assert not any("plans were made for" in note for note in notes.found)
+
+
+class Notes(Quiet):
+    """What was said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.found.append(text)
+
+
+def test_what_cannot_be_quantised_is_refused_before_engines_are_built(
+    built: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_engines(*_: object) -> None:
+        raise AssertionError("engines are built")
+
+    monkeypatch.setattr(bundle_commands, "build_engines", build_engines)
+    bundle, changes = Bundle.open(built[0]), {"options": {"quantize": "int8"}}
+    silent = Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, encoders=()), bundle.digest)
+    with pytest.raises(UnsupportedError, match="the bundle has no text encoder"):
+        bundle_commands.rebuild_engines(silent, tmp_path / "out", changes, Quiet())
+    with monkeypatch.context() as patched:
+        patched.setattr("lemica_trt.backends.onnxruntime.quantize.MAX_BYTES", 1000)
+        with pytest.raises(UnsupportedError, match="expected a graph of less than"):
+            bundle_commands.rebuild_engines(bundle, tmp_path / "out", changes, Quiet())
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "onnx", None)
+        with pytest.raises(MissingDependencyError, match="--quantize needs the package onnx"):
+            bundle_commands.rebuild_engines(bundle, tmp_path / "out", changes, Quiet())
+    with monkeypatch.context() as patched:
+        patched.setattr("lemica_trt.evaluate.step_timer.runnable_backend", lambda _: (None, {"onnxruntime": "no"}))
+        with pytest.raises(MissingDependencyError, match="expected engines that run on this machine"):
+            bundle_commands.rebuild_engines(bundle, tmp_path / "out", changes, Quiet())
+    with pytest.raises(UsageError, match="--quantize: expected one backend"):
+        both = {**changes, "backends": ("onnxruntime", "openvino")}
+        bundle_commands.rebuild_engines(bundle, tmp_path / "out", both, Quiet())
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_finished_bundle_is_refused_before_any_work(tmp_path: Path) -> None:
