@@ -91,8 +91,8 @@ def measure_quality(bundle: Bundle, plans: Sequence[StepPlan], clips: int, repor
         steps = clips * (references + sum(plan.budget for plan in plans))
         reporter.stage("quality", f"{count(clips, 'held-out clip')} on {backend}, {steps} full steps")
         with contextlib.ExitStack() as opened:
-            pipe, other = (each and opened.enter_context(Pipeline(each, backend=backend)) for each in (bundle, exact))
-            assert pipe is not None
+            pipe = opened.enter_context(Pipeline(bundle, backend=backend))
+            other = None if exact is None else opened.enter_context(Pipeline(exact, backend=backend))
             return measure_plans(pipe, plans, uncached, samples, Tally(reporter, steps), backend=backend, exact=other)
     except LemicaError as error:
         reporter.stage("quality", f"not measured: {error.what}")

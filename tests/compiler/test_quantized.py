@@ -25,11 +25,13 @@ from lemica_trt.compiler import bundle_commands
 from lemica_trt.compiler.inspection import page_facts, summarize
 from lemica_trt.compiler.plan_quality import measure_quality
 from lemica_trt.compiler.quantized import unquantized
-from lemica_trt.compiler.requests import BuildRequest, prompts_of
+from lemica_trt.compiler.refit import BundleContext
+from lemica_trt.compiler.requests import BuildRequest, Inputs, prompts_of
 from lemica_trt.core.errors import MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.core.progress import Quiet
 from lemica_trt.core.text import printable
 from lemica_trt.evaluate.engine_model import EngineModel
+from lemica_trt.hub.card import bundle_card
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
@@ -126,6 +128,21 @@ def test_its_plans_end_where_the_runs_in_fp32_end(int8: Path, tmp_path: Path) ->
     assert np.log(found).mean() < np.log(own).mean() - 0.01, "nearer to where the runs in fp32 end"
 
 
+def test_fits_to_engines_in_fp32_have_no_other_target(int8: Path) -> None:
+    """Of engines of both precisions the first that run here are fitted to."""
+    bundle = Bundle.open(int8)
+    buckets = {
+        name: msgspec.structs.replace(bucket, engines=(unquantized(bundle).engine(), bundle.engine()))
+        for name, bucket in bundle.manifest.buckets.items()
+    }
+    both = Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, buckets=buckets), bundle.digest)
+    request = BuildRequest(budgets=(4,))
+    inputs = Inputs(profile=both.manifest.profile, request=request, prompts=("a",), held_out=())
+    for found, expected in ((both, False), (bundle, True)):
+        with BundleContext(found, inputs, Quiet()) as context:
+            assert (context.target is not None) == expected
+
+
 def errors(bundle: Bundle, plan: StepPlan) -> list[float]:
     """‖Δ‖² of runs of a plan from the uncached runs in fp32, on the samples that plans are fitted on."""
     settings, prompts = bundle.manifest.profile.calibration, prompts_of(bundle.manifest.profile, None)
@@ -155,6 +172,10 @@ def test_a_verification_says_what_it_is_and_compares_with_pytorch(int8: Path, tm
     assert 20 < scored.psnr < 60, "with all steps in int8, against all steps in PyTorch"
     assert "the uncached run in PyTorch, in fp32 as are" in plain_text(agreement_text(report))
     bundle = Bundle.open(output)
+    plans = [bundle.plan(name) for name in bundle.plans]
+    card = bundle_card(bundle.manifest, bundle.digest, plans, report, (), "hf:someone/something")
+    assert "int8 for cpu" in card and "Plans ran in int8; the reference and the other methods in fp32." in card
+    assert "the uncached run in PyTorch, in fp32 as are other methods" in page_html(page_facts(bundle))
     measured = measure_quality(bundle, [bundle.plan()], 1, Quiet())
     for found, name in zip(measured, (bundle.plan().name, "uncached")):
         (row,) = [row for row in report.quality if (row.plan, row.method) == (name, "plan")]
