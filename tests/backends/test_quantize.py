@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from lemica_trt.backends.build import Observed, build, check, quantize, require_quantizable
+from lemica_trt.backends.machine import has_vnni
 from lemica_trt.backends.onnxruntime.build import open_session
 from lemica_trt.backends.onnxruntime.options import OrtOptions
 from lemica_trt.backends.onnxruntime.quantize import NOISE_DB, sensitive
@@ -151,17 +152,35 @@ def test_one_more_layer_stays_while_all_others_together_are_too_much(
     assert list(third.input) == ["first", "val_3"]
 
 
-def test_products_are_exact_on_cpus_without_vnni(tmp_path: Path) -> None:
-    """A session option of ONNX Runtime: without it sums of products are held in 16 bits there."""
+def test_products_are_exact_on_cpus_without_vnni(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session option of ONNX Runtime, which takes time: without it sums of products are held in 16 bits there."""
     graphs = write(tmp_path)
-    for value, expected in (("int8", "1"), ("none", None)):
-        options = OrtOptions(threads=1, quantize=value)
+    for quantize_to, vnni, expected in (("int8", False, "1"), ("int8", True, None), ("none", False, None)):
+        monkeypatch.setattr("lemica_trt.backends.onnxruntime.build.has_vnni", lambda vnni=vnni: vnni)
+        options = OrtOptions(threads=1, quantize=quantize_to)  # type: ignore[arg-type]
         session = open_session(graphs.graph("full"), tmp_path / "onnx/full.onnx", options, data=tmp_path / "onnx")
         try:
             found = session.get_session_options().get_session_config_entry("session.x64quantprecision")
         except RuntimeError:  # it is not set
             found = None
         assert found == expected
+
+
+def test_the_weights_of_a_cpu_without_vnni_give_the_same_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, entry, _ = quantized(tmp_path)
+    found = []
+    for vnni in (False, True):
+        monkeypatch.setattr("lemica_trt.backends.onnxruntime.build.has_vnni", lambda vnni=vnni: vnni)
+        session = open_session(
+            graphs.graph("full"), tmp_path / entry.files["full"], OrtOptions(threads=1, quantize="int8"),
+            data=tmp_path / "onnx",
+        )  # fmt: skip
+        found.append([session.run(["output"], given)[0] for given in observed()["full"].errors])
+    if has_vnni():  # else the second one is wrong
+        assert all(np.array_equal(a, b) for a, b in zip(*found))
+    assert share(found[0], outputs(graphs, tmp_path / graphs.graph("full").file, tmp_path)) < ALLOWED
 
 
 def test_the_same_inputs_give_the_same_bytes_and_others_another_key(

@@ -124,7 +124,6 @@ def test_its_plans_end_where_the_runs_in_fp32_end(int8: Path, tmp_path: Path) ->
     assert {path.name for path in work.joinpath("journals/trajectories").iterdir()} == kept, "the targets were there"
     (plan,) = [plan for plan in made.plans if plan.budget == 4]
     found, own = (errors(after, each) for each in (plan, fitted_to_own_runs(after, plan, tmp_path)))
-    print("ERR", found, own)
     assert np.log(found).mean() < np.log(own).mean() - 0.01, "nearer to where the runs in fp32 end"
 
 

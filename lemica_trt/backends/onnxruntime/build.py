@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lemica_trt.backends.build import ENGINES_FOLDER, Estimate, Observed, graphs_digest
+from lemica_trt.backends.machine import has_vnni
 from lemica_trt.backends.onnx_file import require_plain
 from lemica_trt.backends.onnxruntime.attention import ATTENTION, write_fused
 from lemica_trt.backends.onnxruntime.options import OrtOptions
@@ -145,10 +146,6 @@ class OrtBuilder:
 
 BUILDERS = {"onnxruntime": OrtBuilder()}
 
-EXACT_PRODUCTS = ("session.x64quantprecision", "1")
-"""Session option: on x86 CPUs without VNNI weights are read as uint8. Sums of two products of uint8 with int8 are held
-in 16 bits there, which is too few (ONNX Runtime pull request 12088)."""
-
 
 def import_onnxruntime() -> Any:
     """The onnxruntime module.
@@ -195,7 +192,7 @@ def open_session(
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked, whatever it is called
     if options.quantize != NONE:
-        settings.add_session_config_entry(*EXACT_PRODUCTS)
+        keep_products_exact(settings)
     settings.log_severity_level = 4  # what it prints is in the exception, too
     try:
         chosen = (wanted, {"device_id": device}) if options.provider == "cuda" else wanted
@@ -217,6 +214,17 @@ def open_session(
             fix="rebuild the bundle",
         )
     return session
+
+
+def keep_products_exact(settings: Any) -> None:
+    """Have weights read as uint8 where the CPU has no VNNI: there sums of two products of uint8 with int8 are held in
+    16 bits, which is too few (ONNX Runtime pull request 12088). With VNNI it would only take longer.
+
+    Args:
+        settings: `onnxruntime.SessionOptions`.
+    """
+    if not has_vnni():
+        settings.add_session_config_entry("session.x64quantprecision", "1")
 
 
 def _source(graph: GraphSpec, path: Path, data: Path | None, settings: Any) -> str | bytes:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lemica_trt.backends.build import Observed
-from lemica_trt.backends.onnxruntime.build import EXACT_PRODUCTS, import_onnxruntime
+from lemica_trt.backends.onnxruntime.build import import_onnxruntime, keep_products_exact
 from lemica_trt.core.errors import MissingDependencyError, UnsupportedError
 from lemica_trt.core.progress import Reporter, count, size
 from lemica_trt.core.values import write_bytes
@@ -222,7 +222,7 @@ class _Quantizer:
         """An `onnxruntime.InferenceSession` with the threads that were asked for."""
         settings = self._ort.SessionOptions()
         settings.intra_op_num_threads, settings.inter_op_num_threads = self._threads, 1
-        settings.add_session_config_entry(*EXACT_PRODUCTS)
+        keep_products_exact(settings)
         settings.log_severity_level = 4
         if not optimized:
             settings.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
