@@ -1,4 +1,4 @@
-"""What linear layers in int8 cost and save on the CPU, and what a plan that is fitted to them gives back.
+"""What linear layers in int8 cost and save on the CPU, under the plan of the engines in fp32 and under others.
 
     lemica-trt build --model cogvideox-tiny --budget 15 --output out/tiny
     OMP_NUM_THREADS=1 python benchmarks/quantize.py out/tiny \\
@@ -7,7 +7,7 @@
 The bundle's engines are quantised (`lemica-trt engine --quantize int8`), and plans made for the result on its own
 engines (`lemica-trt plan --calibrate-on engine`). Held-out clips on the engines; PSNR against the uncached run of those
 in fp32. Beside them the same steps fitted to end where the int8 engines' own uncached runs end. Steps of both are timed
-in turns, on `--threads` threads. Writes JSON (`record.Quantized`) and prints its table.
+in turns, on `--threads` threads, as CPU time of the process. Writes JSON (`record.Quantized`) and prints its table.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from time import process_time
 
 from record import Quantized, QuantizedRow, this_run, write_result
 from tables import described
@@ -31,7 +32,7 @@ from lemica_trt.core.metrics import Frames, psnr
 from lemica_trt.core.progress import Reporter, reporter
 from lemica_trt.evaluate.engine_model import EngineModel
 from lemica_trt.evaluate.samples import HELD_OUT_SEED, Samples, held_out_samples
-from lemica_trt.evaluate.timing import request, seconds_of
+from lemica_trt.evaluate.timing import request
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.resources import calibration_path
 from lemica_trt.ir.sampler import SamplerTable
@@ -64,12 +65,18 @@ def clips(pipe: Pipeline, plan: StepPlan, samples: Samples) -> list[Frames]:
 
 
 def step_seconds(pipes: list[Pipeline], plan: StepPlan, rounds: int) -> list[tuple[float, ...]]:
-    """Seconds of a full step of each pipeline, in turns: a run of a plan over its full steps."""
+    """CPU seconds of a full step of each pipeline, in turns: a run of a plan over its full steps. Every other round is
+    in reverse order, so that none always runs behind the same other one."""
     runs = [request(pipe, plan) for pipe in pipes]
     for run in runs:
         run()
-    found = [[seconds_of(run) / plan.budget for run in runs] for _ in range(rounds)]
-    return [tuple(each) for each in zip(*found)]
+    found: list[list[float]] = [[] for _ in runs]
+    for number in range(rounds):
+        for which in range(len(runs)) if number % 2 == 0 else reversed(range(len(runs))):
+            began = process_time()
+            runs[which]()
+            found[which].append((process_time() - began) / plan.budget)
+    return [tuple(each) for each in found]
 
 
 def measure(bundle: Bundle, folder: Path, count: int, rounds: int, threads: int, report: Reporter) -> Quantized:
@@ -107,7 +114,7 @@ def measure(bundle: Bundle, folder: Path, count: int, rounds: int, threads: int,
         run=this_run(), model=profile.name, revision=bundle.manifest.revision, steps=plan.num_steps,
         budget=plan.budget, first_seed=HELD_OUT_SEED, threads=threads, rows=rows,
         layers=entry.builds[role].layers or (),
-        sizes=tuple(file.stat().st_size for file in files), seconds=tuple(seconds),
+        sizes=tuple(file.stat().st_size for file in files), seconds=tuple(seconds), clock="cpu",
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import msgspec
 
@@ -455,6 +455,7 @@ class Quantized(Value, frozen=True, tag_field="kind", tag="quantized"):
         layers: linear layers of the graph, the largest error first.
         sizes: bytes of the graph that computes everything, in fp32 and quantised.
         seconds: of a full step, in fp32 and quantised, in each round; they take turns.
+        clock: what those are: `wall`; or `cpu`, of all threads of the process, and every other round in reverse order.
     """
 
     run: Run
@@ -468,6 +469,7 @@ class Quantized(Value, frozen=True, tag_field="kind", tag="quantized"):
     layers: tuple[LinearLayer, ...]
     sizes: tuple[int, int]
     seconds: tuple[tuple[float, ...], tuple[float, ...]]
+    clock: Literal["wall", "cpu"] = "wall"
 
 
 class TraceRow(Value, frozen=True):

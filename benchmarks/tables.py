@@ -290,10 +290,10 @@ def quantized_table(result: Quantized) -> str:
     rows = []
     for row in result.rows:
         lead = gain(row.psnr, others[0].psnr) if row in others[1:] else ""
-        margin = f"± {margin_95(row.psnr):.1f}"
+        mean = f"{np.mean(row.psnr):.1f} ± {margin_95(row.psnr):.1f}"
         name = f"{row.plan}, {len(row.full_steps)} steps"
-        rows.append([name, row.engines, f"{np.mean(row.psnr):.1f} {margin}", f"{np.percentile(row.psnr, 5):.1f}", lead])
-    head = ["plan", "engines", "PSNR", "5th percentile", f"more than the {others[0].plan}, dB"]
+        rows.append([name, row.engines, f"{mean} / {np.percentile(row.psnr, 5):.1f} / {min(row.psnr):.1f}", lead])
+    head = ["plan", "engines", "PSNR mean / 5th percentile / worst", f"more than the {others[0].plan}, dB"]
     return table(head, rows)
 
 
@@ -304,11 +304,13 @@ def quantized_caption(result: Quantized) -> str:
     plain, quantized = (median(each) * 1e3 for each in result.seconds)
     ratio = median(slow / fast for slow, fast in zip(*result.seconds))
     threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
+    clock = {"wall": "wall-clock time", "cpu": "CPU time"}[result.clock]
     return (
         f"`{result.model}`: {len(result.layers) - len(kept)} of {len(result.layers)} linear layers in int8; kept in "
         f"fp32 (dB of the output if it alone were int8): {worst}. The graph: "
         f"{size(result.sizes[0])} in fp32, {size(result.sizes[1])} quantised. A full step: {plain:.1f} ms in fp32, "
-        f"{quantized:.1f} ms quantised, {ratio:.2f}× (medians of {len(result.seconds[0])} rounds in turns, {threads}). "
+        f"{quantized:.1f} ms quantised, {ratio:.2f}× ({clock}, medians of {len(result.seconds[0])} rounds in turns, "
+        f"{threads}). "
         f"PSNR against the uncached {result.steps} steps in fp32, {len(result.rows[0].psnr)} held-out clips, ± 95 %."
     )
 

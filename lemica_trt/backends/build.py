@@ -80,7 +80,7 @@ class Quantizer(Protocol):
     """A builder whose options have `ir.engine.QUANTIZE`."""
 
     def require_quantizable(self, graphs: GraphSet, root: Path) -> None:
-        """Raise UnsupportedError where the graphs that run the whole DiT cannot be quantised, before anything runs."""
+        """Refuse what could not be done, before anything runs; see `require_quantizable`."""
         ...
 
     def quantize(
@@ -165,6 +165,7 @@ def require_quantizable(backend: str, graphs: GraphSet, root: Path) -> None:
         graphs, root: as in `build`.
 
     Raises:
+        MissingDependencyError: a package is not here.
         UnsupportedError: a graph cannot be quantised.
     """
     quantizer: Quantizer = vendor_module(backend, "build").BUILDERS[backend]
@@ -173,7 +174,7 @@ def require_quantizable(backend: str, graphs: GraphSet, root: Path) -> None:
 
 def prune(entries: Sequence[EngineEntry], out: Path) -> None:
     """Remove engines of other keys than these: what a folder keeps for the next build is what the last one used."""
-    used = {out / file for entry in entries for file in entry.files.values()}
+    used = {out / file for entry in entries for file in entry.paths}
     for folder in (out / ENGINES_FOLDER).glob("*/"):
         if folder.is_dir() and not any(file.parent == folder for file in used):
             shutil.rmtree(folder)

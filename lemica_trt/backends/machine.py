@@ -47,11 +47,21 @@ def find_gpu() -> Gpu | None:
 def describe_machine() -> str:
     """Processor, cores, and the first GPU with the CUDA version of its driver where there is one: one line that says
     what machine a time was measured on."""
-    name = platform.processor() or platform.machine()
+    name = _cpu("model name") or platform.processor() or platform.machine()
+    gpu = find_gpu()
+    return f"{name}, {os.cpu_count()} cores" + (f", {gpu.name} (driver for CUDA {gpu.driver})" if gpu else "")
+
+
+def has_vnni() -> bool:
+    """Whether the CPU sums products of 8-bit integers in 32 bits at once (AVX512-VNNI or AVX-VNNI); False where the
+    system does not say."""
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(_cpu("flags").split())
+
+
+def _cpu(field: str) -> str:
+    """What Linux says of the first core; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    gpu = find_gpu()
-    return f"{name}, {os.cpu_count()} cores" + (f", {gpu.name} (driver for CUDA {gpu.driver})" if gpu else "")
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

@@ -145,7 +145,7 @@ class Manifest(Value, frozen=True):
         require(self.default_bucket in self.buckets, f"buckets must have one for {self.default_bucket}")
         loaded = [plan_path(name) for name in self.plans] + [encoder.tokenizer for encoder in self.encoders]
         for bucket in self.buckets.values():
-            loaded += [path for entry in bucket.engines for path in entry.files.values()]
+            loaded += [path for entry in bucket.engines for path in entry.paths]
             loaded += [path for graph in bucket.graphs.graphs for path in (graph.file, *graph.data_files)]
         for path in loaded:
             require(path in self.files, f"files must list {path}")

@@ -31,7 +31,7 @@ from lemica_trt.core.atomic_folder import SWAP_PAUSE_SECONDS, SWAP_RETRIES, fini
 from lemica_trt.core.errors import InputError, IntegrityError, UsageError
 from lemica_trt.core.files import PartedDigest, parted_digests
 from lemica_trt.core.values import value_from_json
-from lemica_trt.ir.engine import EngineEntry, EngineKey
+from lemica_trt.ir.engine import NONE, EngineEntry, EngineKey
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.timeline import timeline_svg
 
@@ -163,10 +163,13 @@ class Bundle:
         """The command that builds engines from the bundle's own graphs, on the machine where it is typed.
 
         Plans and graphs stay as they are, the old bundle too; neither the model nor PyTorch is needed. Options of the
-        builder that are not its defaults are for who built the bundle to repeat.
+        builder that are not its defaults are for who built the bundle to repeat, except `--quantize`: plans are made
+        for engines of one precision.
         """
-        command = ["lemica-trt", "engine", str(self.path), "--backend", key.backend, "--output", f"{self.path}-here"]
-        return shlex.join(command)
+        command = ["lemica-trt", "engine", str(self.path), "--backend", key.backend]
+        if key.quantization != NONE:
+            command += ["--quantize", key.quantization]
+        return shlex.join([*command, "--output", f"{self.path}-here"])
 
     def file(self, relative: str) -> Path:
         """The path of a listed file, after `check_files`.

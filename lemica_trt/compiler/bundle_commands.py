@@ -27,7 +27,12 @@ from lemica_trt.compiler.bundle_stages import verify_bundle
 from lemica_trt.compiler.context import open_model, solver_tables
 from lemica_trt.compiler.graph_stages import build_engines
 from lemica_trt.compiler.plan_quality import better_rival, known_quality, measure_quality, rivals_of, store_quality
-from lemica_trt.compiler.quantized import quantized_engines, without_quantization
+from lemica_trt.compiler.quantized import (
+    precisions,
+    quantized_engines,
+    require_quantized_engines,
+    without_quantization,
+)
 from lemica_trt.compiler.requests import BuildRequest, PlanResult, prompts_of
 from lemica_trt.core.atomic_folder import held
 from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
@@ -299,21 +304,30 @@ def rebuild_engines(bundle: Bundle, output: Path, changes: dict[str, Any], repor
     request = BuildRequest(**changes)
     request.check(manifest.profile.dtype, finished=True)
     bundle.check()
+    observed_on = require_quantized_engines(bundle, request) if request.quantizes else None
     work = Workspace(work_folder(output))
     with work.locked():
         plain = msgspec.structs.replace(request, options=without_quantization(request.options))
         entries = build_engines(plain, manifest.graphs, bundle.path, work.root, reporter)
-        if request.quantizes:
+        if observed_on is not None:
             entries = quantized_engines(
-                bundle, entries, request, work.root, trajectories=work.trajectories, reporter=reporter
-            )
+                bundle, entries, request, work.root,
+                backend=observed_on, trajectories=work.trajectories, reporter=reporter,
+            )  # fmt: skip
+        before, after = precisions(manifest.engines), precisions(entries)
         graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
-        replaced = {name for entry in manifest.engines for name in entry.files.values()} - graphs
+        replaced = {name for entry in manifest.engines for name in entry.paths} - graphs
         replaced |= {plan_path(name) for name in manifest.plans}
+        replaced |= set() if before == after else {FRONT_FILE, SELECTION_FILE}  # qualities on the other engines
         files: dict[str, Path | bytes] = {
-            **{name: work.root / name for entry in entries for name in entry.files.values()},
+            **{name: work.root / name for entry in entries for name in entry.paths},
             **{name: bundle.path / name for name in manifest.files if name not in replaced},
         }
+        if before != after:
+            reporter.note(
+                f"the plans were made for {before} engines, these are {after} "
+                f"→ lemica-trt plan {output} --calibrate-on engine"
+            )
         reporter.stage("bundle", str(output))
         return write_bundle(
             output,

@@ -10,6 +10,7 @@ import msgspec
 
 from lemica_trt.bundle.manifest import PLANS_REPORT
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.compiler.quantized import unquantized
 from lemica_trt.compiler.requests import prompts_of
 from lemica_trt.core.atomic_folder import held
 from lemica_trt.core.errors import LemicaError, UsageError
@@ -70,6 +71,8 @@ def quality_from_report(report: VerifyReport, plans: Sequence[StepPlan]) -> list
 def measure_quality(bundle: Bundle, plans: Sequence[StepPlan], clips: int, reporter: Reporter) -> list[MeasuredPlan]:
     """Run plans, and the uncached one, on held-out clips; where that cannot be, say why.
 
+    Plans of quantised engines are compared with the uncached run of those that they were made from.
+
     Args:
         plans: that fit the bundle's graphs.
         clips: how many; 0: none.
@@ -83,10 +86,14 @@ def measure_quality(bundle: Bundle, plans: Sequence[StepPlan], clips: int, repor
         backend = require_runnable(bundle, fix="measure where they run")
         uncached = require_uncached(bundle)
         samples = held_out_samples(prompts_of(bundle.manifest.profile, None, split="held_out"), clips)
-        steps = clips * (uncached.budget + sum(plan.budget for plan in plans))
+        exact = unquantized(bundle) if bundle.engine(backend).quantized else None
+        references = uncached.budget * (1 if exact is None else 2)
+        steps = clips * (references + sum(plan.budget for plan in plans))
         reporter.stage("quality", f"{count(clips, 'held-out clip')} on {backend}, {steps} full steps")
-        with Pipeline(bundle, backend=backend) as pipe:
-            return measure_plans(pipe, plans, uncached, samples, Tally(reporter, steps), backend=backend)
+        with contextlib.ExitStack() as opened:
+            pipe = opened.enter_context(Pipeline(bundle, backend=backend))
+            other = None if exact is None else opened.enter_context(Pipeline(exact, backend=backend))
+            return measure_plans(pipe, plans, uncached, samples, Tally(reporter, steps), backend=backend, exact=other)
     except LemicaError as error:
         reporter.stage("quality", f"not measured: {error.what}")
         return []

@@ -3,7 +3,7 @@
 The stages `calibrate` and `plan`, as a build runs them, where the bundle stands for the work folder. Finished samples
 and fits are kept in the journals of the work folder beside it. The plan that the bundle has of a budget is tried beside
 the new one, and stays where that is clearly worse. Plans of quantised engines are fitted to the uncached runs of the
-graphs as they were exported, and compared with those.
+engines that those were made from, and compared with them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lemica_trt.compiler.requests import BuildRequest, Inputs, PlanResult, profi
 from lemica_trt.core.errors import UsageError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.core.values import json_bytes
-from lemica_trt.evaluate.step_timer import StepTimer
+from lemica_trt.evaluate.step_timer import StepTimer, runnable_backend
 from lemica_trt.ir.budget import StepTimes
 from lemica_trt.ir.calibration import Calibration
 from lemica_trt.ir.graphs import StepLayout
@@ -107,9 +107,9 @@ class BundleContext(Context):
 
     @cached_property
     def target(self) -> StepModel | None:
-        """Of quantised engines the graphs as they were exported: plans correct what quantisation does."""
-        source = unquantized(self._bundle)
-        return None if source is self._bundle else self.open_engines(source)
+        """Of quantised engines those that they were made from."""
+        backend, _ = runnable_backend(self._bundle)
+        return self.open_engines(unquantized(self._bundle)) if self._bundle.engine(backend).quantized else None
 
 
 def refit(

@@ -118,7 +118,7 @@ class BuildRequest(Value, frozen=True):
 
         Raises:
             UsageError: unknown method, backend or option; budgets to be searched of a method that has only its own;
-                engines on a Ray cluster; quantised engines of what is no finished bundle.
+                engines on a Ray cluster; quantised engines of what is no finished bundle, or beside others.
             UnsupportedError, MissingDependencyError: as `backends.build.check`.
         """
         if self.schedule is None:
@@ -139,6 +139,12 @@ class BuildRequest(Value, frozen=True):
             raise UsageError(
                 "--quantize is of a finished bundle: ranges and errors are measured on its engines",
                 fix="build without it, then: lemica-trt engine BUNDLE --quantize int8 --output BUNDLE-int8",
+            )
+        if self.quantizes and len(set(self.backends)) > 1:
+            raise UsageError(
+                "--quantize: expected one backend, because a bundle's plans are of engines of one precision, got "
+                + ", ".join(self.backends),
+                fix="give each a bundle of its own",
             )
         if dtype is not None:
             for backend, options in options_by_backend(self.backends, self.options).items():

@@ -85,6 +85,7 @@ def measure_plans(
     done: Callable[[float], None],
     *,
     backend: str,
+    exact: Pipeline | None = None,
 ) -> list[MeasuredPlan]:
     """Quality of plans against the uncached one, and the time of all of them.
 
@@ -94,6 +95,8 @@ def measure_plans(
         samples: at least one.
         done: told of full steps.
         backend: of the pipeline.
+        exact: of quantised engines, a pipeline of those that they were made from: its uncached run is the one that all
+            plans are compared with, the uncached one too. None: the pipeline's own.
 
     Returns:
         One for each plan; then the uncached plan's.
@@ -101,8 +104,12 @@ def measure_plans(
     run = Deployed(pipe, done)
     plans = [msgspec.structs.replace(plan, name=plan.rows_digest) for plan in plans]  # two may have one name
     scores: list[list[float]] = [[] for _ in plans]
+    of_uncached, compared_with = list[float](), None if exact is None else Deployed(exact, done)
     for number in range(samples.count):
         reference = run.decoded(uncached, *samples[number])
+        if compared_with is not None:
+            own, reference = reference, compared_with.decoded(uncached, *samples[number])
+            of_uncached.append(psnr(own, reference))
         for plan, found in zip(plans, scores):
             found.append(psnr(run.decoded(plan, *samples[number]), reference))
     named = backend_name(pipe.bundle.engine(backend).key)
@@ -116,5 +123,5 @@ def measure_plans(
             machine=describe_machine(),
             backend=named,
         )
-        for plan, found in (*zip(plans, scores), (uncached, ()))
+        for plan, found in (*zip(plans, scores), (uncached, of_uncached))
     ]

@@ -2,6 +2,7 @@
 
 The bundle's plans run on its engines, the baselines in PyTorch, whose step modules take any plan; all frames are
 decoded by the bundle's engine. Each plan is compared with the uncached run, or with the M steps that it was made for.
+Where engines are quantised the uncached run is PyTorch's, so that baselines, which run there, are not quantised.
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ class Case(NamedTuple):
     clips: int
 
 
-def cases_of(bundle: Bundle, model: Model, clips: int, further: int | None, *, compared: bool = True) -> list[Case]:
-    """The cached plans of a bundle, and baselines of the default one.
+def cases_of(
+    bundle: Bundle, model: Model, clips: int, further: int | None, *, compared: bool = True, quantized: bool = False
+) -> list[Case]:
+    """The cached plans of a bundle, and baselines of the default one; of quantised engines the uncached plan, too.
 
     Args:
         clips: of the default plan and its baselines.
         further: clips of the other plans; None: as many.
         compared: whether there are baselines.
+        quantized: whether the engines are: then the uncached plan is not what others are compared with.
     """
     plans = [plan for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps]
     default, found = bundle.plan(), list[Case]()
@@ -58,7 +62,8 @@ def cases_of(bundle: Bundle, model: Model, clips: int, further: int | None, *, c
         if compared and plan.name == default.name:
             others = baselines(plan, model, error_graph_of(bundle), BASELINES)
             found += [Case(plan, method, other, clips) for method, other in others.items()]
-    return found
+    uncached = uncached_of(map(bundle.plan, bundle.plans)) if quantized else None
+    return found if uncached is None else [*found, Case(uncached, PLAN, uncached, clips)]
 
 
 def quality_steps(cases: Sequence[Case], clips: int) -> int:

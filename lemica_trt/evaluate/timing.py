@@ -166,8 +166,8 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def backend_name(key: EngineKey) -> str:
-    """Backend, its version and target: with `describe_machine` what a time is of."""
-    return f"{key.backend} {key.version} {key.target}"
+    """Backend, its version, what it is quantised to, and target: with `describe_machine` what a time is of."""
+    return f"{key.title} {key.target}"
 
 
 def stored_steps(bundle: Bundle, backend: str) -> StepTimes | None:

@@ -87,7 +87,7 @@ def verify(
         entry, plans = bundle.engine(backend), [bundle.plan(name) for name in bundle.plans]
         key = entry.key
         _tell(pipe, key, samples, reporter, draft=draft)
-        cases = cases_of(bundle, model, samples.count, further, compared=not draft)
+        cases = cases_of(bundle, model, samples.count, further, compared=not draft, quantized=bool(entry.quantized))
         uncached = uncached_of(plans) or max(plans, key=lambda plan: plan.budget)
         compared = [uncached] if draft else plans
         deployed = Deployed(pipe, tally := _tally(reporter, compared, cases, samples.count), entry.quantized)
@@ -165,7 +165,7 @@ def _first(
 
 def _tell(pipe: Pipeline, key: EngineKey, samples: Samples, reporter: Reporter, *, draft: bool) -> None:
     """Say what is verified; and in one line which of the prompts are cut, or far from those of the calibration."""
-    where = f"{key.backend} {key.version} on {key.target}"
+    where = f"{key.title} on {key.target}"
     reporter.stage("draft" if draft else "verify", f"{count(samples.count, 'held-out clip')}, {where}")
     prompts = dict.fromkeys(samples[s][0] for s in range(samples.count))
     found = {prompt: lines for prompt in prompts if (lines := pipe.warnings(prompt))}

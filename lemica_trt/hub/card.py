@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
+from msgspec import UNSET
+
 from lemica_trt.bundle.manifest import Manifest
 from lemica_trt.core.progress import size
 from lemica_trt.ir.plan import StepPlan
@@ -33,9 +35,7 @@ def bundle_card(
     profile = manifest.profile
     shape = profile.shape
     images = shape.frames == 1
-    names = list(
-        dict.fromkeys(f"{entry.key.backend} {entry.key.version} for {entry.key.target}" for entry in manifest.engines)
-    )
+    names = list(dict.fromkeys(f"{entry.key.title} for {entry.key.target}" for entry in manifest.engines))
     weight = size(sum(entry.size for entry in manifest.files.values()))
     parts = [
         _metadata("text-to-image" if images else "text-to-video", profile.source),
@@ -122,6 +122,8 @@ def _quality(report: VerifyReport) -> list[str]:
         f"Frames against {reference}, {report.samples} held-out clips; the speed-up is that of the denoising loop, "
         f"{report.backend} on {report.machine}. Below each plan: other methods with as many full steps."
     )
+    if report.precision is not UNSET:
+        about += f" Plans ran in {report.precision}; the reference and the other methods in {report.dtype}."
     return [about, _table(header, rows)]
 
 

@@ -49,6 +49,22 @@ class EngineKey(Value, frozen=True):
     driver: str | None = None
     observed: str | UnsetType = UNSET
 
+    @property
+    def quantization(self) -> str:
+        """What linear layers are quantised to; `NONE`: they are not."""
+        return str(self.options.get(QUANTIZE, NONE))
+
+    @property
+    def precision(self) -> str:
+        """What the DiT's linear layers compute in: `int8`, or the dtype of the graphs."""
+        return self.dtype if self.quantization == NONE else self.quantization
+
+    @property
+    def title(self) -> str:
+        """Backend and version, and the precision of quantised engines: what people read."""
+        parts = [self.backend, self.version, *([] if self.quantization == NONE else [self.quantization])]
+        return " ".join(parts)
+
 
 class LinearLayer(Value, frozen=True):
     """A linear layer of a quantised graph.
@@ -70,7 +86,12 @@ class LinearLayer(Value, frozen=True):
     @property
     def decibels(self) -> float:
         """The output's signal-to-noise ratio where this layer alone is quantised, dB; at most 120."""
-        return -10 * math.log10(max(self.error, 1e-12))
+        return decibels(self.error)
+
+
+def decibels(error: float) -> float:
+    """‖Δ‖²/‖output‖² as a signal-to-noise ratio, dB; at most 120."""
+    return -10 * math.log10(max(error, 1e-12))
 
 
 class EngineBuild(Value, frozen=True):
@@ -87,6 +108,7 @@ class EngineBuild(Value, frozen=True):
         fused_attention: attentions that the engine runs as one kernel, or that its graph has as one operator; None
             where it could not be looked into.
         layers: of a quantised graph its linear layers, those that change the output most first.
+        error: what all its quantised layers together do to the model's output, measured as that of each layer.
     """
 
     seconds: float | None = None
@@ -97,11 +119,21 @@ class EngineBuild(Value, frozen=True):
     attentions: int = 0
     fused_attention: int | None = None
     layers: tuple[LinearLayer, ...] | UnsetType = UNSET
+    error: float | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        found = 0.0 if self.error is UNSET else self.error
+        require(0 <= found < math.inf, f"error must be finite, not negative, got {found}")
 
     @property
     def quantized(self) -> bool:
         """Whether some of its layers are."""
         return self.layers is not UNSET
+
+    @property
+    def decibels(self) -> float | None:
+        """The output's signal-to-noise ratio with all its quantised layers, dB; at most 120. None: not measured."""
+        return None if self.error is UNSET else decibels(self.error)
 
 
 class EngineEntry(Value, frozen=True):
@@ -111,15 +143,27 @@ class EngineEntry(Value, frozen=True):
         key: what it is.
         files: by role, the file to load, relative to the bundle.
         builds: by role, what building it took; nothing for graphs that are loaded as they are.
+        sources: by role, the file that a quantised graph was made from, which still computes what it replaces.
     """
 
     key: EngineKey
     files: dict[Role, str]
     builds: dict[Role, EngineBuild] = {}
+    sources: dict[Role, str] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         require(bool(self.files), "an entry needs at least one engine")
         require(set(self.builds) <= set(self.files), "builds must be of roles in files")
+        require(set(self.sources or ()) <= set(self.files), "sources must be of roles in files")
+        require(
+            not self.quantized or self.key.quantization != NONE,
+            f"engines with quantised layers need the option {QUANTIZE} in their key",
+        )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All files, each once: those that run, and those that quantised ones were made from."""
+        return tuple(dict.fromkeys((*self.files.values(), *(self.sources or {}).values())))
 
     @property
     def quantized(self) -> tuple[Role, ...]:
@@ -128,5 +172,5 @@ class EngineEntry(Value, frozen=True):
 
     @property
     def precision(self) -> str:
-        """What the DiT's linear layers compute in: `int8`, or the dtype of the graphs."""
-        return str(self.key.options[QUANTIZE]) if self.quantized else self.key.dtype
+        """As `EngineKey.precision`."""
+        return self.key.precision

@@ -16,6 +16,7 @@ class MeasuredPlan(Value, frozen=True):
     Attributes:
         rows_digest: of the plan, see there: what was measured, by whatever name.
         psnr: dB of each clip against the uncached run, or the sampler at `reference_steps`; of the uncached plan none.
+            On quantised engines the uncached run is that of those in fp32, and the uncached plan is compared, too.
         seconds: of the denoising loop of one request, median.
         speedup: over the uncached plan, N/B at most; None where that did not run.
         machine, backend: what it ran on.

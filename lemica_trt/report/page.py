@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from msgspec import UNSET
+
 from lemica_trt.core.errors import MissingDependencyError, install_command
 from lemica_trt.core.progress import count, duration, size
 from lemica_trt.ir.budget import FrontRow, format_seconds
@@ -202,7 +204,7 @@ def _engine_rows(entry: EngineEntry) -> Iterator[tuple[str, ...]]:
     for role in sorted(entry.files):
         build = entry.builds.get(role)
         if build is None:
-            yield f"{entry.key.backend} {entry.key.version}", role, "loaded as exported", "", entry.key.dtype, ""
+            yield entry.key.title, role, "loaded as exported", "", entry.key.dtype, ""
             continue
         memory = [] if build.host_memory is None else [size(build.host_memory)]
         memory += [] if build.device_memory is None else [f"{size(build.device_memory)} GPU"]
@@ -214,7 +216,7 @@ def _engine_rows(entry: EngineEntry) -> Iterator[tuple[str, ...]]:
         attention = "not looked into" if fused is None else f"{fused} of {build.attentions} fused"
         took = "" if build.seconds is None else duration(build.seconds)
         yield (
-            f"{entry.key.backend} {entry.key.version}", role, took, ", ".join(memory), precisions or entry.key.dtype,
+            entry.key.title, role, took, ", ".join(memory), precisions or entry.key.dtype,
             attention if build.attentions else "",
         )  # fmt: skip
 
@@ -231,8 +233,10 @@ def _provenance(facts: PageFacts) -> Iterator[tuple[str, str]]:
         yield "calibration", f"{how}; prompts {graph.prompts_digest[:16]}, seed {graph.seed}"
     if report is not None:
         yield "verified on", f"{report.machine}; {report.backend}; {count(report.samples, 'held-out clip')}"
+        if report.precision is not UNSET:
+            yield "compared with", f"the uncached run in PyTorch, in {report.dtype} as are other methods"
         yield "report is of", f"manifest {report.manifest_digest}"
     yield "manifest", facts.digest
-    yield "engines for", ", ".join(f"{e.key.backend} {e.key.version} {e.key.target}" for e in bundle.engines)
+    yield "engines for", ", ".join(f"{e.key.title} {e.key.target}" for e in bundle.engines)
     yield "size", f"{size(bundle.size)} in {bundle.files} files"
     yield "built with", ", ".join(f"{name} {version}" for name, version in sorted(bundle.versions.items()))

@@ -98,9 +98,12 @@ def layers_lines(entry: EngineEntry) -> Iterator[str]:
 
 def layers_text(entry: EngineEntry, role: Role) -> str:
     """How many linear layers of a graph are quantised, and which are not and why."""
-    layers = entry.builds[role].layers or ()
+    build = entry.builds[role]
+    layers = build.layers or ()
     kept = [f"{layer.name} {layer.decibels:.1f}" for layer in layers if layer.precision == "fp32"]
     text = f"{len(layers) - len(kept)} of {len(layers)} linear layers in {entry.precision}"
+    if build.decibels is not None:
+        text += f", the output {build.decibels:.1f} dB"
     if kept:
         text += f"; kept in fp32 (dB of the output if it alone were {entry.precision}): {', '.join(kept)}"
     return text
@@ -157,7 +160,9 @@ def _references(report: VerifyReport) -> str:
     others = {row.plan: row.reference_steps for row in report.quality if row.reference_steps is not None}
     if others and len(others) == len({row.plan for row in report.quality}):
         return f"the sampler with {' or '.join(map(str, sorted(set(others.values()))))} steps"
-    uncached = "the uncached run" if report.precision is UNSET else "the uncached run in PyTorch"
+    uncached = "the uncached run"
+    if report.precision is not UNSET:
+        uncached = f"the uncached run in PyTorch, in {report.dtype} as are the other methods below each plan"
     return ", ".join([uncached, *(f"{plan} against {steps} steps" for plan, steps in others.items())])
 
 
@@ -389,7 +394,7 @@ def bundle_table(bundle: BundleSummary) -> RenderableType:
             f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}, {bundle.dtype}, "
             f"sampler {bundle.default.sampler_digest[:16]}",
         ),
-        ("engines", ", ".join(f"{e.key.backend} {e.key.version} {e.key.target}" for e in bundle.engines)),
+        ("engines", ", ".join(f"{e.key.title} {e.key.target}" for e in bundle.engines)),
         *(("quantised", text) for entry in bundle.engines for text in layers_lines(entry)),
         ("default plan", bundle.default_plan),
         ("size", f"{size(bundle.size)} in {bundle.files} files"),

@@ -56,7 +56,7 @@ def config_text(model: str, interface: Interface, bundle: Bundle, engine: Engine
     blocks = [
         f"# {MODEL_SUMMARIES[model]}\n"
         f"# Written by lemica-trt {__version__} for {bundle.manifest.profile.name}, tritonserver {OLDEST_SERVER_NAME}\n"
-        f"# or newer, engines of {engine.key.backend} {engine.key.version} for {engine.key.target}.\n"
+        f"# or newer, engines of {engine.key.title} for {engine.key.target}.\n"
         f'# "lemica-trt triton --check" checks it.',
         f'name: "{model}"\nbackend: "python"\nmax_batch_size: {batch}',
         _ports("input", interface.inputs),

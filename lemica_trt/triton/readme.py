@@ -10,7 +10,7 @@ from lemica_trt.triton.interface import MODEL_SUMMARIES, OLDEST_SERVER_NAME
 def readme_text(bundle: Bundle, models: tuple[str, ...], cpu: bool) -> str:
     """The page for a bundle that is served as these models; `cpu`: with configs for machines without a GPU."""
     manifest = bundle.manifest
-    engines = ", ".join(f"{entry.key.backend} {entry.key.version} ({entry.key.target})" for entry in manifest.engines)
+    engines = ", ".join(f"{entry.key.title} ({entry.key.target})" for entry in manifest.engines)
     about = "\n".join(f"| `{name}` | {MODEL_SUMMARIES[name]} |" for name in models)
     cpu_only = "Without a GPU: `./start.sh --model-config-name=cpu`." if cpu else "The engines need a GPU."
     memory = sum(manifest.files[file].size for entry in manifest.engines for file in set(entry.files.values())) / 1e6

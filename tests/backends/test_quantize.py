@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from lemica_trt.backends.build import Observed, build, check, quantize, require_quantizable
+from lemica_trt.backends.machine import has_vnni
 from lemica_trt.backends.onnxruntime.build import open_session
 from lemica_trt.backends.onnxruntime.options import OrtOptions
 from lemica_trt.backends.onnxruntime.quantize import NOISE_DB, sensitive
 from lemica_trt.backends.options import options_from_key
 from lemica_trt.core.errors import UnsupportedError, UsageError
 from lemica_trt.core.progress import Quiet
-from lemica_trt.ir.engine import EngineEntry, LinearLayer
+from lemica_trt.ir.engine import EngineBuild, EngineEntry, LinearLayer
 from lemica_trt.ir.graphs import GraphSet, GraphSpec, TensorSpec, step_layout
 
 pytestmark = pytest.mark.cpu
@@ -104,7 +105,11 @@ def test_layers_are_in_int8_and_their_error_is_what_was_measured(data: bool, tmp
     found = outputs(graphs, tmp_path / entry.files["full"], tmp_path)
     error = share(found, outputs(graphs, tmp_path / graphs.graph("full").file, tmp_path))
     assert error == pytest.approx(sum(layer.error for layer in layers), rel=0.5) and 0 < error < ALLOWED
+    assert entry.builds["full"].error == pytest.approx(error, rel=0.05), "what is written was measured"
     assert entry.quantized == ("full",) and entry.precision == "int8"
+    assert entry.sources == {"full": graphs.graph("full").file} and set(entry.paths) == {
+        graphs.graph("full").file, entry.files["full"],
+    }  # fmt: skip
     assert (entry.key.options["quantize"], entry.key.options["threads"]) == ("int8", 1)
 
 
@@ -133,7 +138,54 @@ def test_a_layer_that_stays_reads_what_it_read(tmp_path: Path, monkeypatch: pyte
     assert list(node.input) == ["x", "val_2"] and other.input[0] != "x"
 
 
-def test_the_same_inputs_give_the_same_bytes_and_others_another_key(tmp_path: Path) -> None:
+def test_one_more_layer_stays_while_all_others_together_are_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors of single layers need not add up: here they are taken to be nothing at all."""
+    monkeypatch.setattr("lemica_trt.backends.onnxruntime.quantize.sensitive", lambda errors: [])
+    _, entry, model = quantized(tmp_path, outlier=3000.0, part=1.0)
+    layers, error = entry.builds["full"].layers, entry.builds["full"].error
+    assert isinstance(layers, tuple) and isinstance(error, float)
+    assert [layer.precision for layer in layers] == ["fp32", "int8", "int8"]
+    assert error < ALLOWED < layers[0].error
+    (third,) = [node for node in model.graph.node if node.name == "third"]
+    assert list(third.input) == ["first", "val_3"]
+
+
+def test_products_are_exact_on_cpus_without_vnni(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session option of ONNX Runtime, which takes time: without it sums of products are held in 16 bits there."""
+    graphs = write(tmp_path)
+    for quantize_to, vnni, expected in (("int8", False, "1"), ("int8", True, None), ("none", False, None)):
+        monkeypatch.setattr("lemica_trt.backends.onnxruntime.build.has_vnni", lambda vnni=vnni: vnni)
+        options = OrtOptions(threads=1, quantize=quantize_to)  # type: ignore[arg-type]
+        session = open_session(graphs.graph("full"), tmp_path / "onnx/full.onnx", options, data=tmp_path / "onnx")
+        try:
+            found = session.get_session_options().get_session_config_entry("session.x64quantprecision")
+        except RuntimeError:  # it is not set
+            found = None
+        assert found == expected
+
+
+def test_the_weights_of_a_cpu_without_vnni_give_the_same_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, entry, _ = quantized(tmp_path)
+    found = []
+    for vnni in (False, True):
+        monkeypatch.setattr("lemica_trt.backends.onnxruntime.build.has_vnni", lambda vnni=vnni: vnni)
+        session = open_session(
+            graphs.graph("full"), tmp_path / entry.files["full"], OrtOptions(threads=1, quantize="int8"),
+            data=tmp_path / "onnx",
+        )  # fmt: skip
+        found.append([session.run(["output"], given)[0] for given in observed()["full"].errors])
+    if has_vnni():  # else the second one is wrong
+        assert all(np.array_equal(a, b) for a, b in zip(*found))
+    assert share(found[0], outputs(graphs, tmp_path / graphs.graph("full").file, tmp_path)) < ALLOWED
+
+
+def test_the_same_inputs_give_the_same_bytes_and_others_another_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, first, _ = quantized(tmp_path / "a")
     graphs, second, _ = quantized(tmp_path / "b")
     assert first == second
@@ -143,6 +195,9 @@ def test_the_same_inputs_give_the_same_bytes_and_others_another_key(tmp_path: Pa
     third = quantize(plain, graphs, tmp_path / "b", tmp_path / "b", INT8, others, Quiet())
     assert third.key.digest != second.key.digest and third.files != second.files
     assert plain.key.digest not in (second.key.digest, third.key.digest) and plain.quantized == ()
+    monkeypatch.setattr("lemica_trt.backends.onnxruntime.quantize.NOISE_DB", 10.0)
+    fourth = quantize(plain, graphs, tmp_path / "b", tmp_path / "b", INT8, observed(), Quiet())
+    assert fourth.key.digest != second.key.digest, "another bound, other layers"
 
 
 @given(st.lists(st.floats(0, 0.03, allow_subnormal=False), min_size=1, max_size=7))
@@ -178,6 +233,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="layer x: error must be finite"):
         LinearLayer(name="x", precision="int8", error=float("nan"))
     plain = build("onnxruntime", graphs, tmp_path, tmp_path, {"threads": 1})
+    layer = LinearLayer(name="x", precision="int8", error=0.0)
+    with pytest.raises(ValueError, match="need the option quantize in their key"):
+        msgspec.structs.replace(plain, builds={"full": EngineBuild(layers=(layer,))})
+    with pytest.raises(ValueError, match="error must be finite"):
+        EngineBuild(error=float("inf"))
     monkeypatch.setattr("lemica_trt.backends.onnxruntime.quantize.NOISE_DB", 200.0)
     with pytest.raises(UnsupportedError, match="each of 3 linear layers alone leaves the output less than 200 dB"):
         quantize(plain, graphs, tmp_path, tmp_path, INT8, observed(), Quiet())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lemica_trt.backends.build import ENGINES_FOLDER, Estimate, Observed, graphs_digest
+from lemica_trt.backends.machine import has_vnni
 from lemica_trt.backends.onnx_file import require_plain
 from lemica_trt.backends.onnxruntime.attention import ATTENTION, write_fused
 from lemica_trt.backends.onnxruntime.options import OrtOptions
@@ -113,9 +114,10 @@ class OrtBuilder:
         return EngineEntry(key=key, files=files, builds=builds)
 
     def require_quantizable(self, graphs: GraphSet, root: Path) -> None:
-        """Refuse graphs that are too large for one file."""
-        from lemica_trt.backends.onnxruntime.quantize import require_size
+        """Refuse graphs that are too large for one file; and all, where the package onnx is missing."""
+        from lemica_trt.backends.onnxruntime.quantize import import_onnx, require_size
 
+        import_onnx()
         for graph in graphs.graphs:
             if graph.dit == "whole":
                 require_size([root / name for name in (graph.file, *graph.data_files)])
@@ -131,22 +133,23 @@ class OrtBuilder:
         reporter: Reporter,
     ) -> EngineEntry:
         """See `backends.build.quantize`."""
-        from lemica_trt.backends.onnxruntime.quantize import write_int8
+        from lemica_trt.backends.onnxruntime.quantize import NOISE_DB, write_int8
 
         self.check(graphs.dtype, options)
-        digest = hashlib.sha256("".join(f"{role} {observed[role].digest}\n" for role in sorted(observed)).encode())
+        parts = [f"{role} {observed[role].digest}\n" for role in sorted(observed)]
+        digest = hashlib.sha256("".join([f"{NOISE_DB} dB\n", *parts]).encode())
         key = msgspec.structs.replace(entry.key, options=options.as_dict(), observed=digest.hexdigest())
         folder = f"{ENGINES_FOLDER}/{key.backend}-{key.digest[:16]}"
-        files, builds = dict(entry.files), dict(entry.builds)
+        files, builds, sources = dict(entry.files), dict(entry.builds), dict[Role, str]()
         for role, found in sorted(observed.items()):
             graph, file = graphs.graph(role), f"{folder}/{role}.onnx"
             source = (root if entry.files[role] == graph.file else out) / entry.files[role]
             data, threads = (root / graph.file).parent, options.threads or usable_threads()
-            layers = write_int8(source, out / file, data, found, threads, reporter)
+            layers, error = write_int8(source, out / file, data, found, threads, reporter)
             open_session(graph, out / file, options, data=data)
-            files[role] = file
-            builds[role] = msgspec.structs.replace(builds.get(role, EngineBuild()), layers=layers)
-        return EngineEntry(key=key, files=files, builds=builds)
+            files[role], sources[role] = file, entry.files[role]
+            builds[role] = msgspec.structs.replace(builds.get(role, EngineBuild()), layers=layers, error=error)
+        return EngineEntry(key=key, files=files, builds=builds, sources=sources)
 
 
 BUILDERS = {"onnxruntime": OrtBuilder()}
@@ -197,6 +200,8 @@ def open_session(
     # Each graph's session has threads of its own; by default they spin between two calls, against the graph that runs.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked, whatever it is called
+    if options.quantize != NONE:
+        keep_products_exact(settings)
     settings.log_severity_level = 4  # what it prints is in the exception, too
     try:
         chosen = (wanted, {"device_id": device}) if options.provider == "cuda" else wanted
@@ -223,6 +228,17 @@ def open_session(
             fix="rebuild the bundle",
         )
     return session
+
+
+def keep_products_exact(settings: Any) -> None:
+    """Have weights read as uint8 where the CPU has no VNNI: there sums of two products of uint8 with int8 are held in
+    16 bits, which is too few (ONNX Runtime pull request 12088). With VNNI it would only take longer.
+
+    Args:
+        settings: `onnxruntime.SessionOptions`.
+    """
+    if not has_vnni():
+        settings.add_session_config_entry("session.x64quantprecision", "1")
 
 
 def _source(graph: GraphSpec, path: Path, data: Path | None, settings: Any) -> str | bytes:

@@ -23,8 +23,8 @@ class OrtOptions(Options, frozen=True):
     quantize: Annotated[
         Literal["none", "int8"],
         Meta(
-            description="what linear layers of the whole DiT compute in, the sensitive ones apart; of a finished "
-            "bundle, on the CPU"
+            description="what linear layers of the whole DiT compute in, except those that its output is sensitive to; "
+            "of a finished bundle, on the CPU"
         ),
     ] = "none"
 

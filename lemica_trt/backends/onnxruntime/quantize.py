@@ -6,7 +6,8 @@ VNNI or AMX ONNX Runtime runs such a layer as one integer product.
 
 Which layers: each is quantised alone, and the model's output compared with the one in fp32, on step inputs that its
 ranges were not measured on. Layers stay in fp32, the worst first, until the errors of the others together, taken as
-independent, are `NOISE_DB` below the output.
+independent, are `NOISE_DB` below the output. Then all of those are quantised and measured together, and one more layer
+stays in fp32 for as long as that is too much.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lemica_trt.backends.build import Observed
+from lemica_trt.backends.onnxruntime.build import import_onnxruntime, keep_products_exact
 from lemica_trt.core.errors import MissingDependencyError, UnsupportedError
 from lemica_trt.core.progress import Reporter, count, size
 from lemica_trt.core.values import write_bytes
@@ -52,8 +54,8 @@ class _Layer(NamedTuple):
 
 def write_int8(
     source: Path, target: Path, data: Path, observed: Observed, threads: int, reporter: Reporter
-) -> tuple[LinearLayer, ...]:
-    """Write a graph with its linear layers in int8, apart from those that it is sensitive to.
+) -> tuple[tuple[LinearLayer, ...], float]:
+    """Write a graph with its linear layers in int8, except those that its output is sensitive to.
 
     Args:
         source: the ONNX file, fp32.
@@ -64,11 +66,11 @@ def write_int8(
         reporter: told of the progress.
 
     Returns:
-        All linear layers, the largest error first.
+        All linear layers, the largest error first; and the error of the graph that was written, ‖Δ‖²/‖output‖².
 
     Raises:
         MissingDependencyError: the package onnx is not installed.
-        UnsupportedError: there are no linear layers, all are sensitive, or the weights are too large.
+        UnsupportedError: there are no linear layers, or all are sensitive.
     """
     with tempfile.TemporaryDirectory(prefix="quantize-") as folder, _quiet():
         quantizer = _Quantizer(source, data, Path(folder), observed, threads)
@@ -77,20 +79,32 @@ def write_int8(
         for number, layer in enumerate(quantizer.layers):
             reporter.advance(number, len(quantizer.layers))
             errors[layer] = quantizer.error([layer])
-        kept = sensitive(list(errors.values()))
         ordered = sorted(errors, key=lambda layer: -errors[layer])
-        if len(kept) == len(ordered):
-            raise UnsupportedError(
-                f"--quantize int8: each of {count(len(ordered), 'linear layer')} alone leaves the output less than "
-                f"{NOISE_DB:g} dB",
-                fix="leave it out",
-            )
-        content = quantizer.quantized(ordered[len(kept) :]).SerializeToString(deterministic=True)
+        kept, content, error = _chosen(quantizer, ordered, len(sensitive(list(errors.values()))))
         target.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(content, target)
-    return tuple(
-        LinearLayer(name=layer.name, precision="fp32" if number < len(kept) else "int8", error=errors[layer])
+    layers = tuple(
+        LinearLayer(name=layer.name, precision="fp32" if number < kept else "int8", error=errors[layer])
         for number, layer in enumerate(ordered)
+    )
+    return layers, error
+
+
+def _chosen(quantizer: _Quantizer, ordered: Sequence[_Layer], fewest: int) -> tuple[int, bytes, float]:
+    """How many layers stay in fp32, the graph, and its error: the fewest, from `fewest` on, that leave little enough.
+
+    Raises:
+        UnsupportedError: not even the last layer may be quantised.
+    """
+    for kept in range(fewest, len(ordered)):
+        content: bytes = quantizer.quantized(ordered[kept:]).SerializeToString(deterministic=True)
+        error = quantizer.error_of(content)
+        if error <= 10 ** (-NOISE_DB / 10):
+            return kept, content, error
+    raise UnsupportedError(
+        f"--quantize int8: each of {count(len(ordered), 'linear layer')} alone leaves the output less than "
+        f"{NOISE_DB:g} dB",
+        fix="leave it out",
     )
 
 
@@ -119,6 +133,22 @@ def require_size(files: Sequence[Path]) -> None:
         )
 
 
+def import_onnx() -> Any:
+    """The onnx module.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import onnx
+        import onnx.external_data_helper
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"--quantize needs the package onnx, got: {error}", fix="pip install onnx"
+        ) from None
+    return onnx
+
+
 class _Quantizer:
     """ONNX Runtime's quantiser on one graph.
 
@@ -127,17 +157,10 @@ class _Quantizer:
     """
 
     def __init__(self, source: Path, data: Path, folder: Path, observed: Observed, threads: int) -> None:
-        try:
-            import onnx
-            import onnxruntime  # noqa: TID251
-            from onnx.external_data_helper import load_external_data_for_model
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"--quantize needs the package onnx, got: {error}", fix="pip install onnx"
-            ) from None
-        self._ort, self._folder, self._observed, self._threads = onnxruntime, folder, observed, threads
+        onnx, self._ort = import_onnx(), import_onnxruntime()
+        self._folder, self._observed, self._threads = folder, observed, threads
         model = onnx.load(source, load_external_data=False)
-        load_external_data_for_model(model, str(data))
+        onnx.external_data_helper.load_external_data_for_model(model, str(data))
         self.layers = list(_layers(model))
         if not self.layers:
             raise UnsupportedError("--quantize int8: the graph has no linear layers", fix="leave it out")
@@ -155,6 +178,7 @@ class _Quantizer:
             str(plain), list(OPERATORS), augmented_model_path=str(self._folder / "augmented.onnx"),
             calibrate_method=quantization.CalibrationMethod.MinMax,
         )  # fmt: skip
+        calibrator.infer_session = self._session(calibrator.augmented_model_path, optimized=False)
         waiting = iter(self._observed.ranges)
 
         class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
@@ -181,20 +205,30 @@ class _Quantizer:
 
     def error(self, layers: Sequence[_Layer]) -> float:
         """‖Δ‖²/‖output‖² where some layers are quantised, the mean over inputs."""
-        found = self._outputs(self.quantized(layers).SerializeToString())
+        return self.error_of(self.quantized(layers).SerializeToString())
+
+    def error_of(self, model: bytes) -> float:
+        """The same of a graph."""
+        found = self._outputs(model)
         shares = [np.square(a - b).sum() / np.square(b).sum() for a, b in zip(found, self._expected)]
         return float(np.mean(shares))
 
     def _outputs(self, model: Path | bytes) -> list[npt.NDArray[np.float64]]:
         """The output that is compared, of each input."""
+        session, output = self._session(model), self._observed.output
+        return [session.run([output], dict(given))[0].astype(np.float64) for given in self._observed.errors]
+
+    def _session(self, model: Path | str | bytes, *, optimized: bool = True) -> Any:
+        """An `onnxruntime.InferenceSession` with the threads that were asked for."""
         settings = self._ort.SessionOptions()
         settings.intra_op_num_threads, settings.inter_op_num_threads = self._threads, 1
+        keep_products_exact(settings)
         settings.log_severity_level = 4
-        session = self._ort.InferenceSession(
-            str(model) if isinstance(model, Path) else model, settings, providers=["CPUExecutionProvider"]
+        if not optimized:
+            settings.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return self._ort.InferenceSession(
+            model if isinstance(model, bytes) else str(model), settings, providers=["CPUExecutionProvider"]
         )
-        output = self._observed.output
-        return [session.run([output], dict(given))[0].astype(np.float64) for given in self._observed.errors]
 
 
 def _layers(model: Any) -> Iterator[_Layer]:
