@@ -322,7 +322,7 @@ PLANNERS = {
     "stock:dpmsolver++": "DPM-Solver++ 2M",
     "stock:unipc": "UniPC",
     "dpcache": "DPCache",
-    "meancache": "MeanCache",
+    "mean-velocity": "mean velocity (after MeanCache)",
     "l2p": "L2P",
 }
 """Planner → words."""

@@ -73,5 +73,6 @@ PLANNERS = (
         needs=frozenset({"grams"}),
         folds=True,
         make=make,
+        compared=True,
     ),
 )
