@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lemica_trt.core.errors import InfeasibleError
+from lemica_trt.core.errors import InfeasibleError, UsageError
 from lemica_trt.ir.calibration import Calibration
 from lemica_trt.ir.graphs import TensorSpec
 from lemica_trt.ir.plan import PlanRow, StepPlan
@@ -125,6 +126,16 @@ def test_mean_velocity_is_the_peak_suppressed_shortest_path(seed: int) -> None:
     for budget in (5, 7):
         plan = planners()["mean-velocity"](problem(table, outputs), budget)
         assert total(plan.full_steps, price) == pytest.approx(best(budget, 1, price), rel=1e-6)
+
+
+def test_mean_velocity_needs_noise_levels_and_no_standard_solver() -> None:
+    """So that a finished bundle takes it, where there is no diffusers."""
+    planner, table, m = planners()["mean-velocity"], flow_table(), trajectories(0)
+    bare = problem_of(table, solver=None, calibration=problem(table, m).calibration)
+    assert planner(bare, 6).rows == planner(problem(table, m), 6).rows
+    unknown = msgspec.structs.replace(table, levels=None)
+    with pytest.raises(UsageError, match="mean-velocity needs a sampler whose noise levels are known"):
+        planner(problem(unknown, m), 6)
 
 
 class Velocity:
