@@ -11,7 +11,16 @@ from tables import OURS, best_settings, is_plan, peer_name
 
 from lemica_trt.report.plots import ACCENT, GREY, INK, PALE, house_figure
 
-COLOURS = {"cache-dit": "#3d7ea6", "diffusers": "#8a6d3b", OURS: INK}
+TONES = {
+    "cache-dit": ("#123f63", "#3d7ea6", "#86b9da"),
+    "diffusers": ("#4f3813", "#97752f", "#cfae70"),
+    OURS: (INK, "#6f6a66", "#aaa49f"),
+}
+"""Library → colours of its methods."""
+
+LINES = ("-", "--", ":")
+"""Of the methods with the first colour, and of those that have it again."""
+
 MARKERS = "osD^vPX*<"
 
 SHOWN = 30.0
@@ -45,7 +54,7 @@ def plot_peers(result: Peers, path: Path) -> None:
             own, library = is_plan(rows[0]), rows[0].library
             used[library] = used.get(library, -1) + 1
             style: dict[str, Any] = {
-                "color": ACCENT if own else COLOURS[library],
+                "color": ACCENT if own else TONES[library][used[library] % len(TONES[library])],
                 "marker": MARKERS[used[library] % len(MARKERS)],
                 "zorder": 3 if own else 2,
             }
@@ -57,7 +66,8 @@ def plot_peers(result: Peers, path: Path) -> None:
                     axes.plot(*zip(*rest), **style, linestyle="none", markersize=3.5, alpha=0.35)
                 line = [places[id(row)] for row in best]
                 wide = {"markersize": 7, "linewidth": 2.2} if own else {"markersize": 5, "linewidth": 1.1}
-                axes.plot(*zip(*line), **style, **wide, label=name)
+                dashes = LINES[used[library] // len(TONES[library]) % len(LINES)]
+                axes.plot(*zip(*line), **style, **wide, linestyle=dashes, label=name)
         for axes, what in ((above, "mean over clips"), (below, "worst clip")):
             axes.set_ylabel(f"PSNR to the uncached run, dB\n({what})")
             axes.grid(color=PALE)

@@ -555,9 +555,11 @@ class PeerRow(Value, frozen=True):
         method: as the library calls it; of our own, the planner or `the plan`.
         setting: in words; empty: the method was refused as a whole.
         refusal: what the library said where it does not run, or runs every step in full; "": it runs, and has numbers.
-        full_steps: work of the transformer's blocks in that of an uncached step, one number a clip.
+        full_steps: work of the transformer's blocks in that of an uncached step, one number a clip: multiply-adds of
+            linear layers and of attention.
         seconds: of CPU for the denoising loop, one number a clip.
-        uncached_seconds: of the uncached run just before, likewise.
+        uncached_seconds: of the uncached run before the settings of this method, on the same clip: one for all of
+            them.
         psnr, ssim, flip: against the uncached run, one number a clip; PSNR in dB, FLIP 0 … 1, empty without
             `flip-evaluator`.
     """

@@ -365,7 +365,7 @@ PLANNERS = {
     "stock:dpmsolver++": "DPM-Solver++ 2M",
     "stock:unipc": "UniPC",
     "dpcache": "DPCache",
-    "meancache": "MeanCache",
+    "mean-velocity": "mean velocity (after MeanCache)",
     "l2p": "L2P",
 }
 """Planner → words."""
@@ -374,19 +374,16 @@ BUDGETS = (10, 15, 20, 25)
 """Full steps that peers may take, in the short table."""
 
 
-def mean_p5_worst(numbers: Sequence[float], digits: int = 1, *, worst: float | None = None) -> str:
-    """`43.9 / 30.2 / 28.4`: mean, and at the bad end the 5th percentile and the worst clip.
-
-    Args:
-        worst: the worst clip's; None: low numbers are bad. Given: high ones are.
-    """
-    tail, percent = (min(numbers), 5) if worst is None else (worst, 95)
+def mean_p5_worst(numbers: Sequence[float], digits: int = 1, *, high_is_bad: bool = False) -> str:
+    """`43.9 / 30.2 / 28.4`: mean, and at the bad end the 5th percentile (95th where high numbers are bad) and the worst
+    clip."""
+    tail, percent = (max(numbers), 95) if high_is_bad else (min(numbers), 5)
     return " / ".join(f"{each:.{digits}f}" for each in (np.mean(numbers), np.percentile(numbers, percent), tail))
 
 
 def flips(numbers: Sequence[float]) -> str:
     """FLIP, of which high numbers are bad: mean / 95th percentile / worst clip; empty: not measured."""
-    return mean_p5_worst(numbers, 3, worst=max(numbers)) if numbers else ""
+    return mean_p5_worst(numbers, 3, high_is_bad=True) if numbers else ""
 
 
 def peer_name(row: PeerRow) -> str:
@@ -452,7 +449,7 @@ def peers_table(result: Peers) -> str:
                 for name, _, text in refused}  # fmt: skip
         lines = [[name, "; ".join(filter(None, several)), text.replace("|", "\\|")]
                  for (name, text), several in same.items()]  # fmt: skip
-        tables.append(table(["refused", "settings", "by saying"], lines, "left"))
+        tables.append(table(["refused", "settings", "message"], lines, "left"))
     return "\n\n".join(tables)
 
 

@@ -16,9 +16,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.models import Model
@@ -104,11 +106,14 @@ def peers() -> list[Peer]:
 
 
 class WorkCounter:
-    """Counts the work of a pipeline's transformer blocks by forward hooks on their linear layers.
+    """Counts the work of a pipeline's transformer blocks: their linear layers, and the two products of each attention.
 
-    A block that a cache replaces is still called, so that calls of blocks tell nothing; its linear layers run only
-    where it is computed. Each counts by its multiply-adds, so that a block that runs without its attention, or for one
-    branch of the guidance alone, counts for what it is.
+    A block that a cache replaces is still called, so that calls of blocks tell nothing; its linear layers and its
+    attention run only where it is computed. Each counts by its multiply-adds, so that a block that runs without its
+    attention, or for one branch of the guidance alone, counts for what it is.
+
+    Linear layers are counted by forward hooks; attention, which is a function, only inside `with counter.attention():`,
+    in which no other model may run.
     """
 
     def __init__(self, task: Task, pipeline: Any) -> None:
@@ -120,6 +125,19 @@ class WorkCounter:
 
     def _count(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         self._work += output.numel() * module.in_features  # type: ignore[operator]
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Count `scaled_dot_product_attention`, too: query·keyᵀ, and the weights times value."""
+        original = functional.scaled_dot_product_attention
+
+        def counted(query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> Tensor:
+            weights = query.shape[:-1].numel() * key.shape[-2]
+            self._work += weights * (query.shape[-1] + value.shape[-1])
+            return original(query, key, value, *others, **named)
+
+        with patch.object(functional, "scaled_dot_product_attention", counted):
+            yield
 
     def take(self) -> int:
         """Multiply-adds since the last time."""

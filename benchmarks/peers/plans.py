@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 from peer import Attach, Peer, Task
 
 import lemica_trt
+from lemica_trt.bundle.contents import calibration_in
 from lemica_trt.compiler.context import solver_tables
 from lemica_trt.evaluate.baselines import table_of_steps
-from lemica_trt.evaluate.quality import error_graph_of
-from lemica_trt.ir.calibration import Calibration
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.planning.planner import Problem, planners
+
+NAMES = ("lemica", "stock:dpmsolver++", "stock:unipc", "dpcache", "l2p", "mean-velocity")
+"""Planners to be compared with."""
 
 
 def attach(plan: StepPlan) -> Attach:
@@ -31,12 +34,11 @@ def of_bundle(task: Task) -> Mapping[str, Attach]:
 
 def of_planner(task: Task, name: str) -> Mapping[str, Attach]:
     """The planner's plans at the budgets of the bundle."""
-    graph, table = error_graph_of(task.bundle), table_of_steps(task.model)
-    assert graph is not None
+    table = table_of_steps(task.model)
     problem = Problem(
         table=table,
         guidance_scale=task.model.profile.sampling.guidance_scale,
-        calibration=Calibration(graph=graph),
+        calibration=calibration_in(task.bundle),
         solver=solver_tables(table),
     )
     budgets = sorted({task.bundle.plan(plan).budget for plan in task.bundle.plans} - {task.steps})
@@ -45,7 +47,5 @@ def of_planner(task: Task, name: str) -> Mapping[str, Attach]:
 
 PEERS = (
     Peer("lemica-trt", "the plan", of_bundle),
-    Peer("lemica-trt", "lemica", lambda task: of_planner(task, "lemica")),
-    Peer("lemica-trt", "stock:dpmsolver++", lambda task: of_planner(task, "stock:dpmsolver++")),
-    Peer("lemica-trt", "stock:unipc", lambda task: of_planner(task, "stock:unipc")),
+    *(Peer("lemica-trt", name, functools.partial(of_planner, name=name)) for name in NAMES),
 )

@@ -6,11 +6,12 @@
         --output benchmarks/results/peers-cogvideox-tiny.json
 
 Every method is put on a pipeline of its own by its library's one line, and runs the same held-out clips in PyTorch.
-Clip by clip all settings run once, every other clip in reverse, and with each method an uncached run: its time is what
-the settings of that method are compared with. What a method costs is counted, too: the work of the transformer's blocks
-(`peer.WorkCounter`). A method that refuses the model, or that runs every step in full, is a row that says so.
+Clip by clip all settings run once, every other clip in reverse, and before the settings of each method an uncached run:
+its time is what all of them are compared with. What a method costs is counted, too: the work of the transformer's
+blocks (`peer.WorkCounter`). A method that refuses the model, or that runs every step in full, is a row that says so.
 
-Writes JSON (`record.Peers`) and prints its table.
+Writes JSON (`record.Peers`) after each clip, so that a run that is ended early keeps what it measured, and prints its
+table.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import importlib.util
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from peer import Peer, Task, WorkCounter, peers, warnings_of
-from record import LIBRARIES, PeerRow, Peers, this_run, write_result
+from record import LIBRARIES, PeerRow, Peers, Run, this_run, write_result
 from tables import described
 
 from lemica_trt.bundle.reading import Bundle
@@ -55,9 +57,10 @@ class Way:
         """Frames, and seconds of CPU: all in one thread, so that other processes do not count."""
         embeds, noise = task.model.embed([prompt]), task.model.noise(seed)[None]
         self.counter.take()
-        began = time.process_time()
-        latents = task.call(self.pipeline, embeds, noise)
-        seconds = time.process_time() - began
+        with self.counter.attention():
+            began = time.process_time()
+            latents = task.call(self.pipeline, embeds, noise)
+            seconds = time.process_time() - began
         frames: Frames = task.model.decode(latents)[0].cpu().numpy()
         return frames, seconds
 
@@ -86,7 +89,8 @@ def ways_of(peer: Peer, task: Task, work: int) -> tuple[list[Way], list[PeerRow]
         with warnings_of(peer.library) as warnings:
             try:
                 attach(pipeline)
-                task.sample(pipeline, *task.calibration)
+                with counter.attention():
+                    task.sample(pipeline, *task.calibration)
             except Exception as error:
                 refusal = one_line(error)
         if not refusal and counter.take() >= work:
@@ -116,8 +120,8 @@ def measure_clip(ways: list[Way], task: Task, exact: Frames, work: int, sample: 
             way.numbers["flip"].append(seen[0])
 
 
-def measure(task: Task, samples: Samples, chosen: list[Peer]) -> tuple[PeerRow, ...]:
-    """All rows, by peer and setting."""
+def measure(task: Task, samples: Samples, chosen: list[Peer]) -> Iterator[tuple[PeerRow, ...]]:
+    """All rows, by peer and setting: after each clip those of the clips so far."""
     report = reporter()
     plain = task.pipeline()
     uncached = Way(None, "", plain, WorkCounter(task, plain))
@@ -133,7 +137,12 @@ def measure(task: Task, samples: Samples, chosen: list[Peer]) -> tuple[PeerRow, 
         report.stage("clip", f"{number + 1} of {samples.count}, {len(ways) - 1} settings")
         exact, _ = uncached.run(task, *samples[number])
         measure_clip([uncached, *ways[1:][:: -1 if number % 2 else 1]], task, exact, work, samples[number])
+        yield rows_of(ways, refused, chosen)
     report.close()
+
+
+def rows_of(ways: list[Way], refused: list[PeerRow], chosen: list[Peer]) -> tuple[PeerRow, ...]:
+    """What was measured and what was refused, in the order of the peers."""
     measured = [
         PeerRow(
             library=way.peer.library,
@@ -165,12 +174,21 @@ def main() -> None:
     task = Task(model, bundle, (prompts[0], model.profile.calibration.seed))
     samples = held_out_samples(read_prompts(folder / "held_out.txt"), given.clips)
     chosen = [peer for peer in peers() if not given.only or peer.method in given.only]
-    rows = measure(task, samples, chosen)
     libraries = [*LIBRARIES, *(["cache-dit"] if importlib.util.find_spec("cache_dit") else [])]
-    result = Peers(
-        run=this_run(*libraries),
+    run = this_run(*libraries)
+    for rows in measure(task, samples, chosen):
+        result = peers_of(task, run, rows)
+        write_result(result, given.output)
+    print(described(result))
+
+
+def peers_of(task: Task, run: Run, rows: tuple[PeerRow, ...]) -> Peers:
+    """The result."""
+    model = task.model
+    return Peers(
+        run=run,
         model=model.profile.name,
-        revision=bundle.manifest.revision,
+        revision=task.bundle.manifest.revision,
         scheduler=type(model.pipeline.scheduler).__name__,
         steps=task.steps,
         guidance_scale=model.profile.sampling.guidance_scale,
@@ -178,8 +196,6 @@ def main() -> None:
         first_seed=HELD_OUT_SEED,
         rows=rows,
     )
-    write_result(result, given.output)
-    print(described(result))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ SolverTable = Callable[[Schedule, StockSolver], SamplerTable]
 Fit = Callable[[Schedule], StepPlan]
 """The plan of a solver fitted for a schedule: `calibrate.fit.Fitter`."""
 
-Need = Literal["error-graph", "grams", "fit", "solver"]
+Need = Literal["error-graph", "grams", "fit", "levels", "solver"]
 
 MISSING: dict[Need, tuple[str, str]] = {
     "error-graph": ("an error graph", "calibrate first"),
@@ -52,6 +52,7 @@ MISSING: dict[Need, tuple[str, str]] = {
         "a solver fitted to the model, which takes the model and a sampler that draws no noise",
         "fit it where the model is (lemica-trt build), with a deterministic sampler (--scheduler)",
     ),
+    "levels": ("a sampler whose noise levels are known", "use another --scheduler or --method"),
     "solver": (
         "standard solvers, which take PyTorch, diffusers and a sampler whose noise levels are known",
         f"{install_command('build')}, or use another --method",
@@ -66,7 +67,8 @@ UNFITTED = ("linear", "lemica", "stock:dpmsolver++", "stock:unipc")
 """What `auto` tries where no solver can be fitted."""
 
 GROUPS = ("auto", "all")
-"""What may stand for several methods: a few, or every one that goes by measurements or a standard solver."""
+"""What may stand for several methods: a few, or every one that goes by measurements or a standard solver and is not
+there to be compared with only."""
 
 PAPER = "lemica"
 """The planner that every gain is measured against."""
@@ -121,6 +123,7 @@ class Problem:
             "error-graph": calibration is not None,
             "grams": calibration is not None and calibration.grams is not None,
             "fit": self.fit is not None and not self.table.stochastic,
+            "levels": self.table.levels is not None,
             "solver": self.solver is not None and self.table.levels is not None,
         }
         return frozenset(need for need, is_met in met.items() if is_met)
@@ -170,6 +173,7 @@ class Planner:
             step costs a little.
         make: the method itself: problem, B < N → rows; what the plan says of where it comes from is filled in here.
         latent_history: how many latents a row reads back, where that may be more than the sampler does.
+        compared: whether it is there to be compared with, and runs only where it is named: `all` leaves it out.
 
     Raises:
         UsageError: the problem lacks what it needs; says what.
@@ -182,6 +186,7 @@ class Planner:
     folds: bool
     make: Callable[[Problem, int], StepPlan]
     latent_history: int = 1
+    compared: bool = False
 
     def __call__(self, problem: Problem, budget: int) -> StepPlan:
         self.require_needs(problem)
@@ -291,8 +296,8 @@ def _possible(problem: Problem, *, every: bool) -> list[Planner]:
 
 
 def _measuring() -> list[str]:
-    """Names of planners that go by something that was measured, or by a solver: those that may win."""
-    return [name for name, planner in planners().items() if planner.needs]
+    """Names of planners that go by something that was measured, or by a solver, and are meant to win."""
+    return [name for name, planner in planners().items() if planner.needs and not planner.compared]
 
 
 def _lowers(planner: Planner, problem: Problem) -> bool:

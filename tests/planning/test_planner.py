@@ -48,8 +48,17 @@ def test_auto_is_at_most_five_and_all_that_is_possible() -> None:
 
 def test_all_is_every_method_that_may_win() -> None:
     found = names(problem_of(), "all")
-    assert found[: len(AUTO)] == list(AUTO) and set(found) == planners().keys() - {"uniform", "published"}
-    assert names(problem_of(fit=None, solver=None), "all") == ["linear", PAPER, "dpcache", "l2p"]
+    assert found[: len(AUTO)] == list(AUTO) and set(found) == planners().keys() - {
+        "uniform", "published", "dpcache", "l2p", "mean-velocity"
+    }  # fmt: skip
+    assert names(problem_of(fit=None, solver=None), "all") == ["linear", PAPER]
+
+
+def test_what_is_there_to_be_compared_with_runs_where_it_is_named() -> None:
+    compared = ["dpcache", "l2p", "mean-velocity"]
+    assert [name for name, planner in planners().items() if planner.compared] == compared
+    assert names(problem_of(fit=None, solver=None), *compared) == compared
+    assert not {planner.name for planner in planners_named(["auto", "all"])} & set(compared)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lemica_trt.core.errors import InfeasibleError
+from lemica_trt.core.errors import InfeasibleError, UsageError
 from lemica_trt.ir.calibration import Calibration
 from lemica_trt.ir.graphs import TensorSpec
 from lemica_trt.ir.plan import PlanRow, StepPlan
@@ -21,7 +22,7 @@ from lemica_trt.planning.layout import layout_for_methods, misfit
 from lemica_trt.planning.planner import Problem, planners
 from lemica_trt.planning.planners.dpcache import FORCED
 from lemica_trt.planning.planners.l2p import OUTPUTS, learned_weights
-from lemica_trt.planning.planners.meancache import GAMMA, mean_velocity_table
+from lemica_trt.planning.planners.mean_velocity import GAMMA, mean_velocity_table
 from lemica_trt.planning.schedules import uniform
 from lemica_trt.planning.step_plan import plan_from_solver
 from lemica_trt.testing.interpreter import interpret
@@ -108,7 +109,7 @@ def velocity_error(table: SamplerTable, m: Array, r: int | None, t: int, s: int)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_meancache_is_the_peak_suppressed_shortest_path(seed: int) -> None:
+def test_mean_velocity_is_the_peak_suppressed_shortest_path(seed: int) -> None:
     table, outputs = flow_table(), trajectories(seed)
     m = normalised(outputs)
     known: dict[tuple[int | None, int, int], float] = {}
@@ -123,8 +124,18 @@ def test_meancache_is_the_peak_suppressed_shortest_path(seed: int) -> None:
         return min(ways) ** GAMMA
 
     for budget in (5, 7):
-        plan = planners()["meancache"](problem(table, outputs), budget)
+        plan = planners()["mean-velocity"](problem(table, outputs), budget)
         assert total(plan.full_steps, price) == pytest.approx(best(budget, 1, price), rel=1e-6)
+
+
+def test_mean_velocity_needs_noise_levels_and_no_standard_solver() -> None:
+    """So that a finished bundle takes it, where there is no diffusers."""
+    planner, table, m = planners()["mean-velocity"], flow_table(), trajectories(0)
+    bare = problem_of(table, solver=None, calibration=problem(table, m).calibration)
+    assert planner(bare, 6).rows == planner(problem(table, m), 6).rows
+    unknown = msgspec.structs.replace(table, levels=None)
+    with pytest.raises(UsageError, match="mean-velocity needs a sampler whose noise levels are known"):
+        planner(problem(unknown, m), 6)
 
 
 class Velocity:
@@ -138,14 +149,14 @@ class Velocity:
         raise AssertionError("nothing is skipped inside a folded plan")
 
 
-def test_meancache_jumps_by_the_mean_velocity() -> None:
+def test_mean_velocity_jumps_by_the_mean_velocity() -> None:
     """The latents of the plan are those of the paper's update, written out."""
     table = flow_table()
     assert table.levels is not None
     sigma, steps, corrections = np.array(table.levels.noise), (0, 1, 3, 6, 9, 13), (None, None, 0, 1, None, 6)
     solver = mean_velocity_table(table, steps, corrections)
     plan = plan_from_solver(
-        Schedule(num_steps=N, full_steps=steps), table, solver, name="b6", guidance_scale=4.0, method="meancache"
+        Schedule(num_steps=N, full_steps=steps), table, solver, name="b6", guidance_scale=4.0, method="mean-velocity"
     )
     z, v = [np.ones(3)], list[Array]()
     for k, (t, s, r) in enumerate(zip(steps, [*steps[1:], N], corrections)):
@@ -183,13 +194,13 @@ def test_l2p_reuses_an_output_that_never_changes() -> None:
         assert not row or sum(row) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dpcache", "meancache", "l2p"])
+@pytest.mark.parametrize("name", ["dpcache", "mean-velocity", "l2p"])
 @pytest.mark.parametrize("table", [flow_table(50), recurrence(50, outputs=3, latents=2)], ids=["one step", "multistep"])
 def test_graphs_that_are_exported_first_run_the_plans(name: str, table: SamplerTable) -> None:
     planner = planners()[name]
     found = problem_of(table)
     if not planner.needs <= found.has:
-        assert table.levels is None and "solver" in planner.needs
+        assert table.levels is None and "levels" in planner.needs
         return
     layout = layout_for_methods(
         found,

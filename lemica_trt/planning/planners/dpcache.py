@@ -78,5 +78,6 @@ PLANNERS = (
         needs=frozenset({"grams"}),
         folds=True,
         make=make,
+        compared=True,
     ),
 )

@@ -28,8 +28,7 @@ from lemica_trt.planning.schedules import uniform
 from lemica_trt.planning.step_plan import OutputWeights, plan_from_schedule
 
 OUTPUTS = 2
-"""Full steps that a skipped one is predicted from. With three, and with five, the plan of 10 of 50 steps was further
-from the uncached run (cogvideox-tiny, 8 held-out clips)."""
+"""Full steps that a skipped one is predicted from: chosen small, as for linear extrapolation, and not searched."""
 
 RIDGE = 1e-9
 """Of the mean power of an output: G is of fp32 outputs, so that less is rounding."""
@@ -73,5 +72,6 @@ PLANNERS = (
         needs=frozenset({"grams"}),
         folds=True,
         make=make,
+        compared=True,
     ),
 )

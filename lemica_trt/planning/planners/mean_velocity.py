@@ -1,4 +1,4 @@
-"""MeanCache (Gao et al., ICLR 2026, arXiv 2601.19961): jumps by an estimate of the mean velocity.
+"""Jumps by an estimate of the mean velocity, after MeanCache (Gao et al., ICLR 2026, arXiv 2601.19961).
 
 From a full step t the sampler goes to the next one, s, in one step by
 
@@ -9,14 +9,17 @@ v_r over the steps from r to t, it is taken to be beyond v_t over those to s. An
 mean velocity of uncached runs, L = ‖u(t, s) − û(t, s)‖, and the schedule is the path of B full steps with the least
 Σ L^γ (the peak-suppressed shortest path). The paper's ablation has its best figures at γ = 4 and 5.
 
-Known from public summaries of the paper, not from its text. Where this deviates:
+A variant of our own, not MeanCache. What the authors' code does (UnicomAI/MeanCache,
+`MeanCache4Qwen-Image/Mc_qwenimage.py` at a4f9a38), and what is done here:
 
-- The paper gives each edge a span K, the number of steps from r to t, where K = 1 stands for û = v_t; how K depends on
-  which steps are full is not known here. If r is the full step before t, the estimate says nothing: it was that step
-  which moved the latents. Here r is the full step before that one, or û = v_t, whichever costs less.
-- Time is what the first-order solver multiplies outputs by: the noise level for flow matching, as in the paper; for
-  other samplers, and where uncached runs have another solver, it stands for it.
-- The norm of L, which the summaries do not say, is the root mean square over elements and samples.
+- There each edge has its own K of 1 … 6, and r lies K steps of the sampler back, whether that step was full or skipped;
+  the interval (r, t) ends behind the last step taken. Here r is the full step before the one before t, or û = v_t,
+  whichever costs less: what a plan of B rows can read.
+- There skipped steps are taken one by one, and the JVP is computed anew in each, from a log that has the skipped steps,
+  too. Here one jump covers them all.
+- Time is what the first-order solver multiplies outputs by: the noise level for flow matching, as there; for other
+  samplers, and where uncached runs have another solver, it stands for it.
+- The norm of L is the root mean square over elements and samples. The code has finished schedules, not what made them.
 - No more steps in a row are left out than the calibration allows (K of LeMiCa).
 """
 
@@ -130,17 +133,18 @@ def make(problem: Problem, budget: int) -> StepPlan:
         corrections.append(r if better else None)
     solver = mean_velocity_table(table, steps, corrections)
     return plan_from_solver(
-        schedule, table, solver, name="meancache", guidance_scale=problem.guidance_scale, method="meancache"
+        schedule, table, solver, name="mean-velocity", guidance_scale=problem.guidance_scale, method="mean-velocity"
     )
 
 
 PLANNERS = (
     Planner(
-        name="meancache",
-        summary="MeanCache: jumps by an estimate of the mean velocity, on the path of the least Σ error⁴",
-        needs=frozenset({"grams", "solver"}),
+        name="mean-velocity",
+        summary="after MeanCache: jumps by an estimate of the mean velocity, on the path of the least Σ error⁴",
+        needs=frozenset({"grams", "levels"}),
         folds=True,
         make=make,
         latent_history=LATENTS,
+        compared=True,
     ),
 )
