@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -34,6 +35,7 @@ def without(need: Need) -> Problem:
         "error-graph": {"calibration": None},
         "grams": {"calibration": Calibration(graph=PROBLEM.graph)},
         "fit": {"fit": None},
+        "levels": {"table": msgspec.structs.replace(TABLE, levels=None)},
         "solver": {"solver": None},
     }
     return replace(PROBLEM, **changes[need])
