@@ -393,7 +393,8 @@ def test_no_build_outlives_who_asked_for_it(
     graphs = tmp_path / "graphs.json"
     graphs.write_bytes(msgspec.json.encode(prepared(tmp_path)))
     script = f"""
-import msgspec, pathlib
+import msgspec, pathlib, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background of a shell
 from lemica_trt.backends.build import build
 from lemica_trt.ir.graphs import GraphSet
 folder = pathlib.Path({str(tmp_path)!r})
