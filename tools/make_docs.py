@@ -57,7 +57,7 @@ from lemica_trt.compiler.stages import STAGES
 from lemica_trt.core.errors import EXIT_CODES
 from lemica_trt.ir.resources import load_named, profile_names
 from lemica_trt.planning.planner import AUTO, planners
-from lemica_trt.report.models import NOTHING, shape_text
+from lemica_trt.report.models import shape_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -148,7 +148,7 @@ def profiles() -> str:
                 shape_text(profile.shape),
                 profile.dtype,
                 f"no: {card.refused}" if card.refused else card.note,
-                "; ".join(card.ran) or NOTHING,
+                "; ".join(card.ran) or "nothing",
             ]
         )
     head = ["name", "weights", "steps", "guidance", "flow shift", "shape", "dtype", "builds", "run with its weights"]

@@ -10,9 +10,6 @@ from rich.text import Text
 from lemica_trt.ir.profile import NamedModel, Shape
 from lemica_trt.report.summary import table
 
-NOTHING = "nothing"
-"""What was run with the weights of most models so far."""
-
 
 def models_table(models: Sequence[NamedModel]) -> RenderableType:
     """By model: its weights, what its card says, whether it was run with them or cannot be built."""
