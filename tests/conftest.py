@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,3 +39,22 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     done = lemica("build", *SMALL, *PAPER, "--budget", "4,5", "--verify-samples", "2", "--output", output)
     assert done.returncode == 0, done.stderr
     return output, done
+
+
+@pytest.fixture(scope="session")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from a name in `traced_bundles.SHARED` to that bundle, which is built once for all processes of the
+    tests. Copy it before changing it."""
+
+    def bundle(name: str) -> Path:
+        from filelock import FileLock  # PyTorch needs it, too
+        from traced_bundles import SHARED, built
+
+        folder = tmp_path_factory.getbasetemp()
+        folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"traced-{name}"
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "bundle").exists():
+                built(name, folder, *SHARED[name])
+        return folder / "bundle"
+
+    return bundle

@@ -83,7 +83,7 @@ class Model:
     @property
     def makes_images(self) -> bool:
         """Whether a clip is one frame."""
-        return self.shape.frames == 1
+        return self.shape.is_image
 
     @property
     def ids(self) -> dict[str, str]:

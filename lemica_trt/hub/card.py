@@ -34,7 +34,7 @@ def bundle_card(
     """
     profile = manifest.profile
     shape = profile.shape
-    images = shape.frames == 1
+    images = shape.is_image
     names = list(dict.fromkeys(f"{entry.key.title} for {entry.key.target}" for entry in manifest.engines))
     weight = size(sum(entry.size for entry in manifest.files.values()))
     parts = [

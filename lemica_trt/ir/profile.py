@@ -42,6 +42,11 @@ class Shape(Value, frozen=True):
         for name in ("frames", "height", "width", "fps", "max_batch"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
 
+    @property
+    def is_image(self) -> bool:
+        """Whether a clip is one frame."""
+        return self.frames == 1
+
 
 class Sampling(Value, frozen=True):
     """How the uncached model is sampled: the reference that a plan is measured against.

@@ -36,4 +36,4 @@ def _notes(model: NamedModel) -> list[str]:
 def shape_text(shape: Shape) -> str:
     """`49 frames 480×720`, or of an image `1024×1024`; height × width."""
     size = f"{shape.height}×{shape.width}"
-    return size if shape.frames == 1 else f"{shape.frames} frames {size}"
+    return size if shape.is_image else f"{shape.frames} frames {size}"

@@ -3,6 +3,7 @@
     generation    what a request asks for, and what it gets
     random        initial noise from a seed, the numbers that torch draws
     text          prompt → token ids
+    conditions    what text encoders give → what the DiT is given
     denoise       the loop over a plan's rows, written once against `lemica_trt.backends.base`
     single_graph  one graph, run once
     pipeline      prompt → frames: all of the above, for a bundle

@@ -26,6 +26,7 @@ from lemica_trt.backends.base import NUMPY_DTYPES, Array, Backend, Buffer, Call,
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.ir.graphs import COMBINE, TERM, GraphSet, Role, TensorDType, TensorSpec
 from lemica_trt.ir.plan import StepPlan, check_plan, coefficient_vector
+from lemica_trt.runtime.conditions import condition_shapes
 
 PREPARED_PROGRAMS = 16
 """How many (plan, batch, lengths of texts) stay prepared; the one used longest ago goes first."""
@@ -209,7 +210,8 @@ class Denoiser:
             raise UsageError(f"guidance must be {'given' if layout.guided else 'absent'}: see the bundle's layout")
         if plan.stochastic and draw is None:
             raise UsageError(f"plan {plan.name} draws noise at its steps, but got no source of it")
-        program = self._program(plan, batch, self._shapes(conditions, batch))
+        shapes = ((batch, *layout.latent_shape), *condition_shapes(layout, conditions, batch))
+        program = self._program(plan, batch, shapes)
         buffers = program.buffers
         self._upload("noise", noise, buffers.latents[-1])
         for name, buffer in program.conditions.items():
@@ -241,32 +243,6 @@ class Denoiser:
                 f"{name} must be finite in {buffer.dtype}", fix="check the input, or build with bf16 or fp32"
             )
         self._backend.upload(data, buffer)
-
-    def _shapes(self, conditions: Mapping[str, Array], batch: int) -> tuple[_Shape, ...]:
-        """The shape of each of the layout's conditions, in order; of text axes as they are given.
-
-        Raises:
-            InputError: others are given, or a text is longer than the graphs take, or of several lengths.
-        """
-        layout = self._graphs.layout
-        names = [spec.name for spec in layout.conditions]
-        if set(conditions) != set(names):
-            raise InputError(f"conditions must be {', '.join(sorted(names))}, got {', '.join(sorted(conditions))}")
-        lengths: dict[str, int] = {}
-        shapes = []
-        for spec in layout.conditions:
-            expected = list(spec.at(batch))
-            for axis, dim in enumerate(spec.shape):
-                if dim in spec.text_axes and conditions[spec.name].ndim == len(expected):
-                    size = conditions[spec.name].shape[axis]
-                    if not 1 <= size <= expected[axis] or lengths.setdefault(str(dim), size) != size:
-                        raise InputError(
-                            f"{spec.name} must have one length of 1 … {expected[axis]} tokens, as others have that "
-                            f"follow the same text, got {size}"
-                        )
-                    expected[axis] = size
-            shapes.append(tuple(expected))
-        return (batch, *layout.latent_shape), *shapes
 
     def _program(self, plan: StepPlan, batch: int, shapes: tuple[_Shape, ...]) -> _Program:
         key = (plan, shapes)

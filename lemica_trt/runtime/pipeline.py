@@ -29,9 +29,10 @@ from lemica_trt.bundle.signing import trusted_keys
 from lemica_trt.core.errors import EngineError, InputError, UsageError
 from lemica_trt.core.files import user_cache
 from lemica_trt.ir.engine import EngineEntry
-from lemica_trt.ir.graphs import NEGATIVE, Role
+from lemica_trt.ir.graphs import Role
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.prompts import PromptFacts
+from lemica_trt.runtime.conditions import EncodedText, conditions_from_texts
 from lemica_trt.runtime.denoise import Denoiser, OnStep, RowDone
 from lemica_trt.runtime.generation import Generation, GenerationRequest
 from lemica_trt.runtime.random import Generator
@@ -277,60 +278,42 @@ class Pipeline:
             UsageError: the bundle has no text encoder.
             InputError: the prompt is not text.
         """
-        return self._encode(prompt)[0]
+        return dict(self.encode_text(prompt).arrays)
 
-    def _encode(self, prompt: str) -> tuple[dict[str, Array], dict[str, int]]:
-        """What `encode` gives, and how many of the encoder's positions no token of the prompt is at, by condition."""
-        conditions: dict[str, Array] = {}
-        unused: dict[str, int] = {}
+    def encode_text(self, text: str) -> EncodedText:
+        """The same of a prompt or negative prompt, and at how many positions it is.
+
+        Raises:
+            as `encode`.
+        """
+        free = {spec.name for spec in self.bundle.manifest.graphs.layout.conditions if spec.text_axes}
+        arrays: dict[str, Array] = {}
+        tokens: dict[str, int] = {}
         for tokenizer in self._encoders:
-            ids, mask = tokenizer.ids(prompt)
+            ids, mask = tokenizer.ids(text)
             inputs = {"input_ids": ids[None], "attention_mask": mask[None]}
             if not tokenizer.spec.mask:
                 del inputs["attention_mask"]
             found = self.run_graph(tokenizer.spec.graph, inputs)
-            conditions.update({name: array[0] for name, array in found.items()})
-            unused.update(dict.fromkeys(found, int((mask == 0).sum())))
-        return conditions, unused
+            arrays.update({name: array[0] for name, array in found.items()})
+            padded = int((mask == 0).sum())
+            tokens.update({name: len(arrays[name]) - padded for name in found if name in free})
+        return EncodedText(arrays, tokens)
 
     def conditions(self, prompts: Sequence[str], negatives: Sequence[str] = ()) -> dict[str, Array]:
-        """What the DiT is given for some requests: the layout's conditions.
+        """What the DiT is given for some requests, see `runtime.conditions.conditions_from_texts`.
 
         Args:
             prompts: b of them.
             negatives: as many under guidance, else none.
 
-        Returns:
-            By name, [R, …] or [b, …]. A text axis is as long as the prompt, the template around it left out.
-
         Raises:
             UsageError: the bundle has no text encoder.
             InputError: a prompt is not text, or has no tokens; or texts of one batch have other lengths.
         """
-        encoded = {text: self._encode(text) for text in dict.fromkeys((*negatives, *prompts))}
-        result = {}
-        for spec in self.bundle.manifest.graphs.layout.conditions:
-            name, texts = spec.name, [*negatives, *prompts]
-            followed = list(prompts)
-            if spec.text_axes and name not in encoded[texts[0]][0]:
-                name, texts, followed = name.removeprefix(NEGATIVE), list(negatives), list(negatives)
-            elif spec.text_axes and spec.shape[0] == "batch":
-                texts = followed
-            if any(name not in encoded[text][0] for text in texts):
-                raise InputError(f"no text encoder of the bundle gives the condition {spec.name}", fix="rebuild it")
-            rows = [encoded[text][0][name] for text in texts]
-            if spec.text_axes:
-                rows = [row[: self._length(name, followed, encoded)] for row in rows]
-            result[spec.name] = np.stack(rows)
-        return result
-
-    def _length(self, name: str, texts: Sequence[str], encoded: Mapping[str, Any]) -> int:
-        """Tokens of a condition that texts have, all the same."""
-        lengths = {len(conditions[name]) - unused[name] for conditions, unused in (encoded[text] for text in texts)}
-        length, *others = lengths
-        if others or length < 1:
-            raise InputError(f"prompts of a batch must have one length, at least 1 token, got {sorted(lengths)}")
-        return int(length)
+        layout = self.bundle.manifest.graphs.layout
+        encoded = {text: self.encode_text(text) for text in dict.fromkeys((*negatives, *prompts))}
+        return conditions_from_texts(layout, [encoded[one] for one in prompts], [encoded[one] for one in negatives])
 
     def latents(
         self,

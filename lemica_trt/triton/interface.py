@@ -1,21 +1,28 @@
 """The models of a repository, and the tensors that go in and out of them; one request is one sample.
 
-    prompt ─ pipeline ──────────────────────────────────────────────────── frames or MP4
+    prompt ─ pipeline ──────────────────────────────────────────────────── frames, MP4 or PNG
                │ text_encoder        denoiser_stream            vae_decoder
                │ prompt → embeds     embeds → step…, latents    latents → frames
                │ (cache)             (batches, metrics)
 
 Pure: from a bundle's manifest to names, dtypes and dimensions; `repository` writes them, `check` compares with them,
-`server` reads requests by them.
+the models read requests and call each other by them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+
+from lemica_trt.backends.base import Array
 from lemica_trt.bundle.manifest import Manifest
-from lemica_trt.core.errors import UnsupportedError
-from lemica_trt.ir.graphs import GraphSet
+from lemica_trt.core.errors import InputError
+from lemica_trt.ir.graphs import NEGATIVE, Role, StepLayout, TensorSpec
+from lemica_trt.ir.profile import Shape
+from lemica_trt.runtime.conditions import EncodedText, condition_shapes
 
 OLDEST_SERVER = (2, 51)
 """Oldest tritonserver release: the one that the models were tested on."""
@@ -34,11 +41,11 @@ MODELS: dict[str, str] = {
 """Model → its file in `lemica_trt/triton/model/`."""
 
 MODEL_SUMMARIES: dict[str, str] = {
-    "text_encoder": "Prompt → embeddings.",
-    "denoiser": "Prompt embeddings → latents: the whole denoising loop, in process.",
+    "text_encoder": "Prompt → conditions: what all text encoders make of it.",
+    "denoiser": "Conditions → latents: the whole denoising loop, in process.",
     "denoiser_stream": "Like denoiser, with an answer after each full step.",
     "vae_decoder": "Latents → frames.",
-    "pipeline": "Prompt → frames, or an MP4 file.",
+    "pipeline": "Prompt → frames, or an MP4 or PNG file.",
     "pipeline_stream": "Like pipeline, with an answer after each full step.",
 }
 """What each model does, in a line."""
@@ -46,17 +53,40 @@ MODEL_SUMMARIES: dict[str, str] = {
 STREAMS = ("denoiser_stream", "pipeline_stream")
 """Models that answer more than once (decoupled)."""
 
-_TRITON_DTYPES = {"fp32": "FP32", "fp16": "FP16", "bf16": "FP32", "uint8": "UINT8"}
+FILE_FORMATS = {"image": "png", "video": "mp4"}
+"""Output of the pipelines that is a file → its format, which a request asks for by `output`."""
+
+_TRITON_DTYPES = {
+    "fp32": "FP32", "fp16": "FP16", "bf16": "FP32", "int64": "INT64", "int32": "INT32", "uint8": "UINT8",
+}  # fmt: skip
 """bf16 has no numpy dtype: it travels as FP32, as the runtime hands it out."""
+
+_NUMPY_DTYPES: dict[str, Any] = {
+    "FP32": np.float32, "FP16": np.float16, "INT64": np.int64, "INT32": np.int32, "UINT8": np.uint8,
+    "STRING": np.object_,
+}  # fmt: skip
+
+_TOKENS = "_tokens"
+"""Ends the name of a text encoder's output that says how long the text is."""
 
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output: Triton's dtype without `TYPE_`, dimensions without batch."""
+    """An input or output: Triton's dtype without `TYPE_`, dimensions without batch; -1: as long as a text."""
 
     name: str
     dtype: str
     dims: tuple[int, ...]
+
+    @property
+    def numpy(self) -> Any:
+        """The dtype of its arrays."""
+        return _NUMPY_DTYPES[self.dtype]
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array of one sample, with its batch dimension, may have this shape."""
+        wanted = (1, *self.dims)
+        return len(shape) == len(wanted) and all(dim in (size, -1) for dim, size in zip(wanted, shape))
 
 
 @dataclass(frozen=True)
@@ -67,40 +97,103 @@ class Interface:
     outputs: tuple[Port, ...]
 
 
-def embeds_of(graphs: GraphSet) -> Port:
-    """The prompt's condition: as the text encoder gives it; as the DiT takes it where there is none.
-
-    Raises:
-        UnsupportedError: the DiT takes several conditions, or one whose shape follows the prompt.
-    """
-    if len(graphs.layout.conditions) != 1:
-        names = ", ".join(condition.name for condition in graphs.layout.conditions)
-        raise UnsupportedError(f"expected one condition to serve, the bundle's DiT takes {names or 'none'}")
-    (tensor,) = graphs.layout.conditions
-    if tensor.text_axes:
-        raise UnsupportedError(f"expected prompts that are padded, the shape of {tensor.name} follows their length")
-    encoded = (output for graph in graphs.graphs if graph.role == "text_encoder" for output in graph.outputs)
-    tensor = next((output for output in encoded if output.name == tensor.name), tensor)
-    return Port(tensor.name, _TRITON_DTYPES[tensor.dtype], tuple(int(size) for size in tensor.shape[1:]))
-
-
 def interfaces(manifest: Manifest) -> dict[str, Interface]:
-    """The models that a bundle can serve: all six, or `denoiser` and `denoiser_stream` without text encoder or VAE."""
+    """The models that a bundle can serve: all six; `denoiser` and `denoiser_stream` where it has no VAE decoder, or
+    no text encoder that gives each condition."""
     graphs = manifest.graphs
-    embeds = embeds_of(graphs)
+    encoders = [graphs.graph(role) for role in graphs_of("text_encoder", manifest)]
+    encoded = {tensor.name: tensor for graph in encoders for tensor in graph.outputs}
     latents = Port("latents", "FP32", graphs.layout.latent_shape)
-    taken = (embeds, Port(f"negative_{embeds.name}", embeds.dtype, embeds.dims)) if graphs.layout.guided else (embeds,)
     progress = (Port("step", "INT32", (1,)), Port("num_steps", "INT32", (1,)))
+    taken = tuple(_condition_ports(graphs.layout, encoded))
     found = {
         "denoiser": Interface(taken, (latents,)),
         "denoiser_stream": Interface(taken, (*progress, latents, Port("ended", "STRING", (1,)))),
     }
-    if {"text_encoder", "vae_decoder"} <= {graph.role for graph in graphs.graphs}:
+    given = {port.name.removeprefix(NEGATIVE) for port in taken} <= set(encoded)
+    if given and "vae_decoder" in {graph.role for graph in graphs.graphs}:
         decoded = next(tensor for tensor in graphs.graph("vae_decoder").outputs if tensor.name == "frames")
-        frames = Port("frames", _TRITON_DTYPES[decoded.dtype], tuple(int(size) for size in decoded.shape[1:]))
-        prompt, video = Port("prompt", "STRING", (1,)), Port("video", "STRING", (1,))
-        found["text_encoder"] = Interface((prompt,), (embeds,))
+        prompt, frames = Port("prompt", "STRING", (1,)), _port(decoded)
+        made = (frames, Port(file_output(manifest.profile.shape), "STRING", (1,)))
+        lengths = (Port(name + _TOKENS, "INT32", (1,)) for name in encoded if name in _free(graphs.layout))
+        found["text_encoder"] = Interface((prompt,), (*map(_port, encoded.values()), *lengths))
         found["vae_decoder"] = Interface((latents,), (frames,))
-        found["pipeline"] = Interface((prompt,), (frames, video))
-        found["pipeline_stream"] = Interface((prompt,), (*progress, frames, video))
+        found["pipeline"] = Interface((prompt,), made)
+        found["pipeline_stream"] = Interface((prompt,), (*progress, *made))
     return {name: found[name] for name in MODELS if name in found}
+
+
+def graphs_of(model: str, manifest: Manifest) -> tuple[Role, ...]:
+    """The graphs that a model runs."""
+    if model == "vae_decoder":
+        return ("vae_decoder",)
+    if model.startswith("denoiser"):
+        return manifest.graphs.layout.step_graphs
+    roles = {graph.role for graph in manifest.graphs.graphs}
+    return tuple(spec.graph for spec in manifest.encoders if spec.graph in roles)
+
+
+def file_output(shape: Shape) -> str:
+    """Which of `FILE_FORMATS` the pipelines answer: `image` where a clip is one frame."""
+    return "image" if shape.is_image else "video"
+
+
+def tensors_from_text(text: EncodedText) -> dict[str, Array]:
+    """What `text_encoder` answers: arrays as long as the encoder pads texts to, and how long the text is."""
+    found: dict[str, Array] = {name: array[None] for name, array in text.arrays.items()}
+    return found | {name + _TOKENS: np.array([[count]], np.int32) for name, count in text.tokens.items()}
+
+
+def text_from_tensors(layout: StepLayout, tensors: Mapping[str, Array]) -> EncodedText:
+    """The inverse of `tensors_from_text`."""
+    lengths = {name: tensors[name + _TOKENS] for name in _free(layout) if name + _TOKENS in tensors}
+    arrays = {name: array[0] for name, array in tensors.items() if name.removesuffix(_TOKENS) not in lengths}
+    arrays.update({name: tensors[name][0] for name in lengths})
+    return EncodedText(arrays, {name: int(length[0, 0]) for name, length in lengths.items()})
+
+
+def inputs_from_conditions(conditions: Mapping[str, Array]) -> dict[str, Array]:
+    """The layout's conditions of one request, as the denoisers take them: each branch's row by itself, [1, …]."""
+    found = {}
+    for name, rows in conditions.items():
+        found[name] = rows[-1:]
+        if len(rows) == 2:
+            found[NEGATIVE + name] = rows[:1]
+    return found
+
+
+def conditions_from_inputs(layout: StepLayout, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The inverse of `inputs_from_conditions`; inputs without batch.
+
+    Raises:
+        InputError: a text is longer than the graphs take, or of two lengths; or the rows of two branches are.
+    """
+    conditions = {}
+    for spec in layout.conditions:
+        names = (NEGATIVE + spec.name, spec.name) if spec.at(1)[0] == 2 else (spec.name,)
+        rows = [inputs[name] for name in names]
+        if rows[0].shape != rows[-1].shape:
+            raise InputError(f"{names[0]} must be as long as {names[-1]}, {len(rows[-1])} tokens; got {len(rows[0])}")
+        conditions[spec.name] = np.stack(rows)
+    condition_shapes(layout, conditions, 1)
+    return conditions
+
+
+def _condition_ports(layout: StepLayout, encoded: Mapping[str, TensorSpec]) -> Iterator[Port]:
+    """Of each condition the prompt's row, and the negative prompt's; of the dtype that the text encoder gives."""
+    for spec in layout.conditions:
+        dtype = encoded.get(spec.name.removeprefix(NEGATIVE), spec).dtype
+        dims = tuple(-1 if dim in spec.text_axes else int(dim) for dim in spec.shape[1:])
+        port = Port(spec.name, _TRITON_DTYPES[dtype], dims)
+        yield port
+        if spec.at(1)[0] == 2:
+            yield replace(port, name=NEGATIVE + port.name)
+
+
+def _port(tensor: TensorSpec) -> Port:
+    return Port(tensor.name, _TRITON_DTYPES[tensor.dtype], tuple(int(size) for size in tensor.shape[1:]))
+
+
+def _free(layout: StepLayout) -> set[str]:
+    """Conditions whose shape follows the text."""
+    return {spec.name for spec in layout.conditions if spec.text_axes}

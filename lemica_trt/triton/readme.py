@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from lemica_trt import __version__
+from lemica_trt.bundle.manifest import Manifest
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.triton.interface import MODEL_SUMMARIES, OLDEST_SERVER_NAME
+from lemica_trt.triton.interface import FILE_FORMATS, MODEL_SUMMARIES, OLDEST_SERVER_NAME, file_output
 
 
 def readme_text(bundle: Bundle, models: tuple[str, ...], cpu: bool) -> str:
@@ -13,6 +16,7 @@ def readme_text(bundle: Bundle, models: tuple[str, ...], cpu: bool) -> str:
     engines = ", ".join(f"{entry.key.title} ({entry.key.target})" for entry in manifest.engines)
     about = "\n".join(f"| `{name}` | {MODEL_SUMMARIES[name]} |" for name in models)
     cpu_only = "Without a GPU: `./start.sh --model-config-name=cpu`." if cpu else "The engines need a GPU."
+    kind = FILE_FORMATS[file_output(manifest.profile.shape)]
     memory = sum(manifest.files[file].size for entry in manifest.engines for file in set(entry.files.values())) / 1e6
     return f"""# {manifest.profile.name} on Triton Inference Server
 
@@ -43,20 +47,18 @@ Engine files: {memory:.0f} MB, held by `denoiser` and `denoiser_stream` each; th
 |---|---|
 {about}
 
-Parameters of a request: `plan`, `steps` (full steps, of the plans below), `seed`, `guidance_scale`, and to the
-pipelines `negative_prompt` and `output` (`frames`, `mp4`, `mp4-base64`). `timeout` (microseconds) ends it between two
-steps.
+{_parameters(manifest)}
 
 `./probe.py` makes a real request, the first step of one: for readiness probes, since a server whose models' processes
-have died still says that it is ready. With `--clip` it wants a whole clip.
+have died still says that it is ready. With `--clip` it wants the frames, too.
 
 | plan | full steps |
 |---|---|
 {_plan_table(bundle)}
 
 ```bash
-lemica-trt client --url localhost:8001 "a prompt" --output clip.mp4
-curl -d '{{"prompt": "a prompt", "seed": 7, "output": "mp4-base64"}}' localhost:8000/v2/models/pipeline/generate
+lemica-trt client --url localhost:8001 "a prompt" --output out.{kind}
+curl -d '{{"prompt": "a prompt", "seed": 7, "output": "{kind}-base64"}}' localhost:8000/v2/models/pipeline/generate
 ```
 
 {_NEW_PLANS}"""
@@ -75,6 +77,20 @@ done
 Each model loads only the bundle whose digest its config names. Requests under way finish on the old plans; a bundle
 that is damaged is refused, and the old one keeps serving.
 """
+
+
+def _parameters(manifest: Manifest) -> str:
+    """What a request may ask for."""
+    guided, output = manifest.graphs.layout.guided, file_output(manifest.profile.shape)
+    kind = FILE_FORMATS[output]
+    names = ["`plan`", "`steps` (full steps, of the plans below)", "`seed`", *(["`guidance_scale`"] * guided)]
+    wrapped = textwrap.wrap(
+        f"Parameters of a request: {', '.join(names)}, and to the pipelines {'`negative_prompt` and ' * guided}"
+        f"`output`: `frames`, or `{kind}` and `{kind}-base64`, which are the answer's `{output}`. `timeout` "
+        "(microseconds) ends it between two steps.",
+        width=120,
+    )
+    return "\n".join(wrapped)
 
 
 def _plan_table(bundle: Bundle) -> str:

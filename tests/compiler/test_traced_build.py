@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from traced_bundles import FLAGS, SMALL, built, lemica, saved
 
 import lemica_trt
-from lemica_trt.cli.main import main
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import read_value
 from lemica_trt.ir.graphs import FULL, SKIP, TRUNK
@@ -20,38 +20,7 @@ from lemica_trt.testing.pipelines import tiny_pipeline
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of diffusers, transformers and exporters
 
-FLAGS = {
-    "flux": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
-    "chroma": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
-    "hunyuanvideo": ("--height", 32, "--width", 48, "--frames", 9),
-    "ltx": ("--height", 32, "--width", 64, "--frames", 9),
-    "latte": ("--height", 32, "--width", 32, "--frames", 4, "--guidance-scale", 3),
-    "qwen-image": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
-}
-
 GRAPHS = ("combine", FULL.name, SKIP.name)
-
-SMALL = ("--samples", 1, "--validation-samples", 1, "--max-skip", 2, "--method", "lemica", "--verify-samples", 1)
-
-
-def lemica(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [*map(str, arguments)], env={"HF_HUB_OFFLINE": "1", "COLUMNS": "120"})
-
-
-def saved(name: str, folder: Path) -> Path:
-    tiny_pipeline(name).save_pretrained(folder)
-    return folder
-
-
-def built(name: str, folder: Path, *flags: object) -> Path:
-    source, output = saved(name, folder / name), folder / "bundle"
-    done = lemica(
-        *("build", "--model", source, *FLAGS[name], "--denoising-steps", 5),
-        *(*(flags or ("--schedule", "0,2,4", "--verify-samples", 1)), "--quiet", "--output", output),
-    )
-    assert done.exit_code == 0, done.output
-    return output
-
 
 CALLS = {
     "latte": {"height": 32, "width": 32, "video_length": 4, "guidance_scale": 3.0},
@@ -108,8 +77,8 @@ def require_agreement(bundle: Path) -> None:
     assert made.fused_attention == made.attentions > 0
 
 
-def test_one_command_makes_a_plan_for_a_budget(tmp_path: Path) -> None:
-    output = built("flux", tmp_path, "--budget", 3, *SMALL)
+def test_one_command_makes_a_plan_for_a_budget(traced: Callable[[str], Path], tmp_path: Path) -> None:
+    output = traced("flux")
     require_agreement(output)
     with lemica_trt.load(output) as pipe:
         assert pipe.bundle.plan().budget == 3

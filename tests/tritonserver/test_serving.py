@@ -24,8 +24,10 @@ from test_repository import make_bundle
 
 from lemica_trt.core.errors import EngineError, InputError, IntegrityError, LemicaError, UnsupportedError, UsageError
 from lemica_trt.runtime import validation
+from lemica_trt.runtime.conditions import EncodedText
 from lemica_trt.runtime.denoise import Denoiser
 from lemica_trt.triton.client import _address, _error
+from lemica_trt.triton.interface import Port
 from lemica_trt.triton.repository import write_repository
 from lemica_trt.triton.server import batching, cancel, errors, load, temporary
 
@@ -124,7 +126,7 @@ def test_an_instance_has_its_own_device(
     seen = []
     monkeypatch.setattr(load, "Pipeline", lambda *_, device, **__: seen.append(device))
     args = {**load_args(tmp_path / "repository"), "model_instance_kind": kind, "model_instance_device_id": "1"}
-    load.load_pipeline(pb_utils(), args, None)
+    load.load_pipeline(pb_utils(), args)
     assert seen == [expected]
 
 
@@ -134,10 +136,10 @@ def test_engines_of_another_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(
         UnsupportedError, match=r"built for tensorrt 1\.2, here is tensorrt 9\.9 → lemica-trt engine .*--backend"
     ):
-        load.load_pipeline(pb_utils(), load_args(tmp_path / "repository"), None)
+        load.load_pipeline(pb_utils(), load_args(tmp_path / "repository"))
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
     with pytest.raises(LemicaError, match="engines for tensorrt need the package tensorrt, got"):
-        load.load_pipeline(pb_utils(), load_args(tmp_path / "repository"), None)
+        load.load_pipeline(pb_utils(), load_args(tmp_path / "repository"))
 
 
 def test_plans_and_steps() -> None:
@@ -342,22 +344,27 @@ def test_prompts_that_are_cut_or_far_are_logged(monkeypatch: pytest.MonkeyPatch)
     logged: list[str] = []
     pb = SimpleNamespace(
         Logger=SimpleNamespace(log_warn=logged.append),
-        Tensor=lambda name, array: (name, array.shape),
+        Tensor=lambda name, array: (name, array.shape, array.flat[-1]),
         InferenceResponse=SimpleNamespace,
         get_input_tensor_by_name=lambda request, name: SimpleNamespace(as_numpy=lambda: request.array),
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", pb)
     model = runpy.run_path(str(Path(load.__file__).parents[1] / "model" / "text_encoder.py"))["TritonPythonModel"]()
-    model.name, model.negative = "text_encoder", ("", "blurry")
+    model.name, model.negative, model.input = "text_encoder", ("", "blurry"), Port("prompt", "STRING", (1,))
     model.pipeline = SimpleNamespace(
-        encode=lambda prompt: {"prompt_embeds": np.zeros((5, 12), np.float32)},
+        encode_text=lambda prompt: EncodedText(
+            {"prompt_embeds": np.zeros((5, 12), np.float32)}, {"prompt_embeds": len(prompt)}
+        ),
         warnings=lambda prompt, negative: [] if prompt == "near" else [f"it is {'cut' if negative else 'far'}"],
     )
     model.keep(3)
     for prompt in ("near", "dragons", "blurry", "dragons"):
         array = np.array([[prompt.encode()]], np.object_)
         (answer,) = model.execute([SimpleNamespace(array=array, parameters=lambda: "{}")])
-        assert answer.output_tensors == [("prompt_embeds", (1, 5, 12))]
+        assert answer.output_tensors == [
+            ("prompt_embeds", (1, 5, 12), 0),
+            ("prompt_embeds_tokens", (1, 1), len(prompt)),
+        ]
     assert logged == ["text_encoder: it is far", "text_encoder: it is cut"]
     assert model.encoded.cache_info().hits == 1
 

@@ -1,4 +1,4 @@
-"""Prompt embeddings → latents: the whole denoising loop, in process. Serves `denoiser` and `denoiser_stream`.
+"""Conditions → latents: the whole denoising loop, in process. Serves `denoiser` and `denoiser_stream`.
 
 Written by `lemica-trt triton`; needs tritonserver 2.51 or newer, and in its python interpreter lemica-trt (without
 PyTorch) with the engine library of the bundle. All parameters are explained in config.pbtxt.
@@ -12,6 +12,7 @@ import triton_python_backend_utils as pb_utils
 from lemica_trt.core.errors import LemicaError
 from lemica_trt.runtime import validation
 from lemica_trt.runtime.denoise import Cancelled
+from lemica_trt.triton.interface import conditions_from_inputs, interfaces
 from lemica_trt.triton.server import batching, cancel, errors, load, metrics, requests
 
 PARAMETERS = ("plan", "steps", "seed", "guidance_scale", "caller")
@@ -21,17 +22,17 @@ class TritonPythonModel:
     def initialize(self, args):
         """Check everything, load the engines, run a step of every plan."""
         try:
-            pipeline, parameters = load.load_pipeline(pb_utils, args, None)
+            pipeline, parameters = load.load_pipeline(pb_utils, args)
             self.batches = batching.Batches(pipeline, parameters["batching"])
             self.batches.warm_up()
         except LemicaError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
         self.streams = "stream" in parameters
         self.default = pipeline.default_plan
-        self.guided = pipeline.bundle.manifest.graphs.layout.guided
+        manifest = pipeline.bundle.manifest
+        self.layout, self.inputs = manifest.graphs.layout, interfaces(manifest)[args["model_name"]].inputs
         self.metrics = metrics.Metrics(pb_utils, args["model_name"], pipeline.bundle.plans)
-        graphs = pipeline.bundle.manifest.graphs.layout.step_graphs
-        self.metrics.loaded(pipeline, parameters["backend"], graphs, self.batches.size)
+        self.metrics.loaded(pipeline, parameters["backend"], self.layout.step_graphs, self.batches.size)
         pb_utils.Logger.log_info(
             f"{args['model_name']}: batches up to {self.batches.size} give the bits of single runs"
         )
@@ -53,12 +54,11 @@ class TritonPythonModel:
         """What one request asks for."""
         parameters = requests.read_parameters(request, PARAMETERS)
         plan = validation.choose_plan(parameters, self.batches.plans, self.default)
-        names = ("negative_prompt_embeds", "prompt_embeds") if self.guided else ("prompt_embeds",)
-        shape, kind = self.batches.embeds_shape, self.batches.embeds_dtype
-        embeds = np.stack([requests.tensor_from(pb_utils, request, name, shape, kind) for name in names])
-        guidance = validation.guidance_from(parameters, plan, guided=self.guided)
+        inputs = {port.name: requests.tensor_from(pb_utils, request, port) for port in self.inputs}
+        conditions = conditions_from_inputs(self.layout, inputs)
+        guidance = validation.guidance_from(parameters, plan, guided=self.layout.guided)
         cancellation = cancel.Cancellation(request, parameters.get("caller"))
-        return requests.DenoiseJob(embeds, plan, validation.seed_from(parameters), guidance, sender, cancellation)
+        return requests.DenoiseJob(conditions, plan, validation.seed_from(parameters), guidance, sender, cancellation)
 
     def run(self, jobs):
         """Denoise jobs of one plan; one that ends early is answered at once, the last one stops the loop."""

@@ -1,4 +1,4 @@
-"""Prompt → frames or an MP4 file: calls text_encoder, denoiser_stream and vae_decoder. Serves `pipeline` and
+"""Prompt → frames, or an MP4 or PNG file: calls text_encoder, denoiser_stream and vae_decoder. Serves `pipeline` and
 `pipeline_stream`, which also answers with progress after each full step.
 
 Written by `lemica-trt triton`; needs tritonserver 2.51 or newer, and in its python interpreter lemica-trt (without
@@ -15,11 +15,18 @@ import triton_python_backend_utils as pb_utils
 
 from lemica_trt.core.errors import InputError, LemicaError
 from lemica_trt.runtime import validation
+from lemica_trt.runtime.conditions import conditions_from_texts
 from lemica_trt.runtime.video import encoded
+from lemica_trt.triton.interface import (
+    FILE_FORMATS,
+    file_output,
+    inputs_from_conditions,
+    interfaces,
+    text_from_tensors,
+)
 from lemica_trt.triton.server import cancel, errors, load, requests
 
 FORWARDED = ("plan", "steps", "seed", "guidance_scale")
-OUTPUTS = ("frames", "mp4", "mp4-base64") if importlib.util.find_spec("av") else ("frames",)
 
 
 class TritonPythonModel:
@@ -30,9 +37,13 @@ class TritonPythonModel:
         except LemicaError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
         self.streams = "stream" in parameters
-        self.guided = bundle.manifest.graphs.layout.guided
+        self.interfaces, self.layout = interfaces(bundle.manifest), bundle.manifest.graphs.layout
         self.negative_prompt = bundle.manifest.profile.sampling.negative_prompt
         self.fps = bundle.manifest.profile.shape.fps
+        self.file = file_output(bundle.manifest.profile.shape)
+        self.format = FILE_FORMATS[self.file]
+        made_here = self.format != "mp4" or importlib.util.find_spec("av")
+        self.outputs = ("frames", self.format, f"{self.format}-base64") if made_here else ("frames",)
 
     def execute(self, arrived):
         for request in arrived:
@@ -47,30 +58,33 @@ class TritonPythonModel:
         parameters = requests.read_parameters(request, (*FORWARDED, "negative_prompt", "output", "timeout"))
         limit = validation.timeout_from(parameters) or request.timeout()
         output = parameters.get("output", "frames")
-        if output not in OUTPUTS:
-            raise InputError(f"output must be one of {', '.join(OUTPUTS)}; got {output!r}")
-        requests.require_requested(request, "frames" if output == "frames" else "video", output)
-        prompt = requests.tensor_from(pb_utils, request, "prompt", (1,), np.object_)[0]
-        inputs = {"prompt_embeds": self.encode(validation.text_from("prompt", prompt))}
-        if self.guided:
+        if output not in self.outputs:
+            raise InputError(f"output must be one of {', '.join(self.outputs)}; got {output!r}")
+        requests.require_requested(request, "frames" if output == "frames" else self.file, output)
+        (port,) = self.interfaces["pipeline"].inputs
+        prompt = requests.tensor_from(pb_utils, request, port)[0]
+        prompts, negatives = [self.encode(validation.text_from("prompt", prompt))], []
+        if self.layout.guided:
             negative = parameters.get("negative_prompt", self.negative_prompt)
-            inputs["negative_prompt_embeds"] = self.encode(validation.text_from("negative_prompt", negative))
+            negatives = [self.encode(validation.text_from("negative_prompt", negative))]
         elif "negative_prompt" in parameters:
             raise InputError("this bundle was built without guidance: it takes no negative_prompt")
+        inputs = inputs_from_conditions(conditions_from_texts(self.layout, prompts, negatives))
         forwarded = {name: parameters[name] for name in FORWARDED if name in parameters}
         deadline = start + limit / 1e6 if limit else None
         latents = self.denoise(request, sender, inputs, forwarded, deadline)
         frames = next(self.call("vae_decoder", {"latents": latents}, ["frames"]))["frames"]
-        result = pb_utils.Tensor("frames", frames) if output == "frames" else self.video(frames[0], output)
+        result = pb_utils.Tensor("frames", frames) if output == "frames" else self.encoded(frames[0], output)
         tensors = [*self.progress, result] if self.streams else [result]
         sender.send(
             pb_utils.InferenceResponse(output_tensors=tensors), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         )
 
     def encode(self, prompt):
-        """[1, text_length, width]."""
+        """What the text encoders make of a text."""
         inputs = {"prompt": np.array([[prompt.encode()]], np.object_)}
-        return next(self.call("text_encoder", inputs, ["prompt_embeds"]))["prompt_embeds"]
+        outputs = [port.name for port in self.interfaces["text_encoder"].outputs]
+        return text_from_tensors(self.layout, next(self.call("text_encoder", inputs, outputs)))
 
     def denoise(self, request, sender, inputs, parameters, deadline):
         """Latents [1, *latent_shape]; passes progress on, and cancellation and the time that is left."""
@@ -100,8 +114,8 @@ class TritonPythonModel:
             if found:  # the stream's empty last response carries nothing
                 yield found
 
-    def video(self, frames, output):
-        """The MP4 file as bytes, or those in base64 for JSON."""
-        data = encoded(frames, ".mp4", fps=self.fps)
-        data = base64.b64encode(data) if output == "mp4-base64" else data
-        return pb_utils.Tensor("video", np.array([[data]], np.object_))
+    def encoded(self, frames, output):
+        """The file as bytes, or those in base64 for JSON."""
+        data = encoded(frames, f".{self.format}", fps=self.fps)
+        data = base64.b64encode(data) if output.endswith("-base64") else data
+        return pb_utils.Tensor(self.file, np.array([[data]], np.object_))

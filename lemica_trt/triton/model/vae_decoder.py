@@ -8,6 +8,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from lemica_trt.core.errors import LemicaError
+from lemica_trt.triton.interface import interfaces
 from lemica_trt.triton.server import errors, load, requests
 
 
@@ -15,9 +16,9 @@ class TritonPythonModel:
     def initialize(self, args):
         """Check everything, load the engine, decode zeros."""
         try:
-            self.pipeline, _ = load.load_pipeline(pb_utils, args, ("vae_decoder",))
-            self.shape = self.pipeline.bundle.manifest.graphs.layout.latent_shape
-            self.pipeline.decode(np.zeros(self.shape, np.float32))
+            self.pipeline, _ = load.load_pipeline(pb_utils, args)
+            (self.input,) = interfaces(self.pipeline.bundle.manifest)["vae_decoder"].inputs
+            self.pipeline.decode(np.zeros(self.input.dims, np.float32))
         except LemicaError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
 
@@ -27,7 +28,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 requests.read_parameters(request, ())
-                latents = requests.tensor_from(pb_utils, request, "latents", self.shape, np.float32)
+                latents = requests.tensor_from(pb_utils, request, self.input)
                 frames = pb_utils.Tensor("frames", self.pipeline.decode(latents)[None])
             except Exception as error:  # whatever it was, the request gets an answer
                 errors.send_error(pb_utils, sender, error)

@@ -1,24 +1,23 @@
 """Requests that run together.
 
 Answers are the same bits whatever shares the batch: `Batches` measures at load whether the engines give every request
-the same bits in a batch as alone, and runs requests one by one where they do not.
+the same bits in a batch as alone, and runs requests one by one where they do not. It runs them one by one, too, where
+shapes follow the prompt: not every length can be measured, and requests of other lengths have no batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 
-from lemica_trt.backends.base import Array
+from lemica_trt.backends.base import Array, decode, encode
 from lemica_trt.core.errors import UsageError
 from lemica_trt.ir.plan import PlanRow, StepPlan
 from lemica_trt.runtime.denoise import Cancelled, OnStep, RowDone
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.runtime.random import Generator
-from lemica_trt.triton.interface import embeds_of
 from lemica_trt.triton.server.requests import DenoiseJob
 
 
@@ -38,25 +37,23 @@ class Batches:
             raise UsageError(f"batching must be exact or off, got {rule!r}")
         self._pipeline = pipeline
         graphs = pipeline.bundle.manifest.graphs
-        self._guided = graphs.layout.guided
+        self._layout = graphs.layout
         self.plans = {name: pipeline.bundle.plan(name) for name in pipeline.bundle.plans}
-        embeds = embeds_of(graphs)
-        self.condition = embeds.name
-        self.embeds_shape = embeds.dims
-        self.embeds_dtype: Any = {"FP32": np.float32, "FP16": np.float16}[embeds.dtype]
-        self.size = self.equal_up_to(graphs.max_batch) if rule == "exact" else 1
+        self.size = self.equal_up_to(graphs.max_batch) if rule == "exact" and not self._layout.text_axes else 1
 
     def warm_up(self) -> None:
-        """Run every plan's first row: all rows are bound, one full step is computed.
+        """Run every plan's first rows, until each graph has run; all its rows are bound.
 
         Raises:
             LemicaError: an engine does not run.
         """
-
-        def stop(row: RowDone) -> None:
-            raise Cancelled
-
         for plan in self.plans.values():
+            last = len(_first_rows(plan).rows) - 2
+
+            def stop(row: RowDone, last: int = last) -> None:
+                if row.index >= last:
+                    raise Cancelled
+
             with suppress(Cancelled):
                 self.run([self._probe(plan, 0)], on_step=stop)
 
@@ -90,24 +87,29 @@ class Batches:
 
     def run(self, jobs: Sequence[DenoiseJob], on_step: OnStep | None = None) -> Array:
         """Latents of jobs of one plan, float32 [b, *latent_shape]; a stochastic plan draws from each job's seed."""
-        shape = self._pipeline.bundle.manifest.graphs.layout.latent_shape
-        embeds = [job.embeds[-1] for job in jobs]
-        scales = None
-        if self._guided:
-            embeds = [job.embeds[0] for job in jobs] + embeds
-            scales = np.array([job.guidance_scale for job in jobs], np.float64)
+        guided = self._layout.guided
         return self._pipeline.latents(
-            {self.condition: np.stack(embeds)},
-            np.stack([Generator(job.seed).randn(shape) for job in jobs]),
-            guidance_scale=scales,
+            {name: _stacked([job.conditions[name] for job in jobs]) for name in jobs[0].conditions},
+            np.stack([Generator(job.seed).randn(self._layout.latent_shape) for job in jobs]),
+            guidance_scale=np.array([job.guidance_scale for job in jobs], np.float64) if guided else None,
             plan=jobs[0].plan,
             seeds=[job.seed for job in jobs],
             on_step=on_step,
         )
 
     def _probe(self, plan: StepPlan, seed: int) -> DenoiseJob:
-        numbers = np.random.default_rng(seed).standard_normal((1 + self._guided, *self.embeds_shape))
-        return DenoiseJob(numbers.astype(self.embeds_dtype), plan, seed, plan.guidance_scale + seed)
+        """Normal noise as conditions, ones where they are whole numbers; texts as long as can be."""
+        random = np.random.default_rng(seed)
+        conditions = {}
+        for spec in self._layout.conditions:
+            numbers = np.ones(spec.at(1)) if spec.dtype in ("int64", "int32") else random.standard_normal(spec.at(1))
+            conditions[spec.name] = decode(encode(numbers, spec.dtype), spec.dtype)
+        return DenoiseJob(conditions, plan, seed, plan.guidance_scale + seed)
+
+
+def _stacked(rows: Sequence[Array]) -> Array:
+    """A condition of several requests, each [1 or 2, …]: the rows of the negative prompts first."""
+    return np.concatenate([*(each[:-1] for each in rows), *(each[-1:] for each in rows)])
 
 
 def _first_rows(plan: StepPlan) -> StepPlan:

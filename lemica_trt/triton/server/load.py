@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,16 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.signing import TRUSTED_KEYS
 from lemica_trt.core.atomic_folder import finish_swap
 from lemica_trt.core.errors import UnsupportedError
-from lemica_trt.ir.graphs import Role
 from lemica_trt.runtime.pipeline import Pipeline
-from lemica_trt.triton.interface import OLDEST_SERVER
+from lemica_trt.triton.interface import OLDEST_SERVER, graphs_of
 from lemica_trt.triton.server import confinement, lifetime, temporary
 
 
-def load_pipeline(
-    pb_utils: Any, args: Mapping[str, str], roles: Collection[Role] | None
-) -> tuple[Pipeline, dict[str, str]]:
-    """Check the server and the bundle, and load the engines of some roles.
+def load_pipeline(pb_utils: Any, args: Mapping[str, str]) -> tuple[Pipeline, dict[str, str]]:
+    """Check the server and the bundle, and load the engines that a model runs.
 
     Args:
         args: of `initialize`.
-        roles: which graphs; None: those of the denoising steps.
 
     Returns:
         The pipeline, and the parameters of config.pbtxt.
@@ -52,7 +48,7 @@ def load_pipeline(
     # Not by CUDA_VISIBLE_DEVICES: the backend names devices to this process as the server counts them.
     device = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else 0
     threads = int(parameters["threads"]) or None
-    roles = bundle.manifest.graphs.layout.step_graphs if roles is None else roles
+    roles = graphs_of(args["model_name"], bundle.manifest)
     return Pipeline(bundle, backend=parameters["backend"], device=device, threads=threads, roles=roles), parameters
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from lemica_trt.backends.base import Array
 from lemica_trt.core.errors import InputError
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.runtime.validation import require_known
+from lemica_trt.triton.interface import Port
 from lemica_trt.triton.server.cancel import Cancellation
 from lemica_trt.triton.server.errors import RequestEnded
 
@@ -22,14 +23,14 @@ class DenoiseJob:
     """One request to denoise.
 
     Attributes:
-        embeds: [1 or 2, text_length, width]; with guidance the negative prompt's first.
+        conditions: the layout's, of one request: [2, …] where both branches have a row, the negative prompt's first.
         plan, seed, guidance_scale: what was asked for, or the default.
         sender: where its answers go.
         cancellation: whether it is still wanted.
         stopped: why it ended before its result; it has been answered so.
     """
 
-    embeds: Array
+    conditions: Mapping[str, Array]
     plan: StepPlan
     seed: int
     guidance_scale: float
@@ -73,17 +74,18 @@ def require_requested(request: Any, name: str, output: str) -> None:
         raise InputError(f"outputs must be {name}, which output {output!r} makes; got {', '.join(names)}")
 
 
-def tensor_from(pb_utils: Any, request: Any, name: str, shape: Sequence[int], kind: Any) -> Array:
+def tensor_from(pb_utils: Any, request: Any, port: Port) -> Array:
     """An input of one sample, without its batch dimension.
 
     Raises:
         InputError: missing, of another shape or dtype, or with numbers that are not finite.
     """
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    tensor = pb_utils.get_input_tensor_by_name(request, port.name)
     array = None if tensor is None else tensor.as_numpy()
-    if array is None or array.shape != (1, *shape) or array.dtype != kind:
+    if array is None or not port.takes(array.shape) or array.dtype != port.numpy:
         got = "none" if array is None else f"{array.dtype} {list(array.shape)}"
-        raise InputError(f"{name} must be {np.dtype(kind).name} {[1, *shape]}, one sample a request; got {got}")
+        wanted = f"{np.dtype(port.numpy).name} {[1, *port.dims]}"
+        raise InputError(f"{port.name} must be {wanted}, one sample a request; got {got}")
     if array.dtype != np.object_ and not np.isfinite(array).all():
-        raise InputError(f"{name} must be finite")
+        raise InputError(f"{port.name} must be finite")
     return np.asarray(array[0])

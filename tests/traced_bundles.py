@@ -1,0 +1,51 @@
+"""Bundles of tiny random pipelines that have no family: traced, planned, built."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from lemica_trt.cli.main import main
+
+FLAGS = {
+    "flux": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
+    "chroma": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
+    "hunyuanvideo": ("--height", 32, "--width", 48, "--frames", 9),
+    "ltx": ("--height", 32, "--width", 64, "--frames", 9),
+    "latte": ("--height", 32, "--width", 32, "--frames", 4, "--guidance-scale", 3),
+    "qwen-image": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
+}
+
+SMALL = ("--samples", 1, "--validation-samples", 1, "--max-skip", 2, "--method", "lemica", "--verify-samples", 1)
+
+SHARED = {
+    "flux": ("--budget", 3, *SMALL),
+    "qwen-image": ("--schedule", "0,2,4", "--verify-samples", 0),
+}
+"""Bundles that several files of tests read, and how they are planned; `conftest.traced` builds each once."""
+
+
+def lemica(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [*map(str, arguments)], env={"HF_HUB_OFFLINE": "1", "COLUMNS": "120"})
+
+
+def saved(name: str, folder: Path) -> Path:
+    from lemica_trt.testing.pipelines import tiny_pipeline
+
+    tiny_pipeline(name).save_pretrained(folder)
+    return folder
+
+
+def built(name: str, folder: Path, *flags: object) -> Path:
+    """A bundle with five steps, below `folder`."""
+    with warnings.catch_warnings():  # of diffusers, transformers and exporters
+        warnings.simplefilter("ignore")
+        source, output = saved(name, folder / name), folder / "bundle"
+        done = lemica(
+            *("build", "--model", source, *FLAGS[name], "--denoising-steps", 5),
+            *(*(flags or ("--schedule", "0,2,4", "--verify-samples", 1)), "--quiet", "--output", output),
+        )
+    assert done.exit_code == 0, done.output
+    return output
