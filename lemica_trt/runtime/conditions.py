@@ -88,5 +88,5 @@ def _length(name: str, texts: Sequence[EncodedText]) -> int:
     if others:
         raise InputError(f"prompts of a batch must have one length, got {sorted((length, *others))} tokens")
     if length < 1:
-        raise InputError("a prompt must have at least 1 token, got none")
+        raise InputError("prompts must be of at least 1 token, got one of none")
     return length

@@ -156,7 +156,7 @@ def test_conditions_come_through_whole(name: str) -> None:
 
 
 def test_a_text_without_tokens() -> None:
-    with pytest.raises(InputError, match="a prompt must have at least 1 token, got none"):
+    with pytest.raises(InputError, match="prompts must be of at least 1 token, got one of none"):
         conditions_from_texts(layout_of("qwen"), [text_of(QWEN, 4, 1)], [text_of(QWEN, 0, 1)])
 
 
