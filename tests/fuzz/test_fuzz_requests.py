@@ -17,6 +17,7 @@ from test_fuzz_files import refused
 from lemica_trt.core.values import read_value
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.runtime import validation
+from lemica_trt.triton.interface import Port
 from lemica_trt.triton.server import requests
 
 GOLDEN = Path(__file__).parents[1] / "golden/bundle"
@@ -77,9 +78,10 @@ def tensor_of_a_request(drawn: tuple[str, tuple[int, ...], float, bool]) -> None
         array = np.full(shape, number).astype(dtype)
     tensor = SimpleNamespace(as_numpy=lambda: array) if there else None
     server = SimpleNamespace(get_input_tensor_by_name=lambda request, name: tensor)
-    for kind in (np.float32, np.float16, np.int64, np.object_):
-        found = refused(partial(requests.tensor_from, server, None, "latents", (4,), kind))
-        assert found is None or (found.shape == (4,) and found.dtype == kind)
+    for port in (Port("latents", kind, (size,)) for kind in ("FP32", "FP16", "INT64", "STRING") for size in (4, -1)):
+        found = refused(partial(requests.tensor_from, server, None, port))
+        assert found is None or (found.ndim == 1 and len(found) in (0, 4) and found.dtype == port.numpy)
+        assert found is None or port.dims == (-1,) or len(found) == 4
 
 
 @pytest.mark.cpu
