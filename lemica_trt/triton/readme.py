@@ -59,10 +59,10 @@ lemica-trt client --url localhost:8001 "a prompt" --output clip.mp4
 curl -d '{{"prompt": "a prompt", "seed": 7, "output": "mp4-base64"}}' localhost:8000/v2/models/pipeline/generate
 ```
 
-{_NEW_PLANS}"""
+{_OPERATION}"""
 
 
-_NEW_PLANS = """New plans, without a restart:
+_OPERATION = """New plans, without a restart:
 
 ```bash
 lemica-trt plan denoiser/bundle --budget 12
@@ -74,6 +74,14 @@ done
 
 Each model loads only the bundle whose digest its config names. Requests under way finish on the old plans; a bundle
 that is damaged is refused, and the old one keeps serving.
+
+A model whose process has died answers every request with an error. Start it anew; `load` alone would do nothing:
+
+```bash
+for action in unload load; do
+  curl -X POST -H "admin-token: $ADMIN_TOKEN" localhost:8000/v2/repository/models/text_encoder/$action
+done
+```
 """
 
 
