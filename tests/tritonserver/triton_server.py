@@ -101,7 +101,7 @@ class Server:
         return self.post(f"v2/repository/models/{model}/load", headers={"admin-token": ADMIN_TOKEN})
 
     def restart(self, model: str) -> bool:
-        """Start a model's processes anew, also where they have died: `load` alone does nothing if no file has changed."""
+        """Start a model's processes anew, also dead ones: `load` alone does nothing if no file has changed."""
         unloaded = self.post(f"v2/repository/models/{model}/unload", headers={"admin-token": ADMIN_TOKEN})
         return unloaded[0] == 200 and self.load(model)[0] == 200
 
