@@ -507,7 +507,7 @@ def main_qualities(results: Sequence[Result]) -> list[Quality]:
 
 def standing_table(results: Sequence[Result]) -> str:
     """A row a model, number of steps, calibration seed and budget: the plan beside the best of all others in each of
-    mean, 5th percentile and worst clip. The name is that of the other; in bold where it is ahead beyond the interval."""
+    mean, 5th percentile and worst clip, whose name is given; bold where it is ahead beyond the interval."""
     found = [result for result in results if isinstance(result, Quality)]
     rows = []
     for result in sorted(found, key=lambda one: (one.model, -one.steps, one.guidance_scale, one.seed)):
