@@ -14,7 +14,7 @@ from lemica_trt.runtime import validation
 from lemica_trt.runtime.denoise import Cancelled
 from lemica_trt.triton.server import batching, cancel, errors, load, metrics, requests
 
-PARAMETERS = ("plan", "steps", "seed", "guidance_scale", "caller")
+PARAMETERS = ("plan", "steps", "quality", "seed", "guidance_scale", "caller")
 
 
 class TritonPythonModel:

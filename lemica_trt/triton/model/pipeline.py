@@ -18,7 +18,7 @@ from lemica_trt.runtime import validation
 from lemica_trt.runtime.video import encoded
 from lemica_trt.triton.server import cancel, errors, load, requests
 
-FORWARDED = ("plan", "steps", "seed", "guidance_scale")
+FORWARDED = ("plan", "steps", "quality", "seed", "guidance_scale")
 OUTPUTS = ("frames", "mp4", "mp4-base64") if importlib.util.find_spec("av") else ("frames",)
 
 
