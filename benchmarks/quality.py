@@ -107,6 +107,8 @@ def measure(bundle: Bundle, model: Model, count: int) -> Quality:
         first_seed=HELD_OUT_SEED,
         uncached_fine_psnr=tuple(map(psnr, coarse, fine)),
         rows=tuple(rows),
+        seed=profile.calibration.seed,
+        flow_shift=profile.sampling.flow_shift,
     )
 
 

@@ -25,7 +25,7 @@ from lemica_trt.bundle.manifest import SAMPLER_FILE
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.calibrate.fit import Fitter
 from lemica_trt.calibrate.prompts import read_prompts
-from lemica_trt.compiler.bundle_commands import rebuild_engines
+from lemica_trt.compiler.bundle_engines import rebuild_engines
 from lemica_trt.compiler.refit import refit
 from lemica_trt.compiler.requests import BuildRequest
 from lemica_trt.core.metrics import Frames, psnr

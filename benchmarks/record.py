@@ -108,6 +108,8 @@ class Quality(Value, frozen=True, tag_field="kind", tag="quality"):
         first_seed: seed of the first held-out clip; clip s has prompt s of the held-out list and this seed + s.
         uncached_fine_psnr: the uncached N steps against the fine reference, one number a clip.
         rows: by budget; the bundle's own plan first.
+        seed: of the first calibration sample.
+        flow_shift: of the sigmas, where it is not the scheduler's own.
     """
 
     run: Run
@@ -123,6 +125,8 @@ class Quality(Value, frozen=True, tag_field="kind", tag="quality"):
     first_seed: int
     uncached_fine_psnr: tuple[float, ...]
     rows: tuple[QualityRow, ...]
+    seed: int = 0
+    flow_shift: float | None = None
 
     @property
     def budgets(self) -> list[int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
+from typing import Any
 
 import numpy as np
 from record import (
@@ -496,9 +497,56 @@ def best_stock(plans: Sequence[QualityRow]) -> QualityRow | None:
     return max((row for row in plans if row.method in SOLVERS), key=lambda row: np.mean(row.psnr), default=None)
 
 
+def main_qualities(results: Sequence[Result]) -> list[Quality]:
+    """One quality a model: with the most steps, and of these that from the first calibration seed."""
+    found = sorted(
+        (result for result in results if isinstance(result, Quality)), key=lambda one: (-one.steps, one.seed)
+    )
+    return sorted({one.model: one for one in reversed(found)}.values(), key=lambda one: one.model)
+
+
+def standing_table(results: Sequence[Result]) -> str:
+    """A row a model, number of steps, calibration seed and budget: the plan beside the best of all others in each of
+    mean, 5th percentile and worst clip, whose name is given; bold where it is ahead beyond the interval."""
+    found = [result for result in results if isinstance(result, Quality)]
+    rows = []
+    for result in sorted(found, key=lambda one: (one.model, -one.steps, one.guidance_scale, one.seed)):
+        guided = f"guidance {result.guidance_scale:g}"
+        shift = "" if result.flow_shift is None else f", shift {result.flow_shift:g}"
+        for budget in result.budgets:
+            plans = result.of_budget(budget)
+            own = next(row for row in plans if row.own)
+            others = [row for row in plans if not row.own]
+            cells = [
+                f"{result.model}, {guided}{shift}",
+                f"{budget} of {result.steps}",
+                str(result.seed),
+                mean_p5_worst(own.psnr),
+                _rival(own, others, np.mean, gain),
+                _rival(own, others, lambda psnr: np.percentile(psnr, 5), tail_gain),
+            ]
+            worst = max(others, key=lambda row: min(row.psnr))
+            cells.append(f"{min(own.psnr) - min(worst.psnr):+.1f} ({NAMES.get(worst.method, worst.method)})")
+            rows.append(cells)
+    head = ["", "full steps", "seed", "the plan", "mean: lead over the best other", "5th percentile", "worst clip"]
+    return table(head, rows) if rows else ""
+
+
+def _rival(
+    own: QualityRow,
+    others: Sequence[QualityRow],
+    score: Callable[[Sequence[float]], Any],
+    lead: Callable[[Sequence[float], Sequence[float]], str],
+) -> str:
+    """The lead over the other with the best score, and its name; bold where the plan is behind beyond the interval."""
+    best = max(others, key=lambda row: score(row.psnr))
+    found = f"{lead(own.psnr, best.psnr)} ({NAMES.get(best.method, best.method)})"
+    return f"**{found}**" if "+" not in found else found
+
+
 def summary_table(results: Sequence[Result]) -> str:
     """The README's table: a row a model and budget; PSNR mean / 5th percentile over held-out clips."""
-    qualities = [result for result in results if isinstance(result, Quality)]
+    qualities = main_qualities(results)
     speeds = {
         (speed.model, row.full_steps): speedup(row, speed.rows[1])
         for speed in results

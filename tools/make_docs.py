@@ -39,7 +39,6 @@ from record import (
     EngineBuild,
     Guidance,
     Peers,
-    Quality,
     Quantized,
     Result,
     Serving,
@@ -48,7 +47,7 @@ from record import (
     UnusedDepth,
     read_results,
 )
-from tables import described, summary_table, table
+from tables import described, main_qualities, standing_table, summary_table, table
 
 from lemica_trt.backends.options import options_table
 from lemica_trt.cli.command import Command, Flag, in_sections
@@ -193,7 +192,8 @@ PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "methods": lambda _: methods(),
     "profiles": lambda _: profiles(),
     "summary": summary_table,
-    "quality": _results(Quality),
+    "quality": lambda results: "\n\n".join(map(described, main_qualities(results))),
+    "standing": standing_table,
     "speed": _results(Speed),
     "serving": _results(Serving),
     "engine-build": _results(EngineBuild),

@@ -45,12 +45,12 @@ def verify(
 ) -> None:
     """Check BUNDLE: digests, engines and plans against PyTorch and diffusers, held-out quality, time."""
     from lemica_trt.bundle.reading import Bundle
-    from lemica_trt.compiler import bundle_commands
+    from lemica_trt.compiler import bundle_verify
     from lemica_trt.compiler.inspection import summarize
     from lemica_trt.report import summary
 
     opened = Bundle.open(bundle)
-    report = bundle_commands.verify(opened, weights, verify_samples, device, backend, screen.reporter, prompts=prompts)
+    report = bundle_verify.verify(opened, weights, verify_samples, device, backend, screen.reporter, prompts=prompts)
     screen.print(report, lambda: summary.build_table(summarize(opened), report, bundle))
 
 

@@ -316,7 +316,7 @@ def _plan_bundle(
     target: Path, fields: dict[str, Any], reporter: Reporter, default: str | None, changes: dict[str, Any]
 ) -> PlanResult:
     """Plans of a bundle from what it has; `changes`: as `bundle.writing.change_plans` removes and renames."""
-    from lemica_trt.compiler import bundle_commands
+    from lemica_trt.compiler import bundle_plans
 
     bundle = Bundle.open(target)
     if unused := sorted(fields.keys() - {*PLANNING_FIELDS, "verify_samples"}):
@@ -331,11 +331,11 @@ def _plan_bundle(
     fields.setdefault("verify_samples", PLAN_CLIPS)
     request = BuildRequest(**fields)
     if changes:
-        bundle_commands.note_signatures(bundle, reporter)
+        bundle_plans.note_signatures(bundle, reporter)
     if not request.budgets and changes:  # the default may be a new name
         bundle = change_plans(bundle, default=default, **changes)
-        return bundle_commands.plan_bundle(bundle, request, reporter)
-    made = bundle_commands.plan_bundle(bundle, request, reporter, default=default)
+        return bundle_plans.plan_bundle(bundle, request, reporter)
+    made = bundle_plans.plan_bundle(bundle, request, reporter, default=default)
     if not changes:
         return made
     bundle = change_plans(Bundle.open(target), **changes)
@@ -359,10 +359,10 @@ def _refit(
 
 def engine_target(target: Path, output: Path, flags: Mapping[str, Any], reporter: Reporter) -> Bundle:
     """Engines of a work folder or of a bundle → a bundle."""
-    from lemica_trt.compiler import bundle_commands, work_commands
+    from lemica_trt.compiler import bundle_engines, work_commands
 
     if Workspace(target).is_there:
         return work_commands.engine(
             target, output, {**request_defaults(ENGINE_FIELDS), **request_fields(flags)}, reporter
         )
-    return bundle_commands.rebuild_engines(Bundle.open(target), output, request_fields(flags), reporter)
+    return bundle_engines.rebuild_engines(Bundle.open(target), output, request_fields(flags), reporter)

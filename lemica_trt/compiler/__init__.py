@@ -13,7 +13,9 @@ bundle_stages     bundle, verify
 stages            the list
 estimates         what each would take: `--dry-run`
 work_commands     build, calibrate, export, engine, plan: the loop, up to one stage
-bundle_commands   plan, engine, verify on a finished bundle
+bundle_plans      more plans for a finished bundle
+bundle_engines    other engines for it
+bundle_verify     it verified again
 quantized         engines of a finished bundle with quantised linear layers
 refit             a finished bundle calibrated and planned again, on its own engines
 measure_commands  bench and compare: plans of finished bundles

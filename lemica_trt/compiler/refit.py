@@ -27,7 +27,7 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace, work_folder
 from lemica_trt.bundle.writing import change_plans
 from lemica_trt.compiler import estimates
-from lemica_trt.compiler.bundle_commands import note_signatures, reference_of
+from lemica_trt.compiler.bundle_plans import note_signatures, reference_of
 from lemica_trt.compiler.bundle_stages import facts_of
 from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.estimates import Forecast

@@ -24,9 +24,6 @@ from lemica_trt.runtime.validation import choose_plan, guidance_from, require_kn
 NESTED = ("nvext", "extra_body", "extra_params")
 """Objects in a request whose fields count as the request's own: Dynamo's, SGLang's and vLLM-Omni's."""
 
-QUALITIES = ("auto", "standard", "medium", "low", "high", "hd")
-"""OpenAI's qualities: the default plan, three times; the plan of fewest full steps; that of most, twice."""
-
 TEXTS = ("model", "prompt", "negative_prompt", "plan", "quality", "size", "user", "response_format", "output_format",
          "background", "input_reference")  # fmt: skip
 NUMBERS = ("steps", "seed", "guidance_scale", "num_inference_steps", "num_frames", "fps", "width", "height", "n",
@@ -131,17 +128,12 @@ class Model:
         default, model = self.default, found.get("model", self.name)
         if model not in self.ids:
             raise Refused(404, "model_not_found", f"model must be one of {', '.join(self.ids)}; got {model!r}")
-        quality = found.get("quality", "auto")
-        if quality not in QUALITIES:
-            raise InputError(f"quality must be one of {', '.join(QUALITIES)}; got {quality!r}")
-        by_cost = sorted(self.plans, key=lambda name: (self.plans[name].budget, name != default, name))
-        if quality in ("low", "high", "hd"):
-            default = by_cost[0] if quality == "low" else by_cost[-1]
-        asked = {name: found[name] for name in ("plan", "steps") if name in found}
+        asked = {name: found[name] for name in ("plan", "steps", "quality") if name in found}
+        chosen = choose_plan(asked, self.plans, default)
         if model == self.name:
-            return choose_plan(asked, self.plans, default)
+            return chosen
         named = self.plans[self.ids[model]]
-        if asked and choose_plan(asked, self.plans, default) is not named:
+        if asked.keys() & {"plan", "steps"} and chosen is not named:
             raise InputError(f"model names plan {named.name}: leave out plan and steps, or name the model {self.name}")
         return named
 

@@ -20,13 +20,41 @@ def require_known(names: Iterable[str], allowed: Collection[str]) -> None:
             raise InputError(f"unknown parameter {name!r}: expected {', '.join(sorted(allowed))}")
 
 
+QUALITIES = {
+    **dict.fromkeys(("auto", "balanced", "standard", "medium"), "default"),
+    **dict.fromkeys(("fast", "low"), "fewest"),
+    **dict.fromkeys(("high", "hd"), "most"),
+    "lossless": "all",
+}
+"""OpenAI's words and vLLM-Omni's → which plan: the default one; that of fewest full steps; that of most which still
+leaves some out; that with all steps."""
+
+
+def plan_of_quality(quality: object, plans: Mapping[str, StepPlan], default: str) -> str:
+    """The name of the plan that a word of `QUALITIES` means; among equals the default.
+
+    Raises:
+        InputError: it is no such word.
+    """
+    meant = QUALITIES.get(quality) if isinstance(quality, str) else None
+    if meant is None:
+        raise InputError(f"quality must be one of {', '.join(QUALITIES)}; got {quality!r}")
+    if meant == "default":
+        return default
+    cached = [name for name, plan in plans.items() if plan.budget < plan.num_steps] or list(plans)
+    if meant == "fewest":
+        return min(cached, key=lambda name: (plans[name].budget, name != default, name))
+    return max(plans if meant == "all" else cached, key=lambda name: (plans[name].budget, name == default, name))
+
+
 def choose_plan(parameters: Mapping[str, Any], plans: Mapping[str, StepPlan], default: str) -> StepPlan:
-    """The plan that `plan`, `steps` (full steps), both or neither ask for.
+    """The plan that `plan`, `steps` (full steps) and `quality` ask for; `quality` says the default, no more.
 
     Raises:
         InputError: there is none.
     """
     name, steps = parameters.get("plan"), parameters.get("steps")
+    default = plan_of_quality(parameters.get("quality", "auto"), plans, default)
     if name == "default" and name not in plans:
         name = default
     if name is not None and (not isinstance(name, str) or name not in plans):

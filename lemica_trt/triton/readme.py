@@ -61,10 +61,10 @@ lemica-trt client --url localhost:8001 "a prompt" --output out.{kind}
 curl -d '{{"prompt": "a prompt", "seed": 7, "output": "{kind}-base64"}}' localhost:8000/v2/models/pipeline/generate
 ```
 
-{_NEW_PLANS}"""
+{_OPERATION}"""
 
 
-_NEW_PLANS = """New plans, without a restart:
+_OPERATION = """New plans, without a restart:
 
 ```bash
 lemica-trt plan denoiser/bundle --budget 12
@@ -76,6 +76,14 @@ done
 
 Each model loads only the bundle whose digest its config names. Requests under way finish on the old plans; a bundle
 that is damaged is refused, and the old one keeps serving.
+
+A model whose process has died answers every request with an error. Start it anew; `load` alone would do nothing:
+
+```bash
+for action in unload load; do
+  curl -X POST -H "admin-token: $ADMIN_TOKEN" localhost:8000/v2/repository/models/text_encoder/$action
+done
+```
 """
 
 
@@ -83,7 +91,13 @@ def _parameters(manifest: Manifest) -> str:
     """What a request may ask for."""
     guided, output = manifest.graphs.layout.guided, file_output(manifest.profile.shape)
     kind = FILE_FORMATS[output]
-    names = ["`plan`", "`steps` (full steps, of the plans below)", "`seed`", *(["`guidance_scale`"] * guided)]
+    names = [
+        "`plan`",
+        "`steps` (full steps, of the plans below)",
+        "`quality`",
+        "`seed`",
+        *(["`guidance_scale`"] * guided),
+    ]
     wrapped = textwrap.wrap(
         f"Parameters of a request: {', '.join(names)}, and to the pipelines {'`negative_prompt` and ' * guided}"
         f"`output`: `frames`, or `{kind}` and `{kind}-base64`, which are the answer's `{output}`. `timeout` "

@@ -588,7 +588,7 @@ def test_bf16_is_built_where_nothing_can_run_it(tmp_path: Path, monkeypatch: pyt
     """As cogvideox-5b and wan2.1 are: the whole pipeline, and it says that what was built was not verified."""
     from tiny import make_variant
 
-    from lemica_trt.compiler import bundle_commands, work_commands
+    from lemica_trt.compiler import bundle_verify, work_commands
     from lemica_trt.compiler.requests import BuildRequest
     from lemica_trt.evaluate.step_timer import runnable_backend
 
@@ -604,7 +604,7 @@ def test_bf16_is_built_where_nothing_can_run_it(tmp_path: Path, monkeypatch: pyt
     bundle, report, unverified, *_ = work_commands.build(profile, tmp_path / "bundle", request, told)
     assert report is None and unverified == {"tensorrt-rtx": "no CUDA driver"}
     with pytest.raises(MissingDependencyError, match=r"expected engines that run .* tensorrt-rtx: no CUDA driver"):
-        bundle_commands.verify(bundle, str(tmp_path / "model"), 1, None, None, told)
+        bundle_verify.verify(bundle, str(tmp_path / "model"), 1, None, None, told)
     monkeypatch.setattr("lemica_trt.runtime.pipeline.open_backend", MagicMock())
     assert runnable_backend(bundle) == ("tensorrt-rtx", {})
     bundle.check()

@@ -16,7 +16,7 @@ from lemica_trt.bundle.manifest import FRONT_FILE, STEP_TIMES, VERIFY_REPORT
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace
 from lemica_trt.cli.main import main
-from lemica_trt.compiler import bundle_commands, work_commands
+from lemica_trt.compiler import bundle_plans, work_commands
 from lemica_trt.compiler.requests import BuildRequest, PlanResult, stored_inputs
 from lemica_trt.core.errors import InfeasibleError, UsageError
 from lemica_trt.core.progress import Quiet
@@ -53,7 +53,7 @@ def test_flags_that_do_not_fit_together_are_refused(
 def planned(target: Path, *budgets: Any, pareto: bool = False) -> PlanResult:
     """`plan` on a bundle by LeMiCa's method."""
     request = BuildRequest(budgets=budgets, methods=PAPER, pareto=pareto)
-    return bundle_commands.plan_bundle(Bundle.open(target), request, Quiet())
+    return bundle_plans.plan_bundle(Bundle.open(target), request, Quiet())
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
 from lemica_trt.cli.flags import profile_from_flags, request_fields
 from lemica_trt.cli.main import main
-from lemica_trt.compiler import bundle_commands, work_commands
+from lemica_trt.compiler import bundle_engines, bundle_plans, work_commands
 from lemica_trt.compiler.requests import BuildRequest
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.progress import Quiet
@@ -109,14 +109,14 @@ def test_other_plans_take_no_other_graphs(copy: Path) -> None:
     build_again(copy, budget=4)
     assert {name: data for name, data in contents(copy).items() if name.startswith("onnx/")} == graphs
     request = BuildRequest(budgets=(2, 5), methods=("stock:first-order",))
-    bundle_commands.plan_bundle(Bundle.open(copy), request, Quiet())
+    bundle_plans.plan_bundle(Bundle.open(copy), request, Quiet())
     assert Bundle.open(copy).plans == ("b2", "b4", "b5", "uncached")
     Bundle.open(copy).check()
 
 
 def test_engines_of_a_bundle_are_built_again_elsewhere(copy: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy.with_name("bundle.work"))
-    here = bundle_commands.rebuild_engines(Bundle.open(copy), tmp_path / "here", {"options": {"threads": 1}}, Quiet())
+    here = bundle_engines.rebuild_engines(Bundle.open(copy), tmp_path / "here", {"options": {"threads": 1}}, Quiet())
     before, after = Bundle.open(copy).manifest, here.manifest
     assert after.engines[0].key.options["threads"] == 1 and before.engines[0].key.options["threads"] == 0
     assert (after.graphs, after.plans, after.revision, after.versions) == (
@@ -127,7 +127,7 @@ def test_engines_of_a_bundle_are_built_again_elsewhere(copy: Path, tmp_path: Pat
     assert after.files == files, "only the folder of the engines has another name"
     assert keys[0] != keys[1]
     with pytest.raises(UsageError, match="expected another folder than the bundle"):
-        bundle_commands.rebuild_engines(Bundle.open(copy), copy, {}, Quiet())
+        bundle_engines.rebuild_engines(Bundle.open(copy), copy, {}, Quiet())
 
 
 def test_a_calibration_of_another_model_is_refused_before_it_is_used(copy: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from lemica_trt.bundle.manifest import REFERENCE_FILE, SAMPLER_FILE
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.writing import write_bundle
 from lemica_trt.calibrate.calibration import fit_by_model
-from lemica_trt.compiler.bundle_commands import plan_bundle
+from lemica_trt.compiler.bundle_plans import plan_bundle
 from lemica_trt.compiler.bundle_stages import verify_bundle
 from lemica_trt.compiler.requests import BuildRequest
 from lemica_trt.core.errors import InputError, UsageError

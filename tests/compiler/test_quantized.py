@@ -21,7 +21,7 @@ from lemica_trt.bundle.workspace import work_folder
 from lemica_trt.bundle.writing import change_plans
 from lemica_trt.calibrate.fit import Fitter
 from lemica_trt.cli.flags import plan_target
-from lemica_trt.compiler import bundle_commands
+from lemica_trt.compiler import bundle_engines, bundle_verify
 from lemica_trt.compiler.inspection import page_facts, summarize
 from lemica_trt.compiler.plan_quality import measure_quality
 from lemica_trt.compiler.quantized import unquantized
@@ -164,7 +164,7 @@ def fitted_to_own_runs(bundle: Bundle, plan: StepPlan, folder: Path) -> StepPlan
 
 def test_a_verification_says_what_it_is_and_compares_with_pytorch(int8: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(int8, tmp_path / "bundle"))
-    report = bundle_commands.verify(Bundle.open(output), None, 1, None, None, Quiet())
+    report = bundle_verify.verify(Bundle.open(output), None, 1, None, None, Quiet())
     assert report.precision == "int8" and not report.failures()
     assert "onnxruntime" in report.backend and "int8" in report.backend
     (scored,) = [row for row in report.quality if row.plan == "uncached"]
@@ -198,12 +198,12 @@ def test_where_the_precision_changes_plans_are_said_to_be_of_the_other_one(
     assert "--quantize int8 --output" in after.rebuild_command(after.engine().key)
     assert "--quantize" not in before.rebuild_command(before.engine().key)
     notes = Notes()
-    back = bundle_commands.rebuild_engines(after, tmp_path / "fp32", {}, notes)
+    back = bundle_engines.rebuild_engines(after, tmp_path / "fp32", {}, notes)
     assert back.engine() == before.engine() and back.engine().precision == "fp32"
     assert measured.keys().isdisjoint(back.manifest.files), "qualities on other engines"
     assert any("the plans were made for int8 engines, these are fp32" in note for note in notes.found)
     notes = Notes()
-    same = bundle_commands.rebuild_engines(before, tmp_path / "same", {}, notes)
+    same = bundle_engines.rebuild_engines(before, tmp_path / "same", {}, notes)
     assert measured.keys() <= same.manifest.files.keys()
     assert not any("plans were made for" in note for note in notes.found)
 
@@ -225,26 +225,26 @@ def test_what_cannot_be_quantised_is_refused_before_engines_are_built(
     def build_engines(*_: object) -> None:
         raise AssertionError("engines are built")
 
-    monkeypatch.setattr(bundle_commands, "build_engines", build_engines)
+    monkeypatch.setattr(bundle_engines, "build_engines", build_engines)
     bundle, changes = Bundle.open(built[0]), {"options": {"quantize": "int8"}}
     silent = Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, encoders=()), bundle.digest)
     with pytest.raises(UnsupportedError, match="the bundle has no text encoder"):
-        bundle_commands.rebuild_engines(silent, tmp_path / "out", changes, Quiet())
+        bundle_engines.rebuild_engines(silent, tmp_path / "out", changes, Quiet())
     with monkeypatch.context() as patched:
         patched.setattr("lemica_trt.backends.onnxruntime.quantize.MAX_BYTES", 1000)
         with pytest.raises(UnsupportedError, match="expected a graph of less than"):
-            bundle_commands.rebuild_engines(bundle, tmp_path / "out", changes, Quiet())
+            bundle_engines.rebuild_engines(bundle, tmp_path / "out", changes, Quiet())
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "onnx", None)
         with pytest.raises(MissingDependencyError, match="--quantize needs the package onnx"):
-            bundle_commands.rebuild_engines(bundle, tmp_path / "out", changes, Quiet())
+            bundle_engines.rebuild_engines(bundle, tmp_path / "out", changes, Quiet())
     with monkeypatch.context() as patched:
         patched.setattr("lemica_trt.evaluate.step_timer.runnable_backend", lambda _: (None, {"onnxruntime": "no"}))
         with pytest.raises(MissingDependencyError, match="expected engines that run on this machine"):
-            bundle_commands.rebuild_engines(bundle, tmp_path / "out", changes, Quiet())
+            bundle_engines.rebuild_engines(bundle, tmp_path / "out", changes, Quiet())
     with pytest.raises(UsageError, match="--quantize: expected one backend"):
         both = {**changes, "backends": ("onnxruntime", "openvino")}
-        bundle_commands.rebuild_engines(bundle, tmp_path / "out", both, Quiet())
+        bundle_engines.rebuild_engines(bundle, tmp_path / "out", both, Quiet())
     assert not list(tmp_path.iterdir())
 
 

@@ -22,7 +22,7 @@ from lemica_trt.triton.server import requests
 
 GOLDEN = Path(__file__).parents[1] / "golden/bundle"
 PLANS = {name: read_value(StepPlan, GOLDEN / f"plans/{name}.json") for name in ("b3", "uncached")}
-NAMES = ("plan", "steps", "seed", "guidance_scale", "negative_prompt", "output")
+NAMES = ("plan", "steps", "quality", "seed", "guidance_scale", "negative_prompt", "output")
 
 VALUES = st.one_of(
     st.sampled_from((*STRANGE_VALUES, "b3", "default", "uncached", 3, 6, 4.0, float("nan"), float("inf"), -0.0)),

@@ -212,3 +212,25 @@ def test_options_of_a_command() -> None:
     assert "| `--size`, `-s` INTEGER | 3 | How large. | Output |" in text
     assert "| `--kind` a / b | what fits | Which. | Output |" in text
     assert "| `--pool` X\\|Y |  | Of which. | Output |" in text
+
+
+def test_one_quality_of_a_model_is_the_main_one() -> None:
+    """The one with the most steps and the first calibration seed, wherever it stands in the list."""
+    other = msgspec.structs.replace(QUALITY, seed=100)
+    fewer = msgspec.structs.replace(QUALITY, steps=3)
+    found = tables.main_qualities([fewer, other, SPEED, QUALITY, msgspec.structs.replace(QUALITY, model="another")])
+    assert [(one.model, one.steps, one.seed) for one in found] == [("another", 4, 0), ("toy", 4, 0)]
+
+
+def test_the_plan_stands_beside_the_best_other_of_each_score() -> None:
+    worse = _row("UniPCMultistepScheduler", (35.0, 61.0))
+    result = msgspec.structs.replace(QUALITY, flow_shift=5.0, rows=(*QUALITY.rows[:3], worse))
+    line = tables.standing_table([result]).splitlines()[-1]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:4] == ["toy, guidance 4, shift 5", "2 of 4", "0", "45.0 / 40.5 / 40.0"]
+    assert cells[4] == "-3.0 [-11.0, +5.0] (UniPC, B steps)"  # within the interval
+    assert cells[5].startswith("+4.2 ") and cells[5].endswith("(UniPC, B steps)")
+    assert cells[6] == "+5.0 (UniPC, B steps)"
+    behind = msgspec.structs.replace(QUALITY, rows=(*QUALITY.rows[:3], _row("UniPCMultistepScheduler", (51.0, 61.0))))
+    cells = [cell.strip() for cell in tables.standing_table([behind]).splitlines()[-1].strip("|").split("|")]
+    assert cells[4] == "**-11.0 [-11.0, -11.0] (UniPC, B steps)**"

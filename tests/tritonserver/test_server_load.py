@@ -87,8 +87,9 @@ def out_of_time(server: Server, client: Any, reference: dict[str, Any], draw: ra
     try:
         client.infer("pipeline", prompt_input(grpc, "red"), parameters={"plan": "uncached"}, timeout=20_000)
     except failure as error:
-        said = "timeout" in error.message().lower()
-        assert said or eventually(lambda: temporary.has_died(str(server.pid))), error  # then the connection broke
+        # A model that is started anew takes no request, and Triton says INTERNAL of one whose process has died.
+        ended = str(error.status()).endswith(("UNAVAILABLE", "NOT_FOUND")) or "not healthy" in error.message()
+        assert ended or eventually(lambda: temporary.has_died(str(server.pid))), f"{error.status()}: {error.message()}"
         raise
     raise AssertionError("a whole clip in 20 ms")
 
@@ -250,7 +251,7 @@ def require_gone(server: Server, left: dict[int, str]) -> None:
 
 
 def test_every_request_is_answered_once(fresh: Server, reference: dict[str, Any]) -> None:
-    """32 clients; every twelve seconds a process of a model is killed, and the model loaded again."""
+    """32 clients; every twelve seconds a process of a model is killed, and the model started anew."""
     end, wrong, kills = time.monotonic() + SECONDS, list[str](), 0
     with clients(fresh, reference, lambda: time.monotonic() >= end, wrong) as seen:
         draw = random.Random(0)
@@ -261,14 +262,12 @@ def test_every_request_is_answered_once(fresh: Server, reference: dict[str, Any]
                 os.kill(fresh.stub(model), signal.SIGKILL)
                 kills += 1
             for _ in range(5):  # the server may be taking the model down
-                if fresh.load(model)[0] == 200:
+                if fresh.restart(model):
                     break
                 time.sleep(1)
     print(f"{sum(seen.values())} requests, {kills} kills; {dict(sorted(seen.items()))}")
     assert not wrong, wrong[:3]
     assert seen["whole: right"] and seen["latents: right"] and seen["cancelled: cancelled"] and kills
-    for model in KILLED:
-        assert fresh.load(model)[0] == 200
     require_right(fresh, reference)  # all is as it was
 
 
@@ -355,6 +354,7 @@ def test_plans_by_several_writers_while_serving(fresh: Server, tiny: Path) -> No
         for budget in budgets
     ]
     for budget, writer in zip(budgets, writers):
+        # A model that is being started anew is not there, or one of its processes is not.
         said = writer.communicate(timeout=300)[1]
         has = f"b{budget}" in Bundle.open(bundle).plans
         assert (writer.returncode == 0 and has) or (writer.returncode == 2 and "is writing it" in said), said

@@ -149,6 +149,11 @@ def test_plans_and_steps() -> None:
         ({"plan": "default"}, "slow"),
         ({"plan": "fast"}, "fast"),
         ({"steps": 1}, "fast"),
+        ({"quality": "fast"}, "fast"),
+        ({"quality": "high"}, "fast"),
+        ({"quality": "balanced"}, "slow"),
+        ({"quality": "lossless", "plan": "fast"}, "fast"),
+        ({"quality": "lossless"}, "slow"),
     ):
         assert validation.choose_plan(asked, plans, "slow") is plans[name]
     assert validation.choose_plan({"plan": "fast", "steps": 1}, plans, "slow") is plans["fast"]
@@ -156,6 +161,8 @@ def test_plans_and_steps() -> None:
         {"plan": "no"},
         {"plan": 3},
         {"steps": 2},
+        {"quality": "best"},
+        {"quality": ["high"]},
         {"steps": True},
         {"steps": "1"},
         {"plan": "slow", "steps": 1},

@@ -100,6 +100,11 @@ class Server:
     def load(self, model: str) -> tuple[int, bytes]:
         return self.post(f"v2/repository/models/{model}/load", headers={"admin-token": ADMIN_TOKEN})
 
+    def restart(self, model: str) -> bool:
+        """Start a model's processes anew, also dead ones: `load` alone does nothing if no file has changed."""
+        unloaded = self.post(f"v2/repository/models/{model}/unload", headers={"admin-token": ADMIN_TOKEN})
+        return unloaded[0] == 200 and self.load(model)[0] == 200
+
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a metric over all label sets that have these labels."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30) as answer:
@@ -186,6 +191,7 @@ def _ready(server: Server, process: subprocess.Popen[bytes]) -> bool:
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             server.get("v2/health/ready")
+            server.metric("nv_inference_count")  # its port opens last
             return True
         time.sleep(0.2)
     return False

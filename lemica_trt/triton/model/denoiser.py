@@ -15,7 +15,7 @@ from lemica_trt.runtime.denoise import Cancelled
 from lemica_trt.triton.interface import conditions_from_inputs, interfaces
 from lemica_trt.triton.server import batching, cancel, errors, load, metrics, requests
 
-PARAMETERS = ("plan", "steps", "seed", "guidance_scale", "caller")
+PARAMETERS = ("plan", "steps", "quality", "seed", "guidance_scale", "caller")
 
 
 class TritonPythonModel:

@@ -26,7 +26,7 @@ from lemica_trt.triton.interface import (
 )
 from lemica_trt.triton.server import cancel, errors, load, requests
 
-FORWARDED = ("plan", "steps", "seed", "guidance_scale")
+FORWARDED = ("plan", "steps", "quality", "seed", "guidance_scale")
 
 
 class TritonPythonModel:

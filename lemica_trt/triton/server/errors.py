@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
 
 from lemica_trt.core.errors import InputError, LemicaError, UsageError
+
+_UNAVAILABLE = re.compile(r"maximum queue size|timeout expired|is not (ready|healthy|found|at ready state)")
+"""What Triton says of a model that takes no requests at the moment."""
 
 
 class RequestEnded(LemicaError):
@@ -43,10 +47,11 @@ def triton_error(pb_utils: Any, error: Exception) -> Any:
 def forward_error(pb_utils: Any, error: Any) -> RequestEnded:
     """The error of a model that was called, to be answered as it is.
 
-    On the way from a streaming model Triton 2.51 makes every code INTERNAL: its queue is known by what it says.
+    On the way from a streaming model Triton 2.51 makes every code INTERNAL, and it gives this code where a model has
+    died or is being loaded: these are known by what they say.
     """
     message = error.message()
-    if "maximum queue size" in message or "timeout expired" in message:
+    if _UNAVAILABLE.search(message):
         return RequestEnded("UNAVAILABLE", message)
     for code in ("INVALID_ARG", "UNAVAILABLE", "CANCELLED"):
         if error.code() == getattr(pb_utils.TritonError, code):

@@ -1,13 +1,10 @@
-"""The same stages on a finished bundle: other plans, other engines, verification again."""
+"""More plans for a finished bundle, from what it carries of its calibration."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import Any
 
 from lemica_trt.bundle.contents import calibration_in, read_from, read_if_listed
 from lemica_trt.bundle.manifest import (
@@ -17,93 +14,26 @@ from lemica_trt.bundle.manifest import (
     REPORTS,
     SAMPLER_FILE,
     SELECTION_FILE,
-    plan_path,
 )
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.reports import stored_report
-from lemica_trt.bundle.workspace import Workspace, work_folder
-from lemica_trt.bundle.writing import add_plan, require_replaceable, write_bundle
-from lemica_trt.compiler.bundle_stages import verify_bundle
-from lemica_trt.compiler.context import open_model, solver_tables
-from lemica_trt.compiler.graph_stages import build_engines
+from lemica_trt.bundle.writing import add_plan
+from lemica_trt.compiler.context import solver_tables
 from lemica_trt.compiler.plan_quality import better_rival, known_quality, measure_quality, rivals_of, store_quality
-from lemica_trt.compiler.quantized import (
-    precisions,
-    quantized_engines,
-    require_quantized_engines,
-    without_quantization,
-)
-from lemica_trt.compiler.requests import BuildRequest, PlanResult, prompts_of
+from lemica_trt.compiler.requests import BuildRequest, PlanResult
 from lemica_trt.core.atomic_folder import held
-from lemica_trt.core.errors import InputError, MissingDependencyError, UsageError
+from lemica_trt.core.errors import MissingDependencyError, UsageError
 from lemica_trt.core.progress import Reporter
-from lemica_trt.evaluate.step_timer import StepTimer, require_runnable
+from lemica_trt.evaluate.step_timer import StepTimer
 from lemica_trt.ir.budget import Front, MinPsnr
 from lemica_trt.ir.measured import MeasuredPlan
 from lemica_trt.ir.plan import UNCACHED, StepPlan
-from lemica_trt.ir.profile import Profile
-from lemica_trt.ir.resources import absolute_source
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.ir.trials import TrialTables
 from lemica_trt.planning.budget import front_rows
 from lemica_trt.planning.planner import Fit, Problem, plan_given, planners
 from lemica_trt.planning.search import PlanSet, best_known, budget_outcomes, resolve_budgets
-
-if TYPE_CHECKING:
-    from lemica_trt.ir.report import VerifyReport
-
-
-def verify(
-    bundle: Bundle,
-    weights: str | None,
-    samples: int,
-    device: str | None,
-    backend: str | None,
-    reporter: Reporter,
-    *,
-    prompts: Path | None = None,
-) -> VerifyReport:
-    """Verify a bundle against the model that it was built from, on the backend named or the first that runs here.
-
-    Args:
-        prompts: file of held-out prompts; None: the profile's.
-
-    Raises:
-        MissingDependencyError: none of its engines can run here.
-        InputError: these are other weights; or no prompts can be read, which is found before the model is loaded.
-    """
-    backend = backend or require_runnable(bundle, fix="verify the bundle where they run")
-    profile = profile_of_bundle(bundle, weights)
-    held_out = prompts_of(profile, None if prompts is None else str(prompts), split="held_out")
-    model = open_model(profile, reporter, device=device)
-    if model.revision != bundle.manifest.revision:
-        raise InputError(
-            f"expected the weights that the bundle was built from ({str(bundle.manifest.revision)[:12]}), "
-            f"got {model.revision[:12]} in {model.profile.source}",
-            fix="name the right folder with --weights, or rebuild the bundle",
-        )
-    return verify_bundle(bundle, model, held_out, samples, reporter, backend=backend)
-
-
-def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:
-    """The profile that a bundle was built as, pointing at weights that are here.
-
-    Raises:
-        UsageError: the bundle was built from a local folder, and that is not named.
-    """
-    profile = bundle.manifest.profile
-    if weights is not None:
-        return msgspec.structs.replace(profile, source=absolute_source(weights))
-    if ":" in profile.source or "/" in profile.source:  # package:NAME or a hub id; of folders only the name is kept
-        return profile
-    raise UsageError(
-        f"the bundle was built from a local folder {profile.source!r}, which it does not carry",
-        fix="name it: --weights DIR",
-    )
-
-
-# ---------------------------------------------------------------- plans
 
 
 def plan_bundle(bundle: Bundle, request: BuildRequest, reporter: Reporter, *, default: str | None = None) -> PlanResult:
@@ -281,63 +211,3 @@ def reference_of(bundle: Bundle, table: SamplerTable, steps: int | None) -> Samp
             fix=f"lemica-trt build … --reference-steps {steps}",
         )
     return found
-
-
-# ---------------------------------------------------------------- engines
-
-
-def rebuild_engines(bundle: Bundle, output: Path, changes: dict[str, Any], reporter: Reporter) -> Bundle:
-    """The same bundle with other engines: its graphs and plans as they are, engines built here; no PyTorch.
-
-    Args:
-        changes: backends and options.
-
-    Raises:
-        UsageError: `output` is the bundle itself, or something else than a bundle.
-        IntegrityError: a file of the bundle is altered or missing.
-        LemicaError: as `backends.build.build` and, where linear layers are quantised, `quantized.quantized_engines`.
-    """
-    require_replaceable(output)
-    if output.resolve() == bundle.path.resolve():
-        raise UsageError(f"--output: expected another folder than the bundle, got {output}", fix="choose another")
-    manifest = bundle.manifest
-    request = BuildRequest(**changes)
-    request.check(manifest.profile.dtype, finished=True)
-    bundle.check()
-    observed_on = require_quantized_engines(bundle, request) if request.quantizes else None
-    work = Workspace(work_folder(output))
-    with work.locked():
-        plain = msgspec.structs.replace(request, options=without_quantization(request.options))
-        entries = build_engines(plain, manifest.graphs, bundle.path, work.root, reporter)
-        if observed_on is not None:
-            entries = quantized_engines(
-                bundle, entries, request, work.root,
-                backend=observed_on, trajectories=work.trajectories, reporter=reporter,
-            )  # fmt: skip
-        before, after = precisions(manifest.engines), precisions(entries)
-        graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
-        replaced = {name for entry in manifest.engines for name in entry.paths} - graphs
-        replaced |= {plan_path(name) for name in manifest.plans}
-        replaced |= set() if before == after else {FRONT_FILE, SELECTION_FILE}  # qualities on the other engines
-        files: dict[str, Path | bytes] = {
-            **{name: work.root / name for entry in entries for name in entry.paths},
-            **{name: bundle.path / name for name in manifest.files if name not in replaced},
-        }
-        if before != after:
-            reporter.note(
-                f"the plans were made for {before} engines, these are {after} "
-                f"→ lemica-trt plan {output} --calibrate-on engine"
-            )
-        reporter.stage("bundle", str(output))
-        return write_bundle(
-            output,
-            profile=manifest.profile,
-            graphs=manifest.graphs,
-            plans=[bundle.plan(name) for name in manifest.plans],
-            default_plan=manifest.default_plan,
-            encoders=manifest.encoders,
-            engines=entries,
-            files=files,
-            revision=manifest.revision,
-            versions=manifest.versions,
-        )

@@ -1,0 +1,70 @@
+"""A finished bundle verified again, against the model that it was built from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from lemica_trt.bundle.reading import Bundle
+from lemica_trt.compiler.bundle_stages import verify_bundle
+from lemica_trt.compiler.context import open_model
+from lemica_trt.compiler.requests import prompts_of
+from lemica_trt.core.errors import InputError, UsageError
+from lemica_trt.core.progress import Reporter
+from lemica_trt.evaluate.step_timer import require_runnable
+from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.resources import absolute_source
+
+if TYPE_CHECKING:
+    from lemica_trt.ir.report import VerifyReport
+
+
+def verify(
+    bundle: Bundle,
+    weights: str | None,
+    samples: int,
+    device: str | None,
+    backend: str | None,
+    reporter: Reporter,
+    *,
+    prompts: Path | None = None,
+) -> VerifyReport:
+    """Verify a bundle against the model that it was built from, on the backend named or the first that runs here.
+
+    Args:
+        prompts: file of held-out prompts; None: the profile's.
+
+    Raises:
+        MissingDependencyError: none of its engines can run here.
+        InputError: these are other weights; or no prompts can be read, which is found before the model is loaded.
+    """
+    backend = backend or require_runnable(bundle, fix="verify the bundle where they run")
+    profile = profile_of_bundle(bundle, weights)
+    held_out = prompts_of(profile, None if prompts is None else str(prompts), split="held_out")
+    model = open_model(profile, reporter, device=device)
+    if model.revision != bundle.manifest.revision:
+        raise InputError(
+            f"expected the weights that the bundle was built from ({str(bundle.manifest.revision)[:12]}), "
+            f"got {model.revision[:12]} in {model.profile.source}",
+            fix="name the right folder with --weights, or rebuild the bundle",
+        )
+    return verify_bundle(bundle, model, held_out, samples, reporter, backend=backend)
+
+
+def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:
+    """The profile that a bundle was built as, pointing at weights that are here.
+
+    Raises:
+        UsageError: the bundle was built from a local folder, and that is not named.
+    """
+    profile = bundle.manifest.profile
+    if weights is not None:
+        return msgspec.structs.replace(profile, source=absolute_source(weights))
+    if ":" in profile.source or "/" in profile.source:  # package:NAME or a hub id; of folders only the name is kept
+        return profile
+    raise UsageError(
+        f"the bundle was built from a local folder {profile.source!r}, which it does not carry",
+        fix="name it: --weights DIR",
+    )
