@@ -211,7 +211,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"guidance_scale": "much"}, "guidance_scale must be a number from 0 to 100; got 'much'"),
     ({"output": "gif"}, "output must be one of frames, mp4, mp4-base64; got 'gif'"),
     ({"negative_prompt": "x" * 9000}, "negative_prompt must be text of at most 8192 bytes; got 9000 bytes"),
-    ({"cfg": 3}, "unknown parameter 'cfg': expected guidance_scale, negative_prompt, output, plan, seed, steps"),
+    (
+        {"cfg": 3},
+        "unknown parameter 'cfg': expected guidance_scale, negative_prompt, output, plan, quality, seed, steps",
+    ),
     ({"caller": "0" * 32}, "unknown parameter 'caller'"),
 ]
 
