@@ -150,47 +150,48 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         given = negative_prompt or ""
         negatives = [given] * len(prompts) if isinstance(given, str) else list(given)
-        if len(negatives) != len(prompts):
-            raise ValueError(f"expected a negative prompt for each of {len(prompts)} prompts, got {len(negatives)}")
-        most, factor = self.transformer.config["model_max_length"], self.vae.spatial_factor
-        if not 1 <= max_sequence_length <= most:
-            raise ValueError(f"expected prompts of 1 to {most} tokens, got max_sequence_length {max_sequence_length}")
-        if height % factor or width % factor:
-            raise ValueError(f"height and width must be multiples of {factor}, got {height} and {width}")
-        guided = guidance_scale > 1
+        self._require_possible(len(prompts), len(negatives), height, width, max_sequence_length)
         embeds, mask = self.encode_prompt(prompts, max_sequence_length)
-        if guided:
+        if guidance_scale > 1:
             null, null_mask = self.encode_prompt(negatives, max_sequence_length)
             embeds, mask = torch.cat([null, embeds]), torch.cat([null_mask, mask])
-
-        device = self._execution_device
-        shape = (self.vae.latent_frames(num_frames), height // factor, width // factor)
+        factor = self.vae.spatial_factor
         if latents is None:
+            shape = (self.vae.latent_frames(num_frames), height // factor, width // factor)
             size = (len(prompts), self.transformer.config["in_channels"], *shape)
-            latents = randn_tensor(size, generator=generator, device=device, dtype=torch.float32)
-        latents = latents.to(device, torch.float32)
+            latents = randn_tensor(size, generator=generator, device=self._execution_device, dtype=torch.float32)
         timesteps = self.timesteps(num_inference_steps, height, width, num_frames)
-        with self.progress_bar(total=num_inference_steps) as bar:
-            for t in timesteps:
-                rows = torch.cat([latents, latents]) if guided else latents
-                velocity = self.transformer(
-                    rows,
-                    t.expand(rows.shape[0]),
-                    embeds,
-                    mask,
-                    fps=fps if num_frames > 1 else IMAGE_FPS,
-                    height=height,
-                    width=width,
-                    return_dict=False,
-                )[0].float()[:, : latents.shape[1]]
-                if guided:
-                    away, towards = velocity.chunk(2)
-                    velocity = away + guidance_scale * (towards - away)
-                latents = self.scheduler.step(-velocity, t, latents, return_dict=False)[0]
-                bar.update()
-        frames: Any = latents
+        told = {"fps": fps if num_frames > 1 else IMAGE_FPS, "height": height, "width": width}
+        frames: Any = self._denoised(latents, timesteps, embeds, mask, guidance_scale, told)
         if output_type != "latent":
-            video = self.vae.decode(latents.to(self.vae.dtype), num_frames, return_dict=False)[0]
+            video = self.vae.decode(frames.to(self.vae.dtype), num_frames, return_dict=False)[0]
             frames = VideoProcessor(vae_scale_factor=factor).postprocess_video(video, output_type=output_type)
         self.maybe_free_model_hooks()
         return OpenSoraOutput(frames=frames) if return_dict else (frames,)
+
+    def _require_possible(self, prompts: int, negatives: int, height: int, width: int, length: int) -> None:
+        if negatives != prompts:
+            raise ValueError(f"expected a negative prompt for each of {prompts} prompts, got {negatives}")
+        most, factor = self.transformer.config["model_max_length"], self.vae.spatial_factor
+        if not 1 <= length <= most:
+            raise ValueError(f"expected prompts of 1 to {most} tokens, got max_sequence_length {length}")
+        if height % factor or width % factor:
+            raise ValueError(f"height and width must be multiples of {factor}, got {height} and {width}")
+
+    def _denoised(
+        self, x: Tensor, timesteps: Tensor, embeds: Tensor, mask: Tensor, scale: float, told: dict[str, Any]
+    ) -> Tensor:
+        """The loop, in fp32; the negative prompts' rows are the first where there are twice as many as of x."""
+        x = x.to(self._execution_device, torch.float32)
+        branches = len(embeds) // len(x)
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for t in timesteps:
+                rows = torch.cat([x] * branches)
+                output = self.transformer(rows, t.expand(len(rows)), embeds, mask, **told, return_dict=False)[0]
+                velocity = output.float()[:, : x.shape[1]]
+                if branches == 2:
+                    away, towards = velocity.chunk(2)
+                    velocity = away + scale * (towards - away)
+                x = self.scheduler.step(-velocity, t, x, return_dict=False)[0]
+                bar.update()
+        return x
