@@ -382,16 +382,17 @@ def scheduler_like(kind: Any, scheduler: Any) -> Any:
 
 
 def _shifted(scheduler: Any, shift: float) -> Any:
-    """The same scheduler with another shift of its sigmas.
+    """The same scheduler with another shift of its sigmas, in place of one that follows the size (FLUX) too.
 
     Raises:
         UnsupportedError: it has none.
     """
     name = type(scheduler).__name__
+    fixed = {"use_dynamic_shifting": False} if scheduler.config.get("use_dynamic_shifting", False) else {}
     if name.startswith("FlowMatch"):
-        return made_scheduler(type(scheduler), scheduler.config, shift=shift)
+        return made_scheduler(type(scheduler), scheduler.config, shift=shift, **fixed)
     if scheduler.config.get("use_flow_sigmas", False):
-        return made_scheduler(type(scheduler), scheduler.config, flow_shift=shift)
+        return made_scheduler(type(scheduler), scheduler.config, flow_shift=shift, **fixed)
     raise UnsupportedError(f"expected a scheduler for flow matching to shift, got {name}", fix="leave --flow-shift out")
 
 

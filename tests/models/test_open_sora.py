@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from lemica_trt.cli.main import main
 from lemica_trt.core.errors import InputError
-from lemica_trt.ir.profile import Shape
+from lemica_trt.ir.profile import Sampling, Shape
 from lemica_trt.ir.resources import load_named, load_profile
-from lemica_trt.models.load import is_here, load_model, load_pipeline, revision_of
+from lemica_trt.models.load import is_here, load_model, load_pipeline, revision_of, scheduler_for
 from lemica_trt.models.open_sora import published
 from lemica_trt.models.open_sora.transformer import STDiT3, branch_mask
 from lemica_trt.models.open_sora.vae import CausalConv3d, OpenSoraVAE
@@ -407,6 +407,26 @@ def test_timesteps_and_steps_are_those_of_upstream(frames: int, counted: int) ->
     for i, row in enumerate(rows[1:]):
         step = (expected[i] - (expected[i + 1] if i < 29 else 0)) / 1000
         assert row.latents[0] == pytest.approx(1) and row.outputs[0] == pytest.approx(-step, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind", ["FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"]
+)
+@pytest.mark.parametrize("asked", [None, 3.0])
+def test_other_samplers_take_the_shift_of_the_size_or_the_one_that_is_asked_for(kind: str, asked: float | None) -> None:
+    pipeline = tiny_pipeline("open-sora")
+    pipeline.scheduler = scheduler_for(Sampling(steps=30, scheduler=kind, flow_shift=asked), pipeline.scheduler)
+    noise = sampler_table_of(pipeline).levels.noise
+    shift = asked or math.sqrt(240 * 424 / 512**2) * math.sqrt(15)
+    linear = [level / (shift - (shift - 1) * level) for level in noise]  # before it was shifted
+    assert linear == pytest.approx([1 - i / 30 for i in range(31)], abs=0.04)  # each class spaces it in its own way
+
+
+def sampler_table_of(pipeline: Any) -> Any:
+    """Of 30 steps of a video of 51 frames."""
+    pipeline.vae.register_to_config(micro_frame_size=17)
+    pipeline.timesteps(30, 240, 424, 51)
+    return sampler_table(pipeline.scheduler)
 
 
 def test_without_a_negative_prompt_the_null_embedding_is_one_with_the_prompts_mask() -> None:

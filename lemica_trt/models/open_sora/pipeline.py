@@ -8,7 +8,7 @@ Upstream's sampler is Euler on velocities from noise to video, with timesteps th
     t' = r·t / (1 + (r − 1)·t),  r = √(pixels / 512²) · √(latent frames).
 
 That is diffusers' `FlowMatchEulerDiscreteScheduler` with the linear shift r, on velocities from video to noise: the
-model's output with its sign turned. Any other scheduler for flow matching may take its place, with its own shift.
+model's output with its sign turned. Other schedulers for flow matching may take its place.
 
 Height and width are multiples of 8. Upstream's sizes need not be: it tells the transformer that a video of "240p" is
 426 pixels wide, and decodes 424 of them.
@@ -19,6 +19,7 @@ puts " aesthetic score: 6.5." behind each: write that into the prompt to get the
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,14 +98,20 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.where(written[:, :, None], embeds, null), mask * written
 
     def timesteps(self, num_inference_steps: int, height: int, width: int, num_frames: int) -> Tensor:
-        """Set the scheduler; the timesteps of a loop, falling from 1000."""
-        if not self.scheduler.config.get("use_dynamic_shifting", False):
-            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-            return self.scheduler.timesteps  # type: ignore[no-any-return]
+        """Set the scheduler; the timesteps of a loop, falling from 1000. A scheduler that does not use dynamic shifting
+        keeps the shift that it has."""
+        scheduler, device = self.scheduler, self._execution_device
+        taken = inspect.signature(scheduler.set_timesteps).parameters
         shift = math.sqrt(height * width / BASE_PIXELS) * math.sqrt(self._shifting_frames(num_frames))
-        sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
-        self.scheduler.set_timesteps(sigmas=sigmas, mu=shift, device=self._execution_device)
-        return self.scheduler.timesteps  # type: ignore[no-any-return]
+        dynamic = scheduler.config.get("use_dynamic_shifting", False)
+        if dynamic and {"sigmas", "mu"} <= taken.keys():
+            sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+            scheduler.set_timesteps(sigmas=sigmas, mu=shift, device=device)
+        else:
+            if dynamic:  # DPM-Solver++ takes no sigmas
+                scheduler.register_to_config(flow_shift=shift)
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        return scheduler.timesteps  # type: ignore[no-any-return]
 
     def _shifting_frames(self, num_frames: int) -> int:
         """Latents of the whole pieces of a video, as upstream counts; of all of it where it is shorter than one."""
