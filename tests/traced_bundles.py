@@ -15,6 +15,7 @@ FLAGS = {
     "hunyuanvideo": ("--height", 32, "--width", 48, "--frames", 9),
     "ltx": ("--height", 32, "--width", 64, "--frames", 9),
     "latte": ("--height", 32, "--width", 32, "--frames", 4, "--guidance-scale", 3),
+    "open-sora": ("--height", 32, "--width", 48, "--frames", 6, "--max-sequence-length", 64, "--guidance-scale", 3),
     "qwen-image": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
 }
 

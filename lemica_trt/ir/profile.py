@@ -227,7 +227,7 @@ class Card(Value, frozen=True):
     """What is known of a named model beside its profile. No build reads it.
 
     Attributes:
-        pipeline: its class in diffusers; "": diffusers has none.
+        pipeline: its class, of diffusers or of `lemica_trt.models.open_sora`; "": there is none.
         links: its model card, and where its settings are written.
         refused: why it cannot be built, as tracing says of a tiny pipeline of its class; "": nothing known forbids it.
         note: what a user should know before building it.

@@ -28,6 +28,8 @@ from lemica_trt.ir.resources import nearest, zoo_path
 from lemica_trt.models.cogvideox import CogVideoX
 from lemica_trt.models.family import DTYPES, Family
 from lemica_trt.models.model import Model, folder_revision
+from lemica_trt.models.open_sora import published
+from lemica_trt.models.open_sora.pipeline import OpenSoraPipeline
 from lemica_trt.models.parts import (
     BROKEN,
     load_networks,
@@ -40,6 +42,9 @@ from lemica_trt.models.wan import Wan
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (CogVideoX(), Wan())}
 """All families, by name."""
+
+PIPELINES: dict[str, Any] = {OpenSoraPipeline.__name__: OpenSoraPipeline}
+"""Pipeline classes beside those of diffusers, by name."""
 
 
 def family_from_name(name: str) -> Family:
@@ -181,8 +186,8 @@ def profile_from_pipeline(source: str) -> Profile:
         InputError, UnsupportedError: as `load_pipeline`.
     """
     with quiet():
-        path = Path(source) / "model_index.json"
-        index = _index(path, where=source) if Path(source).is_dir() else _hub_index(source)
+        local = Path(source).is_dir() and not published.is_published(source)
+        index = _index(Path(source) / "model_index.json", where=source) if local else _hub_index(source)
         kind = _check_index(source, index)
     for name, family in FAMILIES.items():
         if family.pipeline_class == kind.__name__:
@@ -229,6 +234,8 @@ UNKNOWN_TEXT_LENGTH = 77
 def _hub_index(source: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
+    if published.is_published(source):
+        return published.INDEX
     try:
         return _index(Path(hf_hub_download(source, "model_index.json")), where=source)
     except BROKEN as error:
@@ -259,7 +266,7 @@ def _check_index(source: str, index: dict[str, Any]) -> Any:
     if not any(part.startswith("transformer") for part in parts):
         got = "a UNet" if "unet" in parts else f"none in {', '.join(sorted(parts)) or 'no components'}"
         raise UnsupportedError(f"{source}: expected a pipeline with a diffusion transformer, got {got} ({name})")
-    kind = getattr(diffusers, name, None)
+    kind = PIPELINES.get(name, getattr(diffusers, name, None))
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise UnsupportedError(f"{source}: expected a pipeline class of diffusers {diffusers.__version__}, got {name}")
     return kind
@@ -278,6 +285,8 @@ def revision_of(profile: Profile) -> str:
 def is_here(profile: Profile) -> bool:
     """Whether a profile's model can be loaded without a download; True of a source that is no hub id."""
     source = profile.source
+    if published.is_published(source):
+        return published.is_here(source)
     if source.startswith("package:") or Path(source).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return True
     found = huggingface_hub.try_to_load_from_cache(source, "model_index.json")
@@ -290,6 +299,8 @@ def is_here(profile: Profile) -> bool:
 
 def _folder_from_source(source: str) -> Path:
     """Local folder of a source; downloads from the hub into its cache where the source is a hub id."""
+    if published.is_published(source):
+        return published.pipeline_folder(source)
     scheme, _, name = source.partition(":")
     folder = zoo_path(name) if scheme == "package" else Path(source)
     if folder.is_dir():
@@ -371,16 +382,17 @@ def scheduler_like(kind: Any, scheduler: Any) -> Any:
 
 
 def _shifted(scheduler: Any, shift: float) -> Any:
-    """The same scheduler with another shift of its sigmas.
+    """The same scheduler with another shift of its sigmas, in place of one that follows the size (FLUX) too.
 
     Raises:
         UnsupportedError: it has none.
     """
     name = type(scheduler).__name__
+    fixed = {"use_dynamic_shifting": False} if scheduler.config.get("use_dynamic_shifting", False) else {}
     if name.startswith("FlowMatch"):
-        return made_scheduler(type(scheduler), scheduler.config, shift=shift)
+        return made_scheduler(type(scheduler), scheduler.config, shift=shift, **fixed)
     if scheduler.config.get("use_flow_sigmas", False):
-        return made_scheduler(type(scheduler), scheduler.config, flow_shift=shift)
+        return made_scheduler(type(scheduler), scheduler.config, flow_shift=shift, **fixed)
     raise UnsupportedError(f"expected a scheduler for flow matching to shift, got {name}", fix="leave --flow-shift out")
 
 

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError
 from lemica_trt.core.text import first_line
 from lemica_trt.models.model import Model
+from lemica_trt.models.open_sora import transformer, vae
 
 BROKEN = (
     OSError,
@@ -38,7 +39,11 @@ BROKEN = (
 )
 """What diffusers, transformers and the hub's client raise for files that are missing, cut off or of another model."""
 
-LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+LIBRARIES = {
+    "diffusers": diffusers,
+    "transformers": transformers,
+    **{module.__name__: module for module in (transformer, vae)},
+}
 """Where the class of a part may come from; diffusers would import any module that `model_index.json` names."""
 
 
@@ -90,7 +95,7 @@ def _class_of(name: str, entry: list[Any]) -> Any:
     found = getattr(LIBRARIES.get(library), kind, None)
     if not isinstance(found, type):
         raise UnsupportedError(
-            f"model_index.json: {name} must be a class of {' or '.join(LIBRARIES)}, got {library}.{kind}"
+            f"model_index.json: {name} must be a class of diffusers or transformers, got {library}.{kind}"
         )
     return found
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from lemica_trt.core.errors import MissingDependencyError
 from lemica_trt.core.progress import size
 from lemica_trt.ir.profile import TRACED, Profile
 from lemica_trt.models.load import family_from_name, is_here, quiet, scheduler_for
+from lemica_trt.models.open_sora import published
 from lemica_trt.models.parts import BROKEN
 from lemica_trt.models.scheduler import refusing, sampler_table
 
@@ -40,6 +43,9 @@ def require_configuration(profile: Profile) -> int | None:
     """
     if is_here(profile):
         return None
+    if published.is_published(profile.source):
+        _require_disk(profile.source, [(each.source, each.files) for each in published.REPOSITORIES])
+        return None
     with quiet():
         folder = _configuration(profile.source)
         if folder is None:
@@ -54,7 +60,7 @@ def require_configuration(profile: Profile) -> int | None:
                     family.set_timesteps(scheduler, profile.sampling.steps)
                 rows = sampler_table(scheduler, dynamic_guidance=profile.sampling.dynamic_guidance).num_steps
             family.latent_shape(_without_weights(folder, family.pipeline_class), profile.shape)
-        _require_disk(profile.source)
+        _require_disk(profile.source, [(profile.source, [f"*/*{ending}" for ending in WEIGHTS])])
     return rows
 
 
@@ -89,13 +95,20 @@ def _without_weights(folder: Path, pipeline: str) -> Any:
     return kind(**parts)
 
 
-def _require_disk(source: str) -> None:
-    """Raise MissingDependencyError where the hub says that the weights are larger than the disk that they go to."""
+def _require_disk(source: str, repositories: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Raise MissingDependencyError where the hub says that the weights are larger than the disk that they go to.
+
+    Args:
+        repositories: hub id, and patterns of the files that are downloaded.
+    """
+    needed, hub = 0, huggingface_hub.HfApi()
     try:
-        files = huggingface_hub.HfApi().model_info(source, files_metadata=True).siblings or []
+        for name, patterns in repositories:
+            for file in hub.model_info(name, files_metadata=True).siblings or []:
+                if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in patterns):
+                    needed += file.size or 0
     except BROKEN:
         return
-    needed = sum(file.size or 0 for file in files if file.rfilename.endswith(WEIGHTS) and "/" in file.rfilename)
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     while not cache.exists():
         cache = cache.parent

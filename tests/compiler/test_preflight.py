@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from lemica_trt.cli.main import main
 from lemica_trt.ir.resources import load_profile, zoo_path
 from lemica_trt.models import preflight
+from lemica_trt.models.open_sora import published
 
 pytestmark = pytest.mark.cpu
 
@@ -98,6 +99,24 @@ def test_weights_larger_than_the_disk_are_not_downloaded(hub: dict[str, Any]) ->
     done = build("--budget", "15")
     assert done.exit_code == 7 and "the weights take 1152922 TB" in done.stderr, done.stderr
     assert TOUCHED not in done.stderr and "set HF_HOME" in done.stderr
+
+
+def test_all_repositories_of_a_published_model_must_fit_the_disk(
+    hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not needed of them does not count."""
+    asked = []
+
+    def model_info(self: Any, source: str, *, files_metadata: bool) -> Any:
+        asked.append(source)
+        files = {"model.safetensors": 1 << 58, "README.md": 1 << 60}
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=its) for name, its in files.items()])
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    command = ["build", "--model", "open-sora-1.2", "--dtype", "fp32", "--budget", "15", "--output", "out", "--quiet"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 7 and "OpenSora-STDiT-v3: the weights take 864691 TB" in done.stderr, done.stderr
+    assert asked == [each.source for each in published.REPOSITORIES]
 
 
 def test_what_can_be_built_goes_on_to_the_download(hub: dict[str, Any]) -> None:

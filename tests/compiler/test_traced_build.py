@@ -29,7 +29,7 @@ CALLS = {
 """Pipelines whose shapes follow the prompt, and how they are called."""
 
 
-@pytest.mark.parametrize("name", [name for name in FLAGS if name not in ("flux", *CALLS)])
+@pytest.mark.parametrize("name", [name for name in FLAGS if name not in ("flux", "open-sora", *CALLS)])
 def test_the_uncached_plan_of_a_bundle_is_the_pipeline(name: str, tmp_path: Path) -> None:
     require_agreement(built(name, tmp_path))
 
@@ -57,6 +57,25 @@ def test_prompts_of_any_length_are_the_pipelines(name: str, tmp_path: Path) -> N
         with pytest.raises(InputError, match=r"must have one length of 1 … \d+ tokens"):
             pipe.latents(longer, noise.numpy())
         assert pipe("a red bird", seed=3).frames.shape[1:] == (32, CALLS[name]["width"], 3)
+
+
+def test_open_sora_is_guided_away_from_its_null_embedding(tmp_path: Path) -> None:
+    """New prompts, seeds and scales, with the null embedding and with a negative prompt: the final latents are the
+    pipeline's. 6 frames are two pieces of the autoencoder's."""
+    output, source = built("open-sora", tmp_path), tiny_pipeline("open-sora")
+    require_agreement(output)
+    with lemica_trt.load(output) as pipe:
+        shape = pipe.bundle.manifest.graphs.layout.latent_shape
+        for seed, (prompt, negative, scale) in enumerate([(*PROMPTS[0], 2.5), (*PROMPTS[1], 3.5), (*PROMPTS[2], 3.0)]):
+            noise = torch.from_numpy(Generator(seed).randn((1, *shape)))
+            conditions = pipe.conditions([prompt], [negative])
+            got = pipe.latents(conditions, noise.numpy(), guidance_scale=scale, plan="uncached")
+            want = source(
+                prompt, negative, latents=noise, num_inference_steps=5, guidance_scale=scale, height=32, width=48,
+                num_frames=6, max_sequence_length=64, output_type="latent",
+            ).frames.numpy()  # fmt: skip
+            assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+        assert pipe("a red bird", seed=3).frames.shape == (6, 32, 48, 3)
 
 
 PROMPTS = (

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of diffu
 
 RUN = (
     *("auraflow", "chroma", "cogvideox", "cogview3-plus", "easyanimate", "flux", "hunyuanvideo", "ltx", "mochi"),
-    *("pixart-sigma", "kandinsky5", "latte", "qwen-image"),
+    *("pixart-sigma", "kandinsky5", "latte", "open-sora", "qwen-image"),
 )
 
 REFUSED = {
@@ -225,6 +225,7 @@ CASES_OF_CARDS = {
     "LattePipeline": "latte",
     "Lumina2Pipeline": "lumina2",
     "MochiPipeline": "mochi",
+    "OpenSoraPipeline": "open-sora",
     "PixArtSigmaPipeline": "pixart-sigma",
     "QwenImagePipeline": "qwen-image",
     "SanaPipeline": "sana",

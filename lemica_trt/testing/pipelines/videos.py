@@ -7,6 +7,9 @@ from typing import Any
 import diffusers
 
 from lemica_trt.ir.trace import TraceRequest
+from lemica_trt.models.open_sora.pipeline import SCHEDULER, OpenSoraPipeline
+from lemica_trt.models.open_sora.transformer import STDiT3
+from lemica_trt.models.open_sora.vae import OpenSoraVAE
 from lemica_trt.testing.pipelines import parts
 from lemica_trt.testing.pipelines.images import HEADS, ROPE, kandinsky_transformer
 from lemica_trt.testing.pipelines.parts import (
@@ -321,6 +324,21 @@ def ltx2() -> Any:
     )  # fmt: skip
 
 
+def open_sora() -> Any:
+    vae = OpenSoraVAE(
+        spatial=dict(kl(shift_factor=None, scaling_factor=0.13025).config), filters=4, res_blocks=1, norm_num_groups=2,
+        micro_frame_size=5,
+    )  # fmt: skip
+    return OpenSoraPipeline(
+        tokenizer=tokenizer(), text_encoder=t5(), vae=random(vae), scheduler=flow(**SCHEDULER),
+        transformer=random(
+            STDiT3(
+                hidden_size=24, depth=2, num_heads=2, mlp_ratio=2.0, caption_channels=WIDTH, model_max_length=64,
+            )
+        ),
+    )  # fmt: skip
+
+
 SHORT = TraceRequest(height=32, width=48, frames=9, max_sequence_length=64)
 
 CASES = {
@@ -340,6 +358,7 @@ CASES = {
     "ltx-i2v": Case(ltx_i2v, TraceRequest(height=32, width=64, frames=9, image=True)),
     "ltx2": Case(ltx2, TraceRequest(height=32, width=64, frames=9, max_sequence_length=64)),
     "mochi": Case(mochi, TraceRequest(height=32, width=48, frames=7)),
+    "open-sora": Case(open_sora, SHORT),
     "sana-video": Case(sana_video, TraceRequest(height=32, width=64, frames=9)),
     "wan": Case(wan, SHORT),
     "wan-i2v": Case(wan_i2v, SHORT, needs="ftfy"),
