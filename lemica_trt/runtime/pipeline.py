@@ -256,7 +256,7 @@ class Pipeline:
             InputError: the prompt is not text.
         """
         name, found = "the negative prompt" if negative else "the prompt", []
-        for tokenizer in self._encoders:
+        for tokenizer in self._encoders_of(negative=negative):
             cut, length = tokenizer.cut(prompt), tokenizer.spec.length
             if cut:
                 found.append(f"{name} has {cut + length} tokens, the text encoder takes {length}: the end is cut off")
@@ -279,18 +279,26 @@ class Pipeline:
         """
         return self._encode(prompt)[0]
 
-    def _encode(self, prompt: str) -> tuple[dict[str, Array], dict[str, int]]:
+    def _encoders_of(self, *, negative: bool) -> list[PromptTokenizer]:
+        """Those of prompts, or of negative prompts; the same unless some are of negative ones alone."""
+        own = [tokenizer for tokenizer in self._encoders if tokenizer.spec.negative]
+        return own if negative and own else [tokenizer for tokenizer in self._encoders if tokenizer not in own]
+
+    def _encode(self, prompt: str, *, negative: bool = False) -> tuple[dict[str, Array], dict[str, int]]:
         """What `encode` gives, and how many of the encoder's positions no token of the prompt is at, by condition."""
         conditions: dict[str, Array] = {}
         unused: dict[str, int] = {}
-        for tokenizer in self._encoders:
+        inputs: dict[Role, dict[str, Array]] = {}
+        empty: dict[Role, int] = {}
+        for tokenizer in self._encoders_of(negative=negative):
             ids, mask = tokenizer.ids(prompt)
-            inputs = {"input_ids": ids[None], "attention_mask": mask[None]}
-            if not tokenizer.spec.mask:
-                del inputs["attention_mask"]
-            found = self.run_graph(tokenizer.spec.graph, inputs)
+            given = dict(zip(tokenizer.spec.inputs, (ids[None], mask[None])))
+            inputs.setdefault(tokenizer.spec.graph, {}).update(given)
+            empty[tokenizer.spec.graph] = int((mask == 0).sum())
+        for graph, its in inputs.items():
+            found = self.run_graph(graph, its)
             conditions.update({name: array[0] for name, array in found.items()})
-            unused.update(dict.fromkeys(found, int((mask == 0).sum())))
+            unused.update(dict.fromkeys(found, empty[graph]))
         return conditions, unused
 
     def conditions(self, prompts: Sequence[str], negatives: Sequence[str] = ()) -> dict[str, Array]:
@@ -307,13 +315,15 @@ class Pipeline:
             UsageError: the bundle has no text encoder.
             InputError: a prompt is not text, or has no tokens; or texts of one batch have other lengths.
         """
-        encoded = {text: self._encode(text) for text in dict.fromkeys((*negatives, *prompts))}
+        encoded = {(text, False): self._encode(text) for text in dict.fromkeys(prompts)}
+        encoded |= {(text, True): self._encode(text, negative=True) for text in dict.fromkeys(negatives)}
         result = {}
         for spec in self.bundle.manifest.graphs.layout.conditions:
-            name, texts = spec.name, [*negatives, *prompts]
-            followed = list(prompts)
+            followed = [(text, False) for text in prompts]
+            name, texts = spec.name, [*((text, True) for text in negatives), *followed]
             if spec.text_axes and name not in encoded[texts[0]][0]:
-                name, texts, followed = name.removeprefix(NEGATIVE), list(negatives), list(negatives)
+                name, texts = name.removeprefix(NEGATIVE), [(text, True) for text in negatives]
+                followed = texts
             elif spec.text_axes and spec.shape[0] == "batch":
                 texts = followed
             if any(name not in encoded[text][0] for text in texts):
@@ -324,7 +334,7 @@ class Pipeline:
             result[spec.name] = np.stack(rows)
         return result
 
-    def _length(self, name: str, texts: Sequence[str], encoded: Mapping[str, Any]) -> int:
+    def _length(self, name: str, texts: Sequence[tuple[str, bool]], encoded: Mapping[tuple[str, bool], Any]) -> int:
         """Tokens of a condition that texts have, all the same."""
         lengths = {len(conditions[name]) - unused[name] for conditions, unused in (encoded[text] for text in texts)}
         length, *others = lengths

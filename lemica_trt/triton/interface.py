@@ -87,6 +87,8 @@ def embeds_of(graphs: GraphSet) -> Port:
 def interfaces(manifest: Manifest) -> dict[str, Interface]:
     """The models that a bundle can serve: all six, or `denoiser` and `denoiser_stream` without text encoder or VAE."""
     graphs = manifest.graphs
+    if any(encoder.negative for encoder in manifest.encoders):
+        raise UnsupportedError("expected one text encoder for prompts and negative prompts, the bundle has two")
     embeds = embeds_of(graphs)
     latents = Port("latents", "FP32", graphs.layout.latent_shape)
     taken = (embeds, Port(f"negative_{embeds.name}", embeds.dtype, embeds.dims)) if graphs.layout.guided else (embeds,)
