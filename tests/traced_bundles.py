@@ -17,7 +17,13 @@ FLAGS = {
     "latte": ("--height", 32, "--width", 32, "--frames", 4, "--guidance-scale", 3),
     "open-sora": ("--height", 32, "--width", 48, "--frames", 6, "--max-sequence-length", 64, "--guidance-scale", 3),
     "qwen-image": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
+    "sd3": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
+    "sana": ("--height", 64, "--width", 96, "--max-sequence-length", 64),
+    "wan2.2-ti2v": ("--height", 64, "--width", 64, "--frames", 5, "--max-sequence-length", 64),
 }
+
+NAMED = {"wan2.2-ti2v": ("wan2.2-ti2v-5b", "--dtype", "fp32", "--flow-shift", 3)}
+"""Pipelines of a class that takes a profile."""
 
 SMALL = ("--samples", 1, "--validation-samples", 1, "--max-skip", 2, "--method", "lemica", "--verify-samples", 1)
 
@@ -44,8 +50,9 @@ def built(name: str, folder: Path, *flags: object) -> Path:
     with warnings.catch_warnings():  # of diffusers, transformers and exporters
         warnings.simplefilter("ignore")
         source, output = saved(name, folder / name), folder / "bundle"
+        model = ("--model", *NAMED.get(name, (source,)), "--weights", source)[: None if name in NAMED else 2]
         done = lemica(
-            *("build", "--model", source, *FLAGS[name], "--denoising-steps", 5),
+            *("build", *model, *FLAGS[name], "--denoising-steps", 5),
             *(*(flags or ("--schedule", "0,2,4", "--verify-samples", 1)), "--quiet", "--output", output),
         )
     assert done.exit_code == 0, done.output

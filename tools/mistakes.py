@@ -48,6 +48,8 @@ MISTAKES: dict[str, tuple[str, ...]] = {
         "build --model out/tiny",
         "build --model notes.toml",
         f"{TINY} --weights nowhere",
+        f"{TINY} --lora nowhere.safetensors",
+        f"{TINY} --lora somebody/style:strong",
         "trace --model wan-tin",
         "trace --model wan-tiny --argument clean",
     ),

@@ -76,8 +76,8 @@ def require_bounded(shape: Shape, sampling: Sampling, graphs: GraphSet, encoders
         elif graph.role == VAE_DECODER:
             frames = TensorSpec(name="frames", dtype="uint8", shape=(1, shape.frames, shape.height, shape.width, 3))
             _require_tensor(graph, graph.outputs, frames)
-    for encoder in encoders:
-        _require_encoder(encoder, graphs)
+    for role in dict.fromkeys(encoder.graph for encoder in encoders):
+        _require_encoder([encoder for encoder in encoders if encoder.graph == role], graphs)
 
 
 def require_runnable(plan: StepPlan, graphs: GraphSet) -> None:
@@ -119,16 +119,17 @@ def _require_interface(graph: GraphSpec, layout: StepLayout, max_batch: int) -> 
             require(fits, f"{where}: expected {dtype} {list(shape)}, {got}")
 
 
-def _require_encoder(encoder: EncoderSpec, graphs: GraphSet) -> None:
-    """The graph of a text encoder, where there is one, takes what its tokenizer makes, and gives conditions."""
-    graph = next((graph for graph in graphs.graphs if graph.role == encoder.graph), None)
+def _require_encoder(encoders: Sequence[EncoderSpec], graphs: GraphSet) -> None:
+    """The graph of a text encoder, where there is one, takes what its tokenizers make, and gives conditions."""
+    graph = next((graph for graph in graphs.graphs if graph.role == encoders[0].graph), None)
     if graph is None:
         return
-    names = ["input_ids", *["attention_mask"] * encoder.mask]
+    names = [name for encoder in encoders for name in encoder.inputs]
     found = [tensor.name for tensor in graph.inputs]
     require(found == names, f"graph {graph.role}: expected inputs {', '.join(names)}, got {', '.join(found)}")
-    for name in names:
-        _require_tensor(graph, graph.inputs, TensorSpec(name=name, dtype="int64", shape=(1, encoder.length)))
+    for encoder in encoders:
+        for name in encoder.inputs:
+            _require_tensor(graph, graph.inputs, TensorSpec(name=name, dtype="int64", shape=(1, encoder.length)))
     conditions = {spec.name: spec for spec in graphs.layout.conditions}
     for tensor in graph.outputs:
         where = f"graph {graph.role}, {tensor.name}"

@@ -134,8 +134,8 @@ class Manifest(Value, frozen=True):
         require(
             self.format_version == BUNDLE_FORMAT, f"format_version must be {BUNDLE_FORMAT}, got {self.format_version}"
         )
-        source = self.profile.source
-        require(source == portable_source(source), f"profile.source must not be an absolute path, got {source!r}")
+        for source in (self.profile.source, *(lora.source for lora in self.profile.loras or ())):
+            require(source == portable_source(source), f"a source must not be an absolute path, got {source!r}")
         for path in self.files:
             require_relative(path)
             unlisted = path in OF_MANIFEST or PurePosixPath(path).parts[0] == REPORTS
@@ -235,6 +235,13 @@ def portable_source(source: str) -> str:
     path = PureWindowsPath(source) if re.match(r"[A-Za-z]:[\\/]|\\\\", source) else PurePosixPath(source)
     local = path.is_absolute() or source.startswith(("~", "file:")) or ".." in path.parts
     return path.name if local else source
+
+
+def portable_profile(profile: Profile) -> Profile:
+    """A profile whose sources are `portable_source`."""
+    replace = msgspec.structs.replace
+    loras = profile.loras and tuple(replace(lora, source=portable_source(lora.source)) for lora in profile.loras)
+    return replace(profile, source=portable_source(profile.source), loras=loras)
 
 
 def require_relative(path: str) -> None:

@@ -25,7 +25,7 @@ from lemica_trt.bundle.manifest import (
     manifest_digest_line,
     manifest_files,
     plan_path,
-    portable_source,
+    portable_profile,
     require_relative,
 )
 from lemica_trt.bundle.reading import Bundle, files_below, hub_blobs, read_signatures
@@ -62,7 +62,7 @@ def write_bundle(
         files: path in the bundle → a file to copy, or its content. Plans are not among them.
         reports: the same, below `reports/`.
         profile, graphs, default_plan, encoders, engines, revision, versions: see `Manifest`; an absolute
-            `profile.source` is shortened.
+            source in `profile` is shortened.
         plans: at least one; names must differ.
 
     Returns:
@@ -87,7 +87,7 @@ def write_bundle(
             for path, content in (reports or {}).items():
                 _store(content, staged / REPORTS / path)
             manifest = Manifest(
-                profile=msgspec.structs.replace(profile, source=portable_source(profile.source)),
+                profile=portable_profile(profile),
                 revision=revision,
                 buckets={bucket_name(profile.shape): bucket},
                 plans=tuple(sorted(by_name)),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @flags(
     "Model",
     flag("--weights", metavar="DIR|HUB_ID", otherwise="as the bundle knows", help="Where the model is."),
+    options.lora,
     options.device,
 )
 @flags(
@@ -38,6 +39,7 @@ def verify(
     screen: Screen,
     bundle: Path,
     weights: str | None,
+    lora: tuple[str, ...],
     verify_samples: int,
     prompts: Path | None,
     backend: str | None,
@@ -45,12 +47,15 @@ def verify(
 ) -> None:
     """Check BUNDLE: digests, engines and plans against PyTorch and diffusers, held-out quality, time."""
     from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.cli.flags import loras_from_flags
     from lemica_trt.compiler import bundle_verify
     from lemica_trt.compiler.inspection import summarize
     from lemica_trt.report import summary
 
-    opened = Bundle.open(bundle)
-    report = bundle_verify.verify(opened, weights, verify_samples, device, backend, screen.reporter, prompts=prompts)
+    opened, loras = Bundle.open(bundle), loras_from_flags(lora)
+    report = bundle_verify.verify(
+        opened, weights, verify_samples, device, backend, screen.reporter, prompts=prompts, loras=loras
+    )
     screen.print(report, lambda: summary.build_table(summarize(opened), report, bundle))
 
 

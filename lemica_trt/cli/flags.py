@@ -12,11 +12,11 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace
 from lemica_trt.bundle.writing import change_plans
 from lemica_trt.compiler.requests import BuildRequest, BuildResult, PlanResult
-from lemica_trt.core.errors import LemicaError, UsageError
+from lemica_trt.core.errors import InputError, LemicaError, UsageError
 from lemica_trt.core.progress import Quiet, Reporter
 from lemica_trt.ir import budget
 from lemica_trt.ir.budget import Budget, Latency, MinPsnr, Speedup
-from lemica_trt.ir.profile import EFFORTS, CalibrationSettings, Effort, Profile, Sampling, Shape
+from lemica_trt.ir.profile import EFFORTS, CalibrationSettings, Effort, Lora, Profile, Sampling, Shape
 from lemica_trt.ir.resources import absolute_source, is_pipeline, load_named, load_profile, require_buildable
 
 PROFILE_FIELDS = {
@@ -29,6 +29,7 @@ PROFILE_FIELDS = {
     "dtype": ("", "dtype"),
     "max_sequence_length": ("", "text_length"),
     "opset": ("", "opset"),
+    "lora": ("", "loras"),
 }
 """Flag → the part of a profile, and the field there, that it sets."""
 
@@ -136,10 +137,14 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
         few = parts["calibration"].get("validation_samples", profile.calibration.validation_samples)
         parts["calibration"]["validation_samples"] = max(few, SEARCH_SAMPLES)
     for name, (part, field) in PROFILE_FIELDS.items():
-        if flags.get(name) is not None:
+        if flags.get(name) not in (None, ()):
             parts[part][field] = flags[name]
     if flags.get("guidance_range") is not None:
         parts["sampling"]["guidance_range"] = _range(flags["guidance_range"])
+    given = flags.get("lora") or ()
+    loras = loras_from_flags((given,) if isinstance(given, str) else given) or profile.loras
+    if loras:
+        parts[""]["loras"] = tuple(replace(lora, source=absolute_source(lora.source)) for lora in loras)
     for name in ("sigmas", "timesteps"):
         if flags.get(name) is not None:
             try:
@@ -196,6 +201,33 @@ def effort_from_flags(flags: Mapping[str, Any]) -> Effort | None:
     if name is not None and name not in EFFORTS:
         raise UsageError(f"effort: expected {', '.join(EFFORTS)}, got {name!r}", fix="name one of them")
     return None if name is None else EFFORTS[name]
+
+
+def loras_from_flags(given: Sequence[str]) -> tuple[Lora, ...]:
+    """LoRA weights of FILE_OR_HUB_ID[:SCALE] each.
+
+    Raises:
+        UsageError: a scale is no number.
+        InputError: there is no such file, and it is no hub id.
+    """
+    found = []
+    for text in given:
+        source, colon, scale = text.rpartition(":")
+        whole = not colon or Path(text).exists()
+        try:
+            lora = Lora(source=text) if whole else Lora(source=source, scale=float(scale))
+        except ValueError:
+            raise UsageError(
+                f"--lora: expected FILE_OR_HUB_ID[:SCALE] with a number as scale, got {text!r}",
+                fix="for example --lora style.safetensors:0.8",
+            ) from None
+        if not Path(lora.source).exists() and lora.on_hub is None:
+            raise InputError(
+                f"--lora: expected a file of LoRA weights or a hub id, got {lora.source!r}, which is not there",
+                fix="check the path, or give the id as the hub has it: OWNER/NAME or OWNER/NAME/FILE.safetensors",
+            )
+        found.append(msgspec.structs.replace(lora, source=absolute_source(lora.source)))
+    return tuple(found)
 
 
 def _range(given: Any) -> tuple[float, float]:

@@ -192,12 +192,16 @@ def refuse_contradictions() -> None:
             raise UsageError(f"--{name} is part of --method now", fix=instead)
 
 
+lora = flag("--lora", multiple=True, metavar="FILE|HUB_ID[:SCALE]",
+            help="LoRA weights to fuse into the model before anything is measured; repeat for several.")  # fmt: skip
+
 model = flags(
     "Model",
     flag("--model", metavar="NAME|FILE.toml|DIR|HUB_ID", shell_complete=completion.models,
          help="Named model (see `lemica-trt models`), build profile, or a diffusers pipeline that is traced."),
     flag("--weights", metavar="DIR|HUB_ID", otherwise="the profile's own",
          help="Where the weights are: diffusers folder or hub id."),
+    lora,
     flag("--frames", type=int, profile=True, aliases=("--num-frames",), help="Video frames."),
     flag("--height", type=int, profile=True, help="Pixels."),
     flag("--width", type=int, profile=True, help="Pixels."),

@@ -23,6 +23,7 @@ from lemica_trt.ir.trace import TraceRequest
     "Model",
     flag("--model", required=True, metavar="NAME|DIR|HUB_ID", shell_complete=completion.models,
          help="Named model (see `lemica-trt models`), diffusers folder or hub id."),
+    options.lora,
     flag("--steps", type=click.IntRange(2), default=4, show_default=True,
          aliases=("--num-inference-steps", "--denoising-steps"), help="Denoising steps of each run."),
     flag("--frames", type=int, otherwise="the profile's or pipeline's", aliases=("--num-frames",),
@@ -40,7 +41,15 @@ from lemica_trt.ir.trace import TraceRequest
     options.device,
 )  # fmt: skip
 @common
-def trace(screen: Screen, model: str, arguments: tuple[str, ...], dtype: Any, device: str | None, **given: Any) -> None:
+def trace(
+    screen: Screen,
+    model: str,
+    lora: tuple[str, ...],
+    arguments: tuple[str, ...],
+    dtype: Any,
+    device: str | None,
+    **given: Any,
+) -> None:
     """Run a pipeline a few times and show how its denoising loop works; the last run checks what was found.
 
     Shows its kinds of steps, conditions, columns, guidance, encoders and trunk, and whether shapes follow the prompt.
@@ -48,8 +57,11 @@ def trace(screen: Screen, model: str, arguments: tuple[str, ...], dtype: Any, de
     """
     import msgspec
 
+    from lemica_trt.cli.flags import loras_from_flags
+
     profile = None if is_pipeline(model) else load_profile(model)
     source = model if profile is None else profile.source
+    loras = loras_from_flags(lora) or (profile.loras if profile is not None and profile.loras else ())
     fields = {**options.given(given), "arguments": dict(map(_argument, arguments))}
     request = msgspec.convert(fields, TraceRequest, strict=True)
 
@@ -64,6 +76,7 @@ def trace(screen: Screen, model: str, arguments: tuple[str, ...], dtype: Any, de
         dtype=dtype or (profile.dtype if profile is not None else "fp32"),
         device=usable_device(device),
         sampling=None if profile is None else profile.sampling,
+        loras=loras,
     )
     if profile is not None:
         request = msgspec.structs.replace(request_from_profile(profile, pipeline), **fields)

@@ -16,6 +16,8 @@
 
 from __future__ import annotations
 
+from msgspec import UNSET, UnsetType
+
 from lemica_trt.core.values import Value
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import EncoderSpec, GraphSet, TensorSpec
@@ -35,13 +37,18 @@ VERIFIED_FILE = "verified.json"
 
 
 class ModelFacts(Value, frozen=True):
-    """What stages know of a model that they do not load; see `models.Model`."""
+    """What stages know of a model that they do not load; see `models.Model`.
+
+    Attributes:
+        loras: SHA-256 (hex) of the files of LoRA weights that are fused, in their order; unset: none are.
+    """
 
     revision: str
     latent_shape: tuple[int, ...]
     guided: bool
     branches: bool
     conditions: tuple[TensorSpec, ...]
+    loras: tuple[str, ...] | UnsetType = UNSET
 
 
 class Exported(Value, frozen=True):

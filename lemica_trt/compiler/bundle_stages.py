@@ -44,7 +44,7 @@ def run_bundle(context: Context, folder: Path) -> Writes:
     candidate = candidate_folder(context.output)
     bundle = write_bundle(
         candidate,
-        profile=context.inputs.profile,
+        profile=context.built_profile,
         graphs=exported.graphs,
         plans=[context.read(StepPlan, plan_path(name)) for name in dict.fromkeys((*index.plans, UNCACHED))],
         default_plan=index.plans[0],

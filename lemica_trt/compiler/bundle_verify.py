@@ -14,7 +14,7 @@ from lemica_trt.compiler.requests import prompts_of
 from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.evaluate.step_timer import require_runnable
-from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.profile import Lora, Profile
 from lemica_trt.ir.resources import absolute_source
 
 if TYPE_CHECKING:
@@ -30,36 +30,46 @@ def verify(
     reporter: Reporter,
     *,
     prompts: Path | None = None,
+    loras: tuple[Lora, ...] = (),
 ) -> VerifyReport:
     """Verify a bundle against the model that it was built from, on the backend named or the first that runs here.
 
     Args:
         prompts: file of held-out prompts; None: the profile's.
+        loras: the LoRA weights that were fused; empty: as the bundle names them.
 
     Raises:
         MissingDependencyError: none of its engines can run here.
         InputError: these are other weights; or no prompts can be read, which is found before the model is loaded.
     """
     backend = backend or require_runnable(bundle, fix="verify the bundle where they run")
-    profile = profile_of_bundle(bundle, weights)
+    profile = profile_of_bundle(bundle, weights, loras)
     held_out = prompts_of(profile, None if prompts is None else str(prompts), split="held_out")
     model = open_model(profile, reporter, device=device)
     if model.revision != bundle.manifest.revision:
         raise InputError(
             f"expected the weights that the bundle was built from ({str(bundle.manifest.revision)[:12]}), "
             f"got {model.revision[:12]} in {model.profile.source}",
-            fix="name the right folder with --weights, or rebuild the bundle",
+            fix="name the right folder with --weights and LoRA weights with --lora, or rebuild the bundle",
         )
     return verify_bundle(bundle, model, held_out, samples, reporter, backend=backend)
 
 
-def profile_of_bundle(bundle: Bundle, weights: str | None) -> Profile:
+def profile_of_bundle(bundle: Bundle, weights: str | None, loras: tuple[Lora, ...] = ()) -> Profile:
     """The profile that a bundle was built as, pointing at weights that are here.
 
     Raises:
-        UsageError: the bundle was built from a local folder, and that is not named.
+        UsageError: the bundle was built from a local folder, or from LoRA weights in a file, and that is not named.
     """
     profile = bundle.manifest.profile
+    if loras:
+        profile = msgspec.structs.replace(profile, loras=loras)
+    elif local := [lora for lora in profile.loras or () if lora.on_hub is None]:
+        raise UsageError(
+            f"the bundle was built with LoRA weights of a local file {local[0].source!r}, which it does not carry",
+            fix="name all that were fused, in their order: "
+            + " ".join(f"--lora {lora.source}:{lora.scale:g}" for lora in profile.loras or ()),
+        )
     if weights is not None:
         return msgspec.structs.replace(profile, source=absolute_source(weights))
     if ":" in profile.source or "/" in profile.source:  # package:NAME or a hub id; of folders only the name is kept

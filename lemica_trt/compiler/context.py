@@ -23,7 +23,7 @@ from lemica_trt.bundle.manifest import (
     Manifest,
     bucket_name,
     plan_path,
-    portable_source,
+    portable_profile,
 )
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import View, Workspace, digest_of
@@ -145,11 +145,11 @@ class Context(contextlib.ExitStack):
     @property
     def engines(self) -> Bundle:
         """The work folder looked at as a bundle with the uncached plan, once there are engines."""
-        exported, profile = self.read(Exported, artifacts.EXPORT_FILE), self.inputs.profile
+        exported, profile = self.read(Exported, artifacts.EXPORT_FILE), self.built_profile
         uncached = plan_path(UNCACHED)
         facts = self.read_if_there(ModelFacts, artifacts.MODEL_FILE)
         manifest = Manifest(
-            profile=msgspec.structs.replace(profile, source=portable_source(profile.source)),
+            profile=portable_profile(profile),
             revision=None if facts is None else facts.revision,
             buckets={
                 bucket_name(profile.shape): Bucket(
@@ -164,6 +164,16 @@ class Context(contextlib.ExitStack):
             files=self.bundle_files | {uncached: self.view.listed[uncached]},
         )
         return Bundle(self.work.root.resolve(), manifest, manifest.digest)
+
+    @property
+    def built_profile(self) -> Profile:
+        """The profile with what was found of its sources: the digests of LoRA weights."""
+        profile, facts = self.inputs.profile, self.read_if_there(ModelFacts, artifacts.MODEL_FILE)
+        if facts is None or not (profile.loras and facts.loras):
+            return profile
+        replace = msgspec.structs.replace
+        found = zip(profile.loras, facts.loras)
+        return replace(profile, loras=tuple(replace(lora, sha256=digest) for lora, digest in found))
 
     def problem(self, calibration: Calibration | None, *, fit: Fit | None = None) -> Problem:
         """What plans are made for; with standard solvers where a method may need them."""

@@ -133,7 +133,7 @@ def write_draft(context: Context, plans: list[StepPlan]) -> Bundle:
     listed = [path for name in ("sampler", "reference", "graphs", "engines") for path in context.view.artifact(name)]
     return write_bundle(
         candidate_folder(context.output or Path()),
-        profile=context.inputs.profile,
+        profile=context.built_profile,
         graphs=exported.graphs,
         plans=plans,
         default_plan=plans[0].name,

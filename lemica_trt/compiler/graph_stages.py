@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from msgspec import UNSET
+
 from lemica_trt.backends.build import build as build_engine
 from lemica_trt.backends.build import prune
 from lemica_trt.backends.options import options_by_backend
@@ -53,6 +55,7 @@ def run_lower(context: Context, folder: Path) -> Writes:
         guided=model.guided,
         branches=model.branches,
         conditions=model.conditions,
+        loras=tuple(str(lora.sha256) for lora in model.profile.loras or ()) or UNSET,
     )
     write_value(facts, folder / artifacts.MODEL_FILE)
     write_value(table, folder / SAMPLER_FILE)

@@ -78,7 +78,7 @@ def _check_graph(
 
 def _random_input(spec: TensorSpec, role: str, random: np.random.Generator, model: Model) -> Array:
     shape = spec.at(1)
-    if spec.name in ("input_ids", "attention_mask"):
+    if role in {encoder.graph for encoder in model.encoder_specs()}:
         return np.tile(model.tokens(["a prompt"], role)[spec.name].cpu().numpy(), (shape[0], 1))
     if spec.name == "coefficients":  # timesteps are large numbers, all others about one
         return random.uniform(0.5, 1.0, shape).astype(np.float32)

@@ -36,11 +36,12 @@ def bundle_card(
     shape = profile.shape
     images = shape.is_image
     names = list(dict.fromkeys(f"{entry.key.title} for {entry.key.target}" for entry in manifest.engines))
+    fused = "".join(f", LoRA {lora.text}" for lora in profile.loras or ())
     weight = size(sum(entry.size for entry in manifest.files.values()))
     parts = [
         _metadata("text-to-image" if images else "text-to-video", profile.source),
         f"# {profile.name}: a bundle of lemica-trt",
-        f"{profile.name} ({profile.source}), {shape.frames} frames {shape.height}×{shape.width}, "
+        f"{profile.name} ({profile.source}{fused}), {shape.frames} frames {shape.height}×{shape.width}, "
         f"{profile.sampling.steps} steps, {manifest.graphs.dtype}, {weight}. Engines: {', '.join(names)}. For another "
         "machine `lemica-trt engine` builds them again, from the graphs in the bundle.",
         f"```\nlemica-trt pull {at} -o bundle --digest {digest}\n"

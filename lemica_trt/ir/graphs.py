@@ -7,6 +7,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from msgspec import UNSET, UnsetType
+
 from lemica_trt.core.text import Cleaning
 from lemica_trt.core.values import Value, require
 from lemica_trt.ir.profile import DType
@@ -334,7 +336,8 @@ class EncoderSpec(Value, frozen=True):
     """How a prompt becomes conditions, without transformers: token ids, then a text encoder graph.
 
     Attributes:
-        graph: name of the text encoder graph; its outputs are conditions of the step layout.
+        graph: name of the text encoder graph; its outputs are conditions of the step layout. It takes the ids of each
+            of these that name it.
         tokenizer: path of `tokenizer.json` in the bundle, read by the `tokenizers` library.
         length: number of ids, padded or cut to it (the last id of a cut prompt stays the end token).
         pad_id, end_id: token ids.
@@ -342,6 +345,8 @@ class EncoderSpec(Value, frozen=True):
             `ftfy.fix_text` (Wan), or `lower` = lower case, white space at the ends cut (PixArt).
         mask: whether the text encoder graph takes `attention_mask` beside `input_ids`.
         template: what is tokenised; `{prompt}` stands for the prompt.
+        suffix: of the names of the graph's inputs that these ids are for; unset: none.
+        negative: true: of negative prompts alone, and those without are of prompts alone.
     """
 
     tokenizer: str
@@ -352,6 +357,15 @@ class EncoderSpec(Value, frozen=True):
     clean: Cleaning = "none"
     mask: bool = False
     template: str = PROMPT
+    suffix: str | UnsetType = UNSET
+    negative: bool | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         require(PROMPT in self.template, f"template must have {PROMPT} in it, got {self.template!r}")
+        plain = self.suffix is UNSET or bool(re.fullmatch(r"_\w+", self.suffix))
+        require(plain, f"suffix must be a word behind an underscore, got {self.suffix!r}")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs: the ids, and the mask where it is taken."""
+        return tuple(f"{name}{self.suffix or ''}" for name in ("input_ids", *["attention_mask"] * self.mask))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import Literal, NamedTuple
+
+from msgspec import UNSET, UnsetType
 
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.values import Value, require, require_finite
@@ -183,6 +186,43 @@ class CalibrationSettings(Value, frozen=True):
         return left if 4 * left >= 3 * self.samples else self.samples
 
 
+class Lora(Value, frozen=True):
+    """LoRA weights that are fused into a model before anything is measured: W + scale · B A.
+
+    Attributes:
+        source: .safetensors file, folder with one, hub id, or `OWNER/NAME/FILE.safetensors`; in a bundle without the
+            path of one machine.
+        scale: what they are multiplied by.
+        sha256: of the file (hex), as built; unset: not looked at.
+    """
+
+    source: str
+    scale: float = 1.0
+    sha256: str | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        require(bool(self.source), "a LoRA must have a source")
+        require_finite((self.scale,), "scale of a LoRA")
+        digest = self.sha256
+        require(digest is UNSET or bool(re.fullmatch("[0-9a-f]{64}", digest)), f"sha256: expected 64 hex, got {digest}")
+
+    @property
+    def on_hub(self) -> tuple[str, str | None] | None:
+        """Repository and file (None: its only one) that the source names if there is no such file here; None: none."""
+        owner, _, rest = self.source.partition("/")
+        name, _, file = rest.partition("/")
+        plain = all(re.fullmatch(r"[\w.-]+", part) and part not in (".", "..") for part in (owner, name))
+        if not plain or not (file.endswith(".safetensors") if file else not name.endswith(".safetensors")):
+            return None
+        return f"{owner}/{name}", file or None
+
+    @property
+    def text(self) -> str:
+        """For people: source, scale, and the beginning of the digest where it is known."""
+        digest = f", sha256 {self.sha256[:16]}" if self.sha256 else ""
+        return f"{self.source} × {self.scale:g}{digest}"
+
+
 class Profile(Value, frozen=True):
     """A build profile, one TOML file in `engines/`: everything about a model that is not its weights.
 
@@ -194,6 +234,7 @@ class Profile(Value, frozen=True):
         text_length: tokens of a prompt, padded.
         shape, sampling, calibration: see there.
         opset: ONNX opset, 18 … 23 (20 is what the tests run; TensorRT decides what it takes).
+        loras: fused into the weights, in this order; unset: none.
     """
 
     name: str
@@ -205,6 +246,7 @@ class Profile(Value, frozen=True):
     sampling: Sampling = Sampling()
     calibration: CalibrationSettings = CalibrationSettings()
     opset: int = 20
+    loras: tuple[Lora, ...] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         require(self.text_length >= 1, f"text_length must be at least 1, got {self.text_length}")

@@ -137,5 +137,5 @@ def require_buildable(model: NamedModel) -> None:
 
 
 def absolute_source(source: str) -> str:
-    """A source that means the same from every working directory: folders become absolute."""
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
+    """A source that means the same from every working directory: what is here becomes absolute."""
+    return str(Path(source).resolve()) if Path(source).exists() else source

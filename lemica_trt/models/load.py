@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ import transformers
 from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.core.text import first_line
 from lemica_trt.core.threads import usable_threads
-from lemica_trt.ir.profile import TRACED, DType, Profile, Sampling, Shape
+from lemica_trt.ir.profile import TRACED, DType, Lora, Profile, Sampling, Shape
 from lemica_trt.ir.resources import nearest, zoo_path
 from lemica_trt.models.cogvideox import CogVideoX
 from lemica_trt.models.family import DTYPES, Family
-from lemica_trt.models.model import Model, folder_revision
+from lemica_trt.models.lora import fuse_loras, identified, lora_file
+from lemica_trt.models.model import Model, folder_revision, fused_revision
 from lemica_trt.models.open_sora import published
 from lemica_trt.models.open_sora.pipeline import OpenSoraPipeline
 from lemica_trt.models.parts import (
@@ -104,7 +105,7 @@ def load_model(
     """Load a model for a profile.
 
     The DiT and the text encoder are in the profile's dtype, except what their classes keep in fp32; the VAE is in
-    what users of the family run it in (`Family.vae_dtype`).
+    what users of the family run it in (`Family.vae_dtype`). What LoRA weights are fused into keeps its precision.
 
     Args:
         profile: the build profile.
@@ -114,18 +115,22 @@ def load_model(
 
     Raises:
         InputError: the source is not there, is incomplete, or is of another family.
-        UnsupportedError: unknown family, or a variant that this tool cannot build.
+        UnsupportedError: unknown family, or a variant that this tool cannot build; or as `lora.fuse_loras`.
         MissingDependencyError: a library that the pipeline needs is not installed.
     """
     profile = msgspec.structs.replace(profile, dtype=dtype or profile.dtype, source=source or profile.source)
+    if profile.loras:
+        profile = msgspec.structs.replace(profile, loras=identified(profile.loras))
     if profile.family == TRACED:
         from lemica_trt.models.traced import TracedModel
 
-        pipeline = load_pipeline(profile.source, dtype=profile.dtype, device=device, sampling=profile.sampling)
-        return TracedModel(profile, pipeline, _folder_from_source(profile.source))
+        pipeline = load_pipeline(
+            profile.source, dtype=profile.dtype, device=device, sampling=profile.sampling, loras=profile.loras or ()
+        )
+        return TracedModel(profile, pipeline, folder_from_source(profile.source))
     family = family_from_name(profile.family)
     with quiet():
-        folder = _folder_from_source(profile.source)
+        folder = folder_from_source(profile.source)
         found = family_from_pipeline(folder)
         if found is not family:
             raise InputError(f"{profile.source}: expected a {family.pipeline_class}, got a {found.pipeline_class}")
@@ -134,6 +139,7 @@ def load_model(
             networks = load_networks(folder, dtypes)
             pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder, **networks)
             require_vocabulary(folder, pipeline)
+        fuse_loras(pipeline, profile.loras or ())
         pipeline.scheduler = scheduler_for(profile.sampling, pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
@@ -143,7 +149,14 @@ def load_model(
     return model
 
 
-def load_pipeline(source: str, *, dtype: DType = "fp32", device: str = "cpu", sampling: Sampling | None = None) -> Any:
+def load_pipeline(
+    source: str,
+    *,
+    dtype: DType = "fp32",
+    device: str = "cpu",
+    sampling: Sampling | None = None,
+    loras: Sequence[Lora] = (),
+) -> Any:
     """Load any diffusers pipeline whose denoiser is a transformer.
 
     Args:
@@ -151,23 +164,25 @@ def load_pipeline(source: str, *, dtype: DType = "fp32", device: str = "cpu", sa
         dtype: of all its networks.
         device: torch device.
         sampling: its scheduler and flow shift are put in the place of the pipeline's own.
+        loras: fused into it.
 
     Raises:
-        InputError: the source is not there, or is incomplete; or there is no such scheduler.
+        InputError: the source is not there, or is incomplete; or there is no such scheduler; or as `lora.fuse_loras`.
         UnsupportedError: its denoiser is a UNet, or its class is not one of diffusers'. Known before a download.
         MissingDependencyError: a library that the pipeline needs is not installed.
     """
     with quiet():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).is_dir():
-            _check_index(source, _hub_index(source))
-        folder = _folder_from_source(source)
-        index = _index(folder / "model_index.json", where=str(folder))
-        kind = _check_index(source, index)
+            pipeline_class(source, _index_on_hub(source))
+        folder = folder_from_source(source)
+        index = pipeline_index(folder / "model_index.json", where=str(folder))
+        kind = pipeline_class(source, index)
         for name, value in index.items():
             if isinstance(value, list) and value[:1] != [None] and not (folder / name).is_dir():
                 raise InputError(f"{source}: expected a complete pipeline, got no folder {name!r}")
         with reading(source):
             pipeline = kind.from_pretrained(folder, **load_networks(folder, {"default": DTYPES[dtype]}))
+        fuse_loras(pipeline, loras)
         if sampling is not None:
             pipeline.scheduler = scheduler_for(sampling, pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
@@ -187,8 +202,9 @@ def profile_from_pipeline(source: str) -> Profile:
     """
     with quiet():
         local = Path(source).is_dir() and not published.is_published(source)
-        index = _index(Path(source) / "model_index.json", where=source) if local else _hub_index(source)
-        kind = _check_index(source, index)
+        path = Path(source) / "model_index.json"
+        index = pipeline_index(path, where=source) if local else _index_on_hub(source)
+        kind = pipeline_class(source, index)
     for name, family in FAMILIES.items():
         if family.pipeline_class == kind.__name__:
             raise UsageError(
@@ -231,13 +247,13 @@ UNKNOWN_TEXT_LENGTH = 77
 """Tokens of a prompt where it says none."""
 
 
-def _hub_index(source: str) -> dict[str, Any]:
+def _index_on_hub(source: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
     if published.is_published(source):
         return published.INDEX
     try:
-        return _index(Path(hf_hub_download(source, "model_index.json")), where=source)
+        return pipeline_index(Path(hf_hub_download(source, "model_index.json")), where=source)
     except BROKEN as error:
         raise InputError(
             f"{source}: expected a folder or a diffusers pipeline on the hub, got: {first_line(error)}",
@@ -245,7 +261,7 @@ def _hub_index(source: str) -> dict[str, Any]:
         ) from None
 
 
-def _index(path: Path, *, where: str) -> dict[str, Any]:
+def pipeline_index(path: Path, *, where: str) -> dict[str, Any]:
     """Content of a `model_index.json`."""
     try:
         index = json.loads(path.read_bytes())
@@ -259,7 +275,7 @@ def _index(path: Path, *, where: str) -> dict[str, Any]:
     )
 
 
-def _check_index(source: str, index: dict[str, Any]) -> Any:
+def pipeline_class(source: str, index: dict[str, Any]) -> Any:
     """The class of a pipeline whose denoiser is a transformer."""
     name = index["_class_name"]
     parts = {key for key, value in index.items() if isinstance(value, list) and value[:1] != [None]}
@@ -273,18 +289,25 @@ def _check_index(source: str, index: dict[str, Any]) -> Any:
 
 
 def revision_of(profile: Profile) -> str:
-    """The revision that a profile's model would have, without loading it; see `model.folder_revision`.
+    """The revision that a profile's model would have, without loading it; see `Model.revision`.
 
     Raises:
-        InputError: the source is not there.
+        InputError: a source is not there.
     """
     with quiet():
-        return folder_revision(_folder_from_source(profile.source))
+        revision = folder_revision(folder_from_source(profile.source))
+        return fused_revision(revision, identified(profile.loras or ()))
 
 
 def is_here(profile: Profile) -> bool:
-    """Whether a profile's model can be loaded without a download; True of a source that is no hub id."""
+    """Whether a profile's model can be loaded without a download; True of sources that are no hub ids."""
     source = profile.source
+    for lora in profile.loras or ():
+        try:
+            lora_file(lora, download=False)
+        except InputError:
+            if lora.on_hub is not None:
+                return False
     if published.is_published(source):
         return published.is_here(source)
     if source.startswith("package:") or Path(source).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
@@ -292,12 +315,12 @@ def is_here(profile: Profile) -> bool:
     found = huggingface_hub.try_to_load_from_cache(source, "model_index.json")
     if not isinstance(found, str):
         return False
-    index = _index(Path(found), where=source)
+    index = pipeline_index(Path(found), where=source)
     parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[:1] != [None]]
     return all((Path(found).parent / name).is_dir() for name in parts)
 
 
-def _folder_from_source(source: str) -> Path:
+def folder_from_source(source: str) -> Path:
     """Local folder of a source; downloads from the hub into its cache where the source is a hub id."""
     if published.is_published(source):
         return published.pipeline_folder(source)

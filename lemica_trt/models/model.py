@@ -19,7 +19,7 @@ from lemica_trt.core.metrics import Frames
 from lemica_trt.core.text import CLEANINGS
 from lemica_trt.ir.graphs import EncoderSpec, StepLayout, TensorSpec
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.profile import Lora, Profile
 from lemica_trt.ir.step_model import Beginning, Latents, Steps
 from lemica_trt.models.family import DTYPES, Family, TextEncoder, VideoDecoder
 from lemica_trt.models.scheduler import made_scheduler, refusing
@@ -115,8 +115,8 @@ class Model:
 
     @property
     def revision(self) -> str:
-        """See `folder_revision`."""
-        return folder_revision(self.folder)
+        """See `folder_revision`, and `fused_revision` where LoRA weights are fused."""
+        return fused_revision(folder_revision(self.folder), self.profile.loras or ())
 
     @property
     def libraries(self) -> dict[str, str]:
@@ -326,6 +326,18 @@ def folder_revision(folder: Path) -> str:
     """SHA-256 (hex) over name and content of `model_index.json` and each component's files, whatever their format."""
     files = [(name, (folder / name).stat()) for name in pipeline_files(folder)]
     return _hashed(folder, tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in files))
+
+
+def fused_revision(revision: str, loras: Sequence[Lora]) -> str:
+    """The revision (hex) of a model of this revision with LoRA weights fused; the same where there are none.
+
+    Args:
+        loras: as `lora.identified`.
+    """
+    if not loras:
+        return revision
+    lines = [revision, *(f"{lora.sha256} {lora.scale!r}" for lora in loras)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @cache

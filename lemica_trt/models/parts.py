@@ -84,13 +84,18 @@ def load_networks(folder: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, 
     for name, entry in index.items():
         if not isinstance(entry, list) or entry == [None, None]:
             continue
-        kind = _class_of(name, entry)
+        kind = class_of(name, entry)
         if issubclass(kind, torch.nn.Module):
             found[name] = _load_network(kind, folder / name, dtypes.get(name, dtypes["default"]))
     return found
 
 
-def _class_of(name: str, entry: list[Any]) -> Any:
+def class_of(name: str, entry: list[Any]) -> Any:
+    """The class of a part, as `model_index.json` names it.
+
+    Raises:
+        UnsupportedError: it is from elsewhere.
+    """
     library, kind = map(str, entry if len(entry) == 2 else (None, None))
     found = getattr(LIBRARIES.get(library), kind, None)
     if not isinstance(found, type):

@@ -16,9 +16,18 @@ from accelerate import init_empty_weights
 from lemica_trt.core.errors import MissingDependencyError
 from lemica_trt.core.progress import size
 from lemica_trt.ir.profile import TRACED, Profile
-from lemica_trt.models.load import family_from_name, is_here, quiet, scheduler_for
+from lemica_trt.models.load import (
+    family_from_name,
+    folder_from_source,
+    is_here,
+    pipeline_class,
+    pipeline_index,
+    quiet,
+    scheduler_for,
+)
+from lemica_trt.models.lora import require_fitting_lora
 from lemica_trt.models.open_sora import published
-from lemica_trt.models.parts import BROKEN
+from lemica_trt.models.parts import BROKEN, class_of, reading
 from lemica_trt.models.scheduler import refusing, sampler_table
 
 CONFIGURATION = ("model_index.json", "*/*.json")
@@ -29,8 +38,8 @@ WEIGHTS = (".safetensors", ".bin", ".model")
 
 
 def require_configuration(profile: Profile) -> int | None:
-    """Refuse a sampler, a shape or a download that could only fail later; of a model that is on this machine nothing is
-    looked at, it is loaded in the same time.
+    """Refuse a sampler, a shape, LoRA weights or a download that could only fail later; of a model that is on this
+    machine LoRA weights alone are looked at, the rest is found by loading it in the same time.
 
     Returns:
         N, the rows of the sampler; None: not known.
@@ -39,17 +48,22 @@ def require_configuration(profile: Profile) -> int | None:
         UsageError: no such scheduler.
         UnsupportedError: it is not linear, or not for this model.
         InputError: the model does not make this shape.
+        InputError, UnsupportedError, MissingDependencyError: as `lora.require_fitting_lora`.
         MissingDependencyError: the disk is too small for the weights.
     """
-    if is_here(profile):
+    here = is_here(profile)
+    if here and not profile.loras:
         return None
     if published.is_published(profile.source):
         _require_disk(profile.source, [(each.source, each.files) for each in published.REPOSITORIES])
         return None
     with quiet():
-        folder = _configuration(profile.source)
+        folder = folder_from_source(profile.source) if here else _configuration(profile.source)
         if folder is None:
             return None  # the download says why
+        _require_loras(folder, profile)
+        if here:
+            return None
         scheduler, rows = _scheduler_in(folder), None
         if scheduler is not None:
             scheduler = scheduler_for(profile.sampling, scheduler)
@@ -70,6 +84,25 @@ def _configuration(source: str) -> Path | None:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(CONFIGURATION)))
     except BROKEN:
         return None
+
+
+def _require_loras(folder: Path, profile: Profile) -> None:
+    """Refuse LoRA weights that do not fit the networks that a pipeline's configuration describes."""
+    if not profile.loras:
+        return
+    index = pipeline_index(folder / "model_index.json", where=profile.source)
+    kind = pipeline_class(profile.source, index)
+    networks: dict[str, Any] = {}
+    for name in getattr(kind, "_lora_loadable_modules", ()):
+        if isinstance(entry := index.get(name), list) and entry[:1] not in ([], [None]):
+            with reading(profile.source), init_empty_weights():
+                part = class_of(name, entry)
+                if issubclass(part, diffusers.ModelMixin):
+                    networks[name] = part.from_config(part.load_config(folder / name))
+                else:
+                    networks[name] = part(part.config_class.from_pretrained(folder / name))
+    for lora in profile.loras:
+        require_fitting_lora(kind, networks, lora)
 
 
 def _scheduler_in(folder: Path) -> Any:

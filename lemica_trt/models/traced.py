@@ -13,6 +13,7 @@ are compared by `lemica-trt verify`, as for every model.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -23,6 +24,7 @@ from typing import Any
 
 import msgspec
 import torch
+from msgspec import UNSET
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -33,7 +35,7 @@ from lemica_trt.ir.graphs import EncoderSpec, TensorDType, TensorSpec, text_axis
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.trace import Trace, TraceRequest, TraceSlot
 from lemica_trt.models.model import End, Model
-from lemica_trt.models.trace.arguments import BASE, LONGER, SHORTER, SHORTER_NEGATIVE
+from lemica_trt.models.trace.arguments import BASE, LONGER, LONGER_NEGATIVE, SHORTER, SHORTER_NEGATIVE
 from lemica_trt.models.trace.arguments import NEGATIVE as BASE_NEGATIVE
 from lemica_trt.models.trace.body import Body, Line, Network, Prefix, Rows, fitted_line
 from lemica_trt.models.trace.ends import FramesDecoder, TapeSlice
@@ -46,6 +48,9 @@ from lemica_trt.models.trace.tracing import trace_runs
 
 ODD = "The RED Cat &amp; a  blue <b>bird</b>, 2 ｔｒｅｅｓ schÃ¶n\n"
 """A prompt that shows how a pipeline cleans its prompts."""
+
+CUT = " ".join([LONGER] * 80)
+"""A prompt of more tokens than text encoders take: whether its last id is the end token, where it is cut."""
 
 TAKEN = ("input_ids", "attention_mask", "latents", "output", "noise", "coefficients", "guidance", "frames")
 """Names of other inputs and outputs of graphs."""
@@ -63,12 +68,34 @@ NAMES: dict[torch.dtype, TensorDType] = {
 
 @dataclasses.dataclass(frozen=True)
 class _Encoder:
-    """A text encoder graph: tokenizer's component, how text becomes ids, and the graph."""
+    """A text encoder graph: how text becomes ids, by the tokenizer's component, and the graph."""
 
-    component: str
-    spec: EncoderSpec
-    module: TapeSlice
+    graph: str
+    specs: dict[str, EncoderSpec]
+    module: _FirstRows
     outputs: tuple[str, ...]
+
+    @property
+    def is_negative(self) -> bool:
+        """Whether it is of negative prompts alone."""
+        return any(spec.negative for spec in self.specs.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What conditions are followed back in.
+
+    Attributes:
+        run, text: a run, and its prompt, or its negative prompt.
+        counted: whether Python reads lengths there: the prompt fills all positions, and what is behind a shorter one is
+            zero.
+        negative: whether the text is a negative prompt.
+    """
+
+    run: Run
+    text: str
+    counted: bool = False
+    negative: bool = False
 
 
 class TracedModel(Model):
@@ -225,10 +252,10 @@ class TracedModel(Model):
             )
         return Prefix(name, longest)
 
-    def _prompt_row(self, k: int) -> int:
-        """The row of a condition that follows the prompt."""
+    def _prompt_row(self, k: int, what: str = PROMPT) -> int:
+        """The row of a condition that follows the prompt, or the negative prompt."""
         runs = self._traced.runs
-        base, other = runs.base.programs[0].values[k], runs.others[PROMPT].programs[0].values[k]
+        base, other = runs.base.programs[0].values[k], runs.others[what].programs[0].values[k]
         rows = [i for i in range(base.shape[0]) if not torch.equal(base[i], other[i])]
         if len(rows) != 1 or base.shape[0] > 2:
             raise UnsupportedError(f"expected one row of a condition to follow the prompt, got rows {rows}")
@@ -279,67 +306,152 @@ class TracedModel(Model):
     # ------------------------------------------------------------ text
 
     def _make_encoders(self) -> list[_Encoder]:
-        """A graph for each tokenizer whose ids conditions follow."""
-        program, tape = self._whole.programs[0], self._whole.tape
-        left = {name: None for name in self._conditions if not self._is_negative(name)}
-        births = {}
-        for k, slot in self._slots():
-            name = self._name(slot)
-            if slot.role == "condition" and PROMPT in slot.of:
-                births[name] = (program.births[k], self._prompt_row(k))
-        encoders = []
-        for at, event in enumerate(tape.items[: program.span[1]]):
-            if not (isinstance(event, Event) and event.kind == "tokenize" and _texts(event, self._text)):
-                continue
-            encoder = self._encoder(at, event, {name: births[name] for name in left}, program.span[1])
-            if encoder is not None:
-                encoders.append(encoder)
-                left = {name: None for name in left if name not in encoder.outputs}
-        if left:
-            raise UnsupportedError(
-                f"{', '.join(left)}: expected a condition that follows one tokenizer's ids; it cannot be built yet"
-            )
-        return encoders
+        """A graph for each group of conditions that follow the ids of the same tokenizers.
 
-    def _encoder(self, at: int, event: Event, births: dict[str, tuple[Ref | None, int]], end: int) -> _Encoder | None:
-        tape, components = self._whole.tape, self.pipeline.components
-        held = ("attention_mask",) if self.trace.text == "free" else ()
-        inputs = {name: event.outs[name] for name in ("input_ids", "attention_mask") if name in event.outs}
-        outputs = {}
-        for name, (ref, _) in births.items():
-            try:
-                TapeSlice(tape, (at + 1, end), inputs, {name: ref}, components, held)  # type: ignore[dict-item]
-                outputs[name] = ref
-            except UnsupportedError:
-                continue
-        if not outputs:
-            return None
-        module = TapeSlice(tape, (at + 1, end), inputs, outputs, components, held)  # type: ignore[arg-type]
-        rows = {name: births[name][1] for name in outputs}
-        tokens, ids = components[event.name], tape.value(event.outs["input_ids"])
-        role = event.name.replace("tokenizer", "text_encoder")
-        text = _texts(event, self._text)[0]
+        Where Python reads how long a prompt is, they are followed in a run whose prompt fills all positions.
+        """
+        names = [name for name in self._conditions if not self._is_negative(name)]
+        source = _Source(self._whole, self._text)
+        followed = self._followed(names, source)
+        if not all(followed.values()) and self.trace.text == "fixed":
+            source = _Source(*self._traced.runs.filled(), counted=True)
+            followed = self._followed(names, source)
+        if left := [name for name, events in followed.items() if not events]:
+            raise UnsupportedError(
+                f"{', '.join(left)}: expected a condition that follows tokenizers' ids by operators alone; it cannot "
+                "be built yet"
+            )
+        groups: list[tuple[dict[int, Event], list[str]]] = []
+        for name, events in followed.items():
+            shared = [group for group in groups if group[0].keys() & events.keys()]
+            groups = [group for group in groups if group not in shared]
+            events = {at: event for group in shared for at, event in group[0].items()} | events
+            groups.append((dict(sorted(events.items())), [*(its for group in shared for its in group[1]), name]))
+        groups.sort(key=lambda group: min(group[0]))
+        found = [self._encoder(events, its, source) for events, its in groups]
+        return [*found, *(self._negative_encoders(found) if self._whole is source.run else ())]
+
+    def _negative_encoders(self, found: Sequence[_Encoder]) -> list[_Encoder]:
+        """Text encoder graphs of their own for negative prompts, where those become other ids than prompts do."""
+        source = _Source(self._traced.runs.base, BASE_NEGATIVE, negative=True)
+        if self.trace.text == "free" or not self.guided:
+            return []
+        followed = self._followed([name for encoder in found for name in encoder.outputs], source)
+        events = [
+            dict(sorted((at, event) for name in encoder.outputs for at, event in followed[name].items()))
+            for encoder in found
+        ]
+        forms = [[(event.name, *self._form(event, source)) for event in its.values()] for its in events]
+        same = [[(name, spec.length, spec.template) for name, spec in encoder.specs.items()] for encoder in found]
+        if forms == same or not all(events):  # not all: a negative prompt is in none of what a condition follows
+            return []
+        return [self._encoder(its, encoder.outputs, source) for its, encoder in zip(events, found)]
+
+    def _form(self, event: Event, source: _Source) -> tuple[int, str]:
+        """Number of ids that a tokenizer gave, and the template of its text."""
+        ids = source.run.tape.value(event.outs["input_ids"])
+        return ids.shape[1], _texts(event, source.text)[0].replace(source.text, "{prompt}")
+
+    @cached_property
+    def _of_prompt(self) -> dict[str, int]:
+        """The slot that each condition that follows the prompt is in."""
+        return {self._name(slot): k for k, slot in self._slots() if slot.role == "condition" and PROMPT in slot.of}
+
+    def _births(self, source: _Source) -> dict[str, Ref]:
+        """The tensors that conditions are, by name."""
+        births = source.run.programs[0].births
+        slots = self._of_negative if source.negative else self._of_prompt
+        return {name: born for name, k in slots.items() if (born := births[k]) is not None}
+
+    @cached_property
+    def _of_negative(self) -> dict[str, int]:
+        """The same of the negative prompt."""
+        return {self._name(slot): k for k, slot in self._slots() if slot.role == "condition" and NEGATIVE in slot.of}
+
+    def _followed(self, names: Sequence[str], source: _Source) -> dict[str, dict[int, Event]]:
+        """The tokenizers' calls of the prompt whose ids or mask each condition follows, by place in the recording."""
+        births, found = self._births(source), {name: dict[int, Event]() for name in names}
+        for at, event in enumerate(source.run.tape.items[: source.run.programs[0].span[1]]):
+            if isinstance(event, Event) and event.kind == "tokenize" and _texts(event, source.text):
+                for name in names:
+                    if name not in births or any(its.name == event.name for its in found[name].values()):
+                        continue  # the text may be the negative prompt's too, which comes later
+                    with contextlib.suppress(UnsupportedError):
+                        self._slice({at: event}, {name: births[name]}, source)
+                        found[name][at] = event
+        return found
+
+    def _slice(self, events: dict[int, Event], outputs: dict[str, Ref], source: _Source) -> TapeSlice:
+        """What becomes of the ids and masks of some tokenizers."""
+        names = ("input_ids", "attention_mask")
+        inputs = {
+            f"{name}{_suffix(k)}": event.outs[name]
+            for k, event in enumerate(events.values())
+            for name in names
+            if name in event.outs
+        }
+        held = tuple(name for name in inputs if name.startswith(names[1])) if self.trace.text == "free" else ()
+        span = (min(events) + 1, source.run.programs[0].span[1])
+        return TapeSlice(source.run.tape, span, inputs, outputs, self.pipeline.components, held, counted=source.counted)
+
+    def _encoder(self, events: dict[int, Event], outputs: Sequence[str], source: _Source) -> _Encoder:
+        components = [event.name for event in events.values()]
+        if len(set(components)) < len(components) or (len(components) > 1 and self.trace.text == "free"):
+            raise UnsupportedError(
+                f"{', '.join(outputs)}: expected a condition that follows each tokenizer once, got "
+                f"{', '.join(components)}; it cannot be built yet"
+            )
+        births = self._births(source)
+        module = self._slice(events, {name: births[name] for name in outputs}, source)
+        slots = self._of_negative if source.negative else self._of_prompt
+        rows = {name: self._prompt_row(slots[name], NEGATIVE if source.negative else PROMPT) for name in outputs}
+        whole = _FirstRows(module, rows, self._filled(events, outputs) if source.counted else ())
+        graph = components[0].replace("tokenizer", "text_encoder") + "_negative" * source.negative
+        specs = {
+            event.name: self._spec(event, graph, _suffix(k), whole.read, source)
+            for k, event in enumerate(events.values())
+        }
+        return _Encoder(graph, specs, whole, tuple(outputs))
+
+    def _filled(self, events: dict[int, Event], outputs: Sequence[str]) -> tuple[str, ...]:
+        """Conditions with a row for each id, which are zero behind the prompt."""
+        first = next(iter(events.values()))
+        if len(events) > 1 or "attention_mask" not in first.outs:
+            raise UnsupportedError(f"{', '.join(outputs)}: Python reads the length of a prompt; it cannot be built yet")
+        length = self._traced.runs.base.tape.value(first.outs["input_ids"]).shape[1]
+        return tuple(name for name in outputs if self._conditions[name].shape[1:2] == (length,))
+
+    def _spec(self, event: Event, graph: str, suffix: str, read: Sequence[str], source: _Source) -> EncoderSpec:
+        """How a text becomes the ids that a tokenizer gave."""
+        tokens = self.pipeline.components[event.name]
+        length, template = self._form(event, source)
         spec = EncoderSpec(
             tokenizer=f"{event.name}/tokenizer.json",
-            length=ids.shape[1],
+            length=length,
             pad_id=tokens.pad_token_id,
             end_id=tokens.eos_token_id,
-            graph=role,
-            mask="attention_mask" in module.read,
-            template=text.replace(self._text, "{prompt}"),
+            graph=graph,
+            mask=f"attention_mask{suffix}" in read,
+            template=template,
+            suffix=suffix or UNSET,
+            negative=source.negative or UNSET,
         )
-        spec = self._checked_ids(event.name, spec)
-        return _Encoder(event.name, spec, _FirstRows(module, rows), tuple(outputs))  # type: ignore[arg-type]
+        return self._checked_ids(event.name, spec)
 
     def _checked_ids(self, component: str, spec: EncoderSpec) -> EncoderSpec:
         """The spec with the cleaning, and the end of cut prompts, that give the pipeline's own ids, for prompts of
         several lengths and kinds."""
         runs = self._traced.runs
         tapes = {BASE: runs.base.tape, LONGER: runs.others[PROMPT].tape, SHORTER: runs.check.tape, ODD: self._odd}
+        if not runs.longer:
+            tapes[CUT] = self._cut
+        if spec.negative:
+            odd, _ = record(self.pipeline, self._traced.arguments, last_step=0, negative=ODD)
+            tapes = {BASE_NEGATIVE: runs.base.tape, LONGER_NEGATIVE: runs.others[NEGATIVE].tape, ODD: odd}
+            tapes |= {SHORTER_NEGATIVE: runs.check.tape, CUT: self._cut}
         if PROMPT in runs.longer:
             tapes = {**tapes, LONGER: runs.longer[PROMPT].tape, SHORTER: self._short.tape, self._text: self._whole.tape}
-        ends = (spec.end_id, None) if runs.longer else (spec.end_id,)
-        for clean, end in itertools.product(CLEANINGS, ends):
+        for clean, end in itertools.product(CLEANINGS, (spec.end_id, None)):
             tried = msgspec.structs.replace(spec, clean=clean, end_id=end)
             if all(self._has_ids(tape, component, *self._ids(component, tried, text)) for text, tape in tapes.items()):
                 return tried
@@ -354,6 +466,11 @@ class TracedModel(Model):
     def _odd(self) -> Tape:
         """A prompt with capitals, white space, markup and damaged Unicode, up to the loop."""
         return record(self.pipeline, self._traced.arguments, last_step=0, prompt=ODD)[0]
+
+    @cached_property
+    def _cut(self) -> Tape:
+        """A prompt and a negative prompt that are cut, up to the loop."""
+        return record(self.pipeline, self._traced.arguments, last_step=0, prompt=CUT, negative=CUT)[0]
 
     @staticmethod
     def _has_ids(tape: Tape, component: str, ids: Tensor, mask: Tensor) -> bool:
@@ -379,10 +496,11 @@ class TracedModel(Model):
 
     def tokens(self, prompts: Sequence[str], role: str = "text_encoder") -> dict[str, Tensor]:
         """Inputs of a text encoder graph, for one prompt."""
-        encoder = next(each for each in self._encoders if each.spec.graph == role)
-        ids, mask = self._ids(encoder.component, encoder.spec, prompts[0])
-        names = {"input_ids": ids, "attention_mask": mask}
-        return {name: names[name].to(self.device) for name in encoder.module.read}
+        encoder = next(each for each in self._encoders if each.graph == role)
+        found: dict[str, Tensor] = {}
+        for component, spec in encoder.specs.items():
+            found |= dict(zip(spec.inputs, (its.to(self.device) for its in self._ids(component, spec, prompts[0]))))
+        return found
 
     @torch.no_grad()
     def embed(  # type: ignore[override]  # `denoise.Conditions`
@@ -390,16 +508,20 @@ class TracedModel(Model):
     ) -> dict[str, Tensor]:
         """Conditions by name, [R, …] or [b, …]; under guidance the negative prompts' rows first."""
         negatives = self._negatives(negative, len(prompts)) if self.guided else []
-        rows = {text: self._embed(text) for text in dict.fromkeys((*negatives, *prompts))}
+        rows = {(text, False): self._embed(text) for text in dict.fromkeys(prompts)}
+        rows |= {(text, True): self._embed(text, negative=True) for text in dict.fromkeys(negatives)}
+        first, second = (
+            [(text, is_negative) for text in texts] for texts, is_negative in ((negatives, True), (prompts, False))
+        )
         found = {}
         for spec in self.conditions:
-            name, followed = spec.name, list(prompts)
+            name, followed = spec.name, second
             if self._is_negative(name):
-                name, followed = name.removeprefix(NEGATIVE_NAME), negatives
-            texts = followed if spec.text_axes and spec.shape[0] == "batch" else [*negatives, *prompts]
+                name, followed = name.removeprefix(NEGATIVE_NAME), first
+            texts = followed if spec.text_axes and spec.shape[0] == "batch" else [*first, *second]
             parts = [rows[text][name] for text in texts]
             if spec.text_axes:
-                length, *others = {self._length(name, text) for text in followed}
+                length, *others = {self._length(name, text) for text, _ in followed}
                 if others or length < 1:
                     raise InputError(f"prompts of a batch must have one length, at least 1 token, got {length}")
                 parts = [part[:, :length] for part in parts]
@@ -409,28 +531,30 @@ class TracedModel(Model):
     def _length(self, name: str, text: str) -> int:
         """Tokens that a condition has for a prompt."""
         encoder = next(encoder for encoder in self._encoders if name in encoder.outputs)
-        _, mask = self._ids(encoder.component, encoder.spec, text)
+        ((component, spec),) = encoder.specs.items()
+        _, mask = self._ids(component, spec, text)
         return self._conditions[name].shape[1] - int((mask == 0).sum())
 
-    def _embed(self, text: str) -> dict[str, Tensor]:
+    def _embed(self, text: str, *, negative: bool = False) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for encoder in self._encoders:
-            found |= encoder.module(self.tokens([text], encoder.spec.graph))
+        own = [encoder for encoder in self._encoders if encoder.is_negative]
+        for encoder in own if negative and own else [encoder for encoder in self._encoders if encoder not in own]:
+            found |= encoder.module(self.tokens([text], encoder.graph))
         return found
 
     def encoder_specs(self) -> tuple[EncoderSpec, ...]:
         """How the runtime makes conditions of a prompt, a text encoder each."""
-        return tuple(encoder.spec for encoder in self._encoders)
+        return tuple(spec for encoder in self._encoders for spec in encoder.specs.values())
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Path in a bundle → `tokenizer.json`, without padding and truncation."""
         files = {}
-        for encoder in self._encoders:
-            backend = self.pipeline.components[encoder.component].backend_tokenizer
+        for component, spec in (pair for encoder in self._encoders for pair in encoder.specs.items()):
+            backend = self.pipeline.components[component].backend_tokenizer
             copied = type(backend).from_str(backend.to_str())
             copied.no_padding()
             copied.no_truncation()
-            files[encoder.spec.tokenizer] = copied.to_str(pretty=False).encode()
+            files[spec.tokenizer] = copied.to_str(pretty=False).encode()
         return files
 
     # ------------------------------------------------------------ ends
@@ -440,9 +564,12 @@ class TracedModel(Model):
         """The graphs before and behind the steps, by role."""
         found = {}
         for encoder in self._encoders:
-            length = encoder.spec.length
-            specs = [TensorSpec(name=name, dtype="int64", shape=(1, length)) for name in encoder.module.read]
-            found[encoder.spec.graph] = End(encoder.module, tuple(specs), encoder.outputs)
+            specs = [
+                TensorSpec(name=name, dtype="int64", shape=(1, spec.length))
+                for spec in encoder.specs.values()
+                for name in spec.inputs
+            ]
+            found[encoder.graph] = End(encoder.module, tuple(specs), encoder.outputs)
         latents = TensorSpec(name="latents", dtype="fp32", shape=(1, *self.latent_shape))
         found["vae_decoder"] = End(self.vae_decoder, (latents,), ("frames",))
         return found
@@ -553,22 +680,35 @@ class TracedModel(Model):
 
 
 class _FirstRows(nn.Module):
-    """A text encoder whose outputs are one row each: the prompt's."""
+    """A text encoder whose outputs are one row each: the prompt's.
 
-    def __init__(self, module: TapeSlice, rows: dict[str, int]) -> None:
+    Args:
+        rows: of each output.
+        filled: outputs that are zero behind the prompt.
+    """
+
+    def __init__(self, module: TapeSlice, rows: dict[str, int], filled: Sequence[str] = ()) -> None:
         super().__init__()
-        self.module, self._rows = module, rows
-        self.read = module.read
+        self.module, self._rows, self._filled = module, rows, filled
+        self.read = list(dict.fromkeys([*module.read, *["attention_mask"] * bool(filled)]))
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Token ids → conditions [1, …]; masks as int64."""
         found = {name: value[self._rows[name]][None] for name, value in self.module(inputs).items()}
+        for name in self._filled:
+            mask = inputs["attention_mask"].reshape(1, -1, *[1] * (found[name].dim() - 2))
+            found[name] = torch.where(mask > 0, found[name], torch.zeros_like(found[name]))
         return {name: value.long() if value.dtype == torch.bool else value for name, value in found.items()}
 
 
 def _texts(event: Event, prompt: str) -> list[str]:
     """The texts of a tokenizer's call that have the prompt in them."""
     return [leaf for leaf in pytree.tree_leaves(event.inputs) if isinstance(leaf, str) and prompt in leaf]
+
+
+def _suffix(k: int) -> str:
+    """What the k-th ids of a text encoder graph are called by, behind `input_ids`."""
+    return f"_{k + 1}" if k else ""
 
 
 def _first(tape: Tape) -> Tensor:

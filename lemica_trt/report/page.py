@@ -225,6 +225,8 @@ def _provenance(facts: PageFacts) -> Iterator[tuple[str, str]]:
     bundle, graph, report = facts.bundle, facts.graph, facts.report
     profile, plan = bundle.profile, bundle.default
     yield "model", f"{profile.name} ({profile.family}) from {profile.source}"
+    for lora in profile.loras or ():
+        yield "LoRA", lora.text
     yield "revision", bundle.revision or "none"
     yield "sampler", f"{plan.scheduler}, {plan.num_steps} steps, digest {plan.sampler_digest}"
     yield "guidance", f"scale {plan.guidance_scale:g}; plans hold for {guidance_text(plan)}"

@@ -384,6 +384,7 @@ def bundle_table(bundle: BundleSummary) -> RenderableType:
     facts.show_header = False
     for name, text in (
         ("model", f"{bundle.profile.name} ({bundle.profile.family}) from {bundle.profile.source}"),
+        *(("LoRA", lora.text) for lora in bundle.profile.loras or ()),
         ("revision", (bundle.revision or "–")[:16]),
         (
             "makes",

@@ -257,7 +257,7 @@ class Pipeline:
             InputError: the prompt is not text.
         """
         name, found = "the negative prompt" if negative else "the prompt", []
-        for tokenizer in self._encoders:
+        for tokenizer in self._encoders_of(negative=negative):
             cut, length = tokenizer.cut(prompt), tokenizer.spec.length
             if cut:
                 found.append(f"{name} has {cut + length} tokens, the text encoder takes {length}: the end is cut off")
@@ -280,25 +280,32 @@ class Pipeline:
         """
         return dict(self.encode_text(prompt).arrays)
 
-    def encode_text(self, text: str) -> EncodedText:
+    def encode_text(self, text: str, *, negative: bool = False) -> EncodedText:
         """The same of a prompt or negative prompt, and at how many positions it is.
 
         Raises:
             as `encode`.
         """
         free = {spec.name for spec in self.bundle.manifest.graphs.layout.conditions if spec.text_axes}
+        inputs: dict[Role, dict[str, Array]] = {}
+        padded: dict[Role, int] = {}
+        for tokenizer in self._encoders_of(negative=negative):
+            ids, mask = tokenizer.ids(text)
+            given = dict(zip(tokenizer.spec.inputs, (ids[None], mask[None])))
+            inputs.setdefault(tokenizer.spec.graph, {}).update(given)
+            padded[tokenizer.spec.graph] = int((mask == 0).sum())
         arrays: dict[str, Array] = {}
         tokens: dict[str, int] = {}
-        for tokenizer in self._encoders:
-            ids, mask = tokenizer.ids(text)
-            inputs = {"input_ids": ids[None], "attention_mask": mask[None]}
-            if not tokenizer.spec.mask:
-                del inputs["attention_mask"]
-            found = self.run_graph(tokenizer.spec.graph, inputs)
+        for graph, its in inputs.items():
+            found = self.run_graph(graph, its)
             arrays.update({name: array[0] for name, array in found.items()})
-            padded = int((mask == 0).sum())
-            tokens.update({name: len(arrays[name]) - padded for name in found if name in free})
+            tokens.update({name: len(arrays[name]) - padded[graph] for name in found if name in free})
         return EncodedText(arrays, tokens)
+
+    def _encoders_of(self, *, negative: bool) -> list[PromptTokenizer]:
+        """Those of prompts, or of negative prompts; the same unless some are of negative ones alone."""
+        own = [tokenizer for tokenizer in self._encoders if tokenizer.spec.negative]
+        return own if negative and own else [tokenizer for tokenizer in self._encoders if tokenizer not in own]
 
     def conditions(self, prompts: Sequence[str], negatives: Sequence[str] = ()) -> dict[str, Array]:
         """What the DiT is given for some requests, see `runtime.conditions.conditions_from_texts`.
@@ -312,8 +319,9 @@ class Pipeline:
             InputError: a prompt is not text, or has no tokens; or texts of one batch have other lengths.
         """
         layout = self.bundle.manifest.graphs.layout
-        encoded = {text: self.encode_text(text) for text in dict.fromkeys((*negatives, *prompts))}
-        return conditions_from_texts(layout, [encoded[one] for one in prompts], [encoded[one] for one in negatives])
+        encoded = {text: self.encode_text(text) for text in dict.fromkeys(prompts)}
+        against = {text: self.encode_text(text, negative=True) for text in dict.fromkeys(negatives)}
+        return conditions_from_texts(layout, [encoded[one] for one in prompts], [against[one] for one in negatives])
 
     def latents(
         self,

@@ -19,7 +19,7 @@ import numpy as np
 
 from lemica_trt.backends.base import Array
 from lemica_trt.bundle.manifest import Manifest
-from lemica_trt.core.errors import InputError
+from lemica_trt.core.errors import InputError, UnsupportedError
 from lemica_trt.ir.graphs import NEGATIVE, Role, StepLayout, TensorSpec
 from lemica_trt.ir.profile import Shape
 from lemica_trt.runtime.conditions import EncodedText, condition_shapes
@@ -101,6 +101,8 @@ def interfaces(manifest: Manifest) -> dict[str, Interface]:
     """The models that a bundle can serve: all six; `denoiser` and `denoiser_stream` where it has no VAE decoder, or
     no text encoder that gives each condition."""
     graphs = manifest.graphs
+    if any(encoder.negative for encoder in manifest.encoders):
+        raise UnsupportedError("expected one text encoder for prompts and negative prompts, the bundle has two")
     encoders = [graphs.graph(role) for role in graphs_of("text_encoder", manifest)]
     encoded = {tensor.name: tensor for graph in encoders for tensor in graph.outputs}
     latents = Port("latents", "FP32", graphs.layout.latent_shape)

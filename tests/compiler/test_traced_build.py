@@ -28,8 +28,16 @@ CALLS = {
 }
 """Pipelines whose shapes follow the prompt, and how they are called."""
 
+ENCODED = {
+    "sana": {"height": 64, "width": 96, "use_resolution_binning": False},
+    "sd3": {"height": 32, "width": 48},
+    "wan2.2-ti2v": {"height": 64, "width": 64, "num_frames": 5},
+}
+"""Pipelines whose conditions follow several tokenizers, a template that negative prompts do not have, or how many
+tokens Python counts in a prompt."""
 
-@pytest.mark.parametrize("name", [name for name in FLAGS if name not in ("flux", "open-sora", *CALLS)])
+
+@pytest.mark.parametrize("name", [name for name in FLAGS if name not in ("flux", "open-sora", *CALLS, *ENCODED)])
 def test_the_uncached_plan_of_a_bundle_is_the_pipeline(name: str, tmp_path: Path) -> None:
     require_agreement(built(name, tmp_path))
 
@@ -76,6 +84,31 @@ def test_open_sora_is_guided_away_from_its_null_embedding(tmp_path: Path) -> Non
             ).frames.numpy()  # fmt: skip
             assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
         assert pipe("a red bird", seed=3).frames.shape == (6, 32, 48, 3)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name != "sd3")) for name in ENCODED])
+def test_prompts_of_any_length_become_what_they_become_in_the_pipeline(name: str, tmp_path: Path) -> None:
+    """What the transformer is given, and what comes of it; the last prompt is cut."""
+    output, source = built(name, tmp_path, "--schedule", "0,2,4", "--verify-samples", 0), tiny_pipeline(name)
+    given: list[dict[str, torch.Tensor]] = []
+    source.transformer.register_forward_pre_hook(lambda _, __, kwargs: given.append(kwargs), with_kwargs=True)
+    with lemica_trt.load(output) as pipe:
+        layout = pipe.bundle.manifest.graphs.layout
+        for seed, (prompt, negative) in enumerate((*PROMPTS, ("red bird " * 50, "grey " * 99))):
+            noise = torch.from_numpy(Generator(seed).randn((1, *layout.latent_shape)))
+            given.clear()
+            want = source(
+                prompt, negative_prompt=negative, latents=noise, num_inference_steps=5, output_type="latent",
+                return_dict=False, guidance_scale=3.0, max_sequence_length=64, **ENCODED[name],
+            )[0].numpy()  # fmt: skip
+            conditions = pipe.conditions([prompt], [negative])
+            for key, value in conditions.items():
+                name_there = "encoder_hidden_states" if key == "prompt_embeds" else key
+                rows = torch.cat([call[name_there] for call in given[: 3 - len(given[0][name_there])]]).numpy()
+                rows = rows if len(given[0][name_there]) == 2 else rows[::-1]  # two calls: the prompt's first
+                assert np.abs(value - rows).max() <= 1e-5 * np.abs(rows).max(), key
+            got = pipe.latents(conditions, noise.numpy(), guidance_scale=3.0, plan="uncached")
+            assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 
 PROMPTS = (

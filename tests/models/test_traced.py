@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of diffu
 
 RUN = (
     *("auraflow", "chroma", "cogvideox", "cogview3-plus", "easyanimate", "flux", "hunyuanvideo", "ltx", "mochi"),
-    *("pixart-sigma", "kandinsky5", "latte", "open-sora", "qwen-image"),
+    *("pixart-sigma", "kandinsky5", "latte", "open-sora", "qwen-image", "sana", "sd3", "wan2.2-ti2v"),
 )
 
 REFUSED = {
@@ -42,7 +42,6 @@ REFUSED = {
     "cogview4": "prompt_embeds is not reproduced from token ids",
     "ltx2": "steps several latents at once",
     "lumina2": r"reads values in Python \(transformer: tolist\)",
-    "sd3": "expected a condition that follows one tokenizer's ids|not reproduced from token ids",
     "wan2.2": "its steps are of several kinds",
     "z-image": r"transformer\.cap_feats\.0 follows the length of the prompt, and is not \[rows, tokens, width\]",
 }

@@ -28,6 +28,7 @@ class TapeSlice(nn.Module):
         outputs: name → tensor.
         components: of the pipeline.
         held: names of inputs that only calls are given; for operators they are as they were recorded.
+        counted: whether values that became Python's are as they were recorded, too.
 
     Raises:
         UnsupportedError: an output does not depend on any input, or a value of one became Python's.
@@ -41,6 +42,8 @@ class TapeSlice(nn.Module):
         outputs: Mapping[str, Ref],
         components: Mapping[str, Any],
         held: Collection[str] = (),
+        *,
+        counted: bool = False,
     ) -> None:
         super().__init__()
         self._names = list(inputs)
@@ -51,7 +54,7 @@ class TapeSlice(nn.Module):
         )
         cut = Extraction(tape, span, free, [], of_inputs=True, of_calls=of_calls)
         nodes = [_with_places(node, cut) for node in cut.nodes()]
-        if cut.host:
+        if cut.host and not counted:
             raise UnsupportedError(f"a value that follows {' and '.join(inputs)} is read by .{cut.host[0][0]}()")
         self._outputs = {name: cut.place(ref) for name, ref in outputs.items()}
         for name, place in self._outputs.items():

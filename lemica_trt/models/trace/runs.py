@@ -23,7 +23,7 @@ from lemica_trt.models.trace.arguments import (
 )
 from lemica_trt.models.trace.program import programs
 from lemica_trt.models.trace.slots import IMAGE, NEGATIVE, PROMPT, SEED, Run
-from lemica_trt.models.trace.tape import Recorder, Tape
+from lemica_trt.models.trace.tape import Event, Recorder, Tape
 
 GUIDANCE_STEP = 1.25
 """How much a guidance scale is raised in the run that shows what follows it; twice in the run of the check."""
@@ -127,6 +127,24 @@ class Runs:
                 return run, text
             before = run
         raise UnsupportedError(f"it takes prompts of more than {MAX_PROMPT} letters whole")
+
+    def filled(self) -> tuple[Run, str]:
+        """A run whose prompts are cut, where they are padded: no position is empty; and that prompt.
+
+        Raises:
+            UnsupportedError: no such prompt was found.
+        """
+        text = LONGER
+        while len(text) < MAX_PROMPT:
+            text = f"{text} {text}"
+            tape, _ = record(self._pipeline, self._arguments, last_step=0, prompt=text, negative=text)
+            events = [item for item in tape.items if isinstance(item, Event) and item.kind == "tokenize"]
+            masks = [tape.value(event.outs["attention_mask"]) for event in events if "attention_mask" in event.outs]
+            if masks and all(bool(mask.all()) for mask in masks):
+                run = self._run(prompt=text, negative=text)
+                if run.programs[0].digest == self.base.programs[0].digest:
+                    return run, text
+        raise UnsupportedError("no prompt was found that fills all positions of its text encoder")
 
     def _tokens(self, run: Run) -> int:
         """The first dimension that follows the length of a text."""
