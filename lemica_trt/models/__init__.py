@@ -7,6 +7,7 @@
     load                     profile → `Model`
     preflight                what a pipeline's configuration tells before weights are downloaded
     traced                   a model made from a trace, of any pipeline
+    image_encoder            what a traced pipeline makes of its picture before the loop, as a module
     model                    what every stage asks of a model
     scheduler                diffusers scheduler → `SamplerTable`
     graph_specs              what each graph is called with and gives

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec import UNSET
+
 from lemica_trt.bundle.manifest import Manifest
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.ir.graphs import GraphSet
@@ -87,6 +89,11 @@ def embeds_of(graphs: GraphSet) -> Port:
 def interfaces(manifest: Manifest) -> dict[str, Interface]:
     """The models that a bundle can serve: all six, or `denoiser` and `denoiser_stream` without text encoder or VAE."""
     graphs = manifest.graphs
+    if graphs.image is not UNSET:
+        raise UnsupportedError(
+            "the bundle needs an image beside the prompt, which cannot be served yet",
+            fix="lemica-trt run, or in Python",
+        )
     embeds = embeds_of(graphs)
     latents = Port("latents", "FP32", graphs.layout.latent_shape)
     taken = (embeds, Port(f"negative_{embeds.name}", embeds.dtype, embeds.dims)) if graphs.layout.guided else (embeds,)
