@@ -39,6 +39,19 @@ def _shape(role: str, side: str, index: int, axis: int, size: Any) -> Edit:
     return lambda data: _graph(data, role)[side][index]["shape"].__setitem__(axis, size)
 
 
+def _image(others: dict[str, Any] | None = None, role: str = "", **changes: Any) -> Edit:
+    """Requests have an image; of a `role`, that graph is said to encode it."""
+    picture = {"name": "image", "height": 64, "width": 64, "fit": "stretch", "by": "lanczos"}
+    picture |= {"scale": [1.0, 1.0, 1.0], "offset": [0.0, 0.0, 0.0], **changes}
+
+    def edit(data: Any) -> None:
+        _bucket(data)["graphs"]["image"] = {"pictures": [picture], **(others or {})}
+        if role:
+            _graph(data, role)["role"] = "image_encoder"
+
+    return edit
+
+
 EDITS: dict[str, tuple[Edit, str]] = {
     "depth": (
         lambda data: _bucket(data)["graphs"]["layout"]["caches"][0].update(depth=64),
@@ -75,6 +88,11 @@ EDITS: dict[str, tuple[Edit, str]] = {
         _shape("text_encoder", "outputs", 0, 2, 65),
         r"prompt_embeds: expected fp32 \[rows, 16, 64\], got fp32 \[1, 16, 65\]",
     ),
+    "picture": (_image(height=9000), r"image_encoder, image must be 1 … 8192, got 9000"),
+    "picture's fit": (_image(fit="pad"), "Invalid enum value 'pad'"),
+    "pictures": (lambda data: _bucket(data)["graphs"].update(image={"pictures": []}), "must have different names, got"),
+    "draw": (_image({"draw": [1, 4]}), r"elements of draw must be 16 … 4\.29497e\+09, got 4"),
+    "image encoder": (_image(role="vae_decoder"), "expected inputs image, got latents"),
     "dtype": (lambda data: _bucket(data)["engines"][0]["key"].update(dtype="bf16"), "9x64x64 must be of one dtype"),
 }
 

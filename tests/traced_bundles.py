@@ -22,6 +22,12 @@ FLAGS = {
     "wan2.2-ti2v": ("--height", 64, "--width", 64, "--frames", 5, "--max-sequence-length", 64),
 }
 
+IMAGES = {
+    "cogvideox-i2v": ("--height", 32, "--width", 48, "--frames", 9, "--max-sequence-length", 64),
+    "wan-i2v": ("--height", 32, "--width", 48, "--frames", 9),
+}
+"""Those that take an image."""
+
 NAMED = {"wan2.2-ti2v": ("wan2.2-ti2v-5b", "--dtype", "fp32", "--flow-shift", 3)}
 """Pipelines of a class that takes a profile."""
 
@@ -52,7 +58,7 @@ def built(name: str, folder: Path, *flags: object) -> Path:
         source, output = saved(name, folder / name), folder / "bundle"
         model = ("--model", *NAMED.get(name, (source,)), "--weights", source)[: None if name in NAMED else 2]
         done = lemica(
-            *("build", *model, *FLAGS[name], "--denoising-steps", 5),
+            *("build", *model, *(FLAGS | IMAGES)[name], "--denoising-steps", 5),
             *(*(flags or ("--schedule", "0,2,4", "--verify-samples", 1)), "--quiet", "--output", output),
         )
     assert done.exit_code == 0, done.output

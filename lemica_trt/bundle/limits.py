@@ -12,14 +12,18 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 import numpy as np
+from msgspec import UNSET
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import require
 from lemica_trt.ir.graphs import (
+    DRAW,
+    IMAGE_ENCODER,
     TERM,
     EncoderSpec,
     GraphSet,
     GraphSpec,
+    ImageSpec,
     StepLayout,
     TensorDType,
     TensorSpec,
@@ -30,6 +34,12 @@ from lemica_trt.ir.profile import Sampling, Shape
 
 MAX_DIMENSION = 1 << 20
 """Frames, pixels, tokens, channels: one dimension of a tensor."""
+
+MAX_PICTURE = 1 << 13
+"""Pixels a side of what an image encoder takes."""
+
+MIN_DRAW = 16
+"""Fewest numbers of a draw: fewer are drawn in another way (`runtime.random`)."""
 
 MAX_LATENT_ELEMENTS = 1 << 32
 MAX_BATCH = 1 << 12
@@ -78,6 +88,8 @@ def require_bounded(shape: Shape, sampling: Sampling, graphs: GraphSet, encoders
             _require_tensor(graph, graph.outputs, frames)
     for role in dict.fromkeys(encoder.graph for encoder in encoders):
         _require_encoder([encoder for encoder in encoders if encoder.graph == role], graphs)
+    if graphs.image is not UNSET:
+        _require_image_encoder(graphs.image, graphs)
 
 
 def require_runnable(plan: StepPlan, graphs: GraphSet) -> None:
@@ -130,6 +142,32 @@ def _require_encoder(encoders: Sequence[EncoderSpec], graphs: GraphSet) -> None:
     for encoder in encoders:
         for name in encoder.inputs:
             _require_tensor(graph, graph.inputs, TensorSpec(name=name, dtype="int64", shape=(1, encoder.length)))
+    _require_conditions(graph, graphs)
+
+
+def _require_image_encoder(image: ImageSpec, graphs: GraphSet) -> None:
+    """The image encoder graph, where there is one, takes what is made of pictures, and gives conditions."""
+    for picture in image.pictures:
+        for size in (picture.height, picture.width):
+            _require_within(f"{IMAGE_ENCODER}, {picture.name}", size, 1, MAX_PICTURE)
+    specs = [TensorSpec(name=its.name, dtype="fp32", shape=(1, 3, its.height, its.width)) for its in image.pictures]
+    if image.draw is not UNSET:
+        for size in image.draw:
+            _require_within(f"{IMAGE_ENCODER}, {DRAW}", size, 1, MAX_DIMENSION)
+        _require_within(f"elements of {DRAW}", math.prod(image.draw), MIN_DRAW, MAX_LATENT_ELEMENTS)
+        specs.append(TensorSpec(name=DRAW, dtype="fp32", shape=image.draw))
+    graph = next((graph for graph in graphs.graphs if graph.role == IMAGE_ENCODER), None)
+    if graph is None:
+        return
+    found, names = [tensor.name for tensor in graph.inputs], [spec.name for spec in specs]
+    require(found == names, f"graph {graph.role}: expected inputs {', '.join(names)}, got {', '.join(found)}")
+    for spec in specs:
+        _require_tensor(graph, graph.inputs, spec)
+    _require_conditions(graph, graphs)
+
+
+def _require_conditions(graph: GraphSpec, graphs: GraphSet) -> None:
+    """The outputs of an encoder's graph are conditions of the step layout, of one request."""
     conditions = {spec.name: spec for spec in graphs.layout.conditions}
     for tensor in graph.outputs:
         where = f"graph {graph.role}, {tensor.name}"

@@ -1,4 +1,4 @@
-"""Prompt files: one prompt a line, `#` comments."""
+"""Prompt files: one prompt a line, behind a tab the picture that belongs to it; `#` comments."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lemica_trt.core.errors import InputError
+from lemica_trt.core.pictures import digest_of_picture
+from lemica_trt.ir.prompts import Prompt, prompt_from_line
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     """Read a prompt file: UTF-8, one prompt a line; blank lines and lines that begin with `#` are ignored.
 
+    A line may be `prompt<TAB>picture`, a PNG or JPEG file, relative to the folder of the prompt file.
+
+    Returns:
+        `ir.prompts.Prompt.line` of each.
+
     Raises:
-        InputError: not readable, not UTF-8, or without any prompt.
+        InputError: not readable, not UTF-8, or without any prompt; or a picture cannot be read.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -30,9 +37,20 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise InputError(f"{path}: expected one prompt a line, got none", fix="write a prompt into it")
-    return prompts
+    return [_with_picture(line, Path(path)) for line in prompts]
+
+
+def _with_picture(line: str, file: Path) -> str:
+    text, _, image = (part.strip() for part in line.partition("\t"))
+    if not image:
+        return text
+    if "\t" in image:
+        raise InputError(f"{file}: expected prompt<TAB>picture, got more than one tab", fix="leave out the others")
+    path = file.parent.absolute() / image
+    return Prompt(text, str(path), digest_of_picture(path)).line
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
-    """SHA-256 (hex) of prompts, one a line, in order."""
-    return hashlib.sha256("".join(f"{prompt}\n" for prompt in prompts).encode()).hexdigest()
+    """SHA-256 (hex) of prompts, one a line, in order; of pictures their digests, wherever they lie."""
+    lines = (prompt_from_line(prompt)._replace(image=None).line for prompt in prompts)
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()

@@ -120,6 +120,7 @@ def report(screen: Screen, bundle: Path, output: Path | None) -> None:
         help="Classifier-free guidance.",
     ),
     flag("--negative-prompt", otherwise="the profile's", help="What to steer away from."),
+    flag("--image", type=options.FILE, help="PNG or JPEG, of bundles that need one: its first frame, say."),
 )
 @flags(
     "Engines",
@@ -160,14 +161,19 @@ def run(
     from time import perf_counter
 
     from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.core.pictures import read_picture
     from lemica_trt.core.progress import duration
     from lemica_trt.runtime.pipeline import Pipeline
+    from lemica_trt.runtime.validation import require_image
     from lemica_trt.runtime.video import check_suffix, default_scale, write_video
 
     check_suffix(output)
     options.require_output(output, screen)
     bundled = Bundle.open(bundle, trusted=options.trusted(verify_with, require_signature))
     _require_capture(bundled, backend)
+    require_image(bundled.manifest.graphs, given["image"])
+    if given["image"] is not None:
+        given["image"] = read_picture(given["image"])
     report, start = screen.reporter, perf_counter()
     pipe = Pipeline(bundled, plan=None if plan == "default" else plan, backend=backend, capture=capture)
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")

@@ -280,7 +280,7 @@ def trusted(verify_with: tuple[Path, ...], require_signature: bool) -> tuple[Tru
 samples_run_by = flags(
     "Calibration",
     flag("--prompts", type=FILE, otherwise="the profile's",
-         help="File of prompts, one a line: for calibration, fits and trials."),
+         help="File of prompts, one a line, behind a tab the picture of each: for calibration, fits and trials."),
     flag("--calibrate-on", type=click.Choice(["torch", "engine"]), otherwise="torch",
          help="Where calibration, fits and trials run the model: in PyTorch, or on the bundle's own engines."),
     device,

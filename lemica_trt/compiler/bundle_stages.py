@@ -25,7 +25,7 @@ from lemica_trt.core.values import json_bytes, write_value
 from lemica_trt.evaluate.step_timer import runnable_backend
 from lemica_trt.ir.graphs import EncoderSpec
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.prompts import PromptFacts, facts_from_prompts
+from lemica_trt.ir.prompts import PromptFacts, facts_from_prompts, prompt_from_line
 from lemica_trt.planning.step_plan import UNCACHED
 from lemica_trt.runtime.text import PromptTokenizer
 
@@ -80,7 +80,7 @@ def facts_of(inputs: Inputs, encoders: Sequence[EncoderSpec], files: Files) -> P
     used = inputs.prompts[: settings.fit_samples + settings.validation_samples]
     longest = max(encoders, key=lambda encoder: encoder.length)
     tokenizer = PromptTokenizer(longest, files.read_bytes(longest.tokenizer))
-    prompts = tuple(dict.fromkeys(used))
+    prompts = tuple(dict.fromkeys(prompt_from_line(line).text for line in used))
     return facts_from_prompts(prompts, [tokenizer.count(prompt) for prompt in prompts])
 
 

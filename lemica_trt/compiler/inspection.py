@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+from msgspec import UNSET
 
 from lemica_trt.bundle.contents import read_if_listed
 from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE, FRONT_FILE, REPORTS, SELECTION_FILE
@@ -30,6 +31,7 @@ def summarize(bundle: Bundle) -> BundleSummary:
         profile=manifest.profile,
         revision=manifest.revision,
         dtype=manifest.graphs.dtype,
+        image=manifest.graphs.image is not UNSET,
         plans=tuple(bundle.plan(name) for name in bundle.plans),
         default_plan=manifest.default_plan,
         engines=manifest.engines,

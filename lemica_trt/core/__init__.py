@@ -2,6 +2,7 @@
 
 errors          the exception tree, and the exit code of each
 values          base of all values: frozen, strict, JSON in and out
+pictures        files and bytes → pixels; pixels as networks take them
 text            prompts before they are tokenised; what may be shown on a terminal
 landlock        a process gives up the right to write
 threads         how many of them a process may use

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.core.errors import InputError
+from lemica_trt.core.errors import InputError, UnsupportedError
 from lemica_trt.endpoint.errors import Refused
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Shape
@@ -58,9 +59,17 @@ class Model:
     Args:
         bundle: opened.
         plan: the plan of requests that name none; None: the bundle's default.
+
+    Raises:
+        UnsupportedError: requests need an image.
     """
 
     def __init__(self, bundle: Bundle, plan: str | None = None) -> None:
+        if bundle.manifest.graphs.image is not UNSET:
+            raise UnsupportedError(
+                "the bundle needs an image beside the prompt, which cannot be served yet",
+                fix="lemica-trt run, or in Python",
+            )
         self.name = bundle.manifest.profile.name
         self.plans: dict[str, StepPlan] = {name: bundle.plan(name) for name in bundle.plans}
         self.default = bundle.plan(plan).name

@@ -25,7 +25,6 @@ from lemica_trt.models.denoise import conditions_of
 from lemica_trt.models.family import DTYPES
 from lemica_trt.models.steps import step_modules
 from lemica_trt.runtime.pipeline import Pipeline
-from lemica_trt.runtime.random import Generator
 
 Array = npt.NDArray[Any]
 Module = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -126,7 +125,8 @@ def check_runs(
         if plan.name in before:
             continue
         got = deployed.latents(plan, prompt, seed, keep=True)
-        against, expected = _torch_run(model, plan, prompt, seed)
+        noise = pipe.generator(seed).randn((1, *model.latent_shape))  # not torch's, which differs in rounding
+        against, expected = _torch_run(model, plan, prompt, seed, noise)
         done(plan.budget)
         if not np.isfinite(expected).all():
             raise VerificationError(
@@ -144,15 +144,12 @@ def check_runs(
     return found
 
 
-def _torch_run(model: Model, plan: StepPlan, prompt: str, seed: int) -> tuple[str, Array]:
+def _torch_run(model: Model, plan: StepPlan, prompt: str, seed: int, noise: Array) -> tuple[str, Array]:
     """What a plan is compared with, and its latents: the uncached plan with the pipeline itself."""
-    noise = torch.from_numpy(
-        Generator(seed).randn((1, *model.latent_shape))
-    )  # the runtime's, which differs in rounding
     # A stochastic scheduler may draw more than it uses: the pipeline's noise is then not the plan's.
     if plan.budget == plan.num_steps and not plan.stochastic:
-        return "diffusers", model.reference([prompt], noise)[0].numpy()
-    return "torch", model.run(plan, prompt, seed, start=noise[0].numpy())
+        return "diffusers", model.reference([prompt], torch.from_numpy(noise), seed=seed)[0].numpy()
+    return "torch", model.run(plan, prompt, seed, start=noise[0])
 
 
 def _largest(*arrays: Array) -> float:

@@ -64,7 +64,7 @@ def bench(
 
     def requests(number: int) -> list[GenerationRequest]:
         first = number * load.batch
-        return [GenerationRequest(prompts[k % len(prompts)], k) for k in range(first, first + load.batch)]
+        return [pipe.request(prompts[k % len(prompts)], k) for k in range(first, first + load.batch)]
 
     def play(number: int) -> None:
         for plan in plans:

@@ -55,7 +55,7 @@ def compare(a: Side, b: Side, samples: Samples, done: Callable[[float], None]) -
         a=sides[0],
         b=sides[1],
         machine=describe_machine(),
-        samples=tuple(samples[number] for number in range(samples.count)),
+        samples=samples.shown,
         psnr=tuple(found),
         ssim=tuple(similar) or None,
     )

@@ -18,7 +18,6 @@ from lemica_trt.ir.graphs import Role
 from lemica_trt.ir.plan import StepPlan, uncached_of
 from lemica_trt.ir.report import Timing
 from lemica_trt.runtime.pipeline import Pipeline
-from lemica_trt.runtime.random import Generator
 
 Array = npt.NDArray[Any]
 
@@ -63,8 +62,8 @@ class Deployed:
 
     def _run(self, plan: StepPlan, prompt: str, seed: int) -> Array:
         pipe = self.pipe
-        conditions = pipe.conditions_of(prompt)
-        noise = Generator(seed).randn((1, *pipe.bundle.manifest.graphs.layout.latent_shape))
+        conditions = pipe.conditions_at(prompt, seed)
+        noise = pipe.generator(seed).randn((1, *pipe.bundle.manifest.graphs.layout.latent_shape))
         results: list[Array] = []
 
         def request(**options: Any) -> None:

@@ -18,7 +18,6 @@ from lemica_trt.ir.plan import PlanRow, StepPlan, coefficient_vector
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.step_model import Beginning, Latents, StepInput, StepOutput, Steps
 from lemica_trt.runtime.pipeline import Pipeline
-from lemica_trt.runtime.random import Generator
 
 Watch = Callable[[GraphSpec, Mapping[str, Any]], None]
 """Given a graph, and its inputs by name."""
@@ -72,10 +71,10 @@ class EngineModel:
 
     def begin(self, prompt: str, seed: int) -> Beginning:
         """What a request begins with."""
-        return Beginning(self.pipe.conditions_of(prompt), self._noises(seed))
+        return Beginning(self.pipe.conditions_at(prompt, seed), self._noises(seed))
 
     def _noises(self, seed: int) -> Iterator[Latents]:
-        generator = Generator(seed)
+        generator = self.pipe.generator(seed)
         while True:
             yield generator.randn((1, *self.latent_shape))[0]
 
@@ -98,7 +97,7 @@ class EngineModel:
         first = next(self._noises(seed))[None]
         seeds = [seed] if plan.stochastic else None
         found: Latents = self.pipe.latents(
-            self.pipe.conditions_of(prompt), first, plan=plan, seeds=seeds, finite=False
+            self.pipe.conditions_at(prompt, seed), first, plan=plan, seeds=seeds, finite=False
         )[0]
         return found
 

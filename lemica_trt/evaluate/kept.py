@@ -93,7 +93,7 @@ class Keeper:
         clips = tuple(
             KeptClip(
                 sample=sample,
-                prompt=samples[sample][0],
+                prompt=samples.shown[sample][0],
                 seed=samples[sample][1],
                 runs=tuple(
                     _stored(sample, name, run, self._runs[sample][UNCACHED], pictures, lossless)
@@ -102,7 +102,7 @@ class Keeper:
             )
             for sample in chosen
         )
-        held_out = [samples[number] for number in range(samples.count)]
+        held_out = samples.shown
         value = KeptClips(
             manifest_digest=manifest_digest,
             plan=plan.name,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lemica_trt.core.values import Value, require
 from lemica_trt.ir.profile import CalibrationSettings
+from lemica_trt.ir.prompts import prompt_from_line
 
 HELD_OUT_SEED = 1_000_000
 """Seed of the first held-out sample; calibration seeds start at 0."""
@@ -31,6 +32,12 @@ class Samples(Value, frozen=True):
     def __getitem__(self, number: int) -> tuple[str, int]:
         """(prompt, seed) of a sample; numbers beyond `count` are allowed."""
         return self.prompts[number % len(self.prompts)], self.seed + number
+
+    @property
+    def shown(self) -> tuple[tuple[str, int], ...]:
+        """All of them, of each the text of its prompt: paths of pictures are of one machine."""
+        samples = [self[number] for number in range(self.count)]
+        return tuple((prompt_from_line(prompt).text, seed) for prompt, seed in samples)
 
 
 def validation_samples(prompts: Sequence[str], settings: CalibrationSettings) -> Samples:

@@ -32,6 +32,7 @@ from lemica_trt.ir.budget import StepTimes
 from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.kept import Kept
 from lemica_trt.ir.plan import StepPlan, uncached_of
+from lemica_trt.ir.prompts import prompt_from_line
 from lemica_trt.ir.report import PLAN, Agreement, FirstRun, GraphCheck, VerifyReport
 from lemica_trt.models import Model
 from lemica_trt.runtime.pipeline import Pipeline
@@ -168,7 +169,7 @@ def _tell(pipe: Pipeline, key: EngineKey, samples: Samples, reporter: Reporter, 
     where = f"{key.title} on {key.target}"
     reporter.stage("draft" if draft else "verify", f"{count(samples.count, 'held-out clip')}, {where}")
     prompts = dict.fromkeys(samples[s][0] for s in range(samples.count))
-    found = {prompt: lines for prompt in prompts if (lines := pipe.warnings(prompt))}
+    found = {prompt: lines for prompt in prompts if (lines := pipe.warnings(prompt_from_line(prompt).text))}
     if found:
         prompt, (line, *_) = next(iter(found.items()))
         reporter.note(f"{len(found)} of {count(len(prompts), 'prompt')}, the first {shortened(prompt)!r}: {line}")

@@ -79,6 +79,7 @@ def export_graphs(model: Model, layout: StepLayout, folder: Path, *, roles: Sequ
         layout=layout,
         max_batch=model.profile.shape.max_batch,
         graphs=tuple(_export_graph(role, model, layout, widths, folder) for role in sorted(roles)),
+        image=model.image,
     )
 
 

@@ -34,18 +34,19 @@ def bundle_card(
     """
     profile = manifest.profile
     shape = profile.shape
-    images = shape.is_image
+    images, taken = shape.is_image, manifest.graphs.image is not UNSET
+    image = " --image first.png" * taken
     names = list(dict.fromkeys(f"{entry.key.title} for {entry.key.target}" for entry in manifest.engines))
     fused = "".join(f", LoRA {lora.text}" for lora in profile.loras or ())
     weight = size(sum(entry.size for entry in manifest.files.values()))
     parts = [
-        _metadata("text-to-image" if images else "text-to-video", profile.source),
+        _metadata(f"{'image' if taken else 'text'}-to-{'image' if images else 'video'}", profile.source),
         f"# {profile.name}: a bundle of lemica-trt",
         f"{profile.name} ({profile.source}{fused}), {shape.frames} frames {shape.height}×{shape.width}, "
         f"{profile.sampling.steps} steps, {manifest.graphs.dtype}, {weight}. Engines: {', '.join(names)}. For another "
         "machine `lemica-trt engine` builds them again, from the graphs in the bundle.",
         f"```\nlemica-trt pull {at} -o bundle --digest {digest}\n"
-        f'lemica-trt run bundle "a prompt" --output clip.{"png" if images else "mp4"}\n```',
+        f'lemica-trt run bundle "a prompt"{image} --output clip.{"png" if images else "mp4"}\n```',
         "Engines are machine code: run bundles of people you trust. The digest covers every file of the bundle.",
         "## Plans",
         _plans_table(plans, manifest.default_plan),

@@ -9,15 +9,22 @@ from typing import Literal
 
 from msgspec import UNSET, UnsetType
 
+from lemica_trt.core.pictures import Filter, Fit
 from lemica_trt.core.text import Cleaning
-from lemica_trt.core.values import Value, require
+from lemica_trt.core.values import Value, require, require_finite
 from lemica_trt.ir.profile import DType
 
 TensorDType = Literal["fp32", "fp16", "bf16", "int64", "int32", "uint8"]
 
 
 Role = str
-"""Name of a graph: of a variant, `COMBINE`, of a text encoder, or `vae_decoder`."""
+"""Name of a graph: of a variant, `COMBINE`, of a text encoder, `IMAGE_ENCODER`, or `vae_decoder`."""
+
+IMAGE_ENCODER = "image_encoder"
+"""Name of the graph that makes conditions of a picture."""
+
+DRAW = "draw"
+"""Its input that is noise of the request's seed."""
 
 
 NEGATIVE = "negative_"
@@ -301,6 +308,46 @@ def step_layout(
     )
 
 
+class PictureSpec(Value, frozen=True):
+    """How a picture becomes an input of the image encoder graph: resized as 8-bit pixels, then c·pixel + d a channel.
+
+    Attributes:
+        name: of the input, fp32 [1, 3, height, width].
+        height, width: pixels.
+        fit: what is done to another aspect ratio.
+        by: resampling filter.
+        scale, offset: c and d of each channel; pixels are 0 … 255.
+    """
+
+    name: str
+    height: int
+    width: int
+    fit: Fit
+    by: Filter
+    scale: tuple[float, float, float]
+    offset: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        require_finite((*self.scale, *self.offset), f"{self.name}: scale and offset")
+
+
+class ImageSpec(Value, frozen=True):
+    """How the picture of a request becomes conditions: its inputs, then the image encoder graph.
+
+    Attributes:
+        pictures: inputs that are made of it.
+        draw: shape of the noise that the graph takes as `draw`, fp32, where the encoder samples its posterior; it is
+            drawn of the request's seed, before the initial noise.
+    """
+
+    pictures: tuple[PictureSpec, ...]
+    draw: tuple[int, ...] | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        names = [picture.name for picture in self.pictures]
+        require(bool(names) and len(set(names)) == len(names), f"pictures must have different names, got {names}")
+
+
 class GraphSet(Value, frozen=True):
     """All graphs of one bundle.
 
@@ -309,12 +356,14 @@ class GraphSet(Value, frozen=True):
         layout: the step graphs' interface.
         max_batch: largest batch b.
         graphs: by role, sorted.
+        image: how a request's picture becomes conditions; unset: requests have none.
     """
 
     dtype: DType
     layout: StepLayout
     max_batch: int
     graphs: tuple[GraphSpec, ...]
+    image: ImageSpec | UnsetType = UNSET
 
     def graph(self, role: Role) -> GraphSpec:
         """The graph of a role.

@@ -1,4 +1,4 @@
-"""What a bundle keeps of its calibration prompts: enough to tell that a request is far from them, not the prompts.
+"""Lines of prompt files; and what a bundle keeps of them: enough to tell that a request is far from them, no prompts.
 
 A plan is fitted to runs of a few prompts. It serves others as far as they are alike, and two things show without
 running anything that one is not: its length, and its words. How many words alike prompts share depends on what they
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from lemica_trt.core.text import words_of
 from lemica_trt.core.values import Value, require, require_finite
@@ -21,6 +22,31 @@ FAR_WORDS = 0.5
 
 HASH_BYTES = 2
 """Of a word: enough to tell whether it was there (a few hundred of 65 536 are), too few to tell which word it is."""
+
+
+class Prompt(NamedTuple):
+    """A line of a prompt file, `text`, or `text<TAB>image<TAB>digest` where a picture belongs to it.
+
+    Attributes:
+        text: the prompt.
+        image: path of the picture; None: it has none of its own.
+        digest: SHA-256 (hex) of the picture's file when the line was read.
+    """
+
+    text: str
+    image: str | None = None
+    digest: str | None = None
+
+    @property
+    def line(self) -> str:
+        """The line; what calibration and verification hand on as a prompt."""
+        return "\t".join(part for part in self if part is not None)
+
+
+def prompt_from_line(line: str) -> Prompt:
+    """What `Prompt.line` was made of."""
+    text, *image = line.split("\t")
+    return Prompt(text, *image) if len(image) == 2 else Prompt(line)
 
 
 class PromptFacts(Value, frozen=True):

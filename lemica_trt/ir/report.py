@@ -180,6 +180,7 @@ class BundleSummary(NamedTuple):
         versions: of the libraries that built it.
         pictures: path in the bundle → what it shows.
         measured: what is known of the plans on the bundle's engines.
+        image: whether requests need an image.
     """
 
     profile: Profile
@@ -193,6 +194,7 @@ class BundleSummary(NamedTuple):
     versions: dict[str, str]
     pictures: dict[str, str]
     measured: MeasuredPlans = MeasuredPlans()
+    image: bool = False
 
     @property
     def default(self) -> StepPlan:

@@ -8,6 +8,7 @@
     load                     profile → `Model`
     preflight                what a pipeline's configuration tells before weights are downloaded
     traced                   a model made from a trace, of any pipeline
+    image_encoder            what a traced pipeline makes of its picture before the loop, as a module
     open_sora                Open-Sora 1.2, a pipeline that diffusers does not have
     model                    what every stage asks of a model
     scheduler                diffusers scheduler → `SamplerTable`

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from msgspec import UNSET, UnsetType
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -17,9 +18,10 @@ from lemica_trt.core.errors import InputError
 from lemica_trt.core.files import sha256_of
 from lemica_trt.core.metrics import Frames
 from lemica_trt.core.text import CLEANINGS
-from lemica_trt.ir.graphs import EncoderSpec, StepLayout, TensorSpec
+from lemica_trt.ir.graphs import EncoderSpec, ImageSpec, StepLayout, TensorSpec
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Lora, Profile
+from lemica_trt.ir.prompts import Prompt, prompt_from_line
 from lemica_trt.ir.step_model import Beginning, Latents, Steps
 from lemica_trt.models.family import DTYPES, Family, TextEncoder, VideoDecoder
 from lemica_trt.models.scheduler import made_scheduler, refusing
@@ -31,6 +33,12 @@ NOTES = frozenset({".gif", ".jpeg", ".jpg", ".md", ".mp4", ".png", ".webp"})
 
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 """Path of the tokenizer in a bundle."""
+
+
+def require_no_picture(prompt: Prompt, kind: str) -> None:
+    """Raise InputError where a prompt brings a picture."""
+    if prompt.image is not None:
+        raise InputError(f"{kind} takes no image, the prompt {prompt.text!r} brings one", fix="leave it out")
 
 
 class End(NamedTuple):
@@ -76,6 +84,11 @@ class Model:
     def guided(self) -> bool:
         """Whether each request runs two branches: R = 2b, unconditional ones first."""
         return self.profile.sampling.guided
+
+    @property
+    def image(self) -> ImageSpec | UnsetType:
+        """How the picture of a request becomes conditions; unset: requests have none."""
+        return UNSET
 
     @property
     def branches(self) -> bool:
@@ -240,7 +253,21 @@ class Model:
 
     def begin(self, prompt: str, seed: int) -> Beginning:
         """What a request begins with; conditions as `embed` gives them."""
-        return Beginning(self.embed([prompt]), (noise.numpy() for noise in self.noises(seed)))
+        return Beginning(self.conditions_at(prompt, seed), (noise.numpy() for noise in self.noises(seed)))
+
+    def conditions_at(self, prompt: str, seed: int) -> Any:
+        """The conditions of one request, as `embed` gives them.
+
+        Args:
+            prompt: a line of a prompt file (`ir.prompts.Prompt.line`).
+            seed: of what an image encoder draws.
+
+        Raises:
+            InputError: it brings a picture that the model does not take.
+        """
+        found = prompt_from_line(prompt)
+        require_no_picture(found, type(self.pipeline).__name__)
+        return self.embed([found.text])
 
     def steps(self, layout: StepLayout) -> Steps:
         """Takes rows of plans that fit a layout."""
@@ -263,7 +290,7 @@ class Model:
         first = next(noises)
         first = first if start is None else torch.from_numpy(start)[None]
         with torch.inference_mode():
-            latents = denoise(self, plan, self.embed([prompt]), first, fresh_noise=lambda _: next(noises))
+            latents = denoise(self, plan, self.conditions_at(prompt, seed), first, fresh_noise=lambda _: next(noises))
         found: Latents = latents[0].cpu().numpy()
         return found
 
@@ -284,6 +311,7 @@ class Model:
         negative: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | None = None,
+        seed: int = 0,
     ) -> Tensor:
         """Run the uncached diffusers pipeline itself, as any user would.
 
@@ -293,6 +321,7 @@ class Model:
             negative: as in `embed`.
             guidance_scale: None: the profile's.
             generator: what a stochastic scheduler draws from.
+            seed: of what an image encoder draws; families have none.
 
         Returns:
             Final latents, fp32 [b, *latent_shape], on the CPU.

@@ -23,18 +23,23 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lemica_trt.core.errors import InputError, UnsupportedError
+from lemica_trt.core.pictures import Pixels
 from lemica_trt.core.text import CLEANINGS
+from lemica_trt.ir.graphs import IMAGE_ENCODER, EncoderSpec, ImageSpec, TensorDType, TensorSpec, text_axis
 from lemica_trt.ir.graphs import NEGATIVE as NEGATIVE_NAME
-from lemica_trt.ir.graphs import EncoderSpec, TensorDType, TensorSpec, text_axis
 from lemica_trt.ir.profile import Profile
+from lemica_trt.ir.prompts import Prompt, prompt_from_line
 from lemica_trt.ir.trace import Trace, TraceRequest, TraceSlot
-from lemica_trt.models.model import End, Model
+from lemica_trt.models.image_encoder import ImageEncoder, given_draw, image_encoder, picture_of
+from lemica_trt.models.model import End, Model, require_no_picture
 from lemica_trt.models.trace.arguments import BASE, LONGER, LONGER_NEGATIVE, SHORTER, SHORTER_NEGATIVE
 from lemica_trt.models.trace.arguments import NEGATIVE as BASE_NEGATIVE
 from lemica_trt.models.trace.body import Body, Line, Network, Prefix, Rows, fitted_line
@@ -42,7 +47,7 @@ from lemica_trt.models.trace.ends import FramesDecoder, TapeSlice
 from lemica_trt.models.trace.program import effects
 from lemica_trt.models.trace.replay import precision, relative, tolerance
 from lemica_trt.models.trace.runs import record
-from lemica_trt.models.trace.slots import NEGATIVE, PROMPT, Run
+from lemica_trt.models.trace.slots import IMAGE, NEGATIVE, PROMPT, SEED, Run
 from lemica_trt.models.trace.tape import Event, Ref, Tape, plain, refs
 from lemica_trt.models.trace.tracing import trace_runs
 
@@ -120,6 +125,7 @@ class TracedModel(Model):
         self.latent_shape = tuple(self.trace.states[0].shape[1:])
         self._conditions = self._named_conditions()
         self._encoders = self._make_encoders()
+        self._image = self._make_image_encoder()
         self.check_own_parts()
 
     # ------------------------------------------------------------ what it is
@@ -128,6 +134,11 @@ class TracedModel(Model):
     def guided(self) -> bool:
         """Whether a negative prompt is a condition: then the guidance scale is an input too."""
         return any(NEGATIVE in slot.of for slot in self.trace.role("condition"))
+
+    @property
+    def image(self) -> ImageSpec | UnsetType:
+        """How the picture of a request becomes conditions."""
+        return UNSET if self._image is None else self._image.spec
 
     @cached_property
     def branches(self) -> bool:
@@ -144,10 +155,11 @@ class TracedModel(Model):
 
     @property
     def conditions(self) -> tuple[TensorSpec, ...]:
-        """As the loop reads them, without duplicates; R = 2 under guidance, the negative prompt's row first."""
+        """As the loop reads them, without duplicates; R = 2 under guidance, the negative prompt's row first; 1 of an
+        image."""
         rows, specs = "2*batch" if self.guided else "batch", []
         for name, value in self._conditions.items():
-            shape: tuple[int | str, ...] = (rows, *value.shape[1:])
+            shape: tuple[int | str, ...] = ("batch" if self._is_image(name) else rows, *value.shape[1:])
             if self._is_free(name):
                 negative = self._is_negative(name)
                 first = "batch" if negative or NEGATIVE_NAME + name in self._conditions else rows
@@ -191,6 +203,8 @@ class TracedModel(Model):
                 if not isinstance(value, Tensor) or not value.dim():
                     raise UnsupportedError(f"{slot.name} is a number that follows the prompt: it cannot be built yet")
                 name = self._name(slot)
+                if IMAGE in slot.of and not all(torch.equal(value[0], row) for row in value):
+                    raise UnsupportedError(f"{slot.name} has another image in another branch: it cannot be built yet")
                 row = value[self._prompt_row(k) if PROMPT in slot.of else 0][None]
                 if name in found and found[name].shape != row.shape:
                     raise UnsupportedError(f"{slot.name} has another shape in another call: it cannot be built yet")
@@ -227,6 +241,10 @@ class TracedModel(Model):
     def _is_negative(self, name: str) -> bool:
         """Whether a condition is of the negative prompt alone, with a text axis of its own."""
         return name.startswith(NEGATIVE_NAME) and name.removeprefix(NEGATIVE_NAME) in self._conditions
+
+    def _is_image(self, name: str) -> bool:
+        """Whether a condition follows the image."""
+        return any(self._name(slot) == name and IMAGE in slot.of for slot in self.trace.role("condition"))
 
     def _is_free(self, name: str) -> bool:
         """Whether the shape of a condition follows the prompt."""
@@ -296,7 +314,9 @@ class TracedModel(Model):
         return list(dict.fromkeys(found))
 
     def _rows(self, k: int, slot: TraceSlot) -> tuple[int, ...]:
-        """Rows of a condition that a slot has: 0 is the negative prompt's, where there is guidance."""
+        """Rows of a condition that a slot has: 0 is the negative prompt's, where there is guidance; or the image's."""
+        if IMAGE in slot.of:
+            return (0,) * int(self._traced.runs.base.programs[0].values[k].shape[0])
         if not self.guided or (slot.name in self.trace.text_slots and len(slot.of) == 1):
             return (0,)
         if slot.of == (PROMPT, NEGATIVE):
@@ -310,7 +330,7 @@ class TracedModel(Model):
 
         Where Python reads how long a prompt is, they are followed in a run whose prompt fills all positions.
         """
-        names = [name for name in self._conditions if not self._is_negative(name)]
+        names = [name for name in self._conditions if not (self._is_negative(name) or self._is_image(name))]
         source = _Source(self._whole, self._text)
         followed = self._followed(names, source)
         if not all(followed.values()) and self.trace.text == "fixed":
@@ -330,6 +350,12 @@ class TracedModel(Model):
         groups.sort(key=lambda group: min(group[0]))
         found = [self._encoder(events, its, source) for events, its in groups]
         return [*found, *(self._negative_encoders(found) if self._whole is source.run else ())]
+
+    def _make_image_encoder(self) -> ImageEncoder | None:
+        """The graph of all conditions that follow the image; None: there are none."""
+        births = self._traced.runs.base.programs[0].births
+        found = {self._name(slot): births[k] for k, slot in self._slots() if IMAGE in slot.of}
+        return image_encoder(self._traced, self.pipeline, found) if found else None  # type: ignore[arg-type]
 
     def _negative_encoders(self, found: Sequence[_Encoder]) -> list[_Encoder]:
         """Text encoder graphs of their own for negative prompts, where those become other ids than prompts do."""
@@ -504,9 +530,23 @@ class TracedModel(Model):
 
     @torch.no_grad()
     def embed(  # type: ignore[override]  # `denoise.Conditions`
-        self, prompts: Sequence[str], negative: str | Sequence[str] | None = None
+        self,
+        prompts: Sequence[str],
+        negative: str | Sequence[str] | None = None,
+        *,
+        seeds: Sequence[int] = (),
     ) -> dict[str, Tensor]:
-        """Conditions by name, [R, …] or [b, …]; under guidance the negative prompts' rows first."""
+        """Conditions by name, [R, …] or [b, …]; under guidance the negative prompts' rows first.
+
+        Args:
+            prompts: lines of a prompt file (`ir.prompts.Prompt.line`); a picture is drawn where one has none.
+            seeds: of what an image encoder draws, [b].
+
+        Raises:
+            InputError: a line brings a picture that the model does not take, or it cannot be read.
+        """
+        images = self._image_conditions([*map(prompt_from_line, prompts)], seeds)
+        prompts = [prompt_from_line(prompt).text for prompt in prompts]
         negatives = self._negatives(negative, len(prompts)) if self.guided else []
         rows = {(text, False): self._embed(text) for text in dict.fromkeys(prompts)}
         rows |= {(text, True): self._embed(text, negative=True) for text in dict.fromkeys(negatives)}
@@ -515,6 +555,9 @@ class TracedModel(Model):
         )
         found = {}
         for spec in self.conditions:
+            if spec.name in images:
+                found[spec.name] = images[spec.name]
+                continue
             name, followed = spec.name, second
             if self._is_negative(name):
                 name, followed = name.removeprefix(NEGATIVE_NAME), first
@@ -527,6 +570,32 @@ class TracedModel(Model):
                 parts = [part[:, :length] for part in parts]
             found[spec.name] = torch.cat(parts)
         return found
+
+    def conditions_at(self, prompt: str, seed: int) -> Any:
+        """As `Model.conditions_at`."""
+        return self.embed([prompt], seeds=[seed])
+
+    def _image_conditions(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> dict[str, Tensor]:
+        """What the image encoder makes of the pictures of some prompts, by name, [b, …]."""
+        if self._image is None:
+            for prompt in prompts:
+                require_no_picture(prompt, type(self.pipeline).__name__)
+            return {}
+        rows = []
+        for prompt, seed in zip(prompts, [*seeds, *[0] * len(prompts)]):
+            draw = self._image.draw(torch.Generator("cpu").manual_seed(seed))
+            rows.append(self._image.conditions(self._picture(prompt), draw, self.device))
+        return {name: torch.cat([row[name] for row in rows]) for name in self._image.outputs}
+
+    def _encoded_image(self, run: Run) -> dict[str, Tensor]:
+        """What the image encoder makes of the image and the seed of a recorded run."""
+        if self._image is None:
+            return {}
+        draw = self._image.draw(torch.Generator("cpu").manual_seed(run.seed))
+        return self._image.conditions(np.array(self._traced.arguments.picture(run.image)), draw, self.device)
+
+    def _picture(self, prompt: Prompt) -> Pixels:
+        return picture_of(prompt, self.profile.shape.height, self.profile.shape.width)
 
     def _length(self, name: str, text: str) -> int:
         """Tokens that a condition has for a prompt."""
@@ -570,6 +639,8 @@ class TracedModel(Model):
                 for name in spec.inputs
             ]
             found[encoder.graph] = End(encoder.module, tuple(specs), encoder.outputs)
+        if self._image is not None:
+            found[IMAGE_ENCODER] = End(self._image, self._image.inputs, self._image.outputs)
         latents = TensorSpec(name="latents", dtype="fp32", shape=(1, *self.latent_shape))
         found["vae_decoder"] = End(self.vae_decoder, (latents,), ("frames",))
         return found
@@ -577,7 +648,7 @@ class TracedModel(Model):
     @cached_property
     def vae_decoder(self) -> nn.Module:
         """The VAE decoder graph as a module, as the pipeline decodes for `output_type="pt"`."""
-        tape, output = record(self.pipeline, self._traced.arguments, others={"output_type": "pt"})
+        tape, output = self._decoded()
         last = max(k for k, item in enumerate(tape.items) if isinstance(item, Event) and item.kind == "step")
         final, step = next(iter(plain(output).values())), tape.items[last]
         if not isinstance(final, Tensor) or final.dim() not in (4, 5):
@@ -587,11 +658,21 @@ class TracedModel(Model):
             self.pipeline.components,
         )  # fmt: skip
         decoder = FramesDecoder(slice_, tape.value(refs(step.outs)[0]).dtype)
-        with torch.no_grad():
-            pixels = slice_({"latents": tape.value(refs(step.outs)[0])})["pixels"]
-        if relative(pixels, final) > tolerance(self._precision):
-            raise UnsupportedError(f"{self.trace.pipeline} cannot be built yet: its decoding is not reproduced")
+        runs = [(tape, final)]
+        if self._image is not None:
+            other, output = self._decoded(image=2)
+            runs.append((other, next(iter(plain(output).values()))))
+        for run, wanted in runs:
+            with torch.no_grad():
+                pixels = slice_({"latents": _final(run)})["pixels"]
+            if relative(pixels, wanted) > tolerance(self._precision):
+                how = "is not reproduced" if run is tape else "reads the image, too"
+                raise UnsupportedError(f"{self.trace.pipeline} cannot be built yet: its decoding {how}")
         return decoder
+
+    def _decoded(self, **changes: Any) -> tuple[Tape, Any]:
+        """A call of the pipeline that decodes its latents."""
+        return record(self.pipeline, self._traced.arguments, others={"output_type": "pt"}, **changes)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -612,8 +693,11 @@ class TracedModel(Model):
         return next(self.noises(seed))
 
     def noises(self, seed: int) -> Iterator[Tensor]:
-        """As `Model.noises`: drawn in the shape of the latents that the sampler steps (packed, where they are)."""
+        """As `Model.noises`: drawn in the shape of the latents that the sampler steps (packed, where they are), behind
+        what an image encoder draws."""
         generator = torch.Generator("cpu").manual_seed(seed)
+        if self._image is not None:
+            self._image.draw(generator)
         while True:
             yield torch.randn((1, *self.latent_shape), generator=generator)[0]
 
@@ -626,27 +710,40 @@ class TracedModel(Model):
         negative: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | None = None,
+        seed: int = 0,
         steps: int | None = None,
     ) -> Tensor:
-        """The pipeline's own final latents for one request, fp32 [1, *latent_shape] on the CPU."""
+        """The pipeline's own final latents for one request, fp32 [1, *latent_shape] on the CPU.
+
+        Args:
+            prompts: one line of a prompt file.
+            seed: of what its image encoder draws.
+            others: as in `Model.reference`.
+        """
         if len(prompts) != 1:
             raise InputError(f"a traced pipeline runs one request a call, got {len(prompts)}")
         arguments = self._traced.arguments
         first = next(iter(arguments.scales), None)
         scales = {} if guidance_scale is None or first is None else {first: guidance_scale}
         negative = self.profile.sampling.negative_prompt if negative is None else negative
-        tape, _ = record(
-            self.pipeline,
-            arguments,
-            prompt=prompts[0],
-            negative=negative if isinstance(negative, str) else negative[0],
-            scales=scales,
-            others={
-                "latents": noise.to(self.device, _first(self._traced.runs.base.tape).dtype),
-                "num_inference_steps": self.profile.sampling.steps if steps is None else steps,
-                **({} if generator is None else {"generator": generator}),
-            },
-        )
+        prompt, draw = prompt_from_line(prompts[0]), None
+        others = {
+            "latents": noise.to(self.device, _first(self._traced.runs.base.tape).dtype),
+            "num_inference_steps": self.profile.sampling.steps if steps is None else steps,
+            **({} if generator is None else {"generator": generator}),
+        }
+        if self._image is not None:
+            others["image"] = Image.fromarray(self._picture(prompt))
+            draw = self._image.draw(torch.Generator("cpu").manual_seed(seed))
+        with given_draw(draw):
+            tape, _ = record(
+                self.pipeline,
+                arguments,
+                prompt=prompt.text,
+                negative=negative if isinstance(negative, str) else negative[0],
+                scales=scales,
+                others=others,
+            )
         return _final(tape).float().cpu()
 
     def check_own_parts(self) -> None:
@@ -656,15 +753,13 @@ class TracedModel(Model):
             UnsupportedError: they are not, or cannot; says which part.
         """
         runs = self._traced.runs
-        requests = [(BASE, BASE_NEGATIVE, runs.base)]
+        requests = [(BASE, BASE_NEGATIVE, runs.base), (SHORTER, SHORTER_NEGATIVE, runs.check)]
         if runs.longer:
-            requests.append((SHORTER, SHORTER_NEGATIVE, self._short))
+            requests[1] = (SHORTER, SHORTER_NEGATIVE, self._short)
             requests += [(LONGER, BASE_NEGATIVE, run) for what, run in runs.longer.items() if what == PROMPT]
-        else:
-            requests.append((SHORTER, SHORTER_NEGATIVE, runs.check))
         allowed = tolerance(self._precision)
         for prompt, negative, run in requests:
-            own = self.embed([prompt], negative)
+            own = self.embed([prompt], negative) | self._encoded_image(run)
             for k, slot in self._slots():
                 if slot.role != "condition":
                     continue
@@ -673,7 +768,8 @@ class TracedModel(Model):
                 most = allowed if wanted.is_floating_point() else 0.0
                 if rows.shape != wanted.shape or relative(rows.to(wanted.dtype).float(), wanted.float()) > most:
                     raise UnsupportedError(
-                        f"{self.trace.pipeline} cannot be built yet: {name} is not reproduced from token ids"
+                        f"{self.trace.pipeline} cannot be built yet: {name} is not reproduced from "
+                        + ("the image" if IMAGE in slot.of else "token ids")
                     )
         self.body()
         _ = self.vae_decoder
@@ -731,7 +827,8 @@ def _beyond_prompts(trace: Trace) -> dict[str, bool]:
     """Why a pipeline cannot be built whose conditions follow more than prompts."""
     found = {}
     for slot in trace.role("condition"):
-        if others := [what for what in slot.of if what not in (PROMPT, NEGATIVE)]:
+        others = [what for what in slot.of if what not in (PROMPT, NEGATIVE)]
+        if others and slot.of not in ((IMAGE,), (IMAGE, SEED)):
             found[f"{slot.component}.{slot.argument} follows the {' and the '.join(others)}"] = True
     return found
 

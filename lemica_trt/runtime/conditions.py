@@ -27,13 +27,17 @@ class EncodedText:
 
 
 def conditions_from_texts(
-    layout: StepLayout, prompts: Sequence[EncodedText], negatives: Sequence[EncodedText] = ()
+    layout: StepLayout,
+    prompts: Sequence[EncodedText],
+    negatives: Sequence[EncodedText] = (),
+    pictures: Sequence[Mapping[str, Array]] = (),
 ) -> dict[str, Array]:
     """What the DiT is given for some requests: the layout's conditions.
 
     Args:
         prompts: b of them.
         negatives: as many under guidance, else none.
+        pictures: as many where the bundle needs an image, by condition.
 
     Returns:
         By name, [R, …] or [b, …]. A text axis is as long as the text that it follows: one that both branches share as
@@ -44,6 +48,9 @@ def conditions_from_texts(
     """
     result = {}
     for spec in layout.conditions:
+        if pictures and spec.name in pictures[0]:
+            result[spec.name] = np.stack([picture[spec.name] for picture in pictures])
+            continue
         name, texts, followed = spec.name, [*negatives, *prompts], prompts
         if spec.text_axes and name not in texts[0].arrays:
             name, texts, followed = name.removeprefix(NEGATIVE), list(negatives), negatives

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from lemica_trt.backends.base import Array
 from lemica_trt.core.progress import duration
@@ -20,12 +20,15 @@ class GenerationRequest:
         seed: 0 … 2^63 − 1.
         guidance_scale: g; the plan's by default. Guided bundles only.
         negative_prompt: the profile's by default. Guided bundles only.
+        image: what the picture is, as `core.pictures.picture_from` takes it: path, content of a PNG or JPEG file, PIL
+            image, or uint8 [H, W, 3]. Bundles that need one only.
     """
 
     prompt: str
     seed: SupportsIndex = 0
     guidance_scale: float | None = None
     negative_prompt: str | None = None
+    image: Any = None
 
 
 @dataclass(frozen=True, repr=False)

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, SupportsIndex, cast, overload
 
 import numpy as np
+from msgspec import UNSET
 
 from lemica_trt.backends.base import Array, Buffer, Capture, Engine, Settings, open_backend
 from lemica_trt.bundle.contents import read_if_listed
@@ -28,22 +29,24 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.signing import trusted_keys
 from lemica_trt.core.errors import EngineError, InputError, UsageError
 from lemica_trt.core.files import user_cache
+from lemica_trt.core.pictures import drawn_picture, picture_from, planes, read_picture, resized
 from lemica_trt.ir.engine import EngineEntry
-from lemica_trt.ir.graphs import Role
+from lemica_trt.ir.graphs import DRAW, IMAGE_ENCODER, ImageSpec, Role
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.prompts import PromptFacts
+from lemica_trt.ir.prompts import PromptFacts, prompt_from_line
 from lemica_trt.runtime.conditions import EncodedText, conditions_from_texts
 from lemica_trt.runtime.denoise import Denoiser, OnStep, RowDone
 from lemica_trt.runtime.generation import Generation, GenerationRequest
 from lemica_trt.runtime.random import Generator
 from lemica_trt.runtime.single_graph import run_graph
 from lemica_trt.runtime.text import PromptTokenizer
+from lemica_trt.runtime.validation import require_image
 
 LOGGER = logging.getLogger("lemica_trt")
 """Told of prompts that are cut, or far from those of the calibration."""
 
 
-_ARGUMENTS = ("guidance_scale", "negative_prompt", "plan", "on_step")
+_ARGUMENTS = ("guidance_scale", "negative_prompt", "image", "plan", "on_step")
 
 DIFFUSERS = {
     "num_inference_steps": "the steps are part of a plan: plan=NAME, one of pipe.bundle.plans",
@@ -171,6 +174,7 @@ class Pipeline:
         seed: SupportsIndex = 0,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
+        image: Any = None,
         plan: str | None = None,
         on_step: OnStep | None = None,
     ) -> Generation: ...
@@ -183,6 +187,7 @@ class Pipeline:
         seed: SupportsIndex | Sequence[SupportsIndex] = 0,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
+        image: Any = None,
         plan: str | None = None,
         on_step: OnStep | None = None,
     ) -> list[Generation]: ...
@@ -194,11 +199,12 @@ class Pipeline:
         seed: SupportsIndex | Sequence[SupportsIndex] = 0,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
+        image: Any = None,
         plan: str | None = None,
         on_step: OnStep | None = None,
         **others: object,
     ) -> Generation | list[Generation]:
-        """Generate one clip, or one for each prompt of a list (all with one seed, or a list of seeds).
+        """Generate one clip, or one for each prompt of a list (all with one seed and image, or lists of them).
 
         Args and raises: see `GenerationRequest` and `run`; arguments of diffusers that are called otherwise here are
         answered with what to write (UsageError).
@@ -213,8 +219,12 @@ class Pipeline:
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
         if len(seeds) != len(prompts):
             raise UsageError(f"expected one seed, or one for each of {len(prompts)} prompts, got {len(seeds)}")
+        images = list(image) if isinstance(image, (list, tuple)) else [image] * len(prompts)
+        if len(images) != len(prompts):
+            raise UsageError(f"expected one image, or one for each of {len(prompts)} prompts, got {len(images)}")
         requests = [
-            GenerationRequest(text, number, guidance_scale, negative_prompt) for text, number in zip(prompts, seeds)
+            GenerationRequest(text, number, guidance_scale, negative_prompt, its)
+            for text, number, its in zip(prompts, seeds, images)
         ]
         results = self.run(requests, plan=plan, on_step=on_step)
         return results[0] if isinstance(prompt, str) else results
@@ -307,21 +317,77 @@ class Pipeline:
         own = [tokenizer for tokenizer in self._encoders if tokenizer.spec.negative]
         return own if negative and own else [tokenizer for tokenizer in self._encoders if tokenizer not in own]
 
-    def conditions(self, prompts: Sequence[str], negatives: Sequence[str] = ()) -> dict[str, Array]:
+    def encode_image(self, image: Any, seed: SupportsIndex = 0) -> dict[str, Array]:
+        """The conditions that the image encoder makes of one picture: name → array without batch.
+
+        Args:
+            image: as in `GenerationRequest`.
+            seed: of the noise that the encoder takes, if it does.
+
+        Raises:
+            InputError: the bundle takes no image; or it is none, or cannot be read.
+        """
+        graphs = self.bundle.manifest.graphs
+        require_image(graphs, image)
+        picture, spec = picture_from(image), cast(ImageSpec, graphs.image)
+        inputs = {
+            its.name: planes(resized(picture, its.height, its.width, fit=its.fit, by=its.by), its.scale, its.offset)
+            for its in spec.pictures
+        }
+        if spec.draw is not UNSET:
+            inputs[DRAW] = Generator(seed).randn(spec.draw)
+        return {name: array[0] for name, array in self.run_graph(IMAGE_ENCODER, inputs).items()}
+
+    def generator(self, seed: SupportsIndex) -> Generator:
+        """Where the initial noise of a request comes from, then z of each draw: behind what the image encoder draws."""
+        generator, spec = Generator(seed), self.bundle.manifest.graphs.image
+        if spec is not UNSET and spec.draw is not UNSET:
+            generator.randn(spec.draw)
+        return generator
+
+    def request(self, line: str, seed: SupportsIndex) -> GenerationRequest:
+        """The request of a line of a prompt file (`ir.prompts.Prompt.line`), with the picture that it names; where it
+        names none and the bundle needs one, with one that is drawn of its text.
+
+        Raises:
+            InputError: the picture cannot be read.
+        """
+        prompt, shape = prompt_from_line(line), self.bundle.manifest.profile.shape
+        image = None if prompt.image is None else read_picture(prompt.image, digest=prompt.digest)
+        if image is None and self.bundle.manifest.graphs.image is not UNSET:
+            image = drawn_picture(prompt.text, shape.height, shape.width)
+        return GenerationRequest(prompt.text, seed, image=image)
+
+    def conditions(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str] = (),
+        *,
+        images: Sequence[Any] = (),
+        seeds: Sequence[SupportsIndex] = (),
+    ) -> dict[str, Array]:
         """What the DiT is given for some requests, see `runtime.conditions.conditions_from_texts`.
 
         Args:
             prompts: b of them.
             negatives: as many under guidance, else none.
+            images, seeds: as many where the bundle needs an image, as `encode_image` takes them.
 
         Raises:
             UsageError: the bundle has no text encoder.
-            InputError: a prompt is not text, or has no tokens; or texts of one batch have other lengths.
+            InputError: a prompt is not text, or has no tokens; texts of one batch have other lengths; an image
+                is missing, or there is one and the bundle takes none.
         """
-        layout = self.bundle.manifest.graphs.layout
+        graphs = self.bundle.manifest.graphs
+        for image in images or [None] * len(prompts):
+            require_image(graphs, image)
+        needed = graphs.image is not UNSET
+        pictures = [self.encode_image(image, seed) for image, seed in zip(images, seeds)] if needed else []
         encoded = {text: self.encode_text(text) for text in dict.fromkeys(prompts)}
         against = {text: self.encode_text(text, negative=True) for text in dict.fromkeys(negatives)}
-        return conditions_from_texts(layout, [encoded[one] for one in prompts], [against[one] for one in negatives])
+        return conditions_from_texts(
+            graphs.layout, [encoded[one] for one in prompts], [against[one] for one in negatives], pictures
+        )
 
     def latents(
         self,
@@ -353,7 +419,7 @@ class Pipeline:
         """
         self._require_open()
         chosen = plan if isinstance(plan, StepPlan) else self._plan(plan)
-        generators = [Generator(seed) for seed in seeds or ()]
+        generators = [self.generator(seed) for seed in seeds or ()]
         for generator in generators:
             self._noise(generator)
         return self._denoise(chosen, conditions, noise, guidance_scale, generators, on_step, finite=finite)
@@ -366,19 +432,31 @@ class Pipeline:
         """
         return cast(Array, self.run_graph("vae_decoder", {"latents": latents[None]})["frames"][0])
 
-    def conditions_of(self, prompt: str, negative_prompt: str | None = None) -> dict[str, Array]:
+    def conditions_of(
+        self, prompt: str, negative_prompt: str | None = None, *, image: Any = None, seed: SupportsIndex = 0
+    ) -> dict[str, Array]:
         """The conditions of one request, as `latents` takes them.
 
         Args:
             negative_prompt: None: the profile's. Guided bundles only.
+            image, seed: as `encode_image` takes them, where the bundle needs an image.
 
         Raises:
             as `conditions`.
         """
-        if not self.bundle.manifest.graphs.layout.guided:
-            return self.conditions([prompt])
         default = self.bundle.manifest.profile.sampling.negative_prompt
-        return self.conditions([prompt], [default if negative_prompt is None else negative_prompt])
+        guided = self.bundle.manifest.graphs.layout.guided
+        negatives = [default if negative_prompt is None else negative_prompt] if guided else []
+        return self.conditions([prompt], negatives, images=[image], seeds=[seed])
+
+    def conditions_at(self, line: str, seed: SupportsIndex) -> dict[str, Array]:
+        """The conditions of a line of a prompt file, see `request`.
+
+        Raises:
+            as `request` and `conditions`.
+        """
+        request = self.request(line, seed)
+        return self.conditions_of(request.prompt, image=request.image, seed=seed)
 
     def run_graph(
         self, role: Role, inputs: Mapping[str, Array | Buffer], *, keep: Collection[str] = ()
@@ -406,9 +484,14 @@ class Pipeline:
         if self.bundle.manifest.graphs.layout.guided:
             negatives = [str(request.negative_prompt) for request in requests]
             scales = np.array([request.guidance_scale for request in requests], np.float64)
-        conditions = self.conditions([request.prompt for request in requests], negatives)
+        conditions = self.conditions(
+            [request.prompt for request in requests],
+            negatives,
+            images=[request.image for request in requests],
+            seeds=[request.seed for request in requests],
+        )
         encoded = perf_counter()
-        generators = [Generator(request.seed) for request in requests]
+        generators = [self.generator(request.seed) for request in requests]
         noise = np.stack([self._noise(generator) for generator in generators])
         latents = self._denoise(plan, conditions, noise, scales, generators, on_step)
         denoised = perf_counter()
@@ -475,6 +558,9 @@ class Pipeline:
     def _complete(self, request: GenerationRequest, plan: StepPlan) -> GenerationRequest:
         """Check a request and put in the defaults."""
         Generator(request.seed)
+        require_image(self.bundle.manifest.graphs, request.image)
+        if request.image is not None:
+            request = dataclasses.replace(request, image=picture_from(request.image))
         self._warn(request.prompt)
         if not self.bundle.manifest.graphs.layout.guided:
             if request.guidance_scale is not None or request.negative_prompt is not None:

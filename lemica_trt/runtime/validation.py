@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from msgspec import UNSET
+
 from lemica_trt.core.errors import InputError
+from lemica_trt.ir.graphs import GraphSet
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.runtime.text import require_prompt
 
@@ -112,6 +115,16 @@ def guidance_from(parameters: Mapping[str, Any], plan: StepPlan, *, guided: bool
         raise InputError(f"guidance_scale must be a number from {low:g} to {high:g}; got {scale!r}")
     plan.require_guidance(scale)
     return float(scale)
+
+
+def require_image(graphs: GraphSet, image: object | None) -> None:
+    """Raise InputError unless there is an image where a bundle needs one, and none where it takes none."""
+    if graphs.image is UNSET and image is not None:
+        raise InputError("the bundle takes no image: its pipeline has none", fix="leave it out")
+    if graphs.image is not UNSET and image is None:
+        raise InputError(
+            "the bundle needs an image beside the prompt, got none", fix="give one: image=… or --image FILE"
+        )
 
 
 def text_from(name: str, value: object) -> str:

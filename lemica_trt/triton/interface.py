@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import UNSET
 
 from lemica_trt.backends.base import Array
 from lemica_trt.bundle.manifest import Manifest
@@ -101,6 +102,11 @@ def interfaces(manifest: Manifest) -> dict[str, Interface]:
     """The models that a bundle can serve: all six; `denoiser` and `denoiser_stream` where it has no VAE decoder, or
     no text encoder that gives each condition."""
     graphs = manifest.graphs
+    if graphs.image is not UNSET:
+        raise UnsupportedError(
+            "the bundle needs an image beside the prompt, which cannot be served yet",
+            fix="lemica-trt run, or in Python",
+        )
     if any(encoder.negative for encoder in manifest.encoders):
         raise UnsupportedError("expected one text encoder for prompts and negative prompts, the bundle has two")
     encoders = [graphs.graph(role) for role in graphs_of("text_encoder", manifest)]

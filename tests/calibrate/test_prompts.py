@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from lemica_trt.calibrate.prompts import prompts_digest, read_prompts
 from lemica_trt.core.errors import InputError
+from lemica_trt.ir.prompts import prompt_from_line
 
 pytestmark = pytest.mark.cpu
 
@@ -33,6 +36,38 @@ def test_unreadable_prompt_files(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(InputError, match=r"latin\.txt: expected UTF-8 text, got: .* at byte 3"):
         read_prompts(tmp_path / "latin.txt")
+
+
+def test_pictures_of_prompts(tmp_path: Path) -> None:
+    """They lie beside the file; their content is in the digest, where they lie is not."""
+    digests = []
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.full((4, 6, 3), 9, np.uint8)).save(tmp_path / folder / "cat.png")
+        (tmp_path / folder / "prompts.txt").write_text("a cat\tcat.png\na dog\t\n")
+        lines = read_prompts(tmp_path / folder / "prompts.txt")
+        prompts = [prompt_from_line(line) for line in lines]
+        assert [prompt.text for prompt in prompts] == ["a cat", "a dog"]
+        assert prompts[0].image == str(tmp_path / folder / "cat.png") and prompts[1].image is None
+        assert [prompt.line for prompt in prompts] == lines
+        digests.append(prompts_digest(lines))
+    assert digests[0] == digests[1] != prompts_digest(["a cat", "a dog"])
+    Image.fromarray(np.full((4, 6, 3), 10, np.uint8)).save(tmp_path / "other/cat.png")
+    assert prompts_digest(read_prompts(tmp_path / "other/prompts.txt")) != digests[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a cat\tgone.png", r"gone\.png: expected a picture, got: No such file"),
+        ("a cat\tprompts.txt", r"prompts\.txt: expected a PNG or JPEG picture, got neither"),
+        ("a cat\tone.png\ttwo.png", "expected prompt<TAB>picture, got more than one tab"),
+    ],
+)
+def test_prompts_whose_pictures_cannot_be_read(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "prompts.txt").write_text(line)
+    with pytest.raises(InputError, match=message):
+        read_prompts(tmp_path / "prompts.txt")
 
 
 def test_prompts_digest() -> None:

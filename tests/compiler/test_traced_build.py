@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from traced_bundles import FLAGS, SMALL, built, lemica, saved
+from PIL import Image
+from traced_bundles import FLAGS, IMAGES, SMALL, built, lemica, saved
 
 import lemica_trt
 from lemica_trt.core.errors import InputError
@@ -118,6 +119,50 @@ PROMPTS = (
 )
 
 
+def picture(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "cogvideox-i2v" else pytest.param(name, marks=pytest.mark.long) for name in IMAGES]
+)
+def test_images_are_encoded_as_the_pipeline_does(name: str, tmp_path: Path) -> None:
+    """Calibrated with pictures of the user's, verified with drawn ones; a whole call of the pipeline with a new prompt,
+    seed and picture, of another size than what is made, is reproduced from the prompt, the seed and the file."""
+    picture(40, 40).save(tmp_path / "one.png")
+    (tmp_path / "prompts.txt").write_text("a red bird in a tree\tone.png\na blue bird\n")
+    output = built(name, tmp_path, "--budget", 3, *SMALL, "--prompts", tmp_path / "prompts.txt")
+    require_agreement(output)
+    assert str(tmp_path) not in "".join(path.read_text() for path in output.rglob("*.json"))
+    prompt, first = "two red birds in the snow", tmp_path / "first.png"
+    picture(90, 70).save(first)
+    with lemica_trt.load(output, plan="uncached") as pipe:
+        scale = pipe.bundle.plan().guidance_scale
+        got = pipe(prompt, image=first, seed=9, negative_prompt="", guidance_scale=1.1 * scale)
+        again = pipe(prompt, image=np.array(picture(90, 70)), seed=9, negative_prompt="", guidance_scale=1.1 * scale)
+        other = pipe(prompt, image=picture(91, 70), seed=9, negative_prompt="", guidance_scale=1.1 * scale)
+        for given, message in (({}, "needs an image beside the prompt, got none"), ({"image": 3}, "expected a path")):
+            with pytest.raises(InputError, match=message):
+                pipe(prompt, **given)
+    want = tiny_pipeline(name)(
+        image=picture(90, 70), prompt=prompt, negative_prompt="", height=32, width=48, num_frames=9,
+        max_sequence_length=dict(zip(IMAGES[name][::2], IMAGES[name][1::2])).get("--max-sequence-length", 512),
+        num_inference_steps=5, guidance_scale=1.1 * scale, generator=torch.Generator().manual_seed(9),
+        output_type="latent", return_dict=False,
+    )[0][0].numpy()  # fmt: skip
+    assert np.abs(got.latents - want).max() <= 1e-4 * np.abs(want).max()
+    assert np.array_equal(again.latents, got.latents)
+    assert np.abs(other.latents - want).max() > 1e-3 * np.abs(want).max()
+    assert got.frames.shape == (9, 32, 48, 3)
+    run = ("run", output, prompt, "--output", tmp_path / "x.npy", "--quiet")
+    assert lemica(*run, "--image", first).exit_code == 0
+    done = lemica(*run)
+    assert done.exit_code == 3 and "needs an image beside the prompt, got none → give one" in done.output
+    for command in (("triton", output, "--output", tmp_path / "models"), ("serve", output)):
+        done = lemica(*command)
+        assert done.exit_code == 5 and "needs an image beside the prompt, which cannot be served yet" in done.output
+
+
 def require_agreement(bundle: Path) -> None:
     report = read_value(VerifyReport, bundle / "reports" / "verify.json")
     found = {(run.plan, run.against): run.difference for run in report.agreement}
@@ -139,7 +184,10 @@ def test_one_command_makes_a_plan_for_a_budget(traced: Callable[[str], Path], tm
     assert one.frames.shape == (1, 32, 48, 3)
     assert np.array_equal(one.latents, again.latents)
     assert not np.array_equal(one.latents, other.latents)
-    done = lemica("run", output, "a red bird", "--output", tmp_path / "x.png", "--quiet")
+    run = ("run", output, "a red bird", "--output", tmp_path / "x.png", "--quiet")
+    done = lemica(*run, "--image", tmp_path / "x.png")
+    assert done.exit_code == 3 and "the bundle takes no image: its pipeline has none → leave it out" in done.output
+    done = lemica(*run)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "x.png").stat().st_size > 100
 

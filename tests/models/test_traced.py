@@ -9,12 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
+from msgspec import UNSET
+from PIL import Image
 from torch import Tensor
 
-from lemica_trt.core.errors import LemicaError, UnsupportedError
+from lemica_trt.calibrate.prompts import read_prompts
+from lemica_trt.core.errors import InputError, LemicaError, UnsupportedError
 from lemica_trt.core.metrics import psnr
+from lemica_trt.core.pictures import drawn_picture
 from lemica_trt.export import export_graphs
 from lemica_trt.ir.graphs import FULL, SKIP, TRUNK, StepLayout, step_layout
 from lemica_trt.ir.profile import TRACED, DType, Profile, Sampling, Shape
@@ -35,10 +40,10 @@ pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of diffu
 RUN = (
     *("auraflow", "chroma", "cogvideox", "cogview3-plus", "easyanimate", "flux", "hunyuanvideo", "ltx", "mochi"),
     *("pixart-sigma", "kandinsky5", "latte", "open-sora", "qwen-image", "sana", "sd3", "wan2.2-ti2v"),
+    *("cogvideox-i2v", "wan-i2v"),
 )
 
 REFUSED = {
-    "cogvideox-i2v": r"transformer\.hidden_states follows the image",
     "cogview4": "prompt_embeds is not reproduced from token ids",
     "ltx2": "steps several latents at once",
     "lumina2": r"reads values in Python \(transformer: tolist\)",
@@ -92,15 +97,15 @@ def half_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, DType
 
 @pytest.mark.parametrize("name", RUN)
 def test_the_uncached_plan_is_the_pipeline(name: str) -> None:
-    """With a prompt, noise, guidance scale and number of steps that tracing has not seen."""
+    """With a prompt, noise, image, guidance scale and number of steps that tracing has not seen."""
     traced = model(name)
     scale = traced.profile.sampling.guidance_scale * (1.1 if traced.guided else 1.0)
     plan = uncached_plan(sampler_table(traced.scheduler()), guidance_scale=scale)
     noise = traced.noise(5)[None]
     prompt = "a green house by the tree"
-    got = denoise(traced, plan, traced.embed([prompt], "a dull picture"), noise)
-    want = traced.reference([prompt], noise, negative="a dull picture", guidance_scale=scale)
-    other = denoise(traced, plan, traced.embed(["the red cat"], "a dull picture"), noise)
+    got = denoise(traced, plan, traced.embed([prompt], "a dull picture", seeds=[5]), noise)
+    want = traced.reference([prompt], noise, negative="a dull picture", guidance_scale=scale, seed=5)
+    other = denoise(traced, plan, traced.embed(["the red cat"], "a dull picture", seeds=[5]), noise)
     effect = float((other - want).abs().max())  # of the prompt: small in networks of random weights
     assert got == pytest.approx(want, abs=min(1e-4 * float(want.abs().max()), 0.05 * effect))
     frames = traced.decode(got)
@@ -155,13 +160,15 @@ def test_the_uncached_plan_is_the_pipeline_in_half_precision(
     scale = traced.profile.sampling.guidance_scale * (1.1 if traced.guided else 1.0)
     plan = uncached_plan(sampler_table(traced.scheduler()), guidance_scale=scale)
     noise = traced.noise(5)[None]
-    got = denoise(traced, plan, traced.embed(["a green house by the tree"], "a dull picture"), noise)
-    want = traced.reference(["a green house by the tree"], noise, negative="a dull picture", guidance_scale=scale)
+    prompt = "a green house by the tree"
+    got = denoise(traced, plan, traced.embed([prompt], "a dull picture", seeds=[5]), noise)
+    want = traced.reference([prompt], noise, negative="a dull picture", guidance_scale=scale, seed=5)
     rounding = ROUNDINGS * torch.finfo(traced.dtype).eps
     assert got == pytest.approx(want, abs=plan.num_steps**0.5 * rounding * float(want.abs().max()))
     assert psnr(traced.decode(got)[0].numpy(), traced.decode(want)[0].numpy()) >= HALF_PSNR
     float_specs = [spec for spec in traced.conditions if spec.dtype != "int64"]
-    assert {spec.dtype for spec in float_specs} == {dtype}
+    assert {spec.dtype for spec in float_specs} - {"fp32"} == {dtype}
+    assert all(spec.dtype == dtype or traced.image is not UNSET for spec in float_specs)  # Wan's masks are fp32
 
 
 @pytest.mark.parametrize(("name", "dtype"), HALF)
@@ -201,6 +208,56 @@ def test_requests_of_a_batch_are_independent(name: str) -> None:
         assert together[i : i + 1] == pytest.approx(alone, abs=1e-6)
 
 
+def test_a_picture_of_another_size_is_encoded_as_the_pipeline_does(tmp_path: Path) -> None:
+    """The picture of a prompt's line, larger and of another aspect ratio; and one that has changed since."""
+    traced = model("wan-i2v")
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
+    (tmp_path / "prompts.txt").write_text("a green house\tfirst.png\n")
+    Image.fromarray(pixels).save(tmp_path / "first.png")
+    (line,) = read_prompts(tmp_path / "prompts.txt")
+    plan = uncached_plan(sampler_table(traced.scheduler()), guidance_scale=traced.profile.sampling.guidance_scale)
+    noise = traced.noise(5)[None]
+    want = traced.reference([line], noise)
+    own = denoise(traced, plan, traced.embed([line]), noise)
+    assert own == pytest.approx(want, abs=1e-4 * float(want.abs().max()))
+    drawn = denoise(traced, plan, traced.embed(["a green house"]), noise)
+    assert float((drawn - own).abs().max()) > 1e-2 * float(want.abs().max())
+    Image.fromarray(255 - pixels).save(tmp_path / "first.png")
+    with pytest.raises(InputError, match="expected the picture that the prompts were read with, it has changed since"):
+        traced.embed([line])
+    with pytest.raises(InputError, match="FluxPipeline takes no image, the prompt 'a green house' brings one"):
+        model("flux").embed([line])
+
+
+def test_a_seed_is_the_noise_of_the_posterior_and_then_the_initial_noise() -> None:
+    """As the pipeline's own generator draws them, where nobody gives it latents."""
+    traced, name = model("cogvideox-i2v"), "cogvideox-i2v"
+    plan = uncached_plan(sampler_table(traced.scheduler()), guidance_scale=6.0)
+    prompt, picture = "a bird", drawn_picture("a bird", 32, 48)
+    got = denoise(traced, plan, traced.embed([prompt], "", seeds=[7]), traced.noise(7)[None])
+    want = tiny_pipeline(name)(
+        image=Image.fromarray(picture), prompt=prompt, negative_prompt="", height=32, width=48, num_frames=9,
+        max_sequence_length=64, num_inference_steps=5, guidance_scale=6.0, output_type="latent", return_dict=False,
+        generator=torch.Generator().manual_seed(7),
+    )[0]  # fmt: skip
+    assert got == pytest.approx(want, abs=1e-4 * float(want.abs().max()))
+    other = denoise(traced, plan, traced.embed([prompt], "", seeds=[8]), traced.noise(7)[None])
+    assert float((other - want).abs().max()) > 1e-2 * float(want.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("flux-kontext", "its shapes follow the size of its picture"),
+        ("ltx-i2v", "what it makes of its image follows several draws of noise, or the initial noise"),
+    ],
+)
+def test_images_that_cannot_be_built_yet_say_why(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lemica_trt.models.traced.request_from_profile", lambda profile, pipeline: CASES[name].request)
+    with pytest.raises(UnsupportedError, match=message):
+        TracedModel(profile(name), tiny_pipeline(name), Path("here"))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_built_yet_says_why(name: str) -> None:
     with pytest.raises(UnsupportedError, match=REFUSED[name]):
@@ -234,15 +291,20 @@ CASES_OF_CARDS = {
 }
 """Class of a named model → a tiny pipeline of it."""
 
-CASES_OF_NAMES = {"wan2.2-t2v-a14b": "wan2.2", "wan2.2-i2v-a14b": "wan2.2", "wan2.2-ti2v-5b": "wan2.2-ti2v"}
-"""The same where the class alone does not tell."""
+CASES_OF_NAMES = {
+    "wan2.1-flf2v": None,
+    "wan2.2-t2v-a14b": "wan2.2",
+    "wan2.2-i2v-a14b": "wan2.2",
+    "wan2.2-ti2v-5b": "wan2.2-ti2v",
+}
+"""The same where the class alone does not tell; None: there is none."""
 
 
 @pytest.mark.parametrize("name", [n for n in profile_names() if load_profile(n).family == TRACED])
 def test_a_named_model_builds_as_its_card_says(name: str) -> None:
     """A card that refuses says what tracing says; one that does not is of a class that is traced and built."""
     card = load_named(name).card
-    case = CASES_OF_NAMES.get(name) or CASES_OF_CARDS.get(card.pipeline)
+    case = CASES_OF_NAMES.get(name, CASES_OF_CARDS.get(card.pipeline))
     if case is None:
         assert card.refused or card.note.startswith("not tried")
     elif not card.refused:

@@ -9,6 +9,7 @@
     replay      a trace run again for another request: the check that every trace ends with
     trunk       the blocks of a transformer, left out without rewriting a forward
     body        the program of a step as a module, with or without the trunk
+    pictures    how a pipeline makes tensors of the picture that it is given
     ends        what stands before and behind the loop, as modules
     tracing     all of these → `ir.trace.Trace`
 

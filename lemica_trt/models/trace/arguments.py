@@ -17,6 +17,9 @@ OTHER = "the blue cat sees a red bird"
 
 LONGER = "the red bird sees a blue cat, and a red cat sees the other red bird"
 
+BASE_SEED, BASE_IMAGE = 11, 1
+"""Of the noise and of the picture."""
+
 NEGATIVE = "a dull picture and the grey noise"
 OTHER_NEGATIVE = "a grey picture and the dull noise"
 SHORTER = "a blue bird"
@@ -113,6 +116,16 @@ class Arguments:
         parameter = self._names.get("image")
         return parameter is not None and (self._request.image or parameter.default is parameter.empty)
 
+    def picture(self, seed: int, size: tuple[int, int] | None = None) -> Image.Image:
+        """A picture of random pixels, as `at` gives it."""
+        return _picture(size or self._size, seed)
+
+    @property
+    def other_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Width and height of a wider and larger picture, and of a higher and smaller one."""
+        width, height = self._size
+        return (2 * width + 6, height + 10), (width // 3 + 2, 3 * height // 4 + 1)
+
     @property
     def max_sequence_length(self) -> int | None:
         """Tokens of a prompt; None: the pipeline's call says nothing of them."""
@@ -136,8 +149,9 @@ class Arguments:
         *,
         prompt: str = BASE,
         negative: str = NEGATIVE,
-        seed: int = 11,
-        image: int = 1,
+        seed: int = BASE_SEED,
+        image: int = BASE_IMAGE,
+        size: tuple[int, int] | None = None,
         scales: dict[str, float] | None = None,
         others: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
@@ -145,6 +159,7 @@ class Arguments:
 
         Args:
             image: seed of a picture.
+            size: its width and height; None: those of the request.
             scales: of guidance parameters that differ from the request.
             others: further arguments of the pipeline's call.
         """
@@ -152,7 +167,7 @@ class Arguments:
         return {
             **self._fixed,
             **{name: text for name, text in texts.items() if name in self._names},
-            **({"image": _picture(self._size, image)} if self.has_image else {}),
+            **({"image": self.picture(image, size)} if self.has_image else {}),
             **{name: value for name, value in {**self.scales, **(scales or {})}.items() if name in self._names},
             **({"generator": torch.Generator("cpu").manual_seed(seed)} if "generator" in self._names else {}),
             **(others or {}),

@@ -325,6 +325,8 @@ class Extraction:
         """The program's nodes, in order; to be called once."""
         nodes: list[Step] = []
         for item in self._items:
+            if self._is_given(item):
+                continue
             if isinstance(item, Event) and item.kind == "host":
                 ref = refs(item.inputs)[0]
                 if self._tape.storage(ref) in self._tainted:
@@ -344,6 +346,12 @@ class Extraction:
                 if not isinstance(item, Op) or not item.mutates or ref.id not in self._places:
                     self._places[ref.id] = Node(len(nodes) - 1, j)
         return nodes
+
+    def _is_given(self, item: Op | Event) -> bool:
+        """Whether an operator makes nothing but inputs of a part that begins before them."""
+        if not self._of_inputs or not isinstance(item, Op) or item.mutates:
+            return False
+        return bool(item.outs) and all(isinstance(self._places.get(ref.id), X) for ref in item.outs)
 
     def program(self, index: int) -> Program:
         """The program of an iteration."""

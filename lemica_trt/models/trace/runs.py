@@ -101,7 +101,8 @@ class Runs:
 
     def _run(self, **changes: Any) -> Run:
         tape, _ = record(self._pipeline, self._arguments, **changes)
-        return Run(tape, programs(tape), {**self._arguments.scales, **changes.get("scales", {})})
+        its = {name: changes[name] for name in ("seed", "image") if name in changes}
+        return Run(tape, programs(tape), {**self._arguments.scales, **changes.get("scales", {})}, **its)
 
     def longest(self) -> tuple[Run, str]:
         """A run whose prompts have as many tokens as the pipeline takes, none cut off; and that prompt.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.ir.trace import SlotRole
+from lemica_trt.models.trace.arguments import BASE_IMAGE, BASE_SEED
 from lemica_trt.models.trace.program import Program, effects
 from lemica_trt.models.trace.tape import Event, Ref, Tape, refs
 
@@ -27,11 +28,14 @@ class Run:
     Attributes:
         tape, programs: of it.
         scales: guidance parameter → value.
+        seed, image: as in `arguments.Arguments.at`.
     """
 
     tape: Tape
     programs: list[Program]
     scales: Mapping[str, float]
+    seed: int = BASE_SEED
+    image: int = BASE_IMAGE
 
 
 @dataclass(frozen=True)

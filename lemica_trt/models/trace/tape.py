@@ -76,13 +76,15 @@ def refs(tree: Any) -> list[Ref]:
 
 
 def plain(output: Any) -> Any:
-    """diffusers' and transformers' output classes as dicts and tuples."""
+    """diffusers' and transformers' output classes as dicts and tuples; of a VAE's distribution its parameters."""
     if isinstance(output, Tensor) or output is None:
         return output
     if isinstance(output, dict) or hasattr(output, "to_tuple"):
         return {key: plain(value) for key, value in output.items()}
     if isinstance(output, tuple | list):
         return tuple(plain(value) for value in output)
+    if isinstance(getattr(output, "parameters", None), Tensor):
+        return {key: value for key, value in vars(output).items() if isinstance(value, Tensor)}
     return output
 
 
