@@ -16,6 +16,8 @@
 
 from __future__ import annotations
 
+from msgspec import UNSET, UnsetType
+
 from lemica_trt.core.values import Value
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import EncoderSpec, GraphSet, TensorSpec
@@ -35,13 +37,14 @@ VERIFIED_FILE = "verified.json"
 
 
 class ModelFacts(Value, frozen=True):
-    """What stages know of a model that they do not load; see `models.Model`."""
+    """What stages know of a model that they do not load; see `models.Model`. `experts`: where there are several."""
 
     revision: str
     latent_shape: tuple[int, ...]
     guided: bool
     branches: bool
     conditions: tuple[TensorSpec, ...]
+    experts: tuple[str, ...] | UnsetType = UNSET
 
 
 class Exported(Value, frozen=True):

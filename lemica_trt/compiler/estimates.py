@@ -55,9 +55,7 @@ class DryContext(Context):
 
     @cached_property
     def table(self) -> SamplerTable:  # computed once, where the base reads a file
-        from lemica_trt.models.scheduler import sampler_table
-
-        return sampler_table(self.model.scheduler(), dynamic_guidance=self.model.profile.sampling.dynamic_guidance)
+        return self.model.table()
 
     @property
     def reference(self) -> None:

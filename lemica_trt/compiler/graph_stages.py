@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from msgspec import UNSET
+
 from lemica_trt.backends.build import build as build_engine
 from lemica_trt.backends.build import prune
 from lemica_trt.backends.options import options_by_backend
@@ -31,7 +33,6 @@ from lemica_trt.planning.step_plan import UNCACHED, uncached_plan
 
 def run_lower(context: Context, folder: Path) -> Writes:
     """Model → the sampler as a table; at M steps, too, where plans are compared with those."""
-    from lemica_trt.models.scheduler import sampler_table
     from lemica_trt.planning.fold import nearest_steps
 
     model, steps = context.model, context.inputs.request.reference_steps
@@ -40,12 +41,13 @@ def run_lower(context: Context, folder: Path) -> Writes:
         raise UsageError(
             "--guidance-range: the model has one branch, whose guidance no request changes", fix="leave it out"
         )
-    table = sampler_table(model.scheduler(), dynamic_guidance=sampling.dynamic_guidance)
+    table = model.table()
     kind = "stochastic" if table.stochastic else "deterministic"
     context.reporter.stage(
         "lower",
         f"{table.scheduler}, {table.num_steps} steps, {kind}; reads {table.latent_history} latents and "
-        f"{table.output_history} outputs back",
+        f"{table.output_history} outputs back"
+        + "".join(f"; steps {at} … run {model.experts[table.kinds[at]]}" for at in table.switches),
     )
     facts = ModelFacts(
         revision=model.revision,
@@ -53,6 +55,7 @@ def run_lower(context: Context, folder: Path) -> Writes:
         guided=model.guided,
         branches=model.branches,
         conditions=model.conditions,
+        experts=model.experts if len(model.experts) > 1 else UNSET,
     )
     write_value(facts, folder / artifacts.MODEL_FILE)
     write_value(table, folder / SAMPLER_FILE)
@@ -64,7 +67,7 @@ def run_lower(context: Context, folder: Path) -> Writes:
         "reference": list[str](),
     }
     if steps is not None and steps != table.num_steps:
-        finer = sampler_table(model.scheduler(steps), dynamic_guidance=sampling.dynamic_guidance)
+        finer = model.table(steps)
         nearest_steps(table, finer)
         write_value(finer, folder / REFERENCE_FILE)
         writes["reference"] = [REFERENCE_FILE]
@@ -103,6 +106,7 @@ def run_layout(context: Context, folder: Path) -> Writes:
         guided=facts.guided,
         branches=facts.branches,
         conditions=facts.conditions,
+        experts=facts.experts or (),
     )
     context.reporter.stage(
         "layout",

@@ -185,7 +185,7 @@ def profile_from_pipeline(source: str) -> Profile:
         index = _index(path, where=source) if Path(source).is_dir() else _hub_index(source)
         kind = _check_index(source, index)
     for name, family in FAMILIES.items():
-        if family.pipeline_class == kind.__name__:
+        if family.pipeline_class == kind.__name__ and len(_transformers(index)) == 1:
             raise UsageError(
                 f"{source}: expected a profile of the family {name}, got the pipeline alone",
                 fix=f"name a profile with its shape and steps, for example --model {EXAMPLES[name]} --weights {source}",
@@ -252,11 +252,17 @@ def _index(path: Path, *, where: str) -> dict[str, Any]:
     )
 
 
+def _transformers(index: dict[str, Any]) -> list[str]:
+    """The components of a pipeline that are transformers of its loop; families have one."""
+    parts = (key for key, value in index.items() if isinstance(value, list) and value[:1] != [None])
+    return [part for part in parts if part.startswith("transformer")]
+
+
 def _check_index(source: str, index: dict[str, Any]) -> Any:
     """The class of a pipeline whose denoiser is a transformer."""
     name = index["_class_name"]
     parts = {key for key, value in index.items() if isinstance(value, list) and value[:1] != [None]}
-    if not any(part.startswith("transformer") for part in parts):
+    if not _transformers(index):
         got = "a UNet" if "unet" in parts else f"none in {', '.join(sorted(parts)) or 'no components'}"
         raise UnsupportedError(f"{source}: expected a pipeline with a diffusion transformer, got {got} ({name})")
     kind = getattr(diffusers, name, None)

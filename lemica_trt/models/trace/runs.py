@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from lemica_trt.models.trace.arguments import (
 )
 from lemica_trt.models.trace.program import programs
 from lemica_trt.models.trace.slots import IMAGE, NEGATIVE, PROMPT, SEED, Run
-from lemica_trt.models.trace.tape import Recorder, Tape
+from lemica_trt.models.trace.tape import HeldNetworks, Recorder, Tape
 
 GUIDANCE_STEP = 1.25
 """How much a guidance scale is raised in the run that shows what follows it; twice in the run of the check."""
@@ -38,11 +39,26 @@ REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, Index
 """What a pipeline raises for arguments that it does not take."""
 
 
-def record(pipeline: Any, arguments: Arguments, *, last_step: int | None = None, **changes: Any) -> tuple[Tape, Any]:
+STEPS_OF_A_KIND = 3
+"""Steps of each kind that a trace must have: fewer tell neither a line nor what changes with the step."""
+
+STEPS_TRIED = (4, 6, 8, 10, 12, 16, 24, 32)
+"""Numbers of steps that are tried for that."""
+
+
+def record(
+    pipeline: Any,
+    arguments: Arguments,
+    *,
+    last_step: int | None = None,
+    held: HeldNetworks | None = None,
+    **changes: Any,
+) -> tuple[Tape, Any]:
     """One call of a pipeline, recorded.
 
     Args:
         last_step: the recording ends before this step; None: with the call.
+        held: networks that need not compute.
         changes: of the arguments, see `Arguments.at`.
 
     Returns:
@@ -52,7 +68,7 @@ def record(pipeline: Any, arguments: Arguments, *, last_step: int | None = None,
         InputError: the pipeline refuses its arguments.
         MissingDependencyError: it needs a library that is not installed.
     """
-    kind, recorder = type(pipeline).__name__, Recorder(pipeline.components, last_step=last_step)
+    kind, recorder = type(pipeline).__name__, Recorder(pipeline.components, last_step=last_step, held=held)
     output = None
     try:
         with torch.no_grad(), quiet(), _guider(pipeline, {**arguments.scales, **changes.get("scales", {})}), recorder():
@@ -73,6 +89,7 @@ class Runs:
     """All runs of a trace.
 
     Attributes:
+        arguments: as given; of more steps, where a kind of steps has fewer than `STEPS_OF_A_KIND` of those.
         base: every argument as requested.
         others: what differs in it → a run that differs from the base run in one thing.
         longer: `prompt` or `negative_prompt` → a run with a longer one whose shapes or operators follow its length.
@@ -80,9 +97,12 @@ class Runs:
     """
 
     def __init__(self, pipeline: Any, arguments: Arguments) -> None:
-        self._pipeline, self._arguments = pipeline, arguments
+        self._pipeline, self.arguments = pipeline, arguments
         self.longer: dict[str, Run] = {}
         self.base = self._run()
+        self._held = HeldNetworks({str(node.what) for program in self.base.programs for node in program.calls})
+        self._trace_every_kind()
+        arguments = self.arguments
         self.others: dict[str, Run] = {}
         if arguments.has_prompt:
             self.others[PROMPT] = self._other(PROMPT, "prompt", LONGER, OTHER)
@@ -100,8 +120,24 @@ class Runs:
         self.check = self._run(seed=77, image=3, scales=scales, **texts)
 
     def _run(self, **changes: Any) -> Run:
-        tape, _ = record(self._pipeline, self._arguments, **changes)
-        return Run(tape, programs(tape), {**self._arguments.scales, **changes.get("scales", {})})
+        tape, _ = record(self._pipeline, self.arguments, **changes)
+        return Run(tape, programs(tape), {**self.arguments.scales, **changes.get("scales", {})})
+
+    def at_steps(self, count: int) -> Run:
+        """A run of another number of steps whose networks do not compute: its latents mean nothing."""
+        return self._run(held=self._held, others={"num_inference_steps": count})
+
+    def _trace_every_kind(self) -> None:
+        """Where there are several kinds of steps, a base run that has enough of each that can have more."""
+        kinds = Counter(program.digest for program in self.base.programs)
+        if len(kinds) == 1 or min(kinds.values()) >= STEPS_OF_A_KIND:
+            return
+        found = {n: Counter(program.digest for program in self.at_steps(n).programs) for n in STEPS_TRIED}
+        rising = {kind for kind, count in found[STEPS_TRIED[-1]].items() if count >= STEPS_OF_A_KIND}
+        steps = next(n for n in STEPS_TRIED if all(found[n][kind] >= STEPS_OF_A_KIND for kind in rising))
+        if steps != len(self.base.programs):
+            self.arguments = self.arguments.at_steps(self._pipeline, steps)
+            self.base = self._run()
 
     def longest(self) -> tuple[Run, str]:
         """A run whose prompts have as many tokens as the pipeline takes, none cut off; and that prompt.
@@ -111,7 +147,7 @@ class Runs:
         Raises:
             UnsupportedError: no such prompt was found.
         """
-        most = self._arguments.max_sequence_length
+        most = self.arguments.max_sequence_length
         if most is not None:
             short = self._run(prompt=WORD * FEW, negative=WORD * FEW)
             text = (WORD * (FEW + most - self._tokens(short))).strip()
