@@ -83,7 +83,7 @@ class _Encoder:
 
     component: str
     spec: EncoderSpec
-    module: TapeSlice
+    module: _FirstRows
     outputs: tuple[str, ...]
 
 
@@ -355,7 +355,7 @@ class TracedModel(Model):
         blanked = {
             name: found
             for name, (ref, row) in births.items()
-            if (found := unmasked(tape, (at + 1, end), inputs, ref, row))
+            if ref is not None and (found := unmasked(tape, (at + 1, end), inputs, ref, row))
         }
         if blanked:
             end = 1 + max(found.at for found in blanked.values())
@@ -384,7 +384,7 @@ class TracedModel(Model):
             template=text.replace(self._text, "{prompt}"),
         )
         spec = self._checked_ids(event.name, spec)
-        own = _FirstRows(module, rows, blanked=bool(blanked))  # type: ignore[arg-type]
+        own = _FirstRows(module, rows, blanked=bool(blanked))
         return _Encoder(event.name, spec, own, tuple(outputs))
 
     def _checked_ids(self, component: str, spec: EncoderSpec) -> EncoderSpec:
