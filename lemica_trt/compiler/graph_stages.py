@@ -90,7 +90,9 @@ def require_plannable(context: Context) -> None:
     given, num_steps = context.inputs.given.calibration, problem.table.num_steps
     max_skip = context.inputs.profile.calibration.max_skip if given is None else given.graph.max_skip
     budgets = [budget for budget in request.budgets if isinstance(budget, int)]
-    require_feasible(num_steps, max_skip if request.needs_calibration else num_steps, budgets)
+    reuses = not any(planner.folds for planner in request.planners)
+    switches = problem.table.switches if reuses else ()
+    require_feasible(num_steps, max_skip if request.needs_calibration else num_steps, budgets, switches)
     for planner in request.planners if "auto" not in request.methods else ():
         for budget in budgets if planner.needs <= problem.has else ():
             planner(problem, budget)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lemica_trt.core.errors import LemicaError, UnsupportedError
 from lemica_trt.core.metrics import psnr
 from lemica_trt.export import export_graphs
-from lemica_trt.ir.graphs import FULL, SKIP, TRUNK, StepLayout, step_layout
+from lemica_trt.ir.graphs import FULL, SKIP, TRUNK, StepLayout, full_name, skip_name, step_layout, trunk_name
 from lemica_trt.ir.profile import TRACED, DType, Profile, Sampling, Shape
 from lemica_trt.ir.report import HALF_PSNR
 from lemica_trt.ir.resources import load_named, load_profile, profile_names
@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of diffu
 
 RUN = (
     *("auraflow", "chroma", "cogvideox", "cogview3-plus", "easyanimate", "flux", "hunyuanvideo", "ltx", "mochi"),
-    *("pixart-sigma", "kandinsky5", "latte", "qwen-image"),
+    *("pixart-sigma", "kandinsky5", "latte", "qwen-image", "wan2.2", "wan2.2-ti2v"),
 )
 
 REFUSED = {
@@ -43,7 +43,6 @@ REFUSED = {
     "ltx2": "steps several latents at once",
     "lumina2": r"reads values in Python \(transformer: tolist\)",
     "sd3": "expected a condition that follows one tokenizer's ids|not reproduced from token ids",
-    "wan2.2": "its steps are of several kinds",
     "z-image": r"transformer\.cap_feats\.0 follows the length of the prompt, and is not \[rows, tokens, width\]",
 }
 
@@ -96,7 +95,7 @@ def test_the_uncached_plan_is_the_pipeline(name: str) -> None:
     """With a prompt, noise, guidance scale and number of steps that tracing has not seen."""
     traced = model(name)
     scale = traced.profile.sampling.guidance_scale * (1.1 if traced.guided else 1.0)
-    plan = uncached_plan(sampler_table(traced.scheduler()), guidance_scale=scale)
+    plan = uncached_plan(traced.table(), guidance_scale=scale)
     noise = traced.noise(5)[None]
     prompt = "a green house by the tree"
     got = denoise(traced, plan, traced.embed([prompt], "a dull picture"), noise)
@@ -112,23 +111,26 @@ def test_the_uncached_plan_is_the_pipeline(name: str) -> None:
 @pytest.mark.parametrize("name", RUN)
 def test_skipping_with_the_own_residual_is_the_full_step(name: str) -> None:
     traced = model(name)
-    full, skipped = full_and_skipped(traced, layout_of(traced))
-    output = full["output"]
-    assert skipped["output"] == pytest.approx(output, abs=2e-5 * float(output.abs().max()))
+    for kind in range(len(traced.experts)):
+        full, skipped = full_and_skipped(traced, layout_of(traced), kind)
+        output = full["output"]
+        assert skipped["output"] == pytest.approx(output, abs=2e-5 * float(output.abs().max()))
 
 
-def full_and_skipped(traced: TracedModel, layout: StepLayout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def full_and_skipped(
+    traced: TracedModel, layout: StepLayout, kind: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A full step, and a skipped one with its residual."""
-    modules = step_modules(traced, layout)
-    inputs = example_inputs(input_specs(FULL.name, traced, layout, {}), 1, traced.device)
+    modules, trunk = step_modules(traced, layout), trunk_name(kind)
+    inputs = example_inputs(input_specs(full_name(kind), traced, layout, {}), 1, traced.device)
     generator = torch.Generator().manual_seed(0)
     inputs = {key: torch.rand(x.shape, generator=generator).to(x.dtype) for key, x in inputs.items()}
     inputs |= traced.embed(["a bird"])
     with torch.no_grad():
-        full = modules[FULL.name](inputs)
+        full = modules[full_name(kind)](inputs)
         coefficients = inputs["coefficients"].clone()
-        coefficients[layout.offsets[TRUNK]] = 1.0
-        return full, modules[SKIP.name]({**inputs, "coefficients": coefficients, f"{TRUNK}_0": full[TRUNK]})
+        coefficients[layout.offsets[trunk]] = 1.0
+        return full, modules[skip_name(kind)]({**inputs, "coefficients": coefficients, f"{trunk}_0": full[trunk]})
 
 
 HALF_CI = (
@@ -154,7 +156,7 @@ def test_the_uncached_plan_is_the_pipeline_in_half_precision(
     assert traced.trace.error <= ROUNDINGS * torch.finfo(traced.dtype).eps
     assert [trunk.streams for trunk in traced.trace.trunks] == [trunk.streams for trunk in model(name).trace.trunks]
     scale = traced.profile.sampling.guidance_scale * (1.1 if traced.guided else 1.0)
-    plan = uncached_plan(sampler_table(traced.scheduler()), guidance_scale=scale)
+    plan = uncached_plan(traced.table(), guidance_scale=scale)
     noise = traced.noise(5)[None]
     got = denoise(traced, plan, traced.embed(["a green house by the tree"], "a dull picture"), noise)
     want = traced.reference(["a green house by the tree"], noise, negative="a dull picture", guidance_scale=scale)
@@ -234,7 +236,7 @@ CASES_OF_CARDS = {
 }
 """Class of a named model → a tiny pipeline of it."""
 
-CASES_OF_NAMES = {"wan2.2-t2v-a14b": "wan2.2", "wan2.2-i2v-a14b": "wan2.2", "wan2.2-ti2v-5b": "wan2.2-ti2v"}
+CASES_OF_NAMES = {"wan2.2-t2v-a14b": "wan2.2", "wan2.2-i2v-a14b": "wan2.2-i2v", "wan2.2-ti2v-5b": "wan2.2-ti2v"}
 """The same where the class alone does not tell."""
 
 
@@ -262,6 +264,7 @@ def layout_of(traced: TracedModel) -> StepLayout:
         output_history=1,
         conditions=traced.conditions,
         guided=traced.guided,
+        experts=traced.experts,
     )
 
 

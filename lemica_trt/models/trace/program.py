@@ -7,7 +7,7 @@ network returns; everything else it reads is a *slot*: a tensor or a number from
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,8 +122,11 @@ class Program:
         return "nothing"
 
 
-def programs(tape: Tape) -> list[Program]:
+def programs(tape: Tape, networks: Collection[str] = ()) -> list[Program]:
     """The iterations of a recording.
+
+    Args:
+        networks: components that iteration 0 may call and no other does.
 
     Raises:
         UnsupportedError: the loop cannot be cut; says why.
@@ -135,6 +138,8 @@ def programs(tape: Tape) -> list[Program]:
         for item in tape.items[start:end]
         if isinstance(item, Event) and item.kind == "call"
     }
+    if denoisers:
+        denoisers |= set(networks)
     if len(spans) < 2 or not denoisers:
         raise UnsupportedError(
             f"expected a loop that calls scheduler.step once a step, got {len(spans)} of its iterations"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -99,8 +100,12 @@ class Runs:
     def __init__(self, pipeline: Any, arguments: Arguments) -> None:
         self._pipeline, self.arguments = pipeline, arguments
         self.longer: dict[str, Run] = {}
+        parts = pipeline.components.items()
+        self._networks = {name for name, part in parts if name.startswith("transformer") and part is not None}
         self.base = self._run()
-        self._held = HeldNetworks({str(node.what) for program in self.base.programs for node in program.calls})
+        called = {str(node.what) for program in self.base.programs for node in program.calls}
+        self._idle = self._networks - called
+        self._held = HeldNetworks(called | self._networks)
         self._trace_every_kind()
         arguments = self.arguments
         self.others: dict[str, Run] = {}
@@ -121,7 +126,7 @@ class Runs:
 
     def _run(self, **changes: Any) -> Run:
         tape, _ = record(self._pipeline, self.arguments, **changes)
-        return Run(tape, programs(tape), {**self.arguments.scales, **changes.get("scales", {})})
+        return Run(tape, programs(tape, self._networks), {**self.arguments.scales, **changes.get("scales", {})})
 
     def at_steps(self, count: int) -> Run:
         """A run of another number of steps whose networks do not compute: its latents mean nothing."""
@@ -130,11 +135,15 @@ class Runs:
     def _trace_every_kind(self) -> None:
         """Where there are several kinds of steps, a base run that has enough of each that can have more."""
         kinds = Counter(program.digest for program in self.base.programs)
-        if len(kinds) == 1 or min(kinds.values()) >= STEPS_OF_A_KIND:
+        if not self._idle and (len(kinds) == 1 or min(kinds.values()) >= STEPS_OF_A_KIND):
             return
-        found = {n: Counter(program.digest for program in self.at_steps(n).programs) for n in STEPS_TRIED}
-        rising = {kind for kind, count in found[STEPS_TRIED[-1]].items() if count >= STEPS_OF_A_KIND}
-        steps = next(n for n in STEPS_TRIED if all(found[n][kind] >= STEPS_OF_A_KIND for kind in rising))
+
+        @functools.cache
+        def enough(steps: int) -> set[str]:
+            counts = Counter(program.digest for program in self.at_steps(steps).programs)
+            return {kind for kind, count in counts.items() if count >= STEPS_OF_A_KIND}
+
+        steps = next(n for n in STEPS_TRIED if enough(n) >= enough(STEPS_TRIED[-1]))
         if steps != len(self.base.programs):
             self.arguments = self.arguments.at_steps(self._pipeline, steps)
             self.base = self._run()
