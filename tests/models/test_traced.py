@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import msgspec
 import pytest
 import torch
@@ -208,6 +211,60 @@ def test_requests_of_a_batch_are_independent(name: str) -> None:
 def test_what_cannot_be_built_yet_says_why(name: str) -> None:
     with pytest.raises(UnsupportedError, match=REFUSED[name]):
         TracedModel(profile(name), tiny_pipeline(name), Path("here"))
+
+
+def wan_whose_first_step_is_scaled(by: str) -> Any:
+    """A pipeline whose loop does something more in step 0."""
+    source = textwrap.dedent(inspect.getsource(diffusers.WanPipeline.__call__))
+    end = "# compute the previous noisy sample x_t -> x_t-1"
+    assert source.count(end) == 1
+    made = dict(vars(inspect.getmodule(diffusers.WanPipeline)))
+    exec(source.replace(end, f"noise_pred = noise_pred * ({by}) if i == 0 else noise_pred"), made)
+    return type("FirstStepPipeline", (diffusers.WanPipeline,), {"__call__": made["__call__"]})(
+        **tiny_pipeline("wan").components
+    )
+
+
+def test_a_first_step_that_differs_is_a_kind_of_its_own() -> None:
+    pipeline = wan_whose_first_step_is_scaled("0.5")
+    pipeline.set_progress_bar_config(disable=True)
+    traced = TracedModel(profile("wan"), pipeline, Path("here"))
+    assert traced.experts == ("transformer", "transformer")
+    plan = uncached_plan(traced.table(), guidance_scale=4.0)
+    assert [row.variant for row in plan.rows] == ["full", *["full2"] * 4, None]
+    noise = traced.noise(5)[None]
+    got = denoise(traced, plan, traced.embed(["a green house"], "a dull picture"), noise)
+    want = traced.reference(["a green house"], noise, negative="a dull picture", guidance_scale=4.0)
+    assert got == pytest.approx(want, abs=1e-4 * float(want.abs().max()))
+
+
+def test_a_kind_of_steps_that_follows_their_number_is_refused() -> None:
+    """A number that only one step of a trace has looks like a constant; runs of other lengths tell."""
+    pipeline = wan_whose_first_step_is_scaled("0.1 * num_inference_steps")
+    pipeline.set_progress_bar_config(disable=True)
+    traced = TracedModel(profile("wan"), pipeline, Path("here"))
+    with pytest.raises(UnsupportedError, match="with 5 steps: step 0 reads what changes with the number of steps"):
+        traced.table()
+
+
+def test_a_second_guidance_scale_is_the_builds() -> None:
+    """A request's own is that of the first expert; without a second one both follow it."""
+    asked = profile("wan2.2")
+    sampling = msgspec.structs.replace(asked.sampling, guidance_scale_2=3.0)
+    traced = TracedModel(msgspec.structs.replace(asked, sampling=sampling), tiny_pipeline("wan2.2"), Path("here"))
+    both = model("wan2.2").table()
+    table = traced.table()
+    assert [row.guidance for row in both.rows] == [(0.0, 1.0)] * 6
+    assert [row.guidance for row in table.rows] == [(0.0, 1.0)] * 2 + [(3.0, 0.0)] * 3 + [(0.0, 1.0)]
+    assert table.digest != both.digest and table.kinds == both.kinds == (0, 0, 1, 1, 1)
+    noise = traced.noise(5)[None]
+    got = denoise(traced, uncached_plan(table, guidance_scale=6.0), traced.embed(["a house"]), noise)
+    want = traced.reference(["a house"], noise, guidance_scale=6.0)
+    other = denoise(traced, uncached_plan(both, guidance_scale=6.0), traced.embed(["a house"]), noise)
+    assert got == pytest.approx(want, abs=1e-4 * float(want.abs().max()))
+    assert float((other - want).abs().max()) > 1e-2 * float(want.abs().max())
+    with pytest.raises(ValueError, match="guidance_scale_2 is of traced pipelines"):
+        msgspec.structs.replace(load_profile("wan-tiny"), sampling=sampling)
 
 
 CASES_OF_CARDS = {

@@ -175,6 +175,8 @@ def _adopted(tape: Tape, found: Sequence[Program], denoisers: set[str]) -> Progr
         if isinstance(item, Event) and item.kind == "call" and item.name in denoisers
     ][-len(next_one.calls) :]
     values, events = list(next_one.values), [tape.items[k] for k in calls]
+    if [node.what for node in next_one.calls] != [event.name for event in events if isinstance(event, Event)]:
+        return own
     for node, event in zip(next_one.calls, events):
         its = dict(pytree.tree_flatten_with_path(event.inputs)[0]) if isinstance(event, Event) else {}
         for path, leaf in pytree.tree_flatten_with_path(node.tree)[0]:
