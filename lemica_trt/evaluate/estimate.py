@@ -29,25 +29,41 @@ PROCESS_MEMORY = 700_000_000
 """Bytes of a process that has imported PyTorch and diffusers; measured on Linux."""
 
 
+class ExportCost(NamedTuple):
+    """Seconds and bytes of an export.
+
+    Attributes:
+        weights: all components, as they are stored.
+    """
+
+    weights: int
+
+    @property
+    def seconds(self) -> float:
+        """`EXPORT_SECONDS` and its bytes at `EXPORT_SPEED`."""
+        return EXPORT_SECONDS + self.weights / EXPORT_SPEED
+
+    @property
+    def memory(self) -> int:
+        """Peak; 1.15 times the weights was measured for CogVideoX-2B."""
+        return PROCESS_MEMORY + round(1.15 * self.weights)
+
+
 class Estimate(NamedTuple):
     """Seconds and bytes.
 
     Attributes:
         full_step, skipped_step: one request, both branches of the guidance.
-        weights: all components, as they are stored.
         latent: one latent in fp32.
         run_memory: peak while the model runs.
-        export_memory: peak of the export; 1.15 times the weights was measured for CogVideoX-2B.
-        export_seconds: of the export: `EXPORT_SECONDS` and its bytes at `EXPORT_SPEED`.
+        export: of the export.
     """
 
     full_step: float
     skipped_step: float
-    weights: int
     latent: int
     run_memory: int
-    export_memory: int
-    export_seconds: float
+    export: ExportCost
 
 
 def estimate(model: Model) -> Estimate:
@@ -59,11 +75,9 @@ def estimate(model: Model) -> Estimate:
     return Estimate(
         full_step=full / speed,
         skipped_step=skipped / speed,
-        weights=weights,
         latent=4 * math.prod(model.latent_shape),
         run_memory=PROCESS_MEMORY + round(1.5 * weights),
-        export_memory=PROCESS_MEMORY + round(1.15 * weights),
-        export_seconds=EXPORT_SECONDS + weights / EXPORT_SPEED,
+        export=ExportCost(weights),
     )
 
 

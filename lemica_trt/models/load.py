@@ -27,7 +27,7 @@ from lemica_trt.ir.profile import TRACED, DType, Profile, Sampling, Shape
 from lemica_trt.ir.resources import nearest, zoo_path
 from lemica_trt.models.cogvideox import CogVideoX
 from lemica_trt.models.family import DTYPES, Family
-from lemica_trt.models.model import Model, folder_revision
+from lemica_trt.models.model import Model, folder_revision, pipeline_files
 from lemica_trt.models.parts import (
     BROKEN,
     load_networks,
@@ -279,6 +279,19 @@ def revision_of(profile: Profile) -> str:
     """
     with quiet():
         return folder_revision(_folder_from_source(profile.source))
+
+
+def stored_weights(profile: Profile) -> int:
+    """Bytes of a profile's weights, of all components, as they are stored.
+
+    Raises:
+        InputError: the source is not there.
+    """
+    with quiet():
+        folder = _folder_from_source(profile.source)
+    return sum(
+        (folder / name).stat().st_size for name in pipeline_files(folder) if name.endswith((".safetensors", ".bin"))
+    )
 
 
 def is_here(profile: Profile) -> bool:
