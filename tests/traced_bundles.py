@@ -17,6 +17,7 @@ FLAGS = {
     "latte": ("--height", 32, "--width", 32, "--frames", 4, "--guidance-scale", 3),
     "open-sora": ("--height", 32, "--width", 48, "--frames", 6, "--max-sequence-length", 64, "--guidance-scale", 3),
     "qwen-image": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
+    "wan2.2": ("--height", 32, "--width", 48, "--frames", 9, "--max-sequence-length", 64),
     "sd3": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
     "sana": ("--height", 64, "--width", 96, "--max-sequence-length", 64),
     "wan2.2-ti2v": ("--height", 64, "--width", 64, "--frames", 5, "--max-sequence-length", 64),

@@ -10,7 +10,6 @@ from peer import Attach, Peer, Task
 import lemica_trt
 from lemica_trt.bundle.contents import calibration_in
 from lemica_trt.compiler.context import solver_tables
-from lemica_trt.evaluate.baselines import table_of_steps
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.planning.planner import Problem, planners
 
@@ -34,7 +33,7 @@ def of_bundle(task: Task) -> Mapping[str, Attach]:
 
 def of_planner(task: Task, name: str) -> Mapping[str, Attach]:
     """The planner's plans at the budgets of the bundle."""
-    table = table_of_steps(task.model)
+    table = task.model.table()
     problem = Problem(
         table=table,
         guidance_scale=task.model.profile.sampling.guidance_scale,

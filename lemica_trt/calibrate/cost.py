@@ -54,7 +54,7 @@ def rollouts_of(settings: CalibrationSettings) -> int:
 
 
 def exact_cost(num_steps: int, max_skip: int, samples: int) -> Cost:
-    """Cost of a measurement from its beginning, exact.
+    """Cost of a measurement from its beginning, exact where all steps are of one kind, else a little more.
 
     Each sample runs once uncached: N full steps. Each start i ≤ N − 2 runs step i again for its residual – keeping
     all residuals would need tens of gigabytes for a large model – then skips up to its last stop J = min(i + K + 1, N),

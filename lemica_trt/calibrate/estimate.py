@@ -198,7 +198,9 @@ def piece(
         VerificationError: NaN or infinity; names sample and edge.
     """
     stops = knot_stops(measurement.num_steps, measurement.knots, number) if rolled_out else []
-    knots = {j: max(j - min(measurement.gap, measurement.max_skip + 1), 0) for j in stops}  # stop → start
+    gap = min(measurement.gap, measurement.max_skip + 1)
+    knots = {j: max(j - gap, measurement.begin_of(j - 1)) for j in stops}  # stop → start
+    knots = {j: i for j, i in knots.items() if j > i + 1}
     changes: dict[tuple[int, int], float] = {}
     branches: dict[tuple[int, int], Run] = {}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,12 @@ import msgspec
 import numpy as np
 from msgspec import UNSET, UnsetType
 
-from lemica_trt.calibrate.cost import start_cost
 from lemica_trt.calibrate.inner_products import inner_products, matrix
 from lemica_trt.calibrate.journal import Journal, Measurement, Piece, Unit
 from lemica_trt.calibrate.prompts import prompts_digest
 from lemica_trt.calibrate.replay import Sample, Stepper, Uncached
 from lemica_trt.calibrate.workers import InProcess, Progress, Workers, complete
-from lemica_trt.core.errors import InputError, UsageError, VerificationError
+from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, VerificationError
 from lemica_trt.ir.calibration import Edge, ErrorGraph, Matrix, TrajectoryGrams, gram_from_samples
 from lemica_trt.ir.profile import CalibrationMethod
 from lemica_trt.ir.sampler import SamplerTable
@@ -92,13 +92,13 @@ def measure(
     width = max(batch // measurement.max_skip, 1)
     waves = [measurement.starts[a : a + width] for a in range(0, len(measurement.starts), width)]
     costs = {
-        (s, wave): float(sum(start_cost(table.num_steps, measurement.max_skip, i) for i in wave))
+        (s, wave): float(sum(1 + sum(table.num_steps - j for j in measurement.stops(i)) for i in wave))
         for s in range(samples)
         for wave in waves
     }
     job = _Waves(measurement, table, tuple(prompts), batch)
     complete(book, costs, lambda unit: [(unit[0], i) for i in unit[1]], job, workers or InProcess(model), progress)
-    first = [book.entries[s, 0] for s in range(samples)]
+    first = [book.entries[s, measurement.starts[0]] for s in range(samples)]
     return Measured(
         graph=_graph(measurement, book, samples),
         grams=trajectory_grams(measurement, first),
@@ -138,7 +138,7 @@ class _Waves(NamedTuple):
     prompts: tuple[str, ...]
     batch: int
 
-    def start(self, model: StepModel) -> Callable[[tuple[int, range]], list[Unit]]:
+    def start(self, model: StepModel) -> Callable[[tuple[int, tuple[int, ...]]], list[Unit]]:
         stepper = Stepper(model, self.table, self.batch)
 
         @lru_cache(maxsize=1)  # waves of one sample follow each other
@@ -146,11 +146,11 @@ class _Waves(NamedTuple):
             sample = stepper.sample(f"sample {s}", self.prompts[s % len(self.prompts)], self.measurement.seed + s)
             return sample, sample.uncached()
 
-        def work(unit: tuple[int, range]) -> list[Unit]:
+        def work(unit: tuple[int, tuple[int, ...]]) -> list[Unit]:
             s, wave = unit
             sample, uncached = begun(s)
             units = _units(self.measurement, s, sample.errors(uncached, wave, self.measurement.max_skip))
-            if 0 in wave:
+            if wave[0] == self.measurement.starts[0]:
                 units[0] = msgspec.structs.replace(units[0], outputs=output_products(uncached))
             return units
 
@@ -181,8 +181,22 @@ def provenance_of(model: StepModel, table: SamplerTable, prompts: Sequence[str],
 def measurement_fields(
     model: StepModel, table: SamplerTable, prompts: Sequence[str], seed: int, max_skip: int
 ) -> dict[str, Any]:
-    """The fields of a `Measurement`."""
-    return {**provenance_of(model, table, prompts, seed), "max_skip": min(max_skip, table.num_steps - 1)}
+    """The fields of a `Measurement`.
+
+    Raises:
+        UnsupportedError: no two steps in a row are of one kind.
+    """
+    kinds = table.kinds
+    if all(one != other for one, other in pairwise(kinds)):
+        raise UnsupportedError(
+            f"no two of the {len(kinds)} steps that follow each other are of one kind: there is nothing to reuse",
+            fix="more --denoising-steps, or a --method that needs no calibration",
+        )
+    return {
+        **provenance_of(model, table, prompts, seed),
+        "max_skip": min(max_skip, table.num_steps - 1),
+        "switches": table.switches or UNSET,
+    }
 
 
 def _measurement(
@@ -259,5 +273,5 @@ def output_products(uncached: Uncached) -> Matrix:
 
 def provenance(measurement: Measurement) -> dict[str, Any]:
     """What every result says of where it comes from, beside the number of samples."""
-    names = set(Measurement.__struct_fields__) - {"max_skip", "format_version"}
+    names = set(Measurement.__struct_fields__) - {"max_skip", "switches", "format_version"}
     return {name: getattr(measurement, name) for name in names}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import Value, require, require_finite, value_from_json
@@ -35,18 +36,29 @@ class Header(Provenance, frozen=True, kw_only=True):
 
 
 class Measurement(Header, frozen=True, kw_only=True):
-    """Everything that decides the errors but the number of samples."""
+    """Everything that decides the errors but the number of samples.
+
+    Attributes:
+        max_skip: K.
+        switches: steps that are of another kind than the one before, where there are any: no segment skips one.
+    """
 
     max_skip: int
+    switches: tuple[int, ...] | UnsetType = UNSET
+
+    def begin_of(self, step: int) -> int:
+        """The first of the steps up to this one that are all of one kind."""
+        return max((switch for switch in self.switches or () if switch <= step), default=0)
 
     def stops(self, start: int) -> range:
         """Stops j of the segments that begin at a start i."""
-        return range(start + 2, min(start + self.max_skip + 1, self.num_steps) + 1)
+        end = next((switch for switch in self.switches or () if switch > start), self.num_steps)
+        return range(start + 2, min(start + self.max_skip + 1, end) + 1)
 
     @property
-    def starts(self) -> range:
+    def starts(self) -> tuple[int, ...]:
         """Starts i that have a segment."""
-        return range(self.num_steps - 1)
+        return tuple(i for i in range(self.num_steps - 1) if self.stops(i))
 
     @property
     def segments(self) -> tuple[tuple[int, int], ...]:
@@ -75,7 +87,7 @@ class Unit(Value, frozen=True):
     Attributes:
         sample, start: which.
         errors: errors[k] is that of the segment (start, start + 2 + k).
-        outputs: of start 0 the sample's N × N raw inner products, as in `Piece`; of others empty.
+        outputs: of the first start the sample's N × N raw inner products, as in `Piece`; of others empty.
     """
 
     sample: int
@@ -95,7 +107,7 @@ class Unit(Value, frozen=True):
         expected = len(measurement.stops(self.start)) if self.start in measurement.starts else 0
         if len(self.errors) != expected or expected == 0:
             return f"expected {expected} errors of start {self.start}, got {len(self.errors)}"
-        n = 0 if self.start else measurement.num_steps
+        n = measurement.num_steps if self.start == measurement.starts[0] else 0
         if len(self.outputs) != n or any(len(row) != n for row in self.outputs):
             return f"expected inner products of {n} steps at start {self.start}, got others"
         return None

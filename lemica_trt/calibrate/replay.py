@@ -2,7 +2,8 @@
 
 LeMiCa (NeurIPS 2025, arXiv 2511.00090, eq. 4): the error of edge (i, j) is the mean over the elements of
 |x0_cached − x0_uncached|, where the cached run is the uncached one up to step i, skips with the trunk residual of
-step i at each t, i < t < j – both branches of the guidance alike – and runs in full from j on.
+step i at each t, i < t < j – both branches of the guidance alike – and runs in full from j on. All of these steps are
+of one kind (`SamplerRow.kind`): what one network adds to its stream does not stand in for another.
 
 The segments of one start share their beginning: the chain of skipped steps behind i is run once, at every stop j a
 run branches off it, and all runs of a wave of starts walk through the full steps side by side. A run is nothing but
@@ -19,7 +20,7 @@ import msgspec
 import numpy as np
 
 from lemica_trt.core.errors import VerificationError
-from lemica_trt.ir.graphs import FULL
+from lemica_trt.ir.graphs import full_name
 from lemica_trt.ir.plan import PlanRow, layout_from_plans
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
@@ -59,7 +60,8 @@ class Stepper:
     Attributes:
         model, table, batch: as given.
         layout: what the steps read and give.
-        skipped: rows 0 … N; but for the first and the last they read the residual.
+        ends: for each step the last one behind it up to which all are of its kind: a chain of skipped steps ends there.
+        skipped: rows 0 … N; but for the first of each kind and the last they read the residual.
         full: rows 0 … N − 1 that compute everything.
     """
 
@@ -67,7 +69,7 @@ class Stepper:
         self.model, self.table, self.batch = model, table, batch
         self.guidance_scale = model.profile.sampling.guidance_scale
         plan = plan_from_schedule(
-            Schedule(num_steps=table.num_steps, full_steps=(0,)),
+            Schedule(num_steps=table.num_steps, full_steps=(0, *table.switches)),
             table,
             name="replay",
             guidance_scale=self.guidance_scale,
@@ -75,7 +77,12 @@ class Stepper:
         )
         self.layout = layout_from_plans([plan], latent_shape=model.latent_shape, guided=model.guided)
         self.skipped = plan.rows
-        self.full = [msgspec.structs.replace(row, variant=FULL.name, caches=()) for row in plan.rows[:-1]]
+        self.full = [
+            msgspec.structs.replace(row, variant=full_name(kind), caches=())
+            for row, kind in zip(plan.rows, table.kinds)
+        ]
+        last = [switch - 1 for switch in table.switches] + [table.num_steps - 1]
+        self.ends = [next(end for end in last if end >= i) for i in range(table.num_steps)]
         self.take = model.steps(self.layout)
 
     def sample(self, name: str, prompt: str, seed: int) -> Sample:
@@ -147,7 +154,6 @@ class Sample:
         Raises:
             VerificationError: as `uncached`.
         """
-        end = self.table.num_steps
         chains: dict[int, Run] = {}
         residuals: dict[int, Any] = {}
         runs = [self._begin]
@@ -158,7 +164,7 @@ class Sample:
             for i in list(chains):
                 if t > i:
                     visit(i, t + 1, chains[i], run)
-                if t == min(i + max_skip, end - 1):
+                if t == min(i + max_skip, self._stepper.ends[i]):
                     del chains[i], residuals[i]
         return Uncached(tuple(runs), self._end(runs[-1]))
 
@@ -203,7 +209,7 @@ class Sample:
             for i, run in list(chains.items()):
                 if t >= i + 2:
                     branches[i, t] = run
-                if t == min(i + max_skip + 1, end):
+                if t == min(i + max_skip, self._stepper.ends[i]) + 1:
                     del chains[i], residuals[i]
             if t == end:
                 break

@@ -23,7 +23,7 @@ PROFILE_FIELDS = {
     **{name: ("shape", name) for name in ("frames", "height", "width", "max_batch")},
     "denoising_steps": ("sampling", "steps"),
     **{name: ("sampling", name) for name in ("guidance_scale", "guidance_range", "scheduler", "flow_shift")},
-    **{name: ("sampling", name) for name in ("sigmas", "timesteps")},
+    **{name: ("sampling", name) for name in ("guidance_scale_2", "sigmas", "timesteps")},
     "calibration": ("calibration", "method"),
     **{name: ("calibration", name) for name in ("samples", "rollouts", "validation_samples", "max_skip", "seed")},
     "dtype": ("", "dtype"),

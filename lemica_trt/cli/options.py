@@ -209,6 +209,8 @@ model = flags(
          help="Sampling steps of the uncached model."),
     flag("--guidance-scale", type=float, profile=True, aliases=("--cfg-scale",),
          help="Classifier-free guidance; 1 or less: one branch only."),
+    flag("--guidance-scale-2", type=float, advanced=True, otherwise="the profile's, or each request's",
+         help="Of the steps of a second transformer (Wan 2.2), whatever a request asks for."),
     flag("--guidance-range", metavar="LOW:HIGH", advanced=True,
          otherwise="half to 1.25 times --guidance-scale, fitted at that alone",
          help="Guidance scales that requests may have: solvers are fitted across them."),

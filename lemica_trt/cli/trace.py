@@ -79,7 +79,8 @@ def trace(
         loras=loras,
     )
     if profile is not None:
-        request = msgspec.structs.replace(request_from_profile(profile, pipeline), **fields)
+        own = request_from_profile(profile, pipeline)
+        request = msgspec.structs.replace(own, **{**fields, "arguments": {**own.arguments, **request.arguments}})
     screen.reporter.stage("trace", f"{type(pipeline).__name__}, {request.steps} steps a run")
     found = trace_pipeline(pipeline, request)
     screen.print(found, lambda: trace_table(found))

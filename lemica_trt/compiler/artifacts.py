@@ -41,6 +41,7 @@ class ModelFacts(Value, frozen=True):
 
     Attributes:
         loras: SHA-256 (hex) of the files of LoRA weights that are fused, in their order; unset: none are.
+        experts: where there are several.
     """
 
     revision: str
@@ -49,6 +50,7 @@ class ModelFacts(Value, frozen=True):
     branches: bool
     conditions: tuple[TensorSpec, ...]
     loras: tuple[str, ...] | UnsetType = UNSET
+    experts: tuple[str, ...] | UnsetType = UNSET
 
 
 class Exported(Value, frozen=True):

@@ -289,7 +289,8 @@ def open_model(profile: Profile, reporter: Reporter, *, device: str | None = Non
         from lemica_trt.models.load import limit_threads
     limit_threads()
     model = load_model(profile, device=usable_device(device))
-    parameters = sum(p.numel() for p in model.pipeline.transformer.parameters())
+    parts = [model.pipeline.components[name] for name in dict.fromkeys(model.experts)]
+    parameters = sum(p.numel() for part in parts for p in part.parameters())
     shape = "×".join(str(n) for n in model.latent_shape)
     reporter.note(f"DiT with {parameters / 1e6:.1f} M parameters, latents {shape}, revision {model.revision[:12]}")
     return model

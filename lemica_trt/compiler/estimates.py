@@ -7,7 +7,7 @@ Needs neither weights nor PyTorch. Where the model is on this machine, steps bec
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ from lemica_trt.planning.planner import AUTO, UNFITTED, Planner, planners_named,
 from lemica_trt.planning.search import tried_budgets
 
 if TYPE_CHECKING:
-    from lemica_trt.evaluate.estimate import Estimate
+    from lemica_trt.evaluate.estimate import Estimate, ExportCost
     from lemica_trt.models import Model
 
 SKIPPED_STEP = 0.01
@@ -55,9 +55,7 @@ class DryContext(Context):
 
     @cached_property
     def table(self) -> SamplerTable:  # computed once, where the base reads a file
-        from lemica_trt.models.scheduler import sampler_table
-
-        return sampler_table(self.model.scheduler(), dynamic_guidance=self.model.profile.sampling.dynamic_guidance)
+        return self.model.table()
 
     @property
     def reference(self) -> None:
@@ -80,12 +78,18 @@ class DryContext(Context):
 
     @cached_property
     def forecast(self) -> Forecast:
-        """By the model's own sampler and size, where the model is here, and need not be run to be understood."""
-        if not self.has_model or self.inputs.profile.family == TRACED:
+        """By the model's own sampler and size, where the model is here; by the size of its weights alone, where it must
+        be run to be understood."""
+        if not self.has_model:
             return Forecast.of_inputs(self.inputs, self.output)
-        from lemica_trt.evaluate.estimate import estimate
+        from lemica_trt.evaluate.estimate import ExportCost, estimate
+        from lemica_trt.models.load import stored_weights
 
-        return Forecast(self.inputs, self.output, self.table.num_steps, self.table.stochastic, estimate(self.model))
+        if self.inputs.profile.family == TRACED:
+            export = ExportCost(stored_weights(self.inputs.profile))
+            return replace(Forecast.of_inputs(self.inputs, self.output), export=export)
+        cost = estimate(self.model)
+        return Forecast(self.inputs, self.output, self.table.num_steps, self.table.stochastic, cost, export=cost.export)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class Forecast:
         num_steps: N.
         stochastic: whether the sampler draws noise.
         cost: of the model on this machine, by PyTorch; None: not known.
+        export: of the export of its weights; None: not known.
     """
 
     inputs: Inputs
@@ -104,6 +109,7 @@ class Forecast:
     num_steps: int
     stochastic: bool
     cost: Estimate | None
+    export: ExportCost | None = None
 
     @classmethod
     def of_inputs(cls, inputs: Inputs, output: Path | None) -> Forecast:
@@ -195,21 +201,17 @@ def layout(forecast: Forecast) -> list[StageEstimate]:
 
 
 def export(forecast: Forecast) -> list[StageEstimate]:
-    profile, cost = forecast.inputs.profile, forecast.cost
+    profile, cost = forecast.inputs.profile, forecast.export
     what = f"step graphs, text encoder, VAE decoder to ONNX, opset {profile.opset}, {profile.dtype}"
     if cost is None:
         return [StageEstimate(name="export", what=what)]
-    return [
-        StageEstimate(
-            name="export", what=what, seconds=cost.export_seconds, disk=cost.weights, memory=cost.export_memory
-        )
-    ]
+    return [StageEstimate(name="export", what=what, seconds=cost.seconds, disk=cost.weights, memory=cost.memory)]
 
 
 def engine(forecast: Forecast) -> list[StageEstimate]:
     found = []
     for name in forecast.inputs.request.backends:
-        built = None if forecast.cost is None else estimate_engine(name, forecast.cost.weights)
+        built = None if forecast.export is None else estimate_engine(name, forecast.export.weights)
         found.append(
             StageEstimate(name="engine", what=name)
             if built is None
@@ -307,7 +309,7 @@ def plan(forecast: Forecast) -> list[StageEstimate]:
 
 
 def bundle(forecast: Forecast) -> list[StageEstimate]:
-    disk = None if forecast.cost is None else forecast.cost.weights
+    disk = None if forecast.export is None else forecast.export.weights
     return [forecast.stage("bundle", str(forecast.output), disk=disk)]
 
 

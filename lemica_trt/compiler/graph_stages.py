@@ -33,7 +33,6 @@ from lemica_trt.planning.step_plan import UNCACHED, uncached_plan
 
 def run_lower(context: Context, folder: Path) -> Writes:
     """Model → the sampler as a table; at M steps, too, where plans are compared with those."""
-    from lemica_trt.models.scheduler import sampler_table
     from lemica_trt.planning.fold import nearest_steps
 
     model, steps = context.model, context.inputs.request.reference_steps
@@ -42,12 +41,13 @@ def run_lower(context: Context, folder: Path) -> Writes:
         raise UsageError(
             "--guidance-range: the model has one branch, whose guidance no request changes", fix="leave it out"
         )
-    table = sampler_table(model.scheduler(), dynamic_guidance=sampling.dynamic_guidance)
+    table = model.table()
     kind = "stochastic" if table.stochastic else "deterministic"
     context.reporter.stage(
         "lower",
         f"{table.scheduler}, {table.num_steps} steps, {kind}; reads {table.latent_history} latents and "
-        f"{table.output_history} outputs back",
+        f"{table.output_history} outputs back"
+        + "".join(f"; steps {at} … run {model.experts[table.kinds[at]]}" for at in table.switches),
     )
     facts = ModelFacts(
         revision=model.revision,
@@ -56,6 +56,7 @@ def run_lower(context: Context, folder: Path) -> Writes:
         branches=model.branches,
         conditions=model.conditions,
         loras=tuple(str(lora.sha256) for lora in model.profile.loras or ()) or UNSET,
+        experts=model.experts if len(model.experts) > 1 else UNSET,
     )
     write_value(facts, folder / artifacts.MODEL_FILE)
     write_value(table, folder / SAMPLER_FILE)
@@ -67,7 +68,7 @@ def run_lower(context: Context, folder: Path) -> Writes:
         "reference": list[str](),
     }
     if steps is not None and steps != table.num_steps:
-        finer = sampler_table(model.scheduler(steps), dynamic_guidance=sampling.dynamic_guidance)
+        finer = model.table(steps)
         nearest_steps(table, finer)
         write_value(finer, folder / REFERENCE_FILE)
         writes["reference"] = [REFERENCE_FILE]
@@ -90,7 +91,9 @@ def require_plannable(context: Context) -> None:
     given, num_steps = context.inputs.given.calibration, problem.table.num_steps
     max_skip = context.inputs.profile.calibration.max_skip if given is None else given.graph.max_skip
     budgets = [budget for budget in request.budgets if isinstance(budget, int)]
-    require_feasible(num_steps, max_skip if request.needs_calibration else num_steps, budgets)
+    reuses = not any(planner.folds for planner in request.planners)
+    switches = problem.table.switches if reuses else ()
+    require_feasible(num_steps, max_skip if request.needs_calibration else num_steps, budgets, switches)
     for planner in request.planners if "auto" not in request.methods else ():
         for budget in budgets if planner.needs <= problem.has else ():
             planner(problem, budget)
@@ -106,6 +109,7 @@ def run_layout(context: Context, folder: Path) -> Writes:
         guided=facts.guided,
         branches=facts.branches,
         conditions=facts.conditions,
+        experts=facts.experts or (),
     )
     context.reporter.stage(
         "layout",

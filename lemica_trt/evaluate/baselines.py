@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from lemica_trt.core.errors import InfeasibleError, UnsupportedError
 from lemica_trt.ir.calibration import Calibration, ErrorGraph
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.models import Model
-from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.planning.planner import Problem, planners
 from lemica_trt.planning.step_plan import uncached_plan
 
@@ -30,7 +28,7 @@ def baselines(
     Args:
         names: which of the others.
     """
-    table = table_of_steps(model)
+    table = model.table()
     calibration = None if graph is None or not graph.is_of(table) else Calibration(graph=graph)
     problem = Problem(table=table, guidance_scale=plan.guidance_scale, calibration=calibration)
     known, found = planners(), dict[str, StepPlan]()
@@ -39,13 +37,8 @@ def baselines(
             with contextlib.suppress(InfeasibleError):
                 found[name] = known[name](problem, plan.budget)
     with contextlib.suppress(UnsupportedError):  # few steps are beyond some samplers
-        few = table_of_steps(model, plan.budget)
+        few = model.table(plan.budget)
         # Heun and PNDM call the model more than once a step: their B steps are no baseline of B calls.
         if few.num_steps == plan.budget:
             found[FEWER_STEPS] = uncached_plan(few, guidance_scale=plan.guidance_scale)
     return {name: other for name, other in found.items() if other.rows != plan.rows}
-
-
-def table_of_steps(model: Model, steps: int | None = None) -> SamplerTable:
-    """The model's sampler at a number of steps; None: the profile's."""
-    return sampler_table(model.scheduler(steps), dynamic_guidance=model.profile.sampling.dynamic_guidance)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from lemica_trt.evaluate.timing import RowSeconds, row_by_row, seconds_of
+from lemica_trt.evaluate.timing import RowSeconds, kinds_of, mean_of_kinds, row_by_row, seconds_of
 from lemica_trt.ir.graphs import Role
 from lemica_trt.ir.plan import StepPlan, uncached_of
 from lemica_trt.ir.report import Timing
@@ -89,7 +89,7 @@ class Deployed:
 
     def full_step(self, plan: StepPlan) -> float:
         """Seconds of a full step of a plan that has run."""
-        return median(self._rows[plan.name][1].full)
+        return mean_of_kinds(kinds_of([row for row in plan.rows if row.full]), self._rows[plan.name][1].full)
 
     def timing(self, plans: Sequence[StepPlan]) -> list[Timing]:
         """Times of plans that have run, those with the most full steps first."""
@@ -103,7 +103,9 @@ class Deployed:
             plan=plan.name,
             budget=plan.budget,
             full_step=step,
-            skipped_step=median(rows.cached) if rows.cached else None,
+            skipped_step=mean_of_kinds(kinds_of([row for row in plan.rows if row.cached]), rows.cached)
+            if rows.cached
+            else None,
             total=median(self.seconds(plan)),
             overhead=whole / (sum(rows.full) + sum(rows.cached)) - 1,
             ratio=whole / (plan.budget * step),

@@ -13,7 +13,7 @@ import numpy as np
 
 from lemica_trt.core.errors import UnsupportedError, UsageError
 from lemica_trt.core.metrics import Frames
-from lemica_trt.ir.graphs import COMBINE, TERM, TRUNK, GraphSpec, StepLayout
+from lemica_trt.ir.graphs import COMBINE, TERM, GraphSpec, StepLayout, trunk_of
 from lemica_trt.ir.plan import PlanRow, StepPlan, coefficient_vector
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.step_model import Beginning, Latents, StepInput, StepOutput, Steps
@@ -126,14 +126,14 @@ class EngineModel:
         ):
             filled = [*history, *[blank] * depth]
             inputs |= {f"{name}_{k}": filled[k][None] for k in range(depth)}
-        graph = self.pipe.bundle.manifest.graphs.graph(role)
+        graph, trunk = self.pipe.bundle.manifest.graphs.graph(role), trunk_of(row.variant)
         if row.cached:
             # Residuals further back are there for plans that no calibration runs.
-            inputs |= {spec.name: np.zeros(spec.at(1)) for spec in graph.inputs if spec.name.startswith(f"{TRUNK}_")}
-            inputs[f"{TRUNK}_0"] = run.residual
+            inputs |= {spec.name: np.zeros(spec.at(1)) for spec in graph.inputs if spec.name.startswith(f"{trunk}_")}
+            inputs[f"{trunk}_0"] = run.residual
         given = {spec.name: inputs[spec.name] for spec in graph.inputs}
         if self._watch is not None:
             self._watch(graph, given)
-        found = self.pipe.run_graph(role, given, keep=(TRUNK,))
+        found = self.pipe.run_graph(role, given, keep=(trunk,))
         term = found.get(TERM)
-        return StepOutput(found["latents"][0], found["output"][0], None if term is None else term[0], found.get(TRUNK))
+        return StepOutput(found["latents"][0], found["output"][0], None if term is None else term[0], found.get(trunk))

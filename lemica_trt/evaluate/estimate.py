@@ -7,6 +7,8 @@ measured here. Estimates: within a factor of about two for models that are busy 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import fmean
 from time import perf_counter
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lemica_trt.ir.graphs import FULL, SKIP, step_layout
+from lemica_trt.ir.graphs import full_name, skip_name, step_layout
 from lemica_trt.models import Model
 from lemica_trt.models.graph_specs import cache_specs, example_inputs, input_specs
 from lemica_trt.models.steps import step_modules
@@ -27,62 +29,77 @@ PROCESS_MEMORY = 700_000_000
 """Bytes of a process that has imported PyTorch and diffusers; measured on Linux."""
 
 
+class ExportCost(NamedTuple):
+    """Seconds and bytes of an export.
+
+    Attributes:
+        weights: all components, as they are stored.
+    """
+
+    weights: int
+
+    @property
+    def seconds(self) -> float:
+        """`EXPORT_SECONDS` and its bytes at `EXPORT_SPEED`."""
+        return EXPORT_SECONDS + self.weights / EXPORT_SPEED
+
+    @property
+    def memory(self) -> int:
+        """Peak; 1.15 times the weights was measured for CogVideoX-2B."""
+        return PROCESS_MEMORY + round(1.15 * self.weights)
+
+
 class Estimate(NamedTuple):
     """Seconds and bytes.
 
     Attributes:
         full_step, skipped_step: one request, both branches of the guidance.
-        weights: all components, as they are stored.
         latent: one latent in fp32.
         run_memory: peak while the model runs.
-        export_memory: peak of the export; 1.15 times the weights was measured for CogVideoX-2B.
-        export_seconds: of the export: `EXPORT_SECONDS` and its bytes at `EXPORT_SPEED`.
+        export: of the export.
     """
 
     full_step: float
     skipped_step: float
-    weights: int
     latent: int
     run_memory: int
-    export_memory: int
-    export_seconds: float
+    export: ExportCost
 
 
 def estimate(model: Model) -> Estimate:
     """Count a full and a skipped step, measure the machine."""
     parts = [part for part in model.pipeline.components.values() if isinstance(part, torch.nn.Module)]
     weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-    full, skipped = _operations(model)
+    full, skipped = _operations(model, model.table().kinds)
     speed = _speed(model.dtype)
     return Estimate(
         full_step=full / speed,
         skipped_step=skipped / speed,
-        weights=weights,
         latent=4 * math.prod(model.latent_shape),
         run_memory=PROCESS_MEMORY + round(1.5 * weights),
-        export_memory=PROCESS_MEMORY + round(1.15 * weights),
-        export_seconds=EXPORT_SECONDS + weights / EXPORT_SPEED,
+        export=ExportCost(weights),
     )
 
 
-def _operations(model: Model) -> tuple[int, int]:
-    """Floating-point operations of a full and of a skipped step."""
+def _operations(model: Model, kinds: Sequence[int]) -> tuple[float, float]:
+    """Floating-point operations of a full and of a skipped step: the mean over the kinds of all steps."""
     layout = step_layout(
         latent_shape=tuple(model.latent_shape),
         latent_history=1,
         output_history=1,
         conditions=model.conditions,
         guided=model.guided,
+        experts=model.experts,
     )
     modules, caches = step_modules(model, layout), cache_specs(model, layout)
-    counts = []
+    counts: dict[str, int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        for variant in (FULL.name, SKIP.name):
-            inputs = example_inputs(input_specs(variant, model, layout, caches), 1, model.device)
+        for variant in layout.variants:
+            inputs = example_inputs(input_specs(variant.name, model, layout, caches), 1, model.device)
             with FlopCounterMode(display=False) as counter:
-                modules[variant](inputs)
-            counts.append(counter.get_total_flops())
-    return counts[0], counts[1]
+                modules[variant.name](inputs)
+            counts[variant.name] = counter.get_total_flops()
+    return fmean(counts[full_name(kind)] for kind in kinds), fmean(counts[skip_name(kind)] for kind in kinds)
 
 
 def _speed(dtype: torch.dtype) -> float:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.values import read_value
-from lemica_trt.evaluate.baselines import baselines, table_of_steps
+from lemica_trt.evaluate.baselines import baselines
 from lemica_trt.evaluate.deployed import Deployed
 from lemica_trt.evaluate.kept import Keeper
 from lemica_trt.evaluate.runs import ClipScore, score_clip
@@ -133,9 +133,7 @@ def error_graph_of(bundle: Bundle) -> ErrorGraph | None:
 def _finer_references(plans: Sequence[StepPlan], model: Model, guidance_scale: float) -> dict[int, StepPlan]:
     """M → the sampler with M steps in full, for every M that a plan is compared with."""
     counts = {plan.reference_steps for plan in plans if plan.reference_steps is not None}
-    return {
-        steps: uncached_plan(table_of_steps(model, steps), guidance_scale=guidance_scale) for steps in sorted(counts)
-    }
+    return {steps: uncached_plan(model.table(steps), guidance_scale=guidance_scale) for steps in sorted(counts)}
 
 
 def _quality(case: Case, scores: Sequence[ClipScore]) -> Quality:

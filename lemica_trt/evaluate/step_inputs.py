@@ -23,7 +23,7 @@ RANGE_SAMPLES = 4
 """Samples that ranges are measured on: together every step once."""
 
 ERROR_STEPS = 6
-"""Steps of one more sample that errors are measured on."""
+"""Steps of each kind, of one more sample, that errors are measured on."""
 
 SAMPLES = RANGE_SAMPLES + 1
 """Uncached runs that all this takes."""
@@ -57,7 +57,10 @@ def observed_steps(
     """
     found: dict[Role, dict[int, list[dict[str, Any]]]] = {}
     every = {s: {*range(s, table.num_steps, RANGE_SAMPLES)} for s in range(RANGE_SAMPLES)}
-    every[RANGE_SAMPLES] = {int(step) for step in np.linspace(0, table.num_steps - 1, ERROR_STEPS).round()}
+    every[RANGE_SAMPLES] = set()
+    for kind in set(table.kinds):
+        steps = [step for step, its in enumerate(table.kinds) if its == kind]
+        every[RANGE_SAMPLES] |= {steps[int(k)] for k in np.linspace(0, len(steps) - 1, ERROR_STEPS).round()}
     sample = step = 0
 
     def watch(graph: GraphSpec, given: Mapping[str, Any]) -> None:

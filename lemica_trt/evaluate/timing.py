@@ -9,7 +9,8 @@ One request of the bundle's shape, its denoising loop: the text encoder and the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -27,8 +28,8 @@ from lemica_trt.core.errors import UsageError
 from lemica_trt.core.values import write_value
 from lemica_trt.ir.budget import StepTimes
 from lemica_trt.ir.engine import EngineKey
-from lemica_trt.ir.graphs import StepLayout
-from lemica_trt.ir.plan import CacheRead, StepPlan, uncached_of
+from lemica_trt.ir.graphs import StepLayout, kind_of_variant
+from lemica_trt.ir.plan import CacheRead, PlanRow, StepPlan, uncached_of
 from lemica_trt.ir.report import Measured
 from lemica_trt.runtime.denoise import RowDone
 from lemica_trt.runtime.pipeline import Pipeline
@@ -54,9 +55,9 @@ SHORT_RUNS, SHORT_SECONDS = (3, 6), 1.0
 def measure_steps(pipe: Pipeline, *, known: float | None = None) -> StepTimes:
     """Time single steps on a plan cut short, so that a model of many slow steps is measured in a few of them.
 
-    Medians over all rows and runs, after a warm-up, waiting for the device after every row: where a plan runs as one
-    CUDA graph it is a little faster than these steps say, not slower. A skipped step that came out slower than a full
-    one is taken to be as slow.
+    Medians over all rows of a kind and all runs, after a warm-up, waiting for the device after every row: where a plan
+    runs as one CUDA graph it is a little faster than these steps say, not slower. A skipped step that came out slower
+    than a full one is taken to be as slow.
 
     Args:
         known: seconds of a full step, where it has been timed; None: it is timed here.
@@ -68,17 +69,41 @@ def measure_steps(pipe: Pipeline, *, known: float | None = None) -> StepTimes:
     began = perf_counter()
     run()
     full: list[float] = []
-    skipped: list[float] = []
+    cached: list[float] = []
     rest: list[float] = []
     least, most = SHORT_RUNS
     most = most if known is None else least
     while len(rest) < least or (len(rest) < most and perf_counter() - began < SHORT_SECONDS):
         whole, rows = row_by_row(run)
         full += rows.full
-        skipped += rows.cached
+        cached += rows.cached
         rest.append(whole - sum(rows.full) - sum(rows.cached))
-    step = median(full) if known is None else known
-    return StepTimes(full=step, skipped=min(median(skipped), step) if skipped else None, rest=max(median(rest), 0.0))
+    kinds = Counter(kinds_of([row for row in uncached.rows if row.full]))
+    step = known or mean_of_kinds(kinds_of([row for row in short.rows if row.full]) * len(rest), full, kinds)
+    skipped = kinds_of([row for row in short.rows if row.cached]) * len(rest)
+    return StepTimes(
+        full=step,
+        skipped=min(mean_of_kinds(skipped, cached, kinds), step) if cached else None,
+        rest=max(median(rest), 0.0),
+    )
+
+
+def kinds_of(rows: Sequence[PlanRow]) -> list[int]:
+    """The kind of steps that each of some rows is of, which run the DiT."""
+    return [kind_of_variant(row.variant) for row in rows if row.variant is not None]
+
+
+def mean_of_kinds(kinds: Sequence[int], seconds: Sequence[float], counts: Mapping[int, int] | None = None) -> float:
+    """What a step takes: the median of each kind of steps, and the mean of these.
+
+    Args:
+        kinds: of each row.
+        seconds: of each row.
+        counts: how many steps there are of each kind; None: as many as rows.
+    """
+    counts = Counter(kinds) if counts is None else counts
+    medians = {kind: median([taken for its, taken in zip(kinds, seconds) if its == kind]) for kind in set(kinds)}
+    return sum(counts[kind] * taken for kind, taken in medians.items()) / sum(counts[kind] for kind in medians)
 
 
 def require_uncached(bundle: Bundle) -> StepPlan:
@@ -94,31 +119,39 @@ def require_uncached(bundle: Bundle) -> StepPlan:
 
 
 def shortened(uncached: StepPlan, layout: StepLayout, *, full: int = SHORT) -> StepPlan:
-    """Some full rows, at most `SHORT` of the first variant that reads caches, and the last.
+    """Of each kind of steps some full rows, and at most `SHORT` that read caches; and the last row.
 
     What it computes means nothing; what its rows take is what they take in any plan.
 
     Args:
         uncached: the plan of all steps.
         layout: says which variants there are.
-        full: full rows, at most.
+        full: full rows of a kind, at most.
     """
-    *steps, last = uncached.rows
-    cached = next((variant for variant in layout.variants if variant.reads), None)
-    count = min(full, max(1, len(steps) // 2)) if cached else min(full, len(steps))
-    rows = steps[:count]
-    if cached is not None:
-        reads = tuple(CacheRead(slot=slot, weights=(1.0,)) for slot in cached.reads)
-        rows += [
-            msgspec.structs.replace(row, variant=cached.name, caches=reads) for row in steps[count : count + SHORT]
-        ]
-    end = msgspec.structs.replace(
-        last,
-        latents=last.latents[: len(rows) + 1],
-        outputs=last.outputs[: len(rows)],
-        noise=last.noise[: last.draws + sum(row.draws for row in rows)],
-    )
-    return msgspec.structs.replace(uncached, name="short", rows=(*rows, end))
+    *every, last = uncached.rows
+    rows: list[PlanRow] = []
+    for kind in dict.fromkeys(kinds_of(every)):
+        steps = [row for row, its in zip(every, kinds_of(every)) if its == kind]
+        skips = (its for its in layout.variants if its.reads and kind_of_variant(its.name) == kind)
+        cached = next(skips, None)
+        count = min(full, max(1, len(steps) // 2)) if cached else min(full, len(steps))
+        rows += steps[:count]
+        if cached is not None:
+            reads = tuple(CacheRead(slot=slot, weights=(1.0,)) for slot in cached.reads)
+            rows += [
+                msgspec.structs.replace(row, variant=cached.name, caches=reads) for row in steps[count : count + SHORT]
+            ]
+    rows = sorted(rows, key=lambda row: row.step)
+    cut = [
+        msgspec.structs.replace(
+            row,
+            latents=row.latents[: i + 1],
+            outputs=row.outputs[:i],
+            noise=row.noise[: sum(its.draws for its in (*rows[:i], row))],
+        )
+        for i, row in enumerate([*rows, last])
+    ]
+    return msgspec.structs.replace(uncached, name="short", rows=tuple(cut))
 
 
 def measure_total(pipe: Pipeline, plan: StepPlan, *, repeats: int = 3) -> float:

@@ -111,8 +111,8 @@ class StepTimes(Value, frozen=True):
     """What steps take on one machine's engines, one request, seconds of wall-clock time.
 
     Attributes:
-        full: a step that runs the full graph.
-        skipped: a step that runs the skip graph; None where there is none.
+        full: a step that runs the full graph; of several kinds of steps the mean over the sampler's.
+        skipped: a step that runs the skip graph, likewise; None where there is none.
         rest: what a run takes beyond its steps.
     """
 

@@ -5,6 +5,7 @@ Knows nothing of torch, ONNX or engines."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 from msgspec import UNSET, UnsetType
@@ -128,19 +129,23 @@ class CacheSlot(Value, frozen=True):
         require(self.depth >= 1, f"cache slot {self.name}: depth must be at least 1, got {self.depth}")
 
 
+DEFAULT_EXPERT = "transformer"
+"""Component of a pipeline that has one network."""
+
+
 class Variant(Value, frozen=True):
     """One way to run a step on the DiT; each is a graph of its own.
 
     Attributes:
         name: of the graph; what `PlanRow.variant` says.
-        expert: component of the pipeline that runs (Wan 2.2 has two).
+        expert: component of the pipeline that runs (Wan 2.2 has two, one for each kind of steps).
         branches: `both` branches of the guidance, or the `conditional` one alone.
         reads: cache slots whose contents stand in for what is not computed; empty: everything is computed.
         writes: cache slots that it fills.
     """
 
     name: str
-    expert: str = "transformer"
+    expert: str = DEFAULT_EXPERT
     branches: Literal["both", "conditional"] = "both"
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
@@ -152,11 +157,44 @@ TRUNK = "trunk"
 FULL = Variant(name="full")
 """The whole DiT."""
 
-FULL_TO_CACHE = Variant(name="full", writes=(TRUNK,))
-"""The whole DiT, which also gives away its trunk residual."""
-
 SKIP = Variant(name="skip", reads=(TRUNK,))
 """Embeddings and head alone; cached trunk residuals stand in for the blocks."""
+
+
+def full_name(kind: int) -> str:
+    """Name of the variant that computes everything in steps of a kind (`SamplerRow.kind`): `full`, `full2`, …"""
+    return _of_kind(FULL.name, kind)
+
+
+def skip_name(kind: int) -> str:
+    """Name of the variant that stands in for it: `skip`, `skip2`, …"""
+    return _of_kind(SKIP.name, kind)
+
+
+def trunk_name(kind: int) -> str:
+    """The cache slot of a kind of steps: `trunk`, `trunk2`, … One kind's residuals are of no use to another."""
+    return _of_kind(TRUNK, kind)
+
+
+def trunk_of(variant: str | None) -> str:
+    """The cache slot that a variant writes or reads; "": of none."""
+    return "" if variant is None else trunk_name(kind_of_variant(variant))
+
+
+def _of_kind(name: str, kind: int) -> str:
+    return name if kind == 0 else f"{name}{kind + 1}"
+
+
+def kind_of_variant(name: str) -> int:
+    """The kind of steps that a variant is of.
+
+    Raises:
+        ValueError: no variant has such a name.
+    """
+    found = re.fullmatch(rf"(?:{FULL.name}|{SKIP.name})([2-9]|[1-9]\d+)?", name)
+    require(found is not None, f"expected the name of a variant, {FULL.name}, {SKIP.name}2 and so on, got {name!r}")
+    return int(found[1] or 1) - 1 if found else 0
+
 
 COMBINE = "combine"
 """Name of the graph of rows that do not run the DiT."""
@@ -288,20 +326,28 @@ def step_layout(
     stochastic: bool = False,
     guided: bool = True,
     guidance_history: int = 0,
+    experts: Sequence[str] = (DEFAULT_EXPERT,),
 ) -> StepLayout:
-    """The layout of one transformer that runs whole, or without its trunk where `trunk_depth` residuals are kept.
+    """The layout of transformers that run whole, or without their trunk where `trunk_depth` residuals are kept.
 
     Args:
         trunk_depth: 0: none is kept, there is no such variant.
+        experts: for each kind of steps the component that it runs.
         others: as in `StepLayout`.
     """
+    variants: list[Variant] = []
+    for kind, expert in enumerate(experts):
+        trunk = (trunk_name(kind),) if trunk_depth else ()
+        variants.append(Variant(name=full_name(kind), expert=expert, writes=trunk))
+        if trunk_depth:
+            variants.append(Variant(name=skip_name(kind), expert=expert, reads=trunk))
     return StepLayout(
         latent_shape=latent_shape,
         latent_history=latent_history,
         output_history=output_history,
         conditions=conditions,
-        caches=(CacheSlot(name=TRUNK, depth=trunk_depth),) if trunk_depth else (),
-        variants=(FULL_TO_CACHE, SKIP) if trunk_depth else (FULL,),
+        caches=tuple(CacheSlot(name=trunk_name(k), depth=trunk_depth) for k in range(len(experts)) if trunk_depth),
+        variants=tuple(variants),
         stochastic=stochastic,
         guided=guided,
         guidance_history=guidance_history,

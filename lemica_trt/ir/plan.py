@@ -26,6 +26,7 @@ import hashlib
 import html
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -33,7 +34,16 @@ import numpy.typing as npt
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import Value, json_bytes, require, require_finite, write_value
-from lemica_trt.ir.graphs import COMBINE, TRUNK, GraphSet, StepLayout, TensorSpec, step_layout
+from lemica_trt.ir.graphs import (
+    COMBINE,
+    DEFAULT_EXPERT,
+    GraphSet,
+    StepLayout,
+    TensorSpec,
+    kind_of_variant,
+    step_layout,
+    trunk_name,
+)
 from lemica_trt.ir.timeline import plan_line, timeline_svg, timeline_text
 
 DEFAULT = "default"
@@ -63,9 +73,9 @@ class CacheRead(Value, frozen=True):
         require_finite(self.weights, f"weights of cache slot {self.slot}")
 
 
-def trunk_reads(*weights: float) -> tuple[CacheRead, ...]:
-    """The `caches` of a row that reads the last trunk residuals with these weights, and nothing else."""
-    return (CacheRead(slot=TRUNK, weights=weights),)
+def trunk_reads(*weights: float, kind: int = 0) -> tuple[CacheRead, ...]:
+    """The `caches` of a row that reads the last trunk residuals of its kind with these weights, and nothing else."""
+    return (CacheRead(slot=trunk_name(kind), weights=weights),)
 
 
 class PlanRow(Value, frozen=True, omit_defaults=True):
@@ -279,9 +289,14 @@ def guidance_range(guidance_scale: float, *, fitted: bool = False) -> tuple[floa
 
 
 def layout_from_plans(
-    plans: Sequence[StepPlan], *, latent_shape: tuple[int, ...], guided: bool, conditions: tuple[TensorSpec, ...] = ()
+    plans: Sequence[StepPlan],
+    *,
+    latent_shape: tuple[int, ...],
+    guided: bool,
+    conditions: tuple[TensorSpec, ...] = (),
+    experts: Sequence[str] = (),
 ) -> StepLayout:
-    """The smallest step layout of one transformer that can run these plans; histories at least 1 deep.
+    """The smallest step layout that can run these plans; histories at least 1 deep.
 
     Where no plan reads trunk residuals, none are given away, and there is no variant that reads them.
 
@@ -290,16 +305,20 @@ def layout_from_plans(
         latent_shape: shape of the latents of one sample, without batch.
         guided: whether each request runs two branches.
         conditions: see `StepLayout`; empty where only the rows are of interest.
+        experts: for each kind of steps the component that it runs; empty where only the rows are of interest.
     """
+    variants = {row.variant for plan in plans for row in plan.rows if row.variant is not None}
+    kinds = 1 + max(map(kind_of_variant, variants))
     return step_layout(
         latent_shape=latent_shape,
         latent_history=max(1, *(plan.latent_history for plan in plans)),
         output_history=max(1, *(plan.output_history for plan in plans)),
         conditions=conditions,
-        trunk_depth=max(plan.cache_depths.get(TRUNK, 0) for plan in plans),
+        trunk_depth=max(depth for plan in plans for depth in (0, *plan.cache_depths.values())),
         stochastic=any(plan.stochastic for plan in plans),
         guided=guided,
         guidance_history=max(plan.guidance_history for plan in plans),
+        experts=[*experts, *[DEFAULT_EXPERT] * (kinds - len(experts))],
     )
 
 
@@ -348,16 +367,25 @@ def check_plan(plan: StepPlan, graphs: GraphSet) -> None:
             f"plan {plan.name} needs the graphs {', '.join(sorted(needed))}, the bundle has {', '.join(sorted(roles))}",
             fix="rebuild the bundle for this plan",
         )
+    written: Counter[str] = Counter()
     try:
         for row in plan.rows:
             coefficient_vector(row, graphs.layout)
             if row.variant is not None:
-                reads = graphs.layout.variant(row.variant).reads
+                variant = graphs.layout.variant(row.variant)
                 asked = tuple(read.slot for read in row.caches)
                 require(
-                    sorted(asked) == sorted(reads),
-                    f"step {row.step}: {row.variant} reads {reads or 'no cache'}, the row gives weights of {asked}",
+                    sorted(asked) == sorted(variant.reads),
+                    f"step {row.step}: {row.variant} reads {variant.reads or 'no cache'}, the row gives weights of "
+                    f"{asked}",
                 )
+                for read in row.caches:
+                    require(
+                        len(read.weights) <= written[read.slot],
+                        f"step {row.step} reads {read.slot} {len(read.weights)} rows back, {written[read.slot]} before "
+                        "it write that",
+                    )
+                written.update(variant.writes)
     except (KeyError, ValueError) as error:
         raise InputError(f"plan {plan.name}: {error}", fix="rebuild the bundle for this plan") from None
 

@@ -57,6 +57,8 @@ class Sampling(Value, frozen=True):
     Attributes:
         steps: N, denoising steps.
         guidance_scale: classifier-free guidance g; 1 or less: no unconditional branch at all.
+        guidance_scale_2: of the steps for which a pipeline's call has a parameter of this name (those of Wan 2.2's
+            second transformer), whatever a request asks for; unset: they follow `guidance_scale` and the request.
         guidance_range: lowest and highest scale of requests, which solvers are fitted across; None: they are fitted at
             `guidance_scale` alone.
         dynamic_guidance: diffusers' `use_dynamic_cfg` of CogVideoX.
@@ -76,8 +78,10 @@ class Sampling(Value, frozen=True):
     sigmas: tuple[float, ...] | None = None
     timesteps: tuple[float, ...] | None = None
     negative_prompt: str = ""
+    guidance_scale_2: float | UnsetType = UNSET
 
     def __post_init__(self) -> None:
+        require_finite((self.guidance_scale_2 or 1.0,), "guidance_scale_2")
         if self.flow_shift is not None:
             require_finite((self.flow_shift,), "flow_shift")
             require(self.flow_shift > 0, f"flow_shift must be above 0, got {self.flow_shift}")
@@ -250,6 +254,10 @@ class Profile(Value, frozen=True):
 
     def __post_init__(self) -> None:
         require(self.text_length >= 1, f"text_length must be at least 1, got {self.text_length}")
+        require(
+            self.family == TRACED or self.sampling.guidance_scale_2 is UNSET,
+            f"guidance_scale_2 is of traced pipelines, {self.family} has one guidance scale",
+        )
         require(self.opset in OPSETS, f"opset must be 18 … 23, got {self.opset}")
 
     def require_possible(self) -> None:

@@ -21,6 +21,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import UNSET, UnsetType
 
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.values import Value, json_bytes, require, require_finite
@@ -51,6 +52,7 @@ class SamplerRow(Value, frozen=True):
         timestep: what the model gets as timestep; None in the last row.
         in_scale: factor on x_i before the model (1 except for sigma-parameterised samplers such as Euler).
         guidance: (offset, factor) of the guidance scale at this step.
+        kind: which of the model's kinds of steps it is (Wan 2.2 runs another transformer in late ones); unset: 0.
     """
 
     latents: tuple[float, ...]
@@ -59,8 +61,10 @@ class SamplerRow(Value, frozen=True):
     timestep: float | None = None
     in_scale: float = 1.0
     guidance: tuple[float, float] = (0.0, 1.0)
+    kind: int | UnsetType = UNSET
 
     def __post_init__(self) -> None:
+        require(self.kind is UNSET or self.kind > 0, f"kind must be above 0 or unset, got {self.kind}")
         require_finite(self.latents, "latents")
         require_finite(self.outputs, "outputs")
         require_finite((self.noise, self.in_scale, *self.guidance), "noise, in_scale, guidance")
@@ -156,6 +160,17 @@ class SamplerTable(Value, frozen=True, omit_defaults=True):
     def timesteps(self) -> tuple[float, ...]:
         """The N timesteps, in sampling order."""
         return tuple(row.timestep for row in self.rows if row.timestep is not None)
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The kind of each of the N steps."""
+        return tuple(row.kind or 0 for row in self.rows[:-1])
+
+    @property
+    def switches(self) -> tuple[int, ...]:
+        """The steps that are of another kind than the one before: nothing that is cached reaches beyond."""
+        kinds = self.kinds
+        return tuple(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1])
 
     @property
     def latent_history(self) -> int:

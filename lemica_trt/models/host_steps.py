@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lemica_trt.ir.graphs import COMBINE, TERM, TRUNK, StepLayout
+from lemica_trt.ir.graphs import COMBINE, TERM, StepLayout, trunk_of
 from lemica_trt.ir.plan import PlanRow, coefficient_vector
 from lemica_trt.ir.step_model import Latents, StepInput, StepOutput
 from lemica_trt.models.denoise import conditions_of
@@ -31,10 +31,10 @@ class HostSteps:
     def __call__(self, row: PlanRow, runs: Sequence[StepInput], guidance_scale: float) -> list[StepOutput]:
         """See `ir.step_model.Steps`."""
         result = self._modules[row.variant or COMBINE](self._inputs(row, runs, guidance_scale))
-        count = len(runs)
+        count, slot = len(runs), trunk_of(row.variant)
         latents, outputs = _on_host(result["latents"]), _on_host(result["output"])
         terms = _on_host(result[TERM]) if TERM in result else [None] * count
-        residuals = _requests(result[TRUNK], count) if TRUNK in result else [None] * count
+        residuals = _requests(result[slot], count) if slot in result else [None] * count
         return [StepOutput(*each) for each in zip(latents, outputs, terms, residuals)]
 
     def _inputs(self, row: PlanRow, runs: Sequence[StepInput], guidance_scale: float) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ class HostSteps:
         if layout.stochastic:
             inputs["noise"] = torch.stack([self._at(() if r.noise is None else (r.noise,), 0, blank) for r in runs])
         if row.cached:
-            inputs[f"{TRUNK}_0"] = _joined([run.residual for run in runs])
+            inputs[f"{trunk_of(row.variant)}_0"] = _joined([run.residual for run in runs])
         return inputs
 
     def _at(self, history: Sequence[Latents], k: int, blank: Tensor) -> Tensor:

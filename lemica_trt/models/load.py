@@ -28,7 +28,7 @@ from lemica_trt.ir.resources import nearest, zoo_path
 from lemica_trt.models.cogvideox import CogVideoX
 from lemica_trt.models.family import DTYPES, Family
 from lemica_trt.models.lora import fuse_loras, identified, lora_file
-from lemica_trt.models.model import Model, folder_revision, fused_revision
+from lemica_trt.models.model import Model, folder_revision, fused_revision, pipeline_files
 from lemica_trt.models.open_sora import published
 from lemica_trt.models.open_sora.pipeline import OpenSoraPipeline
 from lemica_trt.models.parts import (
@@ -206,7 +206,7 @@ def profile_from_pipeline(source: str) -> Profile:
         index = pipeline_index(path, where=source) if local else _index_on_hub(source)
         kind = pipeline_class(source, index)
     for name, family in FAMILIES.items():
-        if family.pipeline_class == kind.__name__:
+        if family.pipeline_class == kind.__name__ and len(_transformers(index)) == 1:
             raise UsageError(
                 f"{source}: expected a profile of the family {name}, got the pipeline alone",
                 fix=f"name a profile with its shape and steps, for example --model {EXAMPLES[name]} --weights {source}",
@@ -275,11 +275,17 @@ def pipeline_index(path: Path, *, where: str) -> dict[str, Any]:
     )
 
 
+def _transformers(index: dict[str, Any]) -> list[str]:
+    """The components of a pipeline that are transformers of its loop; families have one."""
+    parts = (key for key, value in index.items() if isinstance(value, list) and value[:1] != [None])
+    return [part for part in parts if part.startswith("transformer")]
+
+
 def pipeline_class(source: str, index: dict[str, Any]) -> Any:
     """The class of a pipeline whose denoiser is a transformer."""
     name = index["_class_name"]
     parts = {key for key, value in index.items() if isinstance(value, list) and value[:1] != [None]}
-    if not any(part.startswith("transformer") for part in parts):
+    if not _transformers(index):
         got = "a UNet" if "unet" in parts else f"none in {', '.join(sorted(parts)) or 'no components'}"
         raise UnsupportedError(f"{source}: expected a pipeline with a diffusion transformer, got {got} ({name})")
     kind = PIPELINES.get(name, getattr(diffusers, name, None))
@@ -297,6 +303,19 @@ def revision_of(profile: Profile) -> str:
     with quiet():
         revision = folder_revision(folder_from_source(profile.source))
         return fused_revision(revision, identified(profile.loras or ()))
+
+
+def stored_weights(profile: Profile) -> int:
+    """Bytes of a profile's weights, of all components, as they are stored.
+
+    Raises:
+        InputError: the source is not there.
+    """
+    with quiet():
+        folder = folder_from_source(profile.source)
+    return sum(
+        (folder / name).stat().st_size for name in pipeline_files(folder) if name.endswith((".safetensors", ".bin"))
+    )
 
 
 def is_here(profile: Profile) -> bool:

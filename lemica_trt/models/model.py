@@ -18,13 +18,14 @@ from lemica_trt.core.errors import InputError
 from lemica_trt.core.files import sha256_of
 from lemica_trt.core.metrics import Frames
 from lemica_trt.core.text import CLEANINGS
-from lemica_trt.ir.graphs import EncoderSpec, ImageSpec, StepLayout, TensorSpec
+from lemica_trt.ir.graphs import DEFAULT_EXPERT, EncoderSpec, ImageSpec, StepLayout, TensorSpec
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Lora, Profile
 from lemica_trt.ir.prompts import Prompt, prompt_from_line
+from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.step_model import Beginning, Latents, Steps
 from lemica_trt.models.family import DTYPES, Family, TextEncoder, VideoDecoder
-from lemica_trt.models.scheduler import made_scheduler, refusing
+from lemica_trt.models.scheduler import made_scheduler, refusing, sampler_table
 from lemica_trt.models.split import SplitTransformer, split_transformer
 
 NOTES = frozenset({".gif", ".jpeg", ".jpg", ".md", ".mp4", ".png", ".webp"})
@@ -154,6 +155,22 @@ class Model:
         with refusing(f"{type(scheduler).__name__} cannot make {steps} steps"):
             self.family.set_timesteps(scheduler, steps)
         return scheduler
+
+    def table(self, steps: int | None = None) -> SamplerTable:
+        """The sampler at a number of steps, and what kind each of them is.
+
+        Args:
+            steps: as in `scheduler`.
+
+        Raises:
+            UnsupportedError: as `scheduler` and `models.scheduler.sampler_table`.
+        """
+        return sampler_table(self.scheduler(steps), dynamic_guidance=self.profile.sampling.dynamic_guidance)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """For each kind of steps the component that it runs."""
+        return (DEFAULT_EXPERT,)
 
     def noise(self, seed: int) -> Tensor:
         """The initial noise of a seed: fp32 latent_shape on the CPU, as diffusers draws it for one fp32 sample."""

@@ -146,7 +146,7 @@ def solver_table(table: SamplerTable, steps: Sequence[int], solver: Solver) -> S
             al. 2023, arXiv 2302.04867), both diffusers'.
 
     Returns:
-        len(steps) model calls, guidance as in the table.
+        len(steps) model calls, guidance and kinds of steps as in the table.
 
     Raises:
         UnsupportedError: the table has no noise levels, or two of the steps have the same one.
@@ -168,7 +168,8 @@ def solver_table(table: SamplerTable, steps: Sequence[int], solver: Solver) -> S
     scheduler.timesteps = torch.tensor([table.timesteps[i] for i in steps], dtype=torch.float64)
     scheduler.set_begin_index(0)
     lowered = sampler_table(scheduler)
-    rows = [msgspec.structs.replace(row, guidance=table.rows[i].guidance) for row, i in zip(lowered.rows, kept)]
+    own = [table.rows[i] for i in kept]
+    rows = [msgspec.structs.replace(row, guidance=its.guidance, kind=its.kind) for row, its in zip(lowered.rows, own)]
     return msgspec.structs.replace(lowered, rows=tuple(rows))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lemica_trt.ir.graphs import COMBINE, FULL, SKIP, TERM, TRUNK, StepLayout
+from lemica_trt.ir.graphs import COMBINE, FULL, SKIP, TERM, TRUNK, StepLayout, kind_of_variant, trunk_name
 from lemica_trt.models.model import Model
 from lemica_trt.models.trace.body import Step
 from lemica_trt.models.traced import TracedModel
@@ -112,11 +112,16 @@ class SkipStep(FullStep):
 
 
 class TracedFullStep(CombineStep):
-    """Combine, then the whole body of a traced loop; as `FullStep`."""
+    """Combine, then the whole body of a traced loop; as `FullStep`.
 
-    def __init__(self, model: TracedModel, layout: StepLayout) -> None:
+    Args:
+        kind: of the steps.
+    """
+
+    def __init__(self, model: TracedModel, layout: StepLayout, kind: int) -> None:
         super().__init__(layout)
-        self.body = model.body()
+        self.body = model.body(kind)
+        self._trunk = trunk_name(kind)
         self._dtype = model.dtype
         self._names = [spec.name for spec in model.conditions]
 
@@ -124,7 +129,7 @@ class TracedFullStep(CombineStep):
         """The full graph."""
         latents, step = self._run(inputs, None)
         result = {"latents": latents, **self._kept(step)}
-        return {**result, TRUNK: step.residual.to(self._dtype)} if self.layout.depth(TRUNK) else result
+        return {**result, self._trunk: step.residual.to(self._dtype)} if self.layout.depth(self._trunk) else result
 
     def _kept(self, step: Step) -> dict[str, Tensor]:
         term = {TERM: step.guidance_term} if self.layout.guidance_history else {}
@@ -158,13 +163,10 @@ class TracedSkipStep(TracedFullStep):
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The skip graph."""
-        residual = self._mix(inputs, TRUNK, self.layout.depth(TRUNK))
+        residual = self._mix(inputs, self._trunk, self.layout.depth(self._trunk))
         latents, step = self._run(inputs, residual)
         return {"latents": latents, **self._kept(step)}
 
-
-TRACED: dict[str, type[TracedFullStep]] = {FULL.name: TracedFullStep, SKIP.name: TracedSkipStep}
-"""The same, of a traced model."""
 
 VARIANTS: dict[str, type[FullStep]] = {FULL.name: FullStep, SKIP.name: SkipStep}
 """Variant → the module that runs it."""
@@ -175,7 +177,8 @@ def step_modules(model: Model, layout: StepLayout) -> dict[str, CombineStep]:
     made: dict[str, CombineStep] = {COMBINE: CombineStep(layout)}
     for variant in layout.variants:
         if isinstance(model, TracedModel):
-            made[variant.name] = TRACED[variant.name](model, layout)
+            traced = TracedSkipStep if variant.reads else TracedFullStep
+            made[variant.name] = traced(model, layout, kind_of_variant(variant.name))
         else:
             made[variant.name] = VARIANTS[variant.name](model, layout)
     return made

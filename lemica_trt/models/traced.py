@@ -1,7 +1,11 @@
 """A model made from a trace: any pipeline that tracing understands, with the interface of `model.Model`.
 
 What is not understood well enough to be built is refused when the model is loaded, before long work: several samplers,
-kinds of steps or networks, a trunk with several streams, a text encoder that reads values in Python.
+several networks in a step, a trunk with several streams, a text encoder that reads values in Python.
+
+Steps may be of several kinds (Wan 2.2 has a transformer for early steps and one for late ones): each kind is a body of
+its own, with a trunk of its own. Which step of how many is of which kind, the pipeline's own loop says, run with
+networks that do not compute (`trace.tape.HeldNetworks`).
 
 Where shapes follow the prompt, text encoders run at the length of the longest prompt that the pipeline takes, and their
 outputs are cut to the prompt's own tokens: conditions have a text axis, of each branch's own where each has a call of
@@ -17,10 +21,11 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -37,14 +42,16 @@ from lemica_trt.ir.graphs import IMAGE_ENCODER, EncoderSpec, ImageSpec, TensorDT
 from lemica_trt.ir.graphs import NEGATIVE as NEGATIVE_NAME
 from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.prompts import Prompt, prompt_from_line
+from lemica_trt.ir.sampler import SamplerTable, Setting
 from lemica_trt.ir.trace import Trace, TraceRequest, TraceSlot
 from lemica_trt.models.image_encoder import ImageEncoder, given_draw, image_encoder, picture_of
 from lemica_trt.models.model import End, Model, require_no_picture
+from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.models.trace.arguments import BASE, LONGER, LONGER_NEGATIVE, SHORTER, SHORTER_NEGATIVE
 from lemica_trt.models.trace.arguments import NEGATIVE as BASE_NEGATIVE
-from lemica_trt.models.trace.body import Body, Line, Network, Prefix, Rows, fitted_line
+from lemica_trt.models.trace.body import Body, Line, Network, Prefix, Rows, fitted_line, on_line
 from lemica_trt.models.trace.ends import FramesDecoder, TapeSlice
-from lemica_trt.models.trace.program import effects
+from lemica_trt.models.trace.program import Program, effects
 from lemica_trt.models.trace.replay import precision, relative, tolerance
 from lemica_trt.models.trace.runs import record
 from lemica_trt.models.trace.slots import IMAGE, NEGATIVE, PROMPT, SEED, Run
@@ -69,6 +76,14 @@ NAMES: dict[torch.dtype, TensorDType] = {
     torch.bool: "int64",
 }
 """dtype of a condition → of the graphs' tensors."""
+
+
+class _Place(NamedTuple):
+    """A slot of the programs of a kind of steps."""
+
+    kind: int
+    number: int
+    slot: TraceSlot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +117,11 @@ class _Source:
     counted: bool = False
     negative: bool = False
 
+    @property
+    def follows(self) -> str:
+        """What its conditions follow."""
+        return NEGATIVE if self.negative else PROMPT
+
 
 class TracedModel(Model):
     """See the module docstring; attributes and methods are those of `model.Model`.
@@ -116,11 +136,12 @@ class TracedModel(Model):
         self._traced = trace_runs(pipeline, request_from_profile(profile, pipeline))
         self.trace = self._traced.trace
         self._precision = precision(self._traced.runs.base)
+        self._tables: dict[int, SamplerTable] = {}
         self._require_buildable()
         self._require_text_axes()
         free = self.trace.text == "free"
         self._whole, self._text = self._traced.runs.longest() if free else (self._traced.runs.base, BASE)
-        if self._whole.programs[0].digest != self._traced.runs.base.programs[0].digest:
+        if any(a.digest != b.digest for a, b in zip(self._whole.programs, self._traced.runs.base.programs)):
             raise UnsupportedError(f"{self.trace.pipeline} cannot be built yet: long prompts take other operators")
         self.latent_shape = tuple(self.trace.states[0].shape[1:])
         self._conditions = self._named_conditions()
@@ -145,13 +166,22 @@ class TracedModel(Model):
         """Whether the guidance scale is known to be used behind the networks only."""
         if not self.guided:
             return False
-        program, tape = self._traced.runs.base.programs[-1], self._traced.runs.base.tape
-        others = list(program.values)
-        for k, slot in self._slots():
-            if slot.role == "guidance":
-                others[k] = 2 * others[k]
-        *given, _ = zip(effects(tape, program, program.values), effects(tape, program, others))
-        return all(torch.equal(one, other) for one, other in given)
+        base = self._traced.runs.base
+        for number, kind in enumerate(self.trace.kinds):
+            program = base.programs[kind.steps[-1]]
+            others = list(program.values)
+            for place in self._places(number):
+                if place.slot.role == "guidance":
+                    others[place.number] = 2 * others[place.number]
+            *given, _ = zip(effects(base.tape, program, program.values), effects(base.tape, program, others))
+            if not all(torch.equal(one, other) for one, other in given):
+                return False
+        return True
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """As `Model.experts`."""
+        return tuple(kind.calls[0] for kind in self.trace.kinds)
 
     @property
     def conditions(self) -> tuple[TensorSpec, ...]:
@@ -169,16 +199,23 @@ class TracedModel(Model):
 
     def _require_buildable(self) -> None:
         trace, kind = self.trace, self.trace.pipeline
-        trunk = trace.trunks[0] if len(trace.trunks) == 1 else None
+        trunks = {trunk.component: trunk for trunk in trace.trunks}
+        called = {name for its in trace.kinds for name in its.calls}
+        followed = [
+            {place.slot.of[-1] for place in self._places(k) if place.slot.role == "guidance"}
+            for k, _ in enumerate(trace.kinds)
+        ]
         reasons = {
             "it steps several latents at once": len(trace.states) != 1,
-            "its steps are of several kinds": len(trace.kinds) != 1,
-            "it calls several networks": trunk is None or trunk.component != "transformer",
+            "it calls several networks in a step": any(len(set(its.calls)) != 1 for its in trace.kinds),
+            "its network is a part of a component": any("." in name or name not in trunks for name in called),
+            "some of its steps call their network more often than others": len({len(k.calls) for k in trace.kinds})
+            != 1,
             "it takes no prompt": trace.text == "none",
-            "its blocks add to no stream, or to several": trunk is not None and len(trunk.streams) != 1,
+            "its blocks add to no stream, or to several": any(len(trunk.streams) != 1 for trunk in trunks.values()),
             **_beyond_prompts(trace),
             f"its network reads values in Python ({', '.join(trace.python)})": bool(trace.python),
-            "it follows several guidance scales": len(trace.guidance.parameters) > 1,
+            "it follows several guidance scales": any(len(names) > 1 for names in followed),
             "its latents are not of one request": trace.states[0].shape[0] != 1,
         }
         for reason, holds in reasons.items():
@@ -187,25 +224,35 @@ class TracedModel(Model):
 
     # ------------------------------------------------------------ conditions
 
-    def _slots(self) -> list[tuple[int, TraceSlot]]:
-        """Number and value of each slot of the program that is not a constant number."""
+    def _places(self, kind: int | None = None) -> list[_Place]:
+        """Each slot of the programs of a kind of steps, or of all, that is not a constant number."""
         traced = self._traced
         by_name = {slot.name: slot for slot in self.trace.slots}
-        found = range(len(traced.found[0]))
-        return [(k, by_name[name]) for k in found for name in [traced.named.name(0, k)] if name]
+        kinds = range(len(self.trace.kinds)) if kind is None else (kind,)
+        numbers = [(k, number) for k in kinds for number in range(len(traced.found[k]))]
+        return [_Place(*at, by_name[name]) for at in numbers for name in [traced.named.name(*at)] if name]
+
+    def _value(self, run: Run, place: _Place) -> Any:
+        """What a slot is in the first step of its kind."""
+        return self._program(run, place.kind).values[place.number]
+
+    def _program(self, run: Run, kind: int) -> Program:
+        """Of the first step of a kind."""
+        return run.programs[self.trace.kinds[kind].steps[0]]
 
     def _named_conditions(self) -> dict[str, Tensor]:
         """Name → the base run's value of one row of each: conditions that differ only in the branch are one."""
         found: dict[str, Tensor] = {}
-        for k, slot in self._slots():
+        for place in self._places():
+            slot = place.slot
             if slot.role == "condition":
-                value = self._whole.programs[0].values[k]
+                value = self._value(self._whole, place)
                 if not isinstance(value, Tensor) or not value.dim():
                     raise UnsupportedError(f"{slot.name} is a number that follows the prompt: it cannot be built yet")
                 name = self._name(slot)
                 if IMAGE in slot.of and not all(torch.equal(value[0], row) for row in value):
                     raise UnsupportedError(f"{slot.name} has another image in another branch: it cannot be built yet")
-                row = value[self._prompt_row(k) if PROMPT in slot.of else 0][None]
+                row = value[self._prompt_row(place) if PROMPT in slot.of else 0][None]
                 if name in found and found[name].shape != row.shape:
                     raise UnsupportedError(f"{slot.name} has another shape in another call: it cannot be built yet")
                 if PROMPT in slot.of or name not in found:
@@ -216,7 +263,7 @@ class TracedModel(Model):
         """A condition's name in graphs: that of the network's argument, unless it is the only one, or graphs use that
         for something else."""
         name = slot.argument.replace(".", "_")
-        if len({its.argument for _, its in self._slots() if its.role == "condition"}) == 1:
+        if len({its.argument for its in self.trace.role("condition")}) == 1:
             name = "prompt_embeds"
         own = slot.name in self.trace.text_slots and PROMPT not in slot.of
         return (NEGATIVE_NAME if own else "") + (f"dit_{name}" if name in TAKEN else name)
@@ -227,11 +274,12 @@ class TracedModel(Model):
         Raises:
             UnsupportedError: one is not.
         """
-        for k, slot in self._slots():
+        for place in self._places():
+            slot = place.slot
             if slot.role != "condition" or slot.name not in self.trace.text_slots:
                 continue
-            own = self._traced.runs.base.programs[0].values[k].shape
-            others = [run.programs[0].values[k].shape for run in self._traced.runs.longer.values()]
+            own = self._value(self._traced.runs.base, place).shape
+            others = [self._value(run, place).shape for run in self._traced.runs.longer.values()]
             if len(own) < 3 or any(its[:1] + its[2:] != own[:1] + own[2:] for its in others):
                 raise UnsupportedError(
                     f"{self.trace.pipeline} cannot be built yet: {slot.component}.{slot.argument} follows the length "
@@ -249,16 +297,14 @@ class TracedModel(Model):
     def _is_free(self, name: str) -> bool:
         """Whether the shape of a condition follows the prompt."""
         return any(
-            slot.role == "condition" and self._name(slot) == name
-            for _, slot in self._slots()
-            if slot.name in self.trace.text_slots
+            self._name(slot) == name for slot in self.trace.role("condition") if slot.name in self.trace.text_slots
         )
 
-    def _prefix(self, k: int, slot: TraceSlot) -> Prefix:
+    def _prefix(self, place: _Place) -> Prefix:
         """A slot that the length of a text decides alone."""
-        runs, longest = self._traced.runs, self._whole.programs[0].values[k]
-        longer = {what: run.programs[0].values[k] for what, run in runs.longer.items()}
-        base = runs.base.programs[0].values[k]
+        runs, slot, longest = self._traced.runs, place.slot, self._value(self._whole, place)
+        longer = {what: self._value(run, place) for what, run in runs.longer.items()}
+        base = self._value(runs.base, place)
         followed = [what for what, value in longer.items() if value.shape != base.shape]
         names = {self._is_negative(name): name for name in self._conditions if self._is_free(name)}
         name = names.get(followed == [NEGATIVE])
@@ -270,29 +316,25 @@ class TracedModel(Model):
             )
         return Prefix(name, longest)
 
-    def _prompt_row(self, k: int, what: str = PROMPT) -> int:
+    def _prompt_row(self, place: _Place, what: str = PROMPT) -> int:
         """The row of a condition that follows the prompt, or the negative prompt."""
         runs = self._traced.runs
-        base, other = runs.base.programs[0].values[k], runs.others[what].programs[0].values[k]
+        base, other = self._value(runs.base, place), self._value(runs.others[what], place)
         rows = [i for i in range(base.shape[0]) if not torch.equal(base[i], other[i])]
         if len(rows) != 1 or base.shape[0] > 2:
             raise UnsupportedError(f"expected one row of a condition to follow the prompt, got rows {rows}")
         return rows[0]
 
-    def body(self) -> Body:
-        """The program of a step, as a module."""
-        runs = self._traced.runs
-        program = runs.base.programs[-1]
-        timesteps = [row.timestep or 0.0 for row in self.trace.states[0].table.rows[:-1]]
+    def body(self, kind: int) -> Body:
+        """The program of a step of a kind, as a module."""
+        program = self._traced.runs.base.programs[self.trace.kinds[kind].steps[-1]]
         slots: dict[int, Line | Rows | Prefix] = {}
-        for k, slot in self._slots():
+        for place in self._places(kind):
+            k, slot = place.number, place.slot
             if slot.name in self.trace.text_slots and slot.role != "condition":
-                slots[k] = self._prefix(k, slot)
+                slots[k] = self._prefix(place)
             elif slot.role == "column":
-                if not slot.column:
-                    raise UnsupportedError(f"{slot.name} has another value in each element: it cannot be built yet")
-                halves = self._halves(program.values[k])
-                slots[k] = fitted_line("timestep", timesteps, slot.column, slot.name, dtypes=halves)
+                slots[k] = self._line(place)
             elif slot.role == "guidance" and self.guided:
                 spread = [max(numbers) - min(numbers) for numbers in (slot.factor, slot.column) if numbers]
                 if not spread or max(spread) > 1e-5 * abs(slot.factor[0]):
@@ -301,10 +343,19 @@ class TracedModel(Model):
             elif slot.role == "guidance" and "step" in slot.of:
                 raise UnsupportedError(f"{slot.name} has another guidance scale each step: it cannot be built yet")
             elif slot.role == "condition":
-                slots[k] = Rows(self._name(slot), self._rows(k, slot))
-        trunk = self.trace.trunks[0]
+                slots[k] = Rows(self._name(slot), self._rows(place))
+        trunk = next(trunk for trunk in self.trace.trunks if trunk.component == self.experts[kind])
         network = Network(self.pipeline.components[trunk.component], trunk)
         return Body(program, slots, network, branches=self.branches)
+
+    def _line(self, place: _Place) -> Line:
+        """A column, as a line in the timestep."""
+        slot, steps = place.slot, self.trace.kinds[place.kind].steps
+        if not slot.column:
+            raise UnsupportedError(f"{slot.name} has another value in each element: it cannot be built yet")
+        timesteps = [self.trace.states[0].table.timesteps[step] for step in steps]
+        halves = self._halves(self._value(self._traced.runs.base, place))
+        return fitted_line("timestep", timesteps, slot.column, slot.name, dtypes=halves)
 
     def _halves(self, value: Any) -> list[torch.dtype]:
         """The half precisions that a value of the loop may have been rounded to, its own first."""
@@ -313,14 +364,15 @@ class TracedModel(Model):
             found.insert(0, value.dtype)
         return list(dict.fromkeys(found))
 
-    def _rows(self, k: int, slot: TraceSlot) -> tuple[int, ...]:
+    def _rows(self, place: _Place) -> tuple[int, ...]:
         """Rows of a condition that a slot has: 0 is the negative prompt's, where there is guidance; or the image's."""
+        slot = place.slot
         if IMAGE in slot.of:
-            return (0,) * int(self._traced.runs.base.programs[0].values[k].shape[0])
+            return (0,) * int(self._value(self._traced.runs.base, place).shape[0])
         if not self.guided or (slot.name in self.trace.text_slots and len(slot.of) == 1):
             return (0,)
         if slot.of == (PROMPT, NEGATIVE):
-            return (0, 1) if self._prompt_row(k) == 1 else (1, 0)
+            return (0, 1) if self._prompt_row(place) == 1 else (1, 0)
         return (1,) if PROMPT in slot.of else (0,)
 
     # ------------------------------------------------------------ text
@@ -353,8 +405,10 @@ class TracedModel(Model):
 
     def _make_image_encoder(self) -> ImageEncoder | None:
         """The graph of all conditions that follow the image; None: there are none."""
-        births = self._traced.runs.base.programs[0].births
-        found = {self._name(slot): births[k] for k, slot in self._slots() if IMAGE in slot.of}
+        base, found = self._traced.runs.base, {}
+        for place in reversed(self._places()):
+            if IMAGE in place.slot.of:
+                found[self._name(place.slot)] = self._program(base, place.kind).births[place.number]
         return image_encoder(self._traced, self.pipeline, found) if found else None  # type: ignore[arg-type]
 
     def _negative_encoders(self, found: Sequence[_Encoder]) -> list[_Encoder]:
@@ -378,26 +432,33 @@ class TracedModel(Model):
         ids = source.run.tape.value(event.outs["input_ids"])
         return ids.shape[1], _texts(event, source.text)[0].replace(source.text, "{prompt}")
 
-    @cached_property
-    def _of_prompt(self) -> dict[str, int]:
-        """The slot that each condition that follows the prompt is in."""
-        return {self._name(slot): k for k, slot in self._slots() if slot.role == "condition" and PROMPT in slot.of}
+    def _texts_at(self, source: _Source) -> dict[str, _Place]:
+        """Where each condition is that follows the prompt, or the negative prompt; of several kinds of steps, the last
+        of the first that has it."""
+        found: dict[str, _Place] = {}
+        for place in self._places():
+            name, slot = self._name(place.slot), place.slot
+            own = slot.role == "condition" and source.follows in slot.of
+            if own and (name not in found or found[name].kind == place.kind):
+                found[name] = place
+        return found
 
     def _births(self, source: _Source) -> dict[str, Ref]:
         """The tensors that conditions are, by name."""
-        births = source.run.programs[0].births
-        slots = self._of_negative if source.negative else self._of_prompt
-        return {name: born for name, k in slots.items() if (born := births[k]) is not None}
+        births = {
+            name: self._program(source.run, place.kind).births[place.number]
+            for name, place in self._texts_at(source).items()
+        }
+        return {name: born for name, born in births.items() if born is not None}
 
-    @cached_property
-    def _of_negative(self) -> dict[str, int]:
-        """The same of the negative prompt."""
-        return {self._name(slot): k for k, slot in self._slots() if slot.role == "condition" and NEGATIVE in slot.of}
+    def _end(self, source: _Source) -> int:
+        """The item of the recording behind which no condition is made."""
+        return max(self._program(source.run, place.kind).span[1] for place in self._texts_at(source).values())
 
     def _followed(self, names: Sequence[str], source: _Source) -> dict[str, dict[int, Event]]:
         """The tokenizers' calls of the prompt whose ids or mask each condition follows, by place in the recording."""
         births, found = self._births(source), {name: dict[int, Event]() for name in names}
-        for at, event in enumerate(source.run.tape.items[: source.run.programs[0].span[1]]):
+        for at, event in enumerate(source.run.tape.items[: self._end(source)]):
             if isinstance(event, Event) and event.kind == "tokenize" and _texts(event, source.text):
                 for name in names:
                     if name not in births or any(its.name == event.name for its in found[name].values()):
@@ -417,7 +478,7 @@ class TracedModel(Model):
             if name in event.outs
         }
         held = tuple(name for name in inputs if name.startswith(names[1])) if self.trace.text == "free" else ()
-        span = (min(events) + 1, source.run.programs[0].span[1])
+        span = (min(events) + 1, self._end(source))
         return TapeSlice(source.run.tape, span, inputs, outputs, self.pipeline.components, held, counted=source.counted)
 
     def _encoder(self, events: dict[int, Event], outputs: Sequence[str], source: _Source) -> _Encoder:
@@ -429,8 +490,8 @@ class TracedModel(Model):
             )
         births = self._births(source)
         module = self._slice(events, {name: births[name] for name in outputs}, source)
-        slots = self._of_negative if source.negative else self._of_prompt
-        rows = {name: self._prompt_row(slots[name], NEGATIVE if source.negative else PROMPT) for name in outputs}
+        places = self._texts_at(source)
+        rows = {name: self._prompt_row(places[name], source.follows) for name in outputs}
         whole = _FirstRows(module, rows, self._filled(events, outputs) if source.counted else ())
         graph = components[0].replace("tokenizer", "text_encoder") + "_negative" * source.negative
         specs = {
@@ -688,6 +749,66 @@ class TracedModel(Model):
         tape, _ = record(self.pipeline, self._traced.arguments, last_step=0, others={"num_inference_steps": count})
         return next(iter(tape.schedulers.values()))
 
+    def table(self, steps: int | None = None) -> SamplerTable:
+        """As `Model.table`. Where steps are of several kinds, the pipeline's own loop says which are which.
+
+        Raises:
+            UnsupportedError: some of so many steps are of no kind that was traced, or have other constants.
+        """
+        count = self.profile.sampling.steps if steps is None else steps
+        if len(self.trace.kinds) == 1:
+            return super().table(count)
+        if count not in self._tables:
+            self._tables[count] = self._table_of_kinds(count)
+        return self._tables[count]
+
+    def _table_of_kinds(self, count: int) -> SamplerTable:
+        run, sampling = self._traced.runs.at_steps(count), self.profile.sampling
+        table = sampler_table(next(iter(run.tape.schedulers.values())), dynamic_guidance=sampling.dynamic_guidance)
+        by_digest = {kind.digest: number for number, kind in enumerate(self.trace.kinds)}
+        kinds = [by_digest.get(program.digest, -1) for program in run.programs]
+        if -1 in kinds or len(kinds) != table.num_steps:
+            raise UnsupportedError(
+                f"{self.trace.pipeline} cannot be built with {count} steps: step {(*kinds, -1).index(-1)} is of a kind "
+                "that it was not traced with"
+            )
+        with torch.no_grad():
+            for program, kind, row in zip(run.programs, kinds, table.rows):
+                self._require_same(run, program, kind, row.timestep or 0.0, count)
+        guidance = [self._guidance_of(kind) for kind in range(len(self.trace.kinds))]
+        rows = [
+            msgspec.structs.replace(row, kind=kind or UNSET, guidance=guidance[kind])
+            for row, kind in zip(table.rows, kinds)
+        ]
+        runs = [[kind, len(list(steps))] for kind, steps in itertools.groupby(kinds)]
+        own: dict[str, Setting] = {"kinds_of_steps": json.dumps(runs)}
+        if sampling.guidance_scale_2 is not UNSET:
+            own["guidance_scale_2"] = sampling.guidance_scale_2
+        return msgspec.structs.replace(table, rows=(*rows, table.rows[-1]), settings=table.settings | own)
+
+    def _require_same(self, run: Run, program: Program, kind: int, timestep: float, count: int) -> None:
+        """Raise UnsupportedError unless a step of a run of another number of steps is what a body would do: with the
+        constants of its kind, and columns that lie on their lines."""
+        found, base = self._traced.found[kind], self._traced.runs.base.programs[self.trace.kinds[kind].steps[0]]
+        values = [b if slot.role == "constant" else v for slot, b, v in zip(found, base.values, program.values)]
+        for place in self._places(kind):
+            if place.slot.role == "column":
+                values[place.number] = on_line(self._line(place), torch.tensor([timestep]), values[place.number])
+        pairs = zip(effects(run.tape, program, program.values), effects(run.tape, program, values))
+        if any(relative(mine.float(), own.float()) > tolerance(torch.float32) for own, mine in pairs):
+            raise UnsupportedError(
+                f"{self.trace.pipeline} cannot be built with {count} steps: step {program.index} reads what changes "
+                "with the number of steps"
+            )
+
+    def _guidance_of(self, kind: int) -> tuple[float, float]:
+        """(offset, factor) of the guidance scale in steps of a kind. A request gives the pipeline's first; others are
+        the build's."""
+        scales = self._traced.arguments.scales
+        followed = [place.slot.of[-1] for place in self._places(kind) if place.slot.role == "guidance"]
+        own = next(iter(followed), None)
+        return (0.0, 1.0) if own in (None, next(iter(scales), None)) else (scales[str(own)], 0.0)
+
     def noise(self, seed: int) -> Tensor:
         """As `Model.noise`."""
         return next(self.noises(seed))
@@ -760,18 +881,19 @@ class TracedModel(Model):
         allowed = tolerance(self._precision)
         for prompt, negative, run in requests:
             own = self.embed([prompt], negative) | self._encoded_image(run)
-            for k, slot in self._slots():
-                if slot.role != "condition":
+            for place in self._places():
+                if place.slot.role != "condition":
                     continue
-                name, wanted = self._name(slot), run.programs[0].values[k]
-                rows = own[name][list(self._rows(k, slot))]
+                name, wanted = self._name(place.slot), self._value(run, place)
+                rows = own[name][list(self._rows(place))]
                 most = allowed if wanted.is_floating_point() else 0.0
                 if rows.shape != wanted.shape or relative(rows.to(wanted.dtype).float(), wanted.float()) > most:
                     raise UnsupportedError(
                         f"{self.trace.pipeline} cannot be built yet: {name} is not reproduced from "
-                        + ("the image" if IMAGE in slot.of else "token ids")
+                        + ("the image" if IMAGE in place.slot.of else "token ids")
                     )
-        self.body()
+        for kind in range(len(self.trace.kinds)):
+            self.body(kind)
         _ = self.vae_decoder
 
 
@@ -843,4 +965,5 @@ def request_from_profile(profile: Profile, pipeline: Any) -> TraceRequest:
         frames=frames,
         guidance_scale=profile.sampling.guidance_scale,
         max_sequence_length=profile.text_length if "max_sequence_length" in names else None,
+        arguments={"guidance_scale_2": scale} if (scale := profile.sampling.guidance_scale_2) is not UNSET else {},
     )

@@ -31,6 +31,7 @@ def layout_for_methods(
     guided: bool,
     branches: bool,
     conditions: tuple[TensorSpec, ...],
+    experts: Sequence[str] = (),
 ) -> StepLayout:
     """The layout of graphs on which the plans of some planners run, of any number of full steps.
 
@@ -38,6 +39,7 @@ def layout_for_methods(
         problem: sampler, reference and solvers; a calibration is not needed.
         planners: none where full steps are given by the user, which reuse what is cached.
         latent_shape, guided, conditions: as in `StepLayout`.
+        experts: as in `layout_from_plans`.
         branches: whether the model's steps give guidance terms (`Model.branches`); kept where a solver may be fitted.
     """
     scale = problem.guidance_scale
@@ -49,8 +51,8 @@ def layout_for_methods(
         if planner.needs == {"solver"} <= problem.has:
             plans += _solver_plans(planner, problem)
     if not planners or any(not planner.folds for planner in planners):
-        plans.append(plan_given(problem, (0,)))  # reuses the cache in every other step
-    layout = layout_from_plans(plans, latent_shape=latent_shape, guided=guided, conditions=conditions)
+        plans.append(plan_given(problem, (0, *problem.table.switches)))  # reuses the cache in every other step
+    layout = layout_from_plans(plans, latent_shape=latent_shape, guided=guided, conditions=conditions, experts=experts)
     depth = max(OUTPUT_HISTORY, layout.output_history)
     weighed = branches and any("fit" in planner.needs for planner in planners)
     return msgspec.structs.replace(

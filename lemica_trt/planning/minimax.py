@@ -160,18 +160,23 @@ def least_budget(num_steps: int, max_skip: int | None) -> int:
     return 1 if max_skip is None else -(-num_steps // (max_skip + 1))
 
 
-def require_feasible(num_steps: int, max_skip: int, budgets: Sequence[int]) -> None:
+def require_feasible(num_steps: int, max_skip: int, budgets: Sequence[int], switches: Sequence[int] = ()) -> None:
     """Ask before hours of calibration whether a complete error graph could have a path for each budget.
 
+    Args:
+        switches: steps of another kind than the one before, where residuals are reused: each begins a path of its own.
+
     Raises:
-        InfeasibleError: a budget lies outside ⌈N/(K + 1)⌉ … N.
+        InfeasibleError: a budget lies outside ⌈N/(K + 1)⌉ … N, of several kinds of steps the sum of these.
     """
-    least = least_budget(num_steps, max_skip)
+    bounds = [0, *switches, num_steps]
+    least = sum(least_budget(end - begin, max_skip) for begin, end in pairwise(bounds))
+    kinds = f", of {len(bounds) - 1} kinds," if switches else ""
     for budget in budgets:
         if not least <= budget <= num_steps:
             raise InfeasibleError(
-                f"budget: expected {least} … {num_steps} full steps where at most {max_skip} in a row are skipped, "
-                f"got {budget}",
+                f"budget: expected {least} … {num_steps} full steps{kinds} where at most {max_skip} in a row are "
+                f"skipped, got {budget}",
                 fix=f"ask for {least} … {num_steps}, or raise --max-skip",
             )
 

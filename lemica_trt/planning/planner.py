@@ -25,7 +25,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from lemica_trt.core.errors import InputError, UnsupportedError, UsageError, install_command
+from lemica_trt.core.errors import InfeasibleError, InputError, UnsupportedError, UsageError, install_command
 from lemica_trt.ir.budget import StepBudget
 from lemica_trt.ir.calibration import Calibration, ErrorGraph, TrajectoryGrams
 from lemica_trt.ir.plan import PlanRow, StepPlan, guidance_range
@@ -324,16 +324,26 @@ def candidates(planners: Sequence[Planner], problem: Problem, budget: int | Step
         budget: B; or what a time allows, which is more full steps for planners that fold than for the others. Planners
             of a kind that the time does not allow at all are left out.
 
+    Returns:
+        At least one; planners that have no plan of so many full steps are left out where others have one.
+
     Raises:
         UsageError: no planner, or only ones that are left out.
         UsageError, InfeasibleError, InputError, UnsupportedError: as the planners.
     """
     found: dict[tuple[PlanRow, ...], StepPlan] = {}
+    infeasible: InfeasibleError | None = None
     for planner in planners:
         count = full_steps_for(planner, budget)
         if count is not None:
-            plan = planner(problem, count)
+            try:
+                plan = planner(problem, count)
+            except InfeasibleError as error:  # too few for each kind of steps to have one, where others fold
+                infeasible = error
+                continue
             found.setdefault(plan.rows, plan)
+    if not found and infeasible is not None:
+        raise infeasible
     if not found:
         raise UsageError("none of the methods has a plan in this time", fix="name other methods, or none: --method")
     return list(found.values())

@@ -24,6 +24,31 @@ def uniform(num_steps: int, budget: int) -> Schedule:
     return Schedule(num_steps=num_steps, full_steps=steps)
 
 
+def through(schedule: Schedule, steps: Sequence[int]) -> Schedule:
+    """The schedule with the nearest of its full steps moved onto each of some steps.
+
+    Args:
+        steps: rising, above 0.
+
+    Raises:
+        InfeasibleError: it has too few full steps.
+    """
+    if schedule.budget <= len(steps):
+        raise InfeasibleError(
+            f"budget: expected at least {1 + len(steps)} full steps, the first of each kind of steps, got "
+            f"{schedule.budget}",
+            fix=f"ask for {1 + len(steps)} … {schedule.num_steps}",
+        )
+    free = set(schedule.full_steps[1:]) - set(steps)
+    found = {0, *schedule.full_steps} & {0, *steps}
+    for step in steps:
+        if step not in found:
+            nearest = min(free, key=lambda its: (abs(its - step), its))
+            free.remove(nearest)
+            found.add(step)
+    return Schedule(num_steps=schedule.num_steps, full_steps=tuple(sorted(found | free)))
+
+
 def given(steps: Sequence[int], num_steps: int) -> Schedule:
     """The user's own list (`--schedule 0,1,2,5`).
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from lemica_trt.core.errors import InfeasibleError
 from lemica_trt.core.values import require
-from lemica_trt.ir.graphs import FULL, SKIP
+from lemica_trt.ir.graphs import full_name, skip_name
 from lemica_trt.ir.plan import UNCACHED as UNCACHED
 from lemica_trt.ir.plan import PlanRow, StepPlan, trunk_reads
 from lemica_trt.ir.sampler import SamplerTable
@@ -34,8 +35,9 @@ def plan_from_schedule(
 
     Raises:
         ValueError: schedule, sampler and weights do not belong together.
+        InfeasibleError: a residual would be read by steps of another kind than it is of.
     """
-    n, full = table.num_steps, set(schedule.full_steps)
+    n, full, kinds = table.num_steps, set(schedule.full_steps), table.kinds
     require(schedule.num_steps == n, f"the schedule is for {schedule.num_steps} steps, the sampler has {n}")
     require(
         output_weights is None
@@ -46,7 +48,9 @@ def plan_from_schedule(
     for i, row in enumerate(table.rows):
         skipped = i < n and i not in full
         cached = skipped and output_weights is None
-        variant = FULL.name if i in full else SKIP.name if cached else None
+        if cached:
+            require_start(i, before[0], table)
+        variant = full_name(kinds[i]) if i in full else skip_name(kinds[i]) if cached else None
         rows.append(
             PlanRow(
                 step=i,
@@ -58,7 +62,7 @@ def plan_from_schedule(
                 timestep=row.timestep,
                 in_scale=row.in_scale,
                 guidance=row.guidance,
-                caches=trunk_reads(1.0) if cached else (),
+                caches=trunk_reads(1.0, kind=kinds[i]) if cached else (),
                 reuse=_reuse(output_weights[i], before, i) if skipped and output_weights is not None else (),
             )
         )
@@ -73,6 +77,17 @@ def plan_from_schedule(
         sampler_digest=table.digest,
         method=method,
     )
+
+
+def require_start(skipped: int, full: int, table: SamplerTable) -> None:
+    """Raise InfeasibleError unless a skipped step may reuse what a full one cached: both are of one kind."""
+    switch = next((step for step in table.switches if full < step <= skipped), None)
+    if switch is not None:
+        raise InfeasibleError(
+            f"expected step {switch} among the full steps: it is the first of another kind, for which step {full} has "
+            "cached nothing",
+            fix=f"plan step {switch} in full, or use a --method that reuses no residuals (fitted, linear)",
+        )
 
 
 def uncached_plan(table: SamplerTable, *, guidance_scale: float, name: str = UNCACHED) -> StepPlan:

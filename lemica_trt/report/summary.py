@@ -351,10 +351,14 @@ def dry_run_table(stages: Sequence[StageEstimate]) -> RenderableType:
     made.add_section()
     made.add_row(
         "total",
-        "" if len(known) == len(stages) else "times and sizes are not known without the model",
+        ""
+        if len(known) == len(stages)
+        else "times of steps are not known before the pipeline is traced"
+        if memory
+        else "times and sizes are not known without the model",
         f"{sum(stage.samplings for stage in stages):.1f}",
         f"~{duration(sum(known))}" if len(known) == len(stages) else "–",
-        f"~{size(sum(disk))}" if len(known) == len(stages) else "–",
+        f"~{size(sum(disk))}" if len(known) == len(stages) or memory else "–",
         f"~{size(max(memory))}" if memory else "–",
         style="bold",
     )

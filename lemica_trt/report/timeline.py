@@ -61,4 +61,5 @@ def _numbers(coefficients: tuple[float, ...]) -> str:
 
 def _guidance(row: PlanRow) -> str:
     offset, factor = row.guidance
-    return f"{offset:g} + {factor:.4g}·g" if offset else f"{factor:.4g}·g"
+    parts = [f"{offset:g}"] * bool(offset) + [f"{factor:.4g}·g"] * bool(factor)
+    return " + ".join(parts) or "0"

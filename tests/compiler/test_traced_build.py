@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,9 @@ ENCODED = {
 tokens Python counts in a prompt."""
 
 
-@pytest.mark.parametrize("name", [name for name in FLAGS if name not in ("flux", "open-sora", *CALLS, *ENCODED)])
+@pytest.mark.parametrize(
+    "name", [name for name in FLAGS if name not in ("flux", "open-sora", "wan2.2", *CALLS, *ENCODED)]
+)
 def test_the_uncached_plan_of_a_bundle_is_the_pipeline(name: str, tmp_path: Path) -> None:
     require_agreement(built(name, tmp_path))
 
@@ -207,6 +210,65 @@ def test_a_pipeline_in_fp16_is_calibrated_and_built_in_fp16(tmp_path: Path) -> N
     halves = {"encoder_hidden_states", "pooled_projections", TRUNK}
     assert dtypes == {name: "fp16" if name in halves else "fp32" for name in dtypes}
     assert halves <= dtypes.keys()
+
+
+def test_two_transformers_are_two_experts(tmp_path: Path) -> None:
+    """Wan 2.2: a plan folds across the switch, one reuses residuals on both sides of it and never over it; a request's
+    guidance scale is that of the first expert, the second has its own."""
+    output = built("wan2.2", tmp_path, "--budget", 2, *SMALL, "--method", "linear", "--guidance-scale-2", 3)
+    report = read_value(VerifyReport, output / "reports" / "verify.json")
+    found = {(run.plan, run.against): run.difference for run in report.agreement}
+    assert found.keys() == {("uncached", "diffusers"), ("b2", "torch")} and max(found.values()) < 1e-4
+    with lemica_trt.load(output) as pipe:
+        layout = pipe.bundle.manifest.graphs.layout
+        assert [(variant.name, variant.expert) for variant in layout.variants] == EXPERTS
+        assert [row.variant for row in pipe.bundle.plan("uncached").rows] == ["full"] * 2 + ["full2"] * 3 + [None]
+        assert [row.variant for row in pipe.bundle.plan("b2").rows] == ["full", "full2", None]
+        noise = torch.from_numpy(Generator(7).randn((1, *layout.latent_shape)))
+        conditions = pipe.conditions(["two red birds in the snow"], ["a dull picture"])
+        got = pipe.latents(conditions, noise.numpy(), guidance_scale=3.5, plan="uncached")
+    want = tiny_pipeline("wan2.2")(
+        "two red birds in the snow", negative_prompt="a dull picture", latents=noise, num_inference_steps=5,
+        guidance_scale=3.5, guidance_scale_2=3.0, height=32, width=48, num_frames=9, max_sequence_length=64,
+        output_type="latent", return_dict=False,
+    )[0].numpy()  # fmt: skip
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+EXPERTS = [("full", "transformer"), ("full2", "transformer_2")]
+
+
+def test_a_dry_run_counts_the_weights_of_both_experts(tmp_path: Path) -> None:
+    source = saved("wan2.2", tmp_path / "wan2.2")
+    done = lemica("build", "--model", source, *FLAGS["wan2.2"], "--output", tmp_path / "out", "--dry-run", "--json")
+    assert done.exit_code == 0, done.output
+    stages = {stage["name"]: stage for stage in json.loads(done.stdout)["result"]}
+    experts = [
+        (source / name / "diffusion_pytorch_model.safetensors").stat().st_size
+        for name in ("transformer", "transformer_2")
+    ]
+    every = sum(path.stat().st_size for path in source.glob("*/*.safetensors"))
+    assert sum(experts) < every == stages["export"]["disk"] == stages["bundle"]["disk"]
+    assert stages["engine"]["memory"] > every and stages["export"]["seconds"] > 0
+
+
+@pytest.mark.long
+def test_residuals_are_reused_on_both_sides_of_a_switch(tmp_path: Path) -> None:
+    """Planned in PyTorch by LeMiCa's method, and again on the engines; every graph and plan is verified."""
+    output = built("wan2.2", tmp_path, "--budget", "3", *SMALL)
+    require_agreement(output)
+    report = read_value(VerifyReport, output / "reports" / "verify.json")
+    assert {check.role for check in report.graphs} >= {"full2", "skip2"}
+    done = lemica("plan", output, "--method", "lemica", "--budget", 2, "--calibrate-on", "engine", "--quiet")
+    assert done.exit_code == 0, done.output
+    with lemica_trt.load(output) as pipe:
+        for name, reads in (("b3", 1), ("b2", 2)):
+            plan = pipe.bundle.plan(name)
+            assert plan.method == "lemica" and plan.full_steps[:2] in ((0, 1), (0, 2)) and 2 in plan.full_steps
+            assert len(plan.cache_depths) >= reads and plan.cache_depths.keys() <= {"trunk", "trunk2"}
+            assert np.isfinite(pipe("a red bird", seed=3, plan=name).latents).all()
+    refused = lemica("plan", output, "--schedule", "0,1", "--quiet")
+    assert refused.exit_code == 6 and "expected step 2 among the full steps" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -221,6 +222,31 @@ def test_a_plain_loop_is_traced() -> None:
     assert trace.trunks[0].lists == {"blocks": 2}
     assert trace.trunks[0].streams == (("head", "0"),)
     assert trace.guidance.parameters == ()
+
+
+@pytest.mark.parametrize("boundary", [240.0, 990.0, 600.0])
+def test_every_kind_of_steps_is_traced_three_times(boundary: float) -> None:
+    """Also one that no step of a short run is of, or only the first of any run; networks do not compute to find out."""
+    calls = []
+
+    def body(toy: Any, x: Tensor, t: Tensor, text: Tensor, state: Any) -> Tensor:
+        return (toy.transformer if t >= boundary else toy.transformer_2)(x, t, text)
+
+    class Two(Toy):
+        components = property(lambda self: {**super().components, "transformer_2": self.transformer_2})
+
+    toy = Two(body)
+    toy.transformer_2 = Net()
+    for net in (toy.transformer, toy.transformer_2):
+        net.register_forward_hook(lambda *_: calls.append(1))
+        net.inner.register_forward_hook(lambda *_: calls.append(0))
+    runs = Runs(toy, Arguments(toy, TraceRequest()))
+    kinds = Counter(program.calls[0].what for program in runs.base.programs)
+    assert kinds["transformer_2"] >= 3
+    assert (kinds["transformer"] == 1) if boundary == 990 else (kinds["transformer"] >= 3)
+    calls.clear()
+    assert len(runs.at_steps(24).programs) == 24
+    assert calls.count(1) == 24 and calls.count(0) == 0  # called, and nothing inside
 
 
 def _by_list(toy: Any, x: Tensor, t: Tensor, text: Tensor, state: Any) -> Tensor:

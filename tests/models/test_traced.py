@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import msgspec
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from lemica_trt.core.errors import InputError, LemicaError, UnsupportedError
 from lemica_trt.core.metrics import psnr
 from lemica_trt.core.pictures import drawn_picture
 from lemica_trt.export import export_graphs
-from lemica_trt.ir.graphs import FULL, SKIP, TRUNK, StepLayout, step_layout
+from lemica_trt.ir.graphs import FULL, SKIP, TRUNK, StepLayout, full_name, skip_name, step_layout, trunk_name
 from lemica_trt.ir.profile import TRACED, DType, Profile, Sampling, Shape
 from lemica_trt.ir.report import HALF_PSNR
 from lemica_trt.ir.resources import load_named, load_profile, profile_names
@@ -40,14 +43,13 @@ pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of diffu
 RUN = (
     *("auraflow", "chroma", "cogvideox", "cogview3-plus", "easyanimate", "flux", "hunyuanvideo", "ltx", "mochi"),
     *("pixart-sigma", "kandinsky5", "latte", "open-sora", "qwen-image", "sana", "sd3", "wan2.2-ti2v"),
-    *("cogvideox-i2v", "wan-i2v"),
+    *("cogvideox-i2v", "wan-i2v", "wan2.2", "wan2.2-i2v"),
 )
 
 REFUSED = {
     "cogview4": "prompt_embeds is not reproduced from token ids",
     "ltx2": "steps several latents at once",
     "lumina2": r"reads values in Python \(transformer: tolist\)",
-    "wan2.2": "its steps are of several kinds",
     "z-image": r"transformer\.cap_feats\.0 follows the length of the prompt, and is not \[rows, tokens, width\]",
 }
 
@@ -100,7 +102,7 @@ def test_the_uncached_plan_is_the_pipeline(name: str) -> None:
     """With a prompt, noise, image, guidance scale and number of steps that tracing has not seen."""
     traced = model(name)
     scale = traced.profile.sampling.guidance_scale * (1.1 if traced.guided else 1.0)
-    plan = uncached_plan(sampler_table(traced.scheduler()), guidance_scale=scale)
+    plan = uncached_plan(traced.table(), guidance_scale=scale)
     noise = traced.noise(5)[None]
     prompt = "a green house by the tree"
     got = denoise(traced, plan, traced.embed([prompt], "a dull picture", seeds=[5]), noise)
@@ -116,23 +118,26 @@ def test_the_uncached_plan_is_the_pipeline(name: str) -> None:
 @pytest.mark.parametrize("name", RUN)
 def test_skipping_with_the_own_residual_is_the_full_step(name: str) -> None:
     traced = model(name)
-    full, skipped = full_and_skipped(traced, layout_of(traced))
-    output = full["output"]
-    assert skipped["output"] == pytest.approx(output, abs=2e-5 * float(output.abs().max()))
+    for kind in range(len(traced.experts)):
+        full, skipped = full_and_skipped(traced, layout_of(traced), kind)
+        output = full["output"]
+        assert skipped["output"] == pytest.approx(output, abs=2e-5 * float(output.abs().max()))
 
 
-def full_and_skipped(traced: TracedModel, layout: StepLayout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def full_and_skipped(
+    traced: TracedModel, layout: StepLayout, kind: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A full step, and a skipped one with its residual."""
-    modules = step_modules(traced, layout)
-    inputs = example_inputs(input_specs(FULL.name, traced, layout, {}), 1, traced.device)
+    modules, trunk = step_modules(traced, layout), trunk_name(kind)
+    inputs = example_inputs(input_specs(full_name(kind), traced, layout, {}), 1, traced.device)
     generator = torch.Generator().manual_seed(0)
     inputs = {key: torch.rand(x.shape, generator=generator).to(x.dtype) for key, x in inputs.items()}
     inputs |= traced.embed(["a bird"])
     with torch.no_grad():
-        full = modules[FULL.name](inputs)
+        full = modules[full_name(kind)](inputs)
         coefficients = inputs["coefficients"].clone()
-        coefficients[layout.offsets[TRUNK]] = 1.0
-        return full, modules[SKIP.name]({**inputs, "coefficients": coefficients, f"{TRUNK}_0": full[TRUNK]})
+        coefficients[layout.offsets[trunk]] = 1.0
+        return full, modules[skip_name(kind)]({**inputs, "coefficients": coefficients, f"{trunk}_0": full[trunk]})
 
 
 HALF_CI = (
@@ -158,7 +163,7 @@ def test_the_uncached_plan_is_the_pipeline_in_half_precision(
     assert traced.trace.error <= ROUNDINGS * torch.finfo(traced.dtype).eps
     assert [trunk.streams for trunk in traced.trace.trunks] == [trunk.streams for trunk in model(name).trace.trunks]
     scale = traced.profile.sampling.guidance_scale * (1.1 if traced.guided else 1.0)
-    plan = uncached_plan(sampler_table(traced.scheduler()), guidance_scale=scale)
+    plan = uncached_plan(traced.table(), guidance_scale=scale)
     noise = traced.noise(5)[None]
     prompt = "a green house by the tree"
     got = denoise(traced, plan, traced.embed([prompt], "a dull picture", seeds=[5]), noise)
@@ -264,6 +269,60 @@ def test_what_cannot_be_built_yet_says_why(name: str) -> None:
         TracedModel(profile(name), tiny_pipeline(name), Path("here"))
 
 
+def wan_whose_first_step_is_scaled(by: str) -> Any:
+    """A pipeline whose loop does something more in step 0."""
+    source = textwrap.dedent(inspect.getsource(diffusers.WanPipeline.__call__))
+    end = "# compute the previous noisy sample x_t -> x_t-1"
+    assert source.count(end) == 1
+    made = dict(vars(inspect.getmodule(diffusers.WanPipeline)))
+    exec(source.replace(end, f"noise_pred = noise_pred * ({by}) if i == 0 else noise_pred"), made)
+    return type("FirstStepPipeline", (diffusers.WanPipeline,), {"__call__": made["__call__"]})(
+        **tiny_pipeline("wan").components
+    )
+
+
+def test_a_first_step_that_differs_is_a_kind_of_its_own() -> None:
+    pipeline = wan_whose_first_step_is_scaled("0.5")
+    pipeline.set_progress_bar_config(disable=True)
+    traced = TracedModel(profile("wan"), pipeline, Path("here"))
+    assert traced.experts == ("transformer", "transformer")
+    plan = uncached_plan(traced.table(), guidance_scale=4.0)
+    assert [row.variant for row in plan.rows] == ["full", *["full2"] * 4, None]
+    noise = traced.noise(5)[None]
+    got = denoise(traced, plan, traced.embed(["a green house"], "a dull picture"), noise)
+    want = traced.reference(["a green house"], noise, negative="a dull picture", guidance_scale=4.0)
+    assert got == pytest.approx(want, abs=1e-4 * float(want.abs().max()))
+
+
+def test_a_kind_of_steps_that_follows_their_number_is_refused() -> None:
+    """A number that only one step of a trace has looks like a constant; runs of other lengths tell."""
+    pipeline = wan_whose_first_step_is_scaled("0.1 * num_inference_steps")
+    pipeline.set_progress_bar_config(disable=True)
+    traced = TracedModel(profile("wan"), pipeline, Path("here"))
+    with pytest.raises(UnsupportedError, match="with 5 steps: step 0 reads what changes with the number of steps"):
+        traced.table()
+
+
+def test_a_second_guidance_scale_is_the_builds() -> None:
+    """A request's own is that of the first expert; without a second one both follow it."""
+    asked = profile("wan2.2")
+    sampling = msgspec.structs.replace(asked.sampling, guidance_scale_2=3.0)
+    traced = TracedModel(msgspec.structs.replace(asked, sampling=sampling), tiny_pipeline("wan2.2"), Path("here"))
+    both = model("wan2.2").table()
+    table = traced.table()
+    assert [row.guidance for row in both.rows] == [(0.0, 1.0)] * 6
+    assert [row.guidance for row in table.rows] == [(0.0, 1.0)] * 2 + [(3.0, 0.0)] * 3 + [(0.0, 1.0)]
+    assert table.digest != both.digest and table.kinds == both.kinds == (0, 0, 1, 1, 1)
+    noise = traced.noise(5)[None]
+    got = denoise(traced, uncached_plan(table, guidance_scale=6.0), traced.embed(["a house"]), noise)
+    want = traced.reference(["a house"], noise, guidance_scale=6.0)
+    other = denoise(traced, uncached_plan(both, guidance_scale=6.0), traced.embed(["a house"]), noise)
+    assert got == pytest.approx(want, abs=1e-4 * float(want.abs().max()))
+    assert float((other - want).abs().max()) > 1e-2 * float(want.abs().max())
+    with pytest.raises(ValueError, match="guidance_scale_2 is of traced pipelines"):
+        msgspec.structs.replace(load_profile("wan-tiny"), sampling=sampling)
+
+
 CASES_OF_CARDS = {
     "AllegroPipeline": "allegro",
     "AuraFlowPipeline": "auraflow",
@@ -294,7 +353,7 @@ CASES_OF_CARDS = {
 CASES_OF_NAMES = {
     "wan2.1-flf2v": None,
     "wan2.2-t2v-a14b": "wan2.2",
-    "wan2.2-i2v-a14b": "wan2.2",
+    "wan2.2-i2v-a14b": "wan2.2-i2v",
     "wan2.2-ti2v-5b": "wan2.2-ti2v",
 }
 """The same where the class alone does not tell; None: there is none."""
@@ -324,6 +383,7 @@ def layout_of(traced: TracedModel) -> StepLayout:
         output_history=1,
         conditions=traced.conditions,
         guided=traced.guided,
+        experts=traced.experts,
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
+import msgspec
 import torch
 from PIL import Image
 
@@ -85,6 +87,10 @@ class Arguments:
         self._size = (request.width or IMAGE_SIZE, request.height or IMAGE_SIZE)
         self.scales = self._scales(getattr(pipeline, "guider", None))
 
+    def at_steps(self, pipeline: Any, steps: int) -> Arguments:
+        """The same of another number of steps."""
+        return Arguments(pipeline, msgspec.structs.replace(self._request, steps=steps))
+
     def _named(self, field: str) -> str:
         for name, its in FIELDS.items():
             if its == field and name in self._names:
@@ -95,7 +101,7 @@ class Arguments:
         given = {
             name: self._fixed.get(name, parameter.default)
             for name, parameter in self._names.items()
-            if name.endswith(("guidance_scale", "cfg_scale"))
+            if re.search(r"(guidance|cfg)_scale(_\d+)?$", name)
         }
         if not given and hasattr(guider, "guidance_scale"):
             given[GUIDER] = guider.guidance_scale

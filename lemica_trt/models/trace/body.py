@@ -228,14 +228,24 @@ class Body(nn.Module):
             return rows.to(value.dtype)
         source = sources[slot.of]
         assert source is not None
-        source = source if slot.through is None else source.to(slot.through).float()
-        line = slot.factor * source + slot.offset
-        if slot.rounded is not None and slot.rounded != getattr(value, "dtype", None):
-            line = line.to(slot.rounded).float()
-        if not isinstance(value, Tensor):
-            return line[0]
-        line = line if value.dtype.is_floating_point else line.round()
-        return line.to(value.dtype).expand(value.shape) if value.dim() else line.to(value.dtype)[0]
+        return on_line(slot, source, value)
+
+
+def on_line(line: Line, source: Tensor, value: Any) -> Any:
+    """What a slot is at a timestep or guidance scale.
+
+    Args:
+        source: fp32 [1].
+        value: of the slot in a recording: a tensor, whose shape and dtype the result has, or a number.
+    """
+    source = source if line.through is None else source.to(line.through).float()
+    found = line.factor * source + line.offset
+    if line.rounded is not None and line.rounded != getattr(value, "dtype", None):
+        found = found.to(line.rounded).float()
+    if not isinstance(value, Tensor):
+        return found[0]
+    found = found if value.dtype.is_floating_point else found.round()
+    return found.to(value.dtype).expand(value.shape) if value.dim() else found.to(value.dtype)[0]
 
 
 def fitted_line(

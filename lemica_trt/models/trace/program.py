@@ -7,7 +7,7 @@ network returns; everything else it reads is a *slot*: a tensor or a number from
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,8 +122,11 @@ class Program:
         return "nothing"
 
 
-def programs(tape: Tape) -> list[Program]:
+def programs(tape: Tape, networks: Collection[str] = ()) -> list[Program]:
     """The iterations of a recording.
+
+    Args:
+        networks: components that iteration 0 may call and no other does.
 
     Raises:
         UnsupportedError: the loop cannot be cut; says why.
@@ -135,6 +138,8 @@ def programs(tape: Tape) -> list[Program]:
         for item in tape.items[start:end]
         if isinstance(item, Event) and item.kind == "call"
     }
+    if denoisers:
+        denoisers |= set(networks)
     if len(spans) < 2 or not denoisers:
         raise UnsupportedError(
             f"expected a loop that calls scheduler.step once a step, got {len(spans)} of its iterations"
@@ -170,6 +175,8 @@ def _adopted(tape: Tape, found: Sequence[Program], denoisers: set[str]) -> Progr
         if isinstance(item, Event) and item.kind == "call" and item.name in denoisers
     ][-len(next_one.calls) :]
     values, events = list(next_one.values), [tape.items[k] for k in calls]
+    if [node.what for node in next_one.calls] != [event.name for event in events if isinstance(event, Event)]:
+        return own
     for node, event in zip(next_one.calls, events):
         its = dict(pytree.tree_flatten_with_path(event.inputs)[0]) if isinstance(event, Event) else {}
         for path, leaf in pytree.tree_flatten_with_path(node.tree)[0]:

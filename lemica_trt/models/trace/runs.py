@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ from lemica_trt.models.trace.arguments import (
 )
 from lemica_trt.models.trace.program import programs
 from lemica_trt.models.trace.slots import IMAGE, NEGATIVE, PROMPT, SEED, Run
-from lemica_trt.models.trace.tape import Event, Recorder, Tape
+from lemica_trt.models.trace.tape import Event, HeldNetworks, Recorder, Tape
 
 GUIDANCE_STEP = 1.25
 """How much a guidance scale is raised in the run that shows what follows it; twice in the run of the check."""
@@ -38,11 +40,26 @@ REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, Index
 """What a pipeline raises for arguments that it does not take."""
 
 
-def record(pipeline: Any, arguments: Arguments, *, last_step: int | None = None, **changes: Any) -> tuple[Tape, Any]:
+STEPS_OF_A_KIND = 3
+"""Steps of each kind that a trace must have: fewer tell neither a line nor what changes with the step."""
+
+STEPS_TRIED = (4, 6, 8, 10, 12, 16, 24, 32)
+"""Numbers of steps that are tried for that."""
+
+
+def record(
+    pipeline: Any,
+    arguments: Arguments,
+    *,
+    last_step: int | None = None,
+    held: HeldNetworks | None = None,
+    **changes: Any,
+) -> tuple[Tape, Any]:
     """One call of a pipeline, recorded.
 
     Args:
         last_step: the recording ends before this step; None: with the call.
+        held: networks that need not compute.
         changes: of the arguments, see `Arguments.at`.
 
     Returns:
@@ -52,7 +69,7 @@ def record(pipeline: Any, arguments: Arguments, *, last_step: int | None = None,
         InputError: the pipeline refuses its arguments.
         MissingDependencyError: it needs a library that is not installed.
     """
-    kind, recorder = type(pipeline).__name__, Recorder(pipeline.components, last_step=last_step)
+    kind, recorder = type(pipeline).__name__, Recorder(pipeline.components, last_step=last_step, held=held)
     output = None
     try:
         with torch.no_grad(), quiet(), _guider(pipeline, {**arguments.scales, **changes.get("scales", {})}), recorder():
@@ -73,6 +90,7 @@ class Runs:
     """All runs of a trace.
 
     Attributes:
+        arguments: as given; of more steps, where a kind of steps has fewer than `STEPS_OF_A_KIND` of those.
         base: every argument as requested.
         others: what differs in it → a run that differs from the base run in one thing.
         longer: `prompt` or `negative_prompt` → a run with a longer one whose shapes or operators follow its length.
@@ -80,9 +98,16 @@ class Runs:
     """
 
     def __init__(self, pipeline: Any, arguments: Arguments) -> None:
-        self._pipeline, self._arguments = pipeline, arguments
+        self._pipeline, self.arguments = pipeline, arguments
         self.longer: dict[str, Run] = {}
+        parts = pipeline.components.items()
+        self._networks = {name for name, part in parts if name.startswith("transformer") and part is not None}
         self.base = self._run()
+        called = {str(node.what) for program in self.base.programs for node in program.calls}
+        self._idle = self._networks - called
+        self._held = HeldNetworks(called | self._networks)
+        self._trace_every_kind()
+        arguments = self.arguments
         self.others: dict[str, Run] = {}
         if arguments.has_prompt:
             self.others[PROMPT] = self._other(PROMPT, "prompt", LONGER, OTHER)
@@ -100,9 +125,30 @@ class Runs:
         self.check = self._run(seed=77, image=3, scales=scales, **texts)
 
     def _run(self, **changes: Any) -> Run:
-        tape, _ = record(self._pipeline, self._arguments, **changes)
+        tape, _ = record(self._pipeline, self.arguments, **changes)
         its = {name: changes[name] for name in ("seed", "image") if name in changes}
-        return Run(tape, programs(tape), {**self._arguments.scales, **changes.get("scales", {})}, **its)
+        scales = {**self.arguments.scales, **changes.get("scales", {})}
+        return Run(tape, programs(tape, self._networks), scales, **its)
+
+    def at_steps(self, count: int) -> Run:
+        """A run of another number of steps whose networks do not compute: its latents mean nothing."""
+        return self._run(held=self._held, others={"num_inference_steps": count})
+
+    def _trace_every_kind(self) -> None:
+        """Where there are several kinds of steps, a base run that has enough of each that can have more."""
+        kinds = Counter(program.digest for program in self.base.programs)
+        if not self._idle and (len(kinds) == 1 or min(kinds.values()) >= STEPS_OF_A_KIND):
+            return
+
+        @functools.cache
+        def enough(steps: int) -> set[str]:
+            counts = Counter(program.digest for program in self.at_steps(steps).programs)
+            return {kind for kind, count in counts.items() if count >= STEPS_OF_A_KIND}
+
+        steps = next(n for n in STEPS_TRIED if enough(n) >= enough(STEPS_TRIED[-1]))
+        if steps != len(self.base.programs):
+            self.arguments = self.arguments.at_steps(self._pipeline, steps)
+            self.base = self._run()
 
     def longest(self) -> tuple[Run, str]:
         """A run whose prompts have as many tokens as the pipeline takes, none cut off; and that prompt.
@@ -112,7 +158,7 @@ class Runs:
         Raises:
             UnsupportedError: no such prompt was found.
         """
-        most = self._arguments.max_sequence_length
+        most = self.arguments.max_sequence_length
         if most is not None:
             short = self._run(prompt=WORD * FEW, negative=WORD * FEW)
             text = (WORD * (FEW + most - self._tokens(short))).strip()
@@ -138,7 +184,7 @@ class Runs:
         text = LONGER
         while len(text) < MAX_PROMPT:
             text = f"{text} {text}"
-            tape, _ = record(self._pipeline, self._arguments, last_step=0, prompt=text, negative=text)
+            tape, _ = record(self._pipeline, self.arguments, last_step=0, prompt=text, negative=text)
             events = [item for item in tape.items if isinstance(item, Event) and item.kind == "tokenize"]
             masks = [tape.value(event.outs["attention_mask"]) for event in events if "attention_mask" in event.outs]
             if masks and all(bool(mask.all()) for mask in masks):

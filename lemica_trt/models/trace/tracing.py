@@ -57,6 +57,8 @@ class Traced:
 def trace_pipeline(pipeline: Any, request: TraceRequest = TraceRequest()) -> Trace:  # noqa: B008  # frozen
     """Trace a pipeline: five to nine runs of its own `__call__`, a few steps each, and a check on another request.
 
+    Where its steps are of several kinds, these runs are as long as it takes to have three steps of each.
+
     Args:
         pipeline: a loaded diffusers pipeline; it is called, and not changed. While this runs, `step` of its
             scheduler's class is wrapped: no other thread may use that class.
@@ -72,9 +74,8 @@ def trace_pipeline(pipeline: Any, request: TraceRequest = TraceRequest()) -> Tra
 
 def trace_runs(pipeline: Any, request: TraceRequest) -> Traced:
     """The same, with the recordings."""
-    arguments = Arguments(pipeline, request)
-    runs, components = Runs(pipeline, arguments), pipeline.components
-    base = runs.base
+    runs, components = Runs(pipeline, Arguments(pipeline, request)), pipeline.components
+    base, arguments = runs.base, runs.arguments
     tables = _tables(base)
     kinds = kinds_of(base, {**runs.others, "prompt, seed and guidance scale": runs.check})
     _refuse_host_reads(base.programs)

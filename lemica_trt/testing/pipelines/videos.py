@@ -221,6 +221,13 @@ def wan22() -> Any:
     return diffusers.WanPipeline(**{**given, "boundary_ratio": 0.875})
 
 
+def wan22_i2v() -> Any:
+    """Two experts, which are given the image as channels alone."""
+    given = wan().components
+    networks = {name: wan_transformer(in_channels=36) for name in ("transformer", "transformer_2")}
+    return diffusers.WanImageToVideoPipeline(**{**given, **networks, "boundary_ratio": 0.9})
+
+
 def wan22_ti2v() -> Any:
     """A timestep a token."""
     return diffusers.WanPipeline(**{**wan().components, "expand_timesteps": True})
@@ -364,5 +371,6 @@ CASES = {
     # Its network takes all tokens but the last 512 for those of the image.
     "wan-i2v": Case(wan_i2v, TraceRequest(height=32, width=48, frames=9, max_sequence_length=512), needs="ftfy"),
     "wan2.2": Case(wan22, SHORT),
+    "wan2.2-i2v": Case(wan22_i2v, SHORT, needs="ftfy"),
     "wan2.2-ti2v": Case(wan22_ti2v, SHORT),
 }
