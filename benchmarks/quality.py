@@ -1,12 +1,11 @@
 """Held-out quality of a bundle's plans beside other ways to spend the same number of full steps.
 
-    lemica-trt build --model cogvideox-tiny --budget 15,10,20,25 --output out/quality
-    python benchmarks/quality.py out/quality --output benchmarks/results/quality-cogvideox-tiny.json
+    lemica-trt build --model wan-tiny --budget 15,10,8,12,20,25 --output out/wan-tiny
+    python benchmarks/quality.py out/wan-tiny --clips 64 --output benchmarks/results/quality-wan-tiny.json
 
-    lemica-trt build --model wan-tiny --budget 15,10,20 --output out/wan
-    python benchmarks/quality.py out/wan --output benchmarks/results/quality-wan-tiny.json
+The same of cogvideox-tiny, and with `--seed 100` for another calibration (quality-wan-tiny-seed100.json).
 
-32 clips of prompts and seeds that neither calibration nor the choice between plans has seen. PSNR and SSIM of each clip
+Clips of prompts and seeds that neither calibration nor the choice between plans has seen. PSNR and SSIM of each clip
 against two references: the uncached sampler of N steps, and the same sampler with 4·N steps, which stands for the exact
 solution; FLIP against the first. Everything runs in PyTorch. Writes JSON (`record.Quality`) and prints its table.
 """
