@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,16 +36,6 @@ FORMATS = ("PNG", "JPEG")
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 """Pillow's names of what has 8 bits a channel at most; all become RGB, transparency is left out."""
-
-Fit = Literal["stretch", "cover"]
-"""How a picture gets another aspect ratio: `stretch` = each side is resized, `cover` = the shorter side is, and what
-the longer one has too much is cut off at both ends (`shortest_edge` and centre crop of transformers)."""
-
-Filter = Literal["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"]
-"""Pillow's resampling."""
-
-FITS: tuple[Fit, ...] = ("stretch", "cover")
-FILTERS: tuple[Filter, ...] = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest")
 
 
 def read_picture(path: str | os.PathLike[str], *, digest: str | None = None) -> Pixels:
@@ -136,8 +126,8 @@ def _require_size(name: str, height: int, width: int) -> None:
         raise InputError(f"{name}: {_SIZES}, got {height}×{width}", fix="make it smaller")
 
 
-def resized(picture: Pixels, height: int, width: int, *, fit: Fit, by: Filter) -> Pixels:
-    """A picture at another size, [height, width, 3]."""
+def resized(picture: Pixels, height: int, width: int, *, fit: str, by: str) -> Pixels:
+    """A picture at another size, [height, width, 3]; `fit` and `by` as in `ir.graphs.PictureSpec`."""
     from PIL import Image
 
     rows, columns = picture.shape[:2]

@@ -10,7 +10,6 @@ from typing import Literal
 
 from msgspec import UNSET, UnsetType
 
-from lemica_trt.core.pictures import Filter, Fit
 from lemica_trt.core.text import Cleaning
 from lemica_trt.core.values import Value, require, require_finite
 from lemica_trt.ir.profile import DType
@@ -352,6 +351,14 @@ def step_layout(
         guided=guided,
         guidance_history=guidance_history,
     )
+
+
+Fit = Literal["stretch", "cover"]
+"""How a picture gets another aspect ratio: `stretch` = each side is resized, `cover` = the shorter side is, and what
+the longer one has too much is cut off at both ends (`shortest_edge` and centre crop of transformers)."""
+
+Filter = Literal["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"]
+"""Pillow's resampling."""
 
 
 class PictureSpec(Value, frozen=True):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 
 from lemica_trt.core.errors import UnsupportedError
-from lemica_trt.core.pictures import FILTERS, FITS, Pixels, planes, resized
-from lemica_trt.ir.graphs import PictureSpec
+from lemica_trt.core.pictures import Pixels, planes, resized
+from lemica_trt.ir.graphs import Filter, Fit, PictureSpec
 from lemica_trt.models.trace.tape import Event, Op, Ref, Tape, refs
 
 EXACT = 2e-6
@@ -109,7 +109,7 @@ def _candidates(tape: Tape, end: int) -> Iterator[tuple[int, int, Ref]]:
 def _explained(pairs: Sequence[tuple[np.ndarray, Pixels]]) -> PictureSpec | None:
     """How tensors [1, 3, height, width] are made of pictures; None: in no way that is known."""
     height, width = pairs[0][0].shape[2:]
-    for fit, by in product(FITS, FILTERS):
+    for fit, by in product(get_args(Fit), get_args(Filter)):
         pixels = [resized(picture, height, width, fit=fit, by=by) for _, picture in pairs]
         lines = [
             np.polyfit(
