@@ -35,6 +35,9 @@ from lemica_trt.ir.profile import Sampling, Shape
 MAX_DIMENSION = 1 << 20
 """Frames, pixels, tokens, channels: one dimension of a tensor."""
 
+MAX_PICTURES = 4
+"""Inputs of an image encoder that are made of one picture."""
+
 MAX_PICTURE = 1 << 13
 """Pixels a side of what an image encoder takes."""
 
@@ -147,7 +150,9 @@ def _require_encoder(encoders: Sequence[EncoderSpec], graphs: GraphSet) -> None:
 
 def _require_image_encoder(image: ImageSpec, graphs: GraphSet) -> None:
     """The image encoder graph, where there is one, takes what is made of pictures, and gives conditions."""
+    _require_within(f"pictures of {IMAGE_ENCODER}", len(image.pictures), 1, MAX_PICTURES)
     for picture in image.pictures:
+        require(picture.name != DRAW, f"{IMAGE_ENCODER}: a picture must not be called {DRAW}")
         for size in (picture.height, picture.width):
             _require_within(f"{IMAGE_ENCODER}, {picture.name}", size, 1, MAX_PICTURE)
     specs = [TensorSpec(name=its.name, dtype="fp32", shape=(1, 3, its.height, its.width)) for its in image.pictures]

@@ -47,6 +47,8 @@ def _with_picture(line: str, file: Path) -> str:
     if "\t" in image:
         raise InputError(f"{file}: expected prompt<TAB>picture, got more than one tab", fix="leave out the others")
     path = file.parent.absolute() / image
+    if "\t" in str(path) or len(str(path).splitlines()) > 1:
+        raise InputError(f"{file}: expected a picture whose path has no tabs and line breaks", fix="move it")
     return Prompt(text, str(path), digest_of_picture(path)).line
 
 

@@ -21,6 +21,7 @@ from lemica_trt.ir.engine import NONE, QUANTIZE, Option
 from lemica_trt.ir.measured import MeasuredPlans
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import NORMAL, DType, Profile
+from lemica_trt.ir.prompts import prompt_from_line
 from lemica_trt.ir.report import BudgetOutcome
 from lemica_trt.ir.resources import calibration_path
 from lemica_trt.planning.planner import Planner, planners_named
@@ -209,6 +210,8 @@ class Inputs(Value, frozen=True):
         value: Any = self
         for part in name.split("."):
             value = getattr(value, part)
+        if name in ("prompts", "held_out"):  # the content of pictures, wherever they lie
+            value = [prompt_from_line(line)._replace(image=None).line for line in value]
         return digest_of(value)
 
     def store(self, work: Workspace) -> None:

@@ -66,7 +66,7 @@ def decoded_picture(data: bytes, *, name: str = "the image") -> Pixels:
         InputError: too large, of another format, damaged, of more than 8 bits a channel, or of too many pixels; said
             before they are decoded.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if len(data) > MAX_BYTES:
         raise InputError(f"{name}: expected at most {MAX_BYTES >> 20} MiB, got more", fix="make it smaller")
@@ -80,8 +80,15 @@ def decoded_picture(data: bytes, *, name: str = "the image") -> Pixels:
         raise InputError(f"{name}: expected a PNG or JPEG picture, got neither", fix="convert it") from None
     _require_size(name, image.height, image.width)
     _require_mode(name, image.mode)
+    return _pixels(image, name, turned=True)
+
+
+def _pixels(image: Any, name: str, *, turned: bool) -> Pixels:
+    """Decode a PIL image, turned as its EXIF orientation says or as it is."""
+    from PIL import ImageOps
+
     try:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        return np.array((ImageOps.exif_transpose(image) if turned else image).convert("RGB"))
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
@@ -108,7 +115,7 @@ def picture_from(value: object, *, name: str = "image") -> Pixels:
     if isinstance(value, Image.Image):
         _require_size(name, value.height, value.width)
         _require_mode(name, value.mode)
-        return np.array(value.convert("RGB"))
+        return _pixels(value, name, turned=False)
     raise InputError(
         f"{name}: expected a path, the content of a PNG or JPEG file, a PIL image or an array uint8 [H, W, 3], "
         f"got {type(value).__name__}"

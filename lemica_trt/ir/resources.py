@@ -137,5 +137,7 @@ def require_buildable(model: NamedModel) -> None:
 
 
 def absolute_source(source: str) -> str:
-    """A source that means the same from every working directory: what is here becomes absolute."""
-    return str(Path(source).resolve()) if Path(source).exists() else source
+    """A source that means the same from every working directory: what is here becomes absolute. A link to a file keeps
+    its name, which says what the file is."""
+    path = Path(source)
+    return str(path.resolve() if path.is_dir() else path.absolute()) if path.exists() else source

@@ -22,6 +22,7 @@ from diffusers.utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError, install_command
@@ -118,7 +119,8 @@ def fuse_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
         with _told(lora):
             pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
         with _told(lora):
-            if _tuned(pipeline, wanted) != wanted:
+            tuned = _tuned(pipeline, wanted)  # diffusers adds factors of zero for image layers of a text-to-video file
+            if any(names - tuned[part] for part, names in wanted.items()):
                 raise ValueError("diffusers left some of its modules out")
             pipeline.fuse_lora(components=list(wanted), lora_scale=lora.scale, safe_fusing=True)
             pipeline.unload_lora_weights()
@@ -139,8 +141,8 @@ def require_fitting_lora(kind: Any, networks: Mapping[str, Any], lora: Lora) -> 
 
     Args:
         kind: class of the pipeline.
-        networks: its parts by name, with weights or on the meta device; those that are None or missing are not
-            looked at.
+        networks: its parts by name, with weights or on the meta device; None: it has none; those that are missing are
+            not looked at.
 
     Returns:
         Part → names of its modules that they change.
@@ -157,7 +159,13 @@ def require_fitting_lora(kind: Any, networks: Mapping[str, Any], lora: Lora) -> 
             f"--lora: diffusers {diffusers.__version__} takes no LoRA weights for {kind.__name__}",
             fix="leave --lora out",
         )
+    if networks.get("transformer_2") is not None:
+        raise UnsupportedError(
+            f"--lora: {kind.__name__} has two transformers here, and a file does not say which one it is for",
+            fix="leave --lora out, or give a model that LoRA weights were fused into: --weights",
+        )
     path = lora_file(lora)
+    _require_factors(lora, path)
     with _told(lora):
         weights = kind.lora_state_dict(str(path.parent), weight_name=path.name, use_safetensors=True)
     found: dict[str, set[str]] = {}
@@ -165,12 +173,30 @@ def require_fitting_lora(kind: Any, networks: Mapping[str, Any], lora: Lora) -> 
         own = {key.removeprefix(f"{part}."): its for key, its in weights.items() if key.startswith(f"{part}.")}
         weights = {key: its for key, its in weights.items() if not key.startswith(f"{part}.")}
         network = networks.get(part)
+        if own and network is None and part in networks:
+            raise _misfit(lora, f"no weights of a {part}, which this pipeline does not have", own)
         if own and isinstance(network, nn.Module):
             found[part] = _require_modules(lora, part, network, _in_peft_form(own, network))
     if weights or not found:
         parts = " or ".join(f"{part}." for part in kind._lora_loadable_modules)
         raise _misfit(lora, f"keys that begin with {parts}, as {kind.__name__} has them", weights)
     return found
+
+
+def _require_factors(lora: Lora, path: Path) -> None:
+    """Refuse changes of whole weights, some of which diffusers leaves out without a warning.
+
+    Raises:
+        InputError: the file cannot be read.
+        UnsupportedError: it has such tensors.
+    """
+    with _told(lora), safe_open(path, "numpy") as file:
+        whole = [key for key in file.keys() if key.endswith((".diff", ".diff_b"))]  # noqa: SIM118  # no mapping
+    if whole:
+        raise UnsupportedError(
+            f"{lora.source}: expected products B A alone, got changes of whole weights: {whole[0]}{_more(whole)}",
+            fix="give LoRA weights without them, or a model that they were fused into: --weights",
+        )
 
 
 def _in_peft_form(weights: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
@@ -203,11 +229,15 @@ def _require_modules(lora: Lora, part: str, network: nn.Module, weights: Mapping
     example = f"modules that the {part} has, such as {', '.join((*linear[:1], *linear[-1:]))}"
     if strange := {key: weights[key] for key, name in names.items() if name not in modules}:
         raise _misfit(lora, example, strange)
+    any_bias = any(key.endswith(TENSORS[2]) for key in weights)
     for name in dict.fromkeys(names.values()):
         own = getattr(modules[name], "weight", None)
         a, b = (weights.get(f"{name}.{end}") for end in TENSORS[:2])
         if own is None or a is None or b is None:
             raise _misfit(lora, f"lora_A and lora_B of {part} modules with a weight", {name: a if b is None else b})
+        bias = weights.get(f"{name}.{TENSORS[2]}")
+        if (bias is None) == any_bias or (bias is not None and bias.shape != b.shape[:1]):
+            raise _misfit(lora, f"{TENSORS[2]} of all {part} modules or none, as long as lora_B", {name: bias})
         if (b.shape[0], *a.shape[1:]) != tuple(own.shape) or b.shape[1] != a.shape[0]:
             raise InputError(
                 f"{lora.source}: expected B A of {list(own.shape)} for {part}.{name}, got {list(b.shape)} and "

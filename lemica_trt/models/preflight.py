@@ -94,6 +94,7 @@ def _require_loras(folder: Path, profile: Profile) -> None:
     kind = pipeline_class(profile.source, index)
     networks: dict[str, Any] = {}
     for name in getattr(kind, "_lora_loadable_modules", ()):
+        networks[name] = None
         if isinstance(entry := index.get(name), list) and entry[:1] not in ([], [None]):
             with reading(profile.source), init_empty_weights():
                 part = class_of(name, entry)

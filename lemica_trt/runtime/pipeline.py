@@ -382,6 +382,11 @@ class Pipeline:
         for image in images or [None] * len(prompts):
             require_image(graphs, image)
         needed = graphs.image is not UNSET
+        if needed and not len(images) == len(seeds) == len(prompts):
+            raise InputError(
+                f"expected an image and a seed for each of {len(prompts)} prompts, got {len(images)} images and "
+                f"{len(seeds)} seeds"
+            )
         pictures = [self.encode_image(image, seed) for image, seed in zip(images, seeds)] if needed else []
         encoded = {text: self.encode_text(text) for text in dict.fromkeys(prompts)}
         against = {text: self.encode_text(text, negative=True) for text in dict.fromkeys(negatives)}

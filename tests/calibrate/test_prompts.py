@@ -70,6 +70,15 @@ def test_prompts_whose_pictures_cannot_be_read(tmp_path: Path, line: str, messag
         read_prompts(tmp_path / "prompts.txt")
 
 
+def test_pictures_lie_where_a_line_can_say(tmp_path: Path) -> None:
+    folder = tmp_path / "a\tb"
+    folder.mkdir()
+    Image.fromarray(np.full((4, 6, 3), 9, np.uint8)).save(folder / "cat.png")
+    (folder / "prompts.txt").write_text("a cat\tcat.png\n")
+    with pytest.raises(InputError, match="expected a picture whose path has no tabs and line breaks"):
+        read_prompts(folder / "prompts.txt")
+
+
 def test_prompts_digest() -> None:
     assert prompts_digest(["a", "b"]) == hashlib.sha256(b"a\nb\n").hexdigest()
     assert prompts_digest(["a", "b"]) != prompts_digest(["b", "a"])

@@ -96,6 +96,11 @@ def test_what_is_no_picture_is_refused_in_a_line(value: Any, message: str) -> No
     assert str(caught.value).isprintable()
 
 
+def test_a_picture_that_pillow_has_not_decoded_yet_is_refused_in_a_line() -> None:
+    with pytest.raises(InputError, match="image: expected a whole picture, got"):
+        picture_from(Image.open(io.BytesIO(encoded(noise(64, 64))[:400])))
+
+
 def test_files_that_were_changed_by_chance_are_pixels_or_are_refused() -> None:
     chance = random.Random(0)
     whole = [

@@ -11,7 +11,7 @@ import huggingface_hub
 import msgspec
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, WanPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,9 +19,10 @@ from lemica_trt.cli.flags import loras_from_flags, profile_from_flags
 from lemica_trt.core.errors import InputError, LemicaError, MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.core.files import sha256_of
 from lemica_trt.ir.profile import TRACED, Lora, Profile, Sampling, Shape
-from lemica_trt.ir.resources import load_profile
+from lemica_trt.ir.resources import absolute_source, load_profile
 from lemica_trt.models import denoise, load_model
 from lemica_trt.models.load import is_here, load_pipeline, revision_of
+from lemica_trt.models.lora import require_fitting_lora
 from lemica_trt.models.preflight import require_configuration
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.planning.step_plan import uncached_plan
@@ -206,6 +207,16 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], type[
         UnsupportedError,
         "got proj_out.lokr_w1 and 1 more: only products B A are fused",
     ),
+    "change of a weight": (
+        lambda w: {**w, "diffusion_model.norm.diff": torch.ones(2)},
+        UnsupportedError,
+        "got changes of whole weights: diffusion_model.norm.diff",
+    ),
+    "bias of one": (
+        lambda w: {**w, f"transformer.{COG[0]}.lora_B.bias": torch.ones(3)},
+        InputError,
+        "lora_B.bias of all transformer modules or none",
+    ),
     "nan": (lambda w: {key: value * torch.nan for key, value in w.items()}, InputError, "NaN"),
 }
 
@@ -237,6 +248,28 @@ def test_what_fits_is_let_through_without_weights(cog: Any, flux: Path, tmp_path
     require_configuration(traced)
     for path in tmp_path.glob("diffusion*.safetensors"):
         path.rename(flux / "transformer" / path.name)
+
+
+def test_a_link_to_a_file_keeps_its_name(tmp_path: Path) -> None:
+    """As in the hub's cache, whose files have no names that say what they are."""
+    (tmp_path / "blob").write_bytes(b"x")
+    (tmp_path / "style.safetensors").symlink_to(tmp_path / "blob")
+    assert absolute_source(str(tmp_path / "style.safetensors")) == str(tmp_path / "style.safetensors")
+
+
+def test_pipelines_of_two_transformers_and_parts_that_are_missing(cog: Any, tmp_path: Path) -> None:
+    """diffusers would put everything into the first, or drop it without a word."""
+    weights = factors(cog.pipeline.transformer, "transformer", COG)
+    two = {"transformer": cog.pipeline.transformer, "transformer_2": cog.pipeline.transformer}
+    with pytest.raises(UnsupportedError, match="WanPipeline has two transformers here"):
+        require_fitting_lora(WanPipeline, two, saved(weights, tmp_path / "one.safetensors"))
+    both = {
+        **weights,
+        **{key.replace("transformer.", "transformer_2.", 1): value.clone() for key, value in weights.items()},
+    }
+    one = {"transformer": cog.pipeline.transformer, "transformer_2": None}
+    with pytest.raises(InputError, match="no weights of a transformer_2, which this pipeline does not have"):
+        require_fitting_lora(WanPipeline, one, saved(both, tmp_path / "both.safetensors"))
 
 
 def test_a_pipeline_that_takes_none(cog: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ Both are slices of a recording: the operators and calls between two tensors, run
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.models.trace.program import Extraction, Node, Slot, Step, X
 from lemica_trt.models.trace.replay import Network
-from lemica_trt.models.trace.tape import Event, Ref, Tape, refs
+from lemica_trt.models.trace.tape import Ref, Tape
 
 
 class TapeSlice(nn.Module):
@@ -133,48 +133,6 @@ def _needed(nodes: Sequence[Step], targets: Any) -> dict[int, Step]:
                     wanted.add(k)
         if len(wanted) == size:
             return {k: nodes[k] for k in sorted(wanted)}
-
-
-class Unmasked(NamedTuple):
-    """What a text encoder gave before a pipeline blanked its padding.
-
-    Attributes:
-        at: the recording's item that gave it.
-        ref: the tensor, [1, tokens, width].
-    """
-
-    at: int
-    ref: Ref
-
-
-def unmasked(tape: Tape, span: tuple[int, int], inputs: Mapping[str, Ref], condition: Ref, row: int) -> Unmasked | None:
-    """What a condition is made of that a pipeline cuts to the length of the prompt and fills up with zeros (Wan).
-
-    The length becomes Python's there, so that no recording can say what other lengths give.
-
-    Args:
-        span: of the items behind the tokenizer's call.
-        inputs: what that gave, `attention_mask` among it.
-        condition: [rows, tokens, width].
-        row: the prompt's.
-
-    Returns:
-        None: it is made in another way.
-    """
-    value, mask = tape.values[condition][row : row + 1], tape.values.get(inputs.get("attention_mask", condition))
-    if mask is None or value.dim() != 3 or mask.shape != value.shape[:2] or not bool((mask == 0).any()):
-        return None
-    for at in range(*span):
-        item = tape.items[at]
-        if not isinstance(item, Event) or item.kind != "call":
-            continue
-        for ref in refs(item.outs):
-            whole = tape.values[ref]
-            if whole.shape != value.shape or torch.equal(whole.to(value.dtype), value):
-                continue
-            if torch.equal(whole.to(value.dtype) * mask[..., None].to(value.dtype), value):
-                return Unmasked(at, ref)
-    return None
 
 
 class FramesDecoder(nn.Module):
