@@ -27,7 +27,7 @@ from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import GraphSet, StepLayout
 from lemica_trt.planning.layout import layout_for_methods
 from lemica_trt.planning.minimax import require_feasible
-from lemica_trt.planning.planner import plan_given
+from lemica_trt.planning.planner import candidates, plan_given
 from lemica_trt.planning.step_plan import UNCACHED, uncached_plan
 
 
@@ -94,9 +94,9 @@ def require_plannable(context: Context) -> None:
     reuses = not any(planner.folds for planner in request.planners)
     switches = problem.table.switches if reuses else ()
     require_feasible(num_steps, max_skip if request.needs_calibration else num_steps, budgets, switches)
-    for planner in request.planners if "auto" not in request.methods else ():
-        for budget in budgets if planner.needs <= problem.has else ():
-            planner(problem, budget)
+    asked = [planner for planner in request.planners if planner.needs <= problem.has]
+    for budget in budgets if asked and "auto" not in request.methods else ():
+        candidates(asked, problem, budget)
 
 
 def run_layout(context: Context, folder: Path) -> Writes:

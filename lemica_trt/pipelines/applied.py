@@ -7,7 +7,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from lemica_trt.core.errors import UsageError
+from lemica_trt.core.errors import UnsupportedError, UsageError
+from lemica_trt.ir.graphs import kind_of_variant
 from lemica_trt.pipelines.branches import BranchOutputs
 from lemica_trt.pipelines.residuals import ResidualReuse, reuses_residuals
 from lemica_trt.pipelines.scheduler import PlanScheduler, PlanSource, is_dynamic
@@ -75,11 +76,18 @@ def apply(pipe: Any, plan: PlanSource, *, name: str | None = None) -> Applied:
     Raises:
         UsageError: a plan is on the pipeline already; the bundle has no such plan.
         InputError: not a plan. When the pipeline is called: its sampler or guidance is not the plan's.
-        UnsupportedError: the plan reuses residuals, and the trunk of this pipeline is not known. When the pipeline is
-            called: the plan weighs the branches of the guidance apart, and they are not to be seen.
+        UnsupportedError: the plan is of a model of several experts; or it reuses residuals, and the trunk of this
+            pipeline is not known. When the pipeline is called: the plan weighs the branches of the guidance apart, and
+            they are not to be seen.
     """
     require_plain(pipe)
-    return Applied(pipe, PlanScheduler.from_plan(plan, name=name, scheduler=pipe.scheduler))
+    scheduler = PlanScheduler.from_plan(plan, name=name, scheduler=pipe.scheduler)
+    if any(kind_of_variant(row.variant) for row in scheduler.plan.rows if row.variant):
+        raise UnsupportedError(
+            f"plan {scheduler.plan.name} is of a model of several experts, which runs from a bundle alone",
+            fix="lemica_trt.load(BUNDLE)",
+        )
+    return Applied(pipe, scheduler)
 
 
 def require_plain(pipe: Any) -> None:

@@ -102,7 +102,12 @@ def candidates_on(layout: StepLayout, problem: Problem, planners: Sequence[Plann
 
     def found(budget: int | StepBudget, method: str | None = None) -> list[StepPlan]:
         named = [p for p in planners if p.name == method and full_steps_for(p, budget) is not None]
-        several = candidates(named or planners, problem, budget)
+        try:
+            several = candidates(named or planners, problem, budget)
+        except InfeasibleError:  # the named one has no plan of so many full steps, others may
+            if not named:
+                raise
+            several = candidates(planners, problem, budget)
         fitting = [plan for plan in several if misfit(plan, layout) is None]
         if not fitting:
             raise InputError(
@@ -249,7 +254,7 @@ def best_known(
         names = [name for tried in sorted(before, key=lambda tried: abs(tried - count)) for name in before[tried]]
         for name in dict.fromkeys((*names, *(UNFITTED if auto else ()))):
             if name in known:
-                with contextlib.suppress(UsageError, InputError):
+                with contextlib.suppress(UsageError, InputError, InfeasibleError):
                     return candidates_on(layout, problem, [known[name]])(budget)[0]
         raise UsageError(
             f"{len(chosen)} methods are allowed for {count} full steps, and none that is possible here was tried",

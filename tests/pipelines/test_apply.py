@@ -428,3 +428,13 @@ def test_noise_is_drawn_from_the_generator() -> None:
             x = stepped.step(torch.tanh(x), t, x, generator=generator).prev_sample
         results.append(x)
     assert_close(results[1], results[0])
+
+
+def test_plans_of_several_experts_run_from_bundles_alone(models: Models) -> None:
+    model = models("cogvideox-tiny")
+    plan = uncached_plan(table_of(model), guidance_scale=4.0)
+    rows = tuple(msgspec.structs.replace(row, variant="full2") if row.step == 5 else row for row in plan.rows)
+    with pytest.raises(
+        UnsupportedError, match=r"of several experts, which runs from a bundle alone → lemica_trt\.load"
+    ):
+        lemica_trt.apply(model.pipeline, msgspec.structs.replace(plan, rows=rows))

@@ -27,6 +27,7 @@ from lemica_trt.planning.layout import layout_for_methods
 from lemica_trt.planning.minimax import require_feasible
 from lemica_trt.planning.planner import Problem, candidates, plan_given, planners, planners_named
 from lemica_trt.planning.schedules import uniform
+from lemica_trt.planning.search import best_known, candidates_on
 from lemica_trt.planning.solvers import first_order_table
 from lemica_trt.planning.step_plan import uncached_plan
 from lemica_trt.testing.values import flow_table
@@ -248,3 +249,25 @@ def test_steps_are_timed_on_every_expert() -> None:
     assert np.isfinite(TwoExperts().run(short, "a", 0)).all()
     assert mean_of_kinds([0, 1, 1, 1], [1.0, 3.0, 5.0, 4.0], {0: 30, 1: 10}) == pytest.approx((30 * 1 + 10 * 4) / 40)
     assert mean_of_kinds([0, 0, 1], [1.0, 3.0, 5.0]) == pytest.approx(3.0)
+
+
+def test_budgets_that_the_best_method_cannot_have_are_another_methods() -> None:
+    """Of a front, and of a bundle: what reuses runs the first step of each kind in full, solvers need not."""
+    three = table_of([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    problem = Problem(
+        table=three, guidance_scale=1.0, solver=lambda schedule, _: first_order_table(three, schedule.full_steps)
+    )
+    names = ("uniform", "stock:first-order")
+    layout = layout_for_methods(
+        problem,
+        planners_named(names),
+        latent_shape=SHAPE,
+        guided=False,
+        branches=False,
+        conditions=(),
+        experts=(*"abc",),
+    )
+    found = candidates_on(layout, problem, planners_named(names))
+    assert [plan.method for plan in found(4, "uniform")] == ["uniform"]
+    assert [plan.method for plan in found(2, "uniform")] == ["stock:first-order"]
+    assert best_known(names, problem, layout, {4: names})(2).method == "stock:first-order"

@@ -195,7 +195,7 @@ def _json(value: Mapping[str, Any]) -> bytes:
 def _made(contents: Mapping[str, bytes | Path]) -> Path:
     """A folder of files, and links to files; of the same contents it is the same folder."""
     named = [(name, its.hex() if isinstance(its, bytes) else str(its)) for name, its in sorted(contents.items())]
-    root = (user_cache() or Path(tempfile.gettempdir())) / "open-sora"
+    root = (user_cache() or Path(tempfile.mkdtemp())) / "open-sora"  # never one that others could have made
     target = root / hashlib.sha256(repr(named).encode()).hexdigest()[:16]
     if target.is_dir():
         return target
