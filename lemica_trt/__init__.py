@@ -15,11 +15,11 @@ A plan in a diffusers pipeline, without a bundle; these need PyTorch:
 
 The packages, each below those that import it (`docs/architecture.md`; `tests/test_architecture.py` holds it):
 
-    core        knows nothing of diffusion: errors, values, progress, metrics, files
+    core        knows nothing of diffusion: errors, values, pictures, progress, metrics, files
     ir          nouns: frozen values; every on-disk format has its version here
     planning    verbs on numbers: planners, searches, folding, budgets
     calibrate   model, prompts → error graph, Grams, sensitivities, fitted solvers; on any model that takes steps
-    models      diffusers pipelines: loading, splitting, step modules, scheduler lowering           torch, diffusers
+    models      diffusers pipelines: loading, LoRA, tracing, step modules, scheduler lowering        torch, diffusers
     export      model, layout → ONNX graphs                                                         torch, onnx
     backends    one folder a vendor: engines built and run                                          vendor SDKs
     bundle      the folder that is deployed: manifest, digests, atomic writing

@@ -7,11 +7,7 @@ from typing import Any
 
 import msgspec
 
-from lemica_trt.bundle.manifest import (
-    FRONT_FILE,
-    SELECTION_FILE,
-    plan_path,
-)
+from lemica_trt.bundle.manifest import FRONT_FILE, SELECTION_FILE, plan_path
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace, work_folder
 from lemica_trt.bundle.writing import require_replaceable, write_bundle

@@ -1,4 +1,4 @@
-"""What knows nothing of diffusion: errors, values, progress, metrics, files.
+"""What knows nothing of diffusion: errors, values, pictures, progress, metrics, files.
 
 errors          the exception tree, and the exit code of each
 values          base of all values: frozen, strict, JSON in and out

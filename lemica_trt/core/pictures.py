@@ -72,11 +72,11 @@ def decoded_picture(data: bytes, *, name: str = "the image") -> Pixels:
         raise InputError(f"{name}: expected at most {MAX_BYTES >> 20} MiB, got more", fix="make it smaller")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except MemoryError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # its own limit is above ours
         raise InputError(f"{name}: {_SIZES}, got far more", fix="make it smaller") from None
-    except BaseException:  # Pillow's parsers raise what they please
+    except Exception:  # Pillow's parsers raise what they please
         raise InputError(f"{name}: expected a PNG or JPEG picture, got neither", fix="convert it") from None
     _require_size(name, image.height, image.width)
     _require_mode(name, image.mode)
@@ -89,9 +89,9 @@ def _pixels(image: Any, name: str, *, turned: bool) -> Pixels:
 
     try:
         return np.array((ImageOps.exif_transpose(image) if turned else image).convert("RGB"))
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except MemoryError:
         raise
-    except BaseException as error:
+    except Exception as error:
         raise InputError(f"{name}: expected a whole picture, got: {first_line(error)}", fix="save it again") from None
 
 
