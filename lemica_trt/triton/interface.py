@@ -22,7 +22,7 @@ from msgspec import UNSET
 
 from lemica_trt.backends.base import Array
 from lemica_trt.bundle.manifest import Manifest
-from lemica_trt.core.errors import InputError, UnsupportedError
+from lemica_trt.core.errors import InputError
 from lemica_trt.ir.graphs import IMAGE_ENCODER, NEGATIVE, Role, StepLayout, TensorSpec
 from lemica_trt.ir.profile import Shape
 from lemica_trt.runtime.conditions import EncodedText, condition_shapes
@@ -108,13 +108,8 @@ class Interface:
 def interfaces(manifest: Manifest) -> dict[str, Interface]:
     """The models that a bundle can serve: all, `image_encoder` where it needs an image; `denoiser` and
     `denoiser_stream` alone where it has no VAE decoder, or no encoder that gives each condition.
-
-    Raises:
-        UnsupportedError: it has a text encoder of negative prompts.
     """
     graphs = manifest.graphs
-    if any(encoder.negative for encoder in manifest.encoders):
-        raise UnsupportedError("expected one text encoder for prompts and negative prompts, the bundle has two")
     encoders = [graphs.graph(role) for role in graphs_of("text_encoder", manifest)]
     encoded = {tensor.name: tensor for graph in encoders for tensor in graph.outputs}
     pictured = [graphs.graph(IMAGE_ENCODER).outputs] if graphs.image is not UNSET else []

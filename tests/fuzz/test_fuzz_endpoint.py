@@ -141,6 +141,7 @@ def test_forms(many: bool, videos: Asked) -> None:
     run(videos.target, st.one_of(fields, parts), many=many)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Starlette: a file that never ends
 @TIERS
 def test_images_of_requests(many: bool, pictured: Asked) -> None:
     """A file of a form, and a data URL in JSON; what they hold is mutated, too."""

@@ -41,6 +41,7 @@ from lemica_trt.triton import repository
 from lemica_trt.triton.config import Settings, config_text
 from lemica_trt.triton.interface import (
     MODELS,
+    Port,
     conditions_from_inputs,
     graphs_of,
     inputs_from_conditions,
@@ -79,8 +80,9 @@ def layout_of(name: str) -> StepLayout:
     return msgspec.structs.replace(toy.layout_of(guided=name != "flux"), conditions=LAYOUTS[name])
 
 
-def manifest_of(name: str, *, frames: int = 1, encoded: bool = True) -> Any:
-    """What the models read of a manifest: a text encoder for each condition, or for the first one alone."""
+def manifest_of(name: str, *, frames: int = 1, encoded: bool = True, negative: bool = False) -> Any:
+    """What the models read of a manifest: a text encoder for each condition, or for the first one alone; and, where
+    `negative`, one of negative prompts beside it."""
     layout = layout_of(name)
     given = [spec for spec in layout.conditions if not spec.name.startswith("negative_")][: None if encoded else 1]
     pictured = [given.pop()] if name == IMAGE else []
@@ -92,6 +94,9 @@ def manifest_of(name: str, *, frames: int = 1, encoded: bool = True) -> Any:
         role = f"text_encoder_{spec.name}"
         graphs.append(GraphSpec(role=role, file="onnx/text_encoder.onnx", inputs=ids, outputs=(output,), opset=20))
         encoders.append(EncoderSpec(graph=role, tokenizer="tokenizer.json", length=8, pad_id=0))
+        if negative:
+            graphs.append(msgspec.structs.replace(graphs[-1], role=f"negative_{role}"))
+            encoders.append(msgspec.structs.replace(encoders[-1], graph=f"negative_{role}", negative=True))
     for spec in pictured:
         given_to = (tensor("image", 1, 3, 16, 24), tensor("draw", 1, 4, 8))
         made = (tensor(spec.name, 1, *spec.at(1)[1:]),)
@@ -144,6 +149,18 @@ def test_ports(name: str, inputs: list[str], text: list[str]) -> None:
     assert shown(found["denoiser"].inputs) == shown(found["denoiser_stream"].inputs) == inputs
     assert shown(found["text_encoder"].outputs) == text
     assert shown(found["pipeline"].inputs) == ["prompt STRING 1"]
+
+
+def test_encoders_of_negative_prompts_are_one_model_with_those_of_prompts() -> None:
+    """Sana: it runs both, and is asked for one by a parameter."""
+    manifest = manifest_of("masked", negative=True)
+    found = interfaces(manifest)
+    assert found == interfaces(manifest_of("masked")) and list(found["text_encoder"].inputs) == [
+        Port("prompt", "STRING", (1,))
+    ]
+    assert graphs_of("text_encoder", manifest) == (
+        "text_encoder_hidden", "negative_text_encoder_hidden", "text_encoder_mask", "negative_text_encoder_mask",
+    )  # fmt: skip
 
 
 SPEC = ImageSpec(
@@ -470,11 +487,17 @@ def test_the_pipelines_hand_an_image_on(monkeypatch: pytest.MonkeyPatch) -> None
         "vae_decoder": answering("vae_decoder", frames=frames),
     }
     request = Request({"prompt": text(b"a bird"), "image": text(PNG)}, {"seed": 7})
+    asked: list[Any] = []
+    once = backend.called["text_encoder"]
+    backend.called["text_encoder"] = lambda inputs, options: (
+        asked.append(options["parameters"]) or once(inputs, options)
+    )
     request.is_cancelled = lambda: False  # type: ignore[attr-defined]
     model.execute([request])
     (answer,) = request.answers
     assert not answer.has_error(), answer.error().message()
     np.testing.assert_array_equal(answer.output_tensors()[0].as_numpy(), frames)
+    assert asked == [{"negative": False}, {"negative": True}]
     inputs, options = seen["image_encoder"]
     assert inputs["image"][0, 0] == PNG and options["parameters"] == {"seed": 7}
     inputs, options = seen["denoiser_stream"]

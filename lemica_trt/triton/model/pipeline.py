@@ -71,7 +71,7 @@ class TritonPythonModel:
         prompts, negatives = [self.encode(validation.text_from("prompt", given["prompt"][0]))], []
         if self.layout.guided:
             negative = parameters.get("negative_prompt", self.negative_prompt)
-            negatives = [self.encode(validation.text_from("negative_prompt", negative))]
+            negatives = [self.encode(validation.text_from("negative_prompt", negative), negative=True)]
         elif "negative_prompt" in parameters:
             raise InputError("this bundle was built without guidance: it takes no negative_prompt")
         inputs = inputs_from_conditions(conditions_from_texts(self.layout, prompts, negatives, pictures))
@@ -85,11 +85,12 @@ class TritonPythonModel:
             pb_utils.InferenceResponse(output_tensors=tensors), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         )
 
-    def encode(self, prompt):
-        """What the text encoders make of a text."""
+    def encode(self, prompt, *, negative=False):
+        """What the text encoders make of a prompt, or of a negative one."""
         inputs = {"prompt": np.array([[prompt.encode()]], np.object_)}
         outputs = [port.name for port in self.interfaces["text_encoder"].outputs]
-        return text_from_tensors(self.layout, next(self.call("text_encoder", inputs, outputs)))
+        found = next(self.call("text_encoder", inputs, outputs, parameters={"negative": negative}))
+        return text_from_tensors(self.layout, found)
 
     def encode_image(self, image, seed):
         """Conditions without batch, by name: what the image encoder makes of an image."""
