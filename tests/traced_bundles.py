@@ -37,6 +37,7 @@ SMALL = ("--samples", 1, "--validation-samples", 1, "--max-skip", 2, "--method",
 SHARED = {
     "flux": ("--budget", 3, *SMALL),
     "qwen-image": ("--schedule", "0,2,4", "--verify-samples", 0),
+    "cogvideox-i2v": ("--schedule", "0,2,4", "--verify-samples", 0),
 }
 """Bundles that several files of tests read, and how they are planned; `conftest.traced` builds each once."""
 

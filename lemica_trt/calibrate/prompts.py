@@ -15,7 +15,7 @@ from lemica_trt.ir.prompts import Prompt, prompt_from_line
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     """Read a prompt file: UTF-8, one prompt a line; blank lines and lines that begin with `#` are ignored.
 
-    A line may be `prompt<TAB>picture`, a PNG or JPEG file, relative to the folder of the prompt file.
+    A line may be `prompt<TAB>picture`, a PNG, JPEG or WebP file, relative to the folder of the prompt file.
 
     Returns:
         `ir.prompts.Prompt.line` of each.

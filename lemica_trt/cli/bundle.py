@@ -120,7 +120,7 @@ def report(screen: Screen, bundle: Path, output: Path | None) -> None:
         help="Classifier-free guidance.",
     ),
     flag("--negative-prompt", otherwise="the profile's", help="What to steer away from."),
-    flag("--image", type=options.FILE, help="PNG or JPEG, of bundles that need one: its first frame, say."),
+    flag("--image", type=options.FILE, help="PNG, JPEG or WebP, of bundles that need one: its first frame, say."),
 )
 @flags(
     "Engines",

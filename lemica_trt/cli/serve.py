@@ -95,6 +95,7 @@ def triton(
     flag("--seed", type=int, default=0, show_default=True, help="The noise that it starts from."),
     flag("--guidance-scale", type=float, help="Classifier-free guidance.", otherwise="the plan's"),
     flag("--negative-prompt", help="What to steer away from.", otherwise="the profile's"),
+    flag("--image", type=options.FILE, help="PNG, JPEG or WebP, of bundles that need one: its first frame, say."),
     flag(
         "--timeout",
         type=click.FloatRange(0, min_open=True),
@@ -111,18 +112,31 @@ def triton(
 )  # fmt: skip
 @common
 def client(
-    screen: Screen, prompt: str, url: str, timeout: float | None, fps: int, output: Path, **parameters: Any
+    screen: Screen,
+    prompt: str,
+    url: str,
+    timeout: float | None,
+    fps: int,
+    image: Path | None,
+    output: Path,
+    **parameters: Any,
 ) -> None:
     """Generate a clip from PROMPT on a Triton server, with progress. Ctrl-C cancels it there too."""
+    from lemica_trt.core.pictures import decoded_picture, picture_file
     from lemica_trt.core.values import write_bytes
     from lemica_trt.runtime.video import check_suffix, write_video
     from lemica_trt.triton.client import generate
 
     check_suffix(output, made_here=False)
     options.require_output(output, screen)
+    picture = None if image is None else picture_file(image)
+    if picture is not None:
+        decoded_picture(picture, name=str(image))
     screen.reporter.stage("generate", url)
     given, mp4 = options.given(parameters), output.suffix.lower() == ".mp4"
-    clip = generate(url, prompt, parameters=given, mp4=mp4, timeout=timeout, on_step=screen.reporter.advance)
+    clip = generate(
+        url, prompt, parameters=given, image=picture, mp4=mp4, timeout=timeout, on_step=screen.reporter.advance
+    )
     if isinstance(clip, bytes):
         write_bytes(clip, output)
     else:

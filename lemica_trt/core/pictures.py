@@ -6,9 +6,11 @@ diffusers and transformers. Pillow is loaded with the first picture.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +34,74 @@ MAX_ASPECT = 16
 
 _SIZES = f"expected a picture of at most {MAX_SIDE} pixels a side, the longer at most {MAX_ASPECT} times the shorter"
 
-FORMATS = ("PNG", "JPEG")
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""Pillow's names; those that OpenAI's video API takes as `input_reference`."""
+
+MAX_TEXT = (MAX_BYTES + 2) // 3 * 4 + 64
+"""Characters of the largest picture as base64, with the head of a data URL."""
+
+KINDS = "PNG, JPEG or WebP"
+"""`FORMATS` for people."""
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 """Pillow's names of what has 8 bits a channel at most; all become RGB, transparency is left out."""
 
 
 def read_picture(path: str | os.PathLike[str], *, digest: str | None = None) -> Pixels:
-    """The pixels of a PNG or JPEG file.
+    """The pixels of a PNG, JPEG or WebP file.
 
     Args:
         digest: SHA-256 (hex) that the file must have.
 
     Raises:
-        InputError: not readable, or as `decoded_picture`; or it is another file now.
+        InputError: as `picture_file` and `decoded_picture`; or it is another file now.
     """
-    try:
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise InputError(
-            f"{path}: expected a picture, got: {error.strerror or error}", fix="name a PNG or JPEG"
-        ) from None
+    data = picture_file(path)
     if digest is not None and hashlib.sha256(data).hexdigest() != digest:
         raise InputError(f"{path}: expected the picture that the prompts were read with, it has changed since")
     return decoded_picture(data, name=str(path))
 
 
+def picture_file(path: str | os.PathLike[str]) -> bytes:
+    """The content of a picture's file, not decoded; of one that is too large the beginning, more than `MAX_BYTES`.
+
+    Raises:
+        InputError: not readable.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(
+            f"{path}: expected a picture, got: {error.strerror or error}", fix=f"name a {KINDS} file"
+        ) from None
+
+
+def picture_sent(value: str | bytes, *, name: str = "image") -> bytes:
+    """The content of a picture's file as requests have it: as it is, in base64, or as a data URL (RFC 2397).
+
+    No other URL is fetched: a server that does reaches what its clients cannot.
+
+    Raises:
+        InputError: too long, another URL, or not in base64.
+    """
+    data = value.encode("ascii", "replace") if isinstance(value, str) else value
+    if len(data) > MAX_TEXT:
+        raise InputError(f"{name}: expected at most {MAX_BYTES >> 20} MiB, got more", fix="make it smaller")
+    head = re.match(rb"(?:data:[^,]{0,40};base64,|([a-z][a-z0-9+.-]*:))", data, re.IGNORECASE)
+    if head is not None and head[1]:
+        raise InputError(f"{name}: expected the picture itself, got a URL", fix="data:image/png;base64,…")
+    try:
+        return base64.b64decode(data[head.end() if head else 0 :], validate=True)
+    except ValueError:
+        if head is None and isinstance(value, bytes):  # no file of `FORMATS` is base64
+            return value
+        raise InputError(f"{name}: expected base64, got something else", fix="data:image/png;base64,…") from None
+
+
 def decoded_picture(data: bytes, *, name: str = "the image") -> Pixels:
-    """The pixels of a PNG or JPEG file's content, turned as its EXIF orientation says.
+    """The pixels of the content of a PNG, JPEG or WebP file, of an animation its first picture; turned as its EXIF
+    orientation says.
 
     Raises:
         InputError: too large, of another format, damaged, of more than 8 bits a channel, or of too many pixels; said
@@ -77,7 +118,7 @@ def decoded_picture(data: bytes, *, name: str = "the image") -> Pixels:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # its own limit is above ours
         raise InputError(f"{name}: {_SIZES}, got far more", fix="make it smaller") from None
     except Exception:  # Pillow's parsers raise what they please
-        raise InputError(f"{name}: expected a PNG or JPEG picture, got neither", fix="convert it") from None
+        raise InputError(f"{name}: expected a {KINDS} picture, got none of them", fix="convert it") from None
     _require_size(name, image.height, image.width)
     _require_mode(name, image.mode)
     return _pixels(image, name, turned=True)
@@ -88,7 +129,9 @@ def _pixels(image: Any, name: str, *, turned: bool) -> Pixels:
     from PIL import ImageOps
 
     try:
-        return np.array((ImageOps.exif_transpose(image) if turned else image).convert("RGB"))
+        if turned:
+            ImageOps.exif_transpose(image, in_place=True)
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # converting copies what is RGB, too
     except MemoryError:
         raise
     except Exception as error:
@@ -117,7 +160,7 @@ def picture_from(value: object, *, name: str = "image") -> Pixels:
         _require_mode(name, value.mode)
         return _pixels(value, name, turned=False)
     raise InputError(
-        f"{name}: expected a path, the content of a PNG or JPEG file, a PIL image or an array uint8 [H, W, 3], "
+        f"{name}: expected a path, the content of a {KINDS} file, a PIL image or an array uint8 [H, W, 3], "
         f"got {type(value).__name__}"
     )
 

@@ -6,23 +6,27 @@ import asyncio
 import base64
 import re
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lemica_trt.core.errors import InputError, LemicaError
+from lemica_trt.core.pictures import decoded_picture
 from lemica_trt.endpoint.errors import Refused, error_object, status_of
 from lemica_trt.endpoint.guard import Guard
 from lemica_trt.endpoint.health import Health
 from lemica_trt.endpoint.jobs import Job, Jobs
 from lemica_trt.endpoint.metrics import CONTENT_TYPE, Metrics
-from lemica_trt.endpoint.requests import PARAMETERS, Model, body_from_form, body_from_json
+from lemica_trt.endpoint.requests import PARAMETERS, Asked, Model, body_from_form, body_from_json
 
 BODY_SECONDS = 30.0
 """How long a client may take to send its request."""
@@ -50,6 +54,7 @@ class Endpoint:
     def __init__(self, model: Model, jobs: Jobs, metrics: Metrics, created: int, health: Health | None = None) -> None:
         self._model, self._jobs, self._metrics, self._created = model, jobs, metrics, created
         self._health = health or Health(jobs)
+        self._pictures = ThreadPoolExecutor(1, "lemica-trt-pictures")  # of one at a time, however many are sent
 
     def app(self, key: str | None = None) -> Starlette:
         """The ASGI application.
@@ -71,7 +76,7 @@ class Endpoint:
                 Route("/health/ready", self.ready),
                 Route("/metrics", self.metrics),
             ],
-            middleware=[Middleware(Guard, key=key)],
+            middleware=[Middleware(Guard, key=key, most=self._model.max_body_bytes)],
             exception_handlers={LemicaError: _answer_error, HTTPException: _answer_http_error},
         )
 
@@ -88,8 +93,7 @@ class Endpoint:
 
     async def make_video(self, request: Request) -> Response:
         """POST /v1/videos: the job; the whole clip where `response_format` asks for it, as Dynamo's clients do."""
-        body = await _body(request)
-        asked = self._model.read(body, image=False)
+        asked = await self._asked(request, image=False)
         job = self._jobs.submit(asked, ".mp4", listed=not asked.inline)
         if not asked.inline:
             return JSONResponse(self._video_object(job))
@@ -98,8 +102,7 @@ class Endpoint:
 
     async def make_image(self, request: Request) -> Response:
         """POST /v1/images/generations: the image; a client that goes away cancels it."""
-        body = await _body(request)
-        job = self._jobs.submit(self._model.read(body, image=True), ".png", listed=False)
+        job = self._jobs.submit(await self._asked(request, image=True), ".png", listed=False)
         data = base64.b64encode(await self._wait(request, job)).decode()
         return JSONResponse(
             {
@@ -109,6 +112,18 @@ class Endpoint:
                 "size": self._model.size,
             }
         )
+
+    async def _asked(self, request: Request, *, image: bool) -> Asked:
+        """What a request asks for; its picture has been decoded once.
+
+        Raises:
+            InputError: as `Model.read`; or it is no picture.
+        """
+        asked = self._model.read(await _body(request, self._model.max_body_bytes), image=image)
+        if asked.generation.image is not None:
+            decode = partial(decoded_picture, asked.generation.image, name="input_reference")
+            await asyncio.get_running_loop().run_in_executor(self._pictures, decode)
+        return asked
 
     async def videos(self, request: Request) -> Response:
         """GET /v1/videos: what is known, page by page; the newest first."""
@@ -223,8 +238,11 @@ class Endpoint:
         }
 
 
-async def _body(request: Request) -> dict[str, Any]:
-    """The parameters of a request, JSON or a form.
+async def _body(request: Request, most: int) -> dict[str, Any]:
+    """The parameters of a request, JSON or a form, of which nothing is written to disk.
+
+    Args:
+        most: bytes of it.
 
     Raises:
         InputError: they are neither, or cannot be read.
@@ -235,13 +253,22 @@ async def _body(request: Request) -> dict[str, Any]:
         return body_from_json(await _in_time(request.body()))
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
         try:
-            form = await _in_time(request.form(max_files=1, max_fields=MOST_FIELDS))
+            form = await _in_time(
+                _form(request, most) if kind == "multipart/form-data" else request.form(max_fields=MOST_FIELDS)
+            )
         except (MultiPartException, HTTPException) as error:
             raise InputError(f"the body must be a form: {getattr(error, 'detail', error)}") from None
-        fields = dict(form)
+        fields = {name: value if isinstance(value, str) else await value.read() for name, value in form.items()}
         await form.close()
         return body_from_form(fields)
     raise Refused(415, "unsupported_media_type", "the body must be application/json or multipart/form-data")
+
+
+async def _form(request: Request, most: int) -> FormData:
+    """A form with files: as `request.form` reads it, in memory and with fields as large as the request may be."""
+    parser = MultiPartParser(request.headers, request.stream(), max_files=1, max_fields=MOST_FIELDS)
+    parser.max_part_size = parser.spool_max_size = most
+    return await parser.parse()
 
 
 async def _in_time(reading: Awaitable[T]) -> T:

@@ -14,11 +14,9 @@ import traceback
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lemica_trt.endpoint.errors import Refused, error_object, status_of
+from lemica_trt.endpoint.requests import MAX_BODY_BYTES
 
 LOGGER = logging.getLogger("lemica_trt.endpoint")
-
-MAX_BODY_BYTES = 1 << 20
-"""Of a request; prompts have 8192 bytes at most."""
 
 OPEN = re.compile(r"/(health/(live|ready)|metrics)?")
 """Paths that need no key: for probes and Prometheus."""
@@ -46,10 +44,11 @@ class Guard:
     Args:
         app: what is guarded.
         key: the bearer token; None: no key.
+        most: bytes of a request.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None = None) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, key: str | None = None, most: int = MAX_BODY_BYTES) -> None:
+        self._app, self._most = app, most
         self._key = None if key is None else hashlib.sha256(key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,7 +66,7 @@ class Guard:
 
         try:
             self._require_allowed(scope)
-            await self._app(scope, _limited(receive), answer)
+            await self._app(scope, _limited(receive, self._most), answer)
         except Exception as error:  # whatever it was, the request gets an answer
             if not isinstance(error, Refused):  # its text may hold what was asked for: the place must do
                 where = "".join(traceback.format_tb(error.__traceback__))
@@ -84,8 +83,8 @@ class Guard:
         """Raise Refused unless the request may come in."""
         headers = {name.lower(): value for name, value in scope["headers"]}
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            raise _too_large()
+        if not length.isdigit() or int(length) > self._most:
+            raise _too_large(self._most)
         if self._key is None:
             _, _, host = headers.get(b"host", b"").decode("latin-1").rpartition("@")
             name = re.sub(r":\d*$", "", host).strip("[]")
@@ -98,12 +97,12 @@ class Guard:
                 raise Refused(401, "invalid_api_key", "expected the API key in the header Authorization: Bearer KEY")
 
 
-def _too_large() -> Refused:
+def _too_large(most: int) -> Refused:
     """A new one each time: a traceback grows whenever its exception is raised again."""
-    return Refused(413, "request_too_large", f"a request must have at most {MAX_BODY_BYTES} bytes")
+    return Refused(413, "request_too_large", f"a request must have at most {most} bytes")
 
 
-def _limited(receive: Receive) -> Receive:
+def _limited(receive: Receive, most: int = MAX_BODY_BYTES) -> Receive:
     """The same messages, until there are too many bytes."""
     size = 0
 
@@ -111,8 +110,8 @@ def _limited(receive: Receive) -> Receive:
         nonlocal size
         message = await receive()
         size += len(message.get("body", b""))
-        if size > MAX_BODY_BYTES:
-            raise _too_large()
+        if size > most:
+            raise _too_large(most)
         return message
 
     return limited

@@ -9,8 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from msgspec import UNSET
+
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import EngineError, LemicaError, MissingDependencyError, UnsupportedError
+from lemica_trt.core.pictures import drawn_picture
 from lemica_trt.endpoint.errors import Refused
 from lemica_trt.runtime.denoise import Cancelled, RowDone
 from lemica_trt.runtime.generation import GenerationRequest
@@ -105,7 +108,7 @@ class Engines:
             raise Cancelled
 
         with suppress(Cancelled):
-            self._pipeline.run([GenerationRequest("")], on_step=stop)
+            self._pipeline.run([self._pipeline.request("", 0)], on_step=stop)
 
 
 class TritonServer:
@@ -132,6 +135,7 @@ class TritonServer:
                 self._url,
                 request.prompt,
                 parameters=parameters,
+                image=request.image,
                 mp4=suffix == ".mp4",
                 on_step=on_progress,
                 check=check,
@@ -179,5 +183,7 @@ class TritonServer:
                     fix="look at the log of tritonserver",
                 )
 
+        needed = self._bundle.manifest.graphs.image is not UNSET
+        image = encoded(drawn_picture("", 64, 64)[None], ".png", fps=1) if needed else None
         with suppress(Cancelled):
-            client.generate(self._url, "", parameters={"plan": self._plan}, on_step=stop, check=wait)
+            client.generate(self._url, "", parameters={"plan": self._plan}, image=image, on_step=stop, check=wait)

@@ -2,11 +2,17 @@
 
 A request cannot ask for another size, length or number of steps than the bundle was built for. Clients send such
 numbers all the same: they are compared with the bundle's, and another one is refused with what there is.
+
+An image comes as OpenAI's video API has it (openai-python, `VideoCreateParams.input_reference`): a file of a form, or
+an object with a data URL as `image_url`, whose field in a form is `input_reference[image_url]`. vLLM-Omni's name of the
+object is `image_reference` (docs/serving/videos_api.md there); SGLang's JSON has a string, which here is a data URL or
+base64. No URL is fetched, and no file of this machine is read.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +21,8 @@ import msgspec
 from msgspec import UNSET
 
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.core.errors import InputError, UnsupportedError
+from lemica_trt.core.errors import InputError
+from lemica_trt.core.pictures import MAX_TEXT, picture_sent
 from lemica_trt.endpoint.errors import Refused
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Shape
@@ -26,14 +33,19 @@ NESTED = ("nvext", "extra_body", "extra_params")
 """Objects in a request whose fields count as the request's own: Dynamo's, SGLang's and vLLM-Omni's."""
 
 TEXTS = ("model", "prompt", "negative_prompt", "plan", "quality", "size", "user", "response_format", "output_format",
-         "background", "input_reference")  # fmt: skip
+         "background")  # fmt: skip
+PICTURES = ("input_reference", "image_reference")
+"""OpenAI's name of the image, and vLLM-Omni's."""
 NUMBERS = ("steps", "seed", "guidance_scale", "num_inference_steps", "num_frames", "fps", "width", "height", "n",
            "seconds")  # fmt: skip
-PARAMETERS = frozenset(TEXTS + NUMBERS)
+PARAMETERS = frozenset(TEXTS + NUMBERS + PICTURES)
 """Everything that a request may have."""
 
 ONLY_IMAGES = frozenset({"output_format", "background"})
-ONLY_VIDEOS = frozenset({"input_reference", "num_frames", "fps", "seconds"})
+ONLY_VIDEOS = frozenset({"num_frames", "fps", "seconds"})
+
+MAX_BODY_BYTES = 1 << 20
+"""Of a request without an image; prompts have 8192 bytes at most."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +72,12 @@ class Model:
         bundle: opened.
         plan: the plan of requests that name none; None: the bundle's default.
 
-    Raises:
-        UnsupportedError: requests need an image.
+    Attributes:
+        needs_image: whether requests must have one.
     """
 
     def __init__(self, bundle: Bundle, plan: str | None = None) -> None:
-        if bundle.manifest.graphs.image is not UNSET:
-            raise UnsupportedError(
-                "the bundle needs an image beside the prompt, which cannot be served yet",
-                fix="lemica-trt run, or in Python",
-            )
+        self.needs_image = bundle.manifest.graphs.image is not UNSET
         self.name = bundle.manifest.profile.name
         self.plans: dict[str, StepPlan] = {name: bundle.plan(name) for name in bundle.plans}
         self.default = bundle.plan(plan).name
@@ -87,9 +95,18 @@ class Model:
         return f"{self.shape.frames / self.shape.fps:g}"
 
     @property
+    def max_body_bytes(self) -> int:
+        """Of a request."""
+        return MAX_BODY_BYTES + (MAX_TEXT if self.needs_image else 0)
+
+    @property
     def makes_images(self) -> bool:
         """Whether a clip is one frame."""
         return self.shape.is_image
+
+    @property
+    def _makes(self) -> str:
+        return "images" if self.makes_images else "videos"
 
     @property
     def ids(self) -> dict[str, str]:
@@ -110,8 +127,8 @@ class Model:
         found = _flat(body)
         require_known(found, PARAMETERS - (ONLY_VIDEOS if image else ONLY_IMAGES))
         if image != self.makes_images:
-            does = "images: POST /v1/images/generations" if self.makes_images else "videos: POST /v1/videos"
-            raise InputError(f"model {self.name} makes {does}")
+            path = "/v1/images/generations" if self.makes_images else "/v1/videos"
+            raise InputError(f"model {self.name} makes {self._makes}: POST {path}")
         for name in found:
             if name in TEXTS and not isinstance(found[name], str):
                 raise InputError(f"{name} must be a string, got {type(found[name]).__name__}")
@@ -129,6 +146,7 @@ class Model:
             seed=seed_from(found),
             guidance_scale=scale if self.guided else None,
             negative_prompt=None if negative is None else text_from("negative_prompt", negative),
+            image=self._image(found),
         )
         return Asked(generation, plan, found.get("model", self.name), inline=image or "response_format" in found)
 
@@ -169,10 +187,34 @@ class Model:
                 more = "; for fewer full steps name a plan" if name == "num_inference_steps" else ""
                 raise InputError(f"{name} must be {what}, which the bundle was built for{more}; got {found[name]!r}")
 
+    def _image(self, found: Mapping[str, Any]) -> bytes | None:
+        """The content of the picture's file, not decoded; None: the model needs none.
+
+        Raises:
+            InputError: there is one too many or too few, or it is not given as one is.
+        """
+        names = [name for name in PICTURES if name in found]
+        if not self.needs_image:
+            if names:
+                raise InputError(f"{names[0]} must be left out: the model makes {self._makes} from text alone")
+            return None
+        if len(names) != 1:
+            ways = 'a file of a form, or {"image_url": "data:image/png;base64,…"}'
+            raise InputError(f"input_reference must be given, once: the model needs an image, {ways}")
+        (name,) = names
+        value = found[name]
+        if isinstance(value, Mapping):
+            if set(value) != {"image_url"}:
+                raise InputError(f"{name} must have image_url, a data URL, and nothing else; got {', '.join(value)}")
+            value = value["image_url"]
+        if isinstance(value, bytes):
+            return value
+        if not isinstance(value, str):
+            raise InputError(f"{name} must be a file, or an object with image_url; got {type(value).__name__}")
+        return picture_sent(value, name=name)
+
     def _require_output(self, found: Mapping[str, Any], *, image: bool) -> None:
         """Raise InputError for an output that there is not."""
-        if "input_reference" in found:
-            raise InputError("input_reference must be left out: the model makes videos from text alone")
         allowed: dict[str, tuple[object, ...]] = {
             "n": (1,),
             "response_format": ("b64_json",),
@@ -222,14 +264,20 @@ def body_from_json(data: bytes) -> dict[str, Any]:
 def body_from_form(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters in a form, in which everything is text: numbers become numbers, objects objects.
 
+    Args:
+        fields: text, or of a file its content. `NAME[KEY]` is a field of an object, as OpenAI's clients write them.
+
     Raises:
         InputError: an object is no JSON object.
     """
     found: dict[str, Any] = {}
     for name, value in fields.items():
-        if not isinstance(value, str):  # a file
-            found[name] = "(a file)"
-        elif name in NESTED:
+        inner = re.fullmatch(rf"({'|'.join(PICTURES)})\[(\w+)\]", name)
+        if not isinstance(value, str):
+            found[name] = value
+        elif inner is not None:
+            found[inner[1]] = {inner[2]: value}
+        elif name in NESTED or (name in PICTURES and value.lstrip().startswith("{")):
             found[name] = body_from_json(value.encode("utf-8", "surrogatepass"))
         elif name in NUMBERS:
             try:

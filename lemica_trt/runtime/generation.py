@@ -20,8 +20,8 @@ class GenerationRequest:
         seed: 0 … 2^63 − 1.
         guidance_scale: g; the plan's by default. Guided bundles only.
         negative_prompt: the profile's by default. Guided bundles only.
-        image: what the picture is, as `core.pictures.picture_from` takes it: path, content of a PNG or JPEG file, PIL
-            image, or uint8 [H, W, 3]. Bundles that need one only.
+        image: what the picture is, as `core.pictures.picture_from` takes it: path, content of a PNG, JPEG or WebP
+            file, PIL image, or uint8 [H, W, 3]. Bundles that need one only.
     """
 
     prompt: str

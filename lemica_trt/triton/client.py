@@ -2,7 +2,7 @@
 
     clip = generate("localhost:8001", "a big red circle moves left", parameters={"seed": 7, "plan": "b15"})
 
-Needs tritonclient (`pip install 'lemica-trt[client]'`) and nothing of this package but the errors.
+Needs tritonclient (`pip install 'lemica-trt[client]'`) and nothing of this package but errors and names.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError, UsageError, install_command
+from lemica_trt.triton.interface import IMAGE
 
 MODEL = "pipeline_stream"
 
@@ -38,6 +39,7 @@ def generate(
     parameters: Mapping[str, str | int | float] | None = None,
     mp4: bool = False,
     timeout: float | None = None,
+    image: bytes | None = None,
     on_step: Callable[[int, int], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> npt.NDArray[np.uint8] | bytes:
@@ -48,6 +50,7 @@ def generate(
         prompt: any text.
         parameters: `plan`, `steps`, `seed`, `guidance_scale`, `negative_prompt`; what is left out is the bundle's.
         mp4: the clip as the bytes of an MP4 file.
+        image: the content of a PNG, JPEG or WebP file, where the bundle needs one.
         timeout: seconds until the server gives up; None: the server's own limit.
         on_step: called with (steps done, steps) after each full step. What it raises cancels the request on the server
             and passes through, as Ctrl-C does.
@@ -67,11 +70,13 @@ def generate(
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     try:
         client.start_stream(callback=lambda result, error: answers.put((result, error)))
-        text = grpc.InferInput("prompt", [1, 1], "BYTES")
-        text.set_data_from_numpy(np.array([[prompt.encode()]], np.object_))
+        given = {"prompt": prompt.encode()} | ({} if image is None else {IMAGE: image})
         client.async_stream_infer(
             MODEL,
-            inputs=[text],
+            inputs=[
+                grpc.InferInput(name, [1, 1], "BYTES").set_data_from_numpy(np.array([[data]], np.object_))
+                for name, data in given.items()
+            ],
             parameters={**(parameters or {}), "output": "mp4" if mp4 else "frames"},
             timeout=None if timeout is None else max(1, round(timeout * 1e6)),
         )
@@ -176,7 +181,8 @@ def _receive(
 
 
 _REFUSED = re.compile(
-    r"unknown parameter|plan \S+ holds for |this bundle was built without |\w+(, the number of full steps,)? must be "
+    r"unknown parameter|plan \S+ holds for |this bundle was built without |\w+(, the number of full steps,)? must be |"
+    r"image: expected |.* missing required input"
 )
 
 

@@ -1,9 +1,11 @@
 """The models of a repository, and the tensors that go in and out of them; one request is one sample.
 
     prompt ─ pipeline ──────────────────────────────────────────────────── frames, MP4 or PNG
-               │ text_encoder        denoiser_stream            vae_decoder
+    image      │ text_encoder        denoiser_stream            vae_decoder
                │ prompt → embeds     embeds → step…, latents    latents → frames
                │ (cache)             (batches, metrics)
+               │ image_encoder
+               │ image → embeds
 
 Pure: from a bundle's manifest to names, dtypes and dimensions; `repository` writes them, `check` compares with them,
 the models read requests and call each other by them.
@@ -20,8 +22,8 @@ from msgspec import UNSET
 
 from lemica_trt.backends.base import Array
 from lemica_trt.bundle.manifest import Manifest
-from lemica_trt.core.errors import InputError, UnsupportedError
-from lemica_trt.ir.graphs import NEGATIVE, Role, StepLayout, TensorSpec
+from lemica_trt.core.errors import InputError
+from lemica_trt.ir.graphs import IMAGE_ENCODER, NEGATIVE, Role, StepLayout, TensorSpec
 from lemica_trt.ir.profile import Shape
 from lemica_trt.runtime.conditions import EncodedText, condition_shapes
 
@@ -33,6 +35,7 @@ OLDEST_SERVER_NAME = "2.51 (container 24.10)"
 
 MODELS: dict[str, str] = {
     "text_encoder": "text_encoder.py",
+    "image_encoder": "image_encoder.py",
     "denoiser": "denoiser.py",
     "denoiser_stream": "denoiser.py",
     "vae_decoder": "vae_decoder.py",
@@ -43,6 +46,7 @@ MODELS: dict[str, str] = {
 
 MODEL_SUMMARIES: dict[str, str] = {
     "text_encoder": "Prompt → conditions: what all text encoders make of it.",
+    "image_encoder": "Image → conditions: what the image encoder makes of it.",
     "denoiser": "Conditions → latents: the whole denoising loop, in process.",
     "denoiser_stream": "Like denoiser, with an answer after each full step.",
     "vae_decoder": "Latents → frames.",
@@ -66,6 +70,9 @@ _NUMPY_DTYPES: dict[str, Any] = {
     "FP32": np.float32, "FP16": np.float16, "INT64": np.int64, "INT32": np.int32, "UINT8": np.uint8,
     "STRING": np.object_,
 }  # fmt: skip
+
+IMAGE = "image"
+"""Input of the pipelines and of `image_encoder`: the content of a PNG, JPEG or WebP file, as it is or in base64."""
 
 _TOKENS = "_tokens"
 """Ends the name of a text encoder's output that says how long the text is."""
@@ -99,42 +106,41 @@ class Interface:
 
 
 def interfaces(manifest: Manifest) -> dict[str, Interface]:
-    """The models that a bundle can serve: all six; `denoiser` and `denoiser_stream` where it has no VAE decoder, or
-    no text encoder that gives each condition."""
+    """The models that a bundle can serve: all, `image_encoder` where it needs an image; `denoiser` and
+    `denoiser_stream` alone where it has no VAE decoder, or no encoder that gives each condition.
+    """
     graphs = manifest.graphs
-    if graphs.image is not UNSET:
-        raise UnsupportedError(
-            "the bundle needs an image beside the prompt, which cannot be served yet",
-            fix="lemica-trt run, or in Python",
-        )
-    if any(encoder.negative for encoder in manifest.encoders):
-        raise UnsupportedError("expected one text encoder for prompts and negative prompts, the bundle has two")
     encoders = [graphs.graph(role) for role in graphs_of("text_encoder", manifest)]
     encoded = {tensor.name: tensor for graph in encoders for tensor in graph.outputs}
+    pictured = [graphs.graph(IMAGE_ENCODER).outputs] if graphs.image is not UNSET else []
+    from_image = {tensor.name: tensor for outputs in pictured for tensor in outputs}
     latents = Port("latents", "FP32", graphs.layout.latent_shape)
     progress = (Port("step", "INT32", (1,)), Port("num_steps", "INT32", (1,)))
-    taken = tuple(_condition_ports(graphs.layout, encoded))
+    taken = tuple(_condition_ports(graphs.layout, encoded | from_image))
     found = {
         "denoiser": Interface(taken, (latents,)),
         "denoiser_stream": Interface(taken, (*progress, latents, Port("ended", "STRING", (1,)))),
     }
-    given = {port.name.removeprefix(NEGATIVE) for port in taken} <= set(encoded)
+    given = {port.name.removeprefix(NEGATIVE) for port in taken} <= set(encoded | from_image)
     if given and "vae_decoder" in {graph.role for graph in graphs.graphs}:
         decoded = next(tensor for tensor in graphs.graph("vae_decoder").outputs if tensor.name == "frames")
-        prompt, frames = Port("prompt", "STRING", (1,)), _port(decoded)
+        frames, prompt, image = _port(decoded), Port("prompt", "STRING", (1,)), Port(IMAGE, "STRING", (1,))
+        asked = (prompt, image) if pictured else (prompt,)
         made = (frames, Port(file_output(manifest.profile.shape), "STRING", (1,)))
         lengths = (Port(name + _TOKENS, "INT32", (1,)) for name in encoded if name in _free(graphs.layout))
         found["text_encoder"] = Interface((prompt,), (*map(_port, encoded.values()), *lengths))
         found["vae_decoder"] = Interface((latents,), (frames,))
-        found["pipeline"] = Interface((prompt,), made)
-        found["pipeline_stream"] = Interface((prompt,), (*progress, *made))
+        found["pipeline"] = Interface(asked, made)
+        found["pipeline_stream"] = Interface(asked, (*progress, *made))
+        if pictured:
+            found["image_encoder"] = Interface((image,), tuple(map(_port, from_image.values())))
     return {name: found[name] for name in MODELS if name in found}
 
 
 def graphs_of(model: str, manifest: Manifest) -> tuple[Role, ...]:
     """The graphs that a model runs."""
-    if model == "vae_decoder":
-        return ("vae_decoder",)
+    if model in ("vae_decoder", IMAGE_ENCODER):
+        return (model,)
     if model.startswith("denoiser"):
         return manifest.graphs.layout.step_graphs
     roles = {graph.role for graph in manifest.graphs.graphs}
@@ -188,7 +194,7 @@ def conditions_from_inputs(layout: StepLayout, inputs: Mapping[str, Array]) -> d
 
 
 def _condition_ports(layout: StepLayout, encoded: Mapping[str, TensorSpec]) -> Iterator[Port]:
-    """Of each condition the prompt's row, and the negative prompt's; of the dtype that the text encoder gives."""
+    """Of each condition the prompt's row, and the negative prompt's; of the dtype that its encoder gives."""
     for spec in layout.conditions:
         dtype = encoded.get(spec.name.removeprefix(NEGATIVE), spec).dtype
         dims = tuple(-1 if dim in spec.text_axes else int(dim) for dim in spec.shape[1:])

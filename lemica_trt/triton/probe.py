@@ -2,11 +2,11 @@
 """Ask the server of this repository for something real: exit code 0 if it answers, 1 and a line if it does not.
 
 For readiness probes of Kubernetes: a server whose models' processes have died still says that it is ready. Written by
-`lemica-trt triton`; needs nothing but Python.
+`lemica-trt triton`; needs nothing but Python. Where requests need an image, this one has a single grey pixel.
 
     probe.py [--clip] [--timeout SECONDS] [--url URL]
 
-Without --clip: text encoder and the first full step of the denoiser; the request ends when nobody reads on, at the
+Without --clip: encoders and the first full step of the denoiser; the request ends when nobody reads on, at the
 latest by its time-out. The VAE decoder is not asked. With it: a whole clip.
 """
 
@@ -21,6 +21,9 @@ import urllib.error
 import urllib.request
 
 MODEL = "pipeline_stream"
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+"""A PNG of one pixel, in base64."""
+
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks the server itself, whatever proxy the environment names."""
 
@@ -49,9 +52,12 @@ def first_answer(url: str, clip: bool, timeout: float) -> dict[str, object]:
     Raises:
         OSError, HTTPException, ValueError: no answer in time, or none that is JSON.
     """
-    body = {"prompt": "", "timeout": max(1, round(timeout * 1e6))}
-    request = urllib.request.Request(f"{url}/v2/models/{MODEL}/generate_stream", json.dumps(body).encode())
+    body: dict[str, object] = {"prompt": "", "timeout": max(1, round(timeout * 1e6))}
     try:
+        with OPENER.open(f"{url}/v2/models/{MODEL}", timeout=timeout) as answer:
+            if any(port["name"] == "image" for port in json.load(answer)["inputs"]):
+                body["image"] = PIXEL
+        request = urllib.request.Request(f"{url}/v2/models/{MODEL}/generate_stream", json.dumps(body).encode())
         with OPENER.open(request, timeout=timeout) as answer:
             for line in answer:
                 event = json.loads(line[len(b"data:") :]) if line.startswith(b"data:") else {}

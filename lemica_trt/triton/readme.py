@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import textwrap
 
+from msgspec import UNSET
+
 from lemica_trt import __version__
 from lemica_trt.bundle.manifest import Manifest
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.triton.interface import FILE_FORMATS, MODEL_SUMMARIES, OLDEST_SERVER_NAME, file_output
+from lemica_trt.core.pictures import KINDS, MAX_BYTES
+from lemica_trt.triton.interface import FILE_FORMATS, IMAGE, MODEL_SUMMARIES, OLDEST_SERVER_NAME, file_output
 
 
 def readme_text(bundle: Bundle, models: tuple[str, ...], cpu: bool) -> str:
@@ -16,7 +19,7 @@ def readme_text(bundle: Bundle, models: tuple[str, ...], cpu: bool) -> str:
     engines = ", ".join(f"{entry.key.title} ({entry.key.target})" for entry in manifest.engines)
     about = "\n".join(f"| `{name}` | {MODEL_SUMMARIES[name]} |" for name in models)
     cpu_only = "Without a GPU: `./start.sh --model-config-name=cpu`." if cpu else "The engines need a GPU."
-    kind = FILE_FORMATS[file_output(manifest.profile.shape)]
+    whole = "pipeline" in models
     memory = sum(manifest.files[file].size for entry in manifest.engines for file in set(entry.files.values())) / 1e6
     return f"""# {manifest.profile.name} on Triton Inference Server
 
@@ -40,28 +43,62 @@ closes the APIs to load models, to trace and to log (`--http-restricted-api`, `-
 load models may upload a `model.py`, and so run any code as the server's user. `ADMIN_TOKEN=…` sets the token that opens
 them. {cpu_only}
 
-Engine files: {memory:.0f} MB, held by `denoiser` and `denoiser_stream` each; the pipelines use the latter only, so load
-`denoiser` where you call it: name the others in `MODELS="denoiser_stream pipeline …"`.
+{_memory(memory, whole)}
 
 | model | |
 |---|---|
 {about}
 
-{_parameters(manifest)}
+{_parameters(manifest, whole)}
 
-`./probe.py` makes a real request, the first step of one: for readiness probes, since a server whose models' processes
-have died still says that it is ready. With `--clip` it wants the frames, too.
+{_PROBE if whole else _NO_PIPELINE}
 
 | plan | full steps |
 |---|---|
 {_plan_table(bundle)}
 
-```bash
-lemica-trt client --url localhost:8001 "a prompt" --output out.{kind}
-curl -d '{{"prompt": "a prompt", "seed": 7, "output": "{kind}-base64"}}' localhost:8000/v2/models/pipeline/generate
+{_examples(manifest) if whole else ""}{_operation(models)}"""
+
+
+_PROBE = """\
+`./probe.py` makes a real request, the first step of one: for readiness probes, since a server whose models' processes
+have died still says that it is ready. With `--clip` it wants the frames, too."""
+
+_NO_PIPELINE = """\
+The bundle has no VAE decoder, or no encoder of what the denoisers take: they are for callers with their own, and there
+are no pipelines. A server whose models' processes have died still says that it is ready: ask for something real."""
+
+
+def _memory(megabytes: float, whole: bool) -> str:
+    """How much the engines are, and what need not be loaded."""
+    spare = (
+        "the pipelines use the latter only, so load\n"
+        '`denoiser` where you call it: name the others in `MODELS="denoiser_stream pipeline …"`.'
+    )
+    load = spare if whole else "load the one that you\ncall: `MODELS=denoiser`."
+    return f"Engine files: {megabytes:.0f} MB, held by `denoiser` and `denoiser_stream` each; {load}"
+
+
+def _examples(manifest: Manifest) -> str:
+    """Requests, to copy."""
+    kind = FILE_FORMATS[file_output(manifest.profile.shape)]
+    asked, flag, before = f'"prompt": "a prompt", "seed": 7, "output": "{kind}-base64"', "", ""
+    request = f"curl -d '{{{asked}}}' localhost:8000"
+    if manifest.graphs.image is not UNSET:  # larger than an argument of a command may be
+        flag, before = " --image first.png", f"""printf '{{{asked}, "image": "%s"}}' "$(base64 -w0 first.png)" | """
+        request = "curl -d @- localhost:8000"
+    return f"""```bash
+lemica-trt client --url localhost:8001 "a prompt"{flag} --output out.{kind}
+{before}{request}/v2/models/pipeline/generate
 ```
 
-{_OPERATION}"""
+"""
+
+
+def _operation(models: tuple[str, ...]) -> str:
+    """New plans, and models that have died."""
+    planned = [name for name in models if name.startswith(("denoiser", "pipeline"))]
+    return _OPERATION.format(planned=" ".join(planned), any=models[0])
 
 
 _OPERATION = """New plans, without a restart:
@@ -69,7 +106,7 @@ _OPERATION = """New plans, without a restart:
 ```bash
 lemica-trt plan denoiser/bundle --budget 12
 lemica-trt triton denoiser/bundle --output .
-for model in denoiser denoiser_stream pipeline pipeline_stream; do
+for model in {planned}; do
   curl -X POST -H "admin-token: $ADMIN_TOKEN" localhost:8000/v2/repository/models/$model/load
 done
 ```
@@ -81,14 +118,14 @@ A model whose process has died answers every request with an error. Start it ane
 
 ```bash
 for action in unload load; do
-  curl -X POST -H "admin-token: $ADMIN_TOKEN" localhost:8000/v2/repository/models/text_encoder/$action
+  curl -X POST -H "admin-token: $ADMIN_TOKEN" localhost:8000/v2/repository/models/{any}/$action
 done
 ```
 """
 
 
-def _parameters(manifest: Manifest) -> str:
-    """What a request may ask for."""
+def _parameters(manifest: Manifest, whole: bool) -> str:
+    """What a request may ask for, of pipelines, too, where they are served."""
     guided, output = manifest.graphs.layout.guided, file_output(manifest.profile.shape)
     kind = FILE_FORMATS[output]
     names = [
@@ -98,10 +135,16 @@ def _parameters(manifest: Manifest) -> str:
         "`seed`",
         *(["`guidance_scale`"] * guided),
     ]
+    pipelines = (
+        f", and to the pipelines {'`negative_prompt` and ' * guided}`output`: `frames`, or `{kind}` and "
+        f"`{kind}-base64`, which are the answer's `{output}`"
+    )
+    image = (
+        f" The input `{IMAGE}` is the content of a {KINDS} file, as it is or in base64, at most {MAX_BYTES >> 20} MiB."
+    )
     wrapped = textwrap.wrap(
-        f"Parameters of a request: {', '.join(names)}, and to the pipelines {'`negative_prompt` and ' * guided}"
-        f"`output`: `frames`, or `{kind}` and `{kind}-base64`, which are the answer's `{output}`. `timeout` "
-        "(microseconds) ends it between two steps.",
+        f"Parameters of a request: {', '.join(names)}{pipelines * whole}. `timeout` (microseconds) ends it between two "
+        f"steps.{image * (whole and manifest.graphs.image is not UNSET)}",
         width=120,
     )
     return "\n".join(wrapped)

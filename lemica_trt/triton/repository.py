@@ -4,7 +4,7 @@
       README.md             what it needs, how to start it, what a request may ask for
       requirements.txt      what the server's interpreter needs, pinned with hashes; sbom.cdx.json lists the same
       start.sh              starts the server: on loopback, with the APIs that can run code closed
-      probe.py              asks it for something real
+      probe.py              asks it for something real, where pipelines are served
       denoiser/             config.pbtxt, configs/cpu.pbtxt, 1/model.py
         bundle/             the bundle, once; every model refers to it by the parameter `bundle`
       denoiser_stream/  text_encoder/  vae_decoder/  pipeline/  pipeline_stream/
@@ -33,7 +33,8 @@ from lemica_trt.triton.readme import readme_text
 __all__ = ["BUNDLE", "Settings", "model_file", "require_repository", "shipped", "write_repository"]
 
 START_SCRIPT = "start.sh"
-SCRIPTS = (START_SCRIPT, "probe.py")
+PROBE = "probe.py"
+"""Asks a pipeline."""
 
 SERVER_PINS = ("requirements.txt", "sbom.cdx.json")
 """What tools/lock_server.sh makes: versions with hashes of what the server's interpreter needs."""
@@ -67,7 +68,7 @@ def write_repository(
         with held(folder):
             with written({folder / name: data for name, data in contents.items()}):  # fails before anything is replaced
                 copy_bundle(bundle, folder / BUNDLE)
-            for name in SCRIPTS:
+            for name in contents.keys() & {START_SCRIPT, PROBE}:
                 (folder / name).chmod(0o755)
             for name in found if cpu is None else ():
                 (folder / name / "configs" / "cpu.pbtxt").unlink(missing_ok=True)
@@ -87,7 +88,8 @@ def _contents(bundle: Bundle, models: tuple[str, ...], settings: Settings) -> di
         contents[f"{name}/config.pbtxt"] = config_text(name, found[name], bundle, gpu, settings).encode()
         if cpu is not None:
             contents[f"{name}/configs/cpu.pbtxt"] = config_text(name, found[name], bundle, cpu, settings).encode()
-    contents.update({name: shipped(name) for name in (*SCRIPTS, *SERVER_PINS)})
+    scripts = (START_SCRIPT, PROBE) if "pipeline" in models else (START_SCRIPT,)
+    contents.update({name: shipped(name) for name in (*scripts, *SERVER_PINS)})
     contents["README.md"] = readme_text(bundle, models, cpu is not None).encode()
     return contents
 

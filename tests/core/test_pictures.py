@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import random
 import struct
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lemica_trt.core import pictures
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.pictures import (
     MAX_SIDE,
@@ -20,6 +22,7 @@ from lemica_trt.core.pictures import (
     decoded_picture,
     drawn_picture,
     picture_from,
+    picture_sent,
     planes,
     read_picture,
     resized,
@@ -48,6 +51,22 @@ def empty_png(height: int, width: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
+def empty_webp(width: int, height: int) -> bytes:
+    """The head of an animated WebP, which says its size, and a first picture of one pixel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return kind + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
+
+    def number(value: int) -> bytes:
+        return struct.pack("<I", value)[:3]
+
+    pixel = encoded(np.zeros((1, 1, 3), np.uint8), "WEBP", lossless=True)[12:]
+    head = chunk(b"VP8X", b"\2\0\0\0" + number(width - 1) + number(height - 1))
+    picture = chunk(b"ANMF", number(0) * 2 + number(0) * 2 + number(0) + b"\0" + pixel)
+    body = b"WEBP" + head + chunk(b"ANIM", bytes(6)) + picture
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
 def test_a_picture_may_be_given_in_several_ways(tmp_path: Path) -> None:
     pixels = noise(30, 20)
     (tmp_path / "first.png").write_bytes(encoded(pixels))
@@ -56,6 +75,39 @@ def test_a_picture_may_be_given_in_several_ways(tmp_path: Path) -> None:
         assert np.array_equal(picture_from(way), pixels)
     jpeg = decoded_picture(encoded(np.full((8, 8, 3), 77, np.uint8), "JPEG"))
     assert jpeg.shape == (8, 8, 3) and abs(jpeg.astype(int) - 77).max() <= 1
+    assert np.array_equal(decoded_picture(encoded(pixels, "WEBP", lossless=True)), pixels)
+    more = [Image.fromarray(noise(30, 20)[::-1])]
+    animated = encoded(pixels, "WEBP", lossless=True, save_all=True, append_images=more)
+    assert np.array_equal(decoded_picture(animated), pixels), "the first of them"
+    assert decoded_picture(empty_webp(300, 200)).shape == (200, 300, 3)
+
+
+def test_a_picture_is_sent_in_several_ways() -> None:
+    for kind in ("PNG", "JPEG", "WEBP"):
+        data = encoded(noise(30, 20), kind)
+        text = base64.b64encode(data).decode()
+        urls = (f"data:image/png;base64,{text}", f"DATA:image/webp;charset=utf-8;base64,{text}")
+        for way in (data, text, text.encode(), *urls, urls[0].encode()):
+            assert picture_sent(way) == data
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ("http://localhost/first.png", "expected the picture itself, got a URL → data:"),
+        ("file:///etc/passwd", "expected the picture itself, got a URL"),
+        (b"https://example.com", "expected the picture itself, got a URL"),
+        ("data:image/png,abc", "expected the picture itself, got a URL"),
+        ("data:image/png;base64,a!", "expected base64, got something else"),
+        ("/etc/passwd\n", "expected base64, got something else"),
+        ("\ud800", "expected base64, got something else"),
+        ("A" * (pictures.MAX_TEXT + 1), "expected at most 32 MiB, got more"),
+    ],
+    ids=range(8),
+)
+def test_what_is_sent_otherwise_is_refused(sent: str | bytes, message: str) -> None:
+    with pytest.raises(InputError, match=f"first: {message}"):
+        picture_sent(sent, name="first")
 
 
 def test_orientation_and_colours_are_those_of_load_image(tmp_path: Path) -> None:
@@ -75,20 +127,23 @@ def test_orientation_and_colours_are_those_of_load_image(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (b"", "expected a PNG or JPEG picture, got neither"),
-        (b"GIF89a" + bytes(40), "expected a PNG or JPEG picture, got neither"),
+        (b"", "expected a PNG, JPEG or WebP picture, got none of them"),
+        (b"GIF89a" + bytes(40), "expected a PNG, JPEG or WebP picture, got none of them"),
         (encoded(noise(8, 8))[:-40], "expected a whole picture, got"),
         (encoded(noise(64, 64), "JPEG")[:900], "expected a whole picture, got"),
         (empty_png(60_000, 60_000), "expected a picture of at most 8192 pixels a side"),
+        (empty_webp(8193, 8000), "expected a picture of at most 8192 pixels a side.* got 8000×8193"),
+        (empty_webp(1 << 24, 255), "expected a picture of at most 8192 pixels a side.* got far more"),
+        (encoded(noise(64, 64), "WEBP")[:900], "expected a"),
         (empty_png(8000, 10), "the longer at most 16 times the shorter, got 8000×10"),
         (encoded(Image.fromarray(np.zeros((8, 8), np.uint16))), "expected at most 8 bits a channel"),
         (bytes((32 << 20) + 1), "expected at most 32 MiB, got more"),
         (np.zeros((8, 8, 3), np.float32), r"expected an array uint8 \[H, W, 3\], got float32 \[8, 8, 3\]"),
         (np.zeros((0, 8, 3), np.uint8), "got 0×8"),
         ("nothing.png", "nothing.png: expected a picture, got: No such file"),
-        (7, "expected a path, the content of a PNG or JPEG file, a PIL image or an array uint8"),
+        (7, "expected a path, the content of a PNG, JPEG or WebP file, a PIL image or an array uint8"),
     ],
-    ids=range(12),
+    ids=range(15),
 )
 def test_what_is_no_picture_is_refused_in_a_line(value: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
@@ -107,10 +162,11 @@ def test_files_that_were_changed_by_chance_are_pixels_or_are_refused() -> None:
         encoded(noise(24, 40)),
         encoded(noise(24, 40), "JPEG"),
         encoded(Image.fromarray(noise(24, 40)).convert("P")),
+        encoded(noise(24, 40), "WEBP"),
     ]
     refused = 0
-    for number in range(600):
-        data = bytearray(whole[number % 3])
+    for number in range(800):
+        data = bytearray(whole[number % 4])
         for _ in range(chance.randint(1, 4)):
             data[chance.randrange(len(data) if number % 2 else 60)] = chance.randrange(256)
         if number % 7 == 0:
@@ -122,7 +178,7 @@ def test_files_that_were_changed_by_chance_are_pixels_or_are_refused() -> None:
             assert str(error).isprintable()
         else:
             assert found.dtype == np.uint8 and found.shape[2] == 3 and max(found.shape) <= MAX_SIDE
-    assert 100 < refused < 600
+    assert 100 < refused < 800
 
 
 @pytest.mark.parametrize("size", [(30, 80), (80, 30), (48, 72), (200, 210), (32, 48)])

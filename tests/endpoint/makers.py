@@ -19,6 +19,7 @@ class Held:
         failure: raised instead of a clip.
         sick: raised by a check.
         made: requests that have come to their end, in order.
+        images: theirs, of those that have one.
         checks: how many checks there were.
     """
 
@@ -26,6 +27,7 @@ class Held:
     sick: Exception | None = None
     free: bool = False
     made: list[int] = field(default_factory=list)
+    images: list[object] = field(default_factory=list)
     checks: int = 0
     _steps: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     _arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -43,6 +45,7 @@ class Held:
         if self.failure is not None:
             raise self.failure
         self.made.append(int(request.seed))
+        self.images += [] if request.image is None else [request.image]
         return Made(f"{request.seed} {suffix}".encode(), 0.5, full=3, skipped=1)
 
     def check(self, check: Check = wait_on) -> None:

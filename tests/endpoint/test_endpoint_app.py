@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from makers import Held
+from PIL import Image
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import EngineError
+from lemica_trt.endpoint import requests
 from lemica_trt.endpoint.errors import Refused
 from lemica_trt.endpoint.jobs import Jobs
 from lemica_trt.endpoint.requests import Model
@@ -35,8 +41,12 @@ KEY = "0123456789abcdef"
 class Rig:
     """An endpoint for tests."""
 
-    def __init__(self, bundle: Path, *, key: str | None = None, image: bool = False, queue: int = 1) -> None:
-        model, self.maker, self.now = Model(Bundle.open(bundle)), Held(), 0.0
+    def __init__(
+        self, bundle: Path, *, key: str | None = None, image: bool = False, needs: bool = False, queue: int = 1
+    ) -> None:
+        self.model, self.maker, self.now = Model(Bundle.open(bundle)), Held(), 0.0
+        model = self.model
+        model.needs_image = needs
         if image:
             model.shape = msgspec.structs.replace(model.shape, frames=1)
         metrics = Metrics(model)
@@ -241,7 +251,7 @@ def test_bodies(rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
         (b"x", "multipart/form-data", 400),
         (b"x", "multipart/form-data; boundary=b", 400),
         (json.dumps(PROMPT).encode(), "text/plain", 415),
-        (b"{" + b" " * guard.MAX_BODY_BYTES, "application/json", 413),
+        (b"{" + b" " * requests.MAX_BODY_BYTES, "application/json", 413),
     ):
         found = rig.client.post("/v1/videos", content=content, headers={"content-type": kind})
         assert found.status_code == status, found.text
@@ -249,16 +259,95 @@ def test_bodies(rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
 
     def parts() -> Iterator[bytes]:  # without a length
         for _ in range(2):
-            yield b" " * (guard.MAX_BODY_BYTES // 2 + 1)
+            yield b" " * (requests.MAX_BODY_BYTES // 2 + 1)
 
     found = rig.client.post("/v1/videos", content=parts(), headers={"content-type": "application/json"})
     assert found.status_code == 413
     assert "POST /v1/videos 413" in caplog.text and "secret" not in caplog.text
 
 
+def picture(height: int, width: int, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(noise).save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_images_are_looked_at_before_a_job_is_made(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """As a file, larger than other requests may be; as a data URL in a form and in JSON; never written to disk."""
+    rig = Rig(built[0], needs=True, queue=8)
+    rig.maker.finish()
+    whole = picture(700, 600)
+    assert len(whole) > requests.MAX_BODY_BYTES
+    url = "data:image/png;base64," + base64.b64encode(whole).decode()
+    small = picture(20, 30, "WEBP")
+    for sent in (
+        {"data": PROMPT, "files": {"input_reference": ("first.png", whole)}},
+        {"data": PROMPT, "files": {"input_reference[image_url]": (None, url)}},
+        {"data": {**PROMPT, "input_reference": base64.b64encode(small).decode()}},
+        {"json": {**PROMPT, "input_reference": {"image_url": url}}},
+    ):
+        made = rig.client.post("/v1/videos", **sent)
+        assert made.status_code == 200, made.text
+        rig.ended(made.json()["id"])
+        assert rig.maker.images.pop() in (whole, small)
+    for data, said in (
+        (b"GIF89a" + bytes(40), "input_reference: expected a PNG, JPEG or WebP picture, got none of them"),
+        (whole[:-100], "input_reference: expected a whole picture"),
+        (b"", "input_reference: expected a PNG, JPEG or WebP picture"),
+        (picture(2, 64), "input_reference: expected a picture of at most 8192 pixels a side"),
+    ):
+        refused = rig.client.post("/v1/videos", data=PROMPT, files={"input_reference": ("first.png", data)})
+        assert refused.status_code == 400 and said in refused.json()["error"]["message"], refused.text
+        assert refused.json()["error"]["param"] == "input_reference"
+    assert rig.maker.images == [] and rig.client.post("/v1/videos", json=PROMPT).status_code == 400
+    too_large = b" " * (rig.model.max_body_bytes + 1)
+    found = rig.client.post("/v1/videos", content=too_large, headers={"content-type": "application/json"})
+    assert found.status_code == 413
+    rig.jobs.cancel_all()
+
+
+def test_files_of_forms_are_not_written_to_disk(
+    built: tuple[Path, subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rolled(*_: object) -> None:
+        raise AssertionError("a file on disk")
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", rolled)
+    rig = Rig(built[0], needs=True)
+    rig.maker.finish()
+    made = rig.client.post("/v1/videos", data=PROMPT, files={"input_reference": ("x.png", picture(700, 600))})
+    assert made.status_code == 200
+    rig.jobs.cancel_all()
+
+
+@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+def test_openais_client_sends_images(
+    built: tuple[Path, subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openai = pytest.importorskip("openai")
+    rig = Rig(built[0], needs=True)
+    rig.maker.finish()
+    client, data = openai.OpenAI(base_url="http://localhost:8000/v1", api_key="none"), picture(700, 600)
+    monkeypatch.setattr(client._client, "send", lambda request, **_: _answer(rig, request))
+    made = client.videos.create(prompt="a bird", input_reference=("first.png", data))
+    rig.ended(made.id)
+    assert rig.maker.images == [data]
+    rig.jobs.cancel_all()
+
+
+def _answer(rig: Rig, request: Any) -> Any:
+    """The application's answer to a request of OpenAI's client, as that client's own kind of answer."""
+    found = rig.client.post(
+        "/v1/videos", content=request.read(), headers={"content-type": request.headers["content-type"]}
+    )
+    module = sys.modules[type(request).__module__.partition(".")[0]]
+    return module.Response(found.status_code, content=found.content, headers=dict(found.headers), request=request)
+
+
 def test_a_refusal_keeps_nothing_of_the_one_before() -> None:
     async def receive() -> Any:
-        return {"type": "http.request", "body": b" " * (guard.MAX_BODY_BYTES + 1)}
+        return {"type": "http.request", "body": b" " * (requests.MAX_BODY_BYTES + 1)}
 
     async def read() -> None:
         await guard._limited(receive)()

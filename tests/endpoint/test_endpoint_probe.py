@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +12,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from PIL import Image
 
 from lemica_trt.triton import probe
 
@@ -18,8 +22,15 @@ pytestmark = pytest.mark.null
 class Stream(BaseHTTPRequestHandler):
     """Answers with one step."""
 
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"inputs": [{"name": "prompt"}, {"name": "image"}]}).encode())
+
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with Image.open(io.BytesIO(base64.b64decode(body["image"]))) as image:
+            image.load()
         self.send_response(200)
         self.end_headers()
         self.wfile.write(b'data: {"step": [1]}\n\n')

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import InputError, LemicaError
 from lemica_trt.endpoint.errors import Refused, error_object
-from lemica_trt.endpoint.requests import PARAMETERS, Model, body_from_form, body_from_json
+from lemica_trt.endpoint.requests import MAX_BODY_BYTES, PARAMETERS, Model, body_from_form, body_from_json
+from lemica_trt.ir.graphs import ImageSpec, PictureSpec
 
 pytestmark = pytest.mark.cpu
 
@@ -107,9 +111,72 @@ def test_forms_are_text(model: Model) -> None:
     asked = model.read(body_from_form(form), image=False)
     assert (asked.generation.prompt, asked.generation.seed, asked.generation.guidance_scale) == ("7", 7, 2.5)
     assert asked.plan.name == "b5"
-    for wrong in ({"seed": "7.5"}, {"seed": "x"}, {"seed": ""}, {"extra_body": "[]"}, {"input_reference": object()}):
+    for wrong in ({"seed": "7.5"}, {"seed": "x"}, {"seed": ""}, {"extra_body": "[]"}, {"input_reference": b"a file"}):
         with pytest.raises(LemicaError):
             model.read(body_from_form({"prompt": "x", **wrong}), image=False)
+
+
+FILE = b"\x89PNG"
+
+
+def encoded(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+@pytest.fixture
+def pictured(built: tuple[Path, subprocess.CompletedProcess[str]]) -> Model:
+    """Of a bundle that needs an image."""
+    bundle = Bundle.open(built[0])
+    spec = PictureSpec(
+        name="image", height=64, width=64, fit="stretch", by="lanczos", scale=(1.0,) * 3, offset=(0.0,) * 3
+    )
+    graphs = msgspec.structs.replace(bundle.manifest.graphs, image=ImageSpec(pictures=(spec,)))
+    manifest = SimpleNamespace(graphs=graphs, profile=bundle.manifest.profile)
+    return Model(SimpleNamespace(manifest=manifest, plans=bundle.plans, plan=bundle.plan))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"input_reference": FILE},  # OpenAI: a file of a form
+        {"input_reference[image_url]": encoded(FILE)},  # OpenAI: an object, in a form
+        {"input_reference": {"image_url": encoded(FILE)}},
+        {"image_reference": f'{{"image_url": "{encoded(FILE)}"}}'},  # vLLM-Omni
+        {"input_reference": encoded(FILE)},
+        {"extra_body": f'{{"input_reference": "{base64.b64encode(FILE).decode()}"}}'},  # SGLang
+    ],
+    ids=range(6),
+)
+def test_images_as_clients_send_them(pictured: Model, sent: dict[str, Any]) -> None:
+    asked = pictured.read(body_from_form({**PROMPT, **sent}), image=False)
+    assert asked.generation.image == FILE and "PNG" not in repr(asked)
+    assert pictured.needs_image and pictured.max_body_bytes > 4 * (32 << 20) // 3 + MAX_BODY_BYTES
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ({}, "input_reference must be given, once: the model needs an image, a file of a form, or"),
+        (
+            {"input_reference": b"x", "image_reference": {"image_url": "eA=="}},
+            "input_reference must be given, once",
+        ),
+        ({"input_reference": 3}, "input_reference must be a file, or an object with image_url; got int"),
+        ({"input_reference": {"file_id": "file-1"}}, "must have image_url, a data URL, and nothing else; got file_id"),
+        ({"input_reference": {"image_url": 3}}, "input_reference must be a file, .* got int"),
+        (
+            {"input_reference": {"image_url": "http://169.254.169.254/latest"}},
+            "input_reference: expected the picture itself, got a URL",
+        ),
+        ({"image_reference": {"image_url": "x"}}, "image_reference: expected base64, got something else"),
+        ({"input_reference": "/etc/passwd"}, "input_reference: expected base64, got something else"),
+    ],
+    ids=range(8),
+)
+def test_images_that_are_refused(pictured: Model, sent: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said) as refused:
+        pictured.read({**PROMPT, **sent}, image=False)
+    assert error_object(refused.value, PARAMETERS)["param"] in ("input_reference", "image_reference")
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"a": NaN}', b"\xff", b"[" * 10_000 + b"]" * 10_000])

@@ -20,6 +20,7 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.text import printable
 from lemica_trt.endpoint.jobs import Jobs
 from lemica_trt.endpoint.requests import Model
+from lemica_trt.triton import probe
 
 testclient = pytest.importorskip("starlette.testclient", reason="pip install 'lemica-trt[serve]'")
 
@@ -40,11 +41,21 @@ PARTS = b"".join(
 )
 
 
+PIXEL = base64.b64decode(probe.PIXEL)
+REFERENCE = (
+    PARTS
+    + b'--b\r\nContent-Disposition: form-data; name="input_reference"; filename="x.png"\r\n\r\n'
+    + PIXEL
+    + b"\r\n--b--\r\n"
+)
+
+
 class Asked:
     """An endpoint whose jobs are done at once."""
 
-    def __init__(self, *, image: bool) -> None:
+    def __init__(self, *, image: bool, needs: bool = False) -> None:
         self.image, self.model = image, Model(Bundle.open(GOLDEN))
+        self.model.needs_image = needs
         if image:
             self.model.shape = msgspec.structs.replace(self.model.shape, frames=1)
         self.path = "/v1/images/generations" if image else "/v1/videos"
@@ -88,6 +99,13 @@ def images() -> Iterator[Asked]:
     made.close()
 
 
+@pytest.fixture
+def pictured() -> Iterator[Asked]:
+    made = Asked(image=False, needs=True)
+    yield made
+    made.close()
+
+
 def seeds(name: str) -> list[bytes]:
     return (SEEDS / name).read_bytes().splitlines()
 
@@ -121,3 +139,15 @@ def test_forms(many: bool, videos: Asked) -> None:
     parts = changed(PARTS + b"--b--\r\n").map(lambda data: (MULTIPART, data))
     fields = changed((SEEDS / "video.form").read_bytes()).map(lambda data: (FORM, data))
     run(videos.target, st.one_of(fields, parts), many=many)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Starlette: a file that never ends
+@TIERS
+def test_images_of_requests(many: bool, pictured: Asked) -> None:
+    """A file of a form, and a data URL in JSON; what they hold is mutated, too."""
+    assert pictured.post(REFERENCE, MULTIPART).status_code == 200
+    url = b'{"prompt": "x", "input_reference": {"image_url": "data:image/png;base64,%s"}}' % base64.b64encode(PIXEL)
+    assert pictured.post(url, JSON).status_code == 200
+    forms, bodies = changed(REFERENCE), changed(url, is_json=True)
+    asked = st.one_of(forms.map(lambda data: (MULTIPART, data)), bodies.map(lambda data: (JSON, data)))
+    run(pictured.target, asked, many=many)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from msgspec import UNSET
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
@@ -18,12 +23,27 @@ import toy
 from test_repository import make_bundle
 
 from lemica_trt.core.errors import InputError
-from lemica_trt.ir.graphs import EncoderSpec, GraphSet, GraphSpec, StepLayout, TensorSpec, text_axis
+from lemica_trt.ir.graphs import (
+    EncoderSpec,
+    GraphSet,
+    GraphSpec,
+    ImageSpec,
+    PictureSpec,
+    StepLayout,
+    TensorSpec,
+    text_axis,
+)
 from lemica_trt.ir.profile import Profile, Shape
 from lemica_trt.runtime.conditions import EncodedText, conditions_from_texts
+from lemica_trt.runtime.pipeline import Pipeline
+from lemica_trt.runtime.random import Generator
+from lemica_trt.triton import repository
 from lemica_trt.triton.config import Settings, config_text
 from lemica_trt.triton.interface import (
+    MODELS,
+    Port,
     conditions_from_inputs,
+    graphs_of,
     inputs_from_conditions,
     interfaces,
     tensors_from_text,
@@ -50,14 +70,22 @@ LATTE = (tensor("hidden", "2*batch", FREE, 4),)
 LAYOUTS = {"flux": FLUX, "masked": MASKED, "qwen": QWEN, "kandinsky": KANDINSKY, "latte": LATTE}
 
 
+IMAGE = "i2v"
+"""A bundle that needs an image: one condition of each encoder."""
+
+LAYOUTS[IMAGE] = (tensor("hidden", "2*batch", 8, 4), tensor("first", "batch", 2, 4, 4))
+
+
 def layout_of(name: str) -> StepLayout:
     return msgspec.structs.replace(toy.layout_of(guided=name != "flux"), conditions=LAYOUTS[name])
 
 
-def manifest_of(name: str, *, frames: int = 1, encoded: bool = True) -> Any:
-    """What the models read of a manifest: a text encoder for each condition, or for the first one alone."""
+def manifest_of(name: str, *, frames: int = 1, encoded: bool = True, negative: bool = False) -> Any:
+    """What the models read of a manifest: a text encoder for each condition, or for the first one alone; and, where
+    `negative`, one of negative prompts beside it."""
     layout = layout_of(name)
     given = [spec for spec in layout.conditions if not spec.name.startswith("negative_")][: None if encoded else 1]
+    pictured = [given.pop()] if name == IMAGE else []
     graphs = [graph for graph in toy.graphs_of(toy.layout_of()).graphs if graph.role != "text_encoder"]
     encoders = []
     for spec in given:
@@ -66,9 +94,18 @@ def manifest_of(name: str, *, frames: int = 1, encoded: bool = True) -> Any:
         role = f"text_encoder_{spec.name}"
         graphs.append(GraphSpec(role=role, file="onnx/text_encoder.onnx", inputs=ids, outputs=(output,), opset=20))
         encoders.append(EncoderSpec(graph=role, tokenizer="tokenizer.json", length=8, pad_id=0))
+        if negative:
+            graphs.append(msgspec.structs.replace(graphs[-1], role=f"negative_{role}"))
+            encoders.append(msgspec.structs.replace(encoders[-1], graph=f"negative_{role}", negative=True))
+    for spec in pictured:
+        given_to = (tensor("image", 1, 3, 16, 24), tensor("draw", 1, 4, 8))
+        made = (tensor(spec.name, 1, *spec.at(1)[1:]),)
+        graphs.append(GraphSpec(role="image_encoder", file="x.onnx", inputs=given_to, outputs=made, opset=20))
     shape = Shape(frames=frames, height=4, width=4, max_batch=3)
     return SimpleNamespace(
-        graphs=GraphSet(dtype="fp32", layout=layout, max_batch=3, graphs=tuple(graphs)),
+        graphs=GraphSet(
+            dtype="fp32", layout=layout, max_batch=3, graphs=tuple(graphs), image=SPEC if pictured else UNSET
+        ),
         encoders=tuple(encoders),
         profile=Profile(name="toy", family="toy", source="toy", dtype="fp32", text_length=8, shape=shape),
         default_plan="default",
@@ -114,6 +151,43 @@ def test_ports(name: str, inputs: list[str], text: list[str]) -> None:
     assert shown(found["pipeline"].inputs) == ["prompt STRING 1"]
 
 
+def test_encoders_of_negative_prompts_are_one_model_with_those_of_prompts() -> None:
+    """Sana: it runs both, and is asked for one by a parameter."""
+    manifest = manifest_of("masked", negative=True)
+    found = interfaces(manifest)
+    assert found == interfaces(manifest_of("masked")) and list(found["text_encoder"].inputs) == [
+        Port("prompt", "STRING", (1,))
+    ]
+    assert graphs_of("text_encoder", manifest) == (
+        "text_encoder_hidden", "negative_text_encoder_hidden", "text_encoder_mask", "negative_text_encoder_mask",
+    )  # fmt: skip
+
+
+SPEC = ImageSpec(
+    pictures=(
+        PictureSpec(
+            name="image", height=16, width=24, fit="cover", by="lanczos", scale=(0.5,) * 3, offset=(-1.0, 0.0, 1.0)
+        ),
+    ),
+    draw=(1, 4, 8),
+)
+
+
+def test_models_and_ports_of_an_image() -> None:
+    found = interfaces(manifest_of(IMAGE, frames=2))
+    assert list(found) == list(MODELS)
+    shown = {
+        model: [" ".join(map(str, (port.name, port.dtype, *port.dims))) for port in found[model].inputs]
+        for model in found
+    }
+    assert shown["pipeline"] == shown["pipeline_stream"] == ["prompt STRING 1", "image STRING 1"]
+    assert shown["image_encoder"] == ["image STRING 1"]
+    assert shown["denoiser"] == ["hidden FP32 8 4", "negative_hidden FP32 8 4", "first FP32 2 4 4"]
+    assert [port.name for port in found["text_encoder"].outputs] == ["hidden"]
+    assert [port.name for port in found["image_encoder"].outputs] == ["first"]
+    assert graphs_of("image_encoder", manifest_of(IMAGE)) == ("image_encoder",)
+
+
 def test_files_of_images_and_of_clips() -> None:
     for frames, name in ((1, "image"), (2, "video")):
         found = interfaces(manifest_of("flux", frames=frames))
@@ -125,6 +199,31 @@ def test_conditions_that_no_text_encoder_gives() -> None:
     assert list(interfaces(manifest_of("flux", encoded=False))) == ["denoiser", "denoiser_stream"]
 
 
+def test_a_page_without_pipelines_and_one_of_an_image(tmp_path: Path) -> None:
+    """A repository of the denoisers alone names no model, script or output that it has not."""
+    whole = make_bundle(tmp_path / "bundle")
+    pages, contents = {}, {}
+    for name, encoded in (("flux", False), (IMAGE, True)):
+        manifest = manifest_of(name, frames=2, encoded=encoded)
+        bundle: Any = SimpleNamespace(
+            manifest=manifest, digest=whole.digest, plans=whole.plans, plan=whole.plan, engine=whole.engine
+        )
+        models = tuple(interfaces(manifest))
+        pages[name] = readme_text(bundle, models, cpu=True)
+        contents[name] = repository._contents(bundle, models, Settings())
+    assert not re.findall(r"pipeline_|`pipeline`|text_encoder|probe\.py|client|mp4|--clip", pages["flux"])
+    assert "for model in denoiser denoiser_stream; do" in pages["flux"]
+    assert "probe.py" not in contents["flux"] and "probe.py" in contents[IMAGE]
+    assert "--image first.png" in pages[IMAGE]
+    assert "a PNG, JPEG or WebP file, as it is or in base64" in " ".join(pages[IMAGE].split())
+    (command,) = re.findall(r"printf .*generate", pages[IMAGE])
+    (tmp_path / "first.png").write_bytes(PNG)
+    sent = subprocess.run(
+        ["sh", "-c", command.replace("curl -d @-", "cat; true")], cwd=tmp_path, capture_output=True, check=True
+    )
+    assert base64.b64decode(json.loads(sent.stdout)["image"]) == PNG
+
+
 def text_of(conditions: tuple[TensorSpec, ...], tokens: int, seed: int) -> EncodedText:
     random, arrays, lengths = np.random.default_rng(seed), {}, {}
     for spec in conditions:
@@ -134,7 +233,7 @@ def text_of(conditions: tuple[TensorSpec, ...], tokens: int, seed: int) -> Encod
     return EncodedText(arrays, lengths)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != IMAGE])
 def test_conditions_come_through_whole(name: str) -> None:
     """From the text encoder's answer to what the denoiser runs on: what the runtime makes without a server."""
     layout = layout_of(name)
@@ -198,7 +297,7 @@ def test_rows_of_negative_prompts_come_first_in_a_batch() -> None:
         return noise
 
     bundle = SimpleNamespace(manifest=manifest_of("masked"), plans=("default",), plan=lambda _: PLAN)
-    batches = batching.Batches(SimpleNamespace(bundle=bundle, latents=latents), "off")  # type: ignore[arg-type]
+    batches = batching.Batches(SimpleNamespace(bundle=bundle, latents=latents, generator=Generator), "off")  # type: ignore[arg-type]
     jobs = [batches._probe(PLAN, seed) for seed in range(3)]
     batches.run(jobs)
     rows = [job.conditions["hidden"][row] for row in (0, 1) for job in jobs]
@@ -216,7 +315,7 @@ def test_each_graph_runs_once_at_load() -> None:
             ran.append(row.variant)
             on_step(SimpleNamespace(index=index))
 
-    batches = batching.Batches(SimpleNamespace(bundle=bundle, latents=latents), "off")  # type: ignore[arg-type]
+    batches = batching.Batches(SimpleNamespace(bundle=bundle, latents=latents, generator=Generator), "off")  # type: ignore[arg-type]
     batches.warm_up()
     assert ran == ["full", "skip", None]
 
@@ -250,3 +349,180 @@ def test_the_pipelines_ask_for_the_file_that_there_is(
         monkeypatch.setattr(loaded["importlib"].util, "find_spec", lambda name: None)
         model.initialize({"model_name": "pipeline"})
         assert model.outputs == (outputs if frames == 1 else ("frames",))
+
+
+class Request:
+    """What a model sees of a request."""
+
+    def __init__(self, inputs: dict[str, Any], parameters: dict[str, Any]) -> None:
+        self.inputs, self._parameters, self.answers = inputs, parameters, list[Any]()
+
+    def parameters(self) -> str:
+        return json.dumps(self._parameters)
+
+    def get_response_sender(self) -> Any:
+        return SimpleNamespace(send=lambda answer, flags=None: self.answers.append(answer))
+
+    def timeout(self) -> int:
+        return 0
+
+    def requested_output_names(self) -> list[str]:
+        return ["frames"]
+
+
+class Backend:
+    """`triton_python_backend_utils`; a model that is called answers by `called`."""
+
+    TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+    Logger = SimpleNamespace(log_warn=print)
+
+    class TritonError(SimpleNamespace):
+        INVALID_ARG, UNAVAILABLE, CANCELLED, INTERNAL = range(4)
+
+        def __init__(self, text: str, code: int) -> None:
+            super().__init__(message=lambda: text, code=lambda: code)
+
+    @staticmethod
+    def Tensor(name: str, array: Any) -> Any:
+        return SimpleNamespace(name=lambda: name, as_numpy=lambda: array)
+
+    @staticmethod
+    def InferenceResponse(output_tensors: Any = (), error: Any = None) -> Any:
+        return SimpleNamespace(
+            output_tensors=lambda: output_tensors, has_error=lambda: error is not None, error=lambda: error
+        )
+
+    @staticmethod
+    def get_input_tensor_by_name(request: Request, name: str) -> Any:
+        found = request.inputs.get(name)
+        return None if found is None else SimpleNamespace(as_numpy=lambda: found)
+
+    def __init__(self) -> None:
+        self.called: dict[str, Any] = {}
+
+    def InferenceRequest(self, model_name: str, inputs: Any, **options: Any) -> Any:
+        arrays = {tensor.name(): tensor.as_numpy() for tensor in inputs}
+        return SimpleNamespace(exec=lambda **_: self.called[model_name](arrays, options))
+
+
+def text(value: bytes) -> Any:
+    return np.array([[value]], np.object_)
+
+
+def model_of(monkeypatch: pytest.MonkeyPatch, backend: Backend, file: str) -> Any:
+    """A model's class, in a server that is not there."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)  # type: ignore[arg-type]
+    return runpy.run_path(str(Path(load.__file__).parents[1] / "model" / file))["TritonPythonModel"]()
+
+
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC")
+"""One red pixel."""
+
+
+class EncoderOf:
+    """A pipeline whose image encoder gives the mean of its picture, and the mean of its noise."""
+
+    def __init__(self) -> None:
+        self.bundle = SimpleNamespace(manifest=manifest_of(IMAGE, frames=2))
+
+    def encode_image(self, image: Any, seed: int = 0) -> Any:
+        return Pipeline.encode_image(self, image, seed)  # type: ignore[arg-type]
+
+    def run_graph(self, role: str, inputs: Any) -> Any:
+        first = np.full((1, 2, 4, 4), inputs["image"].mean(), np.float32)
+        first[0, 1] = inputs["draw"].mean()
+        return {"first": first}
+
+
+def test_the_image_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The content of a file, or base64 of it; noise of the request's seed; what is no picture in a line."""
+    pytest.importorskip("PIL")
+    model, pipeline = model_of(monkeypatch, Backend(), "image_encoder.py"), EncoderOf()
+    monkeypatch.setattr(load, "load_pipeline", lambda *_: (pipeline, {}))
+    model.initialize({"model_name": "image_encoder"})
+    sent = [(text(PNG), {}), (text(base64.b64encode(PNG)), {"seed": 7}), (text(PNG), {"seed": 7})]
+    answers = model.execute([Request({"image": image}, given) for image, given in sent])
+    plain, coded, seeded = (answer.output_tensors()[0].as_numpy() for answer in answers)
+    expected = pipeline.encode_image(np.array([[[255, 0, 0]]], np.uint8), 7)["first"]
+    np.testing.assert_array_equal(seeded, expected[None])
+    np.testing.assert_array_equal(coded, seeded)
+    assert (plain[0, 0] == seeded[0, 0]).all() and (plain[0, 1] != seeded[0, 1]).all()
+    bad = [
+        ({"image": text(b"GIF89a")}, {}, "image: expected a PNG, JPEG or WebP picture, got none of them"),
+        ({"image": text(b"http://localhost/")}, {}, "image: expected the picture itself, got a URL"),
+        ({"image": text(PNG[:-26])}, {}, "image: expected a whole picture"),
+        ({}, {}, "image must be object [1, 1], one sample a request; got none"),
+        ({"image": text(PNG)}, {"seed": -1}, "seed must be an integer"),
+        ({"image": text(PNG)}, {"plan": "b3"}, "unknown parameter 'plan'"),
+    ]
+    for answer, (*_, said) in zip(model.execute([Request(*given) for *given, _ in bad]), bad):
+        error = answer.error()
+        assert said in error.message() and error.code() == Backend.TritonError.INVALID_ARG, error.message()
+        assert "\n" not in error.message()
+
+
+def test_the_pipelines_hand_an_image_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the image encoder, with the seed; what that makes of it, beside the text's, to the denoiser."""
+    backend, seen = Backend(), dict[str, Any]()
+    model = model_of(monkeypatch, backend, "pipeline.py")
+    bundle = SimpleNamespace(manifest=manifest_of(IMAGE, frames=2))
+    monkeypatch.setattr(load, "open_bundle", lambda *_: (bundle, {}))
+    model.initialize({"model_name": "pipeline"})
+
+    def answering(name: str, **tensors: Any) -> Any:
+        def called(inputs: Any, options: Any) -> Any:
+            seen[name] = inputs, options
+            answer = backend.InferenceResponse([backend.Tensor(*item) for item in tensors.items()])
+            return iter([answer]) if name == "denoiser_stream" else answer
+
+        return called
+
+    hidden, first = np.ones((1, 8, 4), np.float32), np.full((1, 2, 4, 4), 3, np.float32)
+    latents, step = np.full((1, 2, 3), 5, np.float32), np.array([[3]], np.int32)
+    frames = np.zeros((1, 2, 4, 4, 3), np.uint8)
+    backend.called = {
+        "text_encoder": answering("text_encoder", hidden=hidden),
+        "image_encoder": answering("image_encoder", first=first),
+        "denoiser_stream": answering("denoiser_stream", step=step, num_steps=step, latents=latents),
+        "vae_decoder": answering("vae_decoder", frames=frames),
+    }
+    request = Request({"prompt": text(b"a bird"), "image": text(PNG)}, {"seed": 7})
+    asked: list[Any] = []
+    once = backend.called["text_encoder"]
+    backend.called["text_encoder"] = lambda inputs, options: (
+        asked.append(options["parameters"]) or once(inputs, options)
+    )
+    request.is_cancelled = lambda: False  # type: ignore[attr-defined]
+    model.execute([request])
+    (answer,) = request.answers
+    assert not answer.has_error(), answer.error().message()
+    np.testing.assert_array_equal(answer.output_tensors()[0].as_numpy(), frames)
+    assert asked == [{"negative": False}, {"negative": True}]
+    inputs, options = seen["image_encoder"]
+    assert inputs["image"][0, 0] == PNG and options["parameters"] == {"seed": 7}
+    inputs, options = seen["denoiser_stream"]
+    np.testing.assert_array_equal(inputs["first"], first)
+    assert set(inputs) == {"hidden", "negative_hidden", "first"}
+    assert json.loads(options["parameters"]["settings"]) == {"seed": 7}
+
+    missing = Request({"prompt": text(b"a bird")}, {})
+    model.execute([missing])
+    assert "image must be object [1, 1], one sample a request; got none" in missing.answers[0].error().message()
+
+
+def test_the_denoiser_draws_behind_the_image_encoder() -> None:
+    """The initial noise of a seed is what diffusers draws after the posterior's."""
+    seen: list[Any] = []
+
+    def latents(conditions: Any, noise: Any, **_: Any) -> Any:
+        seen.append(noise)
+        return noise
+
+    bundle = SimpleNamespace(manifest=manifest_of(IMAGE), plans=("default",), plan=lambda _: PLAN)
+    pipeline = SimpleNamespace(bundle=bundle, latents=latents)
+    pipeline.generator = lambda seed: Pipeline.generator(pipeline, seed)  # type: ignore[arg-type]
+    batches = batching.Batches(pipeline, "off")  # type: ignore[arg-type]
+    batches.run([batches._probe(PLAN, 7)])
+    generator = Generator(7)
+    generator.randn(SPEC.draw)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(seen[-1][0], generator.randn(layout_of(IMAGE).latent_shape))

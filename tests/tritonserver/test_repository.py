@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
@@ -21,7 +20,7 @@ from lemica_trt import __version__
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.writing import add_plan, write_bundle
 from lemica_trt.core.atomic_folder import held
-from lemica_trt.core.errors import IntegrityError, UnsupportedError, UsageError
+from lemica_trt.core.errors import IntegrityError, UsageError
 from lemica_trt.ir.engine import EngineEntry, EngineKey
 from lemica_trt.ir.graphs import EncoderSpec, Role
 from lemica_trt.ir.profile import Profile, Shape
@@ -67,7 +66,7 @@ def make_bundle(folder: Path, *targets: tuple[str, str], guided: bool = True, pa
 def test_a_repository(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     models = write_repository(bundle, tmp_path / "repository")
-    assert models == tuple(MODELS)
+    assert models == tuple(name for name in MODELS if name != "image_encoder")
     folder = tmp_path / "repository"
     for model in models:
         assert (folder / model / "1" / "model.py").read_bytes() == model_file(model)
@@ -115,13 +114,6 @@ def test_gpu_and_cpu_configs(tmp_path: Path) -> None:
     write_repository(bundle, tmp_path / "repository")
     assert not (tmp_path / "repository/denoiser/configs/cpu.pbtxt").exists()
     assert "need a GPU" in (tmp_path / "repository/README.md").read_text()
-
-
-def test_text_encoders_of_negative_prompts_are_not_served(tmp_path: Path) -> None:
-    manifest = make_bundle(tmp_path / "bundle").manifest
-    encoders = (*manifest.encoders, msgspec.structs.replace(manifest.encoders[0], negative=True))
-    with pytest.raises(UnsupportedError, match="one text encoder for prompts and negative prompts"):
-        interfaces(msgspec.structs.replace(manifest, encoders=encoders[1:]))
 
 
 def test_interfaces_follow_the_bundle(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from lemica_trt.core.errors import EngineError, InputError, IntegrityError, Lemi
 from lemica_trt.runtime import validation
 from lemica_trt.runtime.conditions import EncodedText
 from lemica_trt.runtime.denoise import Denoiser
+from lemica_trt.runtime.random import Generator
 from lemica_trt.triton.client import _address, _error
 from lemica_trt.triton.interface import Port
 from lemica_trt.triton.repository import write_repository
@@ -195,6 +196,9 @@ class Pipe:
         backend = toy.NullBackend(bundle.manifest.graphs)
         self.denoiser = Denoiser(backend, bundle.manifest.graphs, backend.engines())
 
+    def generator(self, seed: int) -> Generator:
+        return Generator(seed)
+
     def latents(self, embeds: Any, noise: Any, *, guidance_scale: Any, plan: Any, seeds: Any, on_step: Any) -> Any:
         self.sizes.append(len(noise))
         found = self.denoiser.run(plan, embeds, noise, guidance_scale, on_step=on_step)
@@ -347,7 +351,7 @@ def test_answers_that_never_come_are_given_up() -> None:
 
 
 def test_prompts_that_are_cut_or_far_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line without the prompt's text; of negative prompts only that they are cut."""
+    """A line without the prompt's text; of negative prompts, whose encoders may be others, only that they are cut."""
     logged: list[str] = []
     pb = SimpleNamespace(
         Logger=SimpleNamespace(log_warn=logged.append),
@@ -357,22 +361,22 @@ def test_prompts_that_are_cut_or_far_are_logged(monkeypatch: pytest.MonkeyPatch)
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", pb)
     model = runpy.run_path(str(Path(load.__file__).parents[1] / "model" / "text_encoder.py"))["TritonPythonModel"]()
-    model.name, model.negative, model.input = "text_encoder", ("", "blurry"), Port("prompt", "STRING", (1,))
+    model.name, model.input = "text_encoder", Port("prompt", "STRING", (1,))
     model.pipeline = SimpleNamespace(
-        encode_text=lambda prompt: EncodedText(
-            {"prompt_embeds": np.zeros((5, 12), np.float32)}, {"prompt_embeds": len(prompt)}
+        encode_text=lambda prompt, negative: EncodedText(
+            {"prompt_embeds": np.full((5, 12), negative, np.float32)}, {"prompt_embeds": len(prompt)}
         ),
         warnings=lambda prompt, negative: [] if prompt == "near" else [f"it is {'cut' if negative else 'far'}"],
     )
     model.keep(3)
-    for prompt in ("near", "dragons", "blurry", "dragons"):
-        array = np.array([[prompt.encode()]], np.object_)
-        (answer,) = model.execute([SimpleNamespace(array=array, parameters=lambda: "{}")])
+    for prompt, negative in (("near", 0), ("dragons", 0), ("dragons", 1), ("blurry", 1), ("dragons", 0)):
+        array, sent = np.array([[prompt.encode()]], np.object_), json.dumps({"negative": True} if negative else {})
+        (answer,) = model.execute([SimpleNamespace(array=array, parameters=lambda sent=sent: sent)])
         assert answer.output_tensors == [
-            ("prompt_embeds", (1, 5, 12), 0),
+            ("prompt_embeds", (1, 5, 12), negative),
             ("prompt_embeds_tokens", (1, 1), len(prompt)),
         ]
-    assert logged == ["text_encoder: it is far", "text_encoder: it is cut"]
+    assert logged == ["text_encoder: it is far", "text_encoder: it is cut", "text_encoder: it is cut"]
     assert model.encoded.cache_info().hits == 1
 
 

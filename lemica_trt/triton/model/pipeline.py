@@ -1,5 +1,6 @@
-"""Prompt → frames, or an MP4 or PNG file: calls text_encoder, denoiser_stream and vae_decoder. Serves `pipeline` and
-`pipeline_stream`, which also answers with progress after each full step.
+"""Prompt → frames, or an MP4 or PNG file: calls text_encoder, image_encoder where the bundle needs an image,
+denoiser_stream and vae_decoder. Serves `pipeline` and `pipeline_stream`, which also answers with progress after each
+full step.
 
 Written by `lemica-trt triton`; needs tritonserver 2.51 or newer, and in its python interpreter lemica-trt (without
 PyTorch), and PyAV for MP4. All parameters are explained in config.pbtxt.
@@ -19,6 +20,7 @@ from lemica_trt.runtime.conditions import conditions_from_texts
 from lemica_trt.runtime.video import encoded
 from lemica_trt.triton.interface import (
     FILE_FORMATS,
+    IMAGE,
     file_output,
     inputs_from_conditions,
     interfaces,
@@ -61,15 +63,18 @@ class TritonPythonModel:
         if output not in self.outputs:
             raise InputError(f"output must be one of {', '.join(self.outputs)}; got {output!r}")
         requests.require_requested(request, "frames" if output == "frames" else self.file, output)
-        (port,) = self.interfaces["pipeline"].inputs
-        prompt = requests.tensor_from(pb_utils, request, port)[0]
-        prompts, negatives = [self.encode(validation.text_from("prompt", prompt))], []
+        ports = self.interfaces["pipeline"].inputs
+        given = {port.name: requests.tensor_from(pb_utils, request, port) for port in ports}
+        seed, pictures = validation.seed_from(parameters), []
+        if IMAGE in given:
+            pictures = [self.encode_image(given[IMAGE], seed)]
+        prompts, negatives = [self.encode(validation.text_from("prompt", given["prompt"][0]))], []
         if self.layout.guided:
             negative = parameters.get("negative_prompt", self.negative_prompt)
-            negatives = [self.encode(validation.text_from("negative_prompt", negative))]
+            negatives = [self.encode(validation.text_from("negative_prompt", negative), negative=True)]
         elif "negative_prompt" in parameters:
             raise InputError("this bundle was built without guidance: it takes no negative_prompt")
-        inputs = inputs_from_conditions(conditions_from_texts(self.layout, prompts, negatives))
+        inputs = inputs_from_conditions(conditions_from_texts(self.layout, prompts, negatives, pictures))
         forwarded = {name: parameters[name] for name in FORWARDED if name in parameters}
         deadline = start + limit / 1e6 if limit else None
         latents = self.denoise(request, sender, inputs, forwarded, deadline)
@@ -80,11 +85,18 @@ class TritonPythonModel:
             pb_utils.InferenceResponse(output_tensors=tensors), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         )
 
-    def encode(self, prompt):
-        """What the text encoders make of a text."""
+    def encode(self, prompt, *, negative=False):
+        """What the text encoders make of a prompt, or of a negative one."""
         inputs = {"prompt": np.array([[prompt.encode()]], np.object_)}
         outputs = [port.name for port in self.interfaces["text_encoder"].outputs]
-        return text_from_tensors(self.layout, next(self.call("text_encoder", inputs, outputs)))
+        found = next(self.call("text_encoder", inputs, outputs, parameters={"negative": negative}))
+        return text_from_tensors(self.layout, found)
+
+    def encode_image(self, image, seed):
+        """Conditions without batch, by name: what the image encoder makes of an image."""
+        outputs = [port.name for port in self.interfaces["image_encoder"].outputs]
+        found = next(self.call("image_encoder", {IMAGE: image[None]}, outputs, parameters={"seed": seed}))
+        return {name: array[0] for name, array in found.items()}
 
     def denoise(self, request, sender, inputs, parameters, deadline):
         """Latents [1, *latent_shape]; passes progress on, and cancellation and the time that is left."""

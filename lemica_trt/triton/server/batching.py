@@ -17,7 +17,6 @@ from lemica_trt.core.errors import UsageError
 from lemica_trt.ir.plan import PlanRow, StepPlan
 from lemica_trt.runtime.denoise import Cancelled, OnStep, RowDone
 from lemica_trt.runtime.pipeline import Pipeline
-from lemica_trt.runtime.random import Generator
 from lemica_trt.triton.server.requests import DenoiseJob
 
 
@@ -90,7 +89,7 @@ class Batches:
         guided = self._layout.guided
         return self._pipeline.latents(
             {name: _stacked([job.conditions[name] for job in jobs]) for name in jobs[0].conditions},
-            np.stack([Generator(job.seed).randn(self._layout.latent_shape) for job in jobs]),
+            np.stack([self._pipeline.generator(job.seed).randn(self._layout.latent_shape) for job in jobs]),
             guidance_scale=np.array([job.guidance_scale for job in jobs], np.float64) if guided else None,
             plan=jobs[0].plan,
             seeds=[job.seed for job in jobs],
