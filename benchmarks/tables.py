@@ -367,6 +367,8 @@ PLANNERS = {
     "stock:dpmsolver++": "DPM-Solver++ 2M",
     "stock:unipc": "UniPC",
     "dpcache": "DPCache",
+    "teacache": "TeaCache, replayed",
+    "magcache": "MagCache, replayed",
     "mean-velocity": "mean velocity (after MeanCache)",
     "l2p": "L2P",
 }

@@ -59,13 +59,13 @@ def test_of_few_steps_auto_tries_lemica_too() -> None:
 def test_all_is_every_method_that_may_win() -> None:
     found = names(problem_of(), "all")
     assert found[: len(AUTO)] == list(AUTO) and set(found) == planners().keys() - {
-        "uniform", "published", "dpcache", "l2p", "mean-velocity"
+        "uniform", "published", "dpcache", "l2p", "magcache", "mean-velocity", "teacache"
     }  # fmt: skip
     assert names(problem_of(fit=None, solver=None), "all") == ["linear", PAPER]
 
 
 def test_what_is_there_to_be_compared_with_runs_where_it_is_named() -> None:
-    compared = ["dpcache", "l2p", "mean-velocity"]
+    compared = ["dpcache", "l2p", "magcache", "mean-velocity", "teacache"]
     assert [name for name, planner in planners().items() if planner.compared] == compared
     assert names(problem_of(fit=None, solver=None), *compared) == compared
     assert not {planner.name for planner in planners_named(["auto", "all"])} & set(compared)
