@@ -24,24 +24,22 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import torch
+from clips import HeldOutClips
 from record import BuildCost, BuildCostRow, this_run, write_result
 from tables import described
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lemica_trt.backends.onnxruntime.run import OrtCall
-from lemica_trt.calibrate.prompts import read_prompts
 from lemica_trt.compiler import work_commands
 from lemica_trt.compiler.context import solver_tables
 from lemica_trt.compiler.requests import BuildRequest
 from lemica_trt.core.metrics import psnr
 from lemica_trt.core.progress import Quiet, reporter
-from lemica_trt.evaluate.samples import held_out_samples
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import EFFORTS, Effort, Profile
-from lemica_trt.ir.resources import calibration_path, load_profile
-from lemica_trt.models import Model, denoise, load_model
+from lemica_trt.ir.resources import load_profile
+from lemica_trt.models import Model, load_model
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.planning.planner import AUTO, Problem, planners
 from lemica_trt.planning.step_plan import uncached_plan
@@ -53,9 +51,6 @@ BEFORE = Effort(
 
 EXTRA_BUDGETS = (10, 20)
 """Further budgets of the build that shows what those cost."""
-
-BATCH = 16
-"""Held-out clips in one call of the DiT."""
 
 
 class Counting(Quiet):
@@ -104,11 +99,10 @@ def counted(counter: Counting) -> Iterator[None]:
 
 
 class Clips:
-    """Held-out clips by any plan, in batches."""
+    """Held-out clips by any plan, compared with the uncached run."""
 
     def __init__(self, model: Model, count: int) -> None:
-        prompts = read_prompts(calibration_path(model.profile.calibration.prompts) / "held_out.txt")
-        self._model, self._samples = model, held_out_samples(prompts, count)
+        self._frames = HeldOutClips(model, count)
         table = sampler_table(model.scheduler(), dynamic_guidance=model.profile.sampling.dynamic_guidance)
         self.table = table
         self._reference = self._frames(uncached_plan(table, guidance_scale=model.profile.sampling.guidance_scale))
@@ -116,16 +110,6 @@ class Clips:
     def psnr(self, plan: StepPlan) -> tuple[float, ...]:
         """dB of each clip against the uncached run."""
         return tuple(map(psnr, self._frames(plan), self._reference))
-
-    def _frames(self, plan: StepPlan) -> list[npt.NDArray[Any]]:
-        found: list[npt.NDArray[Any]] = []
-        with torch.inference_mode():
-            for start in range(0, self._samples.count, BATCH):
-                samples = [self._samples[s] for s in range(start, min(start + BATCH, self._samples.count))]
-                noise = torch.stack([next(iter(self._model.noises(seed))) for _, seed in samples])
-                embeds = self._model.embed([prompt for prompt, _ in samples])
-                found += list(self._model.decode(denoise(self._model, plan, embeds, noise)).cpu().numpy())
-        return found
 
 
 def build(profile: Profile, effort: Effort, seed: int, budgets: tuple[int, ...], folder: Path) -> tuple[Counting, Any]:

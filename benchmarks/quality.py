@@ -16,23 +16,20 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from clips import HeldOutClips
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from record import Quality, QualityRow, this_run, write_result
 from tables import described
 
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.calibrate.prompts import read_prompts
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.metrics import Frames, psnr, ssim
 from lemica_trt.core.progress import reporter
 from lemica_trt.evaluate.baselines import baselines
-from lemica_trt.evaluate.evaluator import PlanEvaluator
 from lemica_trt.evaluate.kept import seen_flip
 from lemica_trt.evaluate.quality import error_graph_of
-from lemica_trt.evaluate.samples import HELD_OUT_SEED, held_out_samples
+from lemica_trt.evaluate.samples import HELD_OUT_SEED
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.resources import calibration_path
 from lemica_trt.models import Model, load_model, scheduler_like
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.planning.step_plan import uncached_plan
@@ -79,18 +76,17 @@ def measure(bundle: Bundle, model: Model, count: int) -> Quality:
     guidance, steps = profile.sampling.guidance_scale, profile.sampling.steps
     table, fine_table = (sampler_table(model.scheduler(n), dynamic_guidance=profile.sampling.dynamic_guidance)
                          for n in (steps, FINE * steps))  # fmt: skip
-    prompts = read_prompts(calibration_path(profile.calibration.prompts) / "held_out.txt")
-    evaluator = PlanEvaluator(lambda: model, table, held_out_samples(prompts, count))
+    clips = HeldOutClips(model, count)
     report = reporter()
     report.stage("quality", f"{count} clips, {steps} and {FINE * steps} uncached steps")
-    coarse, fine = (evaluator.clips(uncached_plan(sampler, guidance_scale=guidance)) for sampler in (table, fine_table))
+    coarse, fine = (clips(uncached_plan(sampler, guidance_scale=guidance)) for sampler in (table, fine_table))
     graph, rows = error_graph_of(bundle), list[QualityRow]()
     plans = [plan for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps]
     for plan in sorted(plans, key=lambda plan: plan.budget):
         report.note(f"{plan.name}: {plan.method}")
-        rows.append(row(plan.method, plan, evaluator.clips(plan), coarse, fine, own=True))
+        rows.append(row(plan.method, plan, clips(plan), coarse, fine, own=True))
         others = {**baselines(plan, model, graph), **dict(with_other_schedulers(plan, model))}
-        rows += [row(method, other, evaluator.clips(other), coarse, fine) for method, other in others.items()]
+        rows += [row(method, other, clips(other), coarse, fine) for method, other in others.items()]
     report.close()
     return Quality(
         run=this_run(),
@@ -108,6 +104,7 @@ def measure(bundle: Bundle, model: Model, count: int) -> Quality:
         rows=tuple(rows),
         seed=profile.calibration.seed,
         flow_shift=profile.sampling.flow_shift,
+        reference_steps=bundle.plan().reference_steps,
     )
 
 
@@ -122,8 +119,7 @@ def main() -> None:
     given = parser.parse_args()
     bundle = Bundle.open(given.bundle)
     model = load_model(bundle.manifest.profile, source=given.weights, device=given.device)
-    with torch.inference_mode():
-        result = measure(bundle, model, given.clips)
+    result = measure(bundle, model, given.clips)
     write_result(result, given.output)
     print(described(result))
 

@@ -110,6 +110,7 @@ class Quality(Value, frozen=True, tag_field="kind", tag="quality"):
         rows: by budget; the bundle's own plan first.
         seed: of the first calibration sample.
         flow_shift: of the sigmas, where it is not the scheduler's own.
+        reference_steps: M, where the plans stand for the sampler with M steps; None: N.
     """
 
     run: Run
@@ -127,6 +128,7 @@ class Quality(Value, frozen=True, tag_field="kind", tag="quality"):
     rows: tuple[QualityRow, ...]
     seed: int = 0
     flow_shift: float | None = None
+    reference_steps: int | None = None
 
     @property
     def budgets(self) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
+import msgspec
 import numpy as np
 from record import (
     AttentionMemory,
@@ -366,6 +367,8 @@ PLANNERS = {
     "stock:dpmsolver++": "DPM-Solver++ 2M",
     "stock:unipc": "UniPC",
     "dpcache": "DPCache",
+    "teacache": "TeaCache, replayed",
+    "magcache": "MagCache, replayed",
     "mean-velocity": "mean velocity (after MeanCache)",
     "l2p": "L2P",
 }
@@ -498,27 +501,31 @@ def best_stock(plans: Sequence[QualityRow]) -> QualityRow | None:
 
 
 def main_qualities(results: Sequence[Result]) -> list[Quality]:
-    """One quality a model: with the most steps, and of these that from the first calibration seed."""
-    found = sorted(
-        (result for result in results if isinstance(result, Quality)), key=lambda one: (-one.steps, one.seed)
-    )
+    """One quality a model, of plans that stand for its own steps: with the most, and of these that from the first
+    calibration seed."""
+    every = (result for result in results if isinstance(result, Quality) and result.reference_steps is None)
+    found = sorted(every, key=lambda one: (-one.steps, one.seed))
     return sorted({one.model: one for one in reversed(found)}.values(), key=lambda one: one.model)
 
 
 def standing_table(results: Sequence[Result]) -> str:
     """A row a model, number of steps, calibration seed and budget: the plan beside the best of all others in each of
-    mean, 5th percentile and worst clip, whose name is given; bold where it is ahead beyond the interval."""
+    mean, 5th percentile and worst clip, whose name is given; bold where it is ahead beyond the interval. All are
+    compared with what the plan stands for."""
     found = [result for result in results if isinstance(result, Quality)]
     rows = []
-    for result in sorted(found, key=lambda one: (one.model, -one.steps, one.guidance_scale, one.seed)):
+    for result in sorted(
+        found, key=lambda one: (one.model, one.reference_steps or 0, -one.steps, one.guidance_scale, one.seed)
+    ):
         guided = f"guidance {result.guidance_scale:g}"
         shift = "" if result.flow_shift is None else f", shift {result.flow_shift:g}"
+        finer = "" if result.reference_steps is None else f", to {result.reference_steps} steps"
         for budget in result.budgets:
-            plans = result.of_budget(budget)
+            plans = [_as_compared(row, result) for row in result.of_budget(budget)]
             own = next(row for row in plans if row.own)
             others = [row for row in plans if not row.own]
             cells = [
-                f"{result.model}, {guided}{shift}",
+                f"{result.model}, {guided}{shift}{finer}",
                 f"{budget} of {result.steps}",
                 str(result.seed),
                 mean_p5_worst(own.psnr),
@@ -530,6 +537,14 @@ def standing_table(results: Sequence[Result]) -> str:
             rows.append(cells)
     head = ["", "full steps", "seed", "the plan", "mean: lead over the best other", "5th percentile", "worst clip"]
     return table(head, rows) if rows else ""
+
+
+def _as_compared(row: QualityRow, result: Quality) -> QualityRow:
+    """A row whose PSNR is against what the plans stand for."""
+    if result.reference_steps is None:
+        return row
+    assert result.reference_steps == result.fine_steps
+    return msgspec.structs.replace(row, psnr=row.fine_psnr)
 
 
 def _rival(

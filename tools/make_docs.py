@@ -54,8 +54,9 @@ from lemica_trt.cli.command import Command, Flag, in_sections
 from lemica_trt.cli.main import main as cli
 from lemica_trt.compiler.stages import STAGES
 from lemica_trt.core.errors import EXIT_CODES
+from lemica_trt.ir.profile import FEW_STEPS
 from lemica_trt.ir.resources import load_named, profile_names
-from lemica_trt.planning.planner import AUTO, planners
+from lemica_trt.planning.planner import AUTO, auto_methods, planners
 from lemica_trt.report.models import shape_text
 
 ROOT = Path(__file__).parents[1]
@@ -168,7 +169,8 @@ def methods() -> str:
     rows = []
     for name, planner in planners().items():
         needs = ", ".join(sorted(planner.needs)) or "nothing"
-        rows.append([f"`{name}`", "yes" if name in AUTO else "", needs, planner.summary])
+        tried = "yes" if name in AUTO else f"up to {FEW_STEPS} steps" if name in auto_methods(FEW_STEPS) else ""
+        rows.append([f"`{name}`", tried, needs, planner.summary])
     return table(["method", "in `auto`", "needs", "what it does"], rows, "left")
 
 

@@ -13,7 +13,7 @@ from lemica_trt.compiler.context import solver_tables
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.planning.planner import Problem, planners
 
-NAMES = ("lemica", "stock:dpmsolver++", "stock:unipc", "dpcache", "l2p", "mean-velocity")
+NAMES = ("lemica", "stock:dpmsolver++", "stock:unipc", "dpcache", "l2p", "mean-velocity", "teacache", "magcache")
 """Planners to be compared with."""
 
 

@@ -16,7 +16,18 @@ from lemica_trt.core.errors import InputError, LemicaError, UsageError
 from lemica_trt.core.progress import Quiet, Reporter
 from lemica_trt.ir import budget
 from lemica_trt.ir.budget import Budget, Latency, MinPsnr, Speedup
-from lemica_trt.ir.profile import EFFORTS, CalibrationSettings, Effort, Lora, Profile, Sampling, Shape
+from lemica_trt.ir.profile import (
+    EFFORTS,
+    FEW,
+    FEW_STEPS,
+    NORMAL,
+    CalibrationSettings,
+    Effort,
+    Lora,
+    Profile,
+    Sampling,
+    Shape,
+)
 from lemica_trt.ir.resources import absolute_source, is_pipeline, load_named, load_profile, require_buildable
 
 PROFILE_FIELDS = {
@@ -129,13 +140,7 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
         raise UsageError("expected --model, got none", fix="name a profile, for example --model cogvideox-tiny")
     profile, replace = _profile(model), msgspec.structs.replace
     parts: dict[str, dict[str, Any]] = {"": {}, "shape": {}, "sampling": {}, "calibration": {}}
-    effort = effort_from_flags(flags)
-    if effort is not None:
-        names = ("samples", "rollouts", "validation_samples")
-        parts["calibration"] = {name: getattr(effort, name) for name in names}
-    if flags.get("min_psnr") is not None or flags.get("pareto"):
-        few = parts["calibration"].get("validation_samples", profile.calibration.validation_samples)
-        parts["calibration"]["validation_samples"] = max(few, SEARCH_SAMPLES)
+    parts["calibration"] = _samples_from_flags(flags, profile)
     for name, (part, field) in PROFILE_FIELDS.items():
         if flags.get(name) not in (None, ()):
             parts[part][field] = flags[name]
@@ -160,6 +165,27 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
         raise UsageError(str(error), fix="give another value, or leave it to the profile") from None
     profile.require_possible()
     return profile
+
+
+def _samples_from_flags(flags: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
+    """Numbers of samples, where they are not the profile's: by the effort, the steps, and what is searched for.
+
+    Raises:
+        UsageError: no such effort.
+    """
+    own, effort = profile.calibration, effort_from_flags(flags)
+    given = [len(flags[name]) for name in ("sigmas", "timesteps") if flags.get(name)]
+    steps = flags.get("denoising_steps") or next(iter(given), profile.sampling.steps)
+    if effort is None and isinstance(steps, int) and steps <= FEW_STEPS:
+        effort = FEW
+    found = dict[str, Any]()
+    for name in ("samples", "rollouts", "validation_samples"):
+        if effort is not None and (effort is not FEW or getattr(own, name) == getattr(NORMAL, name)):
+            found[name] = getattr(effort, name)
+    if flags.get("min_psnr") is not None or flags.get("pareto"):
+        few = found.get("validation_samples", own.validation_samples)
+        found["validation_samples"] = max(few, SEARCH_SAMPLES)
+    return found
 
 
 def default_from_profile(flag: str, model: str | None) -> str | None:

@@ -28,7 +28,7 @@ from lemica_trt.ir.report import StageEstimate
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.planning.budget import front_budgets, max_full_steps
 from lemica_trt.planning.minimax import least_budget, require_feasible
-from lemica_trt.planning.planner import AUTO, UNFITTED, Planner, planners_named, trial_runs
+from lemica_trt.planning.planner import Planner, auto_methods, planners_named, trial_runs
 from lemica_trt.planning.search import tried_budgets
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Forecast:
         if request.schedule is not None:
             return []
         fits = not self.stochastic and (given is None or given.grams is not None)
-        auto = AUTO if fits else UNFITTED
+        auto = auto_methods(self.num_steps, fits=fits)
         names = [name for method in request.methods for name in (auto if method == "auto" else (method,))]
         found = [planner for planner in planners_named(names) if fits or "fit" not in planner.needs]
         return found if self.inputs.profile.calibration.validation_samples else found[:1]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
+from msgspec import UNSET, UnsetType
 
 from lemica_trt.core.values import Value, require, require_finite
+
+TrialScore = Literal["latents", "frames"]
+"""Of what the dB are."""
 
 
 class Trial(Value, frozen=True):
@@ -13,7 +19,7 @@ class Trial(Value, frozen=True):
     Attributes:
         label: of its plan: the name of the planner that made it (`StepPlan.method`).
         full_steps: of its plan.
-        snr: dB of each sample that it ran on, the first of all samples; see `PlanEvaluator.scores`.
+        snr: dB of each sample that it ran on, the first of all samples; see `PlanEvaluator`.
     """
 
     label: str
@@ -33,11 +39,13 @@ class TrialTable(Value, frozen=True):
         budget: B of the winner; where a time was asked for, others may have some full steps more or less.
         samples: how many the last round ran on.
         trials: the winner first; then by the number of samples that they lasted for, then by their mean.
+        of: what was scored; unset: latents.
     """
 
     budget: int
     samples: int
     trials: tuple[Trial, ...]
+    of: TrialScore | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         require(len(self.trials) > 0, "nothing was tried")

@@ -5,6 +5,7 @@ planners/        the methods, a file each
 minimax          LeMiCa's search through the error graph
 prediction_path  the search for plans that predict outputs
 schedules        equal distances, given, published
+threshold        the schedule of a cache that decides by a threshold, for a number of full steps
 solvers          the first-order solver on the steps of a schedule
 step_plan        schedule, sampler → rows
 extrapolation    outputs of skipped steps extrapolated linearly

@@ -24,14 +24,16 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+from msgspec import UNSET, UnsetType
 
 from lemica_trt.core.errors import InfeasibleError, InputError, UnsupportedError, UsageError, install_command
 from lemica_trt.ir.budget import StepBudget
 from lemica_trt.ir.calibration import Calibration, ErrorGraph, TrajectoryGrams
 from lemica_trt.ir.plan import PlanRow, StepPlan, guidance_range
+from lemica_trt.ir.profile import FEW_STEPS
 from lemica_trt.ir.sampler import SAMPLER_TOLERANCE, SamplerTable
 from lemica_trt.ir.schedule import Schedule
-from lemica_trt.ir.trials import Trial, TrialTable
+from lemica_trt.ir.trials import Trial, TrialScore, TrialTable
 from lemica_trt.planning.schedules import given
 from lemica_trt.planning.step_plan import plan_from_schedule, uncached_plan
 
@@ -63,6 +65,9 @@ MISSING: dict[Need, tuple[str, str]] = {
 AUTO = ("fitted", "stock:dpmsolver++", "stock:unipc")
 """What `auto` tries: what won wherever it could be fitted, and the best stock solvers, which it must not be below."""
 
+PAPER = "lemica"
+"""The planner that every gain is measured against."""
+
 UNFITTED = ("linear", "lemica", "stock:dpmsolver++", "stock:unipc")
 """What `auto` tries where no solver can be fitted."""
 
@@ -70,8 +75,19 @@ GROUPS = ("auto", "all")
 """What may stand for several methods: a few, or every one that goes by measurements or a standard solver and is not
 there to be compared with only."""
 
-PAPER = "lemica"
-"""The planner that every gain is measured against."""
+
+def auto_methods(num_steps: int, *, fits: bool = True) -> tuple[str, ...]:
+    """What `auto` tries for a sampler, if everything is possible.
+
+    Of few steps LeMiCa's plan is tried, too: between steps that far apart outputs are not smooth, and a fitted solver
+    is not always ahead.
+
+    Args:
+        fits: whether a solver can be fitted.
+    """
+    if not fits:
+        return UNFITTED
+    return AUTO if num_steps > FEW_STEPS else (AUTO[0], PAPER, *AUTO[1:])
 
 
 @dataclass(frozen=True)
@@ -269,7 +285,7 @@ def choose_planners(methods: Sequence[str], problem: Problem) -> list[Planner]:
     """The planners named, in that order, each once; of a group those that are possible.
 
     Args:
-        methods: names, `auto` (`AUTO` or `UNFITTED`), or `all`.
+        methods: names, `auto` (see `auto_methods`), or `all`.
 
     Raises:
         UsageError: no such planner, or a named one needs what the problem does not have; a group has none.
@@ -289,7 +305,7 @@ def choose_planners(methods: Sequence[str], problem: Problem) -> list[Planner]:
 
 def _possible(problem: Problem, *, every: bool) -> list[Planner]:
     known = planners()
-    names = AUTO if known["fitted"].needs <= problem.has else UNFITTED
+    names = auto_methods(problem.table.num_steps, fits=known["fitted"].needs <= problem.has)
     if every:
         names = tuple(dict.fromkeys((*names, *_measuring())))
     return [known[name] for name in names if known[name].needs <= problem.has and _lowers(known[name], problem)]
@@ -365,7 +381,9 @@ good, is kept unless another one leads by more than `LEAD`/√samples dB, about 
 sample over the root of their number."""
 
 
-def select(plans: Sequence[StepPlan], samples: int, run: Run) -> tuple[StepPlan, TrialTable]:
+def select(
+    plans: Sequence[StepPlan], samples: int, run: Run, *, of: TrialScore | UnsetType = UNSET
+) -> tuple[StepPlan, TrialTable]:
     """The plan that does best, by successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943).
 
     The first round tries every plan on `FIRST_ROUND` samples; each further round keeps the better half, at least 2,
@@ -376,6 +394,7 @@ def select(plans: Sequence[StepPlan], samples: int, run: Run) -> tuple[StepPlan,
         plans: of one budget or one time, at least one; of equals the first wins, and see `LEAD`.
         samples: of the last round.
         run: tries plans.
+        of: what it scores, see `TrialTable`.
     """
     scores: list[list[float]] = [[] for _ in plans]
 
@@ -395,7 +414,7 @@ def select(plans: Sequence[StepPlan], samples: int, run: Run) -> tuple[StepPlan,
         Trial(label=plans[index].method, full_steps=plans[index].full_steps, snr=tuple(scores[index]))
         for index in order
     ]
-    return plans[order[0]], TrialTable(budget=plans[order[0]].budget, samples=samples, trials=tuple(trials))
+    return plans[order[0]], TrialTable(budget=plans[order[0]].budget, samples=samples, trials=tuple(trials), of=of)
 
 
 def rounds(plans: int, samples: int) -> list[tuple[range, int]]:

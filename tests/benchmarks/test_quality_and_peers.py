@@ -48,7 +48,7 @@ def test_quality_measures_flip(built: Built, tmp_path: Path) -> None:
 
 
 def test_peers_run_are_counted_or_say_why_not(built: Built, tmp_path: Path) -> None:
-    compared = ("dpcache", "l2p", "mean-velocity")
+    compared = ("dpcache", "l2p", "magcache", "mean-velocity", "teacache")
     chosen = ("the plan", "stock:unipc", *compared, "TaylorSeer", "TaylorSeer, lite", "SmoothCache", "DBPrune")
     benchmark("peers/run.py", built[0], "--clips", 2, "--only", *chosen, "--output", tmp_path / "peers.json")
     result = read_value(Peers, tmp_path / "peers.json")

@@ -15,6 +15,7 @@ from lemica_trt.backends.machine import describe_machine
 from lemica_trt.bundle.manifest import FRONT_FILE, STEP_TIMES, VERIFY_REPORT
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace
+from lemica_trt.cli.flags import profile_from_flags
 from lemica_trt.cli.main import main
 from lemica_trt.compiler import bundle_plans, work_commands
 from lemica_trt.compiler.requests import BuildRequest, PlanResult, stored_inputs
@@ -23,6 +24,7 @@ from lemica_trt.core.progress import Quiet
 from lemica_trt.evaluate.step_timer import StepTimer
 from lemica_trt.evaluate.timing import backend_name, stored_steps
 from lemica_trt.ir.budget import Latency, MinPsnr, Speedup, StepTimes
+from lemica_trt.ir.profile import FEW, FEW_STEPS, NORMAL
 from lemica_trt.ir.resources import load_profile
 
 PAPER = ("lemica",)
@@ -48,6 +50,20 @@ def test_flags_that_do_not_fit_together_are_refused(
     done = CliRunner().invoke(main, [*command, *flags])
     assert done.exit_code == 2 and word in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.null
+def test_few_steps_are_measured_on_more_samples() -> None:
+    def samples(**flags: Any) -> tuple[int, int, int]:
+        found = profile_from_flags("wan-tiny", None, flags).calibration
+        return found.samples, found.rollouts, found.validation_samples
+
+    few = (FEW.samples, FEW.rollouts, FEW.validation_samples)
+    assert samples(denoising_steps=FEW_STEPS) == samples(sigmas=(1.0, 0.8, 0.5, 0.2)) == few
+    normal = (NORMAL.samples, NORMAL.rollouts, NORMAL.validation_samples)
+    assert samples() == samples(denoising_steps=FEW_STEPS + 1) == normal
+    assert samples(denoising_steps=8, effort="normal") == normal, "as asked"
+    assert samples(denoising_steps=8, samples=3) == (3, *few[1:])
 
 
 def planned(target: Path, *budgets: Any, pareto: bool = False) -> PlanResult:

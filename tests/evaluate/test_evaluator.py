@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import UNSET
 
 from lemica_trt.core.errors import InputError, VerificationError
 from lemica_trt.core.metrics import PSNR_CAP, psnr
@@ -15,7 +16,7 @@ from lemica_trt.evaluate.evaluator import PlanEvaluator
 from lemica_trt.evaluate.runs import SNR_CAP_DB, PlanRuns
 from lemica_trt.evaluate.samples import HELD_OUT_SEED, Samples, held_out_samples, validation_samples
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.profile import CalibrationSettings
+from lemica_trt.ir.profile import FEW_STEPS, CalibrationSettings
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.ir.step_model import Latents
 from lemica_trt.models import denoise
@@ -122,13 +123,23 @@ def frames(latents: torch.Tensor) -> torch.Tensor:
     return levels.expand(-1, -1, -1, -1, 3).to(torch.uint8)
 
 
-def test_the_best_plan_is_chosen() -> None:
-    candidates = [plan(0, 5), plan(0, 3), plan(0, 2)]
-    model = ToyModel()
-    chosen, trials = evaluator(model)(candidates)
-    means = [sum(scores) for scores in evaluator(model).scores(candidates)]
-    assert chosen == candidates[means.index(max(means))]
-    assert trials.best.full_steps == chosen.full_steps and len(trials.best.snr) == 4
+@pytest.mark.parametrize("steps", [6, FEW_STEPS + 1])
+def test_the_best_plan_is_chosen_of_few_steps_by_frames(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, model = euler(steps), ToyModel()
+    monkeypatch.setattr(model, "decode", frames)
+
+    def of(*full: int) -> StepPlan:
+        schedule = Schedule(num_steps=steps, full_steps=full)
+        return plan_from_schedule(schedule, table, name=f"b{len(full)}", guidance_scale=3.0, method="given")
+
+    candidates = [of(0, 5), of(0, 3), of(0, 2)]
+    samples = Samples(prompts=PROMPTS, seed=5, count=8)  # enough for chance not to matter
+    chosen, trials = PlanEvaluator(lambda: model, table, samples)(candidates)
+    other = PlanEvaluator(lambda: model, table, samples)
+    scores = other.psnrs(candidates) if steps <= FEW_STEPS else other.scores(candidates)
+    best = max(range(3), key=lambda index: sum(scores[index]))
+    assert chosen == candidates[best] and trials.best.snr == tuple(scores[best])
+    assert trials.of == ("frames" if steps <= FEW_STEPS else UNSET)
 
 
 def test_scores_of_something_else_are_not_taken(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
 from lemica_trt.ir.budget import StepBudget
 from lemica_trt.ir.calibration import Calibration
 from lemica_trt.ir.plan import StepPlan, trunk_reads
+from lemica_trt.ir.profile import FEW_STEPS
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.planner import (
@@ -18,6 +19,7 @@ from lemica_trt.planning.planner import (
     PAPER,
     UNFITTED,
     Problem,
+    auto_methods,
     candidates,
     choose_planners,
     plan_given,
@@ -46,16 +48,24 @@ def test_auto_is_at_most_five_and_all_that_is_possible() -> None:
     assert names(problem_of(solver=None)) == ["fitted"]
 
 
+def test_of_few_steps_auto_tries_lemica_too() -> None:
+    assert PAPER not in auto_methods(FEW_STEPS + 1) == AUTO
+    few = auto_methods(FEW_STEPS)
+    assert few[0] == AUTO[0] and set(few) == {*AUTO, PAPER} and len(few) <= 5
+    assert auto_methods(FEW_STEPS, fits=False) == UNFITTED
+    assert names(problem_of(table=flow_table(FEW_STEPS))) == list(few)
+
+
 def test_all_is_every_method_that_may_win() -> None:
     found = names(problem_of(), "all")
     assert found[: len(AUTO)] == list(AUTO) and set(found) == planners().keys() - {
-        "uniform", "published", "dpcache", "l2p", "mean-velocity"
+        "uniform", "published", "dpcache", "l2p", "magcache", "mean-velocity", "teacache"
     }  # fmt: skip
     assert names(problem_of(fit=None, solver=None), "all") == ["linear", PAPER]
 
 
 def test_what_is_there_to_be_compared_with_runs_where_it_is_named() -> None:
-    compared = ["dpcache", "l2p", "mean-velocity"]
+    compared = ["dpcache", "l2p", "magcache", "mean-velocity", "teacache"]
     assert [name for name, planner in planners().items() if planner.compared] == compared
     assert names(problem_of(fit=None, solver=None), *compared) == compared
     assert not {planner.name for planner in planners_named(["auto", "all"])} & set(compared)

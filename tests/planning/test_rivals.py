@@ -14,7 +14,7 @@ import pytest
 from lemica_trt.core.errors import InfeasibleError, UsageError
 from lemica_trt.ir.calibration import Calibration
 from lemica_trt.ir.graphs import TensorSpec
-from lemica_trt.ir.plan import PlanRow, StepPlan
+from lemica_trt.ir.plan import PlanRow, StepPlan, trunk_reads
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.extrapolation import linear_weights
@@ -25,6 +25,7 @@ from lemica_trt.planning.planners.l2p import OUTPUTS, learned_weights
 from lemica_trt.planning.planners.mean_velocity import GAMMA, mean_velocity_table
 from lemica_trt.planning.schedules import uniform
 from lemica_trt.planning.step_plan import plan_from_solver
+from lemica_trt.planning.threshold import schedule_by_threshold
 from lemica_trt.testing.interpreter import interpret
 from lemica_trt.testing.values import N, flow_table, grams_of, graph_of, problem_of, recurrence, samples_of
 
@@ -194,7 +195,66 @@ def test_l2p_reuses_an_output_that_never_changes() -> None:
         assert not row or sum(row) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dpcache", "mean-velocity", "l2p"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_teacache_has_the_least_largest_sum_of_changes_that_it_skips(seed: int) -> None:
+    """Of all schedules of as many full steps whose last step is full: so does the walk under the least threshold."""
+    outputs = trajectories(seed)
+    m = normalised(outputs)
+    changes = [0.0, *(size(m[:, t] - m[:, t - 1]) / size(m[:, t - 1]) for t in range(1, N))]
+
+    def largest(steps: Sequence[int]) -> float:
+        return max(sum(changes[i + 1 : j]) for i, j in zip(steps, [*steps[1:], N]))
+
+    for budget in range(2, N):
+        steps = planners()["teacache"](problem(flow_table(), outputs), budget).full_steps
+        assert len(steps) == budget and steps[-1] == N - 1
+        least = min(largest((0, *rest, N - 1)) for rest in combinations(range(1, N - 1), budget - 2))
+        assert largest(steps) == pytest.approx(least, rel=1e-9)
+    assert planners()["teacache"](problem(flow_table(), outputs), 1).full_steps == (0,)
+
+
+def test_magcache_is_the_walk_of_the_paper_under_some_threshold() -> None:
+    growing = np.exp(np.cumsum(0.1 * np.random.default_rng(3).random(N)))
+    outputs = samples_of(0)[:, :1] * growing[:, None]
+    ratios = [1.0, *(growing[1:] / growing[:-1])]
+
+    def walked(threshold: float, first: int) -> tuple[int, ...]:
+        steps, product, error, skipped = list(range(first)), 1.0, 0.0, 0
+        for t in range(first, N):
+            product *= ratios[t]
+            error, skipped = error + abs(1 - product), skipped + 1
+            if error >= threshold or skipped > MAX_SKIP:
+                steps.append(t)
+                product, error, skipped = 1.0, 0.0, 0
+        return tuple(steps)
+
+    differs = False
+    for budget in range(5, 13):
+        steps = planners()["magcache"](problem(flow_table(), outputs), budget).full_steps
+        first = -(-budget // 5)
+        assert len(steps) == budget and steps[:first] == tuple(range(first))
+        assert steps in {walked(threshold, first) for threshold in np.linspace(0, 3, 30_001)}
+        differs |= steps != uniform(N, budget).full_steps
+    assert differs
+    with pytest.raises(InfeasibleError, match="expected 4 … 16"):
+        planners()["magcache"](problem(flow_table(), outputs), 3)
+    assert len(planners()["magcache"](problem(flow_table(), outputs), 4).full_steps) == 4
+
+
+def test_where_nothing_changes_a_threshold_still_has_all_its_full_steps() -> None:
+    for budget in range(1, N):
+        schedule = schedule_by_threshold(np.zeros((N, N)), budget, max_skip=N)
+        assert schedule.budget == budget
+
+
+@pytest.mark.parametrize("name", ["teacache", "magcache"])
+def test_a_threshold_reuses_residuals(name: str) -> None:
+    plan = planners()[name](problem(flow_table(), trajectories(0)), 6)
+    assert {trunk_reads(1.0) == row.caches for row in plan.rows[:-1] if row.step not in plan.full_steps} == {True}
+    assert len(plan.rows) == N + 1
+
+
+@pytest.mark.parametrize("name", ["dpcache", "mean-velocity", "l2p", "teacache", "magcache"])
 @pytest.mark.parametrize("table", [flow_table(50), recurrence(50, outputs=3, latents=2)], ids=["one step", "multistep"])
 def test_graphs_that_are_exported_first_run_the_plans(name: str, table: SamplerTable) -> None:
     planner = planners()[name]
