@@ -508,6 +508,42 @@ class TraceRow(Value, frozen=True):
     error: float = 0.0
 
 
+class TrueSizeRow(Value, frozen=True):
+    """A model at its true size, without weights.
+
+    Attributes:
+        model: profile, at whose shape and dtype it is.
+        latents: shape of one request's.
+        weights: bytes of all networks in the profile's dtype.
+        trunk: share of the parameters of each network of the loop that its blocks have.
+        trace, dry_run: seconds on the clock, seconds of CPUs, and bytes of the process at its peak.
+        disk: bytes that a build would write, as the dry run says.
+        export_memory, engine_memory: bytes at the peak of these stages, as it says.
+    """
+
+    model: str
+    latents: tuple[int, ...]
+    weights: int
+    trunk: tuple[float, ...]
+    trace: tuple[float, float, int]
+    dry_run: tuple[float, float, int]
+    disk: int
+    export_memory: int
+    engine_memory: int
+
+
+class TrueSize(Value, frozen=True, tag_field="kind", tag="true-size"):
+    """Models traced and dry-run at their true size.
+
+    Attributes:
+        run: what made this.
+        rows: a model each.
+    """
+
+    run: Run
+    rows: tuple[TrueSizeRow, ...]
+
+
 class Traces(Value, frozen=True, tag_field="kind", tag="traces"):
     """All tiny pipelines, traced.
 
@@ -625,6 +661,7 @@ Result = (
     | Quantized
     | Peers
     | Traces
+    | TrueSize
     | AttentionMemory
 )
 

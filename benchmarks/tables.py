@@ -24,6 +24,7 @@ from record import (
     Speed,
     SpeedRow,
     Traces,
+    TrueSize,
     UnusedDepth,
 )
 
@@ -341,6 +342,24 @@ def traces_table(result: Traces) -> str:
     return table(head, rows, "left")
 
 
+def true_size_table(result: TrueSize) -> str:
+    """A row a model."""
+    rows = [
+        [
+            f"`{row.model}`",
+            "×".join(map(str, row.latents)),
+            size(row.weights),
+            *(f"{cpu:.0f} s, {size(memory)}" for _, cpu, memory in (row.trace, row.dry_run)),
+            size(row.disk),
+            size(row.export_memory),
+            size(row.engine_memory),
+        ]
+        for row in result.rows
+    ]
+    head = ["model", "latents", "weights", "trace", "dry run", "disk of a build", "memory of its export", "of engines"]
+    return table(head, rows, "left")
+
+
 def attention_table(result: AttentionMemory) -> str:
     """A row a run, beside what its scores alone would take."""
     rows = []
@@ -486,6 +505,8 @@ def described(result: Result) -> str:
         parts = [quantized_caption(result), quantized_table(result)]
     elif isinstance(result, Traces):
         parts = [traces_table(result)]
+    elif isinstance(result, TrueSize):
+        parts = [true_size_table(result)]
     elif isinstance(result, AttentionMemory):
         parts = [attention_caption(result), attention_table(result)]
     elif isinstance(result, UnusedDepth):

@@ -44,6 +44,7 @@ from record import (
     Serving,
     Speed,
     Traces,
+    TrueSize,
     UnusedDepth,
     read_results,
 )
@@ -201,6 +202,7 @@ PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "engine-build": _results(EngineBuild),
     "attention-memory": _results(AttentionMemory),
     "traces": _results(Traces),
+    "true-size": _results(TrueSize),
     "unused-depth": _results(UnusedDepth),
     "build-cost": _results(BuildCost),
     "guidance": _results(Guidance),

@@ -38,6 +38,8 @@ from lemica_trt.ir.trace import TraceRequest
          help="Another argument of the pipeline's call; repeat for several."),
     flag("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), otherwise="the profile's, or fp32",
          aliases=("--torch-dtype",), help="Precision of all networks."),
+    flag("--without-weights", is_flag=True, otherwise="on where there are none",
+         help="Read configurations alone: seconds and little memory at any size."),
     options.device,
 )  # fmt: skip
 @common
@@ -47,13 +49,15 @@ def trace(
     lora: tuple[str, ...],
     arguments: tuple[str, ...],
     dtype: Any,
+    without_weights: bool,
     device: str | None,
     **given: Any,
 ) -> None:
     """Run a pipeline a few times and show how its denoising loop works; the last run checks what was found.
 
     Shows its kinds of steps, conditions, columns, guidance, encoders and trunk, and whether shapes follow the prompt.
-    No family is known by name; what cannot be traced is refused with the reason. Nothing is built.
+    No family is known by name; what cannot be traced is refused with the reason. Nothing is built. Without weights its
+    networks are run on shapes, and the loop around them in numbers.
     """
     import msgspec
 
@@ -65,7 +69,7 @@ def trace(
     fields = {**options.given(given), "arguments": dict(map(_argument, arguments))}
     request = msgspec.convert(fields, TraceRequest, strict=True)
 
-    from lemica_trt.models.load import load_pipeline, usable_device
+    from lemica_trt.models.load import is_bare, load_pipeline, usable_device
     from lemica_trt.models.trace import trace_pipeline
     from lemica_trt.models.traced import request_from_profile
     from lemica_trt.report.trace import trace_table
@@ -77,6 +81,7 @@ def trace(
         device=usable_device(device),
         sampling=None if profile is None else profile.sampling,
         loras=loras,
+        weights=not without_weights and not is_bare(source),
     )
     if profile is not None:
         own = request_from_profile(profile, pipeline)

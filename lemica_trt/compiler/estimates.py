@@ -17,13 +17,12 @@ import msgspec
 from lemica_trt.backends.build import estimate as estimate_engine
 from lemica_trt.bundle.manifest import MANIFEST
 from lemica_trt.bundle.workspace import Workspace
-from lemica_trt.compiler.context import Context, open_model
+from lemica_trt.compiler.context import Context
 from lemica_trt.compiler.requests import Inputs
 from lemica_trt.core.errors import InfeasibleError
 from lemica_trt.core.progress import Quiet, count
 from lemica_trt.evaluate.timing import TIMED_BESIDE, TIMED_STEPS
 from lemica_trt.ir.budget import Budget, MinPsnr, StepTimes, format_budget
-from lemica_trt.ir.profile import TRACED
 from lemica_trt.ir.report import StageEstimate
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.planning.budget import front_budgets, max_full_steps
@@ -44,14 +43,36 @@ MOMENT = 1.0
 
 
 class DryContext(Context):
-    """A context that writes nothing: the model is opened on the CPU, its sampler lowered when asked for."""
+    """A context that writes nothing: the model is opened without its weights, its sampler lowered when asked for."""
 
     def __init__(self, work: Workspace, inputs: Inputs, output: Path) -> None:
         super().__init__(work, inputs, Quiet(), output=output)
 
     @cached_property
     def model(self) -> Model:
-        return open_model(self.inputs.profile, Quiet(), device="cpu")
+        """Without its weights.
+
+        Raises:
+            WeightsNeededError: it cannot be looked at without.
+            LemicaError: as `load_model`.
+        """
+        from lemica_trt.models import load_model
+        from lemica_trt.models.load import limit_threads
+
+        limit_threads()
+        return load_model(self.inputs.profile, weights=False)
+
+    @cached_property
+    def is_understood(self) -> bool:
+        """Whether the model is here, and can be looked at without its weights."""
+        if not self.has_model:
+            return False
+        from lemica_trt.models.stand_ins import WeightsNeededError
+
+        try:
+            return self.model is not None
+        except WeightsNeededError:
+            return False
 
     @cached_property
     def table(self) -> SamplerTable:  # computed once, where the base reads a file
@@ -78,14 +99,14 @@ class DryContext(Context):
 
     @cached_property
     def forecast(self) -> Forecast:
-        """By the model's own sampler and size, where the model is here; by the size of its weights alone, where it must
-        be run to be understood."""
+        """By the model's own sampler and size, where the model is here; by the size of its weights alone, where they
+        must be run to understand it."""
         if not self.has_model:
             return Forecast.of_inputs(self.inputs, self.output)
         from lemica_trt.evaluate.estimate import ExportCost, estimate
         from lemica_trt.models.load import stored_weights
 
-        if self.inputs.profile.family == TRACED:
+        if not self.is_understood:
             export = ExportCost(stored_weights(self.inputs.profile))
             return replace(Forecast.of_inputs(self.inputs, self.output), export=export)
         cost = estimate(self.model)

@@ -112,7 +112,7 @@ def dry_run(profile: Profile, output: Path, request: BuildRequest) -> list[Stage
         last = "verify" if request.verify_samples else "bundle"
         stages = context.select(needed_stages(STAGES, context, *DRAFT, last))
         require_counts(context.forecast)
-        if context.has_model:
+        if context.is_understood:
             for stage in stages:
                 stage.ensures(context)
         return estimate_stages(stages, context, context.forecast)

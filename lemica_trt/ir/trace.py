@@ -173,6 +173,8 @@ class Trace(Value, frozen=True, omit_defaults=True):
             largest of them; of a pipeline in half precision, largest deviation of any one step.
         dtype: torch's name of the precision: the coarsest of the latents' and the networks' outputs. `float32` is not
             written.
+        without_weights: whether networks stood in for themselves, see `models.stand_ins`: the trunk is found by how
+            things are computed, and `error` is of the loop around them.
     """
 
     pipeline: str
@@ -189,6 +191,7 @@ class Trace(Value, frozen=True, omit_defaults=True):
     python: tuple[str, ...]
     error: float
     dtype: str = "float32"
+    without_weights: bool = False
 
     def __post_init__(self) -> None:
         names = [slot.name for slot in self.slots]

@@ -4,6 +4,7 @@
     trace                    any diffusers pipeline: its loop, conditions, guidance and trunk, found by running it
     split                    any diffusers transformer → whole run with trunk residual, and run without trunk
     parts                    pipeline folder → networks; whether they are whole, and fit each other
+    stand_ins                networks without their weights, for traces and estimates
     lora                     LoRA weights: found, checked tensor by tensor, fused with diffusers' own loader
     load                     profile → `Model`
     preflight                what a pipeline's configuration tells before weights are downloaded

@@ -33,6 +33,7 @@ from lemica_trt.models.open_sora import published
 from lemica_trt.models.open_sora.pipeline import OpenSoraPipeline
 from lemica_trt.models.parts import (
     BROKEN,
+    has_weights,
     load_networks,
     reading,
     require_fitting,
@@ -100,7 +101,12 @@ def limit_threads() -> None:
 
 
 def load_model(
-    profile: Profile, *, source: str | None = None, dtype: DType | None = None, device: str = "cpu"
+    profile: Profile,
+    *,
+    source: str | None = None,
+    dtype: DType | None = None,
+    device: str = "cpu",
+    weights: bool = True,
 ) -> Model:
     """Load a model for a profile.
 
@@ -112,6 +118,7 @@ def load_model(
         source: hub id, folder or `package:NAME` instead of the profile's.
         dtype: precision of the DiT instead of the profile's.
         device: torch device.
+        weights: as in `load_pipeline`.
 
     Raises:
         InputError: the source is not there, is incomplete, or is of another family.
@@ -125,8 +132,9 @@ def load_model(
         from lemica_trt.models.traced import TracedModel
 
         pipeline = load_pipeline(
-            profile.source, dtype=profile.dtype, device=device, sampling=profile.sampling, loras=profile.loras or ()
-        )
+            profile.source, dtype=profile.dtype, device=device, sampling=profile.sampling, loras=profile.loras or (),
+            weights=weights,
+        )  # fmt: skip
         return TracedModel(profile, pipeline, folder_from_source(profile.source))
     family = family_from_name(profile.family)
     with quiet():
@@ -136,10 +144,10 @@ def load_model(
             raise InputError(f"{profile.source}: expected a {family.pipeline_class}, got a {found.pipeline_class}")
         dtypes = {"default": DTYPES[profile.dtype], "vae": DTYPES[family.vae_dtype or profile.dtype]}
         with reading(profile.source):
-            networks = load_networks(folder, dtypes)
+            networks = load_networks(folder, dtypes, weights=weights)
             pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder, **networks)
             require_vocabulary(folder, pipeline)
-        fuse_loras(pipeline, profile.loras or ())
+        fuse_loras(pipeline, (profile.loras or ()) if weights else ())
         pipeline.scheduler = scheduler_for(profile.sampling, pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
@@ -156,6 +164,7 @@ def load_pipeline(
     device: str = "cpu",
     sampling: Sampling | None = None,
     loras: Sequence[Lora] = (),
+    weights: bool = True,
 ) -> Any:
     """Load any diffusers pipeline whose denoiser is a transformer.
 
@@ -165,6 +174,7 @@ def load_pipeline(
         device: torch device.
         sampling: its scheduler and flow shift are put in the place of the pipeline's own.
         loras: fused into it.
+        weights: else its networks stand in for themselves, see `stand_ins`; nothing is fused into them.
 
     Raises:
         InputError: the source is not there, or is incomplete; or there is no such scheduler; or as `lora.fuse_loras`.
@@ -174,15 +184,16 @@ def load_pipeline(
     with quiet():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).is_dir():
             pipeline_class(source, _index_on_hub(source))
-        folder = folder_from_source(source)
+        folder = folder_from_source(source, weights=weights)
         index = pipeline_index(folder / "model_index.json", where=str(folder))
         kind = pipeline_class(source, index)
         for name, value in index.items():
             if isinstance(value, list) and value[:1] != [None] and not (folder / name).is_dir():
                 raise InputError(f"{source}: expected a complete pipeline, got no folder {name!r}")
         with reading(source):
-            pipeline = kind.from_pretrained(folder, **load_networks(folder, {"default": DTYPES[dtype]}))
-        fuse_loras(pipeline, loras)
+            networks = load_networks(folder, {"default": DTYPES[dtype]}, weights=weights)
+            pipeline = kind.from_pretrained(folder, **networks)
+        fuse_loras(pipeline, loras if weights else ())
         if sampling is not None:
             pipeline.scheduler = scheduler_for(sampling, pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
@@ -318,6 +329,12 @@ def stored_weights(profile: Profile) -> int:
     )
 
 
+def is_bare(source: str) -> bool:
+    """Whether a source is a folder of a pipeline that has no weights."""
+    folder = Path(source)
+    return (folder / "model_index.json").is_file() and not has_weights(folder)
+
+
 def is_here(profile: Profile) -> bool:
     """Whether a profile's model can be loaded without a download; True of sources that are no hub ids."""
     source = profile.source
@@ -339,8 +356,16 @@ def is_here(profile: Profile) -> bool:
     return all((Path(found).parent / name).is_dir() for name in parts)
 
 
-def folder_from_source(source: str) -> Path:
-    """Local folder of a source; downloads from the hub into its cache where the source is a hub id."""
+DESCRIPTION = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model")
+"""Files of a pipeline on the hub that are no weights: configurations and tokenizers."""
+
+
+def folder_from_source(source: str, *, weights: bool = True) -> Path:
+    """Local folder of a source; downloads from the hub into its cache where the source is a hub id.
+
+    Args:
+        weights: else only what describes the pipeline is downloaded.
+    """
     if published.is_published(source):
         return published.pipeline_folder(source)
     scheme, _, name = source.partition(":")
@@ -357,6 +382,8 @@ def folder_from_source(source: str) -> Path:
             fix="check the path, or give the id as the hub has it: OWNER/NAME",
         )
     try:
+        if not weights:
+            return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(DESCRIPTION)))
         return Path(diffusers.DiffusionPipeline.download(source))
     except BROKEN as error:
         raise InputError(

@@ -26,6 +26,7 @@ from lemica_trt.core.errors import InputError, MissingDependencyError, Unsupport
 from lemica_trt.core.text import first_line
 from lemica_trt.models.model import Model
 from lemica_trt.models.open_sora import transformer, vae
+from lemica_trt.models.stand_ins import network_from_config
 
 BROKEN = (
     OSError,
@@ -66,12 +67,15 @@ def reading(source: object) -> Iterator[None]:
         raise InputError(f"{source}: expected a complete pipeline, got: {first_line(error)}") from None
 
 
-def load_networks(folder: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.nn.Module]:
+def load_networks(
+    folder: Path, dtypes: Mapping[str, torch.dtype], *, weights: bool = True
+) -> dict[str, torch.nn.Module]:
     """The networks that `model_index.json` names, on the CPU.
 
     Args:
         folder: of the pipeline.
         dtypes: by name, `default` for the others.
+        weights: else networks are as `stand_ins` has them, by their configuration.
 
     Raises:
         InputError: a weight file does not match its config; names a tensor.
@@ -79,15 +83,27 @@ def load_networks(folder: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, 
         MissingDependencyError: the tokenizer cannot be read with the libraries that are installed.
     """
     _require_sentencepiece(folder / "tokenizer")
+    load = _load_network if weights else network_from_config
+    return {
+        name: load(kind, folder / name, dtypes.get(name, dtypes["default"]))
+        for name, kind in networks_of(folder).items()
+    }
+
+
+def networks_of(folder: Path) -> dict[str, Any]:
+    """The networks that a pipeline's `model_index.json` names, and their classes.
+
+    Raises:
+        UnsupportedError: one is of a class from elsewhere.
+    """
     index = json.loads((folder / "model_index.json").read_bytes())
-    found = {}
-    for name, entry in index.items():
-        if not isinstance(entry, list) or entry == [None, None]:
-            continue
-        kind = class_of(name, entry)
-        if issubclass(kind, torch.nn.Module):
-            found[name] = _load_network(kind, folder / name, dtypes.get(name, dtypes["default"]))
-    return found
+    parts = {n: class_of(n, entry) for n, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
+    return {name: kind for name, kind in parts.items() if issubclass(kind, torch.nn.Module)}
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a network of a pipeline's folder has weights."""
+    return any(any((folder / name).glob(f"*{end}")) for name in networks_of(folder) for end in (".safetensors", ".bin"))
 
 
 def class_of(name: str, entry: list[Any]) -> Any:

@@ -691,7 +691,8 @@ class TracedModel(Model):
 
     @cached_property
     def ends(self) -> dict[str, End]:
-        """The graphs before and behind the steps, by role."""
+        """The graphs before and behind the steps, by role. Without weights there is no decoder: its pixels would be
+        gigabytes."""
         found = {}
         for encoder in self._encoders:
             specs = [
@@ -702,8 +703,9 @@ class TracedModel(Model):
             found[encoder.graph] = End(encoder.module, tuple(specs), encoder.outputs)
         if self._image is not None:
             found[IMAGE_ENCODER] = End(self._image, self._image.inputs, self._image.outputs)
-        latents = TensorSpec(name="latents", dtype="fp32", shape=(1, *self.latent_shape))
-        found["vae_decoder"] = End(self.vae_decoder, (latents,), ("frames",))
+        if not self.trace.without_weights:
+            latents = TensorSpec(name="latents", dtype="fp32", shape=(1, *self.latent_shape))
+            found["vae_decoder"] = End(self.vae_decoder, (latents,), ("frames",))
         return found
 
     @cached_property
@@ -894,7 +896,7 @@ class TracedModel(Model):
                     )
         for kind in range(len(self.trace.kinds)):
             self.body(kind)
-        _ = self.vae_decoder
+        _ = self.ends
 
 
 class _FirstRows(nn.Module):

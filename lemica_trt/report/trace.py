@@ -70,6 +70,8 @@ def _facts(trace: Trace) -> Iterator[tuple[str, str]]:
         yield "baked", ", ".join(baked[:SHOWN]) + rest
     if trace.python:
         yield "in Python", f"{', '.join(trace.python)}: an export would bake it"
+    if trace.without_weights:
+        yield "weights", "none were read: networks by their configuration, the loop around them in numbers"
     agree = "latents agree" if trace.dtype == "float32" else f"each step in {trace.dtype} agrees"
     yield "check", f"another prompt, seed and guidance scale: {agree} to {trace.error:.0e} of the largest"
 

@@ -7,6 +7,7 @@
     slots       programs of several runs → what each slot is: constant, column, condition, guidance
     named       slots of all kinds of steps, by name
     replay      a trace run again for another request: the check that every trace ends with
+    symbols     what a tensor is, said without its numbers
     trunk       the blocks of a transformer, left out without rewriting a forward
     body        the program of a step as a module, with or without the trunk
     pictures    how a pipeline makes tensors of the picture that it is given

@@ -72,6 +72,7 @@ class Program:
         x, after: x_i of each state, and what its sampler made of it.
         span: of the tape's items.
         host: nodes' outputs that became Python's: (method, leaf).
+        made: ids of the tensors that nodes made.
     """
 
     index: int
@@ -82,6 +83,7 @@ class Program:
     after: tuple[Tensor, ...]
     span: tuple[int, int]
     host: tuple[tuple[str, Any], ...]
+    made: frozenset[int]
 
     @property
     def digest(self) -> str:
@@ -186,7 +188,9 @@ def _adopted(tape: Tape, found: Sequence[Program], denoisers: set[str]) -> Progr
     scales = [k for k, item in enumerate(tape.items[:begin]) if isinstance(item, Event) and item.kind == "scale"]
     span = (scales[-1] if scales else begin, own.span[1])
     x = tuple(mine.to(its.dtype) for mine, its in zip(own.x, next_one.x))
-    adopted = replace(next_one, index=0, values=tuple(values), x=x, after=own.after, span=span, host=own.host)
+    adopted = replace(
+        next_one, index=0, values=tuple(values), x=x, after=own.after, span=span, host=own.host, made=own.made
+    )
     step = _steps(tape.items[slice(*span)])
     wanted = [tape.value(ref) for event in events if isinstance(event, Event) for ref in refs(event.inputs)]
     wanted += [tape.value(event.inputs["model_output"]) for event in step]
@@ -369,6 +373,7 @@ class Extraction:
             index, tuple(nodes), tuple(self.values), tuple(self._births),
             tuple(self._tape.value(event.inputs["sample"]) for event in steps),
             tuple(self._tape.value(refs(event.outs)[0]) for event in steps), self._span, tuple(self.host),
+            frozenset(number for number, place in self._places.items() if isinstance(place, Node)),
         )  # fmt: skip
 
     def _event(self, event: Event) -> Step:

@@ -114,21 +114,28 @@ class Runs:
         if arguments.has_negative:
             self.others[NEGATIVE] = self._other(NEGATIVE, "negative", LONGER_NEGATIVE, OTHER_NEGATIVE)
         if arguments.has_image:
-            self.others[IMAGE] = self._run(image=2)
-        self.others[SEED] = self._run(seed=12)
+            self.others[IMAGE] = self._run(compared=True, image=2)
+        self.others[SEED] = self._run(compared=True, seed=12)
         for name, value in arguments.scales.items():
-            self.others[name] = self._run(scales={name: value * GUIDANCE_STEP})
+            self.others[name] = self._run(compared=True, scales={name: value * GUIDANCE_STEP})
         texts = {"prompt": OTHER, "negative": OTHER_NEGATIVE}
         if not self.longer:
             texts = {"prompt": SHORTER, "negative": SHORTER_NEGATIVE}
         scales = {name: value * GUIDANCE_STEP**2 for name, value in arguments.scales.items()}
         self.check = self._run(seed=77, image=3, scales=scales, **texts)
 
-    def _run(self, **changes: Any) -> Run:
+    def _run(self, *, compared: bool = False, **changes: Any) -> Run:
+        """A run.
+
+        Args:
+            compared: only its slots are looked at.
+        """
         tape, _ = record(self._pipeline, self.arguments, **changes)
         its = {name: changes[name] for name in ("seed", "image") if name in changes}
         scales = {**self.arguments.scales, **changes.get("scales", {})}
-        return Run(tape, programs(tape, self._networks), scales, **its)
+        found = programs(tape, self._networks)
+        tape.forget(frozenset().union(*(program.made for program in found)), inputs_too=compared)
+        return Run(tape, found, scales, **its)
 
     def at_steps(self, count: int) -> Run:
         """A run of another number of steps whose networks do not compute: its latents mean nothing."""
@@ -207,11 +214,11 @@ class Runs:
 
     def _other(self, name: str, what: str, longer: str, other: str) -> Run:
         """A run with a longer text, so that masks show; where shapes follow its length, with one of equal length."""
-        run = self._run(**{what: longer})
+        run = self._run(compared=True, **{what: longer})
         if _alike(self.base, run):
             return run
         self.longer[name] = run
-        return self._run(**{what: other})
+        return self._run(compared=True, **{what: other})
 
     def following(self, kinds: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         """(kind, slot) of the tensors whose shapes follow the length of a text."""

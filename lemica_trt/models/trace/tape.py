@@ -141,6 +141,28 @@ class Tape:
         """The tree with `Ref`s for tensors."""
         return pytree.tree_map(lambda leaf: self.ref(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
+    def forget(self, made: Collection[int], *, inputs_too: bool) -> None:
+        """End the recording, and keep shapes and dtypes alone of what is not looked at again: outputs of components
+        that nothing reads, and what operators made that no event gave.
+
+        Args:
+            made: ids of what operators and events made of the latents.
+            inputs_too: of what events were given, too.
+        """
+        events = [item for item in self.items if isinstance(item, Event)]
+        inputs = {ref.id for event in events for ref in refs(event.inputs)}
+        operators = [item for item in self.items if isinstance(item, Op)]
+        read = inputs | {ref.id for item in operators for ref in refs((item.args, item.kwargs))}
+        given = {ref.id for event in events for ref in refs(event.outs)}
+        called = {ref.id for event in events if event.kind == "call" for ref in refs(event.outs)}
+        forgotten = (set(made) - given - (set() if inputs_too else inputs)) | (called - read)
+        for ref, value in self.values.items():
+            if ref.id in forgotten:
+                self.values[ref] = value.to("meta")
+        self._ids.clear()
+        self._alive.clear()
+        self._kept.clear()
+
     def value(self, leaf: Any) -> Any:
         """What a leaf of a tree stood for."""
         return self.values[leaf] if isinstance(leaf, Ref) else leaf

@@ -23,6 +23,7 @@ from lemica_trt.ir.trace import (
     TraceTrunk,
 )
 from lemica_trt.models.scheduler import sampler_table
+from lemica_trt.models.stand_ins import is_stand_in
 from lemica_trt.models.trace.arguments import (
     BASE,
     Arguments,
@@ -101,6 +102,7 @@ def trace_runs(pipeline: Any, request: TraceRequest) -> Traced:
         text_slots=tuple(dict.fromkeys(filter(None, (named.name(*at) for at in runs.following(kinds))))),
         python=tuple(sorted(f"{name}: {how}" for name, how in base.tape.inside if name in _networks(base))),
         error=error,
+        without_weights=any(is_stand_in(part) for part in components.values()),
         **({"dtype": str(dtype).removeprefix("torch.")} if (dtype := precision(base)).itemsize < 4 else {}),
     )
     return Traced(trace, arguments, runs, found, named)
