@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError
 from lemica_trt.core.text import first_line
+from lemica_trt.models.index import index_file, read_index
 from lemica_trt.models.model import Model
 from lemica_trt.models.open_sora import transformer, vae
 
@@ -79,7 +79,7 @@ def load_networks(folder: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, 
         MissingDependencyError: the tokenizer cannot be read with the libraries that are installed.
     """
     _require_sentencepiece(folder / "tokenizer")
-    index = json.loads((folder / "model_index.json").read_bytes())
+    index = read_index(index_file(folder), where=str(folder))
     found = {}
     for name, entry in index.items():
         if not isinstance(entry, list) or entry == [None, None]:
