@@ -20,6 +20,15 @@ FLAGS = {
     "wan2.2": ("--height", 32, "--width", 48, "--frames", 9, "--max-sequence-length", 64),
     "sd3": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
     "sana": ("--height", 64, "--width", 96, "--max-sequence-length", 64),
+    "cogview4": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
+    "hidream": ("--height", 32, "--width", 32),
+    "mochi": ("--height", 32, "--width", 48, "--frames", 7),
+    "hunyuanvideo-1.5": ("--height", 32, "--width", 48, "--frames", 9),
+    "lumina2": ("--height", 32, "--width", 48, "--max-sequence-length", 128),
+    "z-image": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
+    "ltx2": ("--height", 64, "--width", 64, "--frames", 9, "--max-sequence-length", 64),
+    "wan-modular": ("--height", 32, "--width", 48, "--frames", 9, "--max-sequence-length", 64),
+    "z-image-modular": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
     "wan2.2-ti2v": ("--height", 64, "--width", 64, "--frames", 5, "--max-sequence-length", 64),
 }
 

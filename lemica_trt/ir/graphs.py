@@ -449,6 +449,8 @@ class EncoderSpec(Value, frozen=True):
         template: what is tokenised; `{prompt}` stands for the prompt.
         suffix: of the names of the graph's inputs that these ids are for; unset: none.
         negative: true: of negative prompts alone, and those without are of prompts alone.
+        multiple: padding stands in front of the ids, up to a multiple of it, and counts as tokens; unset: none does.
+        left: true: all padding stands in front of the ids.
     """
 
     tokenizer: str
@@ -461,11 +463,25 @@ class EncoderSpec(Value, frozen=True):
     template: str = PROMPT
     suffix: str | UnsetType = UNSET
     negative: bool | UnsetType = UNSET
+    multiple: int | UnsetType = UNSET
+    left: bool | UnsetType = UNSET
 
     def __post_init__(self) -> None:
+        whole = self.multiple is UNSET or (self.multiple > 1 and self.length % self.multiple == 0)
+        require(whole, f"length must be a multiple of {self.multiple}, of at least 2, got {self.length}")
         require(PROMPT in self.template, f"template must have {PROMPT} in it, got {self.template!r}")
         plain = self.suffix is UNSET or bool(re.fullmatch(r"_\w+", self.suffix))
         require(plain, f"suffix must be a word behind an underscore, got {self.suffix!r}")
+
+    def padded(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """At most `length` ids of a text with the padding around them, and the mask: 0 of padding, unless it counts as
+        tokens."""
+        counted = 0 if self.multiple is UNSET else -len(ids) % self.multiple
+        own, mask = [self.pad_id] * counted + list(ids), [1] * (counted + len(ids))
+        rest = self.length - len(own)
+        if self.left:
+            return [self.pad_id] * rest + own, [0] * rest + mask
+        return own + [self.pad_id] * rest, mask + [0] * rest
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -27,8 +27,10 @@ from lemica_trt.ir.profile import TRACED, DType, Lora, Profile, Sampling, Shape
 from lemica_trt.ir.resources import nearest, zoo_path
 from lemica_trt.models.cogvideox import CogVideoX
 from lemica_trt.models.family import DTYPES, Family
+from lemica_trt.models.index import index_file, read_index
 from lemica_trt.models.lora import fuse_loras, identified, lora_file
 from lemica_trt.models.model import Model, folder_revision, fused_revision, pipeline_files
+from lemica_trt.models.modular import blocks_of, defaults_of, guidance_of, is_modular, load_modular
 from lemica_trt.models.open_sora import published
 from lemica_trt.models.open_sora.pipeline import OpenSoraPipeline
 from lemica_trt.models.parts import (
@@ -185,14 +187,17 @@ def load_pipeline(
         if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).is_dir():
             pipeline_class(source, _index_on_hub(source))
         folder = folder_from_source(source, weights=weights)
-        index = pipeline_index(folder / "model_index.json", where=str(folder))
+        index = read_index(index_file(folder), where=str(folder))
         kind = pipeline_class(source, index)
         for name, value in index.items():
             if isinstance(value, list) and value[:1] != [None] and not (folder / name).is_dir():
                 raise InputError(f"{source}: expected a complete pipeline, got no folder {name!r}")
         with reading(source):
             networks = load_networks(folder, {"default": DTYPES[dtype]}, weights=weights)
-            pipeline = kind.from_pretrained(folder, **networks)
+            modular = is_modular(kind)
+            pipeline = (
+                load_modular(kind, index, folder, networks) if modular else kind.from_pretrained(folder, **networks)
+            )
         fuse_loras(pipeline, loras if weights else ())
         if sampling is not None:
             pipeline.scheduler = scheduler_for(sampling, pipeline.scheduler)
@@ -213,8 +218,7 @@ def profile_from_pipeline(source: str) -> Profile:
     """
     with quiet():
         local = Path(source).is_dir() and not published.is_published(source)
-        path = Path(source) / "model_index.json"
-        index = pipeline_index(path, where=source) if local else _index_on_hub(source)
+        index = read_index(index_file(Path(source)), where=source) if local else _index_on_hub(source)
         kind = pipeline_class(source, index)
     for name, family in FAMILIES.items():
         if family.pipeline_class == kind.__name__ and len(_transformers(index)) == 1:
@@ -222,7 +226,10 @@ def profile_from_pipeline(source: str) -> Profile:
                 f"{source}: expected a profile of the family {name}, got the pipeline alone",
                 fix=f"name a profile with its shape and steps, for example --model {EXAMPLES[name]} --weights {source}",
             )
-    defaults = {name: parameter.default for name, parameter in inspect.signature(kind.__call__).parameters.items()}
+    if is_modular(kind):
+        defaults = defaults_of(blocks_of(kind, index))
+    else:
+        defaults = {name: each.default for name, each in inspect.signature(kind.__call__).parameters.items()}
 
     def number(*names: str, otherwise: float) -> float:
         found = (defaults[name] for name in names if isinstance(defaults.get(name), int | float))
@@ -243,7 +250,7 @@ def profile_from_pipeline(source: str) -> Profile:
         ),
         sampling=Sampling(
             steps=int(number("num_inference_steps", otherwise=50)),
-            guidance_scale=float(number(*on, otherwise=1.0)),
+            guidance_scale=float(number(*on, otherwise=1.0 if scales else _guider_scale(source, kind, index))),
         ),
     )
 
@@ -264,7 +271,7 @@ def _index_on_hub(source: str) -> dict[str, Any]:
     if published.is_published(source):
         return published.INDEX
     try:
-        return pipeline_index(Path(hf_hub_download(source, "model_index.json")), where=source)
+        return read_index(Path(hf_hub_download(source, "model_index.json")), where=source)
     except BROKEN as error:
         raise InputError(
             f"{source}: expected a folder or a diffusers pipeline on the hub, got: {first_line(error)}",
@@ -272,18 +279,25 @@ def _index_on_hub(source: str) -> dict[str, Any]:
         ) from None
 
 
-def pipeline_index(path: Path, *, where: str) -> dict[str, Any]:
-    """Content of a `model_index.json`."""
+def _guider_scale(source: str, kind: Any, index: dict[str, Any]) -> float:
+    """The guidance scale of a pipeline whose guider has it; 1 without one."""
+    if index.get("guider", [None, None]) == [None, None]:
+        return guidance_of(kind, index) if is_modular(kind) else 1.0
+    if not (path := Path(source) / GUIDER_CONFIG).is_file():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(source, GUIDER_CONFIG))
+        except BROKEN as error:
+            raise InputError(f"{source}: expected {GUIDER_CONFIG}, got: {first_line(error)}") from None
     try:
-        index = json.loads(path.read_bytes())
-        if isinstance(index, dict) and isinstance(index.get("_class_name"), str):
-            return index
-    except (OSError, ValueError):
-        pass
-    raise InputError(
-        f"{where}: expected a diffusers pipeline folder, got no readable model_index.json",
-        fix="give the folder that has it, or a hub id",
-    )
+        return float(json.loads(path.read_bytes())["guidance_scale"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise InputError(f"{source}: expected the guidance scale of its guider in {GUIDER_CONFIG}, got none") from None
+
+
+GUIDER_CONFIG = "guider/guider_config.json"
+"""Of a pipeline with a guider."""
 
 
 def _transformers(index: dict[str, Any]) -> list[str]:
@@ -300,7 +314,7 @@ def pipeline_class(source: str, index: dict[str, Any]) -> Any:
         got = "a UNet" if "unet" in parts else f"none in {', '.join(sorted(parts)) or 'no components'}"
         raise UnsupportedError(f"{source}: expected a pipeline with a diffusion transformer, got {got} ({name})")
     kind = PIPELINES.get(name, getattr(diffusers, name, None))
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+    if not is_modular(kind) and not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise UnsupportedError(f"{source}: expected a pipeline class of diffusers {diffusers.__version__}, got {name}")
     return kind
 
@@ -351,7 +365,7 @@ def is_here(profile: Profile) -> bool:
     found = huggingface_hub.try_to_load_from_cache(source, "model_index.json")
     if not isinstance(found, str):
         return False
-    index = pipeline_index(Path(found), where=source)
+    index = read_index(Path(found), where=source)
     parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[:1] != [None]]
     return all((Path(found).parent / name).is_dir() for name in parts)
 

@@ -25,6 +25,7 @@ from lemica_trt.ir.prompts import Prompt, prompt_from_line
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.step_model import Beginning, Latents, Steps
 from lemica_trt.models.family import DTYPES, Family, TextEncoder, VideoDecoder
+from lemica_trt.models.index import index_file
 from lemica_trt.models.scheduler import made_scheduler, refusing, sampler_table
 from lemica_trt.models.split import SplitTransformer, split_transformer
 
@@ -399,4 +400,4 @@ def pipeline_files(folder: Path) -> list[str]:
     """Relative names of the files that decide what a pipeline folder computes, sorted."""
     parts = [part for part in folder.iterdir() if part.is_dir() and not part.name.startswith(".")]
     found = [path for part in parts for path in part.iterdir() if path.is_file() and path.suffix.lower() not in NOTES]
-    return sorted(path.relative_to(folder).as_posix() for path in [folder / "model_index.json", *found])
+    return sorted(path.relative_to(folder).as_posix() for path in [index_file(folder), *found])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lemica_trt.core.errors import InputError, MissingDependencyError, UnsupportedError
 from lemica_trt.core.text import first_line
+from lemica_trt.models.index import index_file, read_index
 from lemica_trt.models.model import Model
 from lemica_trt.models.open_sora import transformer, vae
 from lemica_trt.models.stand_ins import network_from_config
@@ -96,7 +96,7 @@ def networks_of(folder: Path) -> dict[str, Any]:
     Raises:
         UnsupportedError: one is of a class from elsewhere.
     """
-    index = json.loads((folder / "model_index.json").read_bytes())
+    index = read_index(index_file(folder), where=str(folder))
     parts = {n: class_of(n, entry) for n, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
     return {name: kind for name, kind in parts.items() if issubclass(kind, torch.nn.Module)}
 

@@ -16,12 +16,12 @@ from accelerate import init_empty_weights
 from lemica_trt.core.errors import MissingDependencyError
 from lemica_trt.core.progress import size
 from lemica_trt.ir.profile import TRACED, Profile
+from lemica_trt.models.index import index_file, read_index
 from lemica_trt.models.load import (
     family_from_name,
     folder_from_source,
     is_here,
     pipeline_class,
-    pipeline_index,
     quiet,
     scheduler_for,
 )
@@ -90,7 +90,7 @@ def _require_loras(folder: Path, profile: Profile) -> None:
     """Refuse LoRA weights that do not fit the networks that a pipeline's configuration describes."""
     if not profile.loras:
         return
-    index = pipeline_index(folder / "model_index.json", where=profile.source)
+    index = read_index(index_file(folder), where=profile.source)
     kind = pipeline_class(profile.source, index)
     networks: dict[str, Any] = {}
     for name in getattr(kind, "_lora_loadable_modules", ()):

@@ -22,7 +22,7 @@ import dataclasses
 import inspect
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,13 +44,16 @@ from lemica_trt.ir.profile import Profile
 from lemica_trt.ir.prompts import Prompt, prompt_from_line
 from lemica_trt.ir.sampler import SamplerTable, Setting
 from lemica_trt.ir.trace import Trace, TraceRequest, TraceSlot
+from lemica_trt.models.copies import Copies
 from lemica_trt.models.image_encoder import ImageEncoder, given_draw, image_encoder, picture_of
 from lemica_trt.models.model import End, Model, require_no_picture
+from lemica_trt.models.padding import fed_ids, multiples
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.models.trace.arguments import BASE, LONGER, LONGER_NEGATIVE, SHORTER, SHORTER_NEGATIVE
 from lemica_trt.models.trace.arguments import NEGATIVE as BASE_NEGATIVE
-from lemica_trt.models.trace.body import Body, Line, Network, Prefix, Rows, fitted_line, on_line
-from lemica_trt.models.trace.ends import FramesDecoder, TapeSlice
+from lemica_trt.models.trace.body import Body, Line, Network, Prefix, Rows, fitted_line, joined_states, on_line
+from lemica_trt.models.trace.ends import STATES, FramesDecoder, TapeSlice
+from lemica_trt.models.trace.noise import NoiseArguments
 from lemica_trt.models.trace.program import Program, effects
 from lemica_trt.models.trace.replay import precision, relative, tolerance
 from lemica_trt.models.trace.runs import record
@@ -137,13 +140,15 @@ class TracedModel(Model):
         self.trace = self._traced.trace
         self._precision = precision(self._traced.runs.base)
         self._tables: dict[int, SamplerTable] = {}
+        self._axes = self._row_axes()
+        self._networks = Copies(pipeline.components, self.experts)
         self._require_buildable()
         self._require_text_axes()
         free = self.trace.text == "free"
         self._whole, self._text = self._traced.runs.longest() if free else (self._traced.runs.base, BASE)
         if any(a.digest != b.digest for a, b in zip(self._whole.programs, self._traced.runs.base.programs)):
             raise UnsupportedError(f"{self.trace.pipeline} cannot be built yet: long prompts take other operators")
-        self.latent_shape = tuple(self.trace.states[0].shape[1:])
+        self.latent_shape = tuple(joined_states(self._traced.runs.base.programs[0].x).shape[1:])
         self._conditions = self._named_conditions()
         self._encoders = self._make_encoders()
         self._image = self._make_image_encoder()
@@ -201,22 +206,24 @@ class TracedModel(Model):
         trace, kind = self.trace, self.trace.pipeline
         trunks = {trunk.component: trunk for trunk in trace.trunks}
         called = {name for its in trace.kinds for name in its.calls}
-        followed = [
-            {place.slot.of[-1] for place in self._places(k) if place.slot.role == "guidance"}
-            for k, _ in enumerate(trace.kinds)
-        ]
+        python = [how for how in trace.python if self._networks.whole(how.partition(":")[0])]
         reasons = {
-            "it steps several latents at once": len(trace.states) != 1,
+            "it steps several latents, by samplers that differ": any(
+                state.table.rows != trace.states[0].table.rows for state in trace.states
+            ),
             "it calls several networks in a step": any(len(set(its.calls)) != 1 for its in trace.kinds),
             "its network is a part of a component": any("." in name or name not in trunks for name in called),
             "some of its steps call their network more often than others": len({len(k.calls) for k in trace.kinds})
             != 1,
             "it takes no prompt": trace.text == "none",
-            "its blocks add to no stream, or to several": any(len(trunk.streams) != 1 for trunk in trunks.values()),
+            "its blocks add to no stream": any(not trunk.streams for trunk in trunks.values()),
             **_beyond_prompts(trace),
-            f"its network reads values in Python ({', '.join(trace.python)})": bool(trace.python),
-            "it follows several guidance scales": any(len(names) > 1 for names in followed),
-            "its latents are not of one request": trace.states[0].shape[0] != 1,
+            f"its network reads values in Python ({', '.join(python)})": bool(python),
+            "it follows several guidance scales, none of them the first": any(
+                len(self._followed_scales(kind)) > 1 and self._own_scale(kind) is None
+                for kind, _ in enumerate(trace.kinds)
+            ),
+            "its latents are not of one request": any(state.shape[0] != 1 for state in trace.states),
         }
         for reason, holds in reasons.items():
             if holds:
@@ -233,8 +240,10 @@ class TracedModel(Model):
         return [_Place(*at, by_name[name]) for at in numbers for name in [traced.named.name(*at)] if name]
 
     def _value(self, run: Run, place: _Place) -> Any:
-        """What a slot is in the first step of its kind."""
-        return self._program(run, place.kind).values[place.number]
+        """What a slot is in the first step of its kind; rows of a condition come first."""
+        value = self._program(run, place.kind).values[place.number]
+        axis = self._axes.get(place.slot.name, 0)
+        return value if axis == 0 else value[None] if axis is None else value.movedim(axis, 0)
 
     def _program(self, run: Run, kind: int) -> Program:
         """Of the first step of a kind."""
@@ -259,17 +268,43 @@ class TracedModel(Model):
                     found[name] = row
         return found
 
+    def _argument(self, slot: TraceSlot) -> str:
+        """The network's argument that a condition is, or is an element of where each text is one."""
+        bare = self._axes.get(slot.name, 0) is None
+        argument = slot.argument.rpartition(".")[0] if bare else slot.argument
+        return argument.replace(".", "_")
+
     def _name(self, slot: TraceSlot) -> str:
         """A condition's name in graphs: that of the network's argument, unless it is the only one, or graphs use that
         for something else."""
-        name = slot.argument.replace(".", "_")
-        if len({its.argument for its in self.trace.role("condition")}) == 1:
-            name = "prompt_embeds"
+        arguments = {self._argument(its) for its in self.trace.role("condition")}
+        name = "prompt_embeds" if len(arguments) == 1 else self._argument(slot)
         own = slot.name in self.trace.text_slots and PROMPT not in slot.of
         return (NEGATIVE_NAME if own else "") + (f"dit_{name}" if name in TAKEN else name)
 
+    def _row_axes(self) -> dict[str, int | None]:
+        """By slot, the axis of a condition along which texts stand: the first one where another prompt changes one row
+        of at most two (HiDream's is behind the layers of a language model). None: it is one text, [tokens, …], as an
+        element of a list (Z-Image)."""
+        runs, found = self._traced.runs, dict[str, int | None]()
+        for place in self._places():
+            slot = place.slot
+            what = next((what for what in (PROMPT, NEGATIVE) if what in slot.of), None)
+            if slot.role != "condition" or what is None:
+                continue
+            base, other, *longer = (
+                self._program(run, place.kind).values[place.number]
+                for run in (runs.base, runs.others[what], *runs.longer.values())
+            )
+            if slot.name in self.trace.text_slots and any(len(value) != len(base) for value in longer):
+                found[slot.name] = None
+            elif isinstance(base, Tensor):
+                one = (a for a in range(base.dim()) if base.shape[a] <= 2 and len(_changed_rows(base, other, a)) == 1)
+                found[slot.name] = next(one, 0)
+        return found
+
     def _require_text_axes(self) -> None:
-        """Conditions whose shape follows the prompt must be [rows, tokens, …].
+        """Conditions whose shape follows the prompt must be [rows, tokens, …], or [tokens, …].
 
         Raises:
             UnsupportedError: one is not.
@@ -320,7 +355,7 @@ class TracedModel(Model):
         """The row of a condition that follows the prompt, or the negative prompt."""
         runs = self._traced.runs
         base, other = self._value(runs.base, place), self._value(runs.others[what], place)
-        rows = [i for i in range(base.shape[0]) if not torch.equal(base[i], other[i])]
+        rows = _changed_rows(base, other, 0)
         if len(rows) != 1 or base.shape[0] > 2:
             raise UnsupportedError(f"expected one row of a condition to follow the prompt, got rows {rows}")
         return rows[0]
@@ -335,6 +370,12 @@ class TracedModel(Model):
                 slots[k] = self._prefix(place)
             elif slot.role == "column":
                 slots[k] = self._line(place)
+            elif (
+                slot.role == "guidance"
+                and len(self._followed_scales(kind)) > 1
+                and slot.of[-1] != self._own_scale(kind)
+            ):
+                continue  # the build's own: a constant
             elif slot.role == "guidance" and self.guided:
                 spread = [max(numbers) - min(numbers) for numbers in (slot.factor, slot.column) if numbers]
                 if not spread or max(spread) > 1e-5 * abs(slot.factor[0]):
@@ -343,9 +384,9 @@ class TracedModel(Model):
             elif slot.role == "guidance" and "step" in slot.of:
                 raise UnsupportedError(f"{slot.name} has another guidance scale each step: it cannot be built yet")
             elif slot.role == "condition":
-                slots[k] = Rows(self._name(slot), self._rows(place))
+                slots[k] = Rows(self._name(slot), self._rows(place), self._axes.get(slot.name, 0))
         trunk = next(trunk for trunk in self.trace.trunks if trunk.component == self.experts[kind])
-        network = Network(self.pipeline.components[trunk.component], trunk)
+        network = Network(self._networks[trunk.component], trunk)
         return Body(program, slots, network, branches=self.branches)
 
     def _line(self, place: _Place) -> Line:
@@ -429,7 +470,7 @@ class TracedModel(Model):
 
     def _form(self, event: Event, source: _Source) -> tuple[int, str]:
         """Number of ids that a tokenizer gave, and the template of its text."""
-        ids = source.run.tape.value(event.outs["input_ids"])
+        ids = source.run.tape.value(fed_ids(source.run.tape, event))
         return ids.shape[1], _texts(event, source.text)[0].replace(source.text, "{prompt}")
 
     def _texts_at(self, source: _Source) -> dict[str, _Place]:
@@ -472,7 +513,7 @@ class TracedModel(Model):
         """What becomes of the ids and masks of some tokenizers."""
         names = ("input_ids", "attention_mask")
         inputs = {
-            f"{name}{_suffix(k)}": event.outs[name]
+            f"{name}{_suffix(k)}": event.outs[name] if name != names[0] else fed_ids(source.run.tape, event)
             for k, event in enumerate(events.values())
             for name in names
             if name in event.outs
@@ -491,7 +532,10 @@ class TracedModel(Model):
         births = self._births(source)
         module = self._slice(events, {name: births[name] for name in outputs}, source)
         places = self._texts_at(source)
-        rows = {name: self._prompt_row(places[name], source.follows) for name in outputs}
+        rows = {
+            name: (self._axes[places[name].slot.name], self._prompt_row(places[name], source.follows))
+            for name in outputs
+        }
         whole = _FirstRows(module, rows, self._filled(events, outputs) if source.counted else ())
         graph = components[0].replace("tokenizer", "text_encoder") + "_negative" * source.negative
         specs = {
@@ -538,8 +582,9 @@ class TracedModel(Model):
             tapes |= {SHORTER_NEGATIVE: runs.check.tape, CUT: self._cut}
         if PROMPT in runs.longer:
             tapes = {**tapes, LONGER: runs.longer[PROMPT].tape, SHORTER: self._short.tape, self._text: self._whole.tape}
-        for clean, end in itertools.product(CLEANINGS, (spec.end_id, None)):
-            tried = msgspec.structs.replace(spec, clean=clean, end_id=end)
+        tries = itertools.product(CLEANINGS, (spec.end_id, None), multiples(tapes, component), (UNSET, True))
+        for clean, end, multiple, left in tries:
+            tried = msgspec.structs.replace(spec, clean=clean, end_id=end, multiple=multiple or UNSET, left=left)
             if all(self._has_ids(tape, component, *self._ids(component, tried, text)) for text, tape in tapes.items()):
                 return tried
         raise UnsupportedError(f"{component}: the runtime would give other token ids; it cannot be built yet")
@@ -563,8 +608,8 @@ class TracedModel(Model):
     def _has_ids(tape: Tape, component: str, ids: Tensor, mask: Tensor) -> bool:
         """Whether a tokenizer gave these ids in a recording, with padding or without."""
         events = [e for e in tape.items if isinstance(e, Event) and e.kind == "tokenize" and e.name == component]
-        found = [tape.value(event.outs["input_ids"]) for event in events if "input_ids" in event.outs]
-        own = ids[:, : int(mask.sum())]
+        found = [tape.value(fed_ids(tape, event)) for event in events if "input_ids" in event.outs]
+        own = ids[mask > 0][None]
         return any(torch.equal(its.cpu(), ids) or torch.equal(its.cpu(), own) for its in found)
 
     def _ids(self, component: str, spec: EncoderSpec, text: str) -> tuple[Tensor, Tensor]:
@@ -577,9 +622,8 @@ class TracedModel(Model):
         found = tokenizer.encode(spec.template.replace("{prompt}", CLEANINGS[spec.clean](text))).ids
         if spec.end_id is not None and len(found) == spec.length:
             found[-1] = spec.end_id
-        count = spec.length - len(found)
-        mask = torch.tensor([[1] * len(found) + [0] * count])
-        return torch.tensor([[*found, *[spec.pad_id] * count]]), mask
+        ids, mask = spec.padded(found)
+        return torch.tensor([ids]), torch.tensor([mask])
 
     def tokens(self, prompts: Sequence[str], role: str = "text_encoder") -> dict[str, Tensor]:
         """Inputs of a text encoder graph, for one prompt."""
@@ -713,29 +757,45 @@ class TracedModel(Model):
         """The VAE decoder graph as a module, as the pipeline decodes for `output_type="pt"`."""
         tape, output = self._decoded()
         last = max(k for k, item in enumerate(tape.items) if isinstance(item, Event) and item.kind == "step")
-        final, step = next(iter(plain(output).values())), tape.items[last]
+        final = next(iter(plain(output).values()))
         if not isinstance(final, Tensor) or final.dim() not in (4, 5):
             raise UnsupportedError(f"{self.trace.pipeline} cannot be built yet: its output is no tensor of pixels")
+        shape = self.profile.shape
+        frames, asked = final.shape[1] if final.dim() == 5 else 1, (shape.frames, shape.height, shape.width)
+        if (frames, *final.shape[-2:]) != asked:
+            raise UnsupportedError(
+                f"{self.trace.pipeline} makes {frames} frames of {final.shape[-1]}x{final.shape[-2]}, "
+                f"{asked[0]} of {asked[2]}x{asked[1]} are asked for",
+                fix="--frames, --width and --height of what it makes",
+            )
         slice_ = TapeSlice(
-            tape, (last + 1, len(tape.items)), {"latents": refs(step.outs)[0]}, {"pixels": tape.ref(final)},
+            tape, (last + 1, len(tape.items)), dict(zip(STATES, _final_refs(tape))), {"pixels": tape.ref(final)},
             self.pipeline.components,
         )  # fmt: skip
-        decoder = FramesDecoder(slice_, tape.value(refs(step.outs)[0]).dtype)
+        decoder = FramesDecoder(slice_, [tape.value(ref) for ref in _final_refs(tape)])
         runs = [(tape, final)]
         if self._image is not None:
             other, output = self._decoded(image=2)
             runs.append((other, next(iter(plain(output).values()))))
         for run, wanted in runs:
             with torch.no_grad():
-                pixels = slice_({"latents": _final(run)})["pixels"]
+                pixels = slice_(dict(zip(STATES, map(run.value, _final_refs(run)))))["pixels"]
             if relative(pixels, wanted) > tolerance(self._precision):
                 how = "is not reproduced" if run is tape else "reads the image, too"
                 raise UnsupportedError(f"{self.trace.pipeline} cannot be built yet: its decoding {how}")
         return decoder
 
     def _decoded(self, **changes: Any) -> tuple[Tape, Any]:
-        """A call of the pipeline that decodes its latents."""
-        return record(self.pipeline, self._traced.arguments, others={"output_type": "pt"}, **changes)
+        """A call of the pipeline that decodes its latents; in tiles where its autoencoder knows no other way (Allegro)."""
+        for tiled in (False, True):
+            try:
+                return record(self.pipeline, self._traced.arguments, others={"output_type": "pt"}, **changes)
+            except InputError:
+                vae = self.pipeline.components.get("vae")
+                if tiled or not hasattr(vae, "enable_tiling"):
+                    raise
+                vae.enable_tiling()
+        raise AssertionError("the second call returns or raises")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -803,13 +863,22 @@ class TracedModel(Model):
                 "with the number of steps"
             )
 
+    def _followed_scales(self, kind: int) -> list[str]:
+        """Guidance parameters that steps of a kind follow."""
+        return list(dict.fromkeys(place.slot.of[-1] for place in self._places(kind) if place.slot.role == "guidance"))
+
+    def _own_scale(self, kind: int) -> str | None:
+        """The guidance parameter of a request, where steps of a kind follow it: the pipeline's first that is on."""
+        first = next(iter(self._traced.arguments.scales), None)
+        return first if first in self._followed_scales(kind) else None
+
     def _guidance_of(self, kind: int) -> tuple[float, float]:
         """(offset, factor) of the guidance scale in steps of a kind. A request gives the pipeline's first; others are
         the build's."""
-        scales = self._traced.arguments.scales
-        followed = [place.slot.of[-1] for place in self._places(kind) if place.slot.role == "guidance"]
-        own = next(iter(followed), None)
-        return (0.0, 1.0) if own in (None, next(iter(scales), None)) else (scales[str(own)], 0.0)
+        followed = self._followed_scales(kind)
+        if not followed or self._own_scale(kind):
+            return 0.0, 1.0
+        return self._traced.arguments.scales[followed[0]], 0.0
 
     def noise(self, seed: int) -> Tensor:
         """As `Model.noise`."""
@@ -823,6 +892,11 @@ class TracedModel(Model):
             self._image.draw(generator)
         while True:
             yield torch.randn((1, *self.latent_shape), generator=generator)[0]
+
+    @cached_property
+    def _noise_arguments(self) -> NoiseArguments:
+        """How the pipeline's call takes initial latents."""
+        return NoiseArguments(self.pipeline, self._traced.arguments, self._traced.runs.base.tape)
 
     @torch.no_grad()
     def reference(
@@ -851,7 +925,7 @@ class TracedModel(Model):
         negative = self.profile.sampling.negative_prompt if negative is None else negative
         prompt, draw = prompt_from_line(prompts[0]), None
         others = {
-            "latents": noise.to(self.device, _first(self._traced.runs.base.tape).dtype),
+            **self._noise_arguments.given(noise.to(self.device)),
             "num_inference_steps": self.profile.sampling.steps if steps is None else steps,
             **({} if generator is None else {"generator": generator}),
         }
@@ -867,7 +941,7 @@ class TracedModel(Model):
                 scales=scales,
                 others=others,
             )
-        return _final(tape).float().cpu()
+        return joined_states([tape.value(ref).float() for ref in _final_refs(tape)]).cpu()
 
     def check_own_parts(self) -> None:
         """The conditions that its own encoders make of two requests must be the pipeline's; body and decoder are made.
@@ -894,6 +968,7 @@ class TracedModel(Model):
                         f"{self.trace.pipeline} cannot be built yet: {name} is not reproduced from "
                         + ("the image" if IMAGE in place.slot.of else "token ids")
                     )
+        self._networks.require_same(self.trace.pipeline, [run for _, _, run in requests])
         for kind in range(len(self.trace.kinds)):
             self.body(kind)
         _ = self.ends
@@ -903,22 +978,32 @@ class _FirstRows(nn.Module):
     """A text encoder whose outputs are one row each: the prompt's.
 
     Args:
-        rows: of each output.
+        rows: of each output, the axis of rows and the prompt's; an axis of None: it is one, without rows.
         filled: outputs that are zero behind the prompt.
     """
 
-    def __init__(self, module: TapeSlice, rows: dict[str, int], filled: Sequence[str] = ()) -> None:
+    def __init__(
+        self, module: TapeSlice, rows: Mapping[str, tuple[int | None, int]], filled: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.module, self._rows, self._filled = module, rows, filled
         self.read = list(dict.fromkeys([*module.read, *["attention_mask"] * bool(filled)]))
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Token ids → conditions [1, …]; masks as int64."""
-        found = {name: value[self._rows[name]][None] for name, value in self.module(inputs).items()}
+        values, found = self.module(inputs), dict[str, Tensor]()
+        for name, (axis, row) in self._rows.items():
+            found[name] = (values[name] if axis is None else values[name].select(axis, row))[None]
         for name in self._filled:
             mask = inputs["attention_mask"].reshape(1, -1, *[1] * (found[name].dim() - 2))
             found[name] = torch.where(mask > 0, found[name], torch.zeros_like(found[name]))
         return {name: value.long() if value.dtype == torch.bool else value for name, value in found.items()}
+
+
+def _changed_rows(one: Tensor, other: Tensor, axis: int) -> list[int]:
+    """Which rows along an axis differ."""
+    pairs = zip(one.unbind(axis), other.unbind(axis))
+    return [i for i, (mine, its) in enumerate(pairs) if not torch.equal(mine, its)]
 
 
 def _texts(event: Event, prompt: str) -> list[str]:
@@ -931,16 +1016,10 @@ def _suffix(k: int) -> str:
     return f"_{k + 1}" if k else ""
 
 
-def _first(tape: Tape) -> Tensor:
-    """What the sampler's first step was given."""
-    latents: Tensor = tape.value(_sampler_steps(tape)[0].inputs["sample"])
-    return latents
-
-
-def _final(tape: Tape) -> Tensor:
-    """What the sampler's last step returned."""
-    latents: Tensor = tape.value(refs(_sampler_steps(tape)[-1].outs)[0])
-    return latents
+def _final_refs(tape: Tape) -> list[Ref]:
+    """What the sampler's last step of each state returned."""
+    last = {event.scheduler: refs(event.outs)[0] for event in _sampler_steps(tape)}
+    return [last[scheduler] for scheduler in tape.schedulers]
 
 
 def _sampler_steps(tape: Tape) -> list[Event]:

@@ -104,7 +104,7 @@ class PromptTokenizer:
         self._tokenizer.enable_truncation(spec.length)  # leaves room for the end token that the tokenizer adds
 
     def ids(self, prompt: str) -> tuple[Ids, Ids]:
-        """Ids and mask (1: a token, 0: padding), int64 [length] each.
+        """Ids and mask (0: padding, see `EncoderSpec.padded`), int64 [length] each.
 
         Raises:
             InputError: the prompt is not text, is longer than `MAX_PROMPT_BYTES`, or the tokenizer fails on it.
@@ -112,9 +112,8 @@ class PromptTokenizer:
         found = self._encoded(prompt).ids
         if self.spec.end_id is not None and len(found) == self.spec.length:
             found[-1] = self.spec.end_id
-        ids = np.full(self.spec.length, self.spec.pad_id, np.int64)
-        ids[: len(found)] = found
-        return ids, (np.arange(self.spec.length) < len(found)).astype(np.int64)
+        ids, mask = self.spec.padded(found)
+        return np.array(ids, np.int64), np.array(mask, np.int64)
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt, whether it is cut or not; its template and special tokens are not counted.

@@ -65,6 +65,7 @@ class Arguments:
 
     Attributes:
         scales: guidance parameters → values: those whose value is above 1, where guidance is off.
+        guider: the guidance scale of a guider, on or off; None: there is none.
 
     Raises:
         UsageError: the pipeline's call has no argument of that name.
@@ -87,6 +88,11 @@ class Arguments:
         self._size = (request.width or IMAGE_SIZE, request.height or IMAGE_SIZE)
         self.scales = self._scales(getattr(pipeline, "guider", None))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all arguments of the pipeline's call."""
+        return tuple(self._names)
+
     def at_steps(self, pipeline: Any, steps: int) -> Arguments:
         """The same of another number of steps."""
         return Arguments(pipeline, msgspec.structs.replace(self._request, steps=steps))
@@ -103,13 +109,14 @@ class Arguments:
             for name, parameter in self._names.items()
             if re.search(r"(guidance|cfg)_scale(_\d+)?$", name)
         }
-        if not given and hasattr(guider, "guidance_scale"):
+        if not given and hasattr(guider, "guidance_scale") and getattr(guider, "_enabled", True):
             given[GUIDER] = guider.guidance_scale
         if self._request.guidance_scale is not None:
             if not given:
                 raise UsageError(f"{self._kind} takes no guidance scale", fix="leave it out")
             on = [name for name, value in given.items() if isinstance(value, int | float) and value > 1]
             given[next(iter([*on, *given]))] = self._request.guidance_scale
+        self.guider: float | None = given.get(GUIDER)
         return {
             name: float(value)
             for name, value in given.items()

@@ -6,9 +6,10 @@ trunk adds to its stream, except behind a cast of the pipeline's own to half pre
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,10 +47,12 @@ class Rows:
     Attributes:
         condition: name.
         rows: the rows of it, in order; row 0 is the negative prompt's where there is guidance.
+        axis: of the rows in the slot; None: it is one row, without that dimension.
     """
 
     condition: str
     rows: tuple[int, ...]
+    axis: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Network(nn.Module):
 
     Args:
         transformer: of the pipeline.
-        trunk: with one stream.
+        trunk: with one stream or several.
     """
 
     def __init__(self, transformer: nn.Module, trunk: TraceTrunk) -> None:
@@ -78,41 +81,48 @@ class Network(nn.Module):
         self.transformer = transformer
         emptied = copy.copy(transformer)
         emptied._modules = {**transformer._modules, **{name: nn.ModuleList() for name in trunk.lists}}
-        ((stream, self._key),) = trunk.streams
         self._emptied = (emptied,)  # a tuple, so that modules are not registered twice
-        self._stream = (transformer.get_submodule(stream),)
+        self._streams = [(transformer.get_submodule(name), key) for name, key in trunk.streams]
 
-    def whole(self, arguments: Mapping[str, Any]) -> tuple[list[Tensor], Tensor]:
-        """Outputs, and what the trunk added to its stream, fp32."""
-        seen: list[Tensor] = []
+    def whole(self, arguments: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs, and what the trunk added to each of its streams, fp32."""
+        seen: list[list[Tensor]] = [[] for _ in self._streams]
 
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(args[int(self._key)] if self._key.isdecimal() else kwargs[self._key])
+        def watch(number: int, stream: Tensor) -> Tensor:
+            seen[number].append(stream)
+            return stream
 
-        hook = self._stream[0].register_forward_pre_hook(watch, with_kwargs=True)
-        try:
+        with self._hooked(watch):
             outputs = _tensors(self.transformer(**arguments))
-            self._emptied[0](**arguments)  # only what comes before the stream is kept of it in a graph
-        finally:
-            hook.remove()
-        if len(seen) != 2:
-            raise UnsupportedError(f"expected one call of the module behind the blocks, got {len(seen) / 2:g}")
-        return outputs, difference(*seen)
+            self._emptied[0](**arguments)  # only what comes before the streams is kept of it in a graph
+        for its in seen:
+            if len(its) != 2:
+                raise UnsupportedError(f"expected one call of the module behind the blocks, got {len(its) / 2:g}")
+        return outputs, [difference(*its) for its in seen]
 
-    def without(self, arguments: Mapping[str, Any], residual: Tensor) -> list[Tensor]:
-        """Outputs where an fp32 residual stands in for the trunk."""
+    def without(self, arguments: Mapping[str, Any], residual: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Outputs where fp32 residuals stand in for the trunk.
 
-        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            if not self._key.isdecimal():
-                return args, {**kwargs, self._key: added(kwargs[self._key], residual)}
-            at = int(self._key)
-            return (*args[:at], added(args[at], residual), *args[at + 1 :]), kwargs
-
-        hook = self._stream[0].register_forward_pre_hook(add, with_kwargs=True)
-        try:
+        Args:
+            residual: a stream → its residual; called in the order of the streams.
+        """
+        with self._hooked(lambda _, stream: added(stream, residual(stream))):
             return _tensors(self._emptied[0](**arguments))
-        finally:
-            hook.remove()
+
+    @contextlib.contextmanager
+    def _hooked(self, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+        """While it lasts, streams are what `change` makes of their number and of them."""
+        with contextlib.ExitStack() as undo:
+            for number, (module, key) in enumerate(self._streams):
+
+                def enter(_: nn.Module, args: Any, kwargs: Any, number: int = number, key: str = key) -> Any:
+                    if not key.isdecimal():
+                        return args, {**kwargs, key: change(number, kwargs[key])}
+                    at = int(key)
+                    return (*args[:at], change(number, args[at]), *args[at + 1 :]), kwargs
+
+                undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            yield
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -121,14 +131,57 @@ def _tensors(output: Any) -> list[Tensor]:
     return [leaf.float() if leaf.is_floating_point() else leaf for leaf in found]
 
 
+def joined_states(states: Sequence[Tensor]) -> Tensor:
+    """Latents of several states as one, [b, n]; those of one state as they are. A sampler's step is the same for each
+    element."""
+    return states[0] if len(states) == 1 else torch.cat([state.flatten(1) for state in states], 1)
+
+
+def split_states(x: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Latents of each state.
+
+    Args:
+        x: as `joined_states` gives them.
+        like: a tensor of the shape and dtype of each state.
+    """
+    if len(like) == 1:
+        return [x.to(like[0].dtype)]
+    parts = x.split([its.shape[1:].numel() for its in like], 1)
+    return [part.reshape(x.shape[0], *its.shape[1:]).to(its.dtype) for part, its in zip(parts, like)]
+
+
+def joined_residuals(own: Sequence[Tensor], rows: int) -> Tensor:
+    """Residuals of all streams and calls as one, [rows, …]; see `Step.residual`."""
+    if len({residue.shape[1:] for residue in own}) == 1:
+        whole = torch.cat(list(own))
+        if whole.shape[0] % rows == 0:
+            return whole.reshape(rows, whole.shape[0] // rows, *whole.shape[1:])
+    return torch.cat([residue.flatten() for residue in own]).reshape(rows, -1)
+
+
+class Residuals:
+    """`joined_residuals`, taken apart in the order in which they were joined: a stream → its residual.
+
+    Args:
+        joined: of one request.
+    """
+
+    def __init__(self, joined: Tensor) -> None:
+        self._left = joined.flatten()
+
+    def __call__(self, stream: Tensor) -> Tensor:
+        own, self._left = self._left[: stream.numel()], self._left[stream.numel() :]
+        return own.reshape(stream.shape)
+
+
 class Step(NamedTuple):
     """What a body makes of one request.
 
     Attributes:
-        output: guided, fp32 [1, *latent_shape].
+        output: guided, fp32 [1, *latent_shape]; of all states (`joined_states`).
         guidance_term: what a guidance scale above 1 adds to it, fp32 [1, *latent_shape]; zeros if not asked for.
         residual: of the trunk, fp32 [R, …]: of all calls, whose own first dimension may be a multiple (Latte's has
-            frames).
+            frames); [R, n] where streams have several shapes (LTX-2).
     """
 
     output: Tensor
@@ -182,14 +235,14 @@ class Body(nn.Module):
         """
         own: list[Tensor] = []
         returned: list[list[Tensor]] = []
-        given = [] if residual is None else list(residual.flatten(0, 1).chunk(self.calls))
+        given = None if residual is None else Residuals(residual)
 
         def call(name: str, arguments: Any) -> list[Tensor]:
-            if residual is not None:
-                outputs = self.network.without(arguments, given.pop(0))
+            if given is not None:
+                outputs = self.network.without(arguments, given)
             else:
-                outputs, residue = self.network.whole(arguments)
-                own.append(residue)
+                outputs, residues = self.network.whole(arguments)
+                own.extend(residues)
             if self._branches:
                 returned.append([output.clone() for output in outputs])  # what follows may write into them
             return outputs
@@ -197,11 +250,14 @@ class Body(nn.Module):
         def output(guidance: Tensor | None, call: Callable[[str, Any], list[Tensor]]) -> Tensor:
             sources = {"timestep": timestep, "guidance": guidance}
             values = [self._value(k, value, sources, conditions) for k, value in enumerate(self._program.values)]
-            sample = x.to(self._program.x[0].dtype)
             made, _ = run_program(
-                self._program, [sample], values, call, lambda state, it: (in_scale * it.float()).to(it.dtype)
+                self._program,
+                split_states(x, self._program.x),
+                values,
+                call,
+                lambda state, it: (in_scale * it.float()).to(it.dtype),
             )
-            return made[0].float()
+            return joined_states([made[state].float() for state in sorted(made)])
 
         guided = output(guidance, call)
         term = torch.zeros_like(guided)
@@ -211,8 +267,7 @@ class Body(nn.Module):
         rows = 1 if guidance is None else 2
         if not own:
             return Step(guided, term, x)
-        whole = torch.cat(own)
-        return Step(guided, term, whole.reshape(rows, whole.shape[0] // rows, *whole.shape[1:]))
+        return Step(guided, term, joined_residuals(own, rows))
 
     def _value(self, k: int, value: Any, sources: Mapping[str, Tensor | None], conditions: Mapping[str, Tensor]) -> Any:
         slot = self._lines.get(k)
@@ -225,7 +280,7 @@ class Body(nn.Module):
             rows = (
                 whole if slot.rows == tuple(range(whole.shape[0])) else torch.cat([whole[i : i + 1] for i in slot.rows])
             )
-            return rows.to(value.dtype)
+            return (rows[0] if slot.axis is None else rows.movedim(0, slot.axis)).to(value.dtype)
         source = sources[slot.of]
         assert source is not None
         return on_line(slot, source, value)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lemica_trt.core.errors import UnsupportedError
+from lemica_trt.models.trace.body import split_states
 from lemica_trt.models.trace.program import Extraction, Node, Slot, Step, X
 from lemica_trt.models.trace.replay import Network
 from lemica_trt.models.trace.tape import Ref, Tape
@@ -135,20 +136,26 @@ def _needed(nodes: Sequence[Step], targets: Any) -> dict[int, Step]:
             return {k: nodes[k] for k in sorted(wanted)}
 
 
+STATES = ("latents", "latents_2", "latents_3")
+"""Inputs of a decoding, one of each state."""
+
+
 class FramesDecoder(nn.Module):
     """Final latents → 8-bit frames; the VAE decoder graph.
 
     Args:
-        decode: `latents` [1, *latent_shape] → `pixels`, 0 … 1, [1, 3, height, width] or [1, frames, 3, height, width].
-        dtype: of the latents.
+        decode: `STATES` → `pixels`, 0 … 1, [1, 3, height, width] or [1, frames, 3, height, width].
+        states: final latents of each state in a recording.
     """
 
-    def __init__(self, decode: TapeSlice, dtype: torch.dtype) -> None:
+    def __init__(self, decode: TapeSlice, states: Sequence[Tensor]) -> None:
         super().__init__()
-        self._decode, self._dtype = decode, dtype
+        self._decode = decode
+        self._like = [torch.empty_like(state, device="meta") for state in states]
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`latents` fp32 → `frames` uint8 [1, frames, height, width, 3]."""
-        pixels = self._decode({"latents": inputs["latents"].to(self._dtype)})["pixels"].float()
+        """`latents` fp32 [1, *latent_shape] → `frames` uint8 [1, frames, height, width, 3]."""
+        states = split_states(inputs["latents"], self._like)
+        pixels = self._decode(dict(zip(STATES, states)))["pixels"].float()
         pixels = pixels[:, None] if pixels.dim() == 4 else pixels
         return {"frames": (pixels * 255).round().clamp(0, 255).permute(0, 1, 3, 4, 2).to(torch.uint8)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,9 +70,9 @@ def record(
         MissingDependencyError: it needs a library that is not installed.
     """
     kind, recorder = type(pipeline).__name__, Recorder(pipeline.components, last_step=last_step, held=held)
-    output = None
+    output, guider = None, changes.get("scales", {}).get(GUIDER, arguments.guider)
     try:
-        with torch.no_grad(), quiet(), _guider(pipeline, {**arguments.scales, **changes.get("scales", {})}), recorder():
+        with torch.no_grad(), quiet(), _guider(pipeline, guider), recorder():
             output = pipeline(**arguments.at(**changes))
     except LemicaError:
         raise
@@ -231,13 +231,13 @@ class Runs:
 
 
 @contextlib.contextmanager
-def _guider(pipeline: Any, scales: Mapping[str, float]) -> Iterator[None]:
+def _guider(pipeline: Any, scale: float | None) -> Iterator[None]:
     """A guidance scale that is an attribute, set for a run."""
-    if GUIDER not in scales:
+    if scale is None:
         yield
         return
     old = pipeline.guider.guidance_scale
-    pipeline.guider.guidance_scale = scales[GUIDER]
+    pipeline.guider.guidance_scale = scale
     try:
         yield
     finally:

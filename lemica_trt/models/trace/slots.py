@@ -138,7 +138,7 @@ def same(one: Any, other: Any) -> bool:
     """Whether two values are equal; tensors in shape and dtype too."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-    return bool(one == other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
 
 
 def _freeze(base: Run, programs: list[Program], suspects: list[int]) -> None:

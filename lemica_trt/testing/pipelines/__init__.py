@@ -3,6 +3,7 @@
     parts     tokenizers, text encoders, autoencoders, schedulers
     images    text to image
     videos    text and images to video
+    modular   diffusers' modular pipelines
 
 A new one is a function, and its name in `CASES` of its file; the conformance tests find it there.
 """
@@ -13,10 +14,10 @@ from typing import Any
 
 import torch
 
-from lemica_trt.testing.pipelines import images, videos
+from lemica_trt.testing.pipelines import images, modular, videos
 from lemica_trt.testing.pipelines.parts import Case
 
-CASES: dict[str, Case] = dict(sorted({**images.CASES, **videos.CASES}.items()))
+CASES: dict[str, Case] = dict(sorted({**images.CASES, **videos.CASES, **modular.CASES}.items()))
 """All of them, by name."""
 
 

@@ -118,7 +118,7 @@ def z_image() -> Any:
         transformer=random(
             diffusers.ZImageTransformer2DModel(
                 in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
-                axes_dims=[4, 4, 8], axes_lens=[512, 32, 32],
+                axes_dims=[4, 4, 8], axes_lens=[1024, 32, 32],
             )
         ),
     )  # fmt: skip
@@ -186,7 +186,7 @@ def sana() -> Any:
 def cogview4() -> Any:
     return diffusers.CogView4Pipeline(
         scheduler=flow(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75), vae=kl(4),
-        text_encoder=language_model("Glm"), tokenizer=chat_tokenizer(),
+        text_encoder=language_model("Glm"), tokenizer=tokenizer(length=4096, ends="<s> $A"),
         transformer=random(
             diffusers.CogView4Transformer2DModel(
                 in_channels=4, out_channels=4, num_layers=2, text_embed_dim=WIDTH, time_embed_dim=16, condition_dim=8,
@@ -331,7 +331,7 @@ CASES = {
         ),
     ),
     "flux2-klein": Case(flux2_klein, SHORT),
-    "hidream": Case(hidream, SHORT),
+    "hidream": Case(hidream, TraceRequest(height=32, width=32, max_sequence_length=64)),
     "hunyuan-dit": Case(hunyuan_dit, IMAGE),
     "longcat-image": Case(longcat_image, TraceRequest(height=32, width=48, arguments={"enable_prompt_rewrite": False})),
     "lumina2": Case(lumina2, TraceRequest(height=32, width=48, max_sequence_length=128)),

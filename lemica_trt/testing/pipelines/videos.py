@@ -157,13 +157,13 @@ def allegro() -> Any:
         scheduler=diffusers.EulerAncestralDiscreteScheduler(beta_end=0.02, beta_schedule="linear"),
         vae=random(
             diffusers.AutoencoderKLAllegro(
-                block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, sample_size=32
+                block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, sample_size=160
             )
         ),
         transformer=random(
             diffusers.AllegroTransformer3DModel(
-                num_layers=2, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24, sample_height=4,
-                sample_width=6, sample_frames=2, caption_channels=WIDTH,
+                num_layers=2, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24, sample_height=20,
+                sample_width=30, sample_frames=6, caption_channels=WIDTH,
             )
         ),
     )  # fmt: skip
@@ -305,7 +305,7 @@ def ltx2() -> Any:
         ),
         vae=random(
             diffusers.AutoencoderKLLTX2Video(
-                latent_channels=4, block_out_channels=(4, 4, 4, 4), decoder_block_out_channels=(4, 4, 4),
+                latent_channels=4, block_out_channels=(4, 4, 4, 4), decoder_block_out_channels=(8, 16, 32),
                 layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4, spatial_compression_ratio=32,
                 temporal_compression_ratio=8,
             )
@@ -349,7 +349,7 @@ def open_sora() -> Any:
 SHORT = TraceRequest(height=32, width=48, frames=9, max_sequence_length=64)
 
 CASES = {
-    "allegro": Case(allegro, TraceRequest(height=32, width=48, frames=8, max_sequence_length=64)),
+    "allegro": Case(allegro, TraceRequest(height=160, width=240, frames=24, max_sequence_length=64)),
     "cogvideox": Case(cogvideox, SHORT),
     "cogvideox-dpm": Case(
         cogvideox_dpm,
@@ -363,7 +363,7 @@ CASES = {
     "latte": Case(latte, TraceRequest(height=32, width=32, frames=4)),
     "ltx": Case(ltx, TraceRequest(height=32, width=64, frames=9)),
     "ltx-i2v": Case(ltx_i2v, TraceRequest(height=32, width=64, frames=9, image=True)),
-    "ltx2": Case(ltx2, TraceRequest(height=32, width=64, frames=9, max_sequence_length=64)),
+    "ltx2": Case(ltx2, TraceRequest(height=64, width=64, frames=9, max_sequence_length=64)),
     "mochi": Case(mochi, TraceRequest(height=32, width=48, frames=7)),
     "open-sora": Case(open_sora, SHORT),
     "sana-video": Case(sana_video, TraceRequest(height=32, width=64, frames=9)),
