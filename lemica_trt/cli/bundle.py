@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     "Model",
     flag("--weights", metavar="DIR|HUB_ID", otherwise="as the bundle knows", help="Where the model is."),
     options.lora,
+    options.lora_2,
     options.device,
 )
 @flags(
@@ -40,6 +41,7 @@ def verify(
     bundle: Path,
     weights: str | None,
     lora: tuple[str, ...],
+    lora_2: tuple[str, ...],
     verify_samples: int,
     prompts: Path | None,
     backend: str | None,
@@ -52,7 +54,7 @@ def verify(
     from lemica_trt.compiler.inspection import summarize
     from lemica_trt.report import summary
 
-    opened, loras = Bundle.open(bundle), loras_from_flags(lora)
+    opened, loras = Bundle.open(bundle), loras_from_flags(lora, lora_2)
     report = bundle_verify.verify(
         opened, weights, verify_samples, device, backend, screen.reporter, prompts=prompts, loras=loras
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace
@@ -40,7 +41,7 @@ PROFILE_FIELDS = {
     "dtype": ("", "dtype"),
     "max_sequence_length": ("", "text_length"),
     "opset": ("", "opset"),
-    "lora": ("", "loras"),
+    **dict.fromkeys(("lora", "lora_2"), ("", "loras")),
 }
 """Flag → the part of a profile, and the field there, that it sets."""
 
@@ -146,8 +147,8 @@ def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[st
             parts[part][field] = flags[name]
     if flags.get("guidance_range") is not None:
         parts["sampling"]["guidance_range"] = _range(flags["guidance_range"])
-    given = flags.get("lora") or ()
-    loras = loras_from_flags((given,) if isinstance(given, str) else given) or profile.loras
+    given = [flags.get(name) or () for name in ("lora", "lora_2")]
+    loras = loras_from_flags(*((each,) if isinstance(each, str) else each for each in given)) or profile.loras
     if loras:
         parts[""]["loras"] = tuple(replace(lora, source=absolute_source(lora.source)) for lora in loras)
     for name in ("sigmas", "timesteps"):
@@ -229,30 +230,34 @@ def effort_from_flags(flags: Mapping[str, Any]) -> Effort | None:
     return None if name is None else EFFORTS[name]
 
 
-def loras_from_flags(given: Sequence[str]) -> tuple[Lora, ...]:
+def loras_from_flags(given: Sequence[str], second: Sequence[str] = ()) -> tuple[Lora, ...]:
     """LoRA weights of FILE_OR_HUB_ID[:SCALE] each.
+
+    Args:
+        second: those that go into a second transformer.
 
     Raises:
         UsageError: a scale is no number.
         InputError: there is no such file, and it is no hub id.
     """
     found = []
-    for text in given:
+    for text, flag in [*((text, "--lora") for text in given), *((text, "--lora-2") for text in second)]:
         source, colon, scale = text.rpartition(":")
         whole = not colon or Path(text).exists()
         try:
             lora = Lora(source=text) if whole else Lora(source=source, scale=float(scale))
         except ValueError:
             raise UsageError(
-                f"--lora: expected FILE_OR_HUB_ID[:SCALE] with a number as scale, got {text!r}",
-                fix="for example --lora style.safetensors:0.8",
+                f"{flag}: expected FILE_OR_HUB_ID[:SCALE] with a number as scale, got {text!r}",
+                fix=f"for example {flag} style.safetensors:0.8",
             ) from None
         if not Path(lora.source).exists() and lora.on_hub is None:
             raise InputError(
-                f"--lora: expected a file of LoRA weights or a hub id, got {lora.source!r}, which is not there",
+                f"{flag}: expected a file of LoRA weights or a hub id, got {lora.source!r}, which is not there",
                 fix="check the path, or give the id as the hub has it: OWNER/NAME or OWNER/NAME/FILE.safetensors",
             )
-        found.append(msgspec.structs.replace(lora, source=absolute_source(lora.source)))
+        expert: Any = "transformer_2" if flag == "--lora-2" else UNSET
+        found.append(msgspec.structs.replace(lora, source=absolute_source(lora.source), expert=expert))
     return tuple(found)
 
 

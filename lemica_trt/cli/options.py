@@ -194,6 +194,8 @@ def refuse_contradictions() -> None:
 
 lora = flag("--lora", multiple=True, metavar="FILE|HUB_ID[:SCALE]",
             help="LoRA weights to fuse into the model before anything is measured; repeat for several.")  # fmt: skip
+lora_2 = flag("--lora-2", multiple=True, metavar="FILE|HUB_ID[:SCALE]", advanced=True,
+              help="The same for a second transformer (Wan 2.2: low noise); --lora is the first's.")  # fmt: skip
 
 model = flags(
     "Model",
@@ -202,6 +204,7 @@ model = flags(
     flag("--weights", metavar="DIR|HUB_ID", otherwise="the profile's own",
          help="Where the weights are: diffusers folder or hub id."),
     lora,
+    lora_2,
     flag("--frames", type=int, profile=True, aliases=("--num-frames",), help="Video frames."),
     flag("--height", type=int, profile=True, help="Pixels."),
     flag("--width", type=int, profile=True, help="Pixels."),

@@ -24,6 +24,7 @@ from lemica_trt.ir.trace import TraceRequest
     flag("--model", required=True, metavar="NAME|DIR|HUB_ID", shell_complete=completion.models,
          help="Named model (see `lemica-trt models`), diffusers folder or hub id."),
     options.lora,
+    options.lora_2,
     flag("--steps", type=click.IntRange(2), default=4, show_default=True,
          aliases=("--num-inference-steps", "--denoising-steps"), help="Denoising steps of each run."),
     flag("--frames", type=int, otherwise="the profile's or pipeline's", aliases=("--num-frames",),
@@ -47,6 +48,7 @@ def trace(
     screen: Screen,
     model: str,
     lora: tuple[str, ...],
+    lora_2: tuple[str, ...],
     arguments: tuple[str, ...],
     dtype: Any,
     without_weights: bool,
@@ -65,7 +67,7 @@ def trace(
 
     profile = None if is_pipeline(model) else load_profile(model)
     source = model if profile is None else profile.source
-    loras = loras_from_flags(lora) or (profile.loras if profile is not None and profile.loras else ())
+    loras = loras_from_flags(lora, lora_2) or (profile.loras if profile is not None and profile.loras else ())
     fields = {**options.given(given), "arguments": dict(map(_argument, arguments))}
     request = msgspec.convert(fields, TraceRequest, strict=True)
 

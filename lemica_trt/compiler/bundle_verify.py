@@ -50,7 +50,7 @@ def verify(
         raise InputError(
             f"expected the weights that the bundle was built from ({str(bundle.manifest.revision)[:12]}), "
             f"got {model.revision[:12]} in {model.profile.source}",
-            fix="name the right folder with --weights and LoRA weights with --lora, or rebuild the bundle",
+            fix="name the right folder with --weights and LoRA weights with --lora and --lora-2, or rebuild the bundle",
         )
     return verify_bundle(bundle, model, held_out, samples, reporter, backend=backend)
 
@@ -67,8 +67,7 @@ def profile_of_bundle(bundle: Bundle, weights: str | None, loras: tuple[Lora, ..
     elif local := [lora for lora in profile.loras or () if lora.on_hub is None]:
         raise UsageError(
             f"the bundle was built with LoRA weights of a local file {local[0].source!r}, which it does not carry",
-            fix="name all that were fused, in their order: "
-            + " ".join(f"--lora {lora.source}:{lora.scale:g}" for lora in profile.loras or ()),
+            fix="name all that were fused, in their order: " + " ".join(lora.flag for lora in profile.loras or ()),
         )
     if weights is not None:
         return msgspec.structs.replace(profile, source=absolute_source(weights))

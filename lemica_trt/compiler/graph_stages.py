@@ -28,6 +28,7 @@ from lemica_trt.ir.graphs import GraphSet, StepLayout
 from lemica_trt.planning.layout import layout_for_methods
 from lemica_trt.planning.minimax import require_feasible
 from lemica_trt.planning.planner import candidates, plan_given
+from lemica_trt.planning.search import paths_begin
 from lemica_trt.planning.step_plan import UNCACHED, uncached_plan
 
 
@@ -91,8 +92,7 @@ def require_plannable(context: Context) -> None:
     given, num_steps = context.inputs.given.calibration, problem.table.num_steps
     max_skip = context.inputs.profile.calibration.max_skip if given is None else given.graph.max_skip
     budgets = [budget for budget in request.budgets if isinstance(budget, int)]
-    reuses = not any(planner.folds for planner in request.planners)
-    switches = problem.table.switches if reuses else ()
+    switches = paths_begin(request.planners, problem.table)
     require_feasible(num_steps, max_skip if request.needs_calibration else num_steps, budgets, switches)
     asked = [planner for planner in request.planners if planner.needs <= problem.has]
     for budget in budgets if asked and "auto" not in request.methods else ():

@@ -22,7 +22,15 @@ from lemica_trt.ir.calibration import Calibration, ErrorGraph
 from lemica_trt.ir.profile import CalibrationSettings
 from lemica_trt.ir.trials import TrialTables
 from lemica_trt.planning.planner import choose_planners, plan_given
-from lemica_trt.planning.search import BudgetSearch, PlanSet, beside, candidates_on, plan_budgets, resolve_budgets
+from lemica_trt.planning.search import (
+    BudgetSearch,
+    PlanSet,
+    beside,
+    candidates_on,
+    paths_begin,
+    plan_budgets,
+    resolve_budgets,
+)
 from lemica_trt.planning.step_plan import UNCACHED
 
 
@@ -119,7 +127,8 @@ def make_plans(context: Context) -> PlanSet:
         plan = plan_given(problem, request.schedule)
         return PlanSet([plan], (plan.name,))
     max_skip = None if problem.calibration is None else problem.graph.max_skip
-    budgets = resolve_budgets(request.budgets, request.planners, context.times, table.num_steps, max_skip)
+    switches = paths_begin(request.planners, table)
+    budgets = resolve_budgets(request.budgets, request.planners, context.times, table.num_steps, max_skip, switches)
     samples = validation_samples(inputs.prompts, settings)
     evaluator = PlanEvaluator(
         lambda: context.step_model,
@@ -144,4 +153,5 @@ def make_plans(context: Context) -> PlanSet:
         pareto=request.pareto,
         num_steps=table.num_steps,
         max_skip=max_skip,
+        switches=switches,
     )

@@ -206,11 +206,14 @@ class Lora(Value, frozen=True):
             path of one machine.
         scale: what they are multiplied by.
         sha256: of the file (hex), as built; unset: not looked at.
+        expert: component that the file's transformer weights go into, where a pipeline has a second transformer (Wan
+            2.2 A14B: the one of the less noisy steps); unset: the first.
     """
 
     source: str
     scale: float = 1.0
     sha256: str | UnsetType = UNSET
+    expert: Literal["transformer_2"] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         require(bool(self.source), "a LoRA must have a source")
@@ -232,7 +235,12 @@ class Lora(Value, frozen=True):
     def text(self) -> str:
         """For people: source, scale, and the beginning of the digest where it is known."""
         digest = f", sha256 {self.sha256[:16]}" if self.sha256 else ""
-        return f"{self.source} × {self.scale:g}{digest}"
+        return f"{self.source} × {self.scale:g}{f' in {self.expert}' if self.expert else ''}{digest}"
+
+    @property
+    def flag(self) -> str:
+        """What gives it on the command line."""
+        return f"{'--lora-2' if self.expert else '--lora'} {self.source}:{self.scale:g}"
 
 
 class Profile(Value, frozen=True):

@@ -2,6 +2,9 @@
 
 diffusers warns of keys that fit nothing, and drops them; here each tensor of a file must be of a module that the
 pipeline has, or the file is refused. What can be told from its keys and the configuration is told before weights load.
+
+Where a pipeline has two transformers, diffusers puts a file into the first, or with `load_into_transformer_2` into the
+second (`WanLoraLoaderMixin.load_lora_weights`): `Lora.expert` says which.
 """
 
 from __future__ import annotations
@@ -117,7 +120,8 @@ def fuse_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
         path = lora_file(lora)
         wanted = require_fitting_lora(type(pipeline), pipeline.components, lora)
         with _told(lora):
-            pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+            into = {f"load_into_{lora.expert}": True} if lora.expert else {}
+            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, **into)
         with _told(lora):
             tuned = _tuned(pipeline, wanted)  # diffusers adds factors of zero for image layers of a text-to-video file
             if any(names - tuned[part] for part, names in wanted.items()):
@@ -159,10 +163,9 @@ def require_fitting_lora(kind: Any, networks: Mapping[str, Any], lora: Lora) -> 
             f"--lora: diffusers {diffusers.__version__} takes no LoRA weights for {kind.__name__}",
             fix="leave --lora out",
         )
-    if networks.get("transformer_2") is not None:
+    if lora.expert and networks.get(lora.expert) is None:
         raise UnsupportedError(
-            f"--lora: {kind.__name__} has two transformers here, and a file does not say which one it is for",
-            fix="leave --lora out, or give a model that LoRA weights were fused into: --weights",
+            f"--lora-2: expected a pipeline with a second transformer, {kind.__name__} has none here", fix="use --lora"
         )
     path = lora_file(lora)
     _require_factors(lora, path)
@@ -172,11 +175,14 @@ def require_fitting_lora(kind: Any, networks: Mapping[str, Any], lora: Lora) -> 
     for part in kind._lora_loadable_modules:
         own = {key.removeprefix(f"{part}."): its for key, its in weights.items() if key.startswith(f"{part}.")}
         weights = {key: its for key, its in weights.items() if not key.startswith(f"{part}.")}
-        network = networks.get(part)
-        if own and network is None and part in networks:
+        changed = str(lora.expert) if lora.expert and part == "transformer" else part
+        network = networks.get(changed)
+        if own and network is None and changed in networks:
             raise _misfit(lora, f"no weights of a {part}, which this pipeline does not have", own)
+        if own and part == "transformer_2":
+            raise _misfit(lora, "keys that begin with transformer., which --lora and --lora-2 put into one of two", own)
         if own and isinstance(network, nn.Module):
-            found[part] = _require_modules(lora, part, network, _in_peft_form(own, network))
+            found[changed] = _require_modules(lora, changed, network, _in_peft_form(own, network))
     if weights or not found:
         parts = " or ".join(f"{part}." for part in kind._lora_loadable_modules)
         raise _misfit(lora, f"keys that begin with {parts}, as {kind.__name__} has them", weights)
@@ -184,14 +190,19 @@ def require_fitting_lora(kind: Any, networks: Mapping[str, Any], lora: Lora) -> 
 
 
 def _require_factors(lora: Lora, path: Path) -> None:
-    """Refuse changes of whole weights, some of which diffusers leaves out without a warning.
+    """Refuse what diffusers leaves out without a warning: changes of whole weights, and what belongs to products that
+    are not there.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or has such remains.
         UnsupportedError: it has such tensors.
     """
     with _told(lora), safe_open(path, "numpy") as file:
-        whole = [key for key in file.keys() if key.endswith((".diff", ".diff_b"))]  # noqa: SIM118  # no mapping
+        keys = list(file.keys())
+    whole = [key for key in keys if key.endswith((".diff", ".diff_b"))]
+    projection = [key for key in keys if "time_projection" in key]
+    if projection and not any(key.endswith(".weight") for key in projection):  # diffusers drops them: Wan
+        raise _misfit(lora, "the products of time_projection", dict.fromkeys(projection))
     if whole:
         raise UnsupportedError(
             f"{lora.source}: expected products B A alone, got changes of whole weights: {whole[0]}{_more(whole)}",

@@ -383,7 +383,7 @@ def fused_revision(revision: str, loras: Sequence[Lora]) -> str:
     """
     if not loras:
         return revision
-    lines = [revision, *(f"{lora.sha256} {lora.scale!r}" for lora in loras)]
+    lines = [revision, *(f"{lora.sha256} {lora.scale!r}{f' {lora.expert}' if lora.expert else ''}" for lora in loras)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

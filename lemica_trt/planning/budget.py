@@ -35,6 +35,7 @@ def max_full_steps(
     *,
     folds: bool = True,
     skips: bool = True,
+    switches: Sequence[int] = (),
 ) -> StepBudget:
     """The most full steps that a time allows; t never falls with B.
 
@@ -44,6 +45,7 @@ def max_full_steps(
         num_steps: N.
         max_skip: K; None: no limit.
         folds, skips: which kinds of plans are wanted.
+        switches: as in `least_budget`.
 
     Raises:
         InfeasibleError: the least number of full steps takes longer.
@@ -53,7 +55,7 @@ def max_full_steps(
     if seconds >= uncached:
         return StepBudget(folded=num_steps, skipping=num_steps)
     skips = skips and times.skipped is not None
-    least = least_budget(num_steps, max_skip)
+    least = least_budget(num_steps, max_skip, switches)
 
     def most(skipping: bool) -> int:
         """0: not even one."""
@@ -146,10 +148,16 @@ def dominated(costs: Sequence[float], qualities: Sequence[float]) -> list[bool]:
     return beaten
 
 
-def front_budgets(num_steps: int, max_skip: int | None, *, most: int = FRONT_POINTS) -> tuple[int, ...]:
+def front_budgets(
+    num_steps: int, max_skip: int | None, switches: Sequence[int] = (), *, most: int = FRONT_POINTS
+) -> tuple[int, ...]:
     """From the least feasible budget to half of all steps; where those are more than `most`, at about equal ratios: so
-    are their speed-ups."""
-    least = least_budget(num_steps, max_skip)
+    are their speed-ups.
+
+    Args:
+        switches: as in `least_budget`.
+    """
+    least = least_budget(num_steps, max_skip, switches)
     largest = max(least, num_steps // 2)
     if largest - least < most:
         return tuple(range(least, largest + 1))

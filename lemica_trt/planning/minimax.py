@@ -155,23 +155,28 @@ def path_costs(edges: Edges, num_steps: int) -> int:
     return costs[0]
 
 
-def least_budget(num_steps: int, max_skip: int | None) -> int:
-    """⌈N/(K + 1)⌉, the fewest full steps of a schedule that skips at most K steps in a row; 1 where K is None."""
-    return 1 if max_skip is None else -(-num_steps // (max_skip + 1))
+def least_budget(num_steps: int, max_skip: int | None, switches: Sequence[int] = ()) -> int:
+    """⌈N/(K + 1)⌉, the fewest full steps of a schedule that skips at most K steps in a row; 1 where K is None.
+
+    Args:
+        switches: steps of another kind than the one before, where residuals are reused: each begins a path of its own,
+            and the fewest are the sum of theirs.
+    """
+    longest = num_steps if max_skip is None else max_skip + 1
+    return sum(-(-(end - begin) // longest) for begin, end in pairwise([0, *switches, num_steps]))
 
 
 def require_feasible(num_steps: int, max_skip: int, budgets: Sequence[int], switches: Sequence[int] = ()) -> None:
     """Ask before hours of calibration whether a complete error graph could have a path for each budget.
 
     Args:
-        switches: steps of another kind than the one before, where residuals are reused: each begins a path of its own.
+        switches: as in `least_budget`.
 
     Raises:
-        InfeasibleError: a budget lies outside ⌈N/(K + 1)⌉ … N, of several kinds of steps the sum of these.
+        InfeasibleError: a budget lies outside `least_budget` … N.
     """
-    bounds = [0, *switches, num_steps]
-    least = sum(least_budget(end - begin, max_skip) for begin, end in pairwise(bounds))
-    kinds = f", of {len(bounds) - 1} kinds," if switches else ""
+    least = least_budget(num_steps, max_skip, switches)
+    kinds = f", of {len(switches) + 1} kinds," if switches else ""
     for budget in budgets:
         if not least <= budget <= num_steps:
             raise InfeasibleError(

@@ -13,6 +13,7 @@ from lemica_trt.ir.budget import Budget, Front, Latency, MinPsnr, Point, Speedup
 from lemica_trt.ir.graphs import StepLayout
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.report import BudgetOutcome, Speed
+from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.trials import TrialTable
 from lemica_trt.planning.budget import front_budgets, front_rows, least_reaching, max_full_steps
 from lemica_trt.planning.layout import misfit
@@ -73,11 +74,13 @@ def resolve_budgets(
     times: StepTimes | None,
     num_steps: int,
     max_skip: int | None,
+    switches: Sequence[int] = (),
 ) -> list[int | StepBudget | MinPsnr]:
     """Budgets, those in units of time as full steps.
 
     Args:
         times: of the steps; needed where a budget is in a unit of time.
+        switches: as in `least_budget`.
 
     Raises:
         InfeasibleError: as `planning.budget.max_full_steps`.
@@ -87,10 +90,16 @@ def resolve_budgets(
     for budget in budgets:
         if isinstance(budget, (Speedup, Latency)):
             assert times is not None
-            found.append(max_full_steps(budget, times, num_steps, max_skip, folds=True in kinds, skips=False in kinds))
+            wanted = {"folds": True in kinds, "skips": False in kinds}
+            found.append(max_full_steps(budget, times, num_steps, max_skip, **wanted, switches=switches))
         else:
             found.append(budget)
     return found
+
+
+def paths_begin(planners: Sequence[Planner], table: SamplerTable) -> tuple[int, ...]:
+    """The switches that `least_budget` takes: none where a planner folds, which goes on across them."""
+    return () if any(planner.folds for planner in planners) else table.switches
 
 
 def candidates_on(layout: StepLayout, problem: Problem, planners: Sequence[Planner]) -> Candidates:
@@ -199,8 +208,12 @@ def plan_budgets(
     pareto: bool,
     num_steps: int,
     max_skip: int | None,
+    switches: Sequence[int] = (),
 ) -> PlanSet:
     """A plan for each budget, and the front if it is asked for: its budgets, and those of the plans.
+
+    Args:
+        num_steps, max_skip, switches: as in `least_budget`.
 
     Raises:
         InfeasibleError: as the planners; no number of full steps has the PSNR that is asked for.
@@ -208,7 +221,7 @@ def plan_budgets(
     chosen: list[StepPlan] = []
     for budget in budgets:
         if isinstance(budget, MinPsnr):
-            feasible = range(least_budget(num_steps, max_skip), num_steps + 1)
+            feasible = range(least_budget(num_steps, max_skip, switches), num_steps + 1)
             reporter.stage("search", f"the fewest of {feasible[0]} … {num_steps} full steps that have {budget}")
             wanted = budget.decibels
             least = least_reaching(feasible, lambda b, wanted=wanted: search.point(b).mean >= wanted)  # type: ignore[misc]
@@ -222,7 +235,7 @@ def plan_budgets(
         else:
             chosen.append(search.plan(budget))
     if pareto:
-        for count in sorted({*front_budgets(num_steps, max_skip), *(plan.budget for plan in chosen)}):
+        for count in sorted({*front_budgets(num_steps, max_skip, switches), *(plan.budget for plan in chosen)}):
             search.point(count)
     return PlanSet(
         plans=list({plan.name: plan for plan in chosen}.values()),

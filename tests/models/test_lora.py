@@ -212,6 +212,11 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], type[
         UnsupportedError,
         "got changes of whole weights: diffusion_model.norm.diff",
     ),
+    "remains of a projection": (
+        lambda w: {**w, "diffusion_model.time_projection.1.alpha": torch.ones(1)},
+        InputError,
+        "expected the products of time_projection, got diffusion_model.time_projection.1.alpha →",
+    ),
     "bias of one": (
         lambda w: {**w, f"transformer.{COG[0]}.lora_B.bias": torch.ones(3)},
         InputError,
@@ -258,11 +263,19 @@ def test_a_link_to_a_file_keeps_its_name(tmp_path: Path) -> None:
 
 
 def test_pipelines_of_two_transformers_and_parts_that_are_missing(cog: Any, tmp_path: Path) -> None:
-    """diffusers would put everything into the first, or drop it without a word."""
+    """diffusers puts everything into one of them, or drops it without a word."""
     weights = factors(cog.pipeline.transformer, "transformer", COG)
     two = {"transformer": cog.pipeline.transformer, "transformer_2": cog.pipeline.transformer}
-    with pytest.raises(UnsupportedError, match="WanPipeline has two transformers here"):
-        require_fitting_lora(WanPipeline, two, saved(weights, tmp_path / "one.safetensors"))
+    first = saved(weights, tmp_path / "one.safetensors")
+    second = msgspec.structs.replace(first, expert="transformer_2")
+    assert require_fitting_lora(WanPipeline, two, first) == {"transformer": {*COG}}
+    assert require_fitting_lora(WanPipeline, two, second) == {"transformer_2": {*COG}}
+    for networks in ({**two, "transformer_2": None}, {"transformer": cog.pipeline.transformer}):
+        with pytest.raises(UnsupportedError, match=r"expected a pipeline with a second transformer, Wan\w+ has none"):
+            require_fitting_lora(WanPipeline, networks, second)
+    other = {**two, "transformer_2": tiny_pipeline("wan").transformer}
+    with pytest.raises(InputError, match=r"modules that the transformer_2 has, .* got patch_embed\.text_proj"):
+        require_fitting_lora(WanPipeline, other, second)
     both = {
         **weights,
         **{key.replace("transformer.", "transformer_2.", 1): value.clone() for key, value in weights.items()},
@@ -270,6 +283,40 @@ def test_pipelines_of_two_transformers_and_parts_that_are_missing(cog: Any, tmp_
     one = {"transformer": cog.pipeline.transformer, "transformer_2": None}
     with pytest.raises(InputError, match="no weights of a transformer_2, which this pipeline does not have"):
         require_fitting_lora(WanPipeline, one, saved(both, tmp_path / "both.safetensors"))
+    for lora in (first, second):
+        lora = msgspec.structs.replace(lora, source=str(tmp_path / "both.safetensors"))
+        with pytest.raises(InputError, match=r"begin with transformer\., which --lora and --lora-2 put into one"):
+            require_fitting_lora(WanPipeline, two, lora)
+
+
+WAN = ("blocks.0.attn1.to_q", "blocks.1.ffn.net.2", "proj_out")
+
+
+def test_each_of_two_transformers_has_its_own(tmp_path: Path) -> None:
+    """Wan 2.2: into the one that is named, and into no other; which one is part of the model's revision."""
+    before = tiny_pipeline("wan2.2")
+    before.save_pretrained(tmp_path / "wan")
+    weights = {part: factors(getattr(before, part), "transformer", WAN) for part in ("transformer", "transformer_2")}
+    files = {part: saved(its, tmp_path / f"{part}.safetensors") for part, its in weights.items()}
+    high = msgspec.structs.replace(files["transformer"], scale=0.5)
+    low = msgspec.structs.replace(files["transformer_2"], scale=2.0, expert="transformer_2")
+    profile = Profile(
+        name="wan", family=TRACED, source=str(tmp_path / "wan"), dtype="fp32", text_length=64,
+        shape=Shape(frames=9, height=32, width=48), loras=(high, low),
+    )  # fmt: skip
+    require_configuration(profile)
+    for loras, scales in (((high, low), (0.5, 2.0)), ((low,), (0.0, 2.0)), ((high,), (0.5, 0.0))):
+        after = load_pipeline(str(tmp_path / "wan"), loras=loras)
+        for (part, its), scale in zip(weights.items(), scales):
+            require_fused(
+                getattr(before, part), getattr(after, part), products(its, "transformer", scale) if scale else {}
+            )
+    swapped = (msgspec.structs.replace(high, expert="transformer_2"), low)
+    revisions = {
+        revision_of(msgspec.structs.replace(profile, loras=loras)) for loras in ((high, low), (high,), swapped)
+    }
+    assert len(revisions) == 3
+    assert "in transformer_2" in low.text and low.flag == f"--lora-2 {low.source}:2"
 
 
 def test_a_pipeline_that_takes_none(cog: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,3 +382,7 @@ def test_flags_of_a_profile(tmp_path: Path) -> None:
     assert not profile_from_flags("cogvideox-tiny", None, {"lora": ()}).loras
     found = profile_from_flags("cogvideox-tiny", None, {"lora": f"{path}:0.25"})
     assert found.loras == (Lora(source=str(path), scale=0.25),)
+    found = profile_from_flags("cogvideox-tiny", None, {"lora": [str(path)], "lora_2": f"{path}:0.25"})
+    assert found.loras == (Lora(source=str(path)), Lora(source=str(path), scale=0.25, expert="transformer_2"))
+    with pytest.raises(UsageError, match=r"--lora-2: expected FILE_OR_HUB_ID.*, got 'a/b:strong' → for"):
+        loras_from_flags((), ["a/b:strong"])

@@ -458,6 +458,10 @@ def test_one_frame_and_several_prompts() -> None:
     assert both.shape == (2, 1, 3, 32, 48)
     alone = pipeline(prompts[1], output_type="pt", **{**call, "latents": noise[1:]}).frames
     assert apart(both[1:], alone) < 1e-4
+    unguided = {**call, "guidance_scale": 1.0}
+    empty = pipeline(["", prompts[1]], output_type="pt", **unguided).frames
+    alone = pipeline("", output_type="pt", **{**unguided, "latents": noise[:1]}).frames
+    assert apart(empty[:1], alone) < 1e-4, "a row without text has no other branch"
     for wrong, says in (
         ({"max_sequence_length": 65}, "prompts of 1 to 64 tokens, got max_sequence_length 65"),
         ({"negative_prompt": ["one"]}, "a negative prompt for each of 2 prompts, got 1"),
@@ -554,12 +558,24 @@ def test_weights_that_do_not_fit_are_refused(
     assert "\n" not in str(refusal.value)
 
 
+def without_a_shard(folder: Path) -> None:
+    """The text encoder's weights in pieces, of which one was not downloaded to its end."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    first, second = (f"model-0000{k}-of-00002.safetensors" for k in (1, 2))
+    index = {"weight_map": {"shared.weight": first, "another.weight": second}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def test_what_is_missing_is_named(repositories: Path) -> None:
     changes: dict[str, tuple[str, Callable[[], Any]]] = {
         "no t5": ("got no t5-v1_1-xxl", lambda: shutil.rmtree(repositories / "t5-v1_1-xxl")),
         "t5 without weights": (
             r"expected a file .safetensors or .bin",
             lambda: (repositories / "t5-v1_1-xxl" / "model.safetensors").unlink(),
+        ),
+        "a shard": (
+            r"expected all files that model\.safetensors\.index\.json names, got no model-00002",
+            lambda: without_a_shard(repositories / "t5-v1_1-xxl"),
         ),
         "another model": (
             "expected the config.json of an STDiT3, got one of STDiT2",
@@ -611,6 +627,8 @@ def test_the_profile_loads_from_the_hub(repositories: Path, monkeypatch: pytest.
         == revision_of(msgspec.structs.replace(profile, source=str(repositories)))
     )
     assert model.decode(torch.zeros(1, *model.latent_shape)).shape == (1, 9, 32, 48, 3)
+    without_a_shard(repositories / published.TEXT.name)
+    assert not is_here(profile)
 
 
 def test_without_a_network_the_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,8 +15,10 @@ import pytest
 from lemica_trt.calibrate.estimate import calibrate_cheaply
 from lemica_trt.calibrate.exact import measure
 from lemica_trt.core.errors import InfeasibleError, InputError, UnsupportedError
+from lemica_trt.core.progress import Quiet
 from lemica_trt.core.values import json_bytes, value_from_json
 from lemica_trt.evaluate.timing import mean_of_kinds, shortened
+from lemica_trt.ir.budget import Latency, MinPsnr, StepBudget, StepTimes
 from lemica_trt.ir.calibration import Calibration, ErrorGraph
 from lemica_trt.ir.graphs import GraphSet, GraphSpec, StepLayout, kind_of_variant, trunk_of
 from lemica_trt.ir.plan import PlanRow, StepPlan, check_plan, coefficient_vector, layout_from_plans, trunk_reads
@@ -24,10 +27,10 @@ from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.step_model import Beginning, Latents, StepInput, StepOutput
 from lemica_trt.planning.extrapolation import linear_plan
 from lemica_trt.planning.layout import layout_for_methods
-from lemica_trt.planning.minimax import require_feasible
+from lemica_trt.planning.minimax import least_budget, require_feasible
 from lemica_trt.planning.planner import Problem, candidates, plan_given, planners, planners_named
 from lemica_trt.planning.schedules import uniform
-from lemica_trt.planning.search import best_known, candidates_on
+from lemica_trt.planning.search import best_known, candidates_on, paths_begin, plan_budgets, resolve_budgets
 from lemica_trt.planning.solvers import first_order_table
 from lemica_trt.planning.step_plan import uncached_plan
 from lemica_trt.testing.values import flow_table
@@ -187,6 +190,31 @@ def test_a_schedule_that_skips_into_another_kind_is_refused() -> None:
     require_feasible(STEPS, 2, [3])
     with pytest.raises(UnsupportedError, match="no two of the 3 steps that follow each other are of one kind"):
         measure(TwoExperts(), table_of([0, 1, 0]), ["a"], samples=1, seed=0, max_skip=1, journal=Path("unused"))
+
+
+def test_fronts_and_times_ask_for_no_budget_that_kinds_of_steps_do_not_have() -> None:
+    """At most 2 steps in a row are skipped: 2 full ones of the first 4, 2 of the next 5; 3 of 9 of one kind."""
+    lemica, folding = planners_named(["lemica"]), planners_named(["lemica", "linear"])
+    assert paths_begin(lemica, TABLE) == (4,) and paths_begin(folding, TABLE) == ()
+    assert (least_budget(STEPS, 2), least_budget(STEPS, 2, (4,))) == (3, 4)
+    assert (least_budget(STEPS, None), least_budget(STEPS, None, (4,))) == (1, 2)
+    times = StepTimes(full=1.0, skipped=0.0, rest=0.0)
+    (budget,) = resolve_budgets([Latency(3.5)], folding, times, STEPS, 2)
+    assert isinstance(budget, StepBudget) and max(budget.budgets) == 3
+    with pytest.raises(InfeasibleError, match="at least 4 are needed"):
+        resolve_budgets([Latency(3.5)], lemica, times, STEPS, 2, (4,))
+
+    looked_at: list[int] = []
+    plan = uncached_plan(first_order_table(TABLE, range(STEPS)), guidance_scale=1.0)
+
+    def point(budget: int) -> Any:
+        looked_at.append(budget)
+        return SimpleNamespace(mean=100.0, plan=plan)
+
+    search: Any = SimpleNamespace(plan=lambda _: plan, point=point, tables={}, front=None)
+    for budgets in ([4], [MinPsnr(30.0)]):
+        plan_budgets(budgets, search, Quiet(), pareto=True, num_steps=STEPS, max_skip=2, switches=(4,))
+    assert min(looked_at) == 4
 
 
 def test_what_folds_is_planned_where_what_reuses_has_too_few_steps(exact: ErrorGraph) -> None:

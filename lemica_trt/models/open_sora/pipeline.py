@@ -162,6 +162,8 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
         if guidance_scale > 1:
             null, null_mask = self.encode_prompt(negatives, max_sequence_length)
             embeds, mask = torch.cat([null, embeds]), torch.cat([null_mask, mask])
+        else:  # no row is another one's branch
+            mask = torch.where(mask.any(1, keepdim=True), mask, torch.ones_like(mask))
         factor = self.vae.spatial_factor
         if latents is None:
             shape = (self.vae.latent_frames(num_frames), height // factor, width // factor)

@@ -111,6 +111,7 @@ def pipeline_folder(source: str, *, download: bool = True) -> Path:
     }.items():
         if not any(name.startswith(part) and name.endswith(endings) for name in contents):
             raise InputError(f"{found[TEXT]}: expected a file {' or '.join(endings)}, got none")
+    _require_shards(found[TEXT])
     return _made(contents)
 
 
@@ -143,6 +144,20 @@ def _folder(repository: Repository, source: str, *, download: bool) -> Path:
             f"{repository.source}: expected a repository on the hub, got: {first_line(error)}",
             fix=f"check the network, or give a folder with {', '.join(each.name for each in REPOSITORIES)}",
         ) from None
+
+
+def _require_shards(folder: Path) -> None:
+    """Raise InputError unless every file of the weights that transformers reads is there: safetensors before others."""
+    indices = [folder / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")]
+    index = next((path for path in indices if path.is_file()), None)
+    whole = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+    if index is None or whole[0].is_file() or (index == indices[1] and whole[1].is_file()):
+        return
+    named = _config(index).get("weight_map")
+    names = {str(name) for name in named.values()} if isinstance(named, dict) else set()
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise InputError(f"{folder}: expected all files that {index.name} names, got no {missing[0]}")
 
 
 def _transformer_config(folder: Path) -> dict[str, Any]:
