@@ -302,7 +302,7 @@ def plan(forecast: Forecast) -> list[StageEstimate]:
     searches = request.schedule is None and (request.pareto or any(isinstance(b, MinPsnr) for b in request.budgets))
     front = front_budgets(forecast.num_steps, forecast.max_skip) if searches else ()
     planned = list(dict.fromkeys([*budgets, *front]))
-    complete = tried_budgets(planned, try_all=request.tries_all)
+    complete = tried_budgets(planned, try_all=request.tries_all(forecast.num_steps))
     found = []
     fits = sum(
         sum("fit" in planner.needs for planner in (tried if budget in complete else tried[:1])) * budget

@@ -145,7 +145,7 @@ def make_plans(context: Context) -> PlanSet:
     if samples.count == 0:  # nothing to choose by
         planners = planners[:1]
     found = beside(candidates_on(context.layout, problem, planners), context.known)
-    search = BudgetSearch(found, evaluator, context.reporter, try_all=request.tries_all)
+    search = BudgetSearch(found, evaluator, context.reporter, try_all=request.tries_all(table.num_steps))
     return plan_budgets(
         budgets,
         search,

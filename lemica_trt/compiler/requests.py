@@ -20,7 +20,7 @@ from lemica_trt.ir.calibration import Calibration, Sensitivity
 from lemica_trt.ir.engine import NONE, QUANTIZE, Option
 from lemica_trt.ir.measured import MeasuredPlans
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.profile import NORMAL, DType, Profile
+from lemica_trt.ir.profile import FEW_STEPS, NORMAL, DType, Profile
 from lemica_trt.ir.prompts import prompt_from_line
 from lemica_trt.ir.report import BudgetOutcome
 from lemica_trt.ir.resources import calibration_path
@@ -94,10 +94,10 @@ class BuildRequest(Value, frozen=True):
         """Held-out clips of the plans beside the default one: a third of its own, at least one."""
         return -(-self.verify_samples // 3)
 
-    @property
-    def tries_all(self) -> bool:
-        """Whether every budget tries every method: `auto` tries those of budgets that are not near one that has."""
-        return self.methods != ("auto",)
+    def tries_all(self, num_steps: int) -> bool:
+        """Whether every budget tries every method: `auto` tries those of budgets that are not near one that has, and
+        all of a sampler of few steps, where the best method changes from one budget to the next."""
+        return self.methods != ("auto",) or num_steps <= FEW_STEPS
 
     @property
     def is_timed(self) -> bool:
