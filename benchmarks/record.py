@@ -508,6 +508,36 @@ class TraceRow(Value, frozen=True):
     error: float = 0.0
 
 
+class RtxBuild(Value, frozen=True):
+    """Engines of one tiny random pipeline.
+
+    Attributes:
+        name: of the case in `lemica_trt.testing.pipelines`.
+        pipeline: diffusers class.
+        engines: the graphs that an engine was built of; none where it was refused.
+        version: of TensorRT for RTX.
+        refusal: why it was refused; "": it was not.
+    """
+
+    name: str
+    pipeline: str
+    engines: tuple[str, ...] = ()
+    version: str = ""
+    refusal: str = ""
+
+
+class RtxBuilds(Value, frozen=True, tag_field="kind", tag="rtx-builds"):
+    """TensorRT for RTX engines of tiny traced pipelines; built, and not run.
+
+    Attributes:
+        run: what made this.
+        rows: a pipeline each.
+    """
+
+    run: Run
+    rows: tuple[RtxBuild, ...]
+
+
 class TrueSizeRow(Value, frozen=True):
     """A model at its true size, without weights.
 
@@ -662,6 +692,7 @@ Result = (
     | Peers
     | Traces
     | TrueSize
+    | RtxBuilds
     | AttentionMemory
 )
 

@@ -19,6 +19,7 @@ from record import (
     QualityRow,
     Quantized,
     Result,
+    RtxBuilds,
     Run,
     Serving,
     Speed,
@@ -360,6 +361,19 @@ def true_size_table(result: TrueSize) -> str:
     return table(head, rows, "left")
 
 
+def rtx_table(result: RtxBuilds) -> str:
+    """A row a pipeline."""
+    rows = [
+        [
+            f"`{row.pipeline}` ({row.name})",
+            f"refused: {row.refusal}" if row.refusal else ", ".join(f"`{name}`" for name in row.engines),
+            row.version,
+        ]
+        for row in result.rows
+    ]
+    return table(["pipeline", "engines built", "TensorRT for RTX"], rows, "left")
+
+
 def attention_table(result: AttentionMemory) -> str:
     """A row a run, beside what its scores alone would take."""
     rows = []
@@ -505,6 +519,8 @@ def described(result: Result) -> str:
         parts = [quantized_caption(result), quantized_table(result)]
     elif isinstance(result, Traces):
         parts = [traces_table(result)]
+    elif isinstance(result, RtxBuilds):
+        parts = [rtx_table(result)]
     elif isinstance(result, TrueSize):
         parts = [true_size_table(result)]
     elif isinstance(result, AttentionMemory):

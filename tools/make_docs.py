@@ -41,6 +41,7 @@ from record import (
     Peers,
     Quantized,
     Result,
+    RtxBuilds,
     Serving,
     Speed,
     Traces,
@@ -55,7 +56,7 @@ from lemica_trt.cli.command import Command, Flag, in_sections
 from lemica_trt.cli.main import main as cli
 from lemica_trt.compiler.stages import STAGES
 from lemica_trt.core.errors import EXIT_CODES
-from lemica_trt.ir.profile import FEW_STEPS
+from lemica_trt.ir.profile import FEW_STEPS, NamedModel
 from lemica_trt.ir.resources import load_named, profile_names
 from lemica_trt.planning.planner import AUTO, auto_methods, planners
 from lemica_trt.report.models import shape_text
@@ -132,7 +133,20 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def profiles() -> str:
+def shown_without(model: NamedModel, results: Sequence[Result]) -> str:
+    """What committed results show of a model without its weights: on tiny pipelines of its class, and at its size."""
+    kind, name = model.card.pipeline, model.profile.name
+    traced = {
+        row.pipeline for result in results if isinstance(result, Traces) for row in result.rows if not row.refusal
+    }
+    built = {row.pipeline for result in results if isinstance(result, RtxBuilds) for row in result.rows if row.engines}
+    sizes = {row.model for result in results if isinstance(result, TrueSize) for row in result.rows}
+    tiny = ["traced"] * (kind in traced) + ["RTX engines built"] * (kind in built)
+    found = [f"tiny: {', '.join(tiny)}"] * bool(tiny) + ["true size: traced, dry run"] * (name in sizes)
+    return "; ".join(found) or "nothing"
+
+
+def profiles(results: Sequence[Result]) -> str:
     """A row a named model, and why those that cannot be built cannot."""
     rows = []
     for model in map(load_named, profile_names()):
@@ -149,10 +163,12 @@ def profiles() -> str:
                 shape_text(profile.shape),
                 profile.dtype,
                 f"no: {card.refused}" if card.refused else card.note,
+                shown_without(model, results),
                 "; ".join(card.ran) or "nothing",
             ]
         )
-    head = ["name", "weights", "steps", "guidance", "flow shift", "shape", "dtype", "builds", "run with its weights"]
+    head = ["name", "weights", "steps", "guidance", "flow shift", "shape", "dtype", "builds"]
+    head += ["shown without its weights", "run with its weights"]
     return table(head, rows, "left")
 
 
@@ -193,7 +209,7 @@ PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "options": lambda _: options_table().strip(),
     "stages": lambda _: stages(),
     "methods": lambda _: methods(),
-    "profiles": lambda _: profiles(),
+    "profiles": profiles,
     "summary": summary_table,
     "quality": lambda results: "\n\n".join(map(described, main_qualities(results))),
     "standing": standing_table,
@@ -203,6 +219,7 @@ PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "attention-memory": _results(AttentionMemory),
     "traces": _results(Traces),
     "true-size": _results(TrueSize),
+    "rtx-builds": _results(RtxBuilds),
     "unused-depth": _results(UnusedDepth),
     "build-cost": _results(BuildCost),
     "guidance": _results(Guidance),

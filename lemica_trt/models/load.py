@@ -35,7 +35,6 @@ from lemica_trt.models.open_sora import published
 from lemica_trt.models.open_sora.pipeline import OpenSoraPipeline
 from lemica_trt.models.parts import (
     BROKEN,
-    has_weights,
     load_networks,
     reading,
     require_fitting,
@@ -346,7 +345,7 @@ def stored_weights(profile: Profile) -> int:
 def is_bare(source: str) -> bool:
     """Whether a source is a folder of a pipeline that has no weights."""
     folder = Path(source)
-    return (folder / "model_index.json").is_file() and not has_weights(folder)
+    return (folder / "model_index.json").is_file() and not [*folder.glob("*/*.safetensors"), *folder.glob("*/*.bin")]
 
 
 def is_here(profile: Profile) -> bool:

@@ -83,27 +83,15 @@ def load_networks(
         MissingDependencyError: the tokenizer cannot be read with the libraries that are installed.
     """
     _require_sentencepiece(folder / "tokenizer")
-    load = _load_network if weights else network_from_config
-    return {
-        name: load(kind, folder / name, dtypes.get(name, dtypes["default"]))
-        for name, kind in networks_of(folder).items()
-    }
-
-
-def networks_of(folder: Path) -> dict[str, Any]:
-    """The networks that a pipeline's `model_index.json` names, and their classes.
-
-    Raises:
-        UnsupportedError: one is of a class from elsewhere.
-    """
     index = read_index(index_file(folder), where=str(folder))
-    parts = {n: class_of(n, entry) for n, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
-    return {name: kind for name, kind in parts.items() if issubclass(kind, torch.nn.Module)}
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a network of a pipeline's folder has weights."""
-    return any(any((folder / name).glob(f"*{end}")) for name in networks_of(folder) for end in (".safetensors", ".bin"))
+    load, found = _load_network if weights else network_from_config, {}
+    for name, entry in index.items():
+        if not isinstance(entry, list) or entry == [None, None]:
+            continue
+        kind = class_of(name, entry)
+        if issubclass(kind, torch.nn.Module):
+            found[name] = load(kind, folder / name, dtypes.get(name, dtypes["default"]))
+    return found
 
 
 def class_of(name: str, entry: list[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import shutil
@@ -18,9 +19,11 @@ from lemica_trt.core.progress import size
 from lemica_trt.ir.profile import TRACED, Profile
 from lemica_trt.models.index import index_file, read_index
 from lemica_trt.models.load import (
+    DESCRIPTION,
     family_from_name,
     folder_from_source,
     is_here,
+    load_pipeline,
     pipeline_class,
     quiet,
     scheduler_for,
@@ -29,9 +32,9 @@ from lemica_trt.models.lora import require_fitting_lora
 from lemica_trt.models.open_sora import published
 from lemica_trt.models.parts import BROKEN, class_of, reading
 from lemica_trt.models.scheduler import refusing, sampler_table
-
-CONFIGURATION = ("model_index.json", "*/*.json")
-"""Files of a pipeline on the hub that are small, and say what it is."""
+from lemica_trt.models.stand_ins import WeightsNeededError
+from lemica_trt.models.trace import trace_pipeline
+from lemica_trt.models.traced import request_from_profile
 
 WEIGHTS = (".safetensors", ".bin", ".model")
 """Endings of those that are large."""
@@ -46,7 +49,7 @@ def require_configuration(profile: Profile) -> int | None:
 
     Raises:
         UsageError: no such scheduler.
-        UnsupportedError: it is not linear, or not for this model.
+        UnsupportedError: it is not linear, or not for this model; or the loop of a pipeline cannot be traced.
         InputError: the model does not make this shape.
         InputError, UnsupportedError, MissingDependencyError: as `lora.require_fitting_lora`.
         MissingDependencyError: the disk is too small for the weights.
@@ -67,7 +70,9 @@ def require_configuration(profile: Profile) -> int | None:
         scheduler, rows = _scheduler_in(folder), None
         if scheduler is not None:
             scheduler = scheduler_for(profile.sampling, scheduler)
-        if profile.family != TRACED:  # traced pipelines set their schedulers up themselves
+        if profile.family == TRACED:  # it sets its scheduler up itself
+            _require_traceable(folder, profile)
+        else:
             family = family_from_name(profile.family)
             if scheduler is not None:
                 with refusing(f"{type(scheduler).__name__} cannot make {profile.sampling.steps} steps"):
@@ -81,9 +86,16 @@ def require_configuration(profile: Profile) -> int | None:
 def _configuration(source: str) -> Path | None:
     """A folder with the configuration of a pipeline on the hub; None: it cannot be had."""
     try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(CONFIGURATION)))
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(DESCRIPTION)))
     except BROKEN:
         return None
+
+
+def _require_traceable(folder: Path, profile: Profile) -> None:
+    """Refuse a pipeline whose loop cannot be traced, as far as that is known without its weights."""
+    with contextlib.suppress(WeightsNeededError):
+        pipeline = load_pipeline(str(folder), dtype=profile.dtype, sampling=profile.sampling, weights=False)
+        trace_pipeline(pipeline, request_from_profile(profile, pipeline))
 
 
 def _require_loras(folder: Path, profile: Profile) -> None:

@@ -71,7 +71,8 @@ def network_from_config(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Modul
     network.eval()
     for module in list(network.modules()):
         if any(True for _ in module.parameters()):
-            module.__class__ = _stand_in_class(type(module))
+            own: Any = type(module)
+            module.__class__ = _stand_in_class(own)
     return network  # type: ignore[no-any-return]
 
 

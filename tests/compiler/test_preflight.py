@@ -139,6 +139,23 @@ def test_the_scheduler_of_a_traced_pipeline_is_left_to_it(hub: dict[str, Any], m
     assert preflight.require_configuration(load_profile("model.toml")) is None
 
 
+@pytest.mark.filterwarnings("ignore")  # of diffusers
+def test_the_loop_of_a_traced_pipeline_is_looked_at_before_weights_are_touched(
+    hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own call refuses a shape, and so does tracing a sampler that is not linear; what goes on is downloaded."""
+    traced = PROFILE.replace('"cogvideox"', '"traced"').replace("steps = 50", "steps = 8")
+    Path("model.toml").write_text(traced)
+    shape = build("--height", "60", "--budget", "4")
+    assert shape.exit_code == 3 and "CogVideoXPipeline refuses its arguments: `height`" in shape.stderr, shape.stderr
+    clipped = {"beta_schedule": "linear", "clip_sample": True}
+    own = diffusers.DDIMScheduler(**clipped)  # type: ignore[arg-type]
+    monkeypatch.setattr("lemica_trt.models.load.scheduler_for", lambda sampling, scheduler: own)
+    sampler = build("--budget", "4")
+    assert sampler.exit_code == 5 and "clip_sample" in sampler.stderr, sampler.stderr
+    assert TOUCHED not in shape.stderr + sampler.stderr
+
+
 def test_ray_is_looked_for_before_anything_else(hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from lemica_trt.compiler import preflight as checks
 

@@ -106,7 +106,9 @@ def test_the_command_needs_no_weights(tmp_path: Path) -> None:
 
 
 def test_parameters_take_no_memory_and_are_tied_as_they_are(tmp_path: Path) -> None:
-    config = transformers.T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    config = transformers.T5Config(
+        d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+    )
     config.save_pretrained(tmp_path)
     network = network_from_config(transformers.T5EncoderModel, tmp_path, torch.bfloat16)
     parameters = list(network.parameters())
@@ -171,7 +173,7 @@ def test_a_trunk_is_found_by_how_things_are_computed() -> None:
 def test_symbols_are_equal_where_tensors_are_computed_alike() -> None:
     symbols = Symbols()
     with FakeTensorMode(), symbols:
-        x, y = torch.empty(3, 4), torch.empty(3, 4)
+        x, y = torch.zeros(3, 4), torch.ones(3, 4)
         one, other, third = x + y, x + y, y + x
         assert symbols.of(one) == symbols.of(other) != symbols.of(third)
         assert symbols.of(torch.zeros_like(x)) == symbols.of(torch.zeros_like(y))

@@ -118,7 +118,7 @@ class Runs:
         self.others[SEED] = self._run(compared=True, seed=12)
         for name, value in arguments.scales.items():
             self.others[name] = self._run(compared=True, scales={name: value * GUIDANCE_STEP})
-        texts = {"prompt": OTHER, "negative": OTHER_NEGATIVE}
+        texts: dict[str, Any] = {"prompt": OTHER, "negative": OTHER_NEGATIVE}
         if not self.longer:
             texts = {"prompt": SHORTER, "negative": SHORTER_NEGATIVE}
         scales = {name: value * GUIDANCE_STEP**2 for name, value in arguments.scales.items()}
