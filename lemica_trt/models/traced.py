@@ -789,7 +789,7 @@ class TracedModel(Model):
         return decoder
 
     def _decoded(self, **changes: Any) -> tuple[Tape, Any]:
-        """A call of the pipeline that decodes its latents; in tiles where its autoencoder knows no other way (Allegro)."""
+        """A call of the pipeline that decodes its latents; in tiles where its autoencoder must (Allegro)."""
         for tiled in (False, True):
             try:
                 return record(self.pipeline, self._traced.arguments, others={"output_type": "pt"}, **changes)

@@ -104,7 +104,7 @@ class KeyMask:
         found = functional.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=keys
         )
-        video, words = torch.split(found.transpose(1, 2).flatten(2), (n, encoder_hidden_states.shape[1]), 1)
+        video, words = torch.split(found.transpose(1, 2).flatten(2), [n, encoder_hidden_states.shape[1]], 1)
         return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(words)
 
 
