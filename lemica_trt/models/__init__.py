@@ -10,6 +10,11 @@
     preflight                what a pipeline's configuration tells before weights are downloaded
     traced                   a model made from a trace, of any pipeline
     image_encoder            what a traced pipeline makes of its picture before the loop, as a module
+    families                 exceptions: networks that no graph can follow, said in another way
+    copies                   networks as graphs are made of them, held against the pipeline's own
+    padding                  ids that a pipeline pads itself
+    modular                  diffusers' modular pipelines with the interface of the others
+    index                    what a pipeline folder says of itself
     open_sora                Open-Sora 1.2, a pipeline that diffusers does not have
     model                    what every stage asks of a model
     scheduler                diffusers scheduler → `SamplerTable`

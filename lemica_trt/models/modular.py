@@ -7,6 +7,7 @@ this form only (FLUX.3).
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,13 @@ class _Called:
         name = next((name for name in OUTPUTS if name in names), names[-1])
         if inputs.get("output_type") == "latent":
             inputs["output_type"] = "pt"
-        return {name: self.modular(output=name, **inputs)}
+        log = logging.getLogger("diffusers.modular_pipelines")  # blocks log the traceback of all that ends them early
+        level = log.level
+        log.setLevel(logging.CRITICAL)
+        try:
+            return {name: self.modular(output=name, **inputs)}
+        finally:
+            log.setLevel(level)
 
 
 def called(modular: Any) -> Any:
@@ -102,7 +109,7 @@ def load_modular(kind: Any, index: Mapping[str, Any], folder: Path, networks: Ma
     Raises:
         UnsupportedError: as `blocks_of`.
     """
-    found = kind(blocks_of(kind, index), pretrained_model_name_or_path=folder)
+    found = kind(blocks_of(kind, index), pretrained_model_name_or_path=str(folder))
     found.update_components(**networks)
     others = [name for name in found.pretrained_component_names if name not in networks and (folder / name).is_dir()]
     found.load_components(names=others, pretrained_model_name_or_path=str(folder))

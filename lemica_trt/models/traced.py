@@ -554,7 +554,7 @@ class TracedModel(Model):
 
     def _spec(self, event: Event, graph: str, suffix: str, read: Sequence[str], source: _Source) -> EncoderSpec:
         """How a text becomes the ids that a tokenizer gave."""
-        tokens = self.pipeline.components[event.name]
+        tokens = self._tokenizer(event.name)
         length, template = self._form(event, source)
         spec = EncoderSpec(
             tokenizer=f"{event.name}/tokenizer.json",
@@ -568,6 +568,11 @@ class TracedModel(Model):
             negative=source.negative or UNSET,
         )
         return self._checked_ids(event.name, spec)
+
+    def _tokenizer(self, component: str) -> Any:
+        """A tokenizer, or that of a processor of text and images (FLUX.2)."""
+        found = self.pipeline.components[component]
+        return getattr(found, "tokenizer", found)
 
     def _checked_ids(self, component: str, spec: EncoderSpec) -> EncoderSpec:
         """The spec with the cleaning, and the end of cut prompts, that give the pipeline's own ids, for prompts of
@@ -616,7 +621,7 @@ class TracedModel(Model):
         """As `runtime.text.PromptTokenizer.ids`; int64 [1, length] each."""
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_str(self.pipeline.components[component].backend_tokenizer.to_str())
+        tokenizer = Tokenizer.from_str(self._tokenizer(component).backend_tokenizer.to_str())
         tokenizer.no_padding()
         tokenizer.enable_truncation(spec.length)
         found = tokenizer.encode(spec.template.replace("{prompt}", CLEANINGS[spec.clean](text))).ids
@@ -724,7 +729,7 @@ class TracedModel(Model):
         """Path in a bundle → `tokenizer.json`, without padding and truncation."""
         files = {}
         for component, spec in (pair for encoder in self._encoders for pair in encoder.specs.items()):
-            backend = self.pipeline.components[component].backend_tokenizer
+            backend = self._tokenizer(component).backend_tokenizer
             copied = type(backend).from_str(backend.to_str())
             copied.no_padding()
             copied.no_truncation()
@@ -769,8 +774,8 @@ class TracedModel(Model):
                 fix="--frames, --width and --height of what it makes",
             )
         slice_ = TapeSlice(
-            tape, (last + 1, len(tape.items)), dict(zip(STATES, _final_refs(tape))), {"pixels": tape.ref(final)},
-            self.pipeline.components,
+            tape, (last + 1, len(tape.items)), dict(zip(STATES, _final_refs(tape))),
+            {"pixels": tape.ref(final)}, self.pipeline.components,
         )  # fmt: skip
         decoder = FramesDecoder(slice_, [tape.value(ref) for ref in _final_refs(tape)])
         runs = [(tape, final)]
@@ -786,7 +791,7 @@ class TracedModel(Model):
         return decoder
 
     def _decoded(self, **changes: Any) -> tuple[Tape, Any]:
-        """A call of the pipeline that decodes its latents; in tiles where its autoencoder knows no other way (Allegro)."""
+        """A call of the pipeline that decodes its latents; in tiles where its autoencoder must (Allegro)."""
         for tiled in (False, True):
             try:
                 return record(self.pipeline, self._traced.arguments, others={"output_type": "pt"}, **changes)

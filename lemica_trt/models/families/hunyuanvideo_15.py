@@ -91,7 +91,7 @@ class KeyMask:
         """Tokens of the video [b, n, width] and of the text [b, t, width], mask [b, t] → both, of the same shapes."""
 
         def heads(tokens: Tensor, norm: Any = None) -> Tensor:
-            split = tokens.unflatten(2, (attn.heads, -1))
+            split: Tensor = torch.unflatten(tokens, 2, (attn.heads, -1))
             return split if norm is None else norm(split)
 
         query, key = heads(attn.to_q(hidden_states), attn.norm_q), heads(attn.to_k(hidden_states), attn.norm_k)
@@ -104,7 +104,7 @@ class KeyMask:
         found = functional.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=keys
         )
-        video, words = found.transpose(1, 2).flatten(2).split((n, encoder_hidden_states.shape[1]), 1)
+        video, words = torch.split(found.transpose(1, 2).flatten(2), [n, encoder_hidden_states.shape[1]], 1)
         return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(words)
 
 

@@ -31,7 +31,7 @@ class MaskedLumina2(Lumina2Transformer2DModel):  # type: ignore[misc,unused-igno
         temb, text = self.time_caption_embed(hidden_states, timestep, encoder_hidden_states)
         mask = encoder_attention_mask.bool()
         places = self._places(mask, rows, columns)
-        text_places, picture_places = places.split((mask.shape[1], rows * columns), 1)
+        text_places, picture_places = torch.split(places, [mask.shape[1], rows * columns], 1)
         table = self._rotary
         picture = hidden_states.view(b, c, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         picture = self.x_embedder(picture)

@@ -27,7 +27,7 @@ class MaskedAttention(MochiAttention):  # type: ignore[misc,unused-ignore]
         text = attention_mask.bool()
 
         def heads(tokens: Tensor, norm: Any = None) -> Tensor:
-            split = tokens.unflatten(2, (self.heads, -1))
+            split: Tensor = torch.unflatten(tokens, 2, (self.heads, -1))
             return split if norm is None else norm(split)
 
         query = heads(self.to_q(hidden_states), self.norm_q)
@@ -41,7 +41,7 @@ class MaskedAttention(MochiAttention):  # type: ignore[misc,unused-ignore]
         found = functional.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=keys
         )
-        video, words = found.transpose(1, 2).flatten(2).split((hidden_states.shape[1], text.shape[1]), 1)
+        video, words = torch.split(found.transpose(1, 2).flatten(2), [hidden_states.shape[1], text.shape[1]], 1)
         words = torch.where(text[..., None], words, torch.zeros_like(words))
         video = self.to_out[1](self.to_out[0](video))
         return video, self.to_add_out(words) if hasattr(self, "to_add_out") else words

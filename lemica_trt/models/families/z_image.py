@@ -87,7 +87,7 @@ class Attend:
     ) -> Tensor:
         """Tokens [1, n, width] and their rotary embedding, complex [1, n, …] → [1, n, width]."""
         query, key, value = (
-            part(hidden_states).unflatten(-1, (attn.heads, -1)) for part in (attn.to_q, attn.to_k, attn.to_v)
+            torch.unflatten(part(hidden_states), -1, (attn.heads, -1)) for part in (attn.to_q, attn.to_k, attn.to_v)
         )
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
@@ -97,7 +97,7 @@ class Attend:
 
 
 def _rotated(part: Tensor, rotary: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(part.float().unflatten(-1, (part.shape[-1] // 2, 2)))
+    pairs = torch.view_as_complex(torch.unflatten(part.float(), -1, (part.shape[-1] // 2, 2)))
     return torch.view_as_real(pairs * rotary[:, :, None]).flatten(3).to(part.dtype)
 
 

@@ -11,6 +11,7 @@
     trunk       the blocks of a transformer, left out without rewriting a forward
     body        the program of a step as a module, with or without the trunk
     pictures    how a pipeline makes tensors of the picture that it is given
+    noise       how a pipeline's call takes initial latents
     ends        what stands before and behind the loop, as modules
     tracing     all of these → `ir.trace.Trace`
 

@@ -146,7 +146,7 @@ def split_states(x: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """
     if len(like) == 1:
         return [x.to(like[0].dtype)]
-    parts = x.split([its.shape[1:].numel() for its in like], 1)
+    parts = torch.split(x, [its.shape[1:].numel() for its in like], 1)
     return [part.reshape(x.shape[0], *its.shape[1:]).to(its.dtype) for part, its in zip(parts, like)]
 
 

@@ -163,6 +163,23 @@ def qwen_vl(*, text_only: bool = False) -> Any:
     return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
+def mistral_3() -> Any:
+    """Mistral 3 with eyes, which is only given text."""
+    config = transformers.Mistral3Config(
+        text_config={
+            "model_type": "mistral", "vocab_size": SIZE, "hidden_size": WIDTH, "intermediate_size": 37,
+            "num_hidden_layers": 31, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+            "pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END,
+        },
+        vision_config={
+            "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
+        },
+        image_token_index=VOCABULARY["<|image_pad|>"],
+    )  # fmt: skip
+    return transformers.Mistral3ForConditionalGeneration(config).eval()
+
+
 def kl(channels: int = 4, **changes: Any) -> Any:
     """The autoencoder of images: 8 pixels to a latent."""
     return random(
