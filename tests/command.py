@@ -11,7 +11,7 @@ from typing import Any
 
 SMALL = (
     *("--model", "cogvideox-tiny", "--denoising-steps", "8", "--samples", "1", "--max-skip", "3"),
-    *("--calibration", "exact"),
+    *("--validation-samples", "1", "--calibration", "exact"),
 )
 """Flags of the smallest build of the bundled model that has something to plan."""
 

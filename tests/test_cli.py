@@ -22,7 +22,7 @@ from lemica_trt.ir.calibration import ErrorGraph, TrajectoryGrams
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.resources import profile_names
 from lemica_trt.ir.trials import TrialTables
-from lemica_trt.planning.planner import AUTO
+from lemica_trt.planning.planner import auto_methods
 
 pytestmark = pytest.mark.cpu
 
@@ -136,7 +136,7 @@ def test_cheap_calibration_says_what_it_costs_before_and_after(tmp_path: Path) -
     assert read_value(TrajectoryGrams, work / "calibration" / "grams.json").sampler_digest == graph.sampler_digest
     assert lemica("plan", work, "--budget", "4").returncode == 0
     (trials,) = read_value(TrialTables, work / "calibration" / "selection.json").tables
-    assert {trial.label for trial in trials.trials} == set(AUTO)
+    assert {trial.label for trial in trials.trials} == set(auto_methods(8)) and trials.of == "frames"
 
 
 def test_plan_adds_to_a_bundle_without_torch(

@@ -93,7 +93,15 @@ class Written(Value, frozen=True):
 
 
 class Verified(Value, frozen=True):
-    """The backend whose engines were verified, None where none run here; and why the others were not."""
+    """What a verification did.
+
+    Attributes:
+        backend: whose engines were verified; None where none run here.
+        unverified: why the others were not.
+        replaced: digests of two manifests: of the bundle that was written, and of that with a better plan in the place
+            of its default one; unset: it stayed as written.
+    """
 
     backend: str | None
     unverified: dict[str, str]
+    replaced: tuple[str, str] | UnsetType = UNSET

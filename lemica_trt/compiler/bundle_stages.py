@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec import UNSET
+
 from lemica_trt.bundle.manifest import MANIFEST, PROMPTS_FILE, REPORTS, plan_path
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.reports import store_kept, store_report, stored_report
 from lemica_trt.bundle.workspace import Files, candidate_folder
-from lemica_trt.bundle.writing import write_bundle
+from lemica_trt.bundle.writing import add_plan, write_bundle
 from lemica_trt.compiler import artifacts
 from lemica_trt.compiler.artifacts import Engines, Exported, ModelFacts, PlanIndex, Verified, Written
 from lemica_trt.compiler.context import Context
@@ -26,6 +28,8 @@ from lemica_trt.evaluate.step_timer import runnable_backend
 from lemica_trt.ir.graphs import EncoderSpec
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.prompts import PromptFacts, facts_from_prompts, prompt_from_line
+from lemica_trt.planning.layout import misfit
+from lemica_trt.planning.planner import PAPER
 from lemica_trt.planning.step_plan import UNCACHED
 from lemica_trt.runtime.text import PromptTokenizer
 
@@ -85,9 +89,13 @@ def facts_of(inputs: Inputs, encoders: Sequence[EncoderSpec], files: Files) -> P
 
 
 def written_bundle(context: Context) -> Bundle | None:
-    """The bundle that was written last, where it lies, whole; None: it is gone, or was altered."""
+    """The bundle that was written last, or what its verification made of it, where it lies, whole; None: it is gone, or
+    was altered."""
     assert context.output is not None
     digest = context.read(Written, artifacts.BUNDLE_FILE).manifest
+    verified = context.read_if_there(Verified, artifacts.VERIFIED_FILE)
+    if verified is not None and verified.replaced is not UNSET and verified.replaced[0] == digest:
+        digest = verified.replaced[1]
     return _bundle_at(context.output, digest) or _bundle_at(candidate_folder(context.output), digest)
 
 
@@ -107,21 +115,56 @@ def _bundle_at(path: Path, digest: str) -> Bundle | None:
 def run_verify(context: Context, folder: Path) -> Writes:
     """Bundle, held-out prompts → report, on the first of its engines that run here.
 
+    Where LeMiCa's plan does better on the held-out clips than the default one that `auto` chose, by more than chance,
+    it takes that one's place, and the bundle is verified again.
+
     Raises:
         VerificationError: after the report was stored in the bundle.
     """
     bundle = written_bundle(context)
     assert bundle is not None
+    written = context.read(Written, artifacts.BUNDLE_FILE).manifest
     backend, unverified = runnable_backend(bundle)
     if backend is not None:
-        inputs = context.inputs
-        request = inputs.request
-        verify_bundle(
-            bundle, context.model, inputs.held_out, request.verify_samples, context.reporter, backend=backend,
-            further=request.further_samples, first=first_of_draft(context),
-        )  # fmt: skip
-    write_value(Verified(backend=backend, unverified=unverified), folder / artifacts.VERIFIED_FILE)
+        report = _verified(context, bundle, backend)
+        better = None if bundle.digest != written else _better_plan(context, bundle, report)
+        if better is not None:
+            context.reporter.note(f"{better.name}: {better.method} takes the place of {bundle.plan().method}")
+            bundle = add_plan(bundle, better)
+            _verified(context, bundle, backend)
+    replaced = UNSET if bundle.digest == written else (written, bundle.digest)
+    verified = Verified(backend=backend, unverified=unverified, replaced=replaced)
+    write_value(verified, folder / artifacts.VERIFIED_FILE)
     return {"verified": [artifacts.VERIFIED_FILE]}
+
+
+def _verified(context: Context, bundle: Bundle, backend: str) -> VerifyReport:
+    inputs = context.inputs
+    return verify_bundle(
+        bundle, context.model, inputs.held_out, inputs.request.verify_samples, context.reporter, backend=backend,
+        further=inputs.request.further_samples, first=first_of_draft(context),
+    )  # fmt: skip
+
+
+def _better_plan(context: Context, bundle: Bundle, report: VerifyReport) -> StepPlan | None:
+    """LeMiCa's plan, where it is to take the place of the default one.
+
+    Only where `auto` chose for a number of full steps, all run in one precision, and N steps are the reference.
+    """
+    from lemica_trt.evaluate.baselines import baselines
+    from lemica_trt.evaluate.quality import error_graph_of, is_ahead
+    from lemica_trt.ir.report import PLAN
+
+    plan, request = bundle.plan(), context.inputs.request
+    rows = {row.method: row for row in report.quality if row.plan == plan.name}
+    chosen = "auto" in request.methods and request.schedule is None and isinstance(request.budgets[0], int)
+    if not chosen or plan.reference_steps is not None or report.precision is not UNSET:
+        return None
+    if PAPER not in rows or PLAN not in rows or not is_ahead(rows[PAPER], rows[PLAN]):
+        return None
+    found = baselines(plan, context.model, error_graph_of(bundle), (PAPER,)).get(PAPER)
+    layout = bundle.manifest.graphs.layout
+    return None if found is None or misfit(found, layout) is not None else found
 
 
 def verify_bundle(
@@ -150,7 +193,7 @@ def verify_bundle(
         VerificationError: after the report was stored.
     """
     from lemica_trt.compiler.plan_quality import quality_from_report, store_quality
-    from lemica_trt.evaluate.quality import error_graph_of
+    from lemica_trt.evaluate.quality import baselines_ahead, error_graph_of
     from lemica_trt.evaluate.samples import held_out_samples
     from lemica_trt.evaluate.verify import require_verified, verify
     from lemica_trt.report.pictures import write_pictures
@@ -163,6 +206,8 @@ def verify_bundle(
     store_quality(bundle.path, quality_from_report(report, plans))
     write_pictures(bundle.path / REPORTS, report, kept, plans, bundle.plan(), error_graph_of(bundle))
     write_page(bundle)
+    for line in baselines_ahead(report.quality, bundle.plan()):
+        reporter.note(line)
     require_verified(report, bundle.path)
     return report
 

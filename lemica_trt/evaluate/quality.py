@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE
 from lemica_trt.bundle.reading import Bundle
+from lemica_trt.core.progress import count
 from lemica_trt.core.values import read_value
 from lemica_trt.evaluate.baselines import baselines
 from lemica_trt.evaluate.deployed import Deployed
@@ -26,6 +27,7 @@ from lemica_trt.ir.kept import UNCACHED
 from lemica_trt.ir.plan import StepPlan, uncached_of
 from lemica_trt.ir.report import PLAN, Quality
 from lemica_trt.models import Model
+from lemica_trt.planning.planner import chance_lead
 from lemica_trt.planning.step_plan import uncached_plan
 
 Array = npt.NDArray[Any]
@@ -121,6 +123,29 @@ def measure_quality(
             if case.plan.name == default.name:
                 keeper.add(number, case.method, case.run, clip, found[-1].psnr)
     return [_quality(case, found) for case, found in zip(cases, scores)]
+
+
+def is_ahead(other: Quality, own: Quality) -> bool:
+    """Whether a baseline did better than a plan on the same clips by more than chance (`planner.chance_lead`): in the
+    mean, or in the worst clip and no worse in the mean."""
+    if other.psnr - own.psnr > chance_lead(len(own.each_psnr)):
+        return True
+    return other.psnr >= own.psnr and other.psnr_worst - own.psnr_worst > chance_lead(1)
+
+
+def baselines_ahead(quality: Sequence[Quality], plan: StepPlan) -> list[str]:
+    """A line for each baseline of a plan that has a better mean or a better worst clip, by however much."""
+    own = next((row for row in quality if row.plan == plan.name and row.method == PLAN), None)
+    found = []
+    for row in quality:
+        if own is None or row.plan != plan.name or row.method == PLAN:
+            continue
+        if row.psnr > own.psnr or row.psnr_worst > own.psnr_worst:
+            found.append(
+                f"{plan.name} by {plan.method}: mean {own.psnr:.1f}, worst clip {own.psnr_worst:.1f} dB; {row.method} "
+                f"has {row.psnr:.1f} and {row.psnr_worst:.1f} on {count(len(row.each_psnr), 'clip')}"
+            )
+    return found
 
 
 def error_graph_of(bundle: Bundle) -> ErrorGraph | None:

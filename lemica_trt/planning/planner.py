@@ -408,13 +408,18 @@ def select(
             alive = [index for index in alive if index in (0, *kept) or plans[index].method == PAPER]
         for index, found in zip(alive, run([plans[index] for index in alive], new)):
             scores[index] += found
-    lead = LEAD / math.sqrt(samples) if samples < ENOUGH else 0.0
+    lead = chance_lead(samples)
     order = sorted(range(len(plans)), key=lambda index: (-len(scores[index]), -mean(index) + lead * (index > 0)))
     trials = [
         Trial(label=plans[index].method, full_steps=plans[index].full_steps, snr=tuple(scores[index]))
         for index in order
     ]
     return plans[order[0]], TrialTable(budget=plans[order[0]].budget, samples=samples, trials=tuple(trials), of=of)
+
+
+def chance_lead(samples: int) -> float:
+    """dB that the mean of one plan may be above that of another by chance, see `LEAD`."""
+    return LEAD / math.sqrt(samples) if samples < ENOUGH else 0.0
 
 
 def rounds(plans: int, samples: int) -> list[tuple[range, int]]:

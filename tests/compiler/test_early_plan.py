@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import pytest
 from build_cost import Counting, counted
 
@@ -18,8 +19,11 @@ from lemica_trt.bundle.workspace import work_folder
 from lemica_trt.compiler import work_commands
 from lemica_trt.compiler.requests import BuildRequest, Inputs
 from lemica_trt.core.progress import Quiet, Within
+from lemica_trt.evaluate.quality import is_ahead
 from lemica_trt.ir.profile import EFFORTS, Profile
+from lemica_trt.ir.report import PLAN, Quality
 from lemica_trt.ir.resources import load_profile
+from lemica_trt.planning.planner import chance_lead
 from lemica_trt.runtime.pipeline import load
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of diffusers
@@ -119,6 +123,49 @@ def test_a_plan_that_is_no_better_is_not_taken(
     assert Bundle.open(output).digest == Bundle.open(interrupted.draft).digest
     assert "the draft keeps its plan: 30.0 dB on one clip, the fitted one has 30.0" in told.notes
     assert not (tmp_path / "bundle.unverified").exists()
+
+
+def test_a_baseline_that_is_ahead_takes_the_plans_place(
+    interrupted: Interrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "bundle"
+    shutil.copytree(interrupted.output, output)
+    shutil.copytree(work_folder(interrupted.output), tmp_path / "bundle.work")
+    (tmp_path / "bundle.work" / "records" / "verify.json").unlink(missing_ok=True)
+    compared = list[tuple[str, str]]()
+
+    def ahead(other: Quality, own: Quality) -> bool:
+        compared.append((other.method, own.method))
+        return True
+
+    monkeypatch.setattr("lemica_trt.evaluate.quality.is_ahead", ahead)
+    told = Told()
+    found = work_commands.build(small(), output, REQUEST, told)
+    assert compared == [("lemica", PLAN)] and f"b{B}: lemica takes the place of fitted" in told.notes
+    bundle = Bundle.open(output)
+    bundle.check()
+    assert found.bundle.digest == bundle.digest and bundle.plan().method == "lemica"
+    report = stored_report(bundle)
+    assert report is not None and report.manifest_digest == bundle.digest and not report.failures()
+    again = Told()
+    assert work_commands.build(small(), output, REQUEST, again).bundle.digest == bundle.digest
+    assert ("verify", "unchanged") in again.lines and ("bundle", "unchanged") in again.lines
+
+
+def test_what_is_ahead_by_more_than_chance() -> None:
+    def quality(method: str, *psnr: float) -> Quality:
+        return Quality(
+            plan="b4", method=method, budget=4, psnr=float(np.mean(psnr)), psnr_p5=min(psnr), ssim=1.0, ssim_p5=1.0,
+            lpips=None, each_psnr=psnr,
+        )  # fmt: skip
+
+    own = quality(PLAN, 30.0, 30.0, 30.0)
+    assert chance_lead(3) == pytest.approx(6 / 3**0.5) and chance_lead(8) == 0
+    assert not is_ahead(quality("lemica", 33.0, 33.0, 33.0), own) and is_ahead(quality("lemica", 34.0, 34.0, 34.0), own)
+    tail = quality(PLAN, 20.0, 34.0, 36.0)
+    assert is_ahead(quality("lemica", 30.0, 30.0, 30.0), tail), "as good in the mean, 10 dB better in the worst clip"
+    assert not is_ahead(quality("lemica", 29.0, 29.0, 29.0), tail)
+    assert not is_ahead(quality("lemica", 25.0, 33.0, 35.0), tail)
 
 
 def test_who_gets_one() -> None:
