@@ -311,7 +311,8 @@ def pipeline_class(source: str, index: dict[str, Any]) -> Any:
     kind = PIPELINES.get(name, getattr(diffusers, name, None))
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise UnsupportedError(f"{source}: expected a pipeline class of diffusers {diffusers.__version__}, got {name}")
-    if missing := sorted(set(kind._get_signature_keys(kind)[0]) - set(kind._optional_components) - parts):
+    needed, _ = diffusers.DiffusionPipeline._get_signature_keys(kind)
+    if missing := sorted(set(needed) - set(getattr(kind, "_optional_components", ())) - parts):
         raise InputError(
             f"{source}: expected all parts of {name}, got none for {', '.join(missing)}", fix="name them in its index"
         )
