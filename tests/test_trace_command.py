@@ -54,7 +54,17 @@ def index(folder: Path, kind: str, **parts: list[str]) -> Path:
 def test_mistakes_are_one_line_before_anything_is_loaded(tmp_path: Path) -> None:
     unet = index(tmp_path / "unet", "StableDiffusionPipeline", unet=["diffusers", "UNet2DConditionModel"])
     own = index(tmp_path / "own", "MyPipeline", transformer=["diffusers", "MyTransformer"])
-    part = index(tmp_path / "part", "WanPipeline", transformer=["diffusers", "WanTransformer3DModel"])
+    wan = {
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+    }
+    part = index(tmp_path / "part", "WanPipeline", **wan, text_encoder=["transformers", "UMT5EncoderModel"])
+    less = index(tmp_path / "less", "WanPipeline", **wan)
+    mute = index(tmp_path / "mute", "WanPipeline", **wan, text_encoder=["transformers", "UMT5EncoderModel"])
+    for name in (*wan, "text_encoder"):
+        (mute / name).mkdir()
     (tmp_path / "empty").mkdir()
     for arguments, code, line in (
         (["cogvideox-tin"], 2, "got 'cogvideox-tin' → did you mean cogvideox-tiny"),
@@ -62,6 +72,8 @@ def test_mistakes_are_one_line_before_anything_is_loaded(tmp_path: Path) -> None
         ([unet], 5, "expected a pipeline with a diffusion transformer, got a UNet (StableDiffusionPipeline)"),
         ([own], 5, "got MyPipeline"),
         ([part], 3, "expected a complete pipeline, got no folder 'transformer'"),
+        ([less], 3, "expected all parts of WanPipeline, got none for text_encoder"),
+        ([mute], 3, "expected a vocabulary in tokenizer/, got none"),
         ([tmp_path / "empty"], 3, "got no readable model_index.json"),
         (["wan-tiny", "--argument", "speed"], 2, "--argument must be NAME=VALUE, got 'speed'"),
     ):

@@ -191,6 +191,7 @@ def load_pipeline(
         for name, value in index.items():
             if isinstance(value, list) and value[:1] != [None] and not (folder / name).is_dir():
                 raise InputError(f"{source}: expected a complete pipeline, got no folder {name!r}")
+        _require_vocabularies(source, folder, index)
         with reading(source):
             networks = load_networks(folder, {"default": DTYPES[dtype]}, weights=weights)
             modular = is_modular(kind)
@@ -203,6 +204,15 @@ def load_pipeline(
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
     return pipeline
+
+
+def _require_vocabularies(source: str, folder: Path, index: dict[str, Any]) -> None:
+    """Raise InputError where the folder of a tokenizer has none: transformers does not say of which."""
+    for name, entry in index.items():
+        if name.startswith("tokenizer") and isinstance(entry, list) and entry[:1] != [None]:
+            names = {path.name for path in (folder / name).iterdir()}
+            if not (names & {"tokenizer.json", "vocab.json", "vocab.txt"} or any(n.endswith(".model") for n in names)):
+                raise InputError(f"{source}: expected a vocabulary in {name}/, got none")
 
 
 def profile_from_pipeline(source: str) -> Profile:
@@ -315,6 +325,11 @@ def pipeline_class(source: str, index: dict[str, Any]) -> Any:
     kind = PIPELINES.get(name, getattr(diffusers, name, None))
     if not is_modular(kind) and not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise UnsupportedError(f"{source}: expected a pipeline class of diffusers {diffusers.__version__}, got {name}")
+    needed, _ = diffusers.DiffusionPipeline._get_signature_keys(kind)
+    if missing := sorted(set(needed) - set(getattr(kind, "_optional_components", ())) - parts):
+        raise InputError(
+            f"{source}: expected all parts of {name}, got none for {', '.join(missing)}", fix="name them in its index"
+        )
     return kind
 
 
