@@ -57,7 +57,7 @@ def lemica(*arguments: object) -> Result:
 def saved(name: str, folder: Path) -> Path:
     from lemica_trt.testing.pipelines import tiny_pipeline
 
-    tiny_pipeline(name).save_pretrained(folder)
+    tiny_pipeline(name).save_pretrained(str(folder))  # modular ones take no path
     return folder
 
 
