@@ -41,7 +41,7 @@ ENCODED = {
 tokens Python counts in a prompt."""
 
 
-REWRITTEN = ("hidream", "hunyuanvideo-1.5", "ltx2", "lumina2", "mochi", "wan-modular")
+REWRITTEN = ("hunyuanvideo-1.5", "ltx2", "lumina2", "mochi", "wan-modular")
 """Pipelines of a network that is an exception, or of several latents, or modular; `z-image-modular` is in CI."""
 
 
