@@ -41,8 +41,8 @@ ENCODED = {
 tokens Python counts in a prompt."""
 
 
-REWRITTEN = ("hunyuanvideo-1.5", "ltx2", "lumina2", "mochi", "wan-modular")
-"""Pipelines of a network that is an exception, or of several latents, or modular; `z-image-modular` is in CI."""
+REWRITTEN = ("hunyuanvideo-1.5", "ltx2", "lumina2", "mochi", "wan-modular", "z-image-modular")
+"""Pipelines of a network that is an exception, or of several latents, or modular."""
 
 
 @pytest.mark.parametrize(
