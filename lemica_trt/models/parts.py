@@ -8,8 +8,10 @@ shape is found by running them once on shapes alone (`FakeTensorMode`): nothing 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import logging
+import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -101,12 +103,18 @@ def class_of(name: str, entry: list[Any]) -> Any:
         UnsupportedError: it is from elsewhere.
     """
     library, kind = map(str, entry if len(entry) == 2 else (None, None))
-    found = getattr(LIBRARIES.get(library), kind, None)
+    found = getattr(LIBRARIES.get(library) or _pipelines_folder(library), kind, None)
     if not isinstance(found, type):
         raise UnsupportedError(
             f"model_index.json: {name} must be a class of diffusers or transformers, got {library}.{kind}"
         )
     return found
+
+
+def _pipelines_folder(name: str) -> Any:
+    """The folder of diffusers' own pipelines with that name, which may have networks (LTX-2); None: there is none."""
+    names = {found.name for found in pkgutil.iter_modules(diffusers.pipelines.__path__)}
+    return importlib.import_module(f"diffusers.pipelines.{name}") if name in names else None
 
 
 def _load_network(kind: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Module:

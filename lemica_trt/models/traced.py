@@ -537,7 +537,8 @@ class TracedModel(Model):
             for name in outputs
         }
         whole = _FirstRows(module, rows, self._filled(events, outputs) if source.counted else ())
-        graph = components[0].replace("tokenizer", "text_encoder") + "_negative" * source.negative
+        first = components[0] if "tokenizer" in components[0] else "tokenizer"  # a processor of text and images
+        graph = first.replace("tokenizer", "text_encoder") + "_negative" * source.negative
         specs = {
             event.name: self._spec(event, graph, _suffix(k), whole.read, source)
             for k, event in enumerate(events.values())

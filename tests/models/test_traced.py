@@ -44,7 +44,7 @@ RUN = (
     *("auraflow", "chroma", "cogvideox", "cogview3-plus", "easyanimate", "flux", "hunyuanvideo", "ltx", "mochi"),
     *("pixart-sigma", "kandinsky5", "latte", "open-sora", "qwen-image", "sana", "sd3", "wan2.2-ti2v"),
     *("cogvideox-i2v", "wan-i2v", "wan2.2", "wan2.2-i2v"),
-    *("cogview4", "hidream", "hunyuanvideo-1.5", "ltx2", "lumina2", "z-image"),
+    *("cogview4", "flux2", "hidream", "hunyuanvideo-1.5", "ltx2", "lumina2", "z-image", "z-image-modular"),
 )
 
 FREE = ("cogview4", "kandinsky5", "latte", "qwen-image", "z-image")

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -204,3 +205,16 @@ def test_a_template_is_put_around_the_prompt(tokenizer_json: bytes) -> None:
     assert (ids.tolist(), mask.tolist()) == (expected.tolist(), its.tolist())
     with pytest.raises(ValueError, match=r"must have \{prompt\} in it"):
         EncoderSpec(tokenizer="t", length=8, pad_id=0, template="a big moves")
+
+
+def test_padding_stands_behind_a_text_or_in_front_of_it() -> None:
+    """Up to a multiple it counts as tokens (CogView 4); to the whole length on the left it does not (LTX-2)."""
+    spec = EncoderSpec(tokenizer="t", length=8, pad_id=9)
+    assert spec.padded([1, 2, 3]) == ([1, 2, 3, 9, 9, 9, 9, 9], [1, 1, 1, 0, 0, 0, 0, 0])
+    front = msgspec.structs.replace(spec, multiple=4)
+    assert front.padded([1, 2, 3]) == ([9, 1, 2, 3, 9, 9, 9, 9], [1, 1, 1, 1, 0, 0, 0, 0])
+    assert front.padded([1, 2, 3, 4]) == ([1, 2, 3, 4, 9, 9, 9, 9], [1, 1, 1, 1, 0, 0, 0, 0])
+    left = msgspec.structs.replace(spec, left=True)
+    assert left.padded([1, 2, 3]) == ([9, 9, 9, 9, 9, 1, 2, 3], [0, 0, 0, 0, 0, 1, 1, 1])
+    with pytest.raises(ValueError, match="length must be a multiple of 3"):
+        msgspec.structs.replace(spec, multiple=3)

@@ -111,7 +111,8 @@ class Arguments:
         }
         if not given and hasattr(guider, "guidance_scale") and getattr(guider, "_enabled", True):
             given[GUIDER] = guider.guidance_scale
-        if self._request.guidance_scale is not None:
+        off = guider is not None and not given and (self._request.guidance_scale or 1.0) <= 1.0
+        if self._request.guidance_scale is not None and not off:
             if not given:
                 raise UsageError(f"{self._kind} takes no guidance scale", fix="leave it out")
             on = [name for name, value in given.items() if isinstance(value, int | float) and value > 1]
