@@ -93,14 +93,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     given = parser.parse_args()
-    report, rows = reporter(), []
+    report, run, rows = reporter(), this_run(), list[TrueSizeRow]()
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(given.models):
             rows.append(measured(name, Path(folder)))
+            result = TrueSize(run=run, rows=tuple(rows))
+            write_result(result, given.output)  # a model takes minutes: what was measured stays
             report.advance(number + 1, len(given.models))
     report.close()
-    result = TrueSize(run=this_run(), rows=tuple(rows))
-    write_result(result, given.output)
     print(described(result))
 
 
