@@ -1,10 +1,11 @@
 """Networks without their weights, as a pipeline's configuration describes them: for what needs no numbers of theirs.
 
 A parameter is a real tensor of its shape and dtype, of which one element lies in memory. On fake tensors a network runs
-its own `forward`: shapes and operations are the model's. On real ones its outputs have the shapes and dtypes that its
-own `forward` gives, and numbers that stand in for the network's: smooth, and another for another input. A row of an
-output follows that row of the inputs alone, and a token that token, where they have the same rows and tokens. So the
-loop around the networks, its samplers and its positional tables are computed as they are with weights.
+its own `forward`, or that of its rewritten copy where `families` have one: shapes and operations are the model's. On
+real ones its outputs have the shapes and dtypes that this gives, and numbers that stand in for the network's: smooth,
+and another for another input. A row of an output follows that row of the inputs alone, and a token that token, where
+they have the same rows and tokens. So the loop around the networks, its samplers and its positional tables are computed
+as they are with weights.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from lemica_trt.core.errors import UnsupportedError
+from lemica_trt.models.families import rewritten
 
 RATIO = 0.6180339887
 """Turns between neighbouring numbers of a pattern: no two of a row are equal."""
@@ -44,7 +46,7 @@ def is_stand_in(component: object) -> bool:
 
 
 def network_from_config(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A network without weights, in evaluation mode.
+    """A network without weights, rewritten where `families` say so, in evaluation mode.
 
     Args:
         kind: its class, of diffusers or transformers.
@@ -68,12 +70,12 @@ def network_from_config(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Modul
                 module._buffers[key] = buffer.to(dtype)
     if isinstance(network, transformers.PreTrainedModel):
         network.tie_weights()
-    network.eval()
+    network = rewritten(network).eval()
     for module in list(network.modules()):
         if any(True for _ in module.parameters()):
             own: Any = type(module)
             module.__class__ = _stand_in_class(own)
-    return network  # type: ignore[no-any-return]
+    return network
 
 
 def _kept_in_fp32(kind: Any, dtype: torch.dtype) -> set[str]:
