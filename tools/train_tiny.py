@@ -33,7 +33,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ PROMPTS = ROOT / "calibration"
 
 TOKENS = 16  # text tokens a prompt is padded to: max_sequence_length
 SHARD = 1000  # clips in one latents-*.pt
+STEPS = 50  # of the sampler, on contact sheets
 CHANNELS = 8  # of the latents of the autoencoder of images
 
 # Data-parallel training under torchrun, one thread a process: on two busy cores it is about
@@ -410,7 +411,7 @@ class OfFrames(Recipe):
 
 
 class LatteTiny(OfFrames):
-    """v-prediction with zero terminal SNR, where Latte predicts noise: that takes far longer to learn the high levels.
+    """v-prediction with zero terminal SNR, as CogVideoXTiny; Latte predicts noise, which was not tried.
 
     The noise schedule is Latte's own. Training sees more of its lower half, where shapes get their edges.
     """
@@ -970,8 +971,8 @@ def export(recipe: Recipe, work: Path, folder: Path) -> None:
     print(f"{folder.name}: {size / 1e6:.2f} MB", flush=True)
 
 
-def drawn_by(recipe: Recipe, folder: Path, prompts: list[str], seed: int) -> np.ndarray:
-    """Clips or stills in fp32 by the real pipeline, 50 steps; uint8 `[n, frames, h, w, 3]`."""
+def drawn_by(recipe: Recipe, folder: Path, prompts: Sequence[str], seed: int) -> np.ndarray:
+    """Clips or stills in fp32 by the real pipeline; prompt s has seed + s; uint8 `[n, frames, h, w, 3]`."""
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     clips = []
@@ -980,7 +981,7 @@ def drawn_by(recipe: Recipe, folder: Path, prompts: list[str], seed: int) -> np.
             prompt,
             height=shapes.HEIGHT,
             width=shapes.WIDTH,
-            num_inference_steps=50,
+            num_inference_steps=STEPS,
             generator=torch.Generator().manual_seed(seed + i),
             output_type="np",
             **recipe.arguments,

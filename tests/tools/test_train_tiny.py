@@ -15,7 +15,7 @@ from lemica_trt.models import family_from_name
 pytestmark = pytest.mark.cpu
 
 MODELS = ("cogvideox-tiny", "wan-tiny")
-TRACED = ()
+TRACED = ("flux-tiny",)
 PROMPT = {"flux-tiny": "a big red circle on the left"}
 
 
