@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -87,6 +85,11 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def probe(server: Server, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [str(server.repository / "probe.py"), "--url", f"http://{server.http}", "--timeout", "60", *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_build_writes_a_repository_too(tiny: Path) -> None:
@@ -532,84 +535,14 @@ def test_a_numpy_that_the_server_cannot_read_is_refused(tritonserver: Path, tiny
 
 
 def test_the_probe_asks_for_something_real(server: Server) -> None:
-    """A step, and a clip. Where a process has died, it says so."""
-
-    def probe(*flags: str) -> subprocess.CompletedProcess[str]:
-        command = [str(server.repository / "probe.py"), "--url", f"http://{server.http}", "--timeout", "60", *flags]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
+    """A step, and a clip; a server that is not there is one line."""
     asked = server.metric("lemica_requests_total", model="denoiser_stream")
-    assert probe().returncode == 0
+    assert probe(server).returncode == 0
     assert eventually(lambda: server.metric("lemica_requests_total", model="denoiser_stream") == asked + 1)
-    assert probe("--clip").returncode == 0
-    os.kill(server.stub("denoiser_stream"), signal.SIGKILL)
-    try:
-        done = probe()
-        assert done.returncode == 1 and done.stderr.startswith("probe: "), done.stderr
-        assert done.stderr.count("\n") == 1
-        assert server.get("v2/health/ready") == b""  # which notices nothing
-    finally:
-        assert server.restart("denoiser_stream")
-    assert probe().returncode == 0
+    assert probe(server, "--clip").returncode == 0
     done = subprocess.run(
         [str(server.repository / "probe.py"), "--url", "http://127.0.0.1:9", "--timeout", "2"],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 1 and "refused" in done.stderr
-
-
-def test_a_killed_process_says_so_and_comes_back(server: Server, reference: dict[str, Any]) -> None:
-    """The last test: it leaves a server that has been through something."""
-    prompt, parameters = split(CASES[0])
-    for _ in range(5):  # a request may be quicker than who kills its process
-        process = server.stub("denoiser_stream")
-        answers = stream(server, "pipeline_stream", prompt_input(grpc, prompt), {"plan": "uncached"})
-        try:
-            next(answers)
-            os.kill(process, signal.SIGKILL)
-            list(answers)
-        except failure:  # the request that was under way gets an answer
-            break
-        assert server.restart("denoiser_stream")
-    else:
-        pytest.fail("no request was under way when its process was killed")
-    server.get("v2/health/ready")  # Triton's own health check does not notice
-    with grpc.InferenceServerClient(server.grpc) as client:
-        with pytest.raises(failure):
-            client.infer("pipeline", prompt_input(grpc, prompt), parameters=parameters, client_timeout=30)
-        assert server.restart("denoiser_stream")
-        answer = client.infer("pipeline", prompt_input(grpc, prompt), parameters=parameters)
-        np.testing.assert_array_equal(answer.as_numpy("frames")[0], reference["frames_0"])
-
-
-def test_dead_processes_start_anew_again_and_again(server: Server, reference: dict[str, Any]) -> None:
-    """Not the first time only, when the `__pycache__` that the interpreter has written makes `load` alone work, too."""
-    prompt, parameters = split(CASES[0])
-    with grpc.InferenceServerClient(server.grpc) as client:
-        for model in ("text_encoder", "denoiser_stream", "vae_decoder") * 2:
-            os.kill(server.stub(model), signal.SIGKILL)
-            with pytest.raises(failure):
-                client.infer("pipeline", prompt_input(grpc, prompt), parameters=parameters, client_timeout=30)
-            assert server.restart(model)
-            answer = client.infer("pipeline", prompt_input(grpc, prompt), parameters=parameters)
-            np.testing.assert_array_equal(answer.as_numpy("frames")[0], reference["frames_0"])
-
-
-def test_a_new_plan_replaces_a_dead_process(server: Server, tiny: Path) -> None:
-    """`load` of a model whose process has died and whose plans have changed."""
-    bundle = server.repository / "denoiser/bundle"
-    command = [sys.executable, "-m", "lemica_trt", "plan", str(bundle), "--method", "uniform", "--budget", "5"]
-    made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert made.returncode == 0, made.stderr
-    os.kill(server.stub("denoiser_stream"), signal.SIGKILL)
-    write_repository(Bundle.open(bundle), server.repository)
-    try:
-        for model in ("denoiser_stream", "pipeline"):
-            assert server.load(model)[0] == 200
-        ask = {"prompt": "red", "plan": "b5", "output": "mp4-base64"}
-        assert server.post("v2/models/pipeline/generate", ask)[0] == 200
-    finally:
-        write_repository(Bundle.open(tiny), server.repository)
-        for model in ("denoiser_stream", "pipeline"):
-            assert server.load(model)[0] == 200
