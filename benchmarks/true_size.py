@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,15 +92,16 @@ def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time (default: 1)")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     given = parser.parse_args()
     report, run, rows = reporter(), this_run(), list[TrueSizeRow]()
-    with tempfile.TemporaryDirectory() as folder:
-        for number, name in enumerate(given.models):
-            rows.append(measured(name, Path(folder)))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as workers:
+        for row in workers.map(lambda name: measured(name, Path(folder)), given.models):
+            rows.append(row)
             result = TrueSize(run=run, rows=tuple(rows))
             write_result(result, given.output)  # a model takes minutes: what was measured stays
-            report.advance(number + 1, len(given.models))
+            report.advance(len(rows), len(given.models))
     report.close()
     print(described(result))
 
