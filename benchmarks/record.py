@@ -574,6 +574,38 @@ class TrueSize(Value, frozen=True, tag_field="kind", tag="true-size"):
     rows: tuple[TrueSizeRow, ...]
 
 
+class ExportRow(Value, frozen=True):
+    """Step graphs exported at their true size, from random weights.
+
+    Attributes:
+        model: profile, at whose shape and dtype they are.
+        dtype: of the graphs.
+        weights: bytes of the transformer.
+        graphs: role → bytes of its ONNX files; the checker has passed them.
+        before: bytes of the process at its peak before the export, with the weights in memory.
+        export: seconds on the clock, seconds of CPUs, and bytes of the process at its peak.
+    """
+
+    model: str
+    dtype: str
+    weights: int
+    graphs: dict[str, int]
+    before: int
+    export: tuple[float, float, int]
+
+
+class TrueSizeExports(Value, frozen=True, tag_field="kind", tag="true-size-exports"):
+    """Models exported at their true size.
+
+    Attributes:
+        run: what made this.
+        rows: a model each.
+    """
+
+    run: Run
+    rows: tuple[ExportRow, ...]
+
+
 class Traces(Value, frozen=True, tag_field="kind", tag="traces"):
     """All tiny pipelines, traced.
 
@@ -729,6 +761,7 @@ Result = (
     | Peers
     | Traces
     | TrueSize
+    | TrueSizeExports
     | RtxBuilds
     | Drawing
     | AttentionMemory

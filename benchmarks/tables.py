@@ -27,6 +27,7 @@ from record import (
     SpeedRow,
     Traces,
     TrueSize,
+    TrueSizeExports,
     UnusedDepth,
 )
 
@@ -362,6 +363,24 @@ def true_size_table(result: TrueSize) -> str:
     return table(head, rows, "left")
 
 
+def exports_table(result: TrueSizeExports) -> str:
+    """A row a model."""
+    rows = [
+        [
+            f"`{row.model}`",
+            row.dtype,
+            size(row.weights),
+            ", ".join(f"`{role}` {size(its)}" for role, its in row.graphs.items()),
+            f"{row.export[1]:.0f} s",
+            size(row.before),
+            size(row.export[2]),
+        ]
+        for row in result.rows
+    ]
+    head = ["model", "dtype", "transformer", "graphs", "export", "memory before", "memory at its peak"]
+    return table(head, rows, "left")
+
+
 def rtx_table(result: RtxBuilds) -> str:
     """A row a pipeline."""
     rows = [
@@ -546,6 +565,8 @@ def described(result: Result) -> str:
         parts = [true_size_table(result)]
     elif isinstance(result, Drawing):
         parts = [drawing_caption(result), drawing_table(result)]
+    elif isinstance(result, TrueSizeExports):
+        parts = [exports_table(result)]
     elif isinstance(result, AttentionMemory):
         parts = [attention_caption(result), attention_table(result)]
     elif isinstance(result, UnusedDepth):
