@@ -46,8 +46,8 @@ SLOW = (
     *("allegro", "flux2", "flux2-klein", "hidream", "hunyuanimage", "hunyuanvideo-1.5", "ltx2", "lumina2", "mochi"),
     *("wan-modular", "z-image-modular"),
 )
-"""Pipelines of a network that is an exception, of several latents, of tiles, modular, or with a large text encoder: built
-with a budget."""
+"""Pipelines of a network that is an exception, of several latents, of tiles, modular, or with a large text encoder:
+built with a budget."""
 
 
 @pytest.mark.parametrize(
