@@ -618,6 +618,43 @@ class Traces(Value, frozen=True, tag_field="kind", tag="traces"):
     rows: tuple[TraceRow, ...]
 
 
+class DrawingRow(Value, frozen=True):
+    """What a bundled model draws.
+
+    Attributes:
+        model: name of the profile.
+        revision: of its weights.
+        guidance_scale: of all runs.
+        asked: the held-out prompts.
+        shown: what the clip of each shows, as a prompt.
+    """
+
+    model: str
+    revision: str
+    guidance_scale: float
+    asked: tuple[str, ...]
+    shown: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        require(len(self.asked) == len(self.shown) > 0, f"{self.model}: expected a clip of each prompt")
+
+
+class Drawing(Value, frozen=True, tag_field="kind", tag="drawing"):
+    """How well the bundled models draw.
+
+    Attributes:
+        run: what made this.
+        steps: of each run, uncached.
+        first_seed: seed of the first clip; clip s has this seed + s.
+        rows: a model each.
+    """
+
+    run: Run
+    steps: int
+    first_seed: int
+    rows: tuple[DrawingRow, ...]
+
+
 class AttentionRow(Value, frozen=True):
     """One attention.
 
@@ -726,6 +763,7 @@ Result = (
     | TrueSize
     | TrueSizeExports
     | RtxBuilds
+    | Drawing
     | AttentionMemory
 )
 

@@ -36,6 +36,7 @@ from plots import peers_picture, plot_peers
 from record import (
     AttentionMemory,
     BuildCost,
+    Drawing,
     EngineBuild,
     Guidance,
     Peers,
@@ -216,6 +217,7 @@ PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "summary": summary_table,
     "quality": lambda results: "\n\n".join(map(described, main_qualities(results))),
     "standing": standing_table,
+    "drawing": _results(Drawing),
     "speed": _results(Speed),
     "serving": _results(Serving),
     "engine-build": _results(EngineBuild),
