@@ -16,18 +16,20 @@ AUTOENCODER = "vae"
 """The component that decodes pictures."""
 
 
+def has_autoencoder(pipeline: Any) -> bool:
+    """Whether a pipeline has a component of that name that decodes."""
+    return hasattr(pipeline.components.get(AUTOENCODER), "decode")
+
+
 @contextlib.contextmanager
 def decoding_on_shapes(pipeline: Any) -> Iterator[list[tuple[int, int]]]:
     """While it lasts, a recorded call of a pipeline ends where its autoencoder decodes, which is done on fake tensors.
 
     Yields:
-        Where height and width of the pixels are put; it stays empty where no autoencoder of that name decodes.
+        Where height and width of the pixels are put.
     """
     found: list[tuple[int, int]] = []
-    autoencoder = pipeline.components.get(AUTOENCODER)
-    if not hasattr(autoencoder, "decode"):
-        yield found
-        return
+    autoencoder = pipeline.components[AUTOENCODER]
     autoencoder.decode = _on_shapes(autoencoder.decode, found)
     try:
         yield found

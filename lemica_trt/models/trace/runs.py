@@ -23,7 +23,7 @@ from lemica_trt.models.trace.arguments import (
     SHORTER_NEGATIVE,
     Arguments,
 )
-from lemica_trt.models.trace.decoded import decoding_on_shapes
+from lemica_trt.models.trace.decoded import decoding_on_shapes, has_autoencoder
 from lemica_trt.models.trace.program import programs
 from lemica_trt.models.trace.slots import IMAGE, NEGATIVE, PROMPT, SEED, Run
 from lemica_trt.models.trace.tape import Event, HeldNetworks, Recorder, Tape
@@ -148,7 +148,7 @@ class Runs:
     def _require_size(self) -> None:
         """Raise InputError where the pipeline decodes another height or width than was asked for."""
         asked = self.arguments.size
-        if asked is None:
+        if asked is None or not has_autoencoder(self._pipeline):
             return
         with decoding_on_shapes(self._pipeline) as decoded, contextlib.suppress(InputError):  # in tiles only (Allegro)
             record(self._pipeline, self.arguments, held=self._held, others={"output_type": "pt"})
