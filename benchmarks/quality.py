@@ -43,14 +43,18 @@ SCHEDULERS = (FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler, UniP
 
 def with_other_schedulers(plan: StepPlan, model: Model) -> Iterator[tuple[str, StepPlan]]:
     """Scheduler → its plan with the same number of steps, all in full."""
+    own = model.pipeline.scheduler
     for scheduler in SCHEDULERS:
-        if scheduler is not type(model.pipeline.scheduler):  # that is the baseline `fewer-steps`
+        if scheduler is not type(own):  # that is the baseline `fewer-steps`
             try:
-                made = scheduler_like(scheduler, model.pipeline.scheduler)
-                model.family.set_timesteps(made, plan.budget)
-                table = sampler_table(made, dynamic_guidance=model.profile.sampling.dynamic_guidance)
+                model.pipeline.scheduler = scheduler_like(scheduler, own)
+                table = sampler_table(
+                    model.scheduler(plan.budget), dynamic_guidance=model.profile.sampling.dynamic_guidance
+                )
             except UnsupportedError:  # Euler is for flow matching only
                 continue
+            finally:
+                model.pipeline.scheduler = own
             yield scheduler.__name__, uncached_plan(table, guidance_scale=plan.guidance_scale)
 
 

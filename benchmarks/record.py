@@ -574,6 +574,38 @@ class TrueSize(Value, frozen=True, tag_field="kind", tag="true-size"):
     rows: tuple[TrueSizeRow, ...]
 
 
+class ExportRow(Value, frozen=True):
+    """Step graphs exported at their true size, from random weights.
+
+    Attributes:
+        model: profile, at whose shape and dtype they are.
+        dtype: of the graphs.
+        weights: bytes of the transformer.
+        graphs: role → bytes of its ONNX files; the checker has passed them.
+        before: bytes of the process at its peak before the export, with the weights in memory.
+        export: seconds on the clock, seconds of CPUs, and bytes of the process at its peak.
+    """
+
+    model: str
+    dtype: str
+    weights: int
+    graphs: dict[str, int]
+    before: int
+    export: tuple[float, float, int]
+
+
+class TrueSizeExports(Value, frozen=True, tag_field="kind", tag="true-size-exports"):
+    """Models exported at their true size.
+
+    Attributes:
+        run: what made this.
+        rows: a model each.
+    """
+
+    run: Run
+    rows: tuple[ExportRow, ...]
+
+
 class Traces(Value, frozen=True, tag_field="kind", tag="traces"):
     """All tiny pipelines, traced.
 
@@ -584,6 +616,43 @@ class Traces(Value, frozen=True, tag_field="kind", tag="traces"):
 
     run: Run
     rows: tuple[TraceRow, ...]
+
+
+class DrawingRow(Value, frozen=True):
+    """What a bundled model draws.
+
+    Attributes:
+        model: name of the profile.
+        revision: of its weights.
+        guidance_scale: of all runs.
+        asked: the held-out prompts.
+        shown: what the clip of each shows, as a prompt.
+    """
+
+    model: str
+    revision: str
+    guidance_scale: float
+    asked: tuple[str, ...]
+    shown: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        require(len(self.asked) == len(self.shown) > 0, f"{self.model}: expected a clip of each prompt")
+
+
+class Drawing(Value, frozen=True, tag_field="kind", tag="drawing"):
+    """How well the bundled models draw.
+
+    Attributes:
+        run: what made this.
+        steps: of each run, uncached.
+        first_seed: seed of the first clip; clip s has this seed + s.
+        rows: a model each.
+    """
+
+    run: Run
+    steps: int
+    first_seed: int
+    rows: tuple[DrawingRow, ...]
 
 
 class AttentionRow(Value, frozen=True):
@@ -692,7 +761,9 @@ Result = (
     | Peers
     | Traces
     | TrueSize
+    | TrueSizeExports
     | RtxBuilds
+    | Drawing
     | AttentionMemory
 )
 

@@ -11,6 +11,7 @@ import numpy as np
 from record import (
     AttentionMemory,
     BuildCost,
+    Drawing,
     EngineBuild,
     Guidance,
     PeerRow,
@@ -26,6 +27,7 @@ from record import (
     SpeedRow,
     Traces,
     TrueSize,
+    TrueSizeExports,
     UnusedDepth,
 )
 
@@ -361,6 +363,24 @@ def true_size_table(result: TrueSize) -> str:
     return table(head, rows, "left")
 
 
+def exports_table(result: TrueSizeExports) -> str:
+    """A row a model."""
+    rows = [
+        [
+            f"`{row.model}`",
+            row.dtype,
+            size(row.weights),
+            ", ".join(f"`{role}` {size(its)}" for role, its in row.graphs.items()),
+            f"{row.export[1]:.0f} s",
+            size(row.before),
+            size(row.export[2]),
+        ]
+        for row in result.rows
+    ]
+    head = ["model", "dtype", "transformer", "graphs", "export", "memory before", "memory at its peak"]
+    return table(head, rows, "left")
+
+
 def rtx_table(result: RtxBuilds) -> str:
     """A row a pipeline."""
     rows = [
@@ -372,6 +392,26 @@ def rtx_table(result: RtxBuilds) -> str:
         for row in result.rows
     ]
     return table(["pipeline", "engines built", "TensorRT for RTX"], rows, "left")
+
+
+def drawing_table(result: Drawing) -> str:
+    """A row a model: how many clips show what was asked for, in all words and word by word."""
+    rows = []
+    for row in result.rows:
+        pairs = [(asked.split()[1:], shown.split()[1:]) for asked, shown in zip(row.asked, row.shown)]
+        words = [sum(asked[i] == shown[i] for asked, shown in pairs) for i in range(3)]
+        last = sum(asked[3:] == shown[3:] for asked, shown in pairs)
+        every = sum(asked == shown for asked, shown in pairs)
+        rows.append([f"`{row.model}`, guidance {row.guidance_scale:g}", *map(str, (len(pairs), *words, last, every))])
+    return table(["", "prompts", "size", "colour", "shape", "motion or place", "all four"], rows)
+
+
+def drawing_caption(result: Drawing) -> str:
+    """What is in the table."""
+    return (
+        f"Held-out prompts of which the clip or the picture shows each word; {result.steps} steps, uncached, in fp32, "
+        f"seeds from {result.first_seed}."
+    )
 
 
 def attention_table(result: AttentionMemory) -> str:
@@ -523,6 +563,10 @@ def described(result: Result) -> str:
         parts = [rtx_table(result)]
     elif isinstance(result, TrueSize):
         parts = [true_size_table(result)]
+    elif isinstance(result, Drawing):
+        parts = [drawing_caption(result), drawing_table(result)]
+    elif isinstance(result, TrueSizeExports):
+        parts = [exports_table(result)]
     elif isinstance(result, AttentionMemory):
         parts = [attention_caption(result), attention_table(result)]
     elif isinstance(result, UnusedDepth):

@@ -1,30 +1,39 @@
-"""Trace and dry-run models at their true size, from published configurations without weights: docs/families.md.
+"""Models at their true size, from published configurations without weights: docs/families.md.
 
     python benchmarks/true_size.py --output benchmarks/results/true-size.json
+    python benchmarks/true_size.py --export --output benchmarks/results/true-size-export.json
 
-Each command runs in a process of its own, whose time and peak memory are written down. Nothing is downloaded.
+They are traced and dry-run; or, with random weights in their transformer, their step graphs are exported as a build
+exports them. Each runs in a process of its own, whose time and peak memory are written down. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from published import write_folder
-from record import TrueSize, TrueSizeRow, this_run, write_result
+from record import ExportRow, TrueSize, TrueSizeExports, TrueSizeRow, this_run, write_result
 from tables import described
 
 from lemica_trt.core.progress import reporter
 from lemica_trt.ir.resources import load_profile
 
 MODELS = ("wan2.1-t2v-14b", "hunyuanvideo", "flux.1-dev", "qwen-image")
+
+EXPORTED = ("pixart-sigma", "wan2.1-t2v-1.3b")
+"""Whose weights fit in memory here."""
 
 BACKEND = "tensorrt-rtx"
 """What the dry run is of."""
@@ -56,8 +65,12 @@ def lemica(*arguments: object) -> Ran:
         err.seek(0)
         if status:
             raise RuntimeError(f"{' '.join(map(str, arguments))}: {err.read().decode()}")
-        memory = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return Ran(json.load(out)["result"], seconds, used.ru_utime + used.ru_stime, memory)
+        return Ran(json.load(out)["result"], seconds, *taken(used))
+
+
+def taken(used: resource.struct_rusage) -> tuple[float, int]:
+    """Seconds of CPUs, and bytes at the peak."""
+    return used.ru_utime + used.ru_stime, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measured(name: str, folder: Path) -> TrueSizeRow:
@@ -87,19 +100,86 @@ def measured(name: str, folder: Path) -> TrueSizeRow:
     )
 
 
+def exported(name: str, folder: Path) -> ExportRow:
+    """The row of a model, exported in this process."""
+    import msgspec
+
+    from lemica_trt.compiler.context import solver_tables
+    from lemica_trt.export import export_graphs
+    from lemica_trt.models import load_model
+    from lemica_trt.planning.layout import layout_for_methods
+    from lemica_trt.planning.planner import Problem, planners_named
+
+    profile = msgspec.structs.replace(load_profile(name), source=str(write_folder(name, folder / name)))
+    model = load_model(profile, weights=False)
+    weights = fill(model.pipeline.transformer)
+    table = model.table()
+    layout = layout_for_methods(
+        Problem(table=table, guidance_scale=profile.sampling.guidance_scale, model=name, solver=solver_tables(table)),
+        planners_named(["auto"]),
+        latent_shape=tuple(model.latent_shape),
+        guided=model.guided,
+        branches=model.branches,
+        conditions=model.conditions,
+    )
+    start, (cpu, before) = time.perf_counter(), taken(resource.getrusage(resource.RUSAGE_SELF))
+    graphs = export_graphs(model, layout, folder, roles=layout.step_graphs)
+    seconds, (after, memory) = time.perf_counter() - start, taken(resource.getrusage(resource.RUSAGE_SELF))
+    return ExportRow(
+        model=name,
+        dtype=graphs.dtype,
+        weights=weights,
+        graphs={
+            graph.role: sum((folder / file).stat().st_size for file in (graph.file, *graph.data_files))
+            for graph in graphs.graphs
+        },
+        before=before,
+        export=(seconds, after - cpu, memory),
+    )
+
+
+def fill(network: Any) -> int:
+    """Give a network without weights random ones, the same numbers again and again; their bytes."""
+    import torch
+
+    numbers = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    count = 0
+    for module in network.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                values = torch.empty(parameter.numel(), dtype=parameter.dtype)
+                for part in values.split(len(numbers)):
+                    part.copy_(numbers[: len(part)])
+                module._parameters[key] = torch.nn.Parameter(values.view(parameter.shape), requires_grad=False)
+                count += values.nbytes
+    return count
+
+
+def export_all(names: Sequence[str], folder: Path) -> Iterator[ExportRow]:
+    """The rows of models, each of a process of its own."""
+    for name in names:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            yield process.submit(exported, name, folder / name).result()
+
+
 def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=sorted({*MODELS, *EXPORTED}), help="(default: the documented)")
+    parser.add_argument("--export", action="store_true", help="export their step graphs, with random weights")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time (default: 1)")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     given = parser.parse_args()
-    report, run, rows = reporter(), this_run(), list[TrueSizeRow]()
-    with tempfile.TemporaryDirectory() as folder:
-        for number, name in enumerate(given.models):
-            rows.append(measured(name, Path(folder)))
-            result = TrueSize(run=run, rows=tuple(rows))
+    report, run, names = reporter(), this_run(), given.models or (EXPORTED if given.export else MODELS)
+    rows: list[Any] = []
+    kind: type[TrueSize | TrueSizeExports] = TrueSizeExports if given.export else TrueSize
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as workers:
+        traced = workers.map(lambda name: measured(name, Path(folder)), () if given.export else names)
+        for row in export_all(names, Path(folder)) if given.export else traced:
+            rows.append(row)
+            result = kind(run=run, rows=tuple(rows))
             write_result(result, given.output)  # a model takes minutes: what was measured stays
-            report.advance(number + 1, len(given.models))
+            report.advance(len(rows), len(names))
     report.close()
     print(described(result))
 

@@ -99,7 +99,9 @@ def test_the_wheel_has_the_package_its_data_and_nothing_else(dist: tuple[Path, P
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lemica_trt").rglob("*.py")}
     assert there <= names and not [name for name in names if "__pycache__" in name]
     assert {"lemica_trt/py.typed", "lemica_trt/triton/start.sh", "lemica_trt/data/engines/cogvideox-tiny.toml"} <= names
-    assert "lemica_trt/zoo/wan-tiny/transformer/diffusion_pytorch_model.safetensors" in names
+    for model in ("cogvideox-tiny", "flux-tiny", "wan-tiny"):
+        assert f"lemica_trt/zoo/{model}/transformer/diffusion_pytorch_model.safetensors" in names
+    assert "lemica_trt/data/calibration/flux-tiny/held_out.txt" in names
     assert {"build", "hub", "serve", "video"} <= set(re.findall(r"^Provides-Extra: (\S+)", about, re.MULTILINE))
 
 

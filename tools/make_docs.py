@@ -36,6 +36,7 @@ from plots import peers_picture, plot_peers
 from record import (
     AttentionMemory,
     BuildCost,
+    Drawing,
     EngineBuild,
     Guidance,
     Peers,
@@ -46,6 +47,7 @@ from record import (
     Speed,
     Traces,
     TrueSize,
+    TrueSizeExports,
     UnusedDepth,
     read_results,
 )
@@ -141,8 +143,10 @@ def shown_without(model: NamedModel, results: Sequence[Result]) -> str:
     }
     built = {row.pipeline for result in results if isinstance(result, RtxBuilds) for row in result.rows if row.engines}
     sizes = {row.model for result in results if isinstance(result, TrueSize) for row in result.rows}
+    exported = {row.model for result in results if isinstance(result, TrueSizeExports) for row in result.rows}
     tiny = ["traced"] * (kind in traced) + ["RTX engines built"] * (kind in built)
-    found = [f"tiny: {', '.join(tiny)}"] * bool(tiny) + ["true size: traced, dry run"] * (name in sizes)
+    true = ["traced", "dry run"] * (name in sizes) + ["step graphs exported"] * (name in exported)
+    found = [f"{how}: {', '.join(what)}" for how, what in (("tiny", tiny), ("true size", true)) if what]
     return "; ".join(found) or "nothing"
 
 
@@ -213,12 +217,14 @@ PARTS: dict[str, Callable[[Sequence[Result]], str]] = {
     "summary": summary_table,
     "quality": lambda results: "\n\n".join(map(described, main_qualities(results))),
     "standing": standing_table,
+    "drawing": _results(Drawing),
     "speed": _results(Speed),
     "serving": _results(Serving),
     "engine-build": _results(EngineBuild),
     "attention-memory": _results(AttentionMemory),
     "traces": _results(Traces),
     "true-size": _results(TrueSize),
+    "true-size-exports": _results(TrueSizeExports),
     "rtx-builds": _results(RtxBuilds),
     "unused-depth": _results(UnusedDepth),
     "build-cost": _results(BuildCost),

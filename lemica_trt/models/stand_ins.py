@@ -36,6 +36,10 @@ ALIKE = 2
 """Leading dimensions, rows and tokens, in which an output may follow its inputs one by one."""
 
 
+NUMBERS = ("layer_idx",)
+"""Attributes that number a block."""
+
+
 class WeightsNeededError(UnsupportedError):
     """Nothing can be said of a network without its weights."""
 
@@ -75,7 +79,31 @@ def network_from_config(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Modul
         if any(True for _ in module.parameters()):
             own: Any = type(module)
             module.__class__ = _stand_in_class(own)
+    _mark_alike(network)
     return network
+
+
+def _mark_alike(network: nn.Module) -> None:
+    """Give the blocks of a list that are built alike one mark."""
+    for name, blocks in network.named_modules():
+        if isinstance(blocks, nn.ModuleList):
+            built: list[Any] = []
+            for block in filter(is_stand_in, blocks):
+                how = [_built(*its) for its in block.named_modules()]
+                if how not in built:
+                    built.append(how)
+                block._lemica_alike = f"{name} {built.index(how)}"  # type: ignore[assignment]
+
+
+def _built(name: str, module: nn.Module) -> Any:
+    """What tells two modules apart, but for their numbers."""
+    shapes = [(key, value.shape, value.dtype) for key, value in module._parameters.items() if value is not None]
+    settings = {
+        key: repr(value)
+        for key, value in vars(module).items()
+        if isinstance(value, int | float | str | tuple | list | torch.dtype) and key not in NUMBERS
+    }
+    return name, type(module), shapes, settings
 
 
 def _kept_in_fp32(kind: Any, dtype: torch.dtype) -> set[str]:
@@ -96,18 +124,43 @@ def _stand_in_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), same)
 
 
+class _Shapes(FakeTensorMode):
+    """Fake tensors on which blocks that are built alike are run once for each shape of their inputs."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call,unused-ignore]
+        self._known: dict[Any, Any] = {}
+
+    def run(self, block: nn.Module, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What a method of a block returns."""
+        mark = block.__dict__.get("_lemica_alike")
+        if mark is None:
+            return own(block, *args, **kwargs)
+        key = mark, own.__name__, *_shown((args, kwargs))
+        if key not in self._known:
+            self._known[key] = own(block, *args, **kwargs)
+        return self._known[key]
+
+
+def _shown(tree: Any) -> tuple[Any, ...]:
+    """What a call is known by: shapes and dtypes of tensors, and all else."""
+    leaves, structure = pytree.tree_flatten(tree)
+    shown = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
+    return structure, *shown
+
+
 def _stood_in(own: Callable[..., Any]) -> Callable[..., Any]:
     theirs = inspect.signature(own)
 
     @functools.wraps(own)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if detect_fake_mode(pytree.tree_leaves((args, kwargs))) is not None:
-            return own(self, *args, **kwargs)
+        mode = detect_fake_mode(pytree.tree_leaves((args, kwargs)))
+        if mode is not None:
+            return mode.run(self, own, args, kwargs) if isinstance(mode, _Shapes) else own(self, *args, **kwargs)
         named = theirs.bind(self, *args, **kwargs).arguments
         leaves = pytree.tree_leaves([named[name] for name in theirs.parameters if name in named][1:])
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        shown = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
-        key = id(self), own.__name__, pytree.tree_structure((args, kwargs)), *shown  # of a copy: another
+        key = id(self), own.__name__, *_shown((args, kwargs))  # of a copy: another
         known = self.__dict__.setdefault("_lemica_outputs", {})
         if key not in known:
             known[key] = _on_shapes(functools.partial(own, self), args, kwargs, type(self).__name__)
@@ -122,7 +175,7 @@ def _on_shapes(own: Callable[..., Any], args: Any, kwargs: Any, name: str) -> An
     Raises:
         WeightsNeededError: it reads values in Python, or its shapes follow them.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _Shapes()
     given = pytree.tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
     try:
         with mode, torch.no_grad():

@@ -126,6 +126,20 @@ def test_parameters_take_no_memory_and_are_tied_as_they_are(tmp_path: Path) -> N
     assert isinstance(network, transformers.T5EncoderModel) and type(network).__name__ == "T5EncoderModel"
 
 
+def test_blocks_that_are_built_alike_run_once_for_a_shape(tmp_path: Path) -> None:
+    """The first block of a T5 has a table of positions; the third and fourth are as the second."""
+    transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4).save_pretrained(
+        tmp_path
+    )
+    network: Any = network_from_config(transformers.T5EncoderModel, tmp_path, torch.float32)
+    ran: list[int] = []
+    for k, block in enumerate(network.encoder.block):
+        block.layer[1].register_forward_hook(lambda *_, k=k: ran.append(k))
+    for length in (5, 5, 6):
+        assert network(input_ids=torch.ones(1, length, dtype=torch.long)).last_hidden_state.shape == (1, length, 32)
+    assert ran == [0, 1, 0, 1], "once for each length"
+
+
 def test_what_a_class_keeps_in_fp32_stays_in_fp32(tmp_path: Path) -> None:
     source = saved("wan", tmp_path / "wan")
     part = diffusers.WanTransformer3DModel.from_pretrained(source / "transformer", torch_dtype=torch.bfloat16)

@@ -332,6 +332,12 @@ def test_shapes_that_the_pipeline_refuses_are_told_in_its_words() -> None:
         trace_pipeline(tiny_pipeline("wan"), TraceRequest(height=33, width=48, frames=9))
 
 
+@pytest.mark.parametrize(("height", "width"), [(33, 48), (32, 57)])
+def test_shapes_that_the_pipeline_rounds_are_told(height: int, width: int) -> None:
+    with pytest.raises(InputError, match=rf"makes 48x32 where {width}x{height} .*→ --width 48 --height 32"):
+        trace_pipeline(tiny_pipeline("qwen-image"), TraceRequest(height=height, width=width))
+
+
 def test_in_place_writes_are_seen() -> None:
     """A buffer that is written to in each step, and read whole."""
 

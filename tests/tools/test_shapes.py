@@ -53,10 +53,27 @@ def test_the_splits_partition_the_captions_by_colour_shape_and_motion() -> None:
     assert len(sets["calibration"]) >= 32 and len(sets["held_out"]) >= 48
 
 
+WORLDS = {"clips": (shapes.CAPTIONS, shapes.MOTIONS), "stills": (shapes.STILLS, shapes.PLACES)}
+
+
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_split_holds_every_word(split: str) -> None:
-    words = {word for caption in shapes.captions_of(split) for word in str(caption).split()}
-    assert words == set(shapes.WORDS)
+def test_every_split_holds_every_word(split: str, world: str) -> None:
+    captions, motions = WORLDS[world]
+    words = {word for caption in shapes.captions_of(split, captions) for word in str(caption).split()}
+    assert words == set(shapes.words_of(motions))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_is_drawn_is_read_back(world: str) -> None:
+    clips, captions = shapes.draw_clips(24, 9, "held_out", WORLDS[world][0])
+    assert [shapes.read_clip(clip) for clip in clips] == captions
+
+
+def test_stills_keep_combinations_of_colour_shape_and_place_apart() -> None:
+    sets = [{(c.colour, c.shape, c.motion) for c in shapes.captions_of(split, shapes.STILLS)} for split in SPLITS]
+    assert sum(map(len, sets)) == len(set().union(*sets)) == len(shapes.STILLS) / 2 == 160
+    assert [len(its) for its in sets] == [120, 20, 20]
 
 
 def test_training_holds_every_pair_of_words() -> None:
@@ -105,10 +122,11 @@ def test_big_is_bigger_than_small_and_the_shape_stays_in_the_picture() -> None:
             assert areas["big"] > 2 * areas["small"]
 
 
+@pytest.mark.parametrize(("folder", "world"), [("cogvideox-tiny", "clips"), ("flux-tiny", "stills")])
 @pytest.mark.parametrize("split", SPLITS[1:])
-def test_the_prompt_file_is_what_the_generator_defines(split: str) -> None:
-    text = (ROOT / "calibration" / "cogvideox-tiny" / f"{split}.txt").read_text()
-    assert text == shapes.prompt_file_of(split)
+def test_the_prompt_file_is_what_the_generator_defines(split: str, folder: str, world: str) -> None:
+    text = (ROOT / "calibration" / folder / f"{split}.txt").read_text()
+    assert text == shapes.prompt_file_of(split, folder, WORLDS[world][0])
 
 
 def _prompts(file: Path) -> list[str]:

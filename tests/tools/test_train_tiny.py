@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lemica_trt.ir.resources import load_profile
-from lemica_trt.models import family_from_name, load_model
+from lemica_trt.ir.resources import load_profile, zoo_path
+from lemica_trt.models import family_from_name
 
 pytestmark = pytest.mark.cpu
 
 MODELS = ("cogvideox-tiny", "wan-tiny")
+TRACED = ("flux-tiny",)
+PROMPT = {"flux-tiny": "a big red circle on the left"}
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +73,35 @@ def test_decoding_undoes_the_normalisation(train_tiny, name) -> None:
     torch.testing.assert_close(back, mean, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_prompts_are_embedded_as_the_pipeline_does(train_tiny, name) -> None:
-    model = load_model(load_profile(name))
-    prompts = ["a big red circle moves left", ""]
-    ids = model.tokens(prompts)["input_ids"]
-    with torch.no_grad():
-        own = train_tiny.RECIPES[name].embed(model.pipeline.text_encoder, ids)
-        reference, _ = model.pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=train_tiny.TOKENS
-        )
-    torch.testing.assert_close(own, reference)
+@pytest.mark.parametrize("name", [*MODELS, *TRACED])
+def test_the_transformer_is_called_as_the_pipeline_calls_it(train_tiny, name) -> None:
+    """Both branches of a run's first step, by the recipe: shapes, timestep, and what becomes of the prompts."""
+    recipe, prompt = train_tiny.RECIPES[name], PROMPT.get(name, "a big red circle moves left")
+    pipeline = recipe.pipeline.from_pretrained(zoo_path(name))
+    pipeline.set_progress_bar_config(disable=True)
+    calls = []
+
+    def keep(module, args, kwargs, output) -> None:
+        calls.append((kwargs, output[0]))
+
+    with pipeline.transformer.register_forward_hook(keep, with_kwargs=True):
+        pipeline(
+            prompt, height=64, width=64, num_inference_steps=1, output_type="latent",
+            generator=torch.Generator().manual_seed(0), **recipe.arguments,
+        )  # fmt: skip
+    tokenizers = {key: component for key, component in pipeline.components.items() if key.startswith("tokenizer")}
+    encoders = {key: component for key, component in pipeline.components.items() if key.startswith("text_encoder")}
+    rows = [(given["hidden_states"][i], given["timestep"].flatten()[-1], output[i])
+            for given, output in calls for i in range(len(output))]  # fmt: skip
+    texts = (prompt, "") if len(calls) == 2 else ("", prompt)[-len(rows) :]
+    for (x, timestep, reference), text in zip(rows, texts, strict=True):
+        ids = {
+            key: its(text, padding="max_length", max_length=train_tiny.TOKENS, return_tensors="pt").input_ids
+            for key, its in tokenizers.items()
+        }
+        with torch.no_grad():
+            given = recipe.embed(encoders, ids, torch.tensor([len(prompt.split()) + 1]))
+            if name == "flux-tiny":  # which is given the scale, and a timestep in parts of 1000
+                given, timestep = {**given, "guidance": calls[0][0]["guidance"]}, timestep * 1000
+            output = recipe.predict(pipeline.transformer, x[None], timestep[None], given)[0]
+        torch.testing.assert_close(output, reference[: len(output)], atol=1e-4, rtol=1e-4)

@@ -3,6 +3,7 @@
     arguments   what the pipeline is called with
     tape        a recording: aten operators between calls of components
     program     recording → one program a step, cut at `scheduler.step`
+    decoded     the size that a pipeline decodes
     runs        calls of a pipeline that differ in one thing each
     slots       programs of several runs → what each slot is: constant, column, condition, guidance
     named       slots of all kinds of steps, by name

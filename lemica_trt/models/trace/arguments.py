@@ -125,6 +125,12 @@ class Arguments:
         }
 
     @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width that are asked for; None: not both are."""
+        height, width = self._request.height, self._request.width
+        return None if height is None or width is None else (height, width)
+
+    @property
     def has_image(self) -> bool:
         """Whether an image is given."""
         parameter = self._names.get("image")

@@ -85,6 +85,11 @@ class Program:
     host: tuple[tuple[str, Any], ...]
     made: frozenset[int]
 
+    def without_latents(self) -> Program:
+        """The same; of latents, shapes and dtypes alone."""
+        x, after = (tuple(tensor.to("meta") for tensor in tensors) for tensors in (self.x, self.after))
+        return replace(self, x=x, after=after)
+
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the structure: what is equal for two iterations that are of one kind."""

@@ -23,6 +23,7 @@ from lemica_trt.models.trace.arguments import (
     SHORTER_NEGATIVE,
     Arguments,
 )
+from lemica_trt.models.trace.decoded import decoding_on_shapes, has_autoencoder
 from lemica_trt.models.trace.program import programs
 from lemica_trt.models.trace.slots import IMAGE, NEGATIVE, PROMPT, SEED, Run
 from lemica_trt.models.trace.tape import Event, HeldNetworks, Recorder, Tape
@@ -106,6 +107,7 @@ class Runs:
         called = {str(node.what) for program in self.base.programs for node in program.calls}
         self._idle = self._networks - called
         self._held = HeldNetworks(called | self._networks)
+        self._require_size()
         self._trace_every_kind()
         arguments = self.arguments
         self.others: dict[str, Run] = {}
@@ -128,18 +130,35 @@ class Runs:
         """A run.
 
         Args:
-            compared: only its slots are looked at.
+            compared: only what its slots are is looked at.
         """
         tape, _ = record(self._pipeline, self.arguments, **changes)
         its = {name: changes[name] for name in ("seed", "image") if name in changes}
         scales = {**self.arguments.scales, **changes.get("scales", {})}
         found = programs(tape, self._networks)
-        tape.forget(frozenset().union(*(program.made for program in found)), inputs_too=compared)
+        tape.forget(frozenset().union(*(program.made for program in found)), compared=compared)
+        if compared:
+            found = [program.without_latents() for program in found]
         return Run(tape, found, scales, **its)
 
     def at_steps(self, count: int) -> Run:
         """A run of another number of steps whose networks do not compute: its latents mean nothing."""
         return self._run(held=self._held, others={"num_inference_steps": count})
+
+    def _require_size(self) -> None:
+        """Raise InputError where the pipeline decodes another height or width than was asked for."""
+        asked = self.arguments.size
+        if asked is None or not has_autoencoder(self._pipeline):
+            return
+        with decoding_on_shapes(self._pipeline) as decoded, contextlib.suppress(InputError):  # in tiles only (Allegro)
+            record(self._pipeline, self.arguments, held=self._held, others={"output_type": "pt"})
+        for height, width in decoded:
+            if (height, width) != asked:
+                kind = type(self._pipeline).__name__
+                raise InputError(
+                    f"{kind} makes {width}x{height} where {asked[1]}x{asked[0]} is asked for",
+                    fix=f"--width {width} --height {height}",
+                )
 
     def _trace_every_kind(self) -> None:
         """Where there are several kinds of steps, a base run that has enough of each that can have more."""

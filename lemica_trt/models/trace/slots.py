@@ -117,13 +117,15 @@ def _role(program: Program, slot: int, changed: set[str]) -> SlotRole:
 
 
 def _dead(base: Run, others: Mapping[str, Run], steps: Sequence[int], slot: int) -> bool:
-    """Whether a slot's value is overwritten before it is read: any run with the base run's first value is the same."""
+    """Whether a slot's value is overwritten before it is read: on the base run's latents, the values of any run do the
+    same with the base run's first value."""
     value = base.programs[steps[0]].values[slot]
-    for run in (base, *others.values()):
-        for i in steps:
-            program = run.programs[i]
-            held = [value if k == slot else its for k, its in enumerate(program.values)]
-            if not _same_effects(run.tape, program, held):
+    for i in steps:
+        program = base.programs[i]
+        for run in (base, *others.values()):
+            own = run.programs[i].values
+            held = [value if k == slot else its for k, its in enumerate(own)]
+            if not _same_effects(base.tape, program, own, held):
                 return False
     return True
 
@@ -145,7 +147,7 @@ def _freeze(base: Run, programs: list[Program], suspects: list[int]) -> None:
     """Slots that change with step and request: harmless where holding them at their first value changes nothing."""
     for program in programs[1:]:
         frozen = [programs[0].values[k] if k in suspects else value for k, value in enumerate(program.values)]
-        if not _same_effects(base.tape, program, frozen):
+        if not _same_effects(base.tape, program, program.values, frozen):
             slot = suspects[0]
             raise UnsupportedError(
                 f"{_named(programs[0], slot)} changes with the step and the request: a state that the loop carries, "
@@ -153,8 +155,8 @@ def _freeze(base: Run, programs: list[Program], suspects: list[int]) -> None:
             )
 
 
-def _same_effects(tape: Tape, program: Program, values: Sequence[Any]) -> bool:
-    one, other = (list(effects(tape, program, its)) for its in (program.values, values))
+def _same_effects(tape: Tape, program: Program, values: Sequence[Any], others: Sequence[Any]) -> bool:
+    one, other = (list(effects(tape, program, its)) for its in (values, others))
     return len(one) == len(other) and all(map(same, one, other))
 
 

@@ -141,13 +141,13 @@ class Tape:
         """The tree with `Ref`s for tensors."""
         return pytree.tree_map(lambda leaf: self.ref(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
-    def forget(self, made: Collection[int], *, inputs_too: bool) -> None:
+    def forget(self, made: Collection[int], *, compared: bool) -> None:
         """End the recording, and keep shapes and dtypes alone of what is not looked at again: outputs of components
         that nothing reads, and what operators made that no event gave.
 
         Args:
             made: ids of what operators and events made of the latents.
-            inputs_too: of what events were given, too.
+            compared: nothing of all that is looked at.
         """
         events = [item for item in self.items if isinstance(item, Event)]
         inputs = {ref.id for event in events for ref in refs(event.inputs)}
@@ -155,7 +155,7 @@ class Tape:
         read = inputs | {ref.id for item in operators for ref in refs((item.args, item.kwargs))}
         given = {ref.id for event in events for ref in refs(event.outs)}
         called = {ref.id for event in events if event.kind == "call" for ref in refs(event.outs)}
-        forgotten = (set(made) - given - (set() if inputs_too else inputs)) | (called - read)
+        forgotten = (set(made) if compared else set(made) - given - inputs) | (called - read)
         for ref, value in self.values.items():
             if ref.id in forgotten:
                 self.values[ref] = value.to("meta")

@@ -21,6 +21,7 @@ import numpy as np
 
 from lemica_trt.ir.calibration import TrajectoryGrams
 from lemica_trt.ir.plan import StepPlan
+from lemica_trt.planning.minimax import require_feasible
 from lemica_trt.planning.planner import Planner, Problem
 from lemica_trt.planning.schedules import through
 from lemica_trt.planning.step_plan import plan_from_schedule
@@ -38,8 +39,9 @@ def accumulated_changes(grams: TrajectoryGrams) -> Array:
 
 
 def make(problem: Problem, budget: int) -> StepPlan:
-    """Raises InfeasibleError: there are fewer full steps than kinds of steps."""
+    """Raises InfeasibleError: the budget is outside 1 … N, or there are fewer full steps than kinds of steps."""
     n = problem.table.num_steps
+    require_feasible(n, n, [budget])
     schedule = schedule_by_threshold(accumulated_changes(problem.grams), budget, last=budget > 1, max_skip=n)
     return plan_from_schedule(
         through(schedule, problem.table.switches),
