@@ -43,7 +43,7 @@ tokens Python counts in a prompt."""
 
 
 SLOW = (
-    *("allegro", "flux2", "flux2-klein", "hidream", "hunyuanimage", "hunyuanvideo-1.5", "ltx2", "lumina2", "mochi"),
+    *("allegro", "flux2", "flux2-klein", "hidream", "hunyuanvideo-1.5", "ltx2", "lumina2", "mochi"),
     *("wan-modular", "z-image-modular"),
 )
 """Pipelines of a network that is an exception, of several latents, of tiles, modular, or with a large text encoder:
