@@ -1,6 +1,6 @@
 """Exceptions: networks of diffusers that no graph can follow as they are written, said in another way.
 
-    hidream            experts of a token: all of them, weighted; a picture's size
+    hidream            experts of a token: all of them, weighted; a picture's size; rotary embeddings
     hunyuanimage       text tokens stay where they are, and are masked
     hunyuanvideo_15    text tokens stay where they are, and are masked
     lumina2            text tokens stay where they are, and are masked

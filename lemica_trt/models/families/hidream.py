@@ -1,10 +1,10 @@
-"""HiDream-I1: experts of a token, and the size of a picture."""
+"""HiDream-I1: experts of a token, the size of a picture, and rotary embeddings."""
 
 from __future__ import annotations
 
 import torch
 from diffusers import HiDreamImageTransformer2DModel
-from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
+from diffusers.models.transformers.transformer_hidream_image import HiDreamImageEmbedND, MOEFeedForwardSwiGLU
 from torch import Tensor
 
 from lemica_trt.models.families import Rewrite
@@ -36,11 +36,30 @@ class SizedHiDream(HiDreamImageTransformer2DModel):  # type: ignore[misc,unused-
         return tokens, mask, [(h // size, w // size)] * b, places
 
 
+class SinglePrecisionRotary(HiDreamImageEmbedND):  # type: ignore[misc,unused-ignore]
+    """Upstream multiplies places in single precision by frequencies in double precision, which no graph can."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Places [b, n, axes] → rotations [b, n, 1, pairs, 2, 2]."""
+        found = []
+        for axis, width in enumerate(self.axes_dim):
+            scale = torch.arange(0, width, 2, dtype=torch.float32, device=ids.device) / width
+            angles = ids[..., axis, None].float() * (1.0 / self.theta**scale)
+            cos, sin = torch.cos(angles), torch.sin(angles)
+            found.append(torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2)))
+        return torch.cat(found, -3).unsqueeze(2)
+
+
 REWRITES = (
     Rewrite(
         DenseExperts,
         upstream="models/transformers/transformer_hidream_image.py: MOEFeedForwardSwiGLU.moe_infer",
         reason="it counts the tokens of each expert in numpy",
+    ),
+    Rewrite(
+        SinglePrecisionRotary,
+        upstream="models/transformers/transformer_hidream_image.py: HiDreamImageEmbedND",
+        reason="its product has factors of two precisions",
     ),
     Rewrite(
         SizedHiDream,
