@@ -62,6 +62,7 @@ def test_mistakes_are_one_line_before_anything_is_loaded(tmp_path: Path) -> None
     }
     part = index(tmp_path / "part", "WanPipeline", **wan, text_encoder=["transformers", "UMT5EncoderModel"])
     less = index(tmp_path / "less", "WanPipeline", **wan)
+    modular = index(tmp_path / "modular", "WanModularPipeline", **wan)  # which parts it needs its blocks say
     mute = index(tmp_path / "mute", "WanPipeline", **wan, text_encoder=["transformers", "UMT5EncoderModel"])
     for name in (*wan, "text_encoder"):
         (mute / name).mkdir()
@@ -73,6 +74,7 @@ def test_mistakes_are_one_line_before_anything_is_loaded(tmp_path: Path) -> None
         ([own], 5, "got MyPipeline"),
         ([part], 3, "expected a complete pipeline, got no folder 'transformer'"),
         ([less], 3, "expected all parts of WanPipeline, got none for text_encoder"),
+        ([modular], 3, "expected a complete pipeline, got no folder 'transformer'"),
         ([mute], 3, "expected a vocabulary in tokenizer/, got none"),
         ([tmp_path / "empty"], 3, "got no readable model_index.json"),
         (["wan-tiny", "--argument", "speed"], 2, "--argument must be NAME=VALUE, got 'speed'"),

@@ -323,7 +323,9 @@ def pipeline_class(source: str, index: dict[str, Any]) -> Any:
         got = "a UNet" if "unet" in parts else f"none in {', '.join(sorted(parts)) or 'no components'}"
         raise UnsupportedError(f"{source}: expected a pipeline with a diffusion transformer, got {got} ({name})")
     kind = PIPELINES.get(name, getattr(diffusers, name, None))
-    if not is_modular(kind) and not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+    if is_modular(kind):
+        return kind  # which parts it needs follows its blocks
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise UnsupportedError(f"{source}: expected a pipeline class of diffusers {diffusers.__version__}, got {name}")
     needed, _ = diffusers.DiffusionPipeline._get_signature_keys(kind)
     if missing := sorted(set(needed) - set(getattr(kind, "_optional_components", ())) - parts):

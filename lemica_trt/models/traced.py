@@ -974,7 +974,8 @@ class TracedModel(Model):
                         f"{self.trace.pipeline} cannot be built yet: {name} is not reproduced from "
                         + ("the image" if IMAGE in place.slot.of else "token ids")
                     )
-        self._networks.require_same(self.trace.pipeline, [run for _, _, run in requests])
+        longest = [self._whole] if self._whole is not runs.base else []  # of others, inputs are not kept
+        self._networks.require_same(self.trace.pipeline, [runs.base, requests[1][2], *longest])
         for kind in range(len(self.trace.kinds)):
             self.body(kind)
         _ = self.ends

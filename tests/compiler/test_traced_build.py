@@ -42,20 +42,24 @@ ENCODED = {
 tokens Python counts in a prompt."""
 
 
-REWRITTEN = ("hunyuanvideo-1.5", "ltx2", "lumina2", "mochi", "wan-modular", "z-image-modular")
-"""Pipelines of a network that is an exception, or of several latents, or modular."""
+SLOW = (
+    *("allegro", "flux2", "flux2-klein", "hidream", "hunyuanimage", "hunyuanvideo-1.5", "ltx2", "lumina2", "mochi"),
+    *("wan-modular", "z-image-modular"),
+)
+"""Pipelines of a network that is an exception, of several latents, of tiles, modular, or with a large text encoder:
+built with a budget."""
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.long] * (name in REWRITTEN))
+        pytest.param(name, marks=[pytest.mark.long] * (name in SLOW))
         for name in FLAGS
         if name not in ("flux", "open-sora", "wan2.2", *CALLS, *ENCODED)
     ],
 )
 def test_the_uncached_plan_of_a_bundle_is_the_pipeline(name: str, tmp_path: Path) -> None:
-    require_agreement(built(name, tmp_path))
+    require_agreement(built(name, tmp_path, *(("--budget", 3, *SMALL) if name in SLOW else ())))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ RUN = (
     *("auraflow", "chroma", "cogvideox", "cogview3-plus", "easyanimate", "flux", "hunyuanvideo", "ltx", "mochi"),
     *("pixart-sigma", "kandinsky5", "latte", "open-sora", "qwen-image", "sana", "sd3", "wan2.2-ti2v"),
     *("cogvideox-i2v", "wan-i2v", "wan2.2", "wan2.2-i2v"),
-    *("cogview4", "flux2", "hidream", "hunyuanvideo-1.5", "ltx2", "lumina2", "z-image", "z-image-modular"),
+    *("cogview4", "flux2", "hidream", "hunyuanimage", "hunyuanvideo-1.5", "ltx2", "lumina2", "z-image"),
+    "z-image-modular",
 )
 
 FREE = ("cogview4", "kandinsky5", "latte", "qwen-image", "z-image")

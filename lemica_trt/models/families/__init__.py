@@ -1,6 +1,7 @@
 """Exceptions: networks of diffusers that no graph can follow as they are written, said in another way.
 
     hidream            experts of a token: all of them, weighted; a picture's size
+    hunyuanimage       text tokens stay where they are, and are masked
     hunyuanvideo_15    text tokens stay where they are, and are masked
     lumina2            text tokens stay where they are, and are masked
     mochi              the same in its attention

@@ -59,6 +59,7 @@ class NoiseArguments:
     def __init__(self, pipeline: Any, arguments: Arguments, tape: Tape) -> None:
         self._pipeline, self._arguments, self._like = pipeline, arguments, _first(tape)
         names = [name for name in arguments.names if name.endswith("latents")]
+        names.sort(key=lambda name: name != "latents")  # `image_latents` of a modular Z-Image begin another kind of run
         drawn = [tape.values[item.outs[0]] for item in tape.items if isinstance(item, Op) and "randn" in str(item.func)]
         shapes = [
             dict.fromkeys((tuple(x.shape), *(tuple(noise.shape) for noise in drawn if noise.numel() == x.numel())))

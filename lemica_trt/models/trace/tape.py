@@ -317,10 +317,10 @@ class Recorder:
             ):
                 undo.callback(handle.remove)
         if self._held is not None and name in self._held.names:
-            _replace(component, "forward", self._held.forward(name, component.forward), undo)
+            replace(component, "forward", self._held.forward(name, component.forward), undo)
         for method in ("encode", "decode"):
             if hasattr(component, method) and hasattr(component, "decode"):
-                _replace(component, method, self._coder(f"{name}.{method}", getattr(component, method)), undo)
+                replace(component, method, self._coder(f"{name}.{method}", getattr(component, method)), undo)
 
     def _coder(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         """A VAE's `encode` or `decode`: a call, of which a distribution's parameters are the output."""
@@ -340,13 +340,13 @@ class Recorder:
     def _wrap_classes(self, undo: contextlib.ExitStack) -> None:
         for kind in {type(component) for component in self._components.values()}:
             if hasattr(kind, "step") and hasattr(kind, "set_timesteps"):
-                _replace(kind, "step", self._step(kind.step), undo)
+                replace(kind, "step", self._step(kind.step), undo)
                 if hasattr(kind, "scale_model_input"):
-                    _replace(kind, "scale_model_input", self._scale(kind.scale_model_input), undo)
+                    replace(kind, "scale_model_input", self._scale(kind.scale_model_input), undo)
             elif callable(getattr(kind, "__call__", None)) and (  # noqa: B004  # the class's own is replaced
                 hasattr(kind, "batch_decode") and not issubclass(kind, nn.Module)
             ):
-                _replace(kind, "__call__", self._tokenize(kind.__call__), undo)
+                replace(kind, "__call__", self._tokenize(kind.__call__), undo)
 
     def _tokenize(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -418,7 +418,7 @@ def _bound(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, An
     return bound
 
 
-def _replace(owner: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:
+def replace(owner: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:
     """Set an attribute for a while; one that was inherited is deleted again."""
     if name in vars(owner):
         undo.callback(setattr, owner, name, vars(owner)[name])
