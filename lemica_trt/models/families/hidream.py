@@ -46,7 +46,7 @@ class SinglePrecisionRotary(HiDreamImageEmbedND):  # type: ignore[misc,unused-ig
             scale = torch.arange(0, width, 2, dtype=torch.float32, device=ids.device) / width
             angles = ids[..., axis, None].float() * (1.0 / self.theta**scale)
             cos, sin = torch.cos(angles), torch.sin(angles)
-            found.append(torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2)))
+            found.append(torch.unflatten(torch.stack([cos, -sin, sin, cos], -1), -1, (2, 2)))
         return torch.cat(found, -3).unsqueeze(2)
 
 
