@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.values import require, write_bytes
 from lemica_trt.export.passes import clean_model, remove_idle_squeeze, rewrite_bool_where
-from lemica_trt.export.real import RealProgram, is_complex, symbolic_int
+from lemica_trt.export.real import RealProgram, is_complex, symbolic_int, with_heads
 from lemica_trt.ir.graphs import COMBINE, GraphSet, GraphSpec, Role, StepLayout, TensorDType, TensorSpec
 from lemica_trt.models import Model
 from lemica_trt.models.graph_specs import (
@@ -175,6 +175,7 @@ def _exported(module: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, di
         program = torch.export.export(module, (inputs,), dynamic_shapes=dynamic, strict=False)
     if is_complex(program):
         program = torch.export.export(RealProgram(program), (inputs,), dynamic_shapes=dynamic, strict=False)
+    with_heads(program)
     return program
 
 

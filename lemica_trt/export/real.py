@@ -1,6 +1,10 @@
-"""What stands between PyTorch's program of a module and ONNX: sizes that must stay symbols, complex numbers.
+"""What stands between PyTorch's program of a module and ONNX: sizes that must stay symbols, attention without a
+dimension of heads, complex numbers.
 
 Models that take a size through `int()` (Qwen-Image's rotary embedding of the text) would fix it: `symbolic_int`.
+
+The exporter takes attention of four dimensions alone; autoencoders have some of three (HunyuanImage 2.1):
+`with_heads`.
 
 ONNX has no complex tensors. Rotary embeddings that are written as complex products (Qwen-Image, Z-Image) become four
 real products: a program is run again operator by operator and exported a second time. A complex tensor is on the way as
@@ -49,6 +53,38 @@ def symbolic_int(module: nn.Module) -> Iterator[None]:
     finally:
         for file in files:
             del file["int"]
+
+
+def with_heads(program: torch.export.ExportedProgram) -> None:
+    """Give attention of [rows, tokens, width] a dimension in front, in place."""
+    graph = program.graph
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        if node.meta["val"].dim() != 3:
+            continue
+        with graph.inserting_before(node):
+            node.args = tuple(_called(graph, aten.unsqueeze.default, it) if _is_tensor(it) else it for it in node.args)
+            node.kwargs = {
+                name: _called(graph, aten.unsqueeze.default, it) if _is_tensor(it) else it
+                for name, it in node.kwargs.items()
+            }
+        users = list(node.users)
+        with graph.inserting_after(node):
+            node.meta["val"] = node.meta["val"].unsqueeze(0)
+            without = _called(graph, aten.squeeze.dim, node)
+        for user in users:
+            user.replace_input_with(node, without)
+        program.graph_signature.replace_all_uses(node.name, without.name)
+
+
+def _is_tensor(argument: Any) -> bool:
+    return isinstance(argument, torch.fx.Node)
+
+
+def _called(graph: torch.fx.Graph, operator: Any, node: torch.fx.Node) -> torch.fx.Node:
+    """A call of an operator on the first dimension."""
+    made = graph.call_function(operator, (node, 0))
+    made.meta["val"] = operator(node.meta["val"], 0)
+    return made
 
 
 class Pair(NamedTuple):

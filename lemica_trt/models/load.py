@@ -259,7 +259,7 @@ def profile_from_pipeline(source: str) -> Profile:
         ),
         sampling=Sampling(
             steps=int(number("num_inference_steps", otherwise=50)),
-            guidance_scale=float(number(*on, otherwise=1.0 if scales else _guider_scale(source, kind, index))),
+            guidance_scale=_guidance_scale(source, kind, index, number(*on, otherwise=1.0) if scales else None),
         ),
     )
 
@@ -288,10 +288,14 @@ def _index_on_hub(source: str) -> dict[str, Any]:
         ) from None
 
 
-def _guider_scale(source: str, kind: Any, index: dict[str, Any]) -> float:
-    """The guidance scale of a pipeline whose guider has it; 1 without one."""
+def _guidance_scale(source: str, kind: Any, index: dict[str, Any], given: float | None) -> float:
+    """The guidance scale of a pipeline: its guider's where it has one, that of its call, or 1.
+
+    Args:
+        given: that of its call; None: it takes none.
+    """
     if index.get("guider", [None, None]) == [None, None]:
-        return guidance_of(kind, index) if is_modular(kind) else 1.0
+        return given if given is not None else guidance_of(kind, index) if is_modular(kind) else 1.0
     if not (path := Path(source) / GUIDER_CONFIG).is_file():
         from huggingface_hub import hf_hub_download
 

@@ -42,7 +42,7 @@ ENCODED = {
 tokens Python counts in a prompt."""
 
 
-SLOW = ("flux2-klein", "hunyuanvideo-1.5", "ltx2", "lumina2", "mochi", "wan-modular", "z-image-modular")
+SLOW = ("flux2-klein", "hunyuanimage", "hunyuanvideo-1.5", "ltx2", "lumina2", "mochi", "wan-modular", "z-image-modular")
 """Pipelines of a network that is an exception, of several latents, modular, or with a large text encoder: built with a
 budget."""
 

@@ -1,13 +1,17 @@
-"""Complex numbers and sizes taken through `int()`, before a program becomes ONNX."""
+"""Complex numbers, attention without heads, and sizes taken through `int()`, before a program becomes ONNX."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lemica_trt.core.errors import UnsupportedError
-from lemica_trt.export.real import RealProgram, is_complex, symbolic_int
+from lemica_trt.export.real import RealProgram, is_complex, symbolic_int, with_heads
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of torch.export
 
@@ -41,6 +45,27 @@ def test_complex_products_become_real_ones_at_any_length() -> None:
     for tokens in (1, 5, 64):
         given = {"x": torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(tokens))}
         torch.testing.assert_close(real.module()(given)["y"], module(given)["y"])
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+def test_attention_without_heads_is_exported(is_last: bool, tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            x, mask = inputs["x"], inputs["mask"] > 0
+            found = functional.scaled_dot_product_attention(x, 2 * x, 3 * x, attn_mask=mask)
+            return {"y": found if is_last else found + x}
+
+    draw = torch.Generator().manual_seed(1)
+    given = {"x": torch.randn(2, 7, 8, generator=draw), "mask": torch.rand(2, 7, 7, generator=draw) + 0.3}
+    given["mask"] = given["mask"].floor() + torch.eye(7)
+    program = torch.export.export(Attention(), (given,), strict=False)
+    with_heads(program)
+    exported = torch.onnx.export(program, (), dynamo=True, opset_version=20, input_names=list(given), verbose=False)
+    assert exported is not None
+    exported.save(tmp_path / "attention.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "attention.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
+    torch.testing.assert_close(torch.from_numpy(found), Attention()(given)["y"])
 
 
 def test_an_operator_without_a_real_form_is_refused() -> None:

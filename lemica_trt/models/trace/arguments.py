@@ -109,8 +109,8 @@ class Arguments:
             for name, parameter in self._names.items()
             if re.search(r"(guidance|cfg)_scale(_\d+)?$", name)
         }
-        if not given and hasattr(guider, "guidance_scale") and getattr(guider, "_enabled", True):
-            given[GUIDER] = guider.guidance_scale
+        if hasattr(guider, "guidance_scale") and getattr(guider, "_enabled", True):
+            given = {GUIDER: guider.guidance_scale, **given}
         off = guider is not None and not given and (self._request.guidance_scale or 1.0) <= 1.0
         if self._request.guidance_scale is not None and not off:
             if not given:

@@ -322,9 +322,7 @@ def hidream() -> Any:
 
 
 def hunyuanimage() -> Any:
-    """With a guider that keeps nothing: `AdaptiveProjectedMixGuidance` keeps what it did in the step before.
-
-    It is traced and replayed, and not built: PyTorch's exporter refuses the attention without heads of its decoder."""
+    """With a guider that keeps nothing: `AdaptiveProjectedMixGuidance` keeps what it did in the step before."""
     return diffusers.HunyuanImagePipeline(
         scheduler=flow(shift=5.0), guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.5),
         vae=random(
