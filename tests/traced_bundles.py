@@ -29,8 +29,8 @@ FLAGS = {
     "wan-modular": ("--height", 32, "--width", 48, "--frames", 9, "--max-sequence-length", 64),
     "z-image-modular": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
     "hunyuanimage": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
-    "hidream": ("--max-sequence-length", 64),
-    "flux2": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
+    "hidream": ("--height", 128, "--width", 128, "--max-sequence-length", 64),
+    "flux2": ("--height", 32, "--width", 48, "--max-sequence-length", 256),
     "flux2-klein": ("--height", 32, "--width", 48, "--max-sequence-length", 64),
     "wan2.2-ti2v": ("--height", 64, "--width", 64, "--frames", 5, "--max-sequence-length", 64),
 }

@@ -42,7 +42,18 @@ ENCODED = {
 tokens Python counts in a prompt."""
 
 
-SLOW = ("flux2-klein", "hunyuanimage", "hunyuanvideo-1.5", "ltx2", "lumina2", "mochi", "wan-modular", "z-image-modular")
+SLOW = (
+    "flux2",
+    "flux2-klein",
+    "hidream",
+    "hunyuanimage",
+    "hunyuanvideo-1.5",
+    "ltx2",
+    "lumina2",
+    "mochi",
+    "wan-modular",
+    "z-image-modular",
+)
 """Pipelines of a network that is an exception, of several latents, modular, or with a large text encoder: built with a
 budget."""
 
@@ -56,7 +67,8 @@ budget."""
     ],
 )
 def test_the_uncached_plan_of_a_bundle_is_the_pipeline(name: str, tmp_path: Path) -> None:
-    require_agreement(built(name, tmp_path, *(("--budget", 3, *SMALL) if name in SLOW else ())))
+    output = built(name, tmp_path, *(("--budget", 3, *SMALL) if name in SLOW else ()))
+    require_agreement(output, apart=2 * (name == "hidream"))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +190,8 @@ def test_images_are_encoded_as_the_pipeline_does(name: str, tmp_path: Path) -> N
     assert done.exit_code == 0 and "image_encoder" in done.output
 
 
-def require_agreement(bundle: Path) -> None:
+def require_agreement(bundle: Path, *, apart: int = 0) -> None:
+    """Of a verified bundle; `apart`: attentions of the network that ONNX Runtime does not fuse."""
     report = read_value(VerifyReport, bundle / "reports" / "verify.json")
     found = {(run.plan, run.against): run.difference for run in report.agreement}
     assert found["uncached", "diffusers"] < 1e-4
@@ -186,7 +199,7 @@ def require_agreement(bundle: Path) -> None:
     assert {check.role for check in report.graphs} >= {*GRAPHS, "text_encoder", "vae_decoder"}
     with lemica_trt.load(bundle) as pipe:
         made = pipe.bundle.engine().builds[FULL.name]
-    assert made.fused_attention == made.attentions > 0
+    assert made.fused_attention == made.attentions - apart > 0
 
 
 def test_one_command_makes_a_plan_for_a_budget(traced: Callable[[str], Path], tmp_path: Path) -> None:
