@@ -48,6 +48,10 @@ RUN = (
     "z-image-modular",
 )
 
+LONG = ("flux2", "hunyuanimage", "hunyuanvideo-1.5", "ltx2", "lumina2", "z-image-modular")
+
+NAMES = [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in RUN]
+
 FREE = ("cogview4", "kandinsky5", "latte", "qwen-image", "z-image")
 """Those whose shapes follow the prompt."""
 
@@ -92,7 +96,7 @@ def half_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, DType
     return loaded
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_uncached_plan_is_the_pipeline(name: str) -> None:
     """With a prompt, noise, image, guidance scale and number of steps that tracing has not seen."""
     traced = model(name)
@@ -110,7 +114,7 @@ def test_the_uncached_plan_is_the_pipeline(name: str) -> None:
     assert tuple(frames.shape) == (1, shape.frames, shape.height, shape.width, 3)
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", NAMES)
 def test_skipping_with_the_own_residual_is_the_full_step(name: str) -> None:
     traced = model(name)
     for kind in range(len(traced.experts)):

@@ -26,7 +26,7 @@ from lemica_trt.triton import client
 from lemica_trt.triton.check import check_repository
 from lemica_trt.triton.repository import write_repository
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.long]
 
 PROMPT = "two red birds in the snow"
 
