@@ -41,7 +41,7 @@ def small(name: str) -> Profile:
     profile = load_profile(name)
     return msgspec.structs.replace(
         profile,
-        sampling=msgspec.structs.replace(profile.sampling, steps=12),
+        sampling=msgspec.structs.replace(profile.sampling, steps=13),
         calibration=msgspec.structs.replace(
             profile.calibration, samples=3, rollouts=1, max_skip=4, validation_samples=1
         ),
@@ -90,7 +90,8 @@ def test_a_bundle_is_fitted_again_to_prompts_of_the_user(
     output, prompts = Path(shutil.copytree(built[0], tmp_path / "bundle")), tmp_path / "mine.txt"
     prompts.write_text("two boats on a lake\na ball rolls over a hill\n")
     before = Bundle.open(built[0])
-    made = plan_target(output, {"calibrate_on": "engine", "prompts": prompts}, Quiet(), samples="2")
+    flags = {"calibrate_on": "engine", "prompts": prompts, "method": "fitted"}
+    made = plan_target(output, flags, Quiet(), samples="2")
     after = Bundle.open(output)
     after.check()
     assert {plan.name for plan in made.plans} == set(after.plans) == set(before.plans)
