@@ -124,7 +124,7 @@ def test_a_plan_that_is_clearly_better_stays(
     profile = msgspec.structs.replace(before.manifest.profile, calibration=settings)
     monkeypatch.setattr("lemica_trt.compiler.refit.profile_with_samples", lambda *_: profile)
     monkeypatch.setattr(
-        "lemica_trt.evaluate.evaluator.PlanEvaluator.scores",
+        "lemica_trt.evaluate.evaluator.PlanEvaluator.psnrs",  # what chooses at eight steps
         lambda _, plans, samples: [[float(plan == before.plan("b4")) * 50] * len(samples) for plan in plans],
     )
     plan_target(output, flags, Quiet(), samples="2")
