@@ -259,7 +259,11 @@ MISTAKES: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("build", "--model", "wan2.1-t2v-1.3b", "--weights", "nowhere", "--dtype", "fp16"), 3, "nowhere"),
     (("build", "--model", "cogvideox-tiny", "--schedule", "0,7", "--budget", "2"), 2, "together with --budget"),
     (("build", "--model", "cogvideox-tiny", "--error-graph", "g.json", "--samples", "2"), 2, "together with --samples"),
-    (("build", "--model", "cogvideox-tiny", "--method", "lemica,best"), 2, "stock:unipc, uniform, got 'best'"),
+    (
+        ("build", "--model", "cogvideox-tiny", "--method", "lemica,best"),
+        2,
+        "unipc, teacache, uniform, got 'best'",
+    ),
     (("build", "--model", "cogvideox-tiny", "--solver", "fitted"), 2, "--method fitted"),
     (("build", "--model", "cogvideox-tiny", "--reuse", "residual"), 2, "--method lemica"),
     (("build", "--model", "wan-tiny", "--sigmas", "1,0.5,x", "--budget", "2"), 2, "numbers separated by commas"),

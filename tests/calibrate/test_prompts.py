@@ -60,7 +60,7 @@ def test_pictures_of_prompts(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("a cat\tgone.png", r"gone\.png: expected a picture, got: No such file"),
-        ("a cat\tprompts.txt", r"prompts\.txt: expected a PNG or JPEG picture, got neither"),
+        ("a cat\tprompts.txt", r"prompts\.txt: expected a PNG, JPEG or WebP picture, got none of them"),
         ("a cat\tone.png\ttwo.png", "expected prompt<TAB>picture, got more than one tab"),
     ],
 )

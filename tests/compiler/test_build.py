@@ -70,10 +70,10 @@ def test_what_was_calibrated_on_other_prompts_is_fitted_on_them(tmp_path: Path) 
     digest = prompts_digest(["a small blue square", "a large green ring"])
     headers = {
         kind: json.loads(next((work / "journals").glob(f"{kind}-*.jsonl")).read_text().splitlines()[0])[1]
-        for kind in ("journal", "fits", "trials")
+        for kind in ("journal", "fits", "frames")  # trials of few steps are scored by frames
     }
     assert headers["journal"]["prompts_digest"] == headers["fits"]["prompts_digest"] == digest
-    assert headers["trials"]["prompts_digest"] == prompts_digest(["a large green ring", "a small blue square"])
+    assert headers["frames"]["prompts_digest"] == prompts_digest(["a large green ring", "a small blue square"])
     assert read_prompts(work / "inputs" / "prompts.txt") == ["a small blue square", "a large green ring"]
     # Other prompts for `plan` are other prompts for the calibration that it stands on.
     mine.write_text("a small blue square\n")
