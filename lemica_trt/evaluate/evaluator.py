@@ -6,8 +6,7 @@ steps or at M:
     latents   10·log₁₀(‖x_N‖² / ‖x̂_N − x_N‖²), free of the VAE: what candidates are chosen by
     frames    PSNR of the decoded frames (`core.metrics.psnr`): the number that people know, for few plans; and what
               candidates are chosen by where the sampler has few steps. Plans are far from the reference there, and what
-              is nearer in latents is not what is nearer in frames: a solver fitted to latents at 5 of 8 steps is 0.3 dB
-              ahead of LeMiCa in the first, and 1.4 behind in the second (wan-tiny, 48 and 64 held-out clips).
+              is nearer in latents need not be nearer in frames
 
 Finished runs are kept in journals, so that a killed evaluation goes on where it was; uncached runs are made once a
 sample for all plans.

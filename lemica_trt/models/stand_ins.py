@@ -35,7 +35,6 @@ RATIO = 0.6180339887
 ALIKE = 2
 """Leading dimensions, rows and tokens, in which an output may follow its inputs one by one."""
 
-
 NUMBERS = ("layer_idx",)
 """Attributes that number a block."""
 
