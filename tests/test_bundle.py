@@ -143,6 +143,14 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in (tmp_path / "a" / "manifest.json").read_bytes()
 
 
+def test_a_whole_number_where_a_float_is_meant_is_written_as_one(tmp_path: Path) -> None:
+    """A pipeline's default guidance scale may be 3: the digest of the bundle is that of what is read from it."""
+    profile = msgspec.structs.replace(PROFILE, sampling=msgspec.structs.replace(PROFILE.sampling, guidance_scale=3))
+    bundle = write(tmp_path / "bundle", profile=profile, plans=[plan_of(guidance_scale=3)], default_plan="default")
+    assert bundle.digest == bundle.manifest.digest
+    assert '"guidance_scale": 3.0' in (bundle.path / "manifest.json").read_text()
+
+
 def test_moved(tmp_path: Path) -> None:
     write(tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")

@@ -138,7 +138,7 @@ def test_pictures_are_of_the_bundled_model_as_it_is() -> None:
     assert {*bundle.plans} == {"uncached", *(f"b{budget}" for budget in make_docs.BUDGETS)}
     report, kept = stored_report(bundle), stored_kept(bundle)
     assert report is not None and kept is not None and not report.failures()
-    assert report.manifest_digest == kept.clips.manifest_digest == bundle.manifest.digest
+    assert report.manifest_digest == kept.clips.manifest_digest == bundle.digest
     assert all(f"](docs/{name})" in PAGES["README.md"] for name in (CONTACT_SHEET, SCHEDULES))
 
 

@@ -217,11 +217,12 @@ def manifest_digest_line(manifest: bytes) -> bytes:
 def manifest_files(manifest: Manifest) -> dict[str, bytes]:
     """`manifest.json` and `manifest.sha256` with their content.
 
+    What is written is what a reader would write again: numbers that were given as 3 where the type says float are 3.0.
+
     Raises:
         InputError: no reader would accept it.
     """
-    data = json_bytes(manifest)
-    value_from_json(Manifest, data, where=MANIFEST)
+    data = json_bytes(value_from_json(Manifest, json_bytes(manifest), where=MANIFEST))
     return {MANIFEST: data, MANIFEST_DIGEST: manifest_digest_line(data)}
 
 

@@ -59,9 +59,9 @@ def run_bundle(context: Context, folder: Path) -> Writes:
         versions=exported.versions,
     )
     context.reporter.note(size(sum(entry.size for entry in bundle.manifest.files.values())))
-    if _bundle_at(context.output, bundle.manifest.digest) is not None:
+    if _bundle_at(context.output, bundle.digest) is not None:
         shutil.rmtree(candidate)
-    write_value(Written(manifest=bundle.manifest.digest), folder / artifacts.BUNDLE_FILE)
+    write_value(Written(manifest=bundle.digest), folder / artifacts.BUNDLE_FILE)
     return {"bundle": [artifacts.BUNDLE_FILE]}
 
 
@@ -104,7 +104,7 @@ def _bundle_at(path: Path, digest: str) -> Bundle | None:
         return None
     try:
         bundle = Bundle.open(path, trusted=())
-        if bundle.manifest.digest != digest:
+        if bundle.digest != digest:
             return None
         bundle.check()
     except InputError:
@@ -218,7 +218,7 @@ def report_of(context: Context) -> VerifyReport | None:
     if bundle is None or verified is None or verified.backend is None:
         return None
     report = stored_report(bundle)
-    return report if report is not None and report.manifest_digest == bundle.manifest.digest else None
+    return report if report is not None and report.manifest_digest == bundle.digest else None
 
 
 def is_verified(context: Context) -> bool:

@@ -55,7 +55,7 @@ def page_facts(bundle: Bundle) -> PageFacts:
     steps = None if report is None else report.steps
     return PageFacts(
         bundle=summarize(bundle),
-        digest=bundle.manifest.digest,
+        digest=bundle.digest,
         report=report,
         kept=stored_kept(bundle),
         graph=read_if_listed(bundle, ErrorGraph, ERROR_GRAPH_FILE),

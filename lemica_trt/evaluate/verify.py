@@ -101,7 +101,7 @@ def verify(
         steps = steps or _timed(pipe, deployed.full_step(uncached), tally)
         quality = measure_quality(deployed, model, samples, cases, tally, keeper := Keeper())
     report = VerifyReport(
-        manifest_digest=bundle.manifest.digest,
+        manifest_digest=bundle.digest,
         samples=samples.count,
         machine=describe_machine(),
         backend=backend_name(key),

@@ -242,7 +242,7 @@ def profile_from_pipeline(source: str) -> Profile:
 
     def number(*names: str, otherwise: float) -> float:
         found = (defaults[name] for name in names if isinstance(defaults.get(name), int | float))
-        return next(found, otherwise)
+        return float(next(found, otherwise))
 
     scales = [name for name in defaults if name.endswith(("guidance_scale", "cfg_scale"))]
     on = [name for name in scales if isinstance(defaults[name], int | float) and defaults[name] > 1]

@@ -80,7 +80,7 @@ def test_an_interrupted_build_leaves_a_verified_draft(drafted: tuple[Path, Told]
     bundle.check()
     assert bundle.plans == ("b3", "uncached") and bundle.plan().method == "uniform"
     report = stored_report(bundle)
-    assert report is not None and not report.failures() and report.manifest_digest == bundle.manifest.digest
+    assert report is not None and not report.failures() and report.manifest_digest == bundle.digest
     assert {run.plan for run in report.agreement} == {"uncached"}
     assert [(row.plan, row.method) for row in report.quality] == [("b3", PLAN)]
     name, line = told.lines[-1]
@@ -132,7 +132,7 @@ def test_a_bundle_is_calibrated_on(drafted: tuple[Path, Told], tmp_path: Path) -
     assert [plan.name for plan in made.plans] == ["b3", "uncached"]
     assert read_value(ErrorGraph, output / ERROR_GRAPH_FILE).samples == 3
     report = stored_report(Bundle.open(output))
-    assert report is not None and report.manifest_digest == Bundle.open(output).manifest.digest
+    assert report is not None and report.manifest_digest == Bundle.open(output).digest
 
     plan_target(output, {}, Told(), samples="2")
     assert read_value(ErrorGraph, output / ERROR_GRAPH_FILE).samples == 2

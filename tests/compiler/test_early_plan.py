@@ -87,7 +87,7 @@ def test_it_leaves_a_verified_bundle_with_a_fitted_plan(interrupted: Interrupted
     assert bundle.plans == draft.plans == (f"b{B}", "uncached")
     report, before = stored_report(bundle), stored_report(draft)
     assert report is not None and before is not None and not report.failures()
-    assert report.manifest_digest == bundle.manifest.digest
+    assert report.manifest_digest == bundle.digest
     assert report.quality[0].psnr > before.quality[0].psnr
     name, line = interrupted.told.lines[-1]
     assert name == "draft" and f"by fitted in {B} of {N}: a draft; the same command goes on" in line

@@ -83,7 +83,7 @@ def test_a_build_is_of_the_fused_model(style: Path, tmp_path: Path) -> None:
     again = lemica("build", *flags, "--dry-run", "--json")
     assert all(stage["what"].startswith("unchanged") for stage in result_of(again.stdout))
     assert lemica("build", *flags, "--quiet").exit_code == 0
-    assert Bundle.open(output).manifest.digest == bundle.manifest.digest
+    assert Bundle.open(output).manifest.digest == bundle.digest
     other = lemica("build", *SMALL, "--lora", f"{style}:0.6", "--output", output, "--dry-run", "--json")
     assert not any(stage["what"].startswith("unchanged") for stage in result_of(other.stdout))
 

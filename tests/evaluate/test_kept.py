@@ -129,7 +129,7 @@ def test_a_bundle_keeps_the_clips_of_its_last_verification(
     bundle = Bundle.open(tmp_path / "bundle")
     kept, report = stored_kept(bundle), stored_report(bundle)
     assert kept is not None and report is not None
-    assert kept.clips.manifest_digest == bundle.manifest.digest and kept.clips.plan == "b4"
+    assert kept.clips.manifest_digest == bundle.digest and kept.clips.plan == "b4"
     assert [[run.method for run in clip.runs] for clip in kept.clips.clips] == 2 * [[UNCACHED, PLAN, "fewer-steps"]]
     own = next(row for row in report.quality if (row.plan, row.method) == ("b4", PLAN))
     assert [clip.runs[1].psnr for clip in kept.clips.clips] == sorted(own.each_psnr)
