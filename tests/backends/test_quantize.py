@@ -84,7 +84,7 @@ def quantized(folder: Path, **toy: Any) -> tuple[GraphSet, EngineEntry, onnx.Mod
 
 
 def outputs(graphs: GraphSet, path: Path, root: Path) -> list[Any]:
-    session = open_session(graphs.graph("full"), path, OrtOptions(threads=1), data=root / "onnx")
+    session = open_session(graphs.graph("full"), path, OrtOptions(threads=1, quantize="int8"), data=root / "onnx")
     return [session.run(["output"], given)[0].astype(np.float64) for given in observed()["full"].errors]
 
 

@@ -159,8 +159,8 @@ def test_numbers_follow_their_own_row_and_token_alone() -> None:
     whole = stand_in_numbers((1, 4, 8), torch.float32, [longer, torch.ones(1, 4)])
     assert torch.allclose(whole[0, 0] - whole[0, 1], found[0, 0] - found[0, 1], atol=1e-6)
     x = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(0))
-    near = [stand_in_numbers((1, 4, 6, 6), torch.float32, [x + shift]) for shift in (0.0, 1e-6)]
-    assert 0 < float((near[1] - near[0]).abs().max()) < 1e-4, "smooth: a replay is off by roundings"
+    near = [stand_in_numbers((1, 4, 6, 6), torch.float32, [x + shift]) for shift in (0.0, 1e-4)]
+    assert 0 < float((near[1] - near[0]).abs().max()) < 1e-2, "smooth: a replay is off by roundings"
 
 
 class Blocks(nn.Module):
