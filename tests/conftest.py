@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -32,13 +33,28 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if tests and all(map(_needs_torch, tests)) else None
 
 
+def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes of the tests."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A small bundle of the bundled model, and what the command printed. Copy it before changing it."""
-    output = tmp_path_factory.mktemp("built") / "bundle"
-    done = lemica("build", *SMALL, *PAPER, "--budget", "4,5", "--verify-samples", "2", "--output", output)
-    assert done.returncode == 0, done.stderr
-    return output, done
+    """A small bundle of the bundled model, and what the command printed; built once for all processes of the tests.
+    Copy it before changing it."""
+    from filelock import FileLock  # PyTorch needs it, too
+
+    folder = _shared_folder(tmp_path_factory) / "built"
+    output, printed = folder / "bundle", folder / "printed.json"
+    with FileLock(f"{folder}.lock"):
+        if not printed.exists():
+            folder.mkdir(exist_ok=True)
+            done = lemica("build", *SMALL, *PAPER, "--budget", "4,5", "--verify-samples", "2", "--output", output)
+            assert done.returncode == 0, done.stderr
+            printed.write_text(json.dumps([done.stdout, done.stderr]))
+    stdout, stderr = json.loads(printed.read_text())
+    return output, subprocess.CompletedProcess([], 0, stdout, stderr)
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +63,10 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     tests. Copy it before changing it."""
 
     def bundle(name: str) -> Path:
-        from filelock import FileLock  # PyTorch needs it, too
+        from filelock import FileLock
         from traced_bundles import SHARED, built
 
-        folder = tmp_path_factory.getbasetemp()
-        folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"traced-{name}"
+        folder = _shared_folder(tmp_path_factory) / f"traced-{name}"
         with FileLock(f"{folder}.lock"):
             if not (folder / "bundle").exists():
                 built(name, folder, *SHARED[name])

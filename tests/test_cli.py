@@ -11,11 +11,13 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
+from click.testing import CliRunner
 from command import PAPER, SMALL, lemica, result_of
 
 from lemica_trt.bundle.manifest import manifest_digest_line
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import work_folder
+from lemica_trt.cli.main import main
 from lemica_trt.core.errors import EXIT_CODES
 from lemica_trt.core.values import read_value
 from lemica_trt.ir.calibration import ErrorGraph, TrajectoryGrams
@@ -277,12 +279,12 @@ MISTAKES: tuple[tuple[tuple[str, ...], int, str], ...] = (
     ("arguments", "code", "word"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, tuple) else None
 )
 def test_mistakes_get_one_line_and_their_exit_code(
-    arguments: tuple[str, ...], code: int, word: str, tmp_path: Path
+    arguments: tuple[str, ...], code: int, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = lemica(
-        *arguments, "--quiet" if arguments[0] == "build" else "--help" if not arguments else "-q", cwd=tmp_path
-    )
-    assert done.returncode == code, done.stderr
+    monkeypatch.chdir(tmp_path)
+    quiet = "--quiet" if arguments[0] == "build" else "-q"
+    done = CliRunner().invoke(main, [*arguments, quiet], env={"NO_COLOR": "1", "COLUMNS": "160"})
+    assert done.exit_code == code, done.stderr
     assert code in EXIT_CODES
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("lemica-trt: ") and word in lines[0], done.stderr

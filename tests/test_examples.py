@@ -47,6 +47,7 @@ def test_make_plan_makes_the_plan_of_the_build(
     assert (tmp_path / "clip.gif").stat().st_size > 500
 
 
+@pytest.mark.long
 def test_build(tmp_path: Path) -> None:
     assert _run("build.py", tmp_path / "bundle") == ["b4 (0, 2, 4, 6)", "uncached (0, 1, 2, 3, 4, 5, 6, 7)"]
 

@@ -65,7 +65,8 @@ def test_a_name_that_is_none_is_answered_with_the_nearest(typed: str, near: str)
 
 
 @pytest.mark.cpu
-def test_an_unknown_hub_id_is_answered_with_the_nearest_name() -> None:
+def test_an_unknown_hub_id_is_answered_with_the_nearest_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a network
     done = lemica("build", "--model", "someone/FLUX.1-devel", "--budget", "3")
     assert done.exit_code == 3, done.stderr
     assert "did you mean flux.1-dev" in done.stderr

@@ -51,7 +51,8 @@ def index(folder: Path, kind: str, **parts: list[str]) -> Path:
     return folder
 
 
-def test_mistakes_are_one_line_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_mistakes_are_one_line_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a network
     unet = index(tmp_path / "unet", "StableDiffusionPipeline", unet=["diffusers", "UNet2DConditionModel"])
     own = index(tmp_path / "own", "MyPipeline", transformer=["diffusers", "MyTransformer"])
     wan = {

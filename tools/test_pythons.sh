@@ -17,11 +17,11 @@ for version in $versions; do
   numpy=$([ "$version" = 3.10 ] && echo 'numpy<2' || echo numpy)
   if [ ! -e "$venv/.installed" ] || [ pyproject.toml -nt "$venv/.installed" ]; then
     "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable . "$numpy" onnxruntime pytest hypothesis
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable . "$numpy" onnxruntime pytest pytest-xdist hypothesis
     touch "$venv/.installed"
   fi
   echo "Python $version, numpy $("$venv/bin/python" -c 'import numpy; print(numpy.__version__)'):"
-  "$venv/bin/python" -m pytest -q -m 'null and not benchmark and not fuzz and not load and not long' -p no:cacheprovider
+  "$venv/bin/python" -m pytest -q --numprocesses "${JOBS:-2}" -m 'null and not benchmark and not fuzz and not load and not long' -p no:cacheprovider
   tested="$tested $version"
 done
 echo "null tests ran on Python:${tested:- none of $versions}"

@@ -47,6 +47,7 @@ def test_quality_measures_flip(built: Built, tmp_path: Path) -> None:
     assert nearest.flip[0] < furthest.flip[0]
 
 
+@pytest.mark.long
 def test_peers_run_are_counted_or_say_why_not(built: Built, tmp_path: Path) -> None:
     compared = ("dpcache", "l2p", "magcache", "mean-velocity", "teacache")
     chosen = ("the plan", "stock:unipc", *compared, "TaylorSeer", "TaylorSeer, lite", "SmoothCache", "DBPrune")

@@ -84,7 +84,12 @@ def test_what_was_calibrated_on_other_prompts_is_fitted_on_them(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("file", "damage"),
-    [("onnx/full.onnx", b""), ("calibration/sampler.json", b"x" * 100), ("plans/b3.json", None), ("model.json", b"{")],
+    [
+        pytest.param("onnx/full.onnx", b"", marks=pytest.mark.long),
+        ("calibration/sampler.json", b"x" * 100),
+        ("plans/b3.json", None),
+        ("model.json", b"{"),
+    ],
 )
 def test_a_damaged_work_folder_makes_the_same_bundle(copy: Path, file: str, damage: bytes | None) -> None:
     right, path = contents(copy), copy.with_name("bundle.work") / file

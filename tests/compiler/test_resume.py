@@ -15,14 +15,14 @@ from lemica_trt.bundle.reading import Bundle
 
 pytestmark = pytest.mark.cpu
 
-KILLS = 4
+KILLS = 2
 
 
 def _command(output: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "lemica_trt", "build", "--model", "cogvideox-tiny", "--denoising-steps", "6"),
-        *("--samples", "3", "--max-skip", "3", "--validation-samples", "2", "--budget", "3", "--verify-samples", "0"),
-        "--quiet",
+        *("--samples", "2", "--max-skip", "3", "--validation-samples", "1", "--budget", "3", "--verify-samples", "0"),
+        *("--method", "fitted,lemica", "--quiet"),
         *("--output", str(output)),
     ]
 

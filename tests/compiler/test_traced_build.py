@@ -44,10 +44,12 @@ tokens Python counts in a prompt."""
 
 
 SLOW = (
+    "chroma",
     "flux2",
     "flux2-klein",
     "hidream",
     "hunyuanimage",
+    "hunyuanvideo",
     "hunyuanvideo-1.5",
     "ltx2",
     "lumina2",
@@ -55,8 +57,7 @@ SLOW = (
     "wan-modular",
     "z-image-modular",
 )
-"""Pipelines of a network that is an exception, of several latents, modular, or with a large text encoder: built with a
-budget."""
+"""All but one run in `make long`, built with a budget."""
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,7 @@ def test_prompts_of_any_length_are_the_pipelines(name: str, tmp_path: Path) -> N
         assert pipe("a red bird", seed=3).frames.shape[1:] == (32, CALLS[name]["width"], 3)
 
 
+@pytest.mark.long
 def test_open_sora_is_guided_away_from_its_null_embedding(tmp_path: Path) -> None:
     """New prompts, seeds and scales, with the null embedding and with a negative prompt: the final latents are the
     pipeline's. 6 frames are two pieces of the autoencoder's."""
@@ -116,7 +118,8 @@ def test_open_sora_is_guided_away_from_its_null_embedding(tmp_path: Path) -> Non
         assert pipe("a red bird", seed=3).frames.shape == (6, 32, 48, 3)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name != "sd3")) for name in ENCODED])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ENCODED)
 def test_prompts_of_any_length_become_what_they_become_in_the_pipeline(name: str, tmp_path: Path) -> None:
     """What the transformer is given, and what comes of it; the last prompt is cut."""
     output, source = built(name, tmp_path, "--schedule", "0,2,4", "--verify-samples", 0), tiny_pipeline(name)
@@ -221,6 +224,7 @@ def test_one_command_makes_a_plan_for_a_budget(traced: Callable[[str], Path], tm
     assert (tmp_path / "x.png").stat().st_size > 100
 
 
+@pytest.mark.long
 def test_a_pipeline_in_fp16_is_calibrated_and_built_in_fp16(tmp_path: Path) -> None:
     """The pipeline's own precision from the first run to the engines; latents and coefficients stay fp32."""
     output = built("flux", tmp_path, "--dtype", "fp16", "--budget", 3, *SMALL)
@@ -238,6 +242,7 @@ def test_a_pipeline_in_fp16_is_calibrated_and_built_in_fp16(tmp_path: Path) -> N
     assert halves <= dtypes.keys()
 
 
+@pytest.mark.long
 def test_two_transformers_are_two_experts(tmp_path: Path) -> None:
     """Wan 2.2: a plan folds across the switch, one reuses residuals on both sides of it and never over it; a request's
     guidance scale is that of the first expert, the second has its own."""

@@ -113,6 +113,7 @@ def test_openais_client_gets_the_bytes_of_run(built: Built, tmp_path: Path) -> N
     assert {path: path.stat().st_mtime_ns for path in built[0].rglob("*")} == files  # nothing is written
 
 
+@pytest.mark.long
 def test_images_are_those_of_run(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     flags = ("--frames", "1", "--method", "uniform", "--budget", "4", "--verify-samples", "0", "--output", bundle)

@@ -63,6 +63,7 @@ def test_committed_error_graph_is_of_the_bundled_model(model: Model, table: Samp
     assert np.mean([errors[i, j] > errors[i, j - 1] for i, j in longer]) >= 0.95
 
 
+@pytest.mark.long
 def test_plans_beat_equal_distances_on_held_out_prompts(model: Model, table: SamplerTable, graph: ErrorGraph) -> None:
     samples = held_out_samples(
         read_prompts(calibration_path(model.profile.calibration.prompts) / "held_out.txt"), CLIPS

@@ -54,7 +54,7 @@ def cases_of(name: str) -> list[dict[str, Any]]:
     return cases
 
 
-@pytest.fixture(scope="module", params=list(GUIDED))
+@pytest.fixture(scope="module", params=["flux", pytest.param("qwen-image", marks=pytest.mark.long)])
 def served(
     request: pytest.FixtureRequest,
     tritonserver: Path,
