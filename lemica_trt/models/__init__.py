@@ -9,6 +9,8 @@
     load                     profile → `Model`
     preflight                what a pipeline's configuration tells before weights are downloaded
     traced                   a model made from a trace, of any pipeline
+    conditions               which inputs of its graphs are conditions: names, rows, text axes
+    text_encoders            its text encoders as graphs, and how text becomes their ids
     image_encoder            what a traced pipeline makes of its picture before the loop, as a module
     families                 exceptions: networks that no graph can follow, said in another way
     copies                   networks as graphs are made of them, held against the pipeline's own
