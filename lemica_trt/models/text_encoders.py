@@ -309,6 +309,7 @@ class TextEncoders:
         return self._named.values[name].shape[1] - int((mask == 0).sum())
 
     def embed(self, text: str, device: torch.device, *, negative: bool = False) -> dict[str, Tensor]:
+        """Conditions of a prompt or a negative prompt, by name, [1, …]."""
         found: dict[str, Tensor] = {}
         own = [encoder for encoder in self.encoders if encoder.is_negative]
         for encoder in own if negative and own else [encoder for encoder in self.encoders if encoder not in own]:
