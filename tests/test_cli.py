@@ -11,13 +11,11 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-from click.testing import CliRunner
-from command import PAPER, SMALL, lemica, result_of
+from command import PAPER, SMALL, in_process, lemica, result_of
 
 from lemica_trt.bundle.manifest import manifest_digest_line
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import work_folder
-from lemica_trt.cli.main import main
 from lemica_trt.core.errors import EXIT_CODES
 from lemica_trt.core.values import read_value
 from lemica_trt.ir.calibration import ErrorGraph, TrajectoryGrams
@@ -26,7 +24,7 @@ from lemica_trt.ir.resources import profile_names
 from lemica_trt.ir.trials import TrialTables
 from lemica_trt.planning.planner import auto_methods
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of diffusers
 
 
 def test_build_makes_a_verified_bundle(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -112,23 +110,23 @@ def test_stages_refuse_what_another_profile_left(tmp_path: Path) -> None:
     work = tmp_path / "work"
     for steps in (6, 8):
         small = ("--model", "cogvideox-tiny", "--samples", "1", "--max-skip", "1", "--denoising-steps", steps)
-        assert lemica("calibrate", *small, "--output", work).returncode == 0
+        assert in_process("calibrate", *small, "--output", work).returncode == 0
         if steps == 6:
-            assert lemica("plan", work, *PAPER, "--budget", "4").returncode == 0
-    assert lemica("export", work, "--quiet").returncode == 0
+            assert in_process("plan", work, *PAPER, "--budget", "4").returncode == 0
+    assert in_process("export", work, "--quiet").returncode == 0
     engine = ("engine", work, "--output", tmp_path / "bundle", "--quiet")
-    done = lemica(*engine)
+    done = in_process(*engine)
     assert done.returncode == 3 and f"lemica-trt plan {work}" in done.stderr
-    assert lemica("plan", work, *PAPER, "--budget", "5").returncode == 0
+    assert in_process("plan", work, *PAPER, "--budget", "5").returncode == 0
     shutil.rmtree(work / "onnx")
-    done = lemica(*engine)
+    done = in_process(*engine)
     assert done.returncode == 3 and f"lemica-trt export {work}" in done.stderr
     assert not (tmp_path / "bundle").exists()
 
 
 def test_cheap_calibration_says_what_it_costs_before_and_after(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    done = lemica("calibrate", *SMALL, "--calibration", "secant", "--output", work)
+    done = in_process("calibrate", *SMALL, "--calibration", "secant", "--output", work)
     assert done.returncode == 0, done.stderr
     assert re.search(r"calibrate +secant: 1 samples, up to 3 steps skipped: \d+ samplings' work", done.stderr)
     counted = re.search(r"(\d+) full steps, \d+ skipped steps were run: ([\d.]+) samp", done.stderr)
@@ -136,7 +134,7 @@ def test_cheap_calibration_says_what_it_costs_before_and_after(tmp_path: Path) -
     graph = read_value(ErrorGraph, work / "calibration" / "error_graph.json")
     assert (graph.method, graph.samplings) == ("secant", int(counted[1]) / 8)
     assert read_value(TrajectoryGrams, work / "calibration" / "grams.json").sampler_digest == graph.sampler_digest
-    assert lemica("plan", work, "--budget", "4").returncode == 0
+    assert in_process("plan", work, "--budget", "4").returncode == 0
     (trials,) = read_value(TrialTables, work / "calibration" / "selection.json").tables
     assert {trial.label for trial in trials.trials} == set(auto_methods(8)) and trials.of == "frames"
 
@@ -283,8 +281,8 @@ def test_mistakes_get_one_line_and_their_exit_code(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     quiet = "--quiet" if arguments[0] == "build" else "-q"
-    done = CliRunner().invoke(main, [*arguments, quiet], env={"NO_COLOR": "1", "COLUMNS": "160"})
-    assert done.exit_code == code, done.stderr
+    done = in_process(*arguments, quiet)
+    assert done.returncode == code, done.stderr
     assert code in EXIT_CODES
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("lemica-trt: ") and word in lines[0], done.stderr
@@ -296,13 +294,13 @@ def test_altered_bundle_is_not_loaded(built: tuple[Path, subprocess.CompletedPro
     shutil.copytree(built[0], copy)
     loaded = Bundle.open(copy).engine().files["full"]
     (copy / loaded).write_bytes(b"x" * 100)
-    done = lemica("run", copy, "a prompt", "-o", tmp_path / "x.mp4", "--quiet")
+    done = in_process("run", copy, "a prompt", "-o", tmp_path / "x.mp4", "--quiet")
     assert done.returncode == 4 and loaded in done.stderr
     assert not (tmp_path / "x.mp4").exists()
-    done = lemica("verify", copy, "--samples", "2", "--quiet")  # whatever its report says
+    done = in_process("verify", copy, "--samples", "2", "--quiet")  # whatever its report says
     assert done.returncode == 4 and loaded in done.stderr
     (copy / "manifest.json").write_bytes((copy / "manifest.json").read_bytes()[:-2] + b"\xff}")
-    done = lemica("inspect", copy)
+    done = in_process("inspect", copy)
     assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
 
 
@@ -310,21 +308,21 @@ def test_a_default_alone_plans_nothing(built: tuple[Path, subprocess.CompletedPr
     copy = tmp_path / "copy"
     shutil.copytree(built[0], copy)
     before = {name: built[0].joinpath("plans", f"{name}.json").read_bytes() for name in ("b4", "b5", "uncached")}
-    assert lemica("plan", copy, "--default", "b5", "--quiet").returncode == 0
+    assert in_process("plan", copy, "--default", "b5", "--quiet").returncode == 0
     assert Bundle.open(copy).plan().name == "b5"
     assert {file.stem: file.read_bytes() for file in (copy / "plans").iterdir()} == before
-    done = lemica("plan", copy, "--default", "b6", "--quiet")
+    done = in_process("plan", copy, "--default", "b6", "--quiet")
     assert done.returncode == 2 and "b6" in done.stderr
-    done = lemica("plan", copy, "--budget", "4", "--device", "cpu", "--quiet")
+    done = in_process("plan", copy, "--budget", "4", "--device", "cpu", "--quiet")
     assert done.returncode == 2 and "got device: a bundle is planned without the model" in done.stderr
 
 
 def test_what_a_build_would_only_find_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").write_text("x")
-    done = lemica("build", *SMALL, "--output", tmp_path / "b", "--triton", tmp_path, "--dry-run")
+    done = in_process("build", *SMALL, "--output", tmp_path / "b", "--triton", tmp_path, "--dry-run")
     assert done.returncode == 2 and "expected a model repository" in done.stderr
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        done = lemica("build", *SMALL, "--output", tmp_path / "b", "--provider", "cuda", "--dry-run")
+        done = in_process("build", *SMALL, "--output", tmp_path / "b", "--provider", "cuda", "--dry-run")
         assert done.returncode == 7 and "CUDAExecutionProvider" in done.stderr
     monkeypatch.chdir(tmp_path)
     assert work_folder(Path()) == tmp_path.with_name(f"{tmp_path.name}.work")
@@ -366,7 +364,7 @@ def test_verify_finds_a_graph_that_computes_something_else(
     manifest["files"]["onnx/skip.onnx"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     (copy / "manifest.json").write_text(json.dumps(manifest))
     (copy / "manifest.sha256").write_bytes(manifest_digest_line((copy / "manifest.json").read_bytes()))
-    done = lemica("verify", copy, "--verify-samples", "1", "--quiet")
+    done = in_process("verify", copy, "--verify-samples", "1", "--quiet")
     assert done.returncode == 9, done.stderr
     assert "graph skip differs from PyTorch" in done.stderr and "plan b4 differs from torch" in done.stderr
     report = json.loads((copy / "reports" / "verify.json").read_text())

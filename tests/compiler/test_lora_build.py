@@ -59,6 +59,7 @@ def latents_of_diffusers(noise: np.ndarray, added: torch.Tensor | None) -> np.nd
     ).frames.numpy()  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_build_is_of_the_fused_model(style: Path, tmp_path: Path) -> None:
     output, flags = tmp_path / "fused", (*SMALL, "--lora", f"{style}:{SCALE}", "--output", tmp_path / "fused")
     done = lemica("build", *flags, "--quiet")

@@ -43,33 +43,12 @@ ENCODED = {
 tokens Python counts in a prompt."""
 
 
-SLOW = (
-    "chroma",
-    "flux2",
-    "flux2-klein",
-    "hidream",
-    "hunyuanimage",
-    "hunyuanvideo",
-    "hunyuanvideo-1.5",
-    "ltx2",
-    "lumina2",
-    "mochi",
-    "wan-modular",
-    "z-image-modular",
-)
-"""All but one run in `make long`, built with a budget."""
-
-
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.long] * (name in SLOW))
-        for name in FLAGS
-        if name not in ("flux", "open-sora", "wan2.2", *CALLS, *ENCODED)
-    ],
+    "name", [name for name in FLAGS if name not in ("flux", "open-sora", "wan2.2", *CALLS, *ENCODED)]
 )
 def test_the_uncached_plan_of_a_bundle_is_the_pipeline(name: str, tmp_path: Path) -> None:
-    output = built(name, tmp_path, *(("--budget", 3, *SMALL) if name in SLOW else ()))
+    output = built(name, tmp_path, "--budget", 3, *SMALL)
     require_agreement(output, apart=2 * (name == "hidream"))
 
 
@@ -155,9 +134,8 @@ def picture(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8))
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "cogvideox-i2v" else pytest.param(name, marks=pytest.mark.long) for name in IMAGES]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", IMAGES)
 def test_images_are_encoded_as_the_pipeline_does(name: str, tmp_path: Path) -> None:
     """Calibrated with pictures of the user's, verified with drawn ones; a whole call of the pipeline with a new prompt,
     seed and picture, of another size than what is made, is reproduced from the prompt, the seed and the file."""

@@ -35,12 +35,20 @@ def tritonserver() -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """cogvideox-tiny with few steps: plans b4, b6 and uncached; and a repository beside it."""
-    output = tmp_path_factory.mktemp("tiny") / "bundle"
+    from filelock import FileLock
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tiny"
+    output = folder / "bundle"
     command = ["build", "--model", "cogvideox-tiny", "--denoising-steps", str(STEPS), "--method", "uniform"]
     command += ["--budget", "4,6", "--verify-samples", "0", "--quiet", "--output", str(output)]
     command += ["--triton", str(output.parent / "repository")]
-    done = subprocess.run([sys.executable, "-m", "lemica_trt", *command], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    with FileLock(f"{folder}.lock"):  # once for all processes of the tests
+        if not (folder / "repository").exists():
+            done = subprocess.run(
+                [sys.executable, "-m", "lemica_trt", *command], capture_output=True, text=True, cwd=ROOT
+            )
+            assert done.returncode == 0, done.stderr
     return output
 
 

@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of diffu
 FRAMES = {"flux-tiny": 1}
 
 
+@pytest.mark.long
 def test_a_bundle_of_few_steps_is_the_pipeline(tmp_path: Path) -> None:
     build("flux-tiny", tmp_path, "--denoising-steps", 5, "--schedule", "0,2,4", "--verify-samples", 1)
 
