@@ -3,6 +3,9 @@
 Every request is answered once, right or with a status, while processes of models are killed, requests are cancelled,
 time out, or are not what they must be; where the server itself is killed, the connection may break. Afterwards nothing
 has leaked.
+
+A process that is killed while it holds a lock of Triton's shared memory can block the server for good, in one of some
+hundred kills. Then the probe must say so, and the test goes on with another server.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import contextlib
 import http.client
 import json
 import os
+import queue
 import random
 import signal
 import socket
@@ -26,8 +30,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_server import embeds_input, eventually, failure, grpc, prompt_input, split, stream
-from triton_server import CASES, ROOT, SHM, Server, serving, stubs
+from test_server import embeds_input, eventually, failure, grpc, probe, prompt_input, split, stream
+from triton_server import CASES, ROOT, SHM, STARTS, Server, serving, stubs
 
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.triton.repository import write_repository
@@ -40,6 +44,8 @@ CLIENTS = 32
 KILL_EVERY_SECONDS = 12.0
 PATIENCE_SECONDS = 240
 """For one request, on a machine that has little to give: it ends long before, or it hangs."""
+
+UNANSWERED = "no answer"
 
 KILLED = ("denoiser_stream", "text_encoder", "vae_decoder", "pipeline", "pipeline_stream", "denoiser")
 
@@ -218,11 +224,14 @@ def clients(
                     outcome = str(error.status()).removeprefix("StatusCode.")
                 except (OSError, http.client.HTTPException) as error:
                     outcome = type(error).__name__
-                except Exception as error:  # an assertion, a queue that stays empty: what these tests are about
+                except queue.Empty:
+                    wrong.append(f"{ask.__name__}: {UNANSWERED}")
+                    return
+                except Exception as error:  # an assertion: what these tests are about
                     wrong.append(f"{ask.__name__}: {type(error).__name__}: {error}")
                     return
                 if time.monotonic() - start > PATIENCE_SECONDS:
-                    wrong.append(f"{ask.__name__}: {time.monotonic() - start:.0f} s")
+                    wrong.append(f"{ask.__name__}: {UNANSWERED}")
                 seen[f"{ask.__name__}: {outcome}"] += 1
 
     with ThreadPoolExecutor(CLIENTS) as pool:
@@ -250,25 +259,47 @@ def require_gone(server: Server, left: dict[int, str]) -> None:
     assert not [file for file in temporary.call_folder().glob("*-*") if int(file.name.partition("-")[0]) in left]
 
 
-def test_every_request_is_answered_once(fresh: Server, reference: dict[str, Any]) -> None:
-    """32 clients; every twelve seconds a process of a model is killed, and the model started anew."""
-    end, wrong, kills = time.monotonic() + SECONDS, list[str](), 0
-    with clients(fresh, reference, lambda: time.monotonic() >= end, wrong) as seen:
-        draw = random.Random(0)
-        while time.monotonic() < end and not wrong:
-            time.sleep(min(KILL_EVERY_SECONDS, max(0.0, end - time.monotonic())))
-            model = draw.choice(KILLED)
-            with contextlib.suppress(ValueError, ProcessLookupError):  # it has no process at this moment
-                os.kill(fresh.stub(model), signal.SIGKILL)
-                kills += 1
-            for _ in range(5):  # the server may be taking the model down
-                if fresh.restart(model):
-                    break
-                time.sleep(1)
-    print(f"{sum(seen.values())} requests, {kills} kills; {dict(sorted(seen.items()))}")
-    assert not wrong, wrong[:3]
+def past(end: float) -> Callable[[], bool]:
+    return lambda: time.monotonic() >= end
+
+
+def kill_again_and_again(server: Server, wrong: list[str], end: float, draw: random.Random) -> int:
+    """Every twelve seconds a process of a model is killed, and the model started anew; how many were."""
+    kills = 0
+    while time.monotonic() < end and not wrong:
+        time.sleep(min(KILL_EVERY_SECONDS, max(0.0, end - time.monotonic())))
+        model = draw.choice(KILLED)
+        with contextlib.suppress(ValueError, ProcessLookupError):  # it has no process at this moment
+            os.kill(server.stub(model), signal.SIGKILL)
+            kills += 1
+        for _ in range(5):  # the server may be taking the model down
+            if server.restart(model):
+                break
+            time.sleep(1)
+    return kills
+
+
+def test_every_request_is_answered_once(
+    tritonserver: Path, tiny: Path, tmp_path: Path, reference: dict[str, Any]
+) -> None:
+    """32 clients while processes of models are killed; SECONDS in a row on one server."""
+    write_repository(Bundle.open(tiny), tmp_path / "repository")
+    draw = random.Random(0)
+    for attempt in range(STARTS):
+        wrong = list[str]()
+        with serving(tritonserver, tmp_path / "repository", tmp_path / "log") as server:
+            end = time.monotonic() + SECONDS
+            with clients(server, reference, past(end), wrong) as seen:
+                kills = kill_again_and_again(server, wrong, end, draw)
+            print(f"{sum(seen.values())} requests, {kills} kills; {dict(sorted(seen.items()))}")
+            if not wrong:
+                require_right(server, reference)  # all is as it was
+                break
+            assert all(UNANSWERED in each for each in wrong), wrong[:3]
+            found = probe(server, "--clip")
+            print(f"{len(wrong)} requests have no answer; {found.stderr.strip()}")
+            assert found.returncode == 1 and attempt < STARTS - 1, "it is blocked, and its probe says so; once"
     assert seen["whole: right"] and seen["latents: right"] and seen["cancelled: cancelled"] and kills
-    require_right(fresh, reference)  # all is as it was
 
 
 def test_a_server_that_is_killed_again_and_again(
