@@ -30,8 +30,9 @@ benchmark: $(VENV)/.installed
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -m fuzz
 
-# Whole builds, and the commands of README.md: minutes of one core.
+# Whole builds, the commands of README.md, the newest Python: an hour of one core.
 long: $(VENV)/.installed
+	PYTHONS=3.13 tools/test_pythons.sh
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -m long
 
 # A real tritonserver under load: 32 clients; killed processes, then killed servers, LOAD_SECONDS=300 each; and more.

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Run the `null` tests (pure values, host loop; no torch) on every Python from 3.10 on that this machine has.
+# Run the `null` tests (pure values, host loop; no torch) on other Pythons: those of Triton's containers, or PYTHONS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cache=${CACHE:-.cache}
-versions="3.10 3.12 3.13"
+versions=${PYTHONS:-3.10 3.12}
 tested=""
 . tools/python_at.sh
 

@@ -29,4 +29,4 @@ def test_a_machine_without_other_pythons_is_told_so(tmp_path: Path) -> None:
     script = ROOT / "tools" / "test_pythons.sh"
     environment = {"PATH": str(tmp_path / "bin"), "PYENV_ROOT": str(tmp_path), "HOME": str(tmp_path)}
     done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "null tests ran on Python: none of 3.10 3.12 3.13"
+    assert done.stdout.splitlines()[-1] == "null tests ran on Python: none of 3.10 3.12"
