@@ -55,7 +55,7 @@ def joined(rank: int, device: torch.device, store: Path) -> Iterator[Callable[[T
     def gather(rows: Tensor) -> Tensor:
         both = rows.new_empty((BRANCHES * len(rows), *rows.shape[1:]))
         with _group_errors():
-            dist.all_gather_into_tensor(both, rows.contiguous())
+            dist.all_gather(list(both.chunk(BRANCHES)), rows.contiguous())
         return both
 
     try:
