@@ -100,7 +100,7 @@ def step_by_branches(model: Model, link: float) -> float:
 
 
 def step_by_tokens(model: Model, devices: int, link: float) -> float:
-    """Ulysses (arXiv 2309.14509): tokens on several devices; a layer sends q, k, v to heads and the result back, bf16."""
+    """Ulysses (arXiv 2309.14509): tokens on several devices; a layer sends q, k, v to heads and the result back."""
     moved = all_to_all(2 * 2 * model.tokens * model.width, devices, link)  # bytes of both branches
     return step_on_one(model) / devices + 4 * model.layers * moved
 
