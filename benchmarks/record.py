@@ -688,6 +688,50 @@ class AttentionMemory(Value, frozen=True, tag_field="kind", tag="attention-memor
     rows: tuple[AttentionRow, ...]
 
 
+class ScalingRow(Value, frozen=True):
+    """One way to use several GPUs, calculated.
+
+    Attributes:
+        model, way: names.
+        devices: GPUs.
+        link: between them; "": nothing is sent within a step.
+        step: seconds of a full step.
+        latency: seconds of a request.
+        throughput: requests a second, with enough of them waiting.
+    """
+
+    model: str
+    way: str
+    devices: int
+    link: str
+    step: float
+    latency: float
+    throughput: float
+
+
+class Scaling(Value, frozen=True, tag_field="kind", tag="scaling"):
+    """What several GPUs would give, by the model of `scaling.py`; not measured.
+
+    Attributes:
+        run: what made this.
+        speed, utilisation: operations a second of a GPU, and the part of it that is reached.
+        latency: seconds of a collective of no bytes.
+        links: bytes a second in one direction.
+        full_steps: of a request.
+        operations: by model, of text encoder, full step and decoder.
+        rows: see there.
+    """
+
+    run: Run
+    speed: float
+    utilisation: float
+    latency: float
+    links: dict[str, float]
+    full_steps: int
+    operations: dict[str, tuple[float, float, float]]
+    rows: tuple[ScalingRow, ...]
+
+
 class PeerRow(Value, frozen=True):
     """One setting of one method.
 
@@ -765,6 +809,7 @@ Result = (
     | RtxBuilds
     | Drawing
     | AttentionMemory
+    | Scaling
 )
 
 

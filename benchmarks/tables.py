@@ -22,6 +22,7 @@ from record import (
     Result,
     RtxBuilds,
     Run,
+    Scaling,
     Serving,
     Speed,
     SpeedRow,
@@ -432,6 +433,31 @@ def attention_caption(result: AttentionMemory) -> str:
     )
 
 
+def scaling_table(result: Scaling) -> str:
+    """A row a way and link."""
+    rows = [
+        [row.model, row.way, str(row.devices), row.link, duration(row.step), duration(row.latency),
+         f"{3600 * row.throughput / row.devices:.3g}"]
+        for row in result.rows
+    ]  # fmt: skip
+    head = ["", "", "GPUs", "link", "full step", "one request", "requests an hour and GPU"]
+    return table(head, rows)
+
+
+def scaling_caption(result: Scaling) -> str:
+    """What was assumed, and what was counted."""
+    links = ", ".join(f"{name} {rate / 1e9:g} GB/s" for name, rate in result.links.items())
+    counted = "; ".join(
+        f"{name}: {text / 1e12:.1f}, {step / 1e12:.0f} and {decode / 1e12:.0f}"
+        for name, (text, step, decode) in result.operations.items()
+    )
+    return (
+        f"**Calculated, not measured.** {result.speed / 1e12:g} TFLOPS a GPU, of which {result.utilisation:.0%} are "
+        f"reached; {links} in one direction; {1e6 * result.latency:g} µs a collective; {result.full_steps} full steps. "
+        f"TFLOP of text encoder, full step and decoder: {counted}."
+    )
+
+
 OURS, PLAN = "lemica-trt", "the plan"
 """Library of what `lemica_trt.apply` runs, and which of it is this tool's own choice; the rest are others' planners."""
 
@@ -569,6 +595,8 @@ def described(result: Result) -> str:
         parts = [exports_table(result)]
     elif isinstance(result, AttentionMemory):
         parts = [attention_caption(result), attention_table(result)]
+    elif isinstance(result, Scaling):
+        parts = [scaling_caption(result), scaling_table(result)]
     elif isinstance(result, UnusedDepth):
         parts = [depth_caption(result), depth_table(result)]
     else:

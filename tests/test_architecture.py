@@ -47,6 +47,7 @@ HEAVY = {
 """Libraries that no light module may import when it is loaded."""
 
 MAY_BE_HEAVY = (
+    "backends.torch.branches",
     "backends.torch.run",
     "models",
     "endpoint.app",

@@ -11,7 +11,8 @@ A vendor is a folder here, found by listing; nothing else names it. It holds
     openvino        `openvino`: the ONNX files are the engine; CPU
     tensorrt        `tensorrt`, on the GPU that the engine will run on; `tensorrt-rtx` (TensorRT for RTX), built on any
                     machine and finished for the GPU where it is first loaded
-    torch           `torch`: PyTorch modules of the calling process, CPU or CUDA; nothing is built
+    torch           `torch`: PyTorch modules of the calling process, CPU or CUDA; nothing is built;
+                    `branches`: the collective of two processes with a branch of the guidance each
 
 Beside them lies what they share:
 

@@ -17,7 +17,7 @@ from lemica_trt.ir.engine import EngineKey
 from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role, StepLayout, TensorSpec
 from lemica_trt.models.graph_specs import cache_specs, input_specs, output_names
 from lemica_trt.models.model import Model
-from lemica_trt.models.steps import step_modules
+from lemica_trt.models.steps import Branch, step_modules
 from lemica_trt.runtime.denoise import Denoiser
 
 
@@ -28,8 +28,12 @@ def torch_denoiser(
     max_batch: int | None = None,
     capture: Capture = "plan",
     options: TorchOptions | None = None,
+    branch: Branch | None = None,
 ) -> Denoiser:
     """A denoiser on the model's own device.
+
+    With `branch` there are two, in a process each: both are given the same requests in the same order, each runs its
+    own branch of the guidance, and every row that runs the DiT has one collective. Both return the same latents.
 
     Args:
         model: its DiT runs the steps.
@@ -37,12 +41,15 @@ def torch_denoiser(
         max_batch: largest number of requests in a call; None: the profile's.
         capture: what becomes a CUDA graph; ignored on a CPU.
         options: None: the defaults.
+        branch: the one that runs here, see `backends.torch.branches`; None: both.
 
     Raises:
+        UsageError, UnsupportedError: as `models.steps.step_modules`.
         MissingDependencyError: as `backends.base.open_backend`.
     """
-    modules = {name: module.eval() for name, module in step_modules(model, layout).items()}
-    graphs = _step_graphs(model, layout, tuple(modules), max_batch or model.profile.shape.max_batch)
+    modules = {name: module.eval() for name, module in step_modules(model, layout, branch).items()}
+    most = max_batch or model.profile.shape.max_batch
+    graphs = _step_graphs(model, layout, tuple(modules), most, split=branch is not None)
     key = EngineKey(
         backend="torch",
         version=torch.__version__,
@@ -58,9 +65,9 @@ def torch_denoiser(
     return Denoiser(backend, graphs, {graph.role: backend.load(graph, Path(graph.file)) for graph in graphs.graphs})
 
 
-def _step_graphs(model: Model, layout: StepLayout, roles: tuple[Role, ...], max_batch: int) -> GraphSet:
+def _step_graphs(model: Model, layout: StepLayout, roles: tuple[Role, ...], max_batch: int, *, split: bool) -> GraphSet:
     """The description of step graphs that no file holds."""
-    hidden = cache_specs(model, layout)
+    hidden = cache_specs(model, layout, split=split)
     sample = TensorSpec(name="latents", dtype="fp32", shape=("batch", *layout.latent_shape))
     outputs = {**hidden, **{name: msgspec.structs.replace(sample, name=name) for name in ("latents", "output")}}
     return GraphSet(

@@ -65,14 +65,17 @@ def input_specs(role: Role, model: Model, layout: StepLayout, caches: dict[str, 
     return specs
 
 
-def cache_specs(model: Model, layout: StepLayout) -> dict[str, TensorSpec]:
+def cache_specs(model: Model, layout: StepLayout, *, split: bool = False) -> dict[str, TensorSpec]:
     """The cache slots of a layout as the model makes them, by name; shapes only, nothing is computed.
+
+    Args:
+        split: whether a process runs one branch of the guidance, see `steps.Branch`: it keeps the rows of that one.
 
     Raises:
         UnsupportedError: shapes within the transformer follow its data, so that no graph can be exported; or a slot has
             another shape for another prompt.
     """
-    rows = "2*batch" if layout.guided else "batch"
+    rows = "2*batch" if layout.guided and not split else "batch"
     found = {}
     modules = step_modules(model, layout)  # outside: constants that they keep must be real
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):

@@ -6,13 +6,29 @@ Everything around the DiT – the combination, guidance, the mix of residuals �
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
+from lemica_trt.core.errors import UnsupportedError, UsageError
 from lemica_trt.ir.graphs import COMBINE, FULL, SKIP, TERM, TRUNK, StepLayout, kind_of_variant, trunk_name
 from lemica_trt.models.model import Model
 from lemica_trt.models.trace.body import Step
 from lemica_trt.models.traced import TracedModel
+
+
+class Branch(NamedTuple):
+    """The one branch of the guidance that this process runs; another process runs the other (CFG-parallel).
+
+    Attributes:
+        index: 0: the unconditional one, 1: the conditional one.
+        gather: the collective of a step: what the DiT gives here, [b, …] → that of both branches [2b, …].
+    """
+
+    index: int
+    gather: Callable[[Tensor], Tensor]
 
 
 class CombineStep(nn.Module):
@@ -54,10 +70,15 @@ class CombineStep(nn.Module):
 
 
 class FullStep(CombineStep):
-    """Combine, then the whole DiT under guidance; `latents`, `output`, and what else the layout keeps."""
+    """Combine, then the whole DiT under guidance; `latents`, `output`, and what else the layout keeps.
 
-    def __init__(self, model: Model, layout: StepLayout) -> None:
+    Args:
+        branch: None: both run here. Else inputs and outputs are the same, but cache slots hold the rows of the branch.
+    """
+
+    def __init__(self, model: Model, layout: StepLayout, branch: Branch | None = None) -> None:
         super().__init__(layout)
+        self._branch = branch
         self.dit: nn.Module = self._dit(model)
         self._family = model.family
         self._dtype = model.dtype
@@ -77,14 +98,19 @@ class FullStep(CombineStep):
 
     def _dit_inputs(self, latents: Tensor, inputs: dict[str, Tensor]) -> dict[str, object]:
         sample = (self._coefficients(inputs, "in_scale")[0] * latents).to(self._dtype)
-        if self.layout.guided:
+        embeds = inputs["prompt_embeds"]
+        if self._branch is not None:
+            embeds = embeds.chunk(2)[self._branch.index]
+        elif self.layout.guided:
             sample = torch.cat([sample, sample])
         timestep = self._coefficients(inputs, "timestep").expand(sample.shape[0])
         constants = {name: self.get_buffer(name) for name in self._constants}
-        return self._family.transformer_inputs(sample, timestep, inputs["prompt_embeds"], constants)
+        return self._family.transformer_inputs(sample, timestep, embeds, constants)
 
     def _guide(self, output: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """m = u + g·(c − u), and where the layout keeps it (g − 1)·(c − u); fp32 [b, *latent_shape]."""
+        if self._branch is not None:
+            output = self._branch.gather(output)
         output = output.float()
         if not self.layout.guided:
             return {"output": output}
@@ -172,13 +198,30 @@ VARIANTS: dict[str, type[FullStep]] = {FULL.name: FullStep, SKIP.name: SkipStep}
 """Variant → the module that runs it."""
 
 
-def step_modules(model: Model, layout: StepLayout) -> dict[str, CombineStep]:
-    """The step graphs of a layout as modules, by name."""
+def step_modules(model: Model, layout: StepLayout, branch: Branch | None = None) -> dict[str, CombineStep]:
+    """The step graphs of a layout as modules, by name.
+
+    Args:
+        branch: the one that runs here; None: both.
+
+    Raises:
+        UsageError: `branch` of a model without guidance.
+        UnsupportedError: `branch` of a traced pipeline, whose loop calls the branches as it likes.
+    """
+    if branch is not None and not layout.guided:
+        raise UsageError(
+            "expected two branches of guidance to split, the model runs without guidance", fix="one device"
+        )
+    if branch is not None and isinstance(model, TracedModel):
+        raise UnsupportedError(
+            f"{model.profile.source}: expected CogVideoX or Wan, got a traced pipeline: it cannot be split by branches",
+            fix="run it on one device",
+        )
     made: dict[str, CombineStep] = {COMBINE: CombineStep(layout)}
     for variant in layout.variants:
         if isinstance(model, TracedModel):
             traced = TracedSkipStep if variant.reads else TracedFullStep
             made[variant.name] = traced(model, layout, kind_of_variant(variant.name))
         else:
-            made[variant.name] = VARIANTS[variant.name](model, layout)
+            made[variant.name] = VARIANTS[variant.name](model, layout, branch)
     return made

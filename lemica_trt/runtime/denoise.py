@@ -313,14 +313,13 @@ class Denoiser:
     def _allocate(self, batch: int) -> _Buffers:
         if batch not in self._buffers:
             layout = self._graphs.layout
-            samples = 2 * batch if layout.guided else batch
             terms = layout.guidance_history + 1 if layout.guidance_history else 0
             shape = (batch, *layout.latent_shape)
             zeros = self._zeros(shape, "fp32")
             caches = {}
             for slot in layout.caches:
                 tensor = self._written(slot.name)
-                kept = (samples, *_static(tensor))
+                kept = (tensor.at(batch)[0], *_static(tensor))
                 # A row that reads a slot and writes it must not overwrite what it reads: one more than the depth then.
                 extra = any(slot.name in v.reads and slot.name in v.writes for v in layout.variants)
                 # Rows with fewer writers before them than the slot is deep read zeros.
