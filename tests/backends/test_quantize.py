@@ -226,8 +226,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         check("onnxruntime", "fp16", INT8)
     with pytest.raises(UsageError, match="openvino has no option --quantize"):
         check("openvino", "fp32", {"quantize": "int8"})
-    with pytest.raises(UsageError, match="--quantize must be one of none, int8, got 'fp8'"):
-        check("onnxruntime", "fp32", {"quantize": "fp8"})
+    with pytest.raises(UsageError, match="--quantize must be one of none, int8, fp8, got 'fp4'"):
+        check("onnxruntime", "fp32", {"quantize": "fp4"})
     with pytest.raises(UsageError, match="engines are quantised once they are built"):
         build("onnxruntime", graphs, tmp_path, tmp_path, INT8)
     with pytest.raises(ValueError, match="layer x: error must be finite"):
