@@ -43,7 +43,7 @@ Quantize = Annotated[
     Literal["none", "int8", "fp8"],
     msgspec.Meta(
         description="what linear layers of the whole DiT compute in, except those that its output is sensitive to; "
-        "of a finished bundle in fp32, with ONNX Runtime on the CPU"
+        "of a finished bundle in fp32; ranges and errors are measured by ONNX Runtime on the CPU"
     ),
 ]
 """The option `ir.engine.QUANTIZE`."""

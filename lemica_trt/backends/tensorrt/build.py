@@ -90,11 +90,7 @@ class TensorRTBuilder:
                 f"--quantize {options.quantize} is of fp32 graphs, got {dtype}",
                 fix="build the bundle with --dtype fp32; or leave it out",
             )
-        named = isinstance(options, RtxOptions) and options.capabilities not in ((), ("current",))
-        if named:  # known without the library
-            _require_kernels(options, self._target(options, ProbeResult(version="", gpu=None)))
-        target = self._target(options, self._probe())
-        _require_kernels(options, target)
+        _require_kernels(options, self._target(options, self._probe()))
 
     def estimate(self, weights: int) -> Estimate:
         """Time is unknown where kernels are timed."""
