@@ -212,6 +212,7 @@ main {
   mul={ name="c" output={"b" } input={"a" } }
   fully_connected={ name="o" output={"b" } input={"q" "w" } scratchspace={"s" } }
   mul={ name="d" output={"b" } input={"q" } }
+  runtime_fusion={ name=__myl_FcMulCast input_args={ "x" "q" } output_args={ "q" } backbone=gemm }
 }
 shape_main {
 }
@@ -227,7 +228,7 @@ main {
 """
     file = tmp_path / "engine"
     file.write_bytes(b"ftrt\0\1\2" + program.encode() + b"\0\0")
-    assert program_layers(file) == Layers({"bf16": 2, "fp32": 1, "fp8": 1}, 1)
+    assert program_layers(file) == Layers({"bf16": 2, "fp32": 1, "fp8": 2}, 1)
     file.write_bytes(b"ftrt\0\1\2")
     assert program_layers(file) is None
 
