@@ -322,7 +322,8 @@ def quantized_step(result: Quantized) -> str:
         products = ", ".join(f"{number} products in {name}" for name, number in sorted(rtx.precisions.items()))
         return (
             f"The engine of TensorRT for RTX {rtx.version} for {rtx.target}: {size(rtx.sizes[0])} in fp32, "
-            f"{size(rtx.sizes[1])} quantised ({products}); built, not run. "
+            f"{size(rtx.sizes[1])} quantised ({products}; layers that share an input are one); built, "
+            "not run. "
         )
     if not result.seconds[0]:
         return ""

@@ -3,7 +3,7 @@
 For ONNX Runtime int8 is what its own quantiser writes: weights with a scale for each output channel, activations uint8
 with one scale and zero point a tensor, from the smallest and largest number that came by (Jacob et al. 2018, arXiv
 1712.05877). On CPUs with VNNI or AMX it runs such a layer as one integer product. fp8, and int8 for TensorRT, is
-written by `backends.qdq`; ONNX Runtime rounds fp8 as TensorRT does, and multiplies in fp32.
+written by `backends.qdq`; ONNX Runtime rounds to fp8 as ONNX defines it, and multiplies in fp32.
 
 Which layers: each is quantised alone, and the model's output compared with the one in fp32, on step inputs that its
 ranges were not measured on. Layers stay in fp32, the worst first, until the errors of the others together, taken as

@@ -113,8 +113,7 @@ class TensorRTBuilder:
         (out / folder).mkdir(parents=True, exist_ok=True)
         for unfinished in (out / ENGINES_FOLDER).glob("*/*.tmp"):  # of a process that was killed
             unfinished.unlink()
-        # Timings hold for one GPU and one version; the library itself refuses others.
-        cache = out / ENGINES_FOLDER / f"{key.backend}.timing_cache" if self.vendor.builds_on_gpu else None
+        cache = self._timing_cache(out)
         files: dict[Role, str] = {}
         builds: dict[Role, EngineBuild] = {}
         for graph in graphs.graphs:
@@ -151,7 +150,7 @@ class TensorRTBuilder:
         digest = quantiser().observed_digest(observed)
         key = msgspec.structs.replace(entry.key, options=options.as_dict(), observed=digest)
         folder = f"{ENGINES_FOLDER}/{key.backend}-{key.digest[:16]}"
-        cache = out / ENGINES_FOLDER / f"{key.backend}.timing_cache" if self.vendor.builds_on_gpu else None
+        cache = self._timing_cache(out)
         files, builds, sources = dict(entry.files), dict(entry.builds), dict[Role, str]()
         for role, found in sorted(observed.items()):
             graph, path = graphs.graph(role), out / f"{folder}/{role}.engine"
@@ -191,6 +190,10 @@ class TensorRTBuilder:
             engine=f"{path}.tmp",
             timing_cache=None if cache is None else str(cache),
         )
+
+    def _timing_cache(self, out: Path) -> Path | None:
+        """Timings hold for one GPU and one version; the library itself refuses others."""
+        return out / ENGINES_FOLDER / f"{self.vendor.backend}.timing_cache" if self.vendor.builds_on_gpu else None
 
     def _key(self, graphs: GraphSet, root: Path, options: TensorRTOptions | RtxOptions) -> EngineKey:
         found = self._probe()

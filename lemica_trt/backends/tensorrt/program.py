@@ -48,7 +48,7 @@ class Layers(NamedTuple):
 
     Attributes:
         precisions: dtype → matrix products, convolutions and fused attentions whose result has it; of int8 and fp8
-            those that multiply it.
+            those that multiply it; layers that share an input may be one product.
         fused_attention: how many of these are attentions in one kernel.
     """
 
