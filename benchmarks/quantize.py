@@ -1,13 +1,17 @@
-"""What linear layers in int8 cost and save on the CPU, under the plan of the engines in fp32 and under others.
+"""What linear layers in int8 or fp8 cost and save, under the plan of the engines in fp32 and under others.
 
     lemica-trt build --model cogvideox-tiny --budget 15 --output out/tiny
     OMP_NUM_THREADS=1 python benchmarks/quantize.py out/tiny \\
         --output benchmarks/results/quantize-cogvideox-tiny.json
+    OMP_NUM_THREADS=1 python benchmarks/quantize.py out/tiny --quantize fp8 \\
+        --output benchmarks/results/quantize-cogvideox-tiny-fp8.json
 
 The bundle's engines are quantised (`lemica-trt engine --quantize int8`), and plans made for the result on its own
 engines (`lemica-trt plan --calibrate-on engine`). Held-out clips on the engines; PSNR against the uncached run of those
-in fp32. Beside them the same steps fitted to end where the int8 engines' own uncached runs end. Steps of both are timed
-in turns, on `--threads` threads, as CPU time of the process. Writes JSON (`record.Quantized`) and prints its table.
+in fp32. Beside them the same steps fitted to end where the quantised engines' own uncached runs end. int8: steps of
+both are timed in turns, on `--threads` threads, as CPU time of the process. fp8: CPUs round to it and multiply in fp32,
+so nothing is timed; instead an engine of TensorRT for RTX is built, which needs no GPU, and is not run. Writes JSON
+(`record.Quantized`) and prints its table.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ import tempfile
 from pathlib import Path
 from time import process_time
 
-from record import Quantized, QuantizedRow, this_run, write_result
+from msgspec import UNSET
+from record import Quantized, QuantizedRow, RtxQuantized, this_run, write_result
 from tables import described
 
 from lemica_trt.bundle.contents import read_from
@@ -33,6 +38,8 @@ from lemica_trt.core.progress import Reporter, reporter
 from lemica_trt.evaluate.engine_model import EngineModel
 from lemica_trt.evaluate.samples import HELD_OUT_SEED, Samples, held_out_samples
 from lemica_trt.evaluate.timing import request
+from lemica_trt.ir.engine import Option
+from lemica_trt.ir.graphs import Role
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.resources import calibration_path
 from lemica_trt.ir.sampler import SamplerTable
@@ -40,7 +47,10 @@ from lemica_trt.ir.schedule import Schedule
 from lemica_trt.planning.step_plan import UNCACHED
 from lemica_trt.runtime.pipeline import Pipeline
 
-BACKEND = "onnxruntime"
+BACKEND, RTX = "onnxruntime", "tensorrt-rtx"
+
+CAPABILITY = "8.9"
+"""Of the GPUs that engines in fp8 are built for: the lowest that multiplies such numbers."""
 
 FP32, OWN, RUNS = "plan of the fp32 engines", "plan of its own", "the same steps, fitted to its own uncached runs"
 
@@ -79,27 +89,51 @@ def step_seconds(pipes: list[Pipeline], plan: StepPlan, rounds: int) -> list[tup
     return [tuple(each) for each in found]
 
 
-def measure(bundle: Bundle, folder: Path, count: int, rounds: int, threads: int, report: Reporter) -> Quantized:
+def quantised(bundle: Bundle, folder: Path, kind: str, threads: int, report: Reporter) -> Bundle:
+    """A bundle with quantised engines and plans of their own; of fp8 with engines for GPUs, too."""
+    plan = bundle.plan()
+    options: dict[str, Option] = {"quantize": kind, "threads": threads}
+    backends: tuple[str, ...] = (BACKEND,)
+    if kind == "fp8":
+        options |= {"compute_capabilities": CAPABILITY, "builder_optimization_level": 0}
+        backends = (BACKEND, RTX)
+    rebuild_engines(bundle, folder / kind, {"backends": backends, "options": options}, report)
+    refit(Bundle.open(folder / kind), BuildRequest(budgets=(plan.budget,), backends=(BACKEND,)), report)
+    return Bundle.open(folder / kind)
+
+
+def rtx_engines(bundle: Bundle, role: Role) -> RtxQuantized:
+    """What the engines for GPUs are."""
+    entry = bundle.engine(RTX)
+    sources = entry.sources or {}
+    return RtxQuantized(
+        version=entry.key.version,
+        target=entry.key.target,
+        sizes=(bundle.file(sources[role]).stat().st_size, bundle.file(entry.files[role]).stat().st_size),
+        precisions=entry.builds[role].engine_precisions or {},
+    )
+
+
+def measure(
+    bundle: Bundle, folder: Path, kind: str, count: int, rounds: int, threads: int, report: Reporter
+) -> Quantized:
     """Quantise, plan, and run everything on `count` clips."""
     plan, profile = bundle.plan(), bundle.manifest.profile
     assert plan.method.startswith("fitted"), plan.method
-    options = {"quantize": "int8", "threads": threads}
-    rebuild_engines(bundle, folder / "int8", {"backends": (BACKEND,), "options": options}, report)
-    refit(Bundle.open(folder / "int8"), BuildRequest(budgets=(plan.budget,), backends=(BACKEND,)), report)
-    int8 = Bundle.open(folder / "int8")
-    own, uncached = int8.plan(plan.name), bundle.plan(UNCACHED)
+    made = quantised(bundle, folder, kind, threads, report)
+    own, uncached = made.plan(plan.name), bundle.plan(UNCACHED)
     samples = held_out_samples(read_prompts(calibration_path(profile.calibration.prompts) / "held_out.txt"), count)
     report.stage("quantize", f"{count} clips")
-    entry = int8.engine(BACKEND)
+    entry = made.engine(BACKEND)
     (role,) = entry.quantized
-    with Pipeline(bundle, backend=BACKEND, threads=threads) as plain, Pipeline(int8, backend=BACKEND) as quantized:
+    with Pipeline(bundle, backend=BACKEND, threads=threads) as plain, Pipeline(made, backend=BACKEND) as quantized:
         exact = clips(plain, uncached, samples)
         cases = [
             (plain, "fp32", FP32, plan),
-            (quantized, "int8", UNCACHED, uncached),
-            (quantized, "int8", FP32, plan),
-            (quantized, "int8", OWN, own),
-            (quantized, "int8", RUNS, fitted_to_own_runs(int8, own)),
+            (quantized, kind, UNCACHED, uncached),
+            (quantized, kind, FP32, plan),
+            (quantized, kind, OWN, own),
+            (quantized, kind, RUNS, fitted_to_own_runs(made, own)),
         ]
         rows = tuple(
             QuantizedRow(
@@ -108,13 +142,14 @@ def measure(bundle: Bundle, folder: Path, count: int, rounds: int, threads: int,
             )
             for pipe, engines, name, run in cases
         )  # fmt: skip
-        seconds = step_seconds([plain, quantized], plan, rounds)
-    files = [each.file(each.engine(BACKEND).files[role]) for each in (bundle, int8)]
+        seconds = step_seconds([plain, quantized], plan, rounds) if kind == "int8" else [(), ()]
+    files = [each.file(each.engine(BACKEND).files[role]) for each in (bundle, made)]
     return Quantized(
         run=this_run(), model=profile.name, revision=bundle.manifest.revision, steps=plan.num_steps,
         budget=plan.budget, first_seed=HELD_OUT_SEED, threads=threads, rows=rows,
         layers=entry.builds[role].layers or (),
         sizes=tuple(file.stat().st_size for file in files), seconds=tuple(seconds), clock="cpu",
+        rtx=rtx_engines(made, role) if kind == "fp8" else UNSET,
     )  # fmt: skip
 
 
@@ -122,6 +157,7 @@ def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--quantize", choices=("int8", "fp8"), default="int8")
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=12, help="that steps are timed in")
     parser.add_argument("--threads", type=int, default=1, help="of the engines")
@@ -129,7 +165,9 @@ def main() -> None:
     given = parser.parse_args()
     report = reporter()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Bundle.open(given.bundle), Path(folder), given.clips, given.rounds, given.threads, report)
+        result = measure(
+            Bundle.open(given.bundle), Path(folder), given.quantize, given.clips, given.rounds, given.threads, report
+        )
     report.close()
     write_result(result, given.output)
     print(described(result))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from lemica_trt.core.errors import InputError
 from lemica_trt.core.values import Value, read_value, require, write_bytes
@@ -446,6 +447,22 @@ class QuantizedRow(Value, frozen=True):
     psnr: tuple[float, ...]
 
 
+class RtxQuantized(Value, frozen=True):
+    """TensorRT for RTX engines of the same graphs, built and not run.
+
+    Attributes:
+        version: of TensorRT for RTX.
+        target: GPUs that they are for.
+        sizes: bytes of the engine that computes everything, in fp32 and quantised.
+        precisions: what products of the quantised engine multiply.
+    """
+
+    version: str
+    target: str
+    sizes: tuple[int, int]
+    precisions: dict[str, int]
+
+
 class Quantized(Value, frozen=True, tag_field="kind", tag="quantized"):
     """What quantised linear layers cost and save on the CPU.
 
@@ -460,7 +477,9 @@ class Quantized(Value, frozen=True, tag_field="kind", tag="quantized"):
         rows: one a plan, the first on the engines in fp32.
         layers: linear layers of the graph, the largest error first.
         sizes: bytes of the graph that computes everything, in fp32 and quantised.
-        seconds: of a full step, in fp32 and quantised, in each round; they take turns.
+        seconds: of a full step, in fp32 and quantised, in each round; they take turns. Empty: not measured, as of
+            fp8, which CPUs do not multiply.
+        rtx: of fp8, engines for GPUs.
         clock: what those are: `wall`; or `cpu`, of all threads of the process, and every other round in reverse order.
     """
 
@@ -475,7 +494,13 @@ class Quantized(Value, frozen=True, tag_field="kind", tag="quantized"):
     layers: tuple[LinearLayer, ...]
     sizes: tuple[int, int]
     seconds: tuple[tuple[float, ...], tuple[float, ...]]
+    rtx: RtxQuantized | UnsetType = UNSET
     clock: Literal["wall", "cpu"] = "wall"
+
+    @property
+    def precision(self) -> str:
+        """What linear layers are quantised to."""
+        return self.rows[1].engines
 
 
 class TraceRow(Value, frozen=True):

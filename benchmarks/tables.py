@@ -308,17 +308,33 @@ def quantized_caption(result: Quantized) -> str:
     """What was quantised, what it saves, and what the table is of."""
     kept = [layer for layer in result.layers if layer.precision == "fp32"]
     worst = ", ".join(f"`{layer.name}` {layer.decibels:.1f}" for layer in kept)
+    return (
+        f"`{result.model}`: {len(result.layers) - len(kept)} of {len(result.layers)} linear layers in "
+        f"{result.precision}; kept in fp32 (dB of the output if it alone were {result.precision}): {worst}. The graph: "
+        f"{size(result.sizes[0])} in fp32, {size(result.sizes[1])} quantised. {quantized_step(result)}"
+        f"PSNR against the uncached {result.steps} steps in fp32, {len(result.rows[0].psnr)} held-out clips, ± 95 %."
+    )
+
+
+def quantized_step(result: Quantized) -> str:
+    """What a full step takes on the CPU where that was measured, and what the engine for GPUs is."""
+    if result.rtx:
+        rtx = result.rtx
+        products = ", ".join(f"{number} products in {name}" for name, number in sorted(rtx.precisions.items()))
+        return (
+            f"The engine of TensorRT for RTX {rtx.version} for {rtx.target}: {size(rtx.sizes[0])} in fp32, "
+            f"{size(rtx.sizes[1])} quantised ({products}; layers that share an input are one); built, "
+            "not run. "
+        )
+    if not result.seconds[0]:
+        return ""
     plain, quantized = (median(each) * 1e3 for each in result.seconds)
     ratio = median(slow / fast for slow, fast in zip(*result.seconds))
     threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
     clock = {"wall": "wall-clock time", "cpu": "CPU time"}[result.clock]
     return (
-        f"`{result.model}`: {len(result.layers) - len(kept)} of {len(result.layers)} linear layers in int8; kept in "
-        f"fp32 (dB of the output if it alone were int8): {worst}. The graph: "
-        f"{size(result.sizes[0])} in fp32, {size(result.sizes[1])} quantised. A full step: {plain:.1f} ms in fp32, "
-        f"{quantized:.1f} ms quantised, {ratio:.2f}× ({clock}, medians of {len(result.seconds[0])} rounds in turns, "
-        f"{threads}). "
-        f"PSNR against the uncached {result.steps} steps in fp32, {len(result.rows[0].psnr)} held-out clips, ± 95 %."
+        f"A full step: {plain:.1f} ms in fp32, {quantized:.1f} ms quantised, {ratio:.2f}× ({clock}, medians of "
+        f"{len(result.seconds[0])} rounds in turns, {threads}). "
     )
 
 

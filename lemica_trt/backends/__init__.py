@@ -5,6 +5,7 @@ A vendor is a folder here, found by listing; nothing else names it. It holds
     __init__    BACKENDS: backend name → its options, a subclass of `options.Options`
     build       BUILDERS: backend name → an object of the protocol `build.Builder`, and of `build.Quantizer` where the
                 options have `quantize`; absent where nothing is built
+    quantize    of ONNX Runtime: measures which layers to quantise, for all backends (`build.quantiser`)
     run         open_backend(key, settings): the run half, an object of the protocol `base.Backend`
 
     onnxruntime     `onnxruntime`: the ONNX files are the engine, with fused attention; CPU or CUDA
@@ -20,6 +21,7 @@ Beside them lies what they share:
     build       the build half's protocol, and building with a backend
     options     backends by listing, and what follows from their options
     machine     the processor and the GPU of this machine
+    qdq         linear layers of an ONNX graph in int8 or fp8, as TensorRT wants them
     onnx_file   what an ONNX file may ask for, checked before a library reads it
 
 Importing a folder's `__init__` costs nothing: the library itself is imported when something is built or run. The

@@ -10,6 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from lemica_trt.backends.options import builder_names, options_class, options_from, vendor_module
@@ -170,6 +171,15 @@ def require_quantizable(backend: str, graphs: GraphSet, root: Path) -> None:
     """
     quantizer: Quantizer = vendor_module(backend, "build").BUILDERS[backend]
     quantizer.require_quantizable(graphs, root)
+
+
+def quantiser() -> ModuleType:
+    """What measures which layers to quantise, and writes graphs: `backends.onnxruntime.quantize`, on the CPU.
+
+    Raises:
+        MissingDependencyError: it cannot be loaded.
+    """
+    return vendor_module("onnxruntime", "quantize")
 
 
 def prune(entries: Sequence[EngineEntry], out: Path) -> None:

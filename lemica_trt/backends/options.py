@@ -27,7 +27,7 @@ import msgspec
 from lemica_trt import backends
 from lemica_trt.core.errors import MissingDependencyError, UnsupportedError, UsageError
 from lemica_trt.core.values import Value
-from lemica_trt.ir.engine import EngineKey, Option
+from lemica_trt.ir.engine import NONE, QUANTIZE, EngineKey, Option
 
 Threads = Annotated[
     int,
@@ -39,13 +39,24 @@ Threads = Annotated[
 ]
 """The option of those that run on the CPU."""
 
+Quantize = Annotated[
+    Literal["none", "int8", "fp8"],
+    msgspec.Meta(
+        description="what linear layers of the whole DiT compute in, except those that its output is sensitive to; "
+        "of a finished bundle in fp32; ranges and errors are measured by ONNX Runtime on the CPU"
+    ),
+]
+"""The option `ir.engine.QUANTIZE`."""
+
 
 class Options(Value, frozen=True):
     """Base of a backend's options. Each field has a default and a `msgspec.Meta` with its description."""
 
     def as_dict(self) -> dict[str, Option]:
-        """All options by name, defaults written out: `EngineKey.options`."""
-        return msgspec.structs.asdict(self)
+        """All options by name, defaults written out: `EngineKey.options`. `quantize` only where something is, so that
+        keys of other engines stay as they were."""
+        found: dict[str, Option] = msgspec.structs.asdict(self)
+        return {name: value for name, value in found.items() if (name, value) != (QUANTIZE, NONE)}
 
 
 @dataclass(frozen=True)
@@ -111,8 +122,8 @@ def builder_names() -> tuple[str, ...]:
     return tuple(name for name, package in _folders().items() if importlib.util.find_spec(f"{package}.build"))
 
 
-def vendor_module(backend: str, half: Literal["build", "run"]) -> ModuleType:
-    """One half of a backend's vendor.
+def vendor_module(backend: str, half: Literal["build", "run", "quantize"]) -> ModuleType:
+    """One half of a backend's vendor, or its quantiser.
 
     Raises:
         MissingDependencyError: the half cannot be loaded without a package that is not installed.

@@ -39,8 +39,12 @@ def unquantized(bundle: Bundle) -> Bundle:
 
     def plain(entry: EngineEntry) -> EngineEntry:
         builds = {
-            role: msgspec.structs.replace(build, layers=UNSET, error=UNSET) for role, build in entry.builds.items()
-        }
+            role: msgspec.structs.replace(
+                build, layers=UNSET, error=UNSET, seconds=None, host_memory=None, device_memory=None, precisions={},
+                engine_precisions=None,
+            ) if build.quantized else build
+            for role, build in entry.builds.items()
+        }  # fmt: skip
         return EngineEntry(
             key=msgspec.structs.replace(entry.key, options=without_quantization(entry.key.options), observed=UNSET),
             files=entry.files | (entry.sources or {}),

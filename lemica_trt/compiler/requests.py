@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import msgspec
 
 from lemica_trt.backends.build import check as check_engine
-from lemica_trt.backends.options import options_by_backend
+from lemica_trt.backends.options import option_fields, options_by_backend
 from lemica_trt.bundle.contents import calibration_at, read_from, sensitivity_at
 from lemica_trt.bundle.manifest import MANIFEST
 from lemica_trt.bundle.reading import Bundle
@@ -142,14 +142,20 @@ class BuildRequest(Value, frozen=True):
                 fix="build without it, then: lemica-trt engine BUNDLE --quantize int8 --output BUNDLE-int8",
             )
         if self.quantizes and len(set(self.backends)) > 1:
-            raise UsageError(
-                "--quantize: expected one backend, because a bundle's plans are of engines of one precision, got "
-                + ", ".join(self.backends),
-                fix="give each a bundle of its own",
-            )
+            self._require_same_rounding()
         if dtype is not None:
             for backend, options in options_by_backend(self.backends, self.options).items():
                 check_engine(backend, dtype, options)
+
+    def _require_same_rounding(self) -> None:
+        """Raise UsageError unless plans of the quantised engines of one backend hold for those of the others."""
+        able = option_fields()[QUANTIZE].backends
+        if self.options[QUANTIZE] != "fp8" or not set(self.backends) <= set(able):
+            raise UsageError(
+                "--quantize: expected one backend, because a bundle's plans are of engines of one precision; or fp8 "
+                f"and some of {', '.join(able)}, got {self.options[QUANTIZE]} and {', '.join(self.backends)}",
+                fix="give each a bundle of its own",
+            )
 
 
 EARLY_SAMPLES = 2

@@ -56,7 +56,7 @@ class EngineKey(Value, frozen=True):
 
     @property
     def precision(self) -> str:
-        """What the DiT's linear layers compute in: `int8`, or the dtype of the graphs."""
+        """What the DiT's linear layers compute in: `int8`, `fp8`, or the dtype of the graphs."""
         return self.dtype if self.quantization == NONE else self.quantization
 
     @property
@@ -71,13 +71,13 @@ class LinearLayer(Value, frozen=True):
 
     Attributes:
         name: its path in the transformer where weights or bias have one, else the node of the graph.
-        precision: of its product: `int8`, or `fp32` where it was kept.
+        precision: of its product: `int8` or `fp8` (E4M3), or `fp32` where it was kept.
         error: what it does to the model's output where it alone is quantised: ‖Δ‖²/‖output‖², the mean over steps of
             a sample that its ranges were not measured on.
     """
 
     name: str
-    precision: Literal["int8", "fp32"]
+    precision: Literal["int8", "fp8", "fp32"]
     error: float
 
     def __post_init__(self) -> None:

@@ -201,6 +201,7 @@ def test_a_program_is_read_from_an_engine_file(tmp_path: Path) -> None:
 descriptors {
   tensor={ alignment=2 dims={ 1 8 } name="a" strides={ 8 1 } type=bf16 }
   tensor={ alignment=4 dims={ 1 8 } name="b" strides={ 8 1 } type=float }
+  tensor={ alignment=1 dims={ 1 8 } name="q" strides={ 8 1 } type=fp8_e4m3 }
 }
 main {
   fully_connected={ name="m+n" output={"a" } input={"x" } layers="[ONNX Layer: m]
@@ -209,6 +210,9 @@ main {
   function={ name=__myl_Move fqn=__myl_Move_0x5 args={ "a" "b" } output_args={ "b" } layers="" }
   runtime_fusion={ name=__myl_FcAdd input_args={ "x" } output_args={ "b" } backbone=gemm }
   mul={ name="c" output={"b" } input={"a" } }
+  fully_connected={ name="o" output={"b" } input={"q" "w" } scratchspace={"s" } }
+  mul={ name="d" output={"b" } input={"q" } }
+  runtime_fusion={ name=__myl_FcMulCast input_args={ "x" "q" } output_args={ "q" } backbone=gemm }
 }
 shape_main {
 }
@@ -224,7 +228,7 @@ main {
 """
     file = tmp_path / "engine"
     file.write_bytes(b"ftrt\0\1\2" + program.encode() + b"\0\0")
-    assert program_layers(file) == Layers({"bf16": 2, "fp32": 1}, 1)
+    assert program_layers(file) == Layers({"bf16": 2, "fp32": 1, "fp8": 2}, 1)
     file.write_bytes(b"ftrt\0\1\2")
     assert program_layers(file) is None
 

@@ -258,8 +258,8 @@ def test_what_is_no_finished_bundle_is_refused_before_any_work(tmp_path: Path) -
     done = lemica("build", "--model", "cogvideox-tiny", "--quantize", "int8", "--output", tmp_path / "bundle")
     assert done.returncode == UsageError.exit_code
     assert "--quantize is of a finished bundle" in done.stderr and "lemica-trt engine BUNDLE --quantize" in done.stderr
-    done = lemica("engine", tmp_path, "--quantize", "fp8", "--output", tmp_path / "bundle")
-    assert done.returncode == 2 and "'fp8' is not one of 'none', 'int8'" in done.stderr
+    done = lemica("engine", tmp_path, "--quantize", "nvfp4", "--output", tmp_path / "bundle")
+    assert done.returncode == 2 and "'nvfp4' is not one of 'none', 'int8', 'fp8'" in done.stderr
     assert not list(tmp_path.iterdir())
     BuildRequest(options={"quantize": "none"}).check("fp32")
     BuildRequest(options={"quantize": "int8"}).check("fp32", finished=True)

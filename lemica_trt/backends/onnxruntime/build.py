@@ -7,7 +7,6 @@ the engine's own lies in `engines/onnxruntime-KEY/`; external data it shares wit
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from lemica_trt.backends.machine import has_vnni
 from lemica_trt.backends.onnx_file import require_plain
 from lemica_trt.backends.onnxruntime.attention import ATTENTION, write_fused
 from lemica_trt.backends.onnxruntime.options import OrtOptions
+from lemica_trt.backends.qdq import Kind
 from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError, install_command
 from lemica_trt.core.text import first_line
 from lemica_trt.core.threads import usable_threads
@@ -63,7 +63,7 @@ class OrtBuilder:
     """See `backends.build.Builder`."""
 
     def check(self, dtype: DType, options: OrtOptions) -> None:
-        """Refuse bf16, a provider that this ONNX Runtime does not have, and int8 of what is not fp32 on the CPU."""
+        """Refuse bf16, a provider that is not in this ONNX Runtime, and --quantize of what is not fp32 on the CPU."""
         if dtype == "bf16":
             raise UnsupportedError(
                 "ONNX Runtime does not run bf16 graphs",
@@ -114,13 +114,10 @@ class OrtBuilder:
         return EngineEntry(key=key, files=files, builds=builds)
 
     def require_quantizable(self, graphs: GraphSet, root: Path) -> None:
-        """Refuse graphs that are too large for one file; and all, where the package onnx is missing."""
-        from lemica_trt.backends.onnxruntime.quantize import import_onnx, require_size
+        """See `backends.build.require_quantizable`."""
+        from lemica_trt.backends.onnxruntime.quantize import require_quantizable
 
-        import_onnx()
-        for graph in graphs.graphs:
-            if graph.dit == "whole":
-                require_size([root / name for name in (graph.file, *graph.data_files)])
+        require_quantizable(graphs, root)
 
     def quantize(
         self,
@@ -133,19 +130,21 @@ class OrtBuilder:
         reporter: Reporter,
     ) -> EngineEntry:
         """See `backends.build.quantize`."""
-        from lemica_trt.backends.onnxruntime.quantize import NOISE_DB, write_int8
+        from lemica_trt.backends.onnxruntime.quantize import observed_digest, write_quantized
 
         self.check(graphs.dtype, options)
-        parts = [f"{role} {observed[role].digest}\n" for role in sorted(observed)]
-        digest = hashlib.sha256("".join([f"{NOISE_DB} dB\n", *parts]).encode())
-        key = msgspec.structs.replace(entry.key, options=options.as_dict(), observed=digest.hexdigest())
+        if options.quantize == "none":
+            raise UsageError("expected options with --quantize", fix="use backends.build.build")
+        key = msgspec.structs.replace(entry.key, options=options.as_dict(), observed=observed_digest(observed))
         folder = f"{ENGINES_FOLDER}/{key.backend}-{key.digest[:16]}"
         files, builds, sources = dict(entry.files), dict(entry.builds), dict[Role, str]()
         for role, found in sorted(observed.items()):
             graph, file = graphs.graph(role), f"{folder}/{role}.onnx"
             source = (root if entry.files[role] == graph.file else out) / entry.files[role]
             data, threads = (root / graph.file).parent, options.threads or usable_threads()
-            layers, error = write_int8(source, out / file, data, found, threads, reporter)
+            layers, error = write_quantized(
+                options.quantize, source, out / file, data, found, threads, reporter, symmetric=False
+            )
             open_session(graph, out / file, options, data=data)
             files[role], sources[role] = file, entry.files[role]
             builds[role] = msgspec.structs.replace(builds.get(role, EngineBuild()), layers=layers, error=error)
@@ -200,8 +199,8 @@ def open_session(
     # Each graph's session has threads of its own; by default they spin between two calls, against the graph that runs.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked, whatever it is called
-    if options.quantize != NONE:
-        keep_products_exact(settings)
+    if options.quantize != "none":
+        compute_as_written(settings, options.quantize)
     settings.log_severity_level = 4  # what it prints is in the exception, too
     try:
         chosen = (wanted, {"device_id": device}) if options.provider == "cuda" else wanted
@@ -230,14 +229,21 @@ def open_session(
     return session
 
 
-def keep_products_exact(settings: Any) -> None:
-    """Have weights read as uint8 where the CPU has no VNNI: there sums of two products of uint8 with int8 are held in
+def compute_as_written(settings: Any, kind: Kind) -> None:
+    """Have quantised layers computed as their graph says.
+
+    int8: weights are read as uint8 where the CPU has no VNNI: there sums of two products of uint8 with int8 are held in
     16 bits, which is too few (ONNX Runtime pull request 12088). With VNNI it would only take longer.
+
+    fp8: products are in fp32. ONNX Runtime 1.31 would fuse them as if they were of integers, and refuse the result.
 
     Args:
         settings: `onnxruntime.SessionOptions`.
+        kind: what linear layers are quantised to.
     """
-    if not has_vnni():
+    if kind == "fp8":
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    elif not has_vnni():
         settings.add_session_config_entry("session.x64quantprecision", "1")
 
 

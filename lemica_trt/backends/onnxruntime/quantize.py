@@ -1,8 +1,9 @@
-"""Linear layers of a graph in int8, by ONNX Runtime's own quantiser: QuantizeLinear and DequantizeLinear around them.
+"""Linear layers of a graph in int8 or fp8: QuantizeLinear and DequantizeLinear in front of them, results in fp32.
 
-Weights are int8 with a scale for each output channel, activations uint8 with one scale and zero point a tensor, from
-the smallest and largest number that came by (Jacob et al. 2018, arXiv 1712.05877). Results stay fp32. On CPUs with
-VNNI or AMX ONNX Runtime runs such a layer as one integer product.
+For ONNX Runtime int8 is what its own quantiser writes: weights with a scale for each output channel, activations uint8
+with one scale and zero point a tensor, from the smallest and largest number that came by (Jacob et al. 2018, arXiv
+1712.05877). On CPUs with VNNI or AMX it runs such a layer as one integer product. fp8, and int8 for TensorRT, is
+written by `backends.qdq`; ONNX Runtime rounds to fp8 as ONNX defines it, and multiplies in fp32.
 
 Which layers: each is quantised alone, and the model's output compared with the one in fp32, on step inputs that its
 ranges were not measured on. Layers stay in fp32, the worst first, until the errors of the others together, taken as
@@ -13,6 +14,7 @@ stays in fp32 for as long as that is too much.
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -24,11 +26,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lemica_trt.backends.build import Observed
-from lemica_trt.backends.onnxruntime.build import import_onnxruntime, keep_products_exact
+from lemica_trt.backends.onnxruntime.build import compute_as_written, import_onnxruntime
+from lemica_trt.backends.qdq import Kind, insert_qdq
 from lemica_trt.core.errors import MissingDependencyError, UnsupportedError
 from lemica_trt.core.progress import Reporter, count, size
 from lemica_trt.core.values import write_bytes
 from lemica_trt.ir.engine import LinearLayer
+from lemica_trt.ir.graphs import GraphSet, Role
 
 NOISE_DB = 20.0
 """Signal-to-noise ratio of the output that the quantised layers shall leave, dB."""
@@ -52,18 +56,28 @@ class _Layer(NamedTuple):
     name: str
 
 
-def write_int8(
-    source: Path, target: Path, data: Path, observed: Observed, threads: int, reporter: Reporter
+def write_quantized(
+    kind: Kind,
+    source: Path,
+    target: Path,
+    data: Path,
+    observed: Observed,
+    threads: int,
+    reporter: Reporter,
+    *,
+    symmetric: bool,
 ) -> tuple[tuple[LinearLayer, ...], float]:
-    """Write a graph with its linear layers in int8, except those that its output is sensitive to.
+    """Write a graph with its linear layers quantised, except those that its output is sensitive to.
 
     Args:
+        kind: what to.
         source: the ONNX file, fp32.
         target: where the new one goes, with all weights in it; folders are made.
         data: folder of the source's external data.
         observed: what the ranges and the errors are measured on.
         threads: CPU threads within an operator.
         reporter: told of the progress.
+        symmetric: zero points are zero, as TensorRT wants them; those of fp8 always are.
 
     Returns:
         All linear layers, the largest error first; and the error of the graph that was written, ‖Δ‖²/‖output‖².
@@ -73,9 +87,9 @@ def write_int8(
         UnsupportedError: there are no linear layers, or all are sensitive.
     """
     with tempfile.TemporaryDirectory(prefix="quantize-") as folder, _quiet():
-        quantizer = _Quantizer(source, data, Path(folder), observed, threads)
+        quantizer = _Quantizer(kind, source, data, Path(folder), observed, threads, symmetric)
         errors: dict[_Layer, float] = {}
-        reporter.stage("quantize", f"{count(len(quantizer.layers), 'linear layer')}, each alone in int8")
+        reporter.stage("quantize", f"{count(len(quantizer.layers), 'linear layer')}, each alone in {kind}")
         for number, layer in enumerate(quantizer.layers):
             reporter.advance(number, len(quantizer.layers))
             errors[layer] = quantizer.error([layer])
@@ -84,7 +98,7 @@ def write_int8(
         target.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(content, target)
     layers = tuple(
-        LinearLayer(name=layer.name, precision="fp32" if number < kept else "int8", error=errors[layer])
+        LinearLayer(name=layer.name, precision="fp32" if number < kept else kind, error=errors[layer])
         for number, layer in enumerate(ordered)
     )
     return layers, error
@@ -102,7 +116,7 @@ def _chosen(quantizer: _Quantizer, ordered: Sequence[_Layer], fewest: int) -> tu
         if error <= 10 ** (-NOISE_DB / 10):
             return kept, content, error
     raise UnsupportedError(
-        f"--quantize int8: each of {count(len(ordered), 'linear layer')} alone leaves the output less than "
+        f"--quantize {quantizer.kind}: each of {count(len(ordered), 'linear layer')} alone leaves the output less than "
         f"{NOISE_DB:g} dB",
         fix="leave it out",
     )
@@ -119,6 +133,25 @@ def sensitive(errors: Sequence[float]) -> list[float]:
     return ordered[:kept]
 
 
+def observed_digest(observed: Mapping[Role, Observed]) -> str:
+    """SHA-256 (hex) of what decides which layers are quantised and how: `EngineKey.observed`."""
+    parts = [f"{role} {observed[role].digest}\n" for role in sorted(observed)]
+    return hashlib.sha256("".join([f"{NOISE_DB} dB\n", *parts]).encode()).hexdigest()
+
+
+def require_quantizable(graphs: GraphSet, root: Path) -> None:
+    """Refuse graphs that are too large for one file; and all, where a package is missing.
+
+    Raises:
+        MissingDependencyError, UnsupportedError: so it is.
+    """
+    import_onnx()
+    import_onnxruntime()
+    for graph in graphs.graphs:
+        if graph.dit == "whole":
+            require_size([root / name for name in (graph.file, *graph.data_files)])
+
+
 def require_size(files: Sequence[Path]) -> None:
     """Raise UnsupportedError where a graph with its weights is too large for one file.
 
@@ -128,7 +161,7 @@ def require_size(files: Sequence[Path]) -> None:
     total = sum(file.stat().st_size for file in files)
     if total >= MAX_BYTES:
         raise UnsupportedError(
-            f"--quantize int8: expected a graph of less than {size(MAX_BYTES)} with its weights, got {size(total)}",
+            f"--quantize: expected a graph of less than {size(MAX_BYTES)} with its weights, got {size(total)}",
             fix="leave it out",
         )
 
@@ -150,20 +183,24 @@ def import_onnx() -> Any:
 
 
 class _Quantizer:
-    """ONNX Runtime's quantiser on one graph.
+    """One graph, and how much its output changes where layers of it are quantised.
 
     Attributes:
+        kind: what linear layers are quantised to.
         layers: of the graph, in its order.
     """
 
-    def __init__(self, source: Path, data: Path, folder: Path, observed: Observed, threads: int) -> None:
+    def __init__(
+        self, kind: Kind, source: Path, data: Path, folder: Path, observed: Observed, threads: int, symmetric: bool
+    ) -> None:
+        self.kind, self._symmetric = kind, symmetric or kind == "fp8"
         onnx, self._ort = import_onnx(), import_onnxruntime()
         self._folder, self._observed, self._threads = folder, observed, threads
         model = onnx.load(source, load_external_data=False)
         onnx.external_data_helper.load_external_data_for_model(model, str(data))
         self.layers = list(_layers(model))
         if not self.layers:
-            raise UnsupportedError("--quantize int8: the graph has no linear layers", fix="leave it out")
+            raise UnsupportedError(f"--quantize {kind}: the graph has no linear layers", fix="leave it out")
         plain = folder / "plain.onnx"
         onnx.save(model, plain)
         self._inferred, self._ranges = self._measured(plain)
@@ -189,18 +226,30 @@ class _Quantizer:
         return load_model_with_shape_infer(plain), calibrator.compute_data()
 
     def quantized(self, layers: Sequence[_Layer]) -> Any:
-        """An `onnx.ModelProto` with some layers in int8."""
+        """An `onnx.ModelProto` with some layers quantised."""
+        return (self._with_qdq if self._symmetric else self._by_onnxruntime)({layer.node for layer in layers})
+
+    def _with_qdq(self, nodes: Set[str]) -> Any:
+        """The same by `backends.qdq`."""
+        model = copy.deepcopy(self._inferred)
+        ranges = {name: found.range_value for name, found in self._ranges.data.items()}
+        insert_qdq(model, nodes, {name: float(np.abs(both).max()) for name, both in ranges.items()}, self.kind)
+        del model.metadata_props[:], model.graph.value_info[:]
+        return model
+
+    def _by_onnxruntime(self, nodes: Set[str]) -> Any:
+        """The same by ONNX Runtime's quantiser, in int8."""
         from onnxruntime.quantization import QuantType  # noqa: TID251
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer  # noqa: TID251
 
         quantizer = QDQQuantizer(
             copy.deepcopy(self._inferred), True, False, QuantType.QInt8, QuantType.QUInt8, self._ranges,
-            [layer.node for layer in layers], [], list(OPERATORS), dict(OPTIONS),
+            sorted(nodes), [], list(OPERATORS), dict(OPTIONS),
         )  # fmt: skip
         quantizer.quantize_model()
         model = quantizer.model.model
         del model.metadata_props[:]
-        _keep_inputs(model, {layer.node for layer in layers})
+        _keep_inputs(model, nodes)
         return model
 
     def error(self, layers: Sequence[_Layer]) -> float:
@@ -222,7 +271,7 @@ class _Quantizer:
         """An `onnxruntime.InferenceSession` with the threads that were asked for."""
         settings = self._ort.SessionOptions()
         settings.intra_op_num_threads, settings.inter_op_num_threads = self._threads, 1
-        keep_products_exact(settings)
+        compute_as_written(settings, self.kind)
         settings.log_severity_level = 4
         if not optimized:
             settings.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL

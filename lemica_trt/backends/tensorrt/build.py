@@ -17,14 +17,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
-from lemica_trt.backends.build import ENGINES_FOLDER, Estimate, graphs_digest
+from lemica_trt.backends.build import ENGINES_FOLDER, Estimate, Observed, graphs_digest, quantiser
 from lemica_trt.backends.onnx_file import require_plain
-from lemica_trt.backends.tensorrt.options import RtxOptions, TensorRTOptions
+from lemica_trt.backends.tensorrt.options import RTX_CAPABILITIES, RtxOptions, TensorRTOptions
 from lemica_trt.backends.tensorrt.protocol import (
     BuildJob,
     Built,
@@ -36,11 +36,19 @@ from lemica_trt.backends.tensorrt.protocol import (
     Progress,
 )
 from lemica_trt.backends.tensorrt.vendor import VENDORS, Vendor
-from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError, install_command
+from lemica_trt.core.errors import (
+    EngineError,
+    InputError,
+    MissingDependencyError,
+    UnsupportedError,
+    UsageError,
+    install_command,
+)
 from lemica_trt.core.files import sha256_of
 from lemica_trt.core.progress import Reporter, duration, size
+from lemica_trt.core.threads import usable_threads
 from lemica_trt.core.values import Value, read_value, write_value
-from lemica_trt.ir.engine import EngineBuild, EngineEntry, EngineKey
+from lemica_trt.ir.engine import NONE, EngineBuild, EngineEntry, EngineKey
 from lemica_trt.ir.graphs import GraphSet, GraphSpec, Role
 from lemica_trt.ir.profile import DType
 
@@ -50,6 +58,10 @@ SECONDS_PER_GRAPH_BYTE = 14e-9
 """Host memory and time of a build by bytes of graph, measured with TensorRT for RTX 1.7 on bf16 blocks of a
 CogVideoX-5B: six, 1.6 GB, take 2.4 GB and 16 s on an idle machine; 42 of repeating weights, 4.4 GB in the engine, take
 7.7 GB."""
+
+
+LOWEST = {"int8": 75, "fp8": 89}
+"""Lowest compute capability, times ten, whose tensor cores multiply such numbers (TensorRT support matrix)."""
 
 
 class Record(Value, frozen=True):
@@ -71,8 +83,14 @@ class TensorRTBuilder:
         self.vendor = vendor
 
     def check(self, dtype: DType, options: TensorRTOptions | RtxOptions) -> None:
-        """Refuse where the vendor's library is not here, nor its GPU where it needs one."""
-        self._target(options, self._probe())
+        """Refuse where the vendor's library is not here, nor its GPU where it needs one; quantised layers of what is
+        not fp32, and those that a GPU of the target cannot multiply."""
+        if options.quantize != NONE and dtype != "fp32":
+            raise UnsupportedError(
+                f"--quantize {options.quantize} is of fp32 graphs, got {dtype}",
+                fix="build the bundle with --dtype fp32; or leave it out",
+            )
+        _require_kernels(options, self._target(options, self._probe()))
 
     def estimate(self, weights: int) -> Estimate:
         """Time is unknown where kernels are timed."""
@@ -85,15 +103,17 @@ class TensorRTBuilder:
         """Build what is not there yet.
 
         Raises:
+            UsageError: quantised engines are asked for, which `quantize` makes of what is built here.
             InputError: a graph asks for what no export does, see `onnx_file`.
         """
+        if options.quantize != NONE:
+            raise UsageError("--quantize: engines are quantised once they are built", fix="use backends.build.quantize")
         key = self._key(graphs, root, options)
         folder = f"{ENGINES_FOLDER}/{key.backend}-{key.digest[:16]}"
         (out / folder).mkdir(parents=True, exist_ok=True)
         for unfinished in (out / ENGINES_FOLDER).glob("*/*.tmp"):  # of a process that was killed
             unfinished.unlink()
-        # Timings hold for one GPU and one version; the library itself refuses others.
-        cache = out / ENGINES_FOLDER / f"{key.backend}.timing_cache" if self.vendor.builds_on_gpu else None
+        cache = self._timing_cache(out)
         files: dict[Role, str] = {}
         builds: dict[Role, EngineBuild] = {}
         for graph in graphs.graphs:
@@ -102,22 +122,78 @@ class TensorRTBuilder:
             record = _finished(path)
             if record is None:
                 require_plain(graph, root / graph.file)  # before the vendor's parser reads it
-                job = BuildJob(
-                    module=self.vendor.module,
-                    graph=graph,
-                    dtype=graphs.dtype,
-                    max_batch=graphs.max_batch,
-                    options=options,
-                    onnx=str(root / graph.file),
-                    engine=f"{path}.tmp",
-                    timing_cache=None if cache is None else str(cache),
-                )
+                job = self._job(graph, graphs, options, root / graph.file, path, cache)
                 record = self._build_one(job, path, _weights(graph, root), reporter)
                 reporter.note(f"{graph.role}: {_summary(record.build, path.stat().st_size)}")
             else:
                 reporter.note(f"{graph.role}: unchanged")
             builds[graph.role] = record.build
         return EngineEntry(key=key, files=files, builds=builds)
+
+    def require_quantizable(self, graphs: GraphSet, root: Path) -> None:
+        """See `backends.build.require_quantizable`."""
+        quantiser().require_quantizable(graphs, root)
+
+    def quantize(
+        self,
+        entry: EngineEntry,
+        graphs: GraphSet,
+        root: Path,
+        out: Path,
+        options: TensorRTOptions | RtxOptions,
+        observed: Mapping[Role, Observed],
+        reporter: Reporter,
+    ) -> EngineEntry:
+        """See `backends.build.quantize`: of each graph one with its layers quantised is written, and built."""
+        if options.quantize == "none":
+            raise UsageError("expected options with --quantize", fix="use backends.build.build")
+        digest = quantiser().observed_digest(observed)
+        key = msgspec.structs.replace(entry.key, options=options.as_dict(), observed=digest)
+        folder = f"{ENGINES_FOLDER}/{key.backend}-{key.digest[:16]}"
+        cache = self._timing_cache(out)
+        files, builds, sources = dict(entry.files), dict(entry.builds), dict[Role, str]()
+        for role, found in sorted(observed.items()):
+            graph, path = graphs.graph(role), out / f"{folder}/{role}.engine"
+            source, onnx = root / graph.file, path.with_suffix(".onnx")
+            try:
+                layers, error = quantiser().write_quantized(
+                    options.quantize, source, onnx, source.parent, found, usable_threads(), reporter, symmetric=True
+                )
+                graph = msgspec.structs.replace(graph, file=onnx.name, data_files=())
+                require_plain(graph, onnx)
+                job = self._job(graph, graphs, options, onnx, path, cache)
+                record = self._build_one(job, path, onnx.stat().st_size, reporter)
+            finally:
+                onnx.unlink(missing_ok=True)
+            reporter.note(f"{role}: {_summary(record.build, path.stat().st_size)}")
+            files[role], sources[role] = f"{folder}/{path.name}", entry.files[role]
+            builds[role] = msgspec.structs.replace(record.build, layers=layers, error=error)
+        return EngineEntry(key=key, files=files, builds=builds, sources=sources)
+
+    def _job(
+        self,
+        graph: GraphSpec,
+        graphs: GraphSet,
+        options: TensorRTOptions | RtxOptions,
+        onnx: Path,
+        path: Path,
+        cache: Path | None,
+    ) -> BuildJob:
+        """What the worker is asked for: an engine of `onnx`, for `path`."""
+        return BuildJob(
+            module=self.vendor.module,
+            graph=graph,
+            dtype=graphs.dtype,
+            max_batch=graphs.max_batch,
+            options=options,
+            onnx=str(onnx),
+            engine=f"{path}.tmp",
+            timing_cache=None if cache is None else str(cache),
+        )
+
+    def _timing_cache(self, out: Path) -> Path | None:
+        """Timings hold for one GPU and one version; the library itself refuses others."""
+        return out / ENGINES_FOLDER / f"{self.vendor.backend}.timing_cache" if self.vendor.builds_on_gpu else None
 
     def _key(self, graphs: GraphSet, root: Path, options: TensorRTOptions | RtxOptions) -> EngineKey:
         found = self._probe()
@@ -225,6 +301,27 @@ class TensorRTBuilder:
         return (
             f"build on a machine with {needs} (and GPU memory), end what else uses it, "
             "limit the builder with --mem-pool-size workspace:1G, or build fewer --frames or a smaller --max-batch"
+        )
+
+
+def _require_kernels(options: TensorRTOptions | RtxOptions, target: str) -> None:
+    """Refuse a precision that a GPU of the target cannot multiply.
+
+    Args:
+        target: `EngineKey.target`.
+
+    Raises:
+        UnsupportedError: it cannot.
+    """
+    lowest = min((int(digits) for digits in re.findall(r"sm_(\d+)", target)), default=0)
+    needed = LOWEST.get(options.quantize, 0)
+    if lowest < needed:
+        fitting = [text for text in RTX_CAPABILITIES if int(text.replace(".", "")) >= needed]
+        named = f"--compute-capabilities {','.join(fitting)}, or " if isinstance(options, RtxOptions) else ""
+        raise UnsupportedError(
+            f"--quantize {options.quantize} needs compute capability {needed // 10}.{needed % 10} or later, these "
+            f"engines are for {target}",
+            fix=f"{named}--quantize int8",
         )
 
 

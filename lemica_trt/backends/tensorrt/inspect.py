@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lemica_trt.backends.tensorrt.program import Layers
 from lemica_trt.backends.tensorrt.protocol import BuildJob, WorkerError, is_out_of_memory
-from lemica_trt.backends.tensorrt.vendor import DTYPES
+from lemica_trt.backends.tensorrt.vendor import DTYPES, QUANTIZED
 from lemica_trt.core.files import mapped
+from lemica_trt.ir.engine import NONE
 from lemica_trt.ir.graphs import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def check_precisions(job: BuildJob, precisions: Mapping[str, int]) -> None:
 
     What is around the trunk may be mostly fp32 (`_keep_in_fp32_modules` of Wan): where part of it runs, some is enough.
     """
-    total, asked = sum(precisions.values()), precisions.get(job.dtype, 0)
+    total = sum(precisions.values())
+    asked = sum(precisions.get(dtype, 0) for dtype in (job.dtype, job.options.quantize))
     if total and ((job.graph.dit == "whole" and 2 * asked <= total) or (job.graph.dit == "part" and not asked)):
         raise WorkerError("build", f"{job.dtype} was asked for, its layers compute in {_counts(precisions)}")
 
@@ -113,7 +115,7 @@ class NetworkStats(NamedTuple):
 
     Attributes:
         precisions: dtype → computing layers whose result has it. In a strongly typed network that is what they
-            compute in.
+            compute in, but for those that multiply what was just dequantised: they count as what that was before.
         attentions: how many attentions there are, whole or in parts: each has one softmax.
     """
 
@@ -127,12 +129,16 @@ def network_stats(trt: Any, network: tensorrt.INetworkDefinition) -> NetworkStat
     attention = {getattr(trt.LayerType, name) for name in ATTENTION_LAYERS}
     found: Counter[str] = Counter()
     attentions = 0
+    dequantized: dict[str, str] = {}
     for index in range(network.num_layers):
         layer: tensorrt.ILayer = network.get_layer(index)
         attentions += layer.type in attention
+        result: tensorrt.ITensor = layer.get_output(0)
+        given: tensorrt.ITensor | None = layer.get_input(0)
+        if layer.type == trt.LayerType.DEQUANTIZE and given is not None:
+            dequantized[result.name] = QUANTIZED.get(given.dtype.name, str(given.dtype.name))
         if layer.type in computing:
-            result: tensorrt.ITensor = layer.get_output(0)
-            found[_dtype(result.dtype)] += 1
+            found[dequantized.get("" if given is None else given.name, _dtype(result.dtype))] += 1
     return NetworkStats(dict(found), attentions)
 
 
@@ -140,12 +146,17 @@ def check_layers(job: BuildJob, network: Mapping[str, int], engine: Layers) -> N
     """Raise WorkerError unless the engine computes in what its network does, and the DiT in what was asked for.
 
     A tenth may be otherwise: a matrix product with the cast behind it in one kernel counts by the dtype of the cast.
+    Of quantised layers TensorRT tells the results only.
     """
-    strange = sum(count for dtype, count in engine.precisions.items() if dtype not in network)
+    known = {*network, *([] if job.options.quantize == NONE else [job.dtype])}
+    strange = sum(count for dtype, count in engine.precisions.items() if dtype not in known)
     if 10 * strange > sum(engine.precisions.values()):
         raise WorkerError(
             "build", f"the network computes in {_counts(network)}, its engine in {_counts(engine.precisions)}"
         )
+    told = job.module == "tensorrt_rtx" and bool(engine.precisions)
+    if told and job.options.quantize in network and job.options.quantize not in engine.precisions:
+        raise WorkerError("build", f"no layer of the engine is in {job.options.quantize}: {_counts(engine.precisions)}")
     check_precisions(job, engine.precisions)
 
 

@@ -1,6 +1,6 @@
 """What the two builders can be told, named as in trtexec and Polygraphy.
 
-No option changes the precision: networks are strongly typed, it is in the graph.
+Networks are strongly typed, their precision is in the graph; `quantize` has another graph written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from lemica_trt.backends.options import Options
+from lemica_trt.backends.options import Options, Quantize
 from lemica_trt.core.values import require
 
 MEMORY_POOLS = {"workspace": "WORKSPACE", "tacticSharedMem": "TACTIC_SHARED_MEMORY"}
@@ -41,6 +41,7 @@ class CommonOptions(Options, frozen=True):
         Literal["layer_names_only", "detailed", "none"],
         Meta(description="what the engine tells of its layers; the check of its precisions needs detailed"),
     ] = "detailed"
+    quantize: Quantize = "none"
 
     def __post_init__(self) -> None:
         pool_sizes(self.mem_pool_size)

@@ -24,6 +24,9 @@ DTYPES: dict[str, TensorDType] = {
 }
 """Member of the library's `DataType` → our name."""
 
+QUANTIZED = {"INT8": "int8", "FP8": "fp8"}
+"""The same of what no graph takes or gives, but its products multiply."""
+
 
 class Vendor(NamedTuple):
     """One of the two.
