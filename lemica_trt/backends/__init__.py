@@ -20,6 +20,7 @@ Beside them lies what they share:
     options     backends by listing, and what follows from their options
     machine     the processor and the GPU of this machine
     onnx_file   what an ONNX file may ask for, checked before a library reads it
+    onnx_weights  an ONNX file with weights changed, for libraries that load such files
 
 Importing a folder's `__init__` costs nothing: the library itself is imported when something is built or run. The
 backend is a value that travels in the manifest, never an environment variable: one process may hold two.

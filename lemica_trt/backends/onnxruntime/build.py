@@ -19,6 +19,7 @@ import msgspec
 from lemica_trt.backends.build import ENGINES_FOLDER, Estimate, Observed, graphs_digest
 from lemica_trt.backends.machine import has_vnni
 from lemica_trt.backends.onnx_file import require_plain
+from lemica_trt.backends.onnx_weights import ChangedGraph
 from lemica_trt.backends.onnxruntime.attention import ATTENTION, write_fused
 from lemica_trt.backends.onnxruntime.options import OrtOptions
 from lemica_trt.core.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError, install_command
@@ -173,7 +174,13 @@ def import_onnxruntime() -> Any:
 
 
 def open_session(
-    graph: GraphSpec, path: Path, options: OrtOptions, device: int = 0, *, data: Path | None = None
+    graph: GraphSpec,
+    path: Path,
+    options: OrtOptions,
+    device: int = 0,
+    *,
+    data: Path | None = None,
+    changed: ChangedGraph | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` of one graph, on exactly the provider asked for.
 
@@ -183,6 +190,7 @@ def open_session(
         options: how it is loaded.
         device: which GPU, for the provider `cuda`.
         data: folder of its external data; None: where a bundle has it.
+        changed: the file with other weights; its arrays must live as long as the session.
 
     Raises:
         MissingDependencyError: the provider is not in this build of ONNX Runtime, or its libraries do not load.
@@ -203,9 +211,10 @@ def open_session(
     if options.quantize != NONE:
         keep_products_exact(settings)
     settings.log_severity_level = 4  # what it prints is in the exception, too
+    source = _source(ort, graph, path, data, settings, changed)
     try:
         chosen = (wanted, {"device_id": device}) if options.provider == "cuda" else wanted
-        session = ort.InferenceSession(_source(graph, path, data, settings), settings, providers=[chosen])
+        session = ort.InferenceSession(source, settings, providers=[chosen])
     except Exception as error:  # onnxruntime raises many unrelated classes
         if "ValidateOpsetForDomain" in str(error):
             raise UnsupportedError(
@@ -241,14 +250,32 @@ def keep_products_exact(settings: Any) -> None:
         settings.add_session_config_entry("session.x64quantprecision", "1")
 
 
-def _source(graph: GraphSpec, path: Path, data: Path | None, settings: Any) -> str | bytes:
-    """What a session is made of: the file, or its content where its external data lie in another folder."""
-    if data is None and path.parent.parent.name == ENGINES_FOLDER:
-        data = (path.parent.parent.parent / graph.file).parent
-    if data is None or data == path.parent or not graph.data_files:
+def data_folder(graph: GraphSpec, path: Path) -> Path:
+    """Where a bundle has the external data of a graph.
+
+    Args:
+        path: the ONNX file: the exported one, or one of an engine's own.
+    """
+    own = path.parent.parent.name == ENGINES_FOLDER
+    return (path.parent.parent.parent / graph.file).parent if own else path.parent
+
+
+def _source(
+    ort: Any, graph: GraphSpec, path: Path, data: Path | None, settings: Any, changed: ChangedGraph | None
+) -> str | bytes:
+    """What a session is made of: the file, or its content where its external data lie in another folder or it was
+    changed."""
+    data = data or data_folder(graph, path)
+    if changed is None and (data == path.parent or not graph.data_files):
         return str(path)
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
-    return path.read_bytes()
+    if graph.data_files:
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
+    if changed is None:
+        return path.read_bytes()
+    if changed.external:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in changed.external.values()]
+        settings.add_external_initializers(list(changed.external), values)
+    return changed.content
 
 
 def require_provider(ort: Any, options: OrtOptions) -> str:
