@@ -54,9 +54,9 @@ def read_loras(bundle: Bundle, entry: EngineEntry, loras: Sequence[Lora]) -> Add
     found = []
     for lora in loras:
         part = _part(bundle, lora, weights)
-        shapes = {its.module: its.shape for role in weights.values() for its in role.values() if its.part == part}
+        own = {its.module: its.shape for table in weights.values() for its in table.values() if its.part == part}
         file = LoraFile(Path(lora.source))
-        for module, factors in factors_of(file, _prefix(part), shapes).items():
+        for module, factors in factors_of(file, _prefix(part), dict(sorted(own.items()))).items():
             changes.setdefault((part, module), []).append((factors, lora.scale))
         found.append(msgspec.structs.replace(lora, sha256=file.sha256))
     by_graph = {
