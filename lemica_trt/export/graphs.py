@@ -32,7 +32,7 @@ from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.values import require, write_bytes
 from lemica_trt.export.passes import clean_model, remove_idle_squeeze, rewrite_bool_where
 from lemica_trt.export.real import RealProgram, is_complex, symbolic_int, with_heads
-from lemica_trt.export.weights import Parameter, constants_of, named_weights, weight_table, without
+from lemica_trt.export.weights import Constants, Parameter, constants_of, named_weights, weight_table, without
 from lemica_trt.ir.graphs import COMBINE, GraphSet, GraphSpec, Role, StepLayout, TensorDType, TensorSpec
 from lemica_trt.models import Model
 from lemica_trt.models.graph_specs import (
@@ -121,29 +121,8 @@ def _export_graph(
     # What may stay a symbol: an input has its batch where there are several requests, and its text axes.
     expected = specs if batches else [msgspec.structs.replace(spec, shape=spec.at_batch(1)) for spec in specs]
     shapes = _dynamic_shapes(expected, profile.shape.max_batch)
-    dynamic = any(shapes.values())
     where = f"{profile.source}: {role}"
-    with torch.no_grad(), _quiet():
-        try:
-            module = _module(role, model, layout).eval()
-            program = _exported(module, inputs, shapes if dynamic else None)
-            exported = torch.onnx.export(
-                program,
-                (),
-                dynamo=True,
-                opset_version=profile.opset,
-                input_names=list(inputs),
-                output_names=list(output_names(role, model, layout)),
-                verbose=False,
-                optimize=False,
-            )
-            assert exported is not None
-            constants = constants_of(exported.model.graph, _weights(role, model, layout))
-            exported.optimize()
-        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
-            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UnsupportedError(f"{where}: expected a graph that torch can export, got: {line}") from error
-    graph = exported.model
+    graph, constants = _translated(role, model, layout, inputs, shapes if any(shapes.values()) else None)
     remove_idle_squeeze(graph)
     rewrite_bool_where(graph)
     clean_model(graph, _symbols(graph, expected))
@@ -170,6 +149,47 @@ def _export_graph(
         line = next(iter(str(error).splitlines()), "no more was said")
         raise UnsupportedError(f"{where}: expected a valid graph, the exporter made one that is not: {line}") from error
     return found
+
+
+def _translated(
+    role: Role,
+    model: Model,
+    layout: StepLayout,
+    inputs: dict[str, Tensor],
+    shapes: dict[str, dict[int, Any]] | None,
+) -> tuple[Any, Constants]:
+    """What the exporter makes of a graph, as an `onnx_ir.Model`, and the constants that it had before the exporter's
+    optimizer ran.
+
+    Args:
+        inputs: examples, by name.
+        shapes: which dimensions are free; None: none is.
+
+    Raises:
+        UnsupportedError: the exporter cannot export it.
+    """
+    with torch.no_grad(), _quiet():
+        try:
+            module = _module(role, model, layout).eval()
+            program = _exported(module, inputs, shapes)
+            exported = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=model.profile.opset,
+                input_names=list(inputs),
+                output_names=list(output_names(role, model, layout)),
+                verbose=False,
+                optimize=False,
+            )
+            assert exported is not None
+            constants = constants_of(exported.model.graph, _weights(role, model, layout))
+            exported.optimize()
+        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
+            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            where = f"{model.profile.source}: {role}"
+            raise UnsupportedError(f"{where}: expected a graph that torch can export, got: {line}") from error
+    return exported.model, constants
 
 
 def _weights(role: Role, model: Model, layout: StepLayout) -> dict[int, tuple[Parameter, Tensor]]:

@@ -227,6 +227,12 @@ def open_session(
             f"{wanted} is in this onnxruntime but does not start; got {', '.join(session.get_providers())}",
             fix="check the CUDA and cuDNN libraries that onnxruntime-gpu names for this version",
         )
+    _require_described(session, graph)
+    return session
+
+
+def _require_described(session: Any, graph: GraphSpec) -> None:
+    """Raise EngineError unless a session has the inputs and outputs of a graph."""
     found = (*session.get_inputs(), *session.get_outputs())
     declared = {tensor.name: (DTYPES.get(tensor.type), *tensor.shape) for tensor in found}
     described = {tensor.name: (tensor.dtype, *tensor.shape) for tensor in (*graph.inputs, *graph.outputs)}
@@ -236,7 +242,6 @@ def open_session(
             f"{graph.file} is not the graph described: expected {name} {described.get(name)}, got {declared.get(name)}",
             fix="rebuild the bundle",
         )
-    return session
 
 
 def keep_products_exact(settings: Any) -> None:
