@@ -23,6 +23,7 @@ Beside them lies what they share:
     machine     the processor and the GPU of this machine
     qdq         linear layers of an ONNX graph in int8 or fp8, as TensorRT wants them
     onnx_file   what an ONNX file may ask for, checked before a library reads it
+    onnx_weights  an ONNX file with weights changed, for libraries that load such files
 
 Importing a folder's `__init__` costs nothing: the library itself is imported when something is built or run. The
 backend is a value that travels in the manifest, never an environment variable: one process may hold two.

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -136,6 +136,27 @@ class Backend(Protocol):
 
     def device_memory(self) -> int | None:
         """Bytes that all processes hold on the device; None: engines run in host memory, or the library hides it."""
+        ...
+
+
+Change = Callable[[Array], Array]
+"""float32 of the shape of an initializer → the same, changed."""
+
+
+@runtime_checkable
+class ChangesWeights(Protocol):
+    """A backend that loads a graph with other weights; `Options.changes_weights` says which are."""
+
+    def load_changed(self, graph: GraphSpec, path: Path, changes: Mapping[str, Change]) -> Engine:
+        """As `Backend.load`, with weights changed, each in float32 and rounded to its dtype once.
+
+        Args:
+            changes: by initializer, of `graph.weights`.
+
+        Raises:
+            EngineError: it does not load, is not the graph described, or has no such initializer.
+            InputError: a changed weight is not finite in its dtype.
+        """
         ...
 
 

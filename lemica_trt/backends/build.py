@@ -13,6 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import msgspec
+from msgspec import UNSET
+
 from lemica_trt.backends.options import builder_names, options_class, options_from, vendor_module
 from lemica_trt.core.errors import UsageError
 from lemica_trt.core.files import sha256_of
@@ -225,10 +228,13 @@ def _builder(backend: str) -> Builder:
 
 
 def graphs_digest(graphs: GraphSet, root: Path) -> str:
-    """SHA-256 (hex) over the description of all graphs and the content of all their files.
+    """SHA-256 (hex) over the description of all graphs and the content of all their files; what their weights are
+    called in the model is no part of it.
 
     Raises:
         InputError: a file cannot be read.
     """
     names = sorted({name for graph in graphs.graphs for name in (graph.file, *graph.data_files)})
+    unnamed = tuple(msgspec.structs.replace(graph, weights=UNSET) for graph in graphs.graphs)
+    graphs = msgspec.structs.replace(graphs, graphs=unnamed)
     return hashlib.sha256(json_bytes([graphs, {name: sha256_of(root / name) for name in names}])).hexdigest()

@@ -47,7 +47,7 @@ STANDARD_DOMAINS = ("", "ai.onnx")
 MAX_FIELDS = 20_000_000
 """Protobuf fields in one file; a graph of 10 000 nodes has about 200 000."""
 
-_Data = mmap | bytes
+Data = mmap | bytes
 
 
 def require_plain(graph: GraphSpec, path: Path, own: Collection[str] = ()) -> None:
@@ -72,20 +72,78 @@ def require_plain(graph: GraphSpec, path: Path, own: Collection[str] = ()) -> No
         ) from None
 
 
-class _Walk:
-    """Goes through the messages of a file; each method takes where its message starts and ends."""
+class Messages:
+    """Protobuf in memory; each method takes where a message starts and ends.
 
-    def __init__(self, data: _Data, graph: GraphSpec, own: Collection[str]) -> None:
+    Args:
+        data: of a file. A damaged one raises ValueError where it is read.
+    """
+
+    def __init__(self, data: Data) -> None:
         self._data = data
+        self._left = MAX_FIELDS
+
+    def messages(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Number, start and end of each field that is a message, a string or bytes."""
+        for number, wire, first, last in self.fields(start, end):
+            if wire == 2:
+                yield number, first, last
+
+    def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Number, wire type, and start and end of each field; of a varint its value, twice."""
+        position = start
+        while position < end:
+            self._left -= 1
+            if not self._left:
+                raise ValueError(f"expected at most {MAX_FIELDS} fields")
+            tag, position = self.varint(position, end)
+            number, wire = tag >> 3, tag & 7
+            if not 0 < number < 1 << 29:  # parsers cut longer numbers
+                raise ValueError(f"expected an ONNX file, got a field {number}")
+            first = position
+            if wire == 0:
+                first, position = self.varint(position, end)
+            elif wire in (1, 5):
+                position += 8 if wire == 1 else 4
+            elif wire == 2:
+                length, first = self.varint(position, end)
+                position = first + length
+            else:
+                raise ValueError(f"expected an ONNX file, got wire type {wire}")
+            if position > end:
+                raise ValueError("expected an ONNX file, it is cut off")
+            yield number, wire, first, first if wire == 0 else position
+
+    def varint(self, position: int, end: int) -> tuple[int, int]:
+        """A number, and where the next field starts."""
+        value = 0
+        for shift in range(0, 70, 7):
+            if position >= end:
+                raise ValueError("expected an ONNX file, it is cut off")
+            byte = self._data[position]
+            value |= (byte & 127) << shift
+            position += 1
+            if byte < 128:
+                return value, position
+        raise ValueError("expected an ONNX file, got a number of more than 64 bits")
+
+    def text(self, start: int, end: int) -> str:
+        return self._data[start:end].decode()
+
+
+class _Walk(Messages):
+    """Goes through the messages of a file."""
+
+    def __init__(self, data: Data, graph: GraphSpec, own: Collection[str]) -> None:
+        super().__init__(data)
         self._own = own
         self._folder = PurePosixPath(graph.file).parent
         self._data_files = frozenset(graph.data_files)
         self._opset = graph.opset
-        self._fields_left = MAX_FIELDS
 
     def model(self, start: int, end: int) -> None:
         opsets: list[int] = []
-        for number, first, last in self._messages(start, end):
+        for number, first, last in self.messages(start, end):
             if number == 7:
                 self._graph(first, last)
             elif number == 8:
@@ -99,15 +157,15 @@ class _Walk:
     def _standard_opset(self, start: int, end: int) -> list[int]:
         """The version that an import names, if it is of the standard domain."""
         domain, version = "", 0
-        for number, wire, first, last in self._fields(start, end):
+        for number, wire, first, last in self.fields(start, end):
             if number == 1 and wire == 2:
-                domain = self._text(first, last)
+                domain = self.text(first, last)
             elif number == 2 and wire == 0:
                 version = first
         return [version] if domain in STANDARD_DOMAINS else []
 
     def _graph(self, start: int, end: int) -> None:
-        for number, first, last in self._messages(start, end):
+        for number, first, last in self.messages(start, end):
             if number == 1:
                 self._node(first, last)
             elif number == 5:
@@ -117,11 +175,11 @@ class _Walk:
 
     def _node(self, start: int, end: int) -> None:
         operator, domain = "", ""
-        for number, first, last in self._messages(start, end):
+        for number, first, last in self.messages(start, end):
             if number == 4:
-                operator = self._text(first, last)
+                operator = self.text(first, last)
             elif number == 7:
-                domain = self._text(first, last)
+                domain = self.text(first, last)
             elif number == 5:
                 self._attribute(first, last)
         name = f"{domain}::{operator}" if domain else operator
@@ -129,7 +187,7 @@ class _Walk:
             raise ValueError(f"the operator {name!r} is not one that lemica-trt exports")
 
     def _attribute(self, start: int, end: int) -> None:
-        for number, first, last in self._messages(start, end):
+        for number, first, last in self.messages(start, end):
             if number in (5, 10):
                 self._tensor(first, last)
             elif number in (6, 11, 22, 23):
@@ -137,11 +195,11 @@ class _Walk:
 
     def _tensor(self, start: int, end: int) -> None:
         external, locations = False, []
-        for number, wire, first, last in self._fields(start, end):
+        for number, wire, first, last in self.fields(start, end):
             if number == 14 and wire == 0:
                 external = external or first != 0
             elif number == 13 and wire == 2:
-                entry = [(n, self._text(a, b)) for n, a, b in self._messages(first, last)]
+                entry = [(n, self.text(a, b)) for n, a, b in self.messages(first, last)]
                 if (1, "location") in entry:
                     locations += [text for n, text in entry if n == 2] or [""]
         if external and not locations:
@@ -149,50 +207,3 @@ class _Walk:
         for location in locations:
             if str(self._folder / location) not in self._data_files:
                 raise ValueError(f"external data in {location!r}, which is not one of the files listed for this graph")
-
-    def _messages(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Number, start and end of each field that is a message, a string or bytes."""
-        for number, wire, first, last in self._fields(start, end):
-            if wire == 2:
-                yield number, first, last
-
-    def _fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """Number, wire type, and start and end of each field; of a varint its value, twice."""
-        position = start
-        while position < end:
-            self._fields_left -= 1
-            if not self._fields_left:
-                raise ValueError(f"expected at most {MAX_FIELDS} fields")
-            tag, position = self._varint(position, end)
-            number, wire = tag >> 3, tag & 7
-            if not 0 < number < 1 << 29:  # parsers cut longer numbers
-                raise ValueError(f"expected an ONNX file, got a field {number}")
-            first = position
-            if wire == 0:
-                first, position = self._varint(position, end)
-            elif wire in (1, 5):
-                position += 8 if wire == 1 else 4
-            elif wire == 2:
-                length, first = self._varint(position, end)
-                position = first + length
-            else:
-                raise ValueError(f"expected an ONNX file, got wire type {wire}")
-            if position > end:
-                raise ValueError("expected an ONNX file, it is cut off")
-            yield number, wire, first, first if wire == 0 else position
-
-    def _varint(self, position: int, end: int) -> tuple[int, int]:
-        """A number, and where the next field starts."""
-        value = 0
-        for shift in range(0, 70, 7):
-            if position >= end:
-                raise ValueError("expected an ONNX file, it is cut off")
-            byte = self._data[position]
-            value |= (byte & 127) << shift
-            position += 1
-            if byte < 128:
-                return value, position
-        raise ValueError("expected an ONNX file, got a number of more than 64 bits")
-
-    def _text(self, start: int, end: int) -> str:
-        return self._data[start:end].decode()

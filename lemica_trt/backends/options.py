@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 import msgspec
 
@@ -50,7 +50,13 @@ Quantize = Annotated[
 
 
 class Options(Value, frozen=True):
-    """Base of a backend's options. Each field has a default and a `msgspec.Meta` with its description."""
+    """Base of a backend's options. Each field has a default and a `msgspec.Meta` with its description.
+
+    Attributes:
+        changes_weights: whether the backend's run half is a `base.ChangesWeights`.
+    """
+
+    changes_weights: ClassVar[bool] = False
 
     def as_dict(self) -> dict[str, Option]:
         """All options by name, defaults written out: `EngineKey.options`. `quantize` only where something is, so that

@@ -124,6 +124,7 @@ def report(screen: Screen, bundle: Path, output: Path | None) -> None:
     flag("--negative-prompt", otherwise="the profile's", help="What to steer away from."),
     flag("--image", type=options.FILE, help="PNG, JPEG or WebP, of bundles that need one: its first frame, say."),
 )
+@flags("Model", options.lora_added, options.lora_2_added)
 @flags(
     "Engines",
     options.backend,
@@ -151,6 +152,8 @@ def run(
     prompt: str,
     plan: str,
     seed: int,
+    lora: tuple[str, ...],
+    lora_2: tuple[str, ...],
     backend: str | None,
     capture: Any,
     output: Path,
@@ -163,6 +166,7 @@ def run(
     from time import perf_counter
 
     from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.cli.flags import loras_from_flags
     from lemica_trt.core.pictures import read_picture
     from lemica_trt.core.progress import duration
     from lemica_trt.runtime.pipeline import Pipeline
@@ -171,13 +175,14 @@ def run(
 
     check_suffix(output)
     options.require_output(output, screen)
+    loras = loras_from_flags(lora, lora_2)
     bundled = Bundle.open(bundle, trusted=options.trusted(verify_with, require_signature))
     _require_capture(bundled, backend)
     require_image(bundled.manifest.graphs, given["image"])
     if given["image"] is not None:
         given["image"] = read_picture(given["image"])
     report, start = screen.reporter, perf_counter()
-    pipe = Pipeline(bundled, plan=None if plan == "default" else plan, backend=backend, capture=capture)
+    pipe = Pipeline(bundled, plan=None if plan == "default" else plan, backend=backend, capture=capture, loras=loras)
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
     on_step = None if capture == "plan" else lambda row: report.advance(row.index + 1, row.rows)
     result = pipe(prompt, seed=seed, on_step=on_step, **given)
@@ -192,6 +197,7 @@ def run(
         "seconds": result.seconds,
         "scale": factor,
         "warnings": pipe.warnings(prompt),
+        **({"loras": pipe.loras} if pipe.loras else {}),
     }
     screen.print(found, lambda: f"{output}  ({parts}{enlarged})")
 

@@ -13,7 +13,7 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace
 from lemica_trt.bundle.writing import change_plans
 from lemica_trt.compiler.requests import BuildRequest, BuildResult, PlanResult
-from lemica_trt.core.errors import InputError, LemicaError, UsageError
+from lemica_trt.core.errors import LemicaError, UsageError
 from lemica_trt.core.progress import Quiet, Reporter
 from lemica_trt.ir import budget
 from lemica_trt.ir.budget import Budget, Latency, MinPsnr, Speedup
@@ -29,7 +29,14 @@ from lemica_trt.ir.profile import (
     Sampling,
     Shape,
 )
-from lemica_trt.ir.resources import absolute_source, is_pipeline, load_named, load_profile, require_buildable
+from lemica_trt.ir.resources import (
+    absolute_source,
+    is_pipeline,
+    load_named,
+    load_profile,
+    lora_from_text,
+    require_buildable,
+)
 
 PROFILE_FIELDS = {
     **{name: ("shape", name) for name in ("frames", "height", "width", "max_batch")},
@@ -242,20 +249,7 @@ def loras_from_flags(given: Sequence[str], second: Sequence[str] = ()) -> tuple[
     """
     found = []
     for text, flag in [*((text, "--lora") for text in given), *((text, "--lora-2") for text in second)]:
-        source, colon, scale = text.rpartition(":")
-        whole = not colon or Path(text).exists()
-        try:
-            lora = Lora(source=text) if whole else Lora(source=source, scale=float(scale))
-        except ValueError:
-            raise UsageError(
-                f"{flag}: expected FILE_OR_HUB_ID[:SCALE] with a number as scale, got {text!r}",
-                fix=f"for example {flag} style.safetensors:0.8",
-            ) from None
-        if not Path(lora.source).exists() and lora.on_hub is None:
-            raise InputError(
-                f"{flag}: expected a file of LoRA weights or a hub id, got {lora.source!r}, which is not there",
-                fix="check the path, or give the id as the hub has it: OWNER/NAME or OWNER/NAME/FILE.safetensors",
-            )
+        lora = lora_from_text(text, flag)
         expert: Any = "transformer_2" if flag == "--lora-2" else UNSET
         found.append(msgspec.structs.replace(lora, source=absolute_source(lora.source), expert=expert))
     return tuple(found)

@@ -69,7 +69,8 @@ OPTIONS = {
     "fp8": "of a finished bundle: lemica-trt engine BUNDLE --quantize fp8 --output DIR",
     "int4": "of quantised precisions there are int8 and fp8: lemica-trt engine BUNDLE --quantize int8 --output DIR",
     "load-engine": "engines are files of a bundle: name its folder",
-    "lora": "LoRA weights are fused when a bundle is built: lemica-trt build --lora FILE:SCALE",
+    "lora": "LoRA weights are fused when a bundle is built, lemica-trt build --lora FILE:SCALE, or added to a clip: "
+    "lemica-trt run --lora FILE:SCALE",
     "max-shapes": "shapes are --frames, --height, --width and --max-batch",
     "min-shapes": "shapes are --frames, --height, --width and --max-batch",
     "no-cache": "give another --output: finished stages are kept beside it",

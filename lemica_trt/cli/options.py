@@ -194,6 +194,10 @@ def refuse_contradictions() -> None:
 
 lora = flag("--lora", multiple=True, metavar="FILE|HUB_ID[:SCALE]",
             help="LoRA weights to fuse into the model before anything is measured; repeat for several.")  # fmt: skip
+lora_added = flag("--lora", multiple=True, metavar="FILE[:SCALE]",
+                  help="LoRA weights to add to the transformer's, without a build; repeat for several.")  # fmt: skip
+lora_2_added = flag("--lora-2", multiple=True, metavar="FILE[:SCALE]", advanced=True,
+                    help="The same for a second transformer (Wan 2.2: low noise); --lora is the first's.")  # fmt: skip
 lora_2 = flag("--lora-2", multiple=True, metavar="FILE|HUB_ID[:SCALE]", advanced=True,
               help="The same for a second transformer (Wan 2.2: low noise); --lora is the first's.")  # fmt: skip
 

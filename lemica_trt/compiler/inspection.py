@@ -32,6 +32,9 @@ def summarize(bundle: Bundle) -> BundleSummary:
         revision=manifest.revision,
         dtype=manifest.graphs.dtype,
         image=manifest.graphs.image is not UNSET,
+        changeable=len(
+            {(its.part, its.name) for graph in manifest.graphs.graphs for its in (graph.weights or {}).values()}
+        ),
         plans=tuple(bundle.plan(name) for name in bundle.plans),
         default_plan=manifest.default_plan,
         engines=manifest.engines,

@@ -2,6 +2,7 @@
 
     graphs   the export of each graph, and the check of what the exporter made of it
     real     PyTorch's program of a module → one on real numbers, whose sizes stay symbols
+    weights  which initializer of a graph is which parameter of the model
     passes   an exported model → the same computation, with nothing of the machine that exported it
 
 Knows nothing of plans' contents, engines or bundles.

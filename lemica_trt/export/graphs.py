@@ -25,12 +25,14 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
+from msgspec import UNSET
 from torch import Tensor, nn
 
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.values import require, write_bytes
 from lemica_trt.export.passes import clean_model, remove_idle_squeeze, rewrite_bool_where
 from lemica_trt.export.real import RealProgram, is_complex, symbolic_int, with_heads
+from lemica_trt.export.weights import Constants, Parameter, constants_of, named_weights, weight_table, without
 from lemica_trt.ir.graphs import COMBINE, GraphSet, GraphSpec, Role, StepLayout, TensorDType, TensorSpec
 from lemica_trt.models import Model
 from lemica_trt.models.graph_specs import (
@@ -74,11 +76,16 @@ def export_graphs(model: Model, layout: StepLayout, folder: Path, *, roles: Sequ
     require(layout.conditions == model.conditions, f"layout for conditions {layout.conditions}, not {model.conditions}")
     widths = cache_specs(model, layout)
     roles = needed_roles(model, layout) if roles is None else roles
+    fixed: set[Parameter] = set()
+    graphs = [_export_graph(role, model, layout, widths, folder, fixed) for role in sorted(roles)]
     return GraphSet(
         dtype=model.profile.dtype,
         layout=layout,
         max_batch=model.profile.shape.max_batch,
-        graphs=tuple(_export_graph(role, model, layout, widths, folder) for role in sorted(roles)),
+        graphs=tuple(
+            msgspec.structs.replace(graph, weights=without(graph.weights, fixed)) if graph.weights else graph
+            for graph in graphs
+        ),
         image=model.image,
     )
 
@@ -95,8 +102,18 @@ def _module(role: Role, model: Model, layout: StepLayout) -> nn.Module:
 
 
 def _export_graph(
-    role: Role, model: Model, layout: StepLayout, hidden: dict[str, TensorSpec], folder: Path
+    role: Role,
+    model: Model,
+    layout: StepLayout,
+    hidden: dict[str, TensorSpec],
+    folder: Path,
+    fixed: set[Parameter],
 ) -> GraphSpec:
+    """Export one graph.
+
+    Args:
+        fixed: gets the parameters that cannot be changed in it.
+    """
     profile = model.profile
     specs = input_specs(role, model, layout, hidden)
     batches = profile.shape.max_batch > 1 and any("batch" in spec.shape for spec in specs)
@@ -104,30 +121,14 @@ def _export_graph(
     # What may stay a symbol: an input has its batch where there are several requests, and its text axes.
     expected = specs if batches else [msgspec.structs.replace(spec, shape=spec.at_batch(1)) for spec in specs]
     shapes = _dynamic_shapes(expected, profile.shape.max_batch)
-    dynamic = any(shapes.values())
     where = f"{profile.source}: {role}"
-    with torch.no_grad(), _quiet():
-        try:
-            module = _module(role, model, layout).eval()
-            program = _exported(module, inputs, shapes if dynamic else None)
-            exported = torch.onnx.export(
-                program,
-                (),
-                dynamo=True,
-                opset_version=profile.opset,
-                input_names=list(inputs),
-                output_names=list(output_names(role, model, layout)),
-                verbose=False,
-            )
-        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
-            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UnsupportedError(f"{where}: expected a graph that torch can export, got: {line}") from error
-    assert exported is not None
-    graph = exported.model
+    graph, constants = _translated(role, model, layout, inputs, shapes if any(shapes.values()) else None)
     remove_idle_squeeze(graph)
     rewrite_bool_where(graph)
     clean_model(graph, _symbols(graph, expected))
     file = f"onnx/{role}.onnx"
+    table, unchangeable = weight_table(graph.graph, constants)
+    fixed |= unchangeable
     data_files = _write(graph, folder / file)
     found = GraphSpec(
         role=role,
@@ -137,6 +138,7 @@ def _export_graph(
         opset=graph.opset_imports[""],
         dit=_dit(role, layout),
         data_files=tuple(f"onnx/{name}" for name in data_files),
+        weights=table or UNSET,
     )
     _check(where, found, expected, output_names(role, model, layout), batches)
     if found.opset != profile.opset:
@@ -147,6 +149,56 @@ def _export_graph(
         line = next(iter(str(error).splitlines()), "no more was said")
         raise UnsupportedError(f"{where}: expected a valid graph, the exporter made one that is not: {line}") from error
     return found
+
+
+def _translated(
+    role: Role,
+    model: Model,
+    layout: StepLayout,
+    inputs: dict[str, Tensor],
+    shapes: dict[str, dict[int, Any]] | None,
+) -> tuple[Any, Constants]:
+    """What the exporter makes of a graph, as an `onnx_ir.Model`, and the constants that it had before the exporter's
+    optimizer ran.
+
+    Args:
+        inputs: examples, by name.
+        shapes: which dimensions are free; None: none is.
+
+    Raises:
+        UnsupportedError: the exporter cannot export it.
+    """
+    with torch.no_grad(), _quiet():
+        try:
+            module = _module(role, model, layout).eval()
+            program = _exported(module, inputs, shapes)
+            exported = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=model.profile.opset,
+                input_names=list(inputs),
+                output_names=list(output_names(role, model, layout)),
+                verbose=False,
+                optimize=False,
+            )
+            assert exported is not None
+            constants = constants_of(exported.model.graph, _weights(role, model, layout))
+            exported.optimize()
+        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
+            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            where = f"{model.profile.source}: {role}"
+            raise UnsupportedError(f"{where}: expected a graph that torch can export, got: {line}") from error
+    return exported.model, constants
+
+
+def _weights(role: Role, model: Model, layout: StepLayout) -> dict[int, tuple[Parameter, Tensor]]:
+    """Weights of the transformer that a step graph runs, by address; none of other graphs."""
+    if _dit(role, layout) is None:
+        return {}
+    expert = layout.variant(role).expert
+    network = model.pipeline.components.get(expert)
+    return named_weights({expert: network}) if isinstance(network, nn.Module) else {}
 
 
 def _dit(role: str, layout: StepLayout) -> Literal["whole", "part"] | None:

@@ -88,6 +88,31 @@ def _factor(dim: str) -> int:
     return int(factor or 1)
 
 
+class Weight(Value, frozen=True):
+    """A parameter of a network, as an initializer of a graph has it: what LoRA weights can be added to.
+
+    Attributes:
+        part: component of the pipeline.
+        name: of the parameter in it: `transformer_blocks.0.attn1.to_q.weight`.
+        shape: as PyTorch has it.
+        transposed: true: the initializer is its transpose, [in, out].
+    """
+
+    part: str
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        require(len(self.shape) >= 2, f"{self.name}: expected at least 2 dimensions, got {list(self.shape)}")
+        require(not self.transposed or len(self.shape) == 2, f"{self.name}: only matrices are transposed")
+
+    @property
+    def module(self) -> str:
+        """Name of the module that has it."""
+        return self.name.rpartition(".")[0]
+
+
 class GraphSpec(Value, frozen=True):
     """One exported graph.
 
@@ -98,6 +123,8 @@ class GraphSpec(Value, frozen=True):
         dit: how much of the DiT it computes; None: nothing.
         data_files: external-data files that the ONNX file names, relative to the bundle.
         opset: ONNX opset.
+        weights: initializer → the parameter that it is, of the transformers alone; unset: not known, as in graphs of
+            older releases and of encoders.
     """
 
     role: Role
@@ -107,6 +134,7 @@ class GraphSpec(Value, frozen=True):
     opset: int
     dit: Literal["whole", "part"] | None = None
     data_files: tuple[str, ...] = ()
+    weights: dict[str, Weight] | UnsetType = UNSET
 
 
 class CacheSlot(Value, frozen=True):

@@ -181,6 +181,7 @@ class BundleSummary(NamedTuple):
         pictures: path in the bundle → what it shows.
         measured: what is known of the plans on the bundle's engines.
         image: whether requests need an image.
+        changeable: weights that LoRA weights can be added to without a build; 0: none.
     """
 
     profile: Profile
@@ -195,6 +196,7 @@ class BundleSummary(NamedTuple):
     pictures: dict[str, str]
     measured: MeasuredPlans = MeasuredPlans()
     image: bool = False
+    changeable: int = 0
 
     @property
     def default(self) -> StepPlan:

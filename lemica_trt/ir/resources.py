@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from lemica_trt.core.errors import InputError, UnsupportedError, UsageError
-from lemica_trt.ir.profile import Card, NamedModel, Profile
+from lemica_trt.ir.profile import Card, Lora, NamedModel, Profile
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -141,3 +141,30 @@ def absolute_source(source: str) -> str:
     its name, which says what the file is."""
     path = Path(source)
     return str(path.resolve() if path.is_dir() else path.absolute()) if path.exists() else source
+
+
+def lora_from_text(text: str, flag: str) -> Lora:
+    """LoRA weights of FILE_OR_HUB_ID[:SCALE].
+
+    Args:
+        flag: where it was given, for messages.
+
+    Raises:
+        UsageError: the scale is no number.
+        InputError: there is no such file, and it is no hub id.
+    """
+    source, colon, scale = text.rpartition(":")
+    whole = not colon or Path(text).exists()
+    try:
+        lora = Lora(source=text) if whole else Lora(source=source, scale=float(scale))
+    except ValueError:
+        raise UsageError(
+            f"{flag}: expected FILE_OR_HUB_ID[:SCALE] with a number as scale, got {text!r}",
+            fix=f"for example {flag} style.safetensors:0.8",
+        ) from None
+    if not Path(lora.source).exists() and lora.on_hub is None:
+        raise InputError(
+            f"{flag}: expected a file of LoRA weights or a hub id, got {lora.source!r}, which is not there",
+            fix="check the path, or give the id as the hub has it: OWNER/NAME or OWNER/NAME/FILE.safetensors",
+        )
+    return lora

@@ -391,6 +391,7 @@ def bundle_table(bundle: BundleSummary) -> RenderableType:
     for name, text in (
         ("model", f"{bundle.profile.name} ({bundle.profile.family}) from {bundle.profile.source}"),
         *(("LoRA", lora.text) for lora in bundle.profile.loras or ()),
+        *([("run --lora", f"can change {bundle.changeable} weights")] if bundle.changeable else []),
         ("revision", (bundle.revision or "–")[:16]),
         (
             "makes",

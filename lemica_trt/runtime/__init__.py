@@ -5,6 +5,8 @@
     text          prompt → token ids
     conditions    what text encoders give → what the DiT is given
     denoise       the loop over a plan's rows, written once against `lemica_trt.backends.base`
+    lora          LoRA weights put into a bundle when it is loaded
+    lora_file     a file of them, read
     single_graph  one graph, run once
     pipeline      prompt → frames: all of the above, for a bundle
     video         frames → .mp4, .gif, .png, .npy

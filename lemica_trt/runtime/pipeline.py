@@ -22,7 +22,7 @@ from typing import Any, SupportsIndex, cast, overload
 import numpy as np
 from msgspec import UNSET
 
-from lemica_trt.backends.base import Array, Buffer, Capture, Engine, Settings, open_backend
+from lemica_trt.backends.base import Array, Buffer, Capture, Change, ChangesWeights, Engine, Settings, open_backend
 from lemica_trt.bundle.contents import read_if_listed
 from lemica_trt.bundle.manifest import PROMPTS_FILE
 from lemica_trt.bundle.reading import Bundle
@@ -33,10 +33,13 @@ from lemica_trt.core.pictures import drawn_picture, picture_from, planes, read_p
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import DRAW, IMAGE_ENCODER, ImageSpec, Role
 from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.profile import Lora
 from lemica_trt.ir.prompts import PromptFacts, prompt_from_line
+from lemica_trt.ir.resources import lora_from_text
 from lemica_trt.runtime.conditions import EncodedText, conditions_from_texts
 from lemica_trt.runtime.denoise import Denoiser, OnStep, RowDone
 from lemica_trt.runtime.generation import Generation, GenerationRequest
+from lemica_trt.runtime.lora import Added, read_loras, unmeasured
 from lemica_trt.runtime.random import Generator
 from lemica_trt.runtime.single_graph import run_graph
 from lemica_trt.runtime.text import PromptTokenizer
@@ -83,8 +86,14 @@ class Pipeline:
         capture: what becomes a CUDA graph: the `plan`, each `step` (always so while a request reports progress), or
             `none`. For TensorRT.
         roles: which engines; None: all.
+        loras: LoRA weights that are added to the transformer's, in this order: `ir.profile.Lora`, or FILE[:SCALE] as
+            on the command line. Plans were measured without them: one line in the log says so.
+
+    Attributes:
+        loras: those that were added, with the digests of their files.
 
     Raises:
+        InputError, UnsupportedError: as `lora.read_loras`, before an engine loads.
         UsageError, IntegrityError: as `Bundle.plan`, `Bundle.engine` and `Bundle.file`.
         MissingDependencyError: the backend's package, driver or device is not here.
         UnsupportedError: the engines are for another machine; says the command that builds them for this one.
@@ -101,9 +110,12 @@ class Pipeline:
         threads: int | None = None,
         capture: Capture = "plan",
         roles: Collection[Role] | None = None,
+        loras: Sequence[Lora | str] = (),
     ) -> None:
         manifest = bundle.manifest
         entry = bundle.engine(backend)
+        given = [lora if isinstance(lora, Lora) else lora_from_text(lora, "loras") for lora in loras]
+        added = read_loras(bundle, entry, given) if given else Added((), {})
         settings = Settings(
             device=device,
             threads=threads,
@@ -118,11 +130,16 @@ class Pipeline:
         self._encoders = [PromptTokenizer(spec, bundle.read_bytes(spec.tokenizer)) for spec in manifest.encoders]
         self._calibrated = read_if_listed(bundle, PromptFacts, PROMPTS_FILE)
         self._lock = threading.RLock()  # a callback may encode and decode
-        self._engines = self._load(entry, roles)
+        self.loras = added.loras
+        self._engines = self._load(entry, roles, added.changes)
         self._denoiser = Denoiser(self._backend, manifest.graphs, self._engines)
         self._process: int | None = os.getpid()
+        if self.loras:
+            LOGGER.warning("%s", unmeasured(bundle, self.loras))
 
-    def _load(self, entry: EngineEntry, roles: Collection[Role] | None) -> dict[Role, Engine]:
+    def _load(
+        self, entry: EngineEntry, roles: Collection[Role] | None, changes: Mapping[Role, Mapping[str, Change]]
+    ) -> dict[Role, Engine]:
         """Load engines from files that have the listed digests before and after they are loaded."""
         graphs = [graph for graph in self.bundle.manifest.graphs.graphs if graph.role in entry.files]
         graphs = [graph for graph in graphs if roles is None or graph.role in roles]
@@ -130,7 +147,13 @@ class Pipeline:
         names = {*files.values()}
         names |= {name for graph in graphs if files[graph.role].endswith(".onnx") for name in graph.data_files}
         self.bundle.check_files(names)
-        engines = {graph.role: self._backend.load(graph, self.bundle.path / files[graph.role]) for graph in graphs}
+        engines: dict[Role, Engine] = {}
+        for graph in graphs:
+            path, own = self.bundle.path / files[graph.role], changes.get(graph.role)
+            if own:
+                engines[graph.role] = cast(ChangesWeights, self._backend).load_changed(graph, path, own)
+            else:
+                engines[graph.role] = self._backend.load(graph, path)
         self.bundle.check_files(names)
         return engines
 

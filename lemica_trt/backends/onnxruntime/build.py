@@ -18,6 +18,7 @@ import msgspec
 from lemica_trt.backends.build import ENGINES_FOLDER, Estimate, Observed, graphs_digest
 from lemica_trt.backends.machine import has_vnni
 from lemica_trt.backends.onnx_file import require_plain
+from lemica_trt.backends.onnx_weights import ChangedGraph
 from lemica_trt.backends.onnxruntime.attention import ATTENTION, write_fused
 from lemica_trt.backends.onnxruntime.options import OrtOptions
 from lemica_trt.backends.qdq import Kind
@@ -172,7 +173,13 @@ def import_onnxruntime() -> Any:
 
 
 def open_session(
-    graph: GraphSpec, path: Path, options: OrtOptions, device: int = 0, *, data: Path | None = None
+    graph: GraphSpec,
+    path: Path,
+    options: OrtOptions,
+    device: int = 0,
+    *,
+    data: Path | None = None,
+    changed: ChangedGraph | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` of one graph, on exactly the provider asked for.
 
@@ -182,6 +189,7 @@ def open_session(
         options: how it is loaded.
         device: which GPU, for the provider `cuda`.
         data: folder of its external data; None: where a bundle has it.
+        changed: the file with other weights; its arrays must live as long as the session.
 
     Raises:
         MissingDependencyError: the provider is not in this build of ONNX Runtime, or its libraries do not load.
@@ -202,9 +210,10 @@ def open_session(
     if options.quantize != "none":
         compute_as_written(settings, options.quantize)
     settings.log_severity_level = 4  # what it prints is in the exception, too
+    source = _source(ort, graph, path, data, settings, changed)
     try:
         chosen = (wanted, {"device_id": device}) if options.provider == "cuda" else wanted
-        session = ort.InferenceSession(_source(graph, path, data, settings), settings, providers=[chosen])
+        session = ort.InferenceSession(source, settings, providers=[chosen])
     except Exception as error:  # onnxruntime raises many unrelated classes
         if "ValidateOpsetForDomain" in str(error):
             raise UnsupportedError(
@@ -217,6 +226,12 @@ def open_session(
             f"{wanted} is in this onnxruntime but does not start; got {', '.join(session.get_providers())}",
             fix="check the CUDA and cuDNN libraries that onnxruntime-gpu names for this version",
         )
+    _require_described(session, graph)
+    return session
+
+
+def _require_described(session: Any, graph: GraphSpec) -> None:
+    """Raise EngineError unless a session has the inputs and outputs of a graph."""
     found = (*session.get_inputs(), *session.get_outputs())
     declared = {tensor.name: (DTYPES.get(tensor.type), *tensor.shape) for tensor in found}
     described = {tensor.name: (tensor.dtype, *tensor.shape) for tensor in (*graph.inputs, *graph.outputs)}
@@ -226,7 +241,6 @@ def open_session(
             f"{graph.file} is not the graph described: expected {name} {described.get(name)}, got {declared.get(name)}",
             fix="rebuild the bundle",
         )
-    return session
 
 
 def compute_as_written(settings: Any, kind: Kind) -> None:
@@ -247,14 +261,32 @@ def compute_as_written(settings: Any, kind: Kind) -> None:
         settings.add_session_config_entry("session.x64quantprecision", "1")
 
 
-def _source(graph: GraphSpec, path: Path, data: Path | None, settings: Any) -> str | bytes:
-    """What a session is made of: the file, or its content where its external data lie in another folder."""
-    if data is None and path.parent.parent.name == ENGINES_FOLDER:
-        data = (path.parent.parent.parent / graph.file).parent
-    if data is None or data == path.parent or not graph.data_files:
+def data_folder(graph: GraphSpec, path: Path) -> Path:
+    """Where a bundle has the external data of a graph.
+
+    Args:
+        path: the ONNX file: the exported one, or one of an engine's own.
+    """
+    own = path.parent.parent.name == ENGINES_FOLDER
+    return (path.parent.parent.parent / graph.file).parent if own else path.parent
+
+
+def _source(
+    ort: Any, graph: GraphSpec, path: Path, data: Path | None, settings: Any, changed: ChangedGraph | None
+) -> str | bytes:
+    """What a session is made of: the file, or its content where its external data lie in another folder or it was
+    changed."""
+    data = data or data_folder(graph, path)
+    if changed is None and (data == path.parent or not graph.data_files):
         return str(path)
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
-    return path.read_bytes()
+    if graph.data_files:
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
+    if changed is None:
+        return path.read_bytes()
+    if changed.external:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in changed.external.values()]
+        settings.add_external_initializers(list(changed.external), values)
+    return changed.content
 
 
 def require_provider(ort: Any, options: OrtOptions) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -11,6 +11,8 @@ from lemica_trt.backends.options import Options, Quantize, Threads
 
 class OrtOptions(Options, frozen=True):
     """Options of the backend `onnxruntime`."""
+
+    changes_weights: ClassVar[bool] = True
 
     provider: Annotated[
         Literal["cpu", "cuda"], Meta(description="execution provider; cuda needs the package onnxruntime-gpu")

@@ -17,13 +17,17 @@ from lemica_trt.backends.base import (
     Array,
     Buffer,
     Call,
+    Change,
     InOrder,
     Settings,
     check_binding,
     check_upload,
     require_version,
 )
-from lemica_trt.backends.onnxruntime.build import OLDEST, PACKAGES, import_onnxruntime, open_session
+from lemica_trt.backends.onnx_file import require_plain
+from lemica_trt.backends.onnx_weights import changed_graph
+from lemica_trt.backends.onnxruntime.attention import ATTENTION
+from lemica_trt.backends.onnxruntime.build import OLDEST, PACKAGES, data_folder, import_onnxruntime, open_session
 from lemica_trt.backends.onnxruntime.options import OrtOptions
 from lemica_trt.backends.options import options_from_key
 from lemica_trt.core.errors import EngineError, UnsupportedError
@@ -70,10 +74,15 @@ class OrtCall:
 
 
 class OrtEngine:
-    """An InferenceSession; its `run` may be called by several threads."""
+    """An InferenceSession; its `run` may be called by several threads.
 
-    def __init__(self, session: Any, graph: GraphSpec) -> None:
+    Args:
+        weights: that it reads from the caller's memory.
+    """
+
+    def __init__(self, session: Any, graph: GraphSpec, weights: Mapping[str, Array] | None = None) -> None:
         self._session = session
+        self._weights = weights
         self._graph = graph
 
     def bind(self, buffers: Mapping[str, Buffer], *, once: bool = False) -> OrtCall:
@@ -121,6 +130,12 @@ class OrtBackend:
 
     def load(self, graph: GraphSpec, path: Path) -> OrtEngine:
         return OrtEngine(open_session(graph, path, self._options, self._device), graph)
+
+    def load_changed(self, graph: GraphSpec, path: Path, changes: Mapping[str, Change]) -> OrtEngine:
+        require_plain(graph, path, (ATTENTION,))
+        changed = changed_graph(graph, path, data_folder(graph, path), changes)
+        session = open_session(graph, path, self._options, self._device, changed=changed)
+        return OrtEngine(session, graph, changed.external)
 
     def join(self, calls: Sequence[Call]) -> Call:
         return InOrder(calls)
