@@ -167,6 +167,20 @@ class Quality(Value, frozen=True):
         return min(self.each_psnr)
 
 
+class ShapeSummary(Value, frozen=True):
+    """A further shape of a bundle, for people.
+
+    Attributes:
+        name: `FRAMESxHEIGHTxWIDTH`.
+        held: plans that hold there, and what was measured; of the uncached one nothing.
+        refused: the others, and why.
+    """
+
+    name: str
+    held: dict[str, str]
+    refused: dict[str, str]
+
+
 class BundleSummary(NamedTuple):
     """What a bundle is, for people.
 
@@ -181,6 +195,7 @@ class BundleSummary(NamedTuple):
         pictures: path in the bundle → what it shows.
         measured: what is known of the plans on the bundle's engines.
         image: whether requests need an image.
+        further: shapes beside that of the profile.
     """
 
     profile: Profile
@@ -195,6 +210,7 @@ class BundleSummary(NamedTuple):
     pictures: dict[str, str]
     measured: MeasuredPlans = MeasuredPlans()
     image: bool = False
+    further: tuple[ShapeSummary, ...] = ()
 
     @property
     def default(self) -> StepPlan:
