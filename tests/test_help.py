@@ -117,7 +117,7 @@ def test_hints_lead_to_commands_and_options_that_there_are() -> None:
     (["build", "cogvideox-tiny"], "lemica-trt build --model cogvideox-tiny"),
     (["build", "--saveEngine=x"], "engines are written into the bundle: --output DIR"),
     (["run", "b", "a", "red", "ball", "-o", "x.gif"], "put the prompt in quotes"),
-    (["run", "b", "a ball", "--num_frames", "9"], "a bundle has one shape: lemica-trt build --frames F"),
+    (["run", "b", "a ball", "--size", "64"], "--shape FxHxW, one of the bundle's"),
     (["build", "--qqqq"], "see 'lemica-trt build --help'"),
 ])  # fmt: skip
 def test_what_is_not_there_gets_a_hint(arguments: list[str], fix: str) -> None:

@@ -9,6 +9,7 @@
     plans/NAME.json        step plans (`lemica_trt.ir.plan.StepPlan`)
     calibration/           what the plans were made from, so that `plan BUNDLE` can make others without PyTorch, and
                            other builds can be calibrated from it
+    shapes/FxHxW/…         graphs and engines of a further shape, as above; its uncached plan where that is another
     reports/               for people: verification, pictures, times. Not listed, not trusted, may change at any time
 
 Rules that readers enforce:
@@ -34,12 +35,15 @@ import re
 from pathlib import PurePosixPath, PureWindowsPath
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from lemica_trt.bundle.limits import require_bounded
 from lemica_trt.core.errors import InputError, IntegrityError
 from lemica_trt.core.values import Value, json_bytes, require, value_from_json
 from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import EncoderSpec, GraphSet
+from lemica_trt.ir.measured import PlanAtShape
+from lemica_trt.ir.plan import UNCACHED
 from lemica_trt.ir.profile import Profile, Shape
 
 BUNDLE_FORMAT = 4
@@ -83,25 +87,41 @@ class FileEntry(Value, frozen=True):
 
 
 class Bucket(Value, frozen=True):
-    """What a bundle has for one shape. Step plans hold no shape: all buckets share them.
+    """What a bundle has for one shape. Step plans hold no shape: all buckets share those that hold there.
 
     Attributes:
         shape: what it serves.
         graphs: all graphs that were exported.
         engines: sets of engines, in order of preference.
+        plans: of a further shape, what was measured of the bundle's plans there; unset: they were made for this shape.
+        uncached: path of the uncached plan here, where the sampler follows the size (FLUX) and is another than the
+            bundle's; then no other plan holds. Unset: the bundle's own.
     """
 
     shape: Shape
     graphs: GraphSet
     engines: tuple[EngineEntry, ...]
+    plans: tuple[PlanAtShape, ...] | UnsetType = UNSET
+    uncached: str | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         require(bool(self.engines), "engines must not be empty")
+        require(self.uncached is UNSET or self.plans == (), "of another sampler no plan was measured")
+
+    @property
+    def held(self) -> frozenset[str]:
+        """`rows_digest` of the plans that hold at a further shape."""
+        return frozenset(found.rows_digest for found in self.plans or () if found.holds)
 
 
-def bucket_name(shape: Shape) -> str:
-    """The name of the bucket of a shape: `49x480x720`."""
-    return f"{shape.frames}x{shape.height}x{shape.width}"
+def bucket_folder(name: str) -> str:
+    """Where the files of a further shape lie in a bundle: graphs, engines, and a plan of its own."""
+    return f"shapes/{name}"
+
+
+def shape_report(name: str) -> str:
+    """Where the report of a further shape lies."""
+    return f"{REPORTS}/{bucket_folder(name)}.json"
 
 
 class Manifest(Value, frozen=True):
@@ -111,7 +131,7 @@ class Manifest(Value, frozen=True):
         profile: what it was built as; family, dtype, shape and sampling are read from here at run time. `source` is
             what the user gave, or only its last part where that was a path of one machine (`portable_source`).
         revision: revision of the model; None where it has none.
-        buckets: what there is for each shape, by name; the profile's shape has one.
+        buckets: what there is for each shape, by `Shape.name`; the profile's shape has one.
         plans: names, sorted; plan NAME lies in `plans/NAME.json`.
         default_plan: the plan of a request that names none.
         encoders: how a prompt becomes conditions, one for each text encoder.
@@ -143,14 +163,16 @@ class Manifest(Value, frozen=True):
         require(list(self.plans) == sorted(set(self.plans)), "plans must be sorted names")
         require(self.default_plan in self.plans, f"default_plan must be one of plans, got {self.default_plan!r}")
         require(self.default_bucket in self.buckets, f"buckets must have one for {self.default_bucket}")
+        require(len(self.buckets) == 1 or UNCACHED in self.plans, f"with further shapes, plans must have {UNCACHED}")
         loaded = [plan_path(name) for name in self.plans] + [encoder.tokenizer for encoder in self.encoders]
         for bucket in self.buckets.values():
             loaded += [path for entry in bucket.engines for path in entry.paths]
             loaded += [path for graph in bucket.graphs.graphs for path in (graph.file, *graph.data_files)]
+            loaded += [bucket.uncached] if bucket.uncached else []
         for path in loaded:
             require(path in self.files, f"files must list {path}")
         for name, bucket in self.buckets.items():
-            require(name == bucket_name(bucket.shape), f"bucket {name} must be named {bucket_name(bucket.shape)}")
+            require(name == bucket.shape.name, f"bucket {name} must be named {bucket.shape.name}")
             for entry in bucket.engines:
                 require(entry.key.dtype == bucket.graphs.dtype, f"bucket {name} must be of one dtype")
             require_bounded(bucket.shape, self.profile.sampling, bucket.graphs, self.encoders)
@@ -158,7 +180,7 @@ class Manifest(Value, frozen=True):
     @property
     def default_bucket(self) -> str:
         """Name of the bucket of the profile's shape."""
-        return bucket_name(self.profile.shape)
+        return self.profile.shape.name
 
     @property
     def graphs(self) -> GraphSet:

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+import msgspec
+from msgspec import UNSET
+
 from lemica_trt.bundle.limits import require_runnable
 from lemica_trt.bundle.manifest import (
     MANIFEST,
@@ -32,7 +35,8 @@ from lemica_trt.core.errors import InputError, IntegrityError, UsageError
 from lemica_trt.core.files import PartedDigest, parted_digests
 from lemica_trt.core.values import value_from_json
 from lemica_trt.ir.engine import NONE, EngineEntry, EngineKey
-from lemica_trt.ir.plan import StepPlan
+from lemica_trt.ir.plan import UNCACHED, StepPlan
+from lemica_trt.ir.profile import Shape, sizes_from_name
 from lemica_trt.ir.timeline import timeline_svg
 
 MANIFEST_MAX_BYTES = 64 << 20
@@ -55,14 +59,20 @@ class Bundle:
         manifest: see there.
         digest: SHA-256 (hex) of `manifest.json`, and so of everything in the bundle.
         signed_by: id of the trusted key that signed it; None: no key was asked for.
+
+    Args:
+        whole: the bundle that this one is a look at, see `at`; None: it is none.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, digest: str, signed_by: str | None = None) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, digest: str, signed_by: str | None = None, *, whole: Bundle | None = None
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.digest = digest
         self.signed_by = signed_by
-        self._checked: dict[str, Version] = {}
+        self._whole = whole or self
+        self._checked: dict[str, Version] = {} if whole is None else whole._checked
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, trusted: Sequence[TrustedKey] | None = None) -> Bundle:
@@ -128,24 +138,107 @@ class Bundle:
         """The files of the manifest, by path."""
         return self.manifest.files
 
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """Names of the shapes, that of the profile first."""
+        own = self._whole.manifest.default_bucket
+        buckets = self.manifest.buckets
+        others = sorted(buckets, key=lambda name: (buckets[name].shape.frames, buckets[name].shape.height, name))
+        return (own, *(name for name in others if name != own))
+
+    def at(self, shape: str | None) -> Bundle:
+        """The bundle looked at as one of another of its shapes: graphs, engines and plans are those that it has there.
+
+        Plans that do not hold there are not among its plans; where the default one is not, the uncached plan is.
+
+        Args:
+            shape: `FRAMESxHEIGHTxWIDTH`; None: as it is.
+
+        Raises:
+            UsageError: it has no such shape, or it is not written like that; says which there are.
+            IntegrityError: as `plan`.
+        """
+        if shape is None:
+            return self
+        name, whole = Shape(**sizes_from_name(shape)).name, self._whole
+        bucket = whole.manifest.buckets.get(name)
+        if bucket is None:
+            raise UsageError(
+                f"the bundle has no shape {name} (frames x height x width)",
+                fix=f"use {' or '.join(self.shapes)}, or add it: lemica-trt shape BUNDLE --shape {name}",
+            )
+        if name == whole.manifest.default_bucket:
+            return whole
+        plans = whole.plans
+        if bucket.plans is not UNSET:
+            plans = tuple(n for n in plans if n == UNCACHED or whole.plan(n).rows_digest in bucket.held)
+        default = whole.manifest.default_plan
+        manifest = msgspec.structs.replace(
+            whole.manifest,
+            profile=msgspec.structs.replace(whole.manifest.profile, shape=bucket.shape),
+            plans=plans,
+            default_plan=default if default in plans else UNCACHED,
+        )
+        return Bundle(self.path, manifest, self.digest, self.signed_by, whole=whole)
+
+    def shape_named(self, frames: int | None = None, height: int | None = None, width: int | None = None) -> str:
+        """The shape of these sizes; what is None may be anything, and that of the profile comes first.
+
+        Raises:
+            UsageError: no shape has them, or several do; says which there are.
+        """
+        wanted = {"frames": frames, "height": height, "width": width}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        buckets = self.manifest.buckets
+        fit = [n for n in self.shapes if all(getattr(buckets[n].shape, key) == given[key] for key in given)]
+        if not fit or (len(fit) > 1 and fit[0] != self.shapes[0]):
+            asked = ", ".join(f"{name} {value}" for name, value in given.items())
+            raise UsageError(
+                f"the bundle has {'several shapes' if fit else 'no shape'} of {asked}",
+                fix=f"use one of: {', '.join(fit or self.shapes)} (frames x height x width)",
+            )
+        return fit[0]
+
     def plan(self, name: str | None = None) -> StepPlan:
         """A plan by name; None or `default`: the default one.
 
         Raises:
-            UsageError: there is no such plan.
+            UsageError: there is no such plan, or it does not hold at this shape; says which do.
             IntegrityError: its file is missing or altered.
             InputError: it does not fit the bundle's graphs.
         """
-        if name is None or (name == "default" and name not in self.plans):
+        if name is None or (name == "default" and name not in self._whole.plans):
             name = self.manifest.default_plan
         if name not in self.plans:
-            raise UsageError(f"the bundle has no plan {name!r}", fix=f"use one of: {', '.join(self.plans)}")
-        where = plan_path(name)
+            raise self._refused(name)
+        own = self.manifest.buckets[self.manifest.default_bucket].uncached
+        where = own if own and name == UNCACHED else plan_path(name)
         plan = value_from_json(StepPlan, self.read_bytes(where), where=where)
         if plan.name != name:
             raise IntegrityError(f"{where}: expected a plan named {name!r}, got {plan.name!r}", fix=REBUILD)
         require_runnable(plan, self.manifest.graphs)
         return plan
+
+    def _refused(self, name: str) -> UsageError:
+        """Why there is no plan of a name: none at all, or none at this shape."""
+        known, shape = f"use one of: {', '.join(self.plans)}", self.manifest.default_bucket
+        if name not in self._whole.plans:
+            return UsageError(f"the bundle has no plan {name!r}", fix=known)
+        bucket, digest = self.manifest.buckets[shape], self._whole.plan(name).rows_digest
+        if bucket.uncached:
+            return UsageError(
+                f"plan {name} is of another sampler than the model has at {shape}: its noise levels follow the size",
+                fix=f"{known}, or build a bundle for that shape",
+            )
+        found = next((found for found in bucket.plans or () if found.rows_digest == digest), None)
+        if found is None:
+            return UsageError(
+                f"plan {name} was not measured at {shape}",
+                fix=f"{known}, or measure it: lemica-trt shape BUNDLE --shape {shape}",
+            )
+        return UsageError(
+            f"plan {name} does not hold at {shape}: {found.text}", fix=f"{known}, or build a bundle for that shape"
+        )
 
     def engine(self, backend: str | None = None) -> EngineEntry:
         """The preferred set of engines, of one backend if given.
@@ -223,14 +316,16 @@ class Bundle:
                 raise IntegrityError(f"{relative}: not listed in the manifest", fix="remove it, or rebuild the bundle")
 
     def check_listed(self) -> None:
-        """Check every listed file, and every plan against the graphs.
+        """Check every listed file, and every plan against the graphs of all shapes that it holds at.
 
         Raises:
             as `check`.
         """
         self.check_files(sorted(self.manifest.files))
-        for name in self.plans:
-            self.plan(name)
+        for shape in self.shapes:
+            there = self.at(shape)
+            for name in there.plans:
+                there.plan(name)
 
     def _version(self, relative: str) -> Version:
         """The version of a listed file that has the listed size, and is a file of this folder.

@@ -21,18 +21,19 @@ from lemica_trt.bundle.manifest import (
     Bucket,
     FileEntry,
     Manifest,
-    bucket_name,
+    bucket_folder,
     manifest_digest_line,
     manifest_files,
     plan_path,
     portable_profile,
     require_relative,
+    shape_report,
 )
 from lemica_trt.bundle.reading import Bundle, files_below, hub_blobs, read_signatures
 from lemica_trt.bundle.signing import signature_bytes
 from lemica_trt.core.atomic_folder import held, remove_leftovers, replacing, temporary_beside
 from lemica_trt.core.errors import InputError, IntegrityError, MissingDependencyError, UsageError
-from lemica_trt.core.files import PIECE_BYTES, PartedDigest
+from lemica_trt.core.files import PIECE_BYTES, PartedDigest, parted_digests
 from lemica_trt.core.progress import size
 from lemica_trt.core.values import json_bytes
 from lemica_trt.ir.engine import EngineEntry
@@ -54,6 +55,7 @@ def write_bundle(
     reports: Mapping[str, Path | bytes] | None = None,
     revision: str | None = None,
     versions: Mapping[str, str] | None = None,
+    further: Mapping[str, Bucket] | None = None,
 ) -> Bundle:
     """Write a bundle, replacing an older one at `target` at the very end.
 
@@ -62,7 +64,7 @@ def write_bundle(
         files: path in the bundle → a file to copy, or its content. Plans are not among them.
         reports: the same, below `reports/`.
         profile, graphs, default_plan, encoders, engines, revision, versions: see `Manifest`; an absolute
-            source in `profile` is shortened.
+            source in `profile` is shortened. `further`: buckets of other shapes, by name.
         plans: at least one; names must differ.
 
     Returns:
@@ -76,20 +78,19 @@ def write_bundle(
     by_name = {plan.name: plan for plan in plans}
     for plan in by_name.values():
         require_runnable(plan, graphs)
-    bucket = Bucket(shape=profile.shape, graphs=graphs, engines=tuple(engines))
-    contents = {**files, **{plan_path(name): json_bytes(plan) for name, plan in by_name.items()}}
+    buckets = {profile.shape.name: Bucket(shape=profile.shape, graphs=graphs, engines=tuple(engines))}
+    contents = {**files, **{plan_path(plan.name): json_bytes(plan) for plan in by_name.values()}}
     with replacing(Path(target), require_replaceable) as (folder, staged):
         _require_space(staged, [*contents.values(), *(reports or {}).values()])
         try:
             for path in (*contents, *(reports or {})):
                 require_relative(path)
             entries = {path: _store(content, staged / path) for path, content in sorted(contents.items())}
-            for path, content in (reports or {}).items():
-                _store(content, staged / REPORTS / path)
+            _ = [_store(content, staged / REPORTS / path) for path, content in (reports or {}).items()]
             manifest = Manifest(
                 profile=portable_profile(profile),
                 revision=revision,
-                buckets={bucket_name(profile.shape): bucket},
+                buckets={**buckets, **(further or {})},
                 plans=tuple(sorted(by_name)),
                 default_plan=default_plan,
                 encoders=tuple(encoders),
@@ -155,6 +156,7 @@ def change_plans(
         entries = {path: _store(data, staged / path) for path, data in changed.items() if data is not None}
         manifest = _changed(
             bundle,
+            "plans",
             profile=bundle.manifest.profile
             if profile is None
             else msgspec.structs.replace(profile, source=bundle.manifest.profile.source),
@@ -167,8 +169,89 @@ def change_plans(
     return Bundle.open(folder, trusted=())
 
 
-def _changed(bundle: Bundle, **changes: Any) -> Manifest:
+def change_buckets(
+    bundle: Bundle,
+    bucket: Bucket | None = None,
+    files: Mapping[str, Path | bytes] | None = None,
+    *,
+    remove: Collection[str] = (),
+    target: Path | None = None,
+) -> Bundle:
+    """Add or replace a further shape of a bundle, or remove some; as atomic as `write_bundle`.
+
+    Files that stay are linked, where the file system can; so is a new file that one of them is the same as: a text
+    encoder, say, which knows no size.
+
+    Args:
+        bundle: stays as it was read; use the returned one. Plans that others have added since are kept.
+        bucket: what to add.
+        files: path in the bundle, below `bucket_folder`, → a file to link, which nobody will write to, or its content.
+        remove: names of further shapes.
+        target: where the changed bundle is written; None: in the place of the old one.
+
+    Raises:
+        UsageError: no such further shape; or another process writes the bundle.
+        InputError: the bucket does not fit the bundle, or no plan of it the bucket's graphs.
+        IntegrityError: the bundle is not whole.
+        MissingDependencyError: there is not enough disk space.
+    """
+    with replacing(target or bundle.path, require_replaceable) as (folder, staged):
+        if target is None:
+            bundle = Bundle.open(folder, trusted=())
+        gone = [bucket_folder(name) for name in (*remove, *([] if bucket is None else [bucket.shape.name]))]
+        _require_buckets(bundle, bucket, remove)
+        bundle.check()
+        _require_space(staged, (files or {}).values())
+        kept = {
+            path: entry for path, entry in bundle.listed.items() if not path.startswith(tuple(f"{g}/" for g in gone))
+        }
+        others = [path for path in files_below(bundle.path) if PurePosixPath(path).parts[0] == REPORTS]
+        dropped = {shape_report(folder.rpartition("/")[2]) for folder in gone}
+        for path in (*kept, *(path for path in others if target is None and path not in dropped)):
+            _link(bundle.path / path, staged / path)
+        known = {entry: path for path, entry in kept.items()}
+        entries = {path: _adopted(content, staged, path, known) for path, content in (files or {}).items()}
+        buckets = {name: found for name, found in bundle.manifest.buckets.items() if name not in remove}
+        if bucket is not None:
+            buckets[bucket.shape.name] = bucket
+        manifest = _changed(bundle, "shapes", buckets=buckets, files={**kept, **entries})
+        for path, data in manifest_files(manifest).items():
+            _store(data, staged / path)
+    return Bundle.open(folder, trusted=())
+
+
+def _require_buckets(bundle: Bundle, bucket: Bucket | None, remove: Collection[str]) -> None:
+    """Raise UsageError unless these are further shapes."""
+    own, there = bundle.shapes[0], bundle.shapes[1:]
+    for name in (*remove, *([] if bucket is None else [bucket.shape.name])):
+        if name == own:
+            raise UsageError(f"{own} is the shape that the bundle was built for", fix="name another, or build again")
+    for name in remove:
+        if name not in there:
+            raise UsageError(
+                f"the bundle has no further shape {name}",
+                fix=f"use one of: {', '.join(there)}" if there else "it has one shape only",
+            )
+
+
+def _adopted(content: Path | bytes, staged: Path, path: str, known: Mapping[FileEntry, str]) -> FileEntry:
+    """Link or write one file of a staged bundle; where it already has the same content by another path, that is linked.
+
+    Args:
+        known: files of the bundle → their path.
+    """
+    if isinstance(content, bytes):
+        return _store(content, staged / path)
+    entry = FileEntry(sha256=parted_digests([content])[0], size=content.stat().st_size)
+    _link(staged / known[entry] if entry in known else content, staged / path)
+    return entry
+
+
+def _changed(bundle: Bundle, what: str, **changes: Any) -> Manifest:
     """The manifest of a bundle with some fields changed.
+
+    Args:
+        what: is changed, in words.
 
     Raises:
         InputError: they do not fit together.
@@ -177,7 +260,7 @@ def _changed(bundle: Bundle, **changes: Any) -> Manifest:
         return msgspec.structs.replace(bundle.manifest, **changes)
     except ValueError as error:
         raise InputError(
-            f"{bundle.path.name}: cannot change its plans: {error}", fix="lemica-trt inspect BUNDLE shows them"
+            f"{bundle.path.name}: cannot change its {what}: {error}", fix="lemica-trt inspect BUNDLE shows them"
         ) from None
 
 

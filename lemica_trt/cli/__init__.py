@@ -8,7 +8,7 @@ completion     what a shell offers behind an option
 failures       exceptions as one line, an exit code, and JSON
 engine_flags   flags of the backends' options
 flags          flags by name → profile and request; `lemica_trt.build`
-build          `build`, its stages one by one, `methods`, `doctor`
+build          `build`, its stages one by one, `shape`, `methods`, `doctor`
 bundle         `verify`, `report`, `run`, `inspect`, `sign`
 measure        `bench`, `compare`
 trace          `models`, `trace`

@@ -10,6 +10,7 @@ import click
 from lemica_trt.cli import completion, options
 from lemica_trt.cli.command import OUTPUT, Command, flag, flags
 from lemica_trt.cli.options import Screen, common
+from lemica_trt.ir.profile import NORMAL
 
 
 @click.command(
@@ -22,6 +23,15 @@ from lemica_trt.cli.options import Screen, common
     ),
 )
 @options.model
+@flags(
+    "Model",
+    flag(
+        "--shape",
+        multiple=True,
+        metavar="FxHxW",
+        help="Frames, height and width in one; repeat for further shapes of the bundle.",
+    ),
+)
 @options.calibration
 @options.samples_run_by
 @options.planning
@@ -59,11 +69,13 @@ def build(
     Finished stages are kept beside the bundle (OUTPUT.work): after an interruption, or with other flags, the same
     command does only what is missing. With --model NAME, --help shows the defaults of that model.
     """
-    from lemica_trt.compiler import work_commands
+    from lemica_trt.cli.flags import sizes_of_shapes
+    from lemica_trt.compiler import shape_commands
     from lemica_trt.compiler.inspection import summarize
     from lemica_trt.report import summary
 
     options.refuse_contradictions()
+    given, further = sizes_of_shapes(given)
     profile, request = _profile_and_request(model, weights, given)
     output = output or Path("out") / profile.name
     if repository is not None:
@@ -71,10 +83,12 @@ def build(
 
         require_repository(repository)
     if dry_run:
-        stages = work_commands.dry_run(profile, output, request)
+        stages = shape_commands.dry_run(profile, further, output, request)
         screen.print(stages, lambda: summary.dry_run_table(stages))
         return
-    bundle, report, unverified, outcomes, front = work_commands.build(profile, output, request, screen.reporter)
+    bundle, report, unverified, outcomes, front, shapes = shape_commands.build(
+        profile, further, output, request, screen.reporter
+    )
     if repository is not None:
         write_repository(bundle, repository)
     screen.print(
@@ -85,11 +99,85 @@ def build(
             "unverified": unverified,
             "outcomes": outcomes,
             "front": front,
+            "shapes": shapes,
         },
         lambda: summary.with_outcomes(
             summary.build_table(summarize(bundle), report, output, unverified), outcomes, front
         ),
     )
+
+
+@click.command(
+    cls=Command,
+    short_help="Further shapes of a bundle, and which of its plans hold there.",
+    examples=("shape out/tiny --shape 9x64x96", "shape out/video --shape 81x480x832 --weights DIR"),
+)
+@click.argument("bundle", type=options.PATH)
+@flags(
+    "Model",
+    flag(
+        "--shape",
+        "shapes",
+        multiple=True,
+        metavar="FxHxW",
+        help="Frames, height and width to add, or to measure again; repeat for several.",
+    ),
+    flag("--weights", metavar="DIR|HUB_ID", otherwise="as the bundle knows", help="Where the model is."),
+    options.lora,
+    options.lora_2,
+    options.device,
+)
+@flags(
+    "Verification",
+    flag(
+        "--verify-samples",
+        "--samples",
+        type=click.IntRange(1),
+        default=NORMAL.verify_samples,
+        show_default=True,
+        help="Held-out clips that every plan runs on there.",
+    ),
+    flag("--prompts", type=options.FILE, otherwise="the profile's", help="File of held-out prompts, one a line."),
+)
+@flags(
+    "Plans of a bundle",
+    flag(
+        "--remove",
+        multiple=True,
+        metavar="FxHxW",
+        shell_complete=completion.shapes,
+        help="Remove a further shape; repeat for several.",
+    ),
+)
+@common
+def shape(
+    screen: Screen,
+    bundle: Path,
+    shapes: tuple[str, ...],
+    weights: str | None,
+    lora: tuple[str, ...],
+    lora_2: tuple[str, ...],
+    device: str | None,
+    verify_samples: int,
+    prompts: Path | None,
+    remove: tuple[str, ...],
+) -> None:
+    """Add shapes to BUNDLE: its model is exported at each, engines are built, and every plan is measured there.
+
+    A plan holds at a shape where, on held-out clips, it is no worse in the mean than the sampler with as few steps;
+    others are refused there, and the uncached plan always is there. The bundle stays as it was until all of a shape is
+    there. Without --shape and --remove the further shapes are shown.
+    """
+    from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.cli.flags import loras_from_flags
+    from lemica_trt.compiler import shape_commands
+    from lemica_trt.report import summary
+
+    _, found = shape_commands.shape(
+        Bundle.open(bundle), shapes, screen.reporter, samples=verify_samples, remove=remove, weights=weights,
+        loras=loras_from_flags(lora, lora_2), prompts=prompts, device=device,
+    )  # fmt: skip
+    screen.print(found, lambda: summary.shapes_table(found, bundle))
 
 
 def _profile_and_request(model: str | None, weights: str | None, given: dict[str, Any]) -> tuple[Any, Any]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     "Verification",
     flag("--verify-samples", "--samples", type=click.IntRange(1), default=8, show_default=True, help="Held-out clips."),
     flag("--prompts", type=options.FILE, otherwise="the profile's", help="File of held-out prompts, one a line."),
+    options.shape,
 )
 @flags("Engines", options.backend)  # fmt: skip
 @common
@@ -44,6 +45,7 @@ def verify(
     lora_2: tuple[str, ...],
     verify_samples: int,
     prompts: Path | None,
+    shape: str | None,
     backend: str | None,
     device: str | None,
 ) -> None:
@@ -54,7 +56,7 @@ def verify(
     from lemica_trt.compiler.inspection import summarize
     from lemica_trt.report import summary
 
-    opened, loras = Bundle.open(bundle), loras_from_flags(lora, lora_2)
+    opened, loras = Bundle.open(bundle).at(shape), loras_from_flags(lora, lora_2)
     report = bundle_verify.verify(
         opened, weights, verify_samples, device, backend, screen.reporter, prompts=prompts, loras=loras
     )
@@ -123,6 +125,16 @@ def report(screen: Screen, bundle: Path, output: Path | None) -> None:
     ),
     flag("--negative-prompt", otherwise="the profile's", help="What to steer away from."),
     flag("--image", type=options.FILE, help="PNG, JPEG or WebP, of bundles that need one: its first frame, say."),
+    options.shape,
+    flag(
+        "--frames",
+        type=int,
+        advanced=True,
+        aliases=("--num-frames",),
+        help="Of the bundle's shapes the one of so many frames.",
+    ),
+    flag("--height", type=int, advanced=True, help="The one of so many pixels."),
+    flag("--width", type=int, advanced=True, help="The one of so many pixels."),
 )
 @flags("Model", options.lora_added, options.lora_2_added)
 @flags(
@@ -154,6 +166,10 @@ def run(
     seed: int,
     lora: tuple[str, ...],
     lora_2: tuple[str, ...],
+    shape: str | None,
+    frames: int | None,
+    height: int | None,
+    width: int | None,
     backend: str | None,
     capture: Any,
     output: Path,
@@ -173,10 +189,12 @@ def run(
     from lemica_trt.runtime.validation import require_image
     from lemica_trt.runtime.video import check_suffix, default_scale, write_video
 
+    options.refuse_together("shape", "frames", "height", "width")
     check_suffix(output)
     options.require_output(output, screen)
     loras = loras_from_flags(lora, lora_2)
     bundled = Bundle.open(bundle, trusted=options.trusted(verify_with, require_signature))
+    bundled = bundled.at(shape or bundled.shape_named(frames, height, width))
     _require_capture(bundled, backend)
     require_image(bundled.manifest.graphs, given["image"])
     if given["image"] is not None:
@@ -193,6 +211,7 @@ def run(
     found = {
         "output": str(output),
         "plan": pipe.default_plan,
+        "shape": bundled.manifest.profile.shape.name,
         "seed": seed,
         "seconds": result.seconds,
         "scale": factor,

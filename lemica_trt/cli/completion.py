@@ -32,14 +32,12 @@ def methods(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> 
 
 def plans(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
     """Plans of the bundle that is named before."""
-    from lemica_trt.bundle.reading import Bundle
+    return _of_bundle(ctx, "plans", incomplete)
 
-    named = [ctx.params[name] for name in ("bundle", "target", "path") if ctx.params.get(name)]
-    folder = next(iter([*named, *ctx.args]), None)  # behind an option that has no value yet click gives up early
-    try:
-        return _beginning(Bundle.open(folder).plans, incomplete) if folder is not None else []
-    except LemicaError:
-        return []
+
+def shapes(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
+    """Shapes of the bundle that is named before."""
+    return _of_bundle(ctx, "shapes", incomplete)
 
 
 def backends(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
@@ -47,6 +45,18 @@ def backends(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     from lemica_trt.backends.options import builder_names
 
     return _beginning(builder_names(), incomplete)
+
+
+def _of_bundle(ctx: click.Context, names: str, incomplete: str) -> Items:
+    """`plans` or `shapes` of the bundle that is named before."""
+    from lemica_trt.bundle.reading import Bundle
+
+    named = [ctx.params[name] for name in ("bundle", "target", "path") if ctx.params.get(name)]
+    folder = next(iter([*named, *ctx.args]), None)  # behind an option that has no value yet click gives up early
+    try:
+        return _beginning(getattr(Bundle.open(folder), names), incomplete) if folder is not None else []
+    except LemicaError:
+        return []
 
 
 def _beginning(names: Iterable[str], incomplete: str) -> Items:

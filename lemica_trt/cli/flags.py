@@ -28,6 +28,7 @@ from lemica_trt.ir.profile import (
     Profile,
     Sampling,
     Shape,
+    sizes_from_name,
 )
 from lemica_trt.ir.resources import (
     absolute_source,
@@ -124,13 +125,30 @@ def build(
         UsageError: unknown flag, or one with a value that it does not take.
         LemicaError: as `work_commands.build`.
     """
-    from lemica_trt.compiler.work_commands import build as build_bundle
+    from lemica_trt.compiler.shape_commands import build as build_bundle
 
-    flags = {DIFFUSERS_NAMES.get(name, name): value for name, value in flags.items()}
+    flags, further = sizes_of_shapes({DIFFUSERS_NAMES.get(name, name): value for name, value in flags.items()})
     profile = profile_from_flags(model, weights, flags)
     rest = {name: value for name, value in flags.items() if name not in PROFILE_FIELDS and value is not None}
     request = BuildRequest(**request_fields(rest))
-    return build_bundle(profile, Path(output or Path("out") / profile.name), request, reporter or Quiet())
+    return build_bundle(profile, further, Path(output or Path("out") / profile.name), request, reporter or Quiet())
+
+
+def sizes_of_shapes(flags: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Flags with `frames`, `height` and `width` of the first `shape`, if there is one; and the further shapes.
+
+    Raises:
+        UsageError: a shape is malformed, or given beside one of the three.
+    """
+    rest = dict(flags)
+    given = rest.pop("shape", None) or ()
+    shapes = (given,) if isinstance(given, str) else tuple(given)
+    if not shapes:
+        return rest, ()
+    for name in ("frames", "height", "width"):
+        if rest.get(name) is not None:
+            raise UsageError(f"--shape cannot be used together with --{name}", fix=f"leave out --{name}, or --shape")
+    return rest | sizes_from_name(shapes[0]), shapes[1:]
 
 
 def profile_from_flags(model: str | None, weights: str | None, flags: Mapping[str, Any]) -> Profile:

@@ -52,7 +52,7 @@ COMMANDS = {
 
 _BUILT = "it is part of a bundle: give it to lemica-trt build"
 _PLAN = "the steps are part of a plan: name one with --plan; lemica-trt inspect BUNDLE shows them"
-_SHAPE = "a bundle has one shape: lemica-trt build --frames F --height H --width W"
+_SHAPE = "--shape FxHxW, one of the bundle's; lemica-trt shape BUNDLE --shape FxHxW adds one"
 
 OPTIONS = {
     "best": "--dtype fp16 or bf16: one precision for the whole transformer",
@@ -71,19 +71,19 @@ OPTIONS = {
     "load-engine": "engines are files of a bundle: name its folder",
     "lora": "LoRA weights are fused when a bundle is built, lemica-trt build --lora FILE:SCALE, or added to a clip: "
     "lemica-trt run --lora FILE:SCALE",
-    "max-shapes": "shapes are --frames, --height, --width and --max-batch",
-    "min-shapes": "shapes are --frames, --height, --width and --max-batch",
+    "max-shapes": "shapes are --shape FxHxW, repeated for several, and --max-batch",
+    "min-shapes": "shapes are --shape FxHxW, repeated for several, and --max-batch",
     "no-cache": "give another --output: finished stages are kept beside it",
     "num-images-per-prompt": "one clip a request: repeat with another --seed",
     "num-videos-per-prompt": "one clip a request: repeat with another --seed",
     "onnx": "the graphs are exported from the model: --model; those in a work folder: lemica-trt engine WORK",
-    "opt-shapes": "shapes are --frames, --height, --width and --max-batch",
+    "opt-shapes": "shapes are --shape FxHxW, repeated for several, and --max-batch",
     "overwrite": "nothing to force: an older bundle is replaced when the new one is whole",
     "plan-name": "--plan NAME",
     "plugins": "no plugins are loaded",
     "resume": "nothing to say: the same command goes on where it was",
     "save-engine": "engines are written into the bundle: --output DIR",
-    "shapes": "shapes are --frames, --height, --width and --max-batch",
+    "shapes": "shapes are --shape FxHxW, repeated for several, and --max-batch",
     "skip-steps": "--schedule STEP,STEP,… names the full steps",
     "threshold": "--min-psnr DB: the fewest full steps that are as good",
     "timing-cache-file": "the timing cache lies in the work folder, and is used again",
@@ -112,7 +112,7 @@ OF_COMMANDS = {
     },
     "run": {
         **{name: _PLAN for name in ("steps", "num-inference-steps", "denoising-steps", "budget", "speedup")},
-        **{name: _SHAPE for name in ("frames", "num-frames", "height", "width", "size", "resolution")},
+        **{name: _SHAPE for name in ("size", "resolution")},
         **{name: _BUILT for name in ("dtype", "fp16", "bf16", "scheduler", "flow-shift", "method")},
         "prompt": 'the prompt is the second argument: lemica-trt run BUNDLE "a prompt" -o clip.mp4',
         "model": 'the bundle is the first argument: lemica-trt run BUNDLE "a prompt" -o clip.mp4',

@@ -25,7 +25,7 @@ _EPILOG = "Exit codes: 0 done; " + "; ".join(
 )
 
 SECTIONS = {
-    "Make a bundle": ("build", "plan", "engine"),
+    "Make a bundle": ("build", "plan", "shape", "engine"),
     "Use a bundle": ("run", "inspect", "verify", "bench", "compare", "report", "sign"),
     "Serve it": ("serve", "triton", "client", "push", "pull"),
     "What there is": ("models", "methods", "trace", "doctor"),
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 for command in (
-    *(build.build, build.calibrate, build.plan, build.export, build.engine),
+    *(build.build, build.calibrate, build.plan, build.shape, build.export, build.engine),
     *(bundle.verify, bundle.report, bundle.run, bundle.inspect, bundle.sign),
     *(measure.bench, measure.compare),
     *(endpoint.serve, serve.triton, serve.client),

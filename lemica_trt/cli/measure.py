@@ -27,6 +27,7 @@ from lemica_trt.cli.options import Screen, common
         shell_complete=completion.plans,
         help="Plans; several run in turns, so that a machine that drifts is the same to all.",
     ),
+    options.shape,
     flag(
         "--warm-up",
         type=click.FloatRange(0),
@@ -65,6 +66,7 @@ def bench(
     screen: Screen,
     bundle: Path,
     plans: str | None,
+    shape: str | None,
     warm_up: float,
     iterations: int,
     duration: float,
@@ -87,7 +89,7 @@ def bench(
         options.require_output(export_times, screen)
     names = [] if plans is None else plans.split(",")
     load = Load(warm_up=warm_up / 1e3, iterations=iterations, duration=duration, batch=batch)
-    found = measure_commands.bench(bundle, names, load, screen.reporter, backend=backend, prompts=prompts)
+    found = measure_commands.bench(bundle, names, load, screen.reporter, backend=backend, prompts=prompts, shape=shape)
     if export_times is not None:
         write_value(found, export_times)
     screen.print(found, lambda: bench_table(found))

@@ -339,6 +339,9 @@ planning = flags(
     *(click.option(f"--{name}", hidden=True) for name in REPLACED),
 )  # fmt: skip
 
+shape = flag("--shape", metavar="FxHxW", otherwise="the one that it was built for", shell_complete=completion.shapes,
+             help="Frames, height and width of another of the bundle's shapes.")  # fmt: skip
+
 backend = flag("--backend", metavar="NAME", otherwise="the first that run here", shell_complete=completion.backends,
                help="Which of the bundle's engines.")  # fmt: skip
 

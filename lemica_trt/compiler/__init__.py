@@ -17,6 +17,9 @@ bundle_plans      more plans for a finished bundle
 bundle_engines    other engines for it
 bundle_verify     it verified again
 quantized         engines of a finished bundle with quantised linear layers
+shapes            further shapes of a finished bundle, and which of its plans hold there
+shape_stages      what makes their graphs and engines
+shape_commands    shape, and build with further shapes
 refit             a finished bundle calibrated and planned again, on its own engines
 measure_commands  bench and compare: plans of finished bundles
 plan_quality      how good a bundle's plans are on its own engines

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from lemica_trt.bundle.manifest import FRONT_FILE, SELECTION_FILE, plan_path
+from lemica_trt.bundle.manifest import FRONT_FILE, SELECTION_FILE, Bucket, bucket_folder, plan_path
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.workspace import Workspace, work_folder
 from lemica_trt.bundle.writing import require_replaceable, write_bundle
@@ -19,7 +19,8 @@ from lemica_trt.compiler.quantized import (
     without_quantization,
 )
 from lemica_trt.compiler.requests import BuildRequest
-from lemica_trt.core.errors import UsageError
+from lemica_trt.compiler.shape_stages import moved_engines, moved_here
+from lemica_trt.core.errors import UnsupportedError, UsageError
 from lemica_trt.core.progress import Reporter
 
 
@@ -41,6 +42,7 @@ def rebuild_engines(bundle: Bundle, output: Path, changes: dict[str, Any], repor
     request = BuildRequest(**changes)
     request.check(manifest.profile.dtype, finished=True)
     bundle.check()
+    _require_one_shape(bundle, request)
     observed_on = require_quantized_engines(bundle, request) if request.quantizes else None
     work = Workspace(work_folder(output))
     with work.locked():
@@ -52,12 +54,12 @@ def rebuild_engines(bundle: Bundle, output: Path, changes: dict[str, Any], repor
                 backend=observed_on, trajectories=work.trajectories, reporter=reporter,
             )  # fmt: skip
         before, after = precisions(manifest.engines), precisions(entries)
-        graphs = {name for graph in manifest.graphs.graphs for name in (graph.file, *graph.data_files)}
-        replaced = {name for entry in manifest.engines for name in entry.paths} - graphs
-        replaced |= {plan_path(name) for name in manifest.plans}
+        further = _further(bundle, plain, work.root, reporter)
+        replaced = _engine_files(bundle) | {plan_path(name) for name in manifest.plans}
         replaced |= set() if before == after else {FRONT_FILE, SELECTION_FILE}  # qualities on the other engines
         files: dict[str, Path | bytes] = {
             **{name: work.root / name for entry in entries for name in entry.paths},
+            **{name: work.root / name for b in further.values() for entry in b.engines for name in entry.paths},
             **{name: bundle.path / name for name in manifest.files if name not in replaced},
         }
         if before != after:
@@ -77,4 +79,33 @@ def rebuild_engines(bundle: Bundle, output: Path, changes: dict[str, Any], repor
             files=files,
             revision=manifest.revision,
             versions=manifest.versions,
+            further=further,
         )
+
+
+def _require_one_shape(bundle: Bundle, request: BuildRequest) -> None:
+    """Raise UnsupportedError where engines of a bundle of several shapes are to be quantised."""
+    if request.quantizes and bundle.shapes[1:]:
+        raise UnsupportedError(
+            f"a bundle of quantised engines has one shape, this one has {', '.join(bundle.shapes)}",
+            fix=f"remove the others from a copy: lemica-trt shape COPY --remove {' --remove '.join(bundle.shapes[1:])}",
+        )
+
+
+def _engine_files(bundle: Bundle) -> set[str]:
+    """Files of the engines of all shapes that are no graphs."""
+    buckets = bundle.manifest.buckets.values()
+    graphs = {name for bucket in buckets for graph in bucket.graphs.graphs for name in (graph.file, *graph.data_files)}
+    return {name for bucket in buckets for entry in bucket.engines for name in entry.paths} - graphs
+
+
+def _further(bundle: Bundle, request: BuildRequest, root: Path, reporter: Reporter) -> dict[str, Bucket]:
+    """The further shapes of a bundle with engines built here, below a work folder."""
+    found = {}
+    for name in bundle.shapes[1:]:
+        bucket, folder = bundle.manifest.buckets[name], bucket_folder(name)
+        reporter.stage("shape", name)
+        entries = build_engines(request, moved_here(bucket), bundle.path / folder, root / folder, reporter)
+        engines = tuple(moved_engines(entry, folder) for entry in entries)
+        found[name] = msgspec.structs.replace(bucket, engines=engines)
+    return found

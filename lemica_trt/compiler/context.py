@@ -21,7 +21,6 @@ from lemica_trt.bundle.manifest import (
     Bucket,
     FileEntry,
     Manifest,
-    bucket_name,
     plan_path,
     portable_profile,
 )
@@ -152,7 +151,7 @@ class Context(contextlib.ExitStack):
             profile=portable_profile(profile),
             revision=None if facts is None else facts.revision,
             buckets={
-                bucket_name(profile.shape): Bucket(
+                profile.shape.name: Bucket(
                     shape=profile.shape,
                     graphs=exported.graphs,
                     engines=self.read(Engines, artifacts.ENGINES_FILE).entries,

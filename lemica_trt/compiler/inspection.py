@@ -12,12 +12,12 @@ from lemica_trt.bundle.manifest import ERROR_GRAPH_FILE, FRONT_FILE, REPORTS, SE
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.reports import stored_kept, stored_report
 from lemica_trt.compiler.plan_quality import known_quality
-from lemica_trt.core.errors import InputError
+from lemica_trt.core.errors import InputError, UsageError
 from lemica_trt.core.values import read_value, write_bytes
 from lemica_trt.ir.budget import Front
 from lemica_trt.ir.calibration import ErrorGraph
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.report import BundleSummary
+from lemica_trt.ir.report import BundleSummary, ShapeSummary
 from lemica_trt.ir.trials import TrialTables
 from lemica_trt.planning.budget import front_rows
 from lemica_trt.report import PAGE, PICTURES
@@ -42,10 +42,25 @@ def summarize(bundle: Bundle) -> BundleSummary:
         files=len(manifest.files),
         versions=manifest.versions,
         measured=known_quality(bundle.path),
+        further=tuple(shape_summary(bundle, shape) for shape in bundle.shapes[1:]),
         pictures={
             f"{REPORTS}/{name}": what for name, what in PICTURES.items() if (bundle.path / REPORTS / name).is_file()
         },
     )
+
+
+def shape_summary(bundle: Bundle, shape: str) -> ShapeSummary:
+    """Which plans of a bundle hold at one of its shapes, and why the others do not."""
+    there = bundle.at(shape)
+    bucket = there.manifest.buckets[shape]
+    measured = {found.rows_digest: found.text for found in bucket.plans or ()}
+    held, refused = {}, {}
+    for name in bundle.at(bundle.shapes[0]).plans:
+        try:
+            held[name] = measured.get(there.plan(name).rows_digest, "")
+        except UsageError as error:
+            refused[name] = error.what
+    return ShapeSummary(name=shape, held=held, refused=refused)
 
 
 def page_facts(bundle: Bundle) -> PageFacts:

@@ -21,7 +21,14 @@ from lemica_trt.runtime.pipeline import Pipeline
 
 
 def bench(
-    path: Path, plans: Sequence[str], load: Load, reporter: Reporter, *, backend: str | None, prompts: Path | None
+    path: Path,
+    plans: Sequence[str],
+    load: Load,
+    reporter: Reporter,
+    *,
+    backend: str | None,
+    prompts: Path | None,
+    shape: str | None = None,
 ) -> Bench:
     """Latency of plans of a bundle, in turns.
 
@@ -29,12 +36,13 @@ def bench(
         plans: names; none: the default plan.
         backend: which engines; None: the first that run here.
         prompts: file of prompts; None: held-out ones of the profile.
+        shape: as `Bundle.at` takes it.
 
     Raises:
-        UsageError: no such plan, or one twice; a batch larger than the bundle's.
+        UsageError: no such shape, no such plan there, or one twice; a batch larger than the bundle's.
         LemicaError: as `Pipeline` and `prompts_of`.
     """
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path).at(shape)
     chosen = [bundle.plan(name) for name in plans or [None]]  # type: ignore[list-item]
     names = [plan.name for plan in chosen]
     if len(set(names)) < len(names):

@@ -22,7 +22,7 @@ from lemica_trt.ir.measured import MeasuredPlans
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import FEW_STEPS, NORMAL, DType, Profile
 from lemica_trt.ir.prompts import prompt_from_line
-from lemica_trt.ir.report import BudgetOutcome
+from lemica_trt.ir.report import BudgetOutcome, ShapeSummary
 from lemica_trt.ir.resources import calibration_path
 from lemica_trt.planning.planner import Planner, planners_named
 
@@ -329,6 +329,7 @@ class BuildResult(NamedTuple):
         unverified: backends whose engines were built and not verified, and why.
         outcomes: what came of budgets that are not numbers of full steps.
         front: quality and predicted time of the budgets whose quality was measured.
+        shapes: further ones, and which plans hold there.
     """
 
     bundle: Bundle
@@ -336,6 +337,7 @@ class BuildResult(NamedTuple):
     unverified: dict[str, str]
     outcomes: tuple[BudgetOutcome, ...]
     front: tuple[FrontRow, ...]
+    shapes: tuple[ShapeSummary, ...] = ()
 
 
 class PlanResult(Value, frozen=True):

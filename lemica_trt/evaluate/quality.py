@@ -47,7 +47,14 @@ class Case(NamedTuple):
 
 
 def cases_of(
-    bundle: Bundle, model: Model, clips: int, further: int | None, *, compared: bool = True, quantized: bool = False
+    bundle: Bundle,
+    model: Model,
+    clips: int,
+    further: int | None,
+    *,
+    compared: bool = True,
+    every: bool = False,
+    quantized: bool = False,
 ) -> list[Case]:
     """The cached plans of a bundle, and baselines of the default one; of quantised engines the uncached plan, too.
 
@@ -55,15 +62,17 @@ def cases_of(
         clips: of the default plan and its baselines.
         further: clips of the other plans; None: as many.
         compared: whether there are baselines.
+        every: whether the other plans have some, too: the sampler with as few steps.
         quantized: whether the engines are: then the uncached plan is not what others are compared with.
     """
     plans = [plan for plan in map(bundle.plan, bundle.plans) if plan.budget < plan.num_steps]
     default, found = bundle.plan(), list[Case]()
     for plan in plans:
         found.append(Case(plan, PLAN, plan, clips if plan.name == default.name or further is None else further))
-        if compared and plan.name == default.name:
-            others = baselines(plan, model, error_graph_of(bundle), BASELINES)
-            found += [Case(plan, method, other, clips) for method, other in others.items()]
+        if compared and (every or plan.name == default.name):
+            own = BASELINES if plan.name == default.name else ()
+            others = baselines(plan, model, error_graph_of(bundle), own)
+            found += [Case(plan, method, other, found[-1].clips) for method, other in others.items()]
     uncached = uncached_of(map(bundle.plan, bundle.plans)) if quantized else None
     return found if uncached is None else [*found, Case(uncached, PLAN, uncached, clips)]
 

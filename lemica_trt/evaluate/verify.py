@@ -65,6 +65,7 @@ def verify(
     further: int | None = None,
     first: First | None = None,
     draft: bool = False,
+    every: bool = False,
     steps: StepTimes | None = None,
 ) -> Verification:
     """Verify a bundle, which has an uncached plan, against the model that it was built from.
@@ -77,18 +78,18 @@ def verify(
         further: how many of the samples plans beside the default one run on; None: all.
         first: of an earlier verification of the same engines on the same samples.
         draft: whether the bundle is one: then its plan is compared with the uncached run alone, on the engines.
-        steps: step times, where they were measured just now; None: they are measured.
+        every: whether each plan has a baseline, and not the default one alone.
+        steps: step times, measured just now; None: they are measured.
 
     Raises:
-        IntegrityError: a file is altered or missing.
-        VerificationError: a result of the model itself is not finite.
+        IntegrityError, VerificationError: a file is altered; a result of the model itself is not finite.
     """
     bundle.check()
     with Pipeline(bundle, backend=backend) as pipe:
         entry, plans = bundle.engine(backend), [bundle.plan(name) for name in bundle.plans]
-        key = entry.key
-        _tell(pipe, key, samples, reporter, draft=draft)
-        cases = cases_of(bundle, model, samples.count, further, compared=not draft, quantized=bool(entry.quantized))
+        _tell(pipe, key := entry.key, samples, reporter, draft=draft)
+        kinds = {"compared": not draft, "every": every, "quantized": bool(entry.quantized)}
+        cases = cases_of(bundle, model, samples.count, further, **kinds)
         uncached = uncached_of(plans) or max(plans, key=lambda plan: plan.budget)
         compared = [uncached] if draft else plans
         deployed = Deployed(pipe, tally := _tally(reporter, compared, cases, samples.count), entry.quantized)
@@ -113,8 +114,7 @@ def verify(
         steps=steps,
         precision=entry.precision if entry.quantized else UNSET,
     )
-    kept = keeper.kept(report.manifest_digest, bundle.plan(), samples, PLAN)
-    return Verification(report, kept, first)
+    return Verification(report, keeper.kept(report.manifest_digest, bundle.plan(), samples, PLAN), first)
 
 
 def _timed(pipe: Pipeline, full_step: float, tally: Tally) -> StepTimes:

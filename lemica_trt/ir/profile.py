@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from msgspec import UNSET, UnsetType
 
-from lemica_trt.core.errors import UnsupportedError
+from lemica_trt.core.errors import UnsupportedError, UsageError
 from lemica_trt.core.values import Value, require, require_finite
 
 DType = Literal["fp32", "fp16", "bf16"]
@@ -49,6 +49,26 @@ class Shape(Value, frozen=True):
     def is_image(self) -> bool:
         """Whether a clip is one frame."""
         return self.frames == 1
+
+    @property
+    def name(self) -> str:
+        """Frames, height, width: `49x480x720`; of a bundle's bucket."""
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+def sizes_from_name(text: str) -> dict[str, int]:
+    """Frames, height and width of `49x480x720`; the inverse of `Shape.name`.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    found = re.fullmatch(r"0*([1-9]\d{0,6})x0*([1-9]\d{0,6})x0*([1-9]\d{0,6})", str(text).strip().lower())
+    if found is None:
+        raise UsageError(
+            f"--shape: expected FRAMESxHEIGHTxWIDTH, each at least 1, got {text!r}",
+            fix="for example --shape 49x480x720, for an image --shape 1x1024x1024",
+        )
+    return dict(zip(("frames", "height", "width"), map(int, found.groups())))
 
 
 class Sampling(Value, frozen=True):

@@ -167,6 +167,20 @@ class Quality(Value, frozen=True):
         return min(self.each_psnr)
 
 
+class ShapeSummary(Value, frozen=True):
+    """A further shape of a bundle, for people.
+
+    Attributes:
+        name: `FRAMESxHEIGHTxWIDTH`.
+        held: plans that hold there, and what was measured; of the uncached one nothing.
+        refused: the others, and why.
+    """
+
+    name: str
+    held: dict[str, str]
+    refused: dict[str, str]
+
+
 class BundleSummary(NamedTuple):
     """What a bundle is, for people.
 
@@ -182,6 +196,7 @@ class BundleSummary(NamedTuple):
         measured: what is known of the plans on the bundle's engines.
         image: whether requests need an image.
         changeable: weights that LoRA weights can be added to without a build; 0: none.
+        further: shapes beside that of the profile.
     """
 
     profile: Profile
@@ -197,6 +212,7 @@ class BundleSummary(NamedTuple):
     measured: MeasuredPlans = MeasuredPlans()
     image: bool = False
     changeable: int = 0
+    further: tuple[ShapeSummary, ...] = ()
 
     @property
     def default(self) -> StepPlan:

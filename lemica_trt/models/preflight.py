@@ -83,6 +83,24 @@ def require_configuration(profile: Profile) -> int | None:
     return rows
 
 
+def require_shape(profile: Profile) -> None:
+    """Refuse a shape that a model does not make, by its configuration, where the model is on this machine; of a traced
+    pipeline by its loop, as far as that is known without its weights.
+
+    Raises:
+        InputError, UnsupportedError: it does not; says the nearest that it makes, where that is known.
+    """
+    if published.is_published(profile.source) or not is_here(profile):
+        return
+    with quiet():
+        folder = folder_from_source(profile.source)
+        if profile.family == TRACED:
+            _require_traceable(folder, profile)
+        else:
+            family = family_from_name(profile.family)
+            family.latent_shape(_without_weights(folder, family.pipeline_class), profile.shape)
+
+
 def _configuration(source: str) -> Path | None:
     """A folder with the configuration of a pipeline on the hub; None: it cannot be had."""
     try:

@@ -19,7 +19,16 @@ from lemica_trt.ir.engine import EngineEntry
 from lemica_trt.ir.graphs import GraphSet, Role
 from lemica_trt.ir.measured import MeasuredPlan, MeasuredPlans
 from lemica_trt.ir.plan import StepPlan
-from lemica_trt.ir.report import PLAN, BudgetOutcome, BundleSummary, Check, Quality, StageEstimate, VerifyReport
+from lemica_trt.ir.report import (
+    PLAN,
+    BudgetOutcome,
+    BundleSummary,
+    Check,
+    Quality,
+    ShapeSummary,
+    StageEstimate,
+    VerifyReport,
+)
 from lemica_trt.ir.timeline import guidance_text, timeline_text
 from lemica_trt.report.timeline import plan_table
 from lemica_trt.report.ways import BASELINES
@@ -397,6 +406,7 @@ def bundle_table(bundle: BundleSummary) -> RenderableType:
             "makes",
             f"{shape.frames} frames {shape.height}×{shape.width} at {shape.fps} fps, up to {shape.max_batch} at once",
         ),
+        *(("also makes", further_text(further)) for further in bundle.further),
         (
             "sampling",
             f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}, {bundle.dtype}, "
@@ -410,6 +420,31 @@ def bundle_table(bundle: BundleSummary) -> RenderableType:
     ):
         facts.add_row(name, text)
     return Group(facts, plans_table(bundle.plans, bundle.measured))
+
+
+def further_text(shape: ShapeSummary) -> str:
+    """A further shape of a bundle, and its plans, in one line."""
+    held = [f"{name} ({text})" if text else name for name, text in shape.held.items()]
+    refused = f"; refused: {', '.join(shape.refused)}" if shape.refused else ""
+    return f"{shape.name} (frames x height x width): {', '.join(held)}{refused}"
+
+
+def shapes_table(shapes: Sequence[ShapeSummary], bundle: Path) -> RenderableType:
+    """Which plans of a bundle hold at its further shapes.
+
+    Args:
+        bundle: where it is.
+    """
+    made = table("shape", "plan", "", "")
+    for shape in shapes:
+        for name, text in shape.held.items():
+            made.add_row(shape.name, name, "✓", text)
+        for name, why in shape.refused.items():
+            made.add_row(shape.name, name, "✗", why)
+    found: list[RenderableType] = [made]
+    if shapes:
+        found.append(line(f'try      lemica-trt run {bundle} "a prompt" --shape {shapes[0].name} --output clip.mp4'))
+    return Group(*found)
 
 
 def inspected_table(value: BundleSummary | StepPlan | ErrorGraph) -> RenderableType:

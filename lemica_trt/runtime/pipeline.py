@@ -51,14 +51,16 @@ LOGGER = logging.getLogger("lemica_trt")
 
 _ARGUMENTS = ("guidance_scale", "negative_prompt", "image", "plan", "on_step")
 
+_SHAPE = "load the bundle at another of its shapes: lemica_trt.load(path, shape=NAME), one of pipe.bundle.shapes"
+
 DIFFUSERS = {
     "num_inference_steps": "the steps are part of a plan: plan=NAME, one of pipe.bundle.plans",
     "timesteps": "the steps are part of a plan: plan=NAME, one of pipe.bundle.plans",
     "sigmas": "the steps are part of a plan: plan=NAME, one of pipe.bundle.plans",
     "generator": "seed=NUMBER: the noise of torch.Generator('cpu').manual_seed(NUMBER)",
-    "num_frames": "a bundle has one shape: build another one with frames=, height=, width=",
-    "height": "a bundle has one shape: build another one with frames=, height=, width=",
-    "width": "a bundle has one shape: build another one with frames=, height=, width=",
+    "num_frames": _SHAPE,
+    "height": _SHAPE,
+    "width": _SHAPE,
     "num_videos_per_prompt": "give a list of prompts, and a list of seeds",
     "num_images_per_prompt": "give a list of prompts, and a list of seeds",
     "output_type": "leave it out: .frames is uint8 [F, H, W, 3], .latents is what output_type='latent' gives",
@@ -80,6 +82,7 @@ class Pipeline:
     Args:
         bundle: opened.
         plan: the plan of requests that name none; None: the bundle's default.
+        shape: `FRAMESxHEIGHTxWIDTH`, one of the bundle's; None: the one that it was built for, or is looked at as.
         backend: which engines; None: the first set.
         device: which GPU, as CUDA counts those that it sees.
         threads: CPU threads within an operator, 0: one for each CPU; None: as built. For ONNX Runtime.
@@ -94,7 +97,7 @@ class Pipeline:
 
     Raises:
         InputError, UnsupportedError: as `lora.read_loras`, before an engine loads.
-        UsageError, IntegrityError: as `Bundle.plan`, `Bundle.engine` and `Bundle.file`.
+        UsageError, IntegrityError: as `Bundle.at`, `Bundle.plan`, `Bundle.engine` and `Bundle.file`.
         MissingDependencyError: the backend's package, driver or device is not here.
         UnsupportedError: the engines are for another machine; says the command that builds them for this one.
         EngineError: an engine does not load.
@@ -105,6 +108,7 @@ class Pipeline:
         bundle: Bundle,
         plan: str | None = None,
         *,
+        shape: str | None = None,
         backend: str | None = None,
         device: int = 0,
         threads: int | None = None,
@@ -112,6 +116,7 @@ class Pipeline:
         roles: Collection[Role] | None = None,
         loras: Sequence[Lora | str] = (),
     ) -> None:
+        bundle = bundle.at(shape)
         manifest = bundle.manifest
         entry = bundle.engine(backend)
         given = [lora if isinstance(lora, Lora) else lora_from_text(lora, "loras") for lora in loras]
