@@ -14,6 +14,7 @@ from lemica_trt.core.errors import UsageError
 
 if TYPE_CHECKING:
     from lemica_trt.bundle.reading import Bundle
+    from lemica_trt.core.pictures import Pixels
 
 
 @click.command(
@@ -183,10 +184,8 @@ def run(
 
     from lemica_trt.bundle.reading import Bundle
     from lemica_trt.cli.flags import loras_from_flags
-    from lemica_trt.core.pictures import read_picture
     from lemica_trt.core.progress import duration
     from lemica_trt.runtime.pipeline import Pipeline
-    from lemica_trt.runtime.validation import require_image
     from lemica_trt.runtime.video import check_suffix, default_scale, write_video
 
     options.refuse_together("shape", "frames", "height", "width")
@@ -196,9 +195,7 @@ def run(
     bundled = Bundle.open(bundle, trusted=options.trusted(verify_with, require_signature))
     bundled = bundled.at(shape or bundled.shape_named(frames, height, width))
     _require_capture(bundled, backend)
-    require_image(bundled.manifest.graphs, given["image"])
-    if given["image"] is not None:
-        given["image"] = read_picture(given["image"])
+    given["image"] = _picture(bundled, given["image"])
     report, start = screen.reporter, perf_counter()
     pipe = Pipeline(bundled, plan=None if plan == "default" else plan, backend=backend, capture=capture, loras=loras)
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
@@ -219,6 +216,15 @@ def run(
         **({"loras": pipe.loras} if pipe.loras else {}),
     }
     screen.print(found, lambda: f"{output}  ({parts}{enlarged})")
+
+
+def _picture(bundle: Bundle, path: Path | None) -> Pixels | None:
+    """What is in the file of a request's picture; None: there is none, and the bundle wants none."""
+    from lemica_trt.core.pictures import read_picture
+    from lemica_trt.runtime.validation import require_image
+
+    require_image(bundle.manifest.graphs, path)
+    return None if path is None else read_picture(path)
 
 
 def _require_capture(bundle: Bundle, backend: str | None) -> None:
