@@ -35,13 +35,16 @@ LATENCY = 20e-6
 
 FULL_STEPS = 15
 
+DEVICES = (2, 4, 5, 8)
+"""Numbers of them that Ulysses is calculated for, where they divide the heads."""
+
 
 @dataclass(frozen=True)
 class Model:
     """A model at its published size and shape, bf16, both branches of guidance.
 
     Attributes:
-        layers, width, feed_forward: of the transformer.
+        layers, heads, width, feed_forward: of the transformer.
         tokens: that attend to each other.
         text: tokens of the prompt; cross: whether they are attended to apart.
         latent: numbers of one latent.
@@ -50,6 +53,7 @@ class Model:
 
     name: str
     layers: int
+    heads: int
     width: int
     feed_forward: int
     tokens: int
@@ -119,9 +123,9 @@ def models() -> list[Model]:
     """Those of the table: 49 frames of 480 × 720, and 81 of 720 × 1280."""
     cog, wan = (16, 13, 60, 90), (16, 21, 90, 160)
     return [
-        Model("CogVideoX-2B", 30, 1920, 7680, 13 * 30 * 45 + 226, 226, False, math.prod(cog),
+        Model("CogVideoX-2B", 30, 30, 1920, 7680, 13 * 30 * 45 + 226, 226, False, math.prod(cog),
               decoded(AutoencoderKLCogVideoX, cog)),
-        Model("Wan 2.1 14B", 40, 5120, 13824, 21 * 45 * 80, 512, True, math.prod(wan),
+        Model("Wan 2.1 14B", 40, 40, 5120, 13824, 21 * 45 * 80, 512, True, math.prod(wan),
               decoded(AutoencoderKLWan, wan)),
     ]  # fmt: skip
 
@@ -148,7 +152,7 @@ def rows_of(model: Model) -> list[ScalingRow]:
     rows = [row("one GPU", 1, "", one), row("a request on each GPU", 2, "", one, 2 / request(model, one))]
     for name, link in LINKS.items():
         rows.append(row("CFG-parallel", 2, name, step_by_branches(model, link)))
-        rows += [row("Ulysses", n, name, step_by_tokens(model, n, link)) for n in (2, 4)]
+        rows += [row("Ulysses", n, name, step_by_tokens(model, n, link)) for n in DEVICES if model.heads % n == 0]
     for denoisers in (1, 3, 7):
         stages = {"denoise": FULL_STEPS * one, "text and decode": text + decode}
         rate = pipeline(stages, {"denoise": denoisers, "text and decode": 1})

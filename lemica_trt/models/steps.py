@@ -23,11 +23,11 @@ class Branch(NamedTuple):
     """The one branch of the guidance that this process runs; another process runs the other (CFG-parallel).
 
     Attributes:
-        number: 0: the unconditional one, 1: the conditional one.
+        rank: 0: the unconditional one, 1: the conditional one; also that of the process.
         gather: the collective of a step: what the DiT gives here, [b, …] → that of both branches [2b, …].
     """
 
-    number: int
+    rank: int
     gather: Callable[[Tensor], Tensor]
 
 
@@ -100,7 +100,7 @@ class FullStep(CombineStep):
         sample = (self._coefficients(inputs, "in_scale")[0] * latents).to(self._dtype)
         embeds = inputs["prompt_embeds"]
         if self._branch is not None:
-            embeds = embeds.chunk(2)[self._branch.number]
+            embeds = embeds.chunk(2)[self._branch.rank]
         elif self.layout.guided:
             sample = torch.cat([sample, sample])
         timestep = self._coefficients(inputs, "timestep").expand(sample.shape[0])

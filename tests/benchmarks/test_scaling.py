@@ -27,7 +27,7 @@ def test_the_slowest_stage_says() -> None:
 
 @pytest.mark.cpu
 def test_a_link_of_no_cost_halves_a_step() -> None:
-    model = Model("", layers=2, width=8, feed_forward=32, tokens=5, text=3, cross=False, latent=7, decode=0.0)
+    model = Model("", layers=2, heads=2, width=8, feed_forward=32, tokens=5, text=3, cross=False, latent=7, decode=0.0)
     assert model.branch == 2 * 2 * (4 * 5 * 8 * 8 + 2 * 5 * 8 * 32 + 2 * 5 * 5 * 8)
     assert step_by_branches(model, float("inf")) == pytest.approx(step_on_one(model) / 2 + LATENCY, rel=1e-12)
 
@@ -36,7 +36,7 @@ def test_a_link_of_no_cost_halves_a_step() -> None:
 def test_the_committed_figures_are_those_of_the_model() -> None:
     result = msgspec.json.decode(FILE.read_bytes(), type=Scaling)
     decode = result.operations["CogVideoX-2B"][2]
-    model = Model("CogVideoX-2B", 30, 1920, 7680, 13 * 30 * 45 + 226, 226, False, 16 * 13 * 60 * 90, decode)
+    model = Model("CogVideoX-2B", 30, 30, 1920, 7680, 13 * 30 * 45 + 226, 226, False, 16 * 13 * 60 * 90, decode)
     rows = [row for row in result.rows if row.model == model.name]
     assert result.links == LINKS
     assert [row.way for row in rows] == [row.way for row in rows_of(model)]
