@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from lemica_trt.bundle.reading import Bundle
@@ -14,7 +13,7 @@ from lemica_trt.compiler.bundle_verify import profile_of_bundle
 from lemica_trt.compiler.inspection import shape_summary
 from lemica_trt.compiler.requests import BuildRequest, BuildResult, prompts_of
 from lemica_trt.compiler.shapes import add_shapes, shaped
-from lemica_trt.core.errors import LemicaError, UsageError
+from lemica_trt.core.errors import UsageError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.ir.profile import Lora, Profile, Shape, sizes_from_name
 from lemica_trt.ir.report import ShapeSummary, StageEstimate
@@ -72,11 +71,7 @@ def build(
         LemicaError: as `work_commands.build` and `shapes.add_shapes`.
     """
     profiles = _profiles(profile, further, request)
-    names = {each.shape.name for each in profiles}
-    with suppress(LemicaError):
-        if gone := [name for name in Bundle.open(output, trusted=()).shapes[1:] if name not in names]:
-            again = " ".join(f"--shape {name}" for name in gone)
-            reporter.note(f"the new bundle will lack {', '.join(gone)} → lemica-trt shape {output} {again}")
+    work_commands.note_gone(output, {each.shape.name for each in profiles}, reporter)
     made = work_commands.build(profile, output, request, reporter)
     if not profiles:
         return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from lemica_trt.compiler.requests import (
 )
 from lemica_trt.compiler.stage import estimate_stages, needed_stages, run_stages
 from lemica_trt.compiler.stages import STAGES
-from lemica_trt.core.errors import UsageError
+from lemica_trt.core.errors import LemicaError, UsageError
 from lemica_trt.core.progress import Reporter
 from lemica_trt.evaluate.step_timer import StepTimer, speeds_from_report
 from lemica_trt.ir.budget import Front
@@ -89,9 +89,22 @@ def extend(output: Path, samples: str, changes: dict[str, Any], reporter: Report
             fix="bring it back, or build again with --samples",
         )
     require_replaceable(output)
+    note_gone(output, (), reporter)
     inputs = with_samples(changed_inputs(stored_inputs(work), changes), samples)
     inputs.request.check(inputs.profile.dtype, validation_samples=inputs.profile.calibration.validation_samples)
     return _built(inputs, output, reporter)
+
+
+def note_gone(output: Path, further: Collection[str], reporter: Reporter) -> None:
+    """Say which further shapes of a bundle the one in its place will lack.
+
+    Args:
+        further: names of those that it will have.
+    """
+    with contextlib.suppress(LemicaError):
+        if gone := [name for name in Bundle.open(output, trusted=()).shapes[1:] if name not in further]:
+            again = " ".join(f"--shape {name}" for name in gone)
+            reporter.note(f"the new bundle will lack {', '.join(gone)} → lemica-trt shape {output} {again}")
 
 
 def _built(inputs: Inputs, output: Path, reporter: Reporter) -> BuildResult:

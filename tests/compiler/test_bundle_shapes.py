@@ -18,6 +18,7 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.bundle.writing import change_buckets, change_plans
 from lemica_trt.core.atomic_folder import held
 from lemica_trt.core.errors import InputError, IntegrityError, UsageError
+from lemica_trt.core.progress import Quiet
 from lemica_trt.core.values import json_bytes
 from lemica_trt.ir.measured import PlanAtShape
 from lemica_trt.ir.plan import StepPlan
@@ -167,6 +168,26 @@ def test_sizes_choose_the_shape(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no shape of frames 2, width 16") as raised:
         bundle.shape_named(frames=2, width=16)
     assert raised.value.fix == f"use one of: 1x8x8, {FURTHER} (frames x height x width)"
+
+
+@pytest.mark.cpu
+def test_a_rebuild_says_which_shapes_go(tmp_path: Path) -> None:
+    from lemica_trt.compiler.work_commands import note_gone
+
+    notes = list[str]()
+
+    class Notes(Quiet):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    bundle = written(tmp_path)
+    change_buckets(bundle, *bucket_of(bundle))
+    note_gone(bundle.path, {FURTHER}, Notes())
+    note_gone(tmp_path / "nothing", (), Notes())
+    assert not notes
+    note_gone(bundle.path, (), Notes())
+    lack = f"the new bundle will lack {FURTHER} → lemica-trt shape {bundle.path} --shape {FURTHER}"
+    assert notes == [lack]
 
 
 @pytest.mark.cpu
