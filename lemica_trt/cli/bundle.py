@@ -122,7 +122,8 @@ def report(screen: Screen, bundle: Path, output: Path | None) -> None:
         help="Classifier-free guidance.",
     ),
     flag("--negative-prompt", otherwise="the profile's", help="What to steer away from."),
-    flag("--image", type=options.FILE, help="PNG, JPEG or WebP, of bundles that need one: its first frame, say."),
+    options.image,
+    options.last_image,
 )
 @flags(
     "Engines",
@@ -173,9 +174,9 @@ def run(
     options.require_output(output, screen)
     bundled = Bundle.open(bundle, trusted=options.trusted(verify_with, require_signature))
     _require_capture(bundled, backend)
-    require_image(bundled.manifest.graphs, given["image"])
-    if given["image"] is not None:
-        given["image"] = read_picture(given["image"])
+    images = {name: given[name] for name in ("image", "last_image")}
+    require_image(bundled.manifest.graphs, **images)
+    given |= {name: read_picture(path) for name, path in images.items() if path is not None}
     report, start = screen.reporter, perf_counter()
     pipe = Pipeline(bundled, plan=None if plan == "default" else plan, backend=backend, capture=capture)
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")

@@ -285,7 +285,7 @@ def trusted(verify_with: tuple[Path, ...], require_signature: bool) -> tuple[Tru
 samples_run_by = flags(
     "Calibration",
     flag("--prompts", type=FILE, otherwise="the profile's",
-         help="File of prompts, one a line, behind a tab the picture of each: for calibration, fits and trials."),
+         help="File of prompts, one a line, behind tabs the pictures of each: for calibration, fits and trials."),
     flag("--calibrate-on", type=click.Choice(["torch", "engine"]), otherwise="torch",
          help="Where calibration, fits and trials run the model: in PyTorch, or on the bundle's own engines."),
     device,
@@ -334,6 +334,10 @@ planning = flags(
     schedule,
     *(click.option(f"--{name}", hidden=True) for name in REPLACED),
 )  # fmt: skip
+
+image = flag("--image", type=FILE, help="PNG, JPEG or WebP, of bundles that need one: its first frame, say.")
+
+last_image = flag("--last-image", type=FILE, help="The same of bundles that need two: its last frame.")
 
 backend = flag("--backend", metavar="NAME", otherwise="the first that run here", shell_complete=completion.backends,
                help="Which of the bundle's engines.")  # fmt: skip

@@ -32,6 +32,7 @@ def summarize(bundle: Bundle) -> BundleSummary:
         revision=manifest.revision,
         dtype=manifest.graphs.dtype,
         image=manifest.graphs.image is not UNSET,
+        last_image="last_image" in manifest.graphs.sources,
         plans=tuple(bundle.plan(name) for name in bundle.plans),
         default_plan=manifest.default_plan,
         engines=manifest.engines,

@@ -180,7 +180,7 @@ class BundleSummary(NamedTuple):
         versions: of the libraries that built it.
         pictures: path in the bundle → what it shows.
         measured: what is known of the plans on the bundle's engines.
-        image: whether requests need an image.
+        image, last_image: whether requests need one.
     """
 
     profile: Profile
@@ -195,6 +195,7 @@ class BundleSummary(NamedTuple):
     pictures: dict[str, str]
     measured: MeasuredPlans = MeasuredPlans()
     image: bool = False
+    last_image: bool = False
 
     @property
     def default(self) -> StepPlan:
