@@ -90,6 +90,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     ),
     "picture": (_image(height=9000), r"image_encoder, image must be 1 … 8192, got 9000"),
     "picture's fit": (_image(fit="pad"), "Invalid enum value 'pad'"),
+    "picture of": (_image(of="middle_image"), "Invalid enum value 'middle_image'"),
     "pictures": (lambda data: _bucket(data)["graphs"].update(image={"pictures": []}), "must have different names, got"),
     "draw": (_image({"draw": [1, 4]}), r"elements of draw must be 16 … 4\.29497e\+09, got 4"),
     "image encoder": (_image(role="vae_decoder"), "expected inputs image, got latents"),

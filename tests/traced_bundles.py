@@ -38,8 +38,12 @@ FLAGS = {
 IMAGES = {
     "cogvideox-i2v": ("--height", 32, "--width", 48, "--frames", 9, "--max-sequence-length", 64),
     "wan-i2v": ("--height", 32, "--width", 48, "--frames", 9),
+    "wan-flf2v": ("--height", 32, "--width", 48, "--frames", 9),
 }
 """Those that take an image."""
+
+LAST = ("wan-flf2v",)
+"""Of these, those that take a last one, too."""
 
 NAMED = {"wan2.2-ti2v": ("wan2.2-ti2v-5b", "--dtype", "fp32", "--flow-shift", 3)}
 """Pipelines of a class that takes a profile."""

@@ -1,4 +1,4 @@
-"""Prompt files: one prompt a line, behind a tab the picture that belongs to it; `#` comments."""
+"""Prompt files: one prompt a line, behind tabs the pictures that belong to it; `#` comments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from lemica_trt.ir.prompts import Prompt, prompt_from_line
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     """Read a prompt file: UTF-8, one prompt a line; blank lines and lines that begin with `#` are ignored.
 
-    A line may be `prompt<TAB>picture`, a PNG, JPEG or WebP file, relative to the folder of the prompt file.
+    A line may be `prompt<TAB>picture`, a PNG, JPEG or WebP file, relative to the folder of the prompt file, or
+    `prompt<TAB>picture<TAB>last picture`.
 
     Returns:
         `ir.prompts.Prompt.line` of each.
@@ -41,18 +42,23 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _with_picture(line: str, file: Path) -> str:
-    text, _, image = (part.strip() for part in line.partition("\t"))
-    if not image:
-        return text
-    if "\t" in image:
-        raise InputError(f"{file}: expected prompt<TAB>picture, got more than one tab", fix="leave out the others")
-    path = file.parent.absolute() / image
-    if "\t" in str(path) or len(str(path).splitlines()) > 1:
-        raise InputError(f"{file}: expected a picture whose path has no tabs and line breaks", fix="move it")
-    return Prompt(text, str(path), digest_of_picture(path)).line
+    text, *pictures = (part.strip() for part in line.split("\t"))
+    if len(pictures) > 2:
+        raise InputError(
+            f"{file}: expected prompt<TAB>picture<TAB>last picture, got more than two tabs", fix="leave out the others"
+        )
+    if len(pictures) == 2 and pictures[1] and not pictures[0]:
+        raise InputError(f"{file}: expected a picture before the last one, got none", fix="name one")
+    found = []
+    for picture in filter(None, pictures):
+        path = file.parent.absolute() / picture
+        if "\t" in str(path) or len(str(path).splitlines()) > 1:
+            raise InputError(f"{file}: expected a picture whose path has no tabs and line breaks", fix="move it")
+        found += [str(path), digest_of_picture(path)]
+    return Prompt(text, *found).line
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
     """SHA-256 (hex) of prompts, one a line, in order; of pictures their digests, wherever they lie."""
-    lines = (prompt_from_line(prompt)._replace(image=None).line for prompt in prompts)
+    lines = (prompt_from_line(prompt).content for prompt in prompts)
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()

@@ -125,7 +125,8 @@ def report(screen: Screen, bundle: Path, output: Path | None) -> None:
         help="Classifier-free guidance.",
     ),
     flag("--negative-prompt", otherwise="the profile's", help="What to steer away from."),
-    flag("--image", type=options.FILE, help="PNG, JPEG or WebP, of bundles that need one: its first frame, say."),
+    options.image,
+    options.last_image,
     options.shape,
     flag(
         "--frames",
@@ -195,7 +196,7 @@ def run(
     bundled = Bundle.open(bundle, trusted=options.trusted(verify_with, require_signature))
     bundled = bundled.at(shape or bundled.shape_named(frames, height, width))
     _require_capture(bundled, backend)
-    given["image"] = _picture(bundled, given["image"])
+    given |= _pictures(bundled, {name: given[name] for name in ("image", "last_image")})
     report, start = screen.reporter, perf_counter()
     pipe = Pipeline(bundled, plan=None if plan == "default" else plan, backend=backend, capture=capture, loras=loras)
     report.stage("load", f"plan {pipe.default_plan}, {duration(perf_counter() - start)}")
@@ -218,13 +219,17 @@ def run(
     screen.print(found, lambda: f"{output}  ({parts}{enlarged})")
 
 
-def _picture(bundle: Bundle, path: Path | None) -> Pixels | None:
-    """What is in the file of a request's picture; None: there is none, and the bundle wants none."""
+def _pictures(bundle: Bundle, paths: dict[str, Path | None]) -> dict[str, Pixels]:
+    """What is in the files of a request's pictures.
+
+    Args:
+        paths: by what the pictures are to the bundle; None: none was given.
+    """
     from lemica_trt.core.pictures import read_picture
     from lemica_trt.runtime.validation import require_image
 
-    require_image(bundle.manifest.graphs, path)
-    return None if path is None else read_picture(path)
+    require_image(bundle.manifest.graphs, **paths)
+    return {name: read_picture(path) for name, path in paths.items() if path is not None}
 
 
 def _require_capture(bundle: Bundle, backend: str | None) -> None:

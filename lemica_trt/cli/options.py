@@ -289,7 +289,7 @@ def trusted(verify_with: tuple[Path, ...], require_signature: bool) -> tuple[Tru
 samples_run_by = flags(
     "Calibration",
     flag("--prompts", type=FILE, otherwise="the profile's",
-         help="File of prompts, one a line, behind a tab the picture of each: for calibration, fits and trials."),
+         help="File of prompts, one a line, behind tabs the pictures of each: for calibration, fits and trials."),
     flag("--calibrate-on", type=click.Choice(["torch", "engine"]), otherwise="torch",
          help="Where calibration, fits and trials run the model: in PyTorch, or on the bundle's own engines."),
     device,
@@ -341,6 +341,9 @@ planning = flags(
 
 shape = flag("--shape", metavar="FxHxW", otherwise="the one that it was built for", shell_complete=completion.shapes,
              help="Frames, height and width of another of the bundle's shapes.")  # fmt: skip
+image = flag("--image", type=FILE, help="PNG, JPEG or WebP, of bundles that need one: its first frame, say.")
+
+last_image = flag("--last-image", type=FILE, help="The same of bundles that need two: its last frame.")
 
 backend = flag("--backend", metavar="NAME", otherwise="the first that run here", shell_complete=completion.backends,
                help="Which of the bundle's engines.")  # fmt: skip

@@ -95,7 +95,8 @@ def triton(
     flag("--seed", type=int, default=0, show_default=True, help="The noise that it starts from."),
     flag("--guidance-scale", type=float, help="Classifier-free guidance.", otherwise="the plan's"),
     flag("--negative-prompt", help="What to steer away from.", otherwise="the profile's"),
-    flag("--image", type=options.FILE, help="PNG, JPEG or WebP, of bundles that need one: its first frame, say."),
+    options.image,
+    options.last_image,
     flag(
         "--timeout",
         type=click.FloatRange(0, min_open=True),
@@ -118,6 +119,7 @@ def client(
     timeout: float | None,
     fps: int,
     image: Path | None,
+    last_image: Path | None,
     output: Path,
     **parameters: Any,
 ) -> None:
@@ -129,13 +131,21 @@ def client(
 
     check_suffix(output, made_here=False)
     options.require_output(output, screen)
-    picture = None if image is None else picture_file(image)
-    if picture is not None:
-        decoded_picture(picture, name=str(image))
+    files = {name: path for name, path in (("image", image), ("last_image", last_image)) if path is not None}
+    pictures = {name: picture_file(path) for name, path in files.items()}
+    for name, data in pictures.items():
+        decoded_picture(data, name=str(files[name]))
     screen.reporter.stage("generate", url)
     given, mp4 = options.given(parameters), output.suffix.lower() == ".mp4"
     clip = generate(
-        url, prompt, parameters=given, image=picture, mp4=mp4, timeout=timeout, on_step=screen.reporter.advance
+        url,
+        prompt,
+        parameters=given,
+        mp4=mp4,
+        timeout=timeout,
+        image=pictures.get("image"),
+        last_image=pictures.get("last_image"),
+        on_step=screen.reporter.advance,
     )
     if isinstance(clip, bytes):
         write_bytes(clip, output)

@@ -35,6 +35,7 @@ def summarize(bundle: Bundle) -> BundleSummary:
         changeable=len(
             {(its.part, its.name) for graph in manifest.graphs.graphs for its in (graph.weights or {}).values()}
         ),
+        last_image="last_image" in manifest.graphs.sources,
         plans=tuple(bundle.plan(name) for name in bundle.plans),
         default_plan=manifest.default_plan,
         engines=manifest.engines,

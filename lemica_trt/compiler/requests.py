@@ -217,7 +217,7 @@ class Inputs(Value, frozen=True):
         for part in name.split("."):
             value = getattr(value, part)
         if name in ("prompts", "held_out"):  # the content of pictures, wherever they lie
-            value = [prompt_from_line(line)._replace(image=None).line for line in value]
+            value = [prompt_from_line(line).content for line in value]
         return digest_of(value)
 
     def store(self, work: Workspace) -> None:

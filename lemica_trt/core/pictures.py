@@ -194,11 +194,13 @@ def resized(picture: Pixels, height: int, width: int, *, fit: str, by: str) -> P
     return picture[top : top + height, left : left + width]
 
 
-def drawn_picture(text: str, height: int, width: int) -> Pixels:
-    """A picture that stands in for one that nobody gave: discs and rectangles before a plain ground, chosen by a text.
+def drawn_picture(text: str, height: int, width: int, *, name: str = "image") -> Pixels:
+    """A picture that stands in for one that nobody gave: discs and rectangles before a plain ground, chosen by a text,
+    and by the name of the picture (`ir.graphs.Source`).
 
     The same text gives the same pixels on every machine.
     """
+    text = text if name == "image" else f"{text}\0{name}"
     bits = iter(hashlib.shake_256(text.encode("utf-8", "replace")).digest(64))
     down, across = np.mgrid[:height, :width]
     down, across = 512 * down + 256, 512 * across + 256  # centres of pixels, in 1/512: whole numbers alone

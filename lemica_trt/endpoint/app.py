@@ -114,15 +114,19 @@ class Endpoint:
         )
 
     async def _asked(self, request: Request, *, image: bool) -> Asked:
-        """What a request asks for; its picture has been decoded once.
+        """What a request asks for; its pictures have been decoded once.
 
         Raises:
-            InputError: as `Model.read`; or it is no picture.
+            InputError: as `Model.read`; or one is no picture.
         """
         asked = self._model.read(await _body(request, self._model.max_body_bytes), image=image)
-        if asked.generation.image is not None:
-            decode = partial(decoded_picture, asked.generation.image, name="input_reference")
-            await asyncio.get_running_loop().run_in_executor(self._pictures, decode)
+        for name, data in (
+            ("input_reference", asked.generation.image),
+            ("last_image", asked.generation.last_image),
+        ):
+            if data is not None:
+                decode = partial(decoded_picture, data, name=name)
+                await asyncio.get_running_loop().run_in_executor(self._pictures, decode)
         return asked
 
     async def videos(self, request: Request) -> Response:

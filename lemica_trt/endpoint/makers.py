@@ -9,8 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from msgspec import UNSET
-
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import EngineError, LemicaError, MissingDependencyError, UnsupportedError
 from lemica_trt.core.pictures import drawn_picture
@@ -20,6 +18,7 @@ from lemica_trt.runtime.generation import GenerationRequest
 from lemica_trt.runtime.pipeline import Pipeline
 from lemica_trt.runtime.video import encoded
 from lemica_trt.triton import client
+from lemica_trt.triton.interface import IMAGES
 
 OnProgress = Callable[[int, int], None]
 """Called with (steps done, steps); what it raises ends the request."""
@@ -136,6 +135,7 @@ class TritonServer:
                 request.prompt,
                 parameters=parameters,
                 image=request.image,
+                last_image=request.last_image,
                 mp4=suffix == ".mp4",
                 on_step=on_progress,
                 check=check,
@@ -183,7 +183,18 @@ class TritonServer:
                     fix="look at the log of tritonserver",
                 )
 
-        needed = self._bundle.manifest.graphs.image is not UNSET
-        image = encoded(drawn_picture("", 64, 64)[None], ".png", fps=1) if needed else None
+        needed = self._bundle.manifest.graphs.sources
+        image, last_image = (
+            encoded(drawn_picture("", 64, 64, name=name)[None], ".png", fps=1) if name in needed else None
+            for name in IMAGES
+        )
         with suppress(Cancelled):
-            client.generate(self._url, "", parameters={"plan": self._plan}, image=image, on_step=stop, check=wait)
+            client.generate(
+                self._url,
+                "",
+                parameters={"plan": self._plan},
+                image=image,
+                last_image=last_image,
+                on_step=stop,
+                check=wait,
+            )

@@ -6,7 +6,8 @@ numbers all the same: they are compared with the bundle's, and another one is re
 An image comes as OpenAI's video API has it (openai-python, `VideoCreateParams.input_reference`): a file of a form, or
 an object with a data URL as `image_url`, whose field in a form is `input_reference[image_url]`. vLLM-Omni's name of the
 object is `image_reference` (docs/serving/videos_api.md there); SGLang's JSON has a string, which here is a data URL or
-base64. No URL is fetched, and no file of this machine is read.
+base64. A last image beside it is `last_image`, given in the same ways; OpenAI has none. No URL is fetched, and no file
+of this machine is read.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ TEXTS = ("model", "prompt", "negative_prompt", "plan", "quality", "size", "user"
          "background")  # fmt: skip
 PICTURES = ("input_reference", "image_reference")
 """OpenAI's name of the image, and vLLM-Omni's."""
+LAST = ("last_image",)
+"""Of the last one, as diffusers and the Triton models have it."""
 NUMBERS = ("steps", "seed", "guidance_scale", "num_inference_steps", "num_frames", "fps", "width", "height", "n",
            "seconds")  # fmt: skip
-PARAMETERS = frozenset(TEXTS + NUMBERS + PICTURES)
+PARAMETERS = frozenset(TEXTS + NUMBERS + PICTURES + LAST)
 """Everything that a request may have."""
 
 ONLY_IMAGES = frozenset({"output_format", "background"})
@@ -73,11 +76,12 @@ class Model:
         plan: the plan of requests that name none; None: the bundle's default.
 
     Attributes:
-        needs_image: whether requests must have one.
+        needs_image, needs_last_image: whether requests must have one.
     """
 
     def __init__(self, bundle: Bundle, plan: str | None = None) -> None:
         self.needs_image = bundle.manifest.graphs.image is not UNSET
+        self.needs_last_image = "last_image" in bundle.manifest.graphs.sources
         self.name = bundle.manifest.profile.name
         self.plans: dict[str, StepPlan] = {name: bundle.plan(name) for name in bundle.plans}
         self.default = bundle.plan(plan).name
@@ -97,7 +101,7 @@ class Model:
     @property
     def max_body_bytes(self) -> int:
         """Of a request."""
-        return MAX_BODY_BYTES + (MAX_TEXT if self.needs_image else 0)
+        return MAX_BODY_BYTES + MAX_TEXT * (self.needs_image + self.needs_last_image)
 
     @property
     def makes_images(self) -> bool:
@@ -146,7 +150,8 @@ class Model:
             seed=seed_from(found),
             guidance_scale=scale if self.guided else None,
             negative_prompt=None if negative is None else text_from("negative_prompt", negative),
-            image=self._image(found),
+            image=self._image(found, PICTURES, needed=self.needs_image),
+            last_image=self._image(found, LAST, needed=self.needs_last_image),
         )
         return Asked(generation, plan, found.get("model", self.name), inline=image or "response_format" in found)
 
@@ -187,20 +192,25 @@ class Model:
                 more = "; for fewer full steps name a plan" if name == "num_inference_steps" else ""
                 raise InputError(f"{name} must be {what}, which the bundle was built for{more}; got {found[name]!r}")
 
-    def _image(self, found: Mapping[str, Any]) -> bytes | None:
-        """The content of the picture's file, not decoded; None: the model needs none.
+    def _image(self, found: Mapping[str, Any], called: tuple[str, ...], *, needed: bool) -> bytes | None:
+        """The content of a picture's file, not decoded; None: the model needs none.
+
+        Args:
+            called: its names, the first of them is ours.
 
         Raises:
             InputError: there is one too many or too few, or it is not given as one is.
         """
-        names = [name for name in PICTURES if name in found]
-        if not self.needs_image:
+        names = [name for name in called if name in found]
+        if not needed:
             if names:
-                raise InputError(f"{names[0]} must be left out: the model makes {self._makes} from text alone")
+                of = "a first image" if self.needs_image else "text"
+                raise InputError(f"{names[0]} must be left out: the model makes {self._makes} from {of} alone")
             return None
         if len(names) != 1:
             ways = 'a file of a form, or {"image_url": "data:image/png;base64,…"}'
-            raise InputError(f"input_reference must be given, once: the model needs an image, {ways}")
+            image = "a last image" if called is LAST else "an image"
+            raise InputError(f"{called[0]} must be given, once: the model needs {image}, {ways}")
         (name,) = names
         value = found[name]
         if isinstance(value, Mapping):
@@ -272,12 +282,12 @@ def body_from_form(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in fields.items():
-        inner = re.fullmatch(rf"({'|'.join(PICTURES)})\[(\w+)\]", name)
+        inner = re.fullmatch(rf"({'|'.join(PICTURES + LAST)})\[(\w+)\]", name)
         if not isinstance(value, str):
             found[name] = value
         elif inner is not None:
             found[inner[1]] = {inner[2]: value}
-        elif name in NESTED or (name in PICTURES and value.lstrip().startswith("{")):
+        elif name in NESTED or (name in (*PICTURES, *LAST) and value.lstrip().startswith("{")):
             found[name] = body_from_json(value.encode("utf-8", "surrogatepass"))
         elif name in NUMBERS:
             try:

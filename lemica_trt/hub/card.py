@@ -35,7 +35,7 @@ def bundle_card(
     profile = manifest.profile
     shape = profile.shape
     images, taken = shape.is_image, manifest.graphs.image is not UNSET
-    image = " --image first.png" * taken
+    image = " --image first.png" * taken + " --last-image last.png" * ("last_image" in manifest.graphs.sources)
     names = list(dict.fromkeys(f"{entry.key.title} for {entry.key.target}" for entry in manifest.engines))
     fused = "".join(f", LoRA {lora.text}" for lora in profile.loras or ())
     weight = size(sum(entry.size for entry in manifest.files.values()))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from msgspec import UNSET, UnsetType
 
@@ -389,6 +389,10 @@ Filter = Literal["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"]
 """Pillow's resampling."""
 
 
+Source = Literal["image", "last_image"]
+"""A picture of a request, as diffusers names the argument."""
+
+
 class PictureSpec(Value, frozen=True):
     """How a picture becomes an input of the image encoder graph: resized as 8-bit pixels, then c·pixel + d a channel.
 
@@ -398,6 +402,7 @@ class PictureSpec(Value, frozen=True):
         fit: what is done to another aspect ratio.
         by: resampling filter.
         scale, offset: c and d of each channel; pixels are 0 … 255.
+        of: which picture of the request; unset: `image`.
     """
 
     name: str
@@ -407,16 +412,22 @@ class PictureSpec(Value, frozen=True):
     by: Filter
     scale: tuple[float, float, float]
     offset: tuple[float, float, float]
+    of: Source | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         require_finite((*self.scale, *self.offset), f"{self.name}: scale and offset")
 
+    @property
+    def source(self) -> Source:
+        """Which picture of the request it is."""
+        return "image" if self.of is UNSET else self.of
+
 
 class ImageSpec(Value, frozen=True):
-    """How the picture of a request becomes conditions: its inputs, then the image encoder graph.
+    """How the pictures of a request become conditions: inputs that are made of them, then the image encoder graph.
 
     Attributes:
-        pictures: inputs that are made of it.
+        pictures: those inputs.
         draw: shape of the noise that the graph takes as `draw`, fp32, where the encoder samples its posterior; it is
             drawn of the request's seed, before the initial noise.
     """
@@ -428,6 +439,11 @@ class ImageSpec(Value, frozen=True):
         names = [picture.name for picture in self.pictures]
         require(bool(names) and len(set(names)) == len(names), f"pictures must have different names, got {names}")
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The pictures that a request must have, in order."""
+        return tuple(name for name in get_args(Source) if any(its.source == name for its in self.pictures))
+
 
 class GraphSet(Value, frozen=True):
     """All graphs of one bundle.
@@ -437,7 +453,7 @@ class GraphSet(Value, frozen=True):
         layout: the step graphs' interface.
         max_batch: largest batch b.
         graphs: by role, sorted.
-        image: how a request's picture becomes conditions; unset: requests have none.
+        image: how a request's pictures become conditions; unset: requests have none.
     """
 
     dtype: DType
@@ -445,6 +461,11 @@ class GraphSet(Value, frozen=True):
     max_batch: int
     graphs: tuple[GraphSpec, ...]
     image: ImageSpec | UnsetType = UNSET
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The pictures that a request must have, in order; none where it has no image."""
+        return () if self.image is UNSET else self.image.sources
 
     def graph(self, role: Role) -> GraphSpec:
         """The graph of a role.

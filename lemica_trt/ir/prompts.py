@@ -8,9 +8,10 @@ are about; so the measure is what the calibration prompts have in common with ea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from lemica_trt.core.errors import InputError
 from lemica_trt.core.text import words_of
 from lemica_trt.core.values import Value, require, require_finite
 
@@ -25,28 +26,52 @@ HASH_BYTES = 2
 
 
 class Prompt(NamedTuple):
-    """A line of a prompt file, `text`, or `text<TAB>image<TAB>digest` where a picture belongs to it.
+    """A line of a prompt file, `text`, or `text<TAB>image<TAB>digest` where a picture belongs to it, and twice so where
+    a last one does.
 
     Attributes:
         text: the prompt.
         image: path of the picture; None: it has none of its own.
         digest: SHA-256 (hex) of the picture's file when the line was read.
+        last_image, last_digest: the same of a last picture beside it.
     """
 
     text: str
     image: str | None = None
     digest: str | None = None
+    last_image: str | None = None
+    last_digest: str | None = None
 
     @property
     def line(self) -> str:
         """The line; what calibration and verification hand on as a prompt."""
         return "\t".join(part for part in self if part is not None)
 
+    @property
+    def content(self) -> str:
+        """The line with digests of pictures alone, wherever they lie."""
+        return self._replace(image=None, last_image=None).line
+
+    @property
+    def pictures(self) -> dict[str, tuple[str, str | None]]:
+        """Those that it has of its own, as `ir.graphs.Source` names them: path and digest."""
+        found = {"image": (self.image, self.digest), "last_image": (self.last_image, self.last_digest)}
+        return {name: (path, digest) for name, (path, digest) in found.items() if path is not None}
+
 
 def prompt_from_line(line: str) -> Prompt:
     """What `Prompt.line` was made of."""
-    text, *image = line.split("\t")
-    return Prompt(text, *image) if len(image) == 2 else Prompt(line)
+    text, *pictures = line.split("\t")
+    return Prompt(text, *pictures) if len(pictures) in (2, 4) else Prompt(line)
+
+
+def require_taken(prompt: Prompt, sources: Collection[str], *, what: str = "the pipeline") -> None:
+    """Raise InputError where a prompt brings a picture that is not among those that are taken (`ir.graphs.Source`)."""
+    for name in prompt.pictures:
+        if name not in sources:
+            raise InputError(
+                f"{what} takes no {name.replace('_', ' ')}, the prompt {prompt.text!r} brings one", fix="leave it out"
+            )
 
 
 class PromptFacts(Value, frozen=True):

@@ -194,7 +194,7 @@ class BundleSummary(NamedTuple):
         versions: of the libraries that built it.
         pictures: path in the bundle → what it shows.
         measured: what is known of the plans on the bundle's engines.
-        image: whether requests need an image.
+        image, last_image: whether requests need one.
         changeable: weights that LoRA weights can be added to without a build; 0: none.
         further: shapes beside that of the profile.
     """
@@ -213,6 +213,7 @@ class BundleSummary(NamedTuple):
     image: bool = False
     changeable: int = 0
     further: tuple[ShapeSummary, ...] = ()
+    last_image: bool = False
 
     @property
     def default(self) -> StepPlan:

@@ -26,6 +26,7 @@ class TraceRequest(Value, frozen=True):
         guidance_scale: value of the first guidance parameter.
         max_sequence_length: tokens of a prompt.
         image: whether an image is given where the call does not require one.
+        last_image: whether a last one is given beside it.
         arguments: further keyword arguments of the pipeline's call.
     """
 
@@ -36,6 +37,7 @@ class TraceRequest(Value, frozen=True):
     guidance_scale: float | None = None
     max_sequence_length: int | None = None
     image: bool = False
+    last_image: bool = False
     arguments: dict[str, bool | int | float | str] = {}
 
     def __post_init__(self) -> None:

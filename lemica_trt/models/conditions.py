@@ -93,8 +93,6 @@ class Conditions:
                 if not isinstance(value, Tensor) or not value.dim():
                     raise UnsupportedError(f"{slot.name} is a number that follows the prompt: it cannot be built yet")
                 name = self.name(slot)
-                if IMAGE in slot.of and not all(torch.equal(value[0], row) for row in value):
-                    raise UnsupportedError(f"{slot.name} has another image in another branch: it cannot be built yet")
                 row = value[self.prompt_row(place) if PROMPT in slot.of else 0][None]
                 if name in found and found[name].shape != row.shape:
                     raise UnsupportedError(f"{slot.name} has another shape in another call: it cannot be built yet")
@@ -105,7 +103,7 @@ class Conditions:
     def _argument(self, slot: TraceSlot) -> str:
         """The network's argument that a condition is, or is an element of where each text is one."""
         bare = self.axis(slot.name) is None
-        argument = slot.argument.rpartition(".")[0] if bare else slot.argument
+        argument = slot.argument.rpartition(".")[0] or slot.argument if bare else slot.argument
         return argument.replace(".", "_")
 
     def name(self, slot: TraceSlot) -> str:
@@ -119,11 +117,15 @@ class Conditions:
     def _row_axes(self) -> dict[str, int | None]:
         """By slot, the axis of a condition along which texts stand: the first one where another prompt changes one row
         of at most two (HiDream's is behind the layers of a language model). None: it is one text, [tokens, …], as an
-        element of a list (Z-Image)."""
+        element of a list (Z-Image); or it is of several pictures, in a row each (Wan's of a first and a last one)."""
         runs, found = self.traced.runs, dict[str, int | None]()
         for place in self.places():
             slot = place.slot
             what = next((what for what in (PROMPT, NEGATIVE) if what in slot.of), None)
+            if slot.role == "condition" and IMAGE in slot.of:
+                value = self.program(runs.base, place.kind).values[place.number]
+                if isinstance(value, Tensor) and value.dim() and not all(torch.equal(value[0], row) for row in value):
+                    found[slot.name] = None
             if slot.role != "condition" or what is None:
                 continue
             base, other, *longer = (

@@ -1,9 +1,10 @@
-"""What a traced pipeline makes of its picture before the loop, as a module: pixels and noise → conditions."""
+"""What a traced pipeline makes of its pictures before the loop, as a module: pixels and noise → conditions."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,10 +17,10 @@ from torch.utils import _pytree as pytree
 
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.pictures import Pixels, drawn_picture, planes, read_picture, resized
-from lemica_trt.ir.graphs import DRAW, ImageSpec, TensorSpec
+from lemica_trt.ir.graphs import DRAW, ImageSpec, PictureSpec, Source, TensorSpec
 from lemica_trt.ir.prompts import Prompt
 from lemica_trt.models.trace.ends import TapeSlice
-from lemica_trt.models.trace.pictures import Seen, picture_entries
+from lemica_trt.models.trace.pictures import Entry, Seen, picture_entries
 from lemica_trt.models.trace.runs import record
 from lemica_trt.models.trace.tape import Op, Ref, Tape, refs
 from lemica_trt.models.trace.tracing import Traced
@@ -32,23 +33,35 @@ class ImageEncoder(nn.Module):
     """The image encoder graph: VAE encoder, CLIP's vision model, and what the pipeline computes around them.
 
     Args:
-        encode: of the recording.
+        encode: of the recording; its inputs are tensors of the recording.
         spec: what it is given.
+        rows: input of `encode` → which of its inputs are that, one behind the other.
         outputs: names of its conditions, in order.
+        whole: of those that have a row for each picture; of others the first row is taken.
         drawn: dtype of the noise in the recording.
 
     Attributes:
         spec, outputs: as given.
     """
 
-    def __init__(self, encode: TapeSlice, spec: ImageSpec, outputs: tuple[str, ...], drawn: torch.dtype) -> None:
+    def __init__(
+        self,
+        encode: TapeSlice,
+        spec: ImageSpec,
+        rows: Mapping[str, Sequence[str]],
+        outputs: tuple[str, ...],
+        whole: Collection[str],
+        drawn: torch.dtype,
+    ) -> None:
         super().__init__()
-        self._encode, self.spec, self.outputs, self._drawn = encode, spec, outputs, drawn
+        self._encode, self.spec, self._rows, self.outputs = encode, spec, rows, outputs
+        self._whole, self._drawn = whole, drawn
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Pictures fp32 [1, 3, height, width], and `draw` → conditions [1, …]; masks as int64."""
-        given = {name: x.to(self._drawn) if name == DRAW else x for name, x in inputs.items()}
-        found = {name: value[:1] for name, value in self._encode(given).items()}
+        given = {name: torch.cat([inputs[row] for row in rows]) for name, rows in self._rows.items()}
+        given |= {name: x.to(self._drawn) for name, x in inputs.items() if name == DRAW}
+        found = {name: value[None] if name in self._whole else value[:1] for name, value in self._encode(given).items()}
         return {name: value.long() if value.dtype == torch.bool else value for name, value in found.items()}
 
     @property
@@ -67,15 +80,20 @@ class ImageEncoder(nn.Module):
         return None if self.spec.draw is UNSET else torch.randn(self.spec.draw, generator=generator)
 
     @torch.no_grad()
-    def conditions(self, picture: Pixels, draw: Tensor | None, device: torch.device) -> dict[str, Tensor]:
-        """Conditions [1, …] of a picture, prepared as the runtime does.
+    def conditions(
+        self, pictures: Mapping[Source, Pixels], draw: Tensor | None, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Conditions [1, …] of the pictures of a request, prepared as the runtime does.
 
         Args:
+            pictures: at least `spec.sources`.
             draw: as `draw` gives it.
         """
         inputs = {
             its.name: torch.from_numpy(
-                planes(resized(picture, its.height, its.width, fit=its.fit, by=its.by), its.scale, its.offset)
+                planes(
+                    resized(pictures[its.source], its.height, its.width, fit=its.fit, by=its.by), its.scale, its.offset
+                )
             )
             for its in self._pictures
         }
@@ -85,18 +103,30 @@ class ImageEncoder(nn.Module):
         return found
 
 
-def picture_of(prompt: Prompt, height: int, width: int) -> Pixels:
-    """The picture that belongs to a prompt; where it has none, one that is drawn of its text."""
-    if prompt.image is None:
-        return drawn_picture(prompt.text, height, width)
-    return read_picture(prompt.image, digest=prompt.digest)
+def pictures_of(prompt: Prompt, sources: Sequence[Source], height: int, width: int) -> dict[Source, Pixels]:
+    """The pictures that belong to a prompt; for those that it has not, ones that are drawn of its text.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    found: dict[Source, Pixels] = {}
+    for name in sources:
+        if name in prompt.pictures:
+            path, digest = prompt.pictures[name]
+            found[name] = read_picture(path, digest=digest)
+        else:
+            found[name] = drawn_picture(prompt.text, height, width, name=name)
+    return found
 
 
-def image_encoder(traced: Traced, pipeline: Any, births: Mapping[str, Ref]) -> ImageEncoder:
+def image_encoder(
+    traced: Traced, pipeline: Any, births: Mapping[str, Ref], whole: Collection[str] = ()
+) -> ImageEncoder:
     """The image encoder of a trace.
 
     Args:
         births: name of a condition → the tensor that it is in the base run.
+        whole: as in `ImageEncoder`.
 
     Raises:
         UnsupportedError: a condition does not follow resized pixels, or the noise of the posterior is not what is drawn
@@ -106,12 +136,12 @@ def image_encoder(traced: Traced, pipeline: Any, births: Mapping[str, Ref]) -> I
     seen = []
     for size in arguments.other_sizes:
         tape, _ = record(pipeline, arguments, last_step=0, image=5, size=size)
-        seen.append(Seen(tape, np.array(arguments.picture(5, size))))
+        seen.append(Seen(tape, {name: np.array(picture) for name, picture in arguments.pictures(5, size).items()}))
     try:
         entries = picture_entries(base.tape, base.programs[0].span[0], seen)
-        named = {"image" if k == 0 else f"image_{k + 1}": entry for k, entry in enumerate(entries)}
+        named = _named(entries)
         draws = _draws(base.tape)
-        inputs = {name: entry.ref for name, entry in named.items()}
+        inputs = {specs[0].name: entry.ref for entry, specs in zip(entries, named)}
         inputs |= {DRAW if k == 0 else f"{DRAW}_{k}": ref for k, ref in enumerate(draws)}
         end = 1 + max(at for at, item in enumerate(base.tape.items) if {*births.values()} & {*refs(item.outs)})
         slice_ = TapeSlice(base.tape, (entries[0].at, end), inputs, births, pipeline.components)
@@ -121,14 +151,24 @@ def image_encoder(traced: Traced, pipeline: Any, births: Mapping[str, Ref]) -> I
             raise UnsupportedError("what it makes of its image follows several draws of noise, or the initial noise")
     except UnsupportedError as error:
         raise UnsupportedError(f"{type(pipeline).__name__} cannot be built yet: {error.what}") from None
-    spec = ImageSpec(
-        pictures=tuple(
-            msgspec.structs.replace(entry.spec, name=name) for name, entry in named.items() if name in slice_.read
-        ),
-        draw=shape if drawn else UNSET,
-    )
+    read = [specs for specs in named if specs[0].name in slice_.read]
+    spec = ImageSpec(pictures=tuple(its for specs in read for its in specs), draw=shape if drawn else UNSET)
+    rows = {specs[0].name: [its.name for its in specs] for specs in read}
     dtype = base.tape.values[draws[0]].dtype if drawn else torch.float32
-    return ImageEncoder(slice_, spec, tuple(births), dtype)
+    return ImageEncoder(slice_, spec, rows, tuple(births), whole, dtype)
+
+
+def _named(entries: Sequence[Entry]) -> list[list[PictureSpec]]:
+    """The rows of each entry, called after the picture that they are, and counted from its second on."""
+    counts, found = Counter[str](), []
+    for entry in entries:
+        specs = []
+        for spec in entry.specs:
+            counts[spec.source] += 1
+            name = spec.source if counts[spec.source] == 1 else f"{spec.source}_{counts[spec.source]}"
+            specs.append(msgspec.structs.replace(spec, name=name))
+        found.append(specs)
+    return found
 
 
 def _draws(tape: Tape) -> list[Ref]:

@@ -21,7 +21,7 @@ from lemica_trt.core.text import CLEANINGS
 from lemica_trt.ir.graphs import DEFAULT_EXPERT, EncoderSpec, ImageSpec, StepLayout, TensorSpec
 from lemica_trt.ir.plan import StepPlan
 from lemica_trt.ir.profile import Lora, Profile
-from lemica_trt.ir.prompts import Prompt, prompt_from_line
+from lemica_trt.ir.prompts import prompt_from_line, require_taken
 from lemica_trt.ir.sampler import SamplerTable
 from lemica_trt.ir.step_model import Beginning, Latents, Steps
 from lemica_trt.models.family import DTYPES, Family, TextEncoder, VideoDecoder
@@ -35,12 +35,6 @@ NOTES = frozenset({".gif", ".jpeg", ".jpg", ".md", ".mp4", ".png", ".webp"})
 
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 """Path of the tokenizer in a bundle."""
-
-
-def require_no_picture(prompt: Prompt, kind: str) -> None:
-    """Raise InputError where a prompt brings a picture."""
-    if prompt.image is not None:
-        raise InputError(f"{kind} takes no image, the prompt {prompt.text!r} brings one", fix="leave it out")
 
 
 class End(NamedTuple):
@@ -284,7 +278,7 @@ class Model:
             InputError: it brings a picture that the model does not take.
         """
         found = prompt_from_line(prompt)
-        require_no_picture(found, type(self.pipeline).__name__)
+        require_taken(found, (), what=type(self.pipeline).__name__)
         return self.embed([found.text])
 
     def steps(self, layout: StepLayout) -> Steps:

@@ -34,16 +34,16 @@ from torch import Tensor, nn
 
 from lemica_trt.core.errors import InputError, UnsupportedError
 from lemica_trt.core.pictures import Pixels
-from lemica_trt.ir.graphs import IMAGE_ENCODER, EncoderSpec, ImageSpec, TensorDType, TensorSpec, text_axis
+from lemica_trt.ir.graphs import IMAGE_ENCODER, EncoderSpec, ImageSpec, Source, TensorDType, TensorSpec, text_axis
 from lemica_trt.ir.graphs import NEGATIVE as NEGATIVE_NAME
 from lemica_trt.ir.profile import Profile
-from lemica_trt.ir.prompts import Prompt, prompt_from_line
+from lemica_trt.ir.prompts import Prompt, prompt_from_line, require_taken
 from lemica_trt.ir.sampler import SamplerTable, Setting
 from lemica_trt.ir.trace import Trace, TraceRequest
 from lemica_trt.models.conditions import Conditions, Place
 from lemica_trt.models.copies import Copies
-from lemica_trt.models.image_encoder import ImageEncoder, given_draw, image_encoder, picture_of
-from lemica_trt.models.model import End, Model, require_no_picture
+from lemica_trt.models.image_encoder import ImageEncoder, given_draw, image_encoder, pictures_of
+from lemica_trt.models.model import End, Model
 from lemica_trt.models.scheduler import sampler_table
 from lemica_trt.models.text_encoders import TextEncoders
 from lemica_trt.models.trace.arguments import BASE, LONGER, SHORTER, SHORTER_NEGATIVE
@@ -101,7 +101,7 @@ class TracedModel(Model):
 
     @property
     def image(self) -> ImageSpec | UnsetType:
-        """How the picture of a request becomes conditions."""
+        """How the pictures of a request become conditions."""
         return UNSET if self._image is None else self._image.spec
 
     @cached_property
@@ -216,11 +216,13 @@ class TracedModel(Model):
 
     def _make_image_encoder(self) -> ImageEncoder | None:
         """The graph of all conditions that follow the image; None: there are none."""
-        base, found = self._traced.runs.base, {}
+        base, found, whole = self._traced.runs.base, {}, set[str]()
         for place in reversed(self._named.places()):
             if IMAGE in place.slot.of:
-                found[self._named.name(place.slot)] = self._named.program(base, place.kind).births[place.number]
-        return image_encoder(self._traced, self.pipeline, found) if found else None  # type: ignore[arg-type]
+                name = self._named.name(place.slot)
+                found[name] = self._named.program(base, place.kind).births[place.number]
+                whole |= {name} if self._named.axis(place.slot.name) is None else set()
+        return image_encoder(self._traced, self.pipeline, found, whole) if found else None  # type: ignore[arg-type]
 
     def tokens(self, prompts: Sequence[str], role: str = "text_encoder") -> dict[str, Tensor]:
         """Inputs of a text encoder graph, for one prompt."""
@@ -237,7 +239,7 @@ class TracedModel(Model):
         """Conditions by name, [R, …] or [b, …]; under guidance the negative prompts' rows first.
 
         Args:
-            prompts: lines of a prompt file (`ir.prompts.Prompt.line`); a picture is drawn where one has none.
+            prompts: lines of a prompt file (`ir.prompts.Prompt.line`); pictures that one has not are drawn.
             seeds: of what an image encoder draws, [b].
 
         Raises:
@@ -275,25 +277,33 @@ class TracedModel(Model):
 
     def _image_conditions(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> dict[str, Tensor]:
         """What the image encoder makes of the pictures of some prompts, by name, [b, …]."""
+        for prompt in prompts:
+            require_taken(prompt, self._sources, what=type(self.pipeline).__name__)
         if self._image is None:
-            for prompt in prompts:
-                require_no_picture(prompt, type(self.pipeline).__name__)
             return {}
         rows = []
         for prompt, seed in zip(prompts, [*seeds, *[0] * len(prompts)]):
             draw = self._image.draw(torch.Generator("cpu").manual_seed(seed))
-            rows.append(self._image.conditions(self._picture(prompt), draw, self.device))
+            rows.append(self._image.conditions(self._pictures(prompt), draw, self.device))
         return {name: torch.cat([row[name] for row in rows]) for name in self._image.outputs}
 
     def _encoded_image(self, run: Run) -> dict[str, Tensor]:
-        """What the image encoder makes of the image and the seed of a recorded run."""
+        """What the image encoder makes of the pictures and the seed of a recorded run."""
         if self._image is None:
             return {}
         draw = self._image.draw(torch.Generator("cpu").manual_seed(run.seed))
-        return self._image.conditions(np.array(self._traced.arguments.picture(run.image)), draw, self.device)
+        pictures = self._traced.arguments.pictures(run.image)
+        return self._image.conditions(
+            {name: np.array(picture) for name, picture in pictures.items()}, draw, self.device
+        )
 
-    def _picture(self, prompt: Prompt) -> Pixels:
-        return picture_of(prompt, self.profile.shape.height, self.profile.shape.width)
+    @property
+    def _sources(self) -> tuple[Source, ...]:
+        """The pictures that a request must have."""
+        return () if self._image is None else self._image.spec.sources
+
+    def _pictures(self, prompt: Prompt) -> dict[Source, Pixels]:
+        return pictures_of(prompt, self._sources, self.profile.shape.height, self.profile.shape.width)
 
     def encoder_specs(self) -> tuple[EncoderSpec, ...]:
         """How the runtime makes conditions of a prompt, a text encoder each."""
@@ -497,7 +507,7 @@ class TracedModel(Model):
             **({} if generator is None else {"generator": generator}),
         }
         if self._image is not None:
-            others["image"] = Image.fromarray(self._picture(prompt))
+            others |= {name: Image.fromarray(picture) for name, picture in self._pictures(prompt).items()}
             draw = self._image.draw(torch.Generator("cpu").manual_seed(seed))
         with given_draw(draw):
             tape, _ = record(

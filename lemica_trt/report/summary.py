@@ -81,9 +81,8 @@ def build_table(
         parts.append(line(f"verify   lemica-trt verify {output}  (on a machine that runs these engines)"))
     parts.append(line(f"bundle   {output}"))
     parts.extend(line(f"picture  {output / path}  ({what})") for path, what in bundle.pictures.items())
-    parts.append(
-        line(f'try      lemica-trt run {output} "a prompt"{" --image first.png" * bundle.image} --output clip.mp4')
-    )
+    images = " --image first.png" * bundle.image + " --last-image last.png" * bundle.last_image
+    parts.append(line(f'try      lemica-trt run {output} "a prompt"{images} --output clip.mp4'))
     return Group(*parts)
 
 

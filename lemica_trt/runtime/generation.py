@@ -22,6 +22,7 @@ class GenerationRequest:
         negative_prompt: the profile's by default. Guided bundles only.
         image: what the picture is, as `core.pictures.picture_from` takes it: path, content of a PNG, JPEG or WebP
             file, PIL image, or uint8 [H, W, 3]. Bundles that need one only.
+        last_image: the same of the last frame. Bundles that need two only.
     """
 
     prompt: str
@@ -29,6 +30,7 @@ class GenerationRequest:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     image: Any = None
+    last_image: Any = None
 
 
 @dataclass(frozen=True, repr=False)

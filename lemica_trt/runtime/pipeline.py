@@ -9,6 +9,7 @@ Requests are encoded and decoded one by one and denoised together; each draws it
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import os
@@ -49,7 +50,7 @@ LOGGER = logging.getLogger("lemica_trt")
 """Told of prompts that are cut, or far from those of the calibration."""
 
 
-_ARGUMENTS = ("guidance_scale", "negative_prompt", "image", "plan", "on_step")
+_ARGUMENTS = ("guidance_scale", "negative_prompt", "image", "last_image", "plan", "on_step")
 
 _SHAPE = "load the bundle at another of its shapes: lemica_trt.load(path, shape=NAME), one of pipe.bundle.shapes"
 
@@ -203,6 +204,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         image: Any = None,
+        last_image: Any = None,
         plan: str | None = None,
         on_step: OnStep | None = None,
     ) -> Generation: ...
@@ -216,6 +218,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         image: Any = None,
+        last_image: Any = None,
         plan: str | None = None,
         on_step: OnStep | None = None,
     ) -> list[Generation]: ...
@@ -228,11 +231,12 @@ class Pipeline:
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         image: Any = None,
+        last_image: Any = None,
         plan: str | None = None,
         on_step: OnStep | None = None,
         **others: object,
     ) -> Generation | list[Generation]:
-        """Generate one clip, or one for each prompt of a list (all with one seed and image, or lists of them).
+        """Generate one clip, or one for each prompt of a list (all with one seed and images, or lists of them).
 
         Args and raises: see `GenerationRequest` and `run`; arguments of diffusers that are called otherwise here are
         answered with what to write (UsageError).
@@ -247,12 +251,15 @@ class Pipeline:
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
         if len(seeds) != len(prompts):
             raise UsageError(f"expected one seed, or one for each of {len(prompts)} prompts, got {len(seeds)}")
-        images = list(image) if isinstance(image, (list, tuple)) else [image] * len(prompts)
-        if len(images) != len(prompts):
-            raise UsageError(f"expected one image, or one for each of {len(prompts)} prompts, got {len(images)}")
+        images, lasts = (
+            list(its) if isinstance(its, (list, tuple)) else [its] * len(prompts) for its in (image, last_image)
+        )
+        for its in (images, lasts):
+            if len(its) != len(prompts):
+                raise UsageError(f"expected one image, or one for each of {len(prompts)} prompts, got {len(its)}")
         requests = [
-            GenerationRequest(text, number, guidance_scale, negative_prompt, its)
-            for text, number, its in zip(prompts, seeds, images)
+            GenerationRequest(text, number, guidance_scale, negative_prompt, first, last)
+            for text, number, first, last in zip(prompts, seeds, images, lasts)
         ]
         results = self.run(requests, plan=plan, on_step=on_step)
         return results[0] if isinstance(prompt, str) else results
@@ -345,21 +352,24 @@ class Pipeline:
         own = [tokenizer for tokenizer in self._encoders if tokenizer.spec.negative]
         return own if negative and own else [tokenizer for tokenizer in self._encoders if tokenizer not in own]
 
-    def encode_image(self, image: Any, seed: SupportsIndex = 0) -> dict[str, Array]:
-        """The conditions that the image encoder makes of one picture: name → array without batch.
+    def encode_image(self, image: Any, seed: SupportsIndex = 0, *, last_image: Any = None) -> dict[str, Array]:
+        """The conditions that the image encoder makes of the pictures of a request: name → array without batch.
 
         Args:
-            image: as in `GenerationRequest`.
+            image, last_image: as in `GenerationRequest`.
             seed: of the noise that the encoder takes, if it does.
 
         Raises:
-            InputError: the bundle takes no image; or it is none, or cannot be read.
+            InputError: the bundle takes no image, or needs a last one; or one is none, or cannot be read.
         """
         graphs = self.bundle.manifest.graphs
-        require_image(graphs, image)
-        picture, spec = picture_from(image), cast(ImageSpec, graphs.image)
+        require_image(graphs, image, last_image)
+        spec, given = cast(ImageSpec, graphs.image), {"image": image, "last_image": last_image}
+        pictures = {name: picture_from(given[name], name=name) for name in spec.sources}
         inputs = {
-            its.name: planes(resized(picture, its.height, its.width, fit=its.fit, by=its.by), its.scale, its.offset)
+            its.name: planes(
+                resized(pictures[its.source], its.height, its.width, fit=its.fit, by=its.by), its.scale, its.offset
+            )
             for its in spec.pictures
         }
         if spec.draw is not UNSET:
@@ -374,17 +384,18 @@ class Pipeline:
         return generator
 
     def request(self, line: str, seed: SupportsIndex) -> GenerationRequest:
-        """The request of a line of a prompt file (`ir.prompts.Prompt.line`), with the picture that it names; where it
-        names none and the bundle needs one, with one that is drawn of its text.
+        """The request of a line of a prompt file (`ir.prompts.Prompt.line`), with the pictures that it names; those
+        that it does not name and the bundle needs are drawn of its text.
 
         Raises:
-            InputError: the picture cannot be read.
+            InputError: a picture cannot be read.
         """
         prompt, shape = prompt_from_line(line), self.bundle.manifest.profile.shape
-        image = None if prompt.image is None else read_picture(prompt.image, digest=prompt.digest)
-        if image is None and self.bundle.manifest.graphs.image is not UNSET:
-            image = drawn_picture(prompt.text, shape.height, shape.width)
-        return GenerationRequest(prompt.text, seed, image=image)
+        pictures = {name: read_picture(path, digest=digest) for name, (path, digest) in prompt.pictures.items()}
+        for name in self.bundle.manifest.graphs.sources:
+            if name not in pictures:
+                pictures[name] = drawn_picture(prompt.text, shape.height, shape.width, name=name)
+        return GenerationRequest(prompt.text, seed, image=pictures.get("image"), last_image=pictures.get("last_image"))
 
     def conditions(
         self,
@@ -392,6 +403,7 @@ class Pipeline:
         negatives: Sequence[str] = (),
         *,
         images: Sequence[Any] = (),
+        last_images: Sequence[Any] = (),
         seeds: Sequence[SupportsIndex] = (),
     ) -> dict[str, Array]:
         """What the DiT is given for some requests, see `runtime.conditions.conditions_from_texts`.
@@ -400,6 +412,7 @@ class Pipeline:
             prompts: b of them.
             negatives: as many under guidance, else none.
             images, seeds: as many where the bundle needs an image, as `encode_image` takes them.
+            last_images: as many where it needs a last one.
 
         Raises:
             UsageError: the bundle has no text encoder.
@@ -407,15 +420,20 @@ class Pipeline:
                 is missing, or there is one and the bundle takes none.
         """
         graphs = self.bundle.manifest.graphs
-        for image in images or [None] * len(prompts):
-            require_image(graphs, image)
+        lasts = [*last_images] or [None] * len(images or prompts)
+        for image, last in itertools.zip_longest(images or [None] * len(prompts), lasts):
+            require_image(graphs, image, last)
         needed = graphs.image is not UNSET
         if needed and not len(images) == len(seeds) == len(prompts):
             raise InputError(
                 f"expected an image and a seed for each of {len(prompts)} prompts, got {len(images)} images and "
                 f"{len(seeds)} seeds"
             )
-        pictures = [self.encode_image(image, seed) for image, seed in zip(images, seeds)] if needed else []
+        pictures = (
+            [self.encode_image(image, seed, last_image=last) for image, last, seed in zip(images, lasts, seeds)]
+            if needed
+            else []
+        )
         encoded = {text: self.encode_text(text) for text in dict.fromkeys(prompts)}
         against = {text: self.encode_text(text, negative=True) for text in dict.fromkeys(negatives)}
         return conditions_from_texts(
@@ -466,13 +484,19 @@ class Pipeline:
         return cast(Array, self.run_graph("vae_decoder", {"latents": latents[None]})["frames"][0])
 
     def conditions_of(
-        self, prompt: str, negative_prompt: str | None = None, *, image: Any = None, seed: SupportsIndex = 0
+        self,
+        prompt: str,
+        negative_prompt: str | None = None,
+        *,
+        image: Any = None,
+        last_image: Any = None,
+        seed: SupportsIndex = 0,
     ) -> dict[str, Array]:
         """The conditions of one request, as `latents` takes them.
 
         Args:
             negative_prompt: None: the profile's. Guided bundles only.
-            image, seed: as `encode_image` takes them, where the bundle needs an image.
+            image, last_image, seed: as `encode_image` takes them, where the bundle needs an image.
 
         Raises:
             as `conditions`.
@@ -480,7 +504,7 @@ class Pipeline:
         default = self.bundle.manifest.profile.sampling.negative_prompt
         guided = self.bundle.manifest.graphs.layout.guided
         negatives = [default if negative_prompt is None else negative_prompt] if guided else []
-        return self.conditions([prompt], negatives, images=[image], seeds=[seed])
+        return self.conditions([prompt], negatives, images=[image], last_images=[last_image], seeds=[seed])
 
     def conditions_at(self, line: str, seed: SupportsIndex) -> dict[str, Array]:
         """The conditions of a line of a prompt file, see `request`.
@@ -489,7 +513,7 @@ class Pipeline:
             as `request` and `conditions`.
         """
         request = self.request(line, seed)
-        return self.conditions_of(request.prompt, image=request.image, seed=seed)
+        return self.conditions_of(request.prompt, image=request.image, last_image=request.last_image, seed=seed)
 
     def run_graph(
         self, role: Role, inputs: Mapping[str, Array | Buffer], *, keep: Collection[str] = ()
@@ -521,6 +545,7 @@ class Pipeline:
             [request.prompt for request in requests],
             negatives,
             images=[request.image for request in requests],
+            last_images=[request.last_image for request in requests],
             seeds=[request.seed for request in requests],
         )
         encoded = perf_counter()
@@ -591,9 +616,12 @@ class Pipeline:
     def _complete(self, request: GenerationRequest, plan: StepPlan) -> GenerationRequest:
         """Check a request and put in the defaults."""
         Generator(request.seed)
-        require_image(self.bundle.manifest.graphs, request.image)
+        require_image(self.bundle.manifest.graphs, request.image, request.last_image)
         if request.image is not None:
             request = dataclasses.replace(request, image=picture_from(request.image))
+        if request.last_image is not None:
+            last = picture_from(request.last_image, name="last_image")
+            request = dataclasses.replace(request, last_image=last)
         self._warn(request.prompt)
         if not self.bundle.manifest.graphs.layout.guided:
             if request.guidance_scale is not None or request.negative_prompt is not None:

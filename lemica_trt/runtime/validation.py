@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from msgspec import UNSET
-
 from lemica_trt.core.errors import InputError
 from lemica_trt.ir.graphs import GraphSet
 from lemica_trt.ir.plan import StepPlan
@@ -117,14 +115,18 @@ def guidance_from(parameters: Mapping[str, Any], plan: StepPlan, *, guided: bool
     return float(scale)
 
 
-def require_image(graphs: GraphSet, image: object | None) -> None:
-    """Raise InputError unless there is an image where a bundle needs one, and none where it takes none."""
-    if graphs.image is UNSET and image is not None:
-        raise InputError("the bundle takes no image: its pipeline has none", fix="leave it out")
-    if graphs.image is not UNSET and image is None:
-        raise InputError(
-            "the bundle needs an image beside the prompt, got none", fix="give one: image=… or --image FILE"
-        )
+def require_image(graphs: GraphSet, image: object | None, last_image: object | None = None) -> None:
+    """Raise InputError unless there are the images that a bundle needs, and none that it does not take."""
+    for name, picture in (("image", image), ("last_image", last_image)):
+        needed, words = name in graphs.sources, name.replace("_", " ")
+        if picture is not None and not needed:
+            raise InputError(f"the bundle takes no {words}: its pipeline has none", fix="leave it out")
+        if picture is None and needed:
+            article, beside = ("an", "prompt") if name == "image" else ("a", "first one")
+            raise InputError(
+                f"the bundle needs {article} {words} beside the {beside}, got none",
+                fix=f"give one: {name}=… or --{name.replace('_', '-')} FILE",
+            )
 
 
 def text_from(name: str, value: object) -> str:

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lemica_trt.core.errors import EngineError, InputError, MissingDependencyError, UsageError, install_command
-from lemica_trt.triton.interface import IMAGE
 
 MODEL = "pipeline_stream"
 
@@ -40,6 +39,7 @@ def generate(
     mp4: bool = False,
     timeout: float | None = None,
     image: bytes | None = None,
+    last_image: bytes | None = None,
     on_step: Callable[[int, int], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> npt.NDArray[np.uint8] | bytes:
@@ -50,7 +50,7 @@ def generate(
         prompt: any text.
         parameters: `plan`, `steps`, `seed`, `guidance_scale`, `negative_prompt`; what is left out is the bundle's.
         mp4: the clip as the bytes of an MP4 file.
-        image: the content of a PNG, JPEG or WebP file, where the bundle needs one.
+        image, last_image: the content of a PNG, JPEG or WebP file, where the bundle needs one.
         timeout: seconds until the server gives up; None: the server's own limit.
         on_step: called with (steps done, steps) after each full step. What it raises cancels the request on the server
             and passes through, as Ctrl-C does.
@@ -70,7 +70,8 @@ def generate(
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     try:
         client.start_stream(callback=lambda result, error: answers.put((result, error)))
-        given = {"prompt": prompt.encode()} | ({} if image is None else {IMAGE: image})
+        images = {"image": image, "last_image": last_image}
+        given = {"prompt": prompt.encode(), **{name: data for name, data in images.items() if data is not None}}
         client.async_stream_infer(
             MODEL,
             inputs=[
@@ -182,7 +183,7 @@ def _receive(
 
 _REFUSED = re.compile(
     r"unknown parameter|plan \S+ holds for |this bundle was built without |\w+(, the number of full steps,)? must be |"
-    r"image: expected |.* missing required input"
+    r"(last_)?image: expected |.* missing required input"
 )
 
 

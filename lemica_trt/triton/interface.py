@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from msgspec import UNSET
@@ -23,7 +23,7 @@ from msgspec import UNSET
 from lemica_trt.backends.base import Array
 from lemica_trt.bundle.manifest import Manifest
 from lemica_trt.core.errors import InputError
-from lemica_trt.ir.graphs import IMAGE_ENCODER, NEGATIVE, Role, StepLayout, TensorSpec
+from lemica_trt.ir.graphs import IMAGE_ENCODER, NEGATIVE, Role, Source, StepLayout, TensorSpec
 from lemica_trt.ir.profile import Shape
 from lemica_trt.runtime.conditions import EncodedText, condition_shapes
 
@@ -46,7 +46,7 @@ MODELS: dict[str, str] = {
 
 MODEL_SUMMARIES: dict[str, str] = {
     "text_encoder": "Prompt → conditions: what all text encoders make of it.",
-    "image_encoder": "Image → conditions: what the image encoder makes of it.",
+    "image_encoder": "Image → conditions: what the image encoder makes of it; of a last one, too, where there is one.",
     "denoiser": "Conditions → latents: the whole denoising loop, in process.",
     "denoiser_stream": "Like denoiser, with an answer after each full step.",
     "vae_decoder": "Latents → frames.",
@@ -71,8 +71,9 @@ _NUMPY_DTYPES: dict[str, Any] = {
     "STRING": np.object_,
 }  # fmt: skip
 
-IMAGE = "image"
-"""Input of the pipelines and of `image_encoder`: the content of a PNG, JPEG or WebP file, as it is or in base64."""
+IMAGES: tuple[Source, ...] = get_args(Source)
+"""Inputs of the pipelines and of `image_encoder`, where requests must have them: the content of a PNG, JPEG or WebP
+file, as it is or in base64."""
 
 _TOKENS = "_tokens"
 """Ends the name of a text encoder's output that says how long the text is."""
@@ -124,8 +125,9 @@ def interfaces(manifest: Manifest) -> dict[str, Interface]:
     given = {port.name.removeprefix(NEGATIVE) for port in taken} <= set(encoded | from_image)
     if given and "vae_decoder" in {graph.role for graph in graphs.graphs}:
         decoded = next(tensor for tensor in graphs.graph("vae_decoder").outputs if tensor.name == "frames")
-        frames, prompt, image = _port(decoded), Port("prompt", "STRING", (1,)), Port(IMAGE, "STRING", (1,))
-        asked = (prompt, image) if pictured else (prompt,)
+        frames, prompt = _port(decoded), Port("prompt", "STRING", (1,))
+        images = tuple(Port(name, "STRING", (1,)) for name in graphs.sources)
+        asked = (prompt, *images)
         made = (frames, Port(file_output(manifest.profile.shape), "STRING", (1,)))
         lengths = (Port(name + _TOKENS, "INT32", (1,)) for name in encoded if name in _free(graphs.layout))
         found["text_encoder"] = Interface((prompt,), (*map(_port, encoded.values()), *lengths))
@@ -133,7 +135,7 @@ def interfaces(manifest: Manifest) -> dict[str, Interface]:
         found["pipeline"] = Interface(asked, made)
         found["pipeline_stream"] = Interface(asked, (*progress, *made))
         if pictured:
-            found["image_encoder"] = Interface((image,), tuple(map(_port, from_image.values())))
+            found["image_encoder"] = Interface(images, tuple(map(_port, from_image.values())))
     return {name: found[name] for name in MODELS if name in found}
 
 

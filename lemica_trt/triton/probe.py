@@ -2,7 +2,7 @@
 """Ask the server of this repository for something real: exit code 0 if it answers, 1 and a line if it does not.
 
 For readiness probes of Kubernetes: a server whose models' processes have died still says that it is ready. Written by
-`lemica-trt triton`; needs nothing but Python. Where requests need an image, this one has a single grey pixel.
+`lemica-trt triton`; needs nothing but Python. Where requests need images, those of this one are a single grey pixel.
 
     probe.py [--clip] [--timeout SECONDS] [--url URL]
 
@@ -55,8 +55,8 @@ def first_answer(url: str, clip: bool, timeout: float) -> dict[str, object]:
     body: dict[str, object] = {"prompt": "", "timeout": max(1, round(timeout * 1e6))}
     try:
         with OPENER.open(f"{url}/v2/models/{MODEL}", timeout=timeout) as answer:
-            if any(port["name"] == "image" for port in json.load(answer)["inputs"]):
-                body["image"] = PIXEL
+            names = {port["name"] for port in json.load(answer)["inputs"]}
+            body |= dict.fromkeys(names & {"image", "last_image"}, PIXEL)
         request = urllib.request.Request(f"{url}/v2/models/{MODEL}/generate_stream", json.dumps(body).encode())
         with OPENER.open(request, timeout=timeout) as answer:
             for line in answer:

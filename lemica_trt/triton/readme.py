@@ -10,7 +10,7 @@ from lemica_trt import __version__
 from lemica_trt.bundle.manifest import Manifest
 from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.pictures import KINDS, MAX_BYTES
-from lemica_trt.triton.interface import FILE_FORMATS, IMAGE, MODEL_SUMMARIES, OLDEST_SERVER_NAME, file_output
+from lemica_trt.triton.interface import FILE_FORMATS, MODEL_SUMMARIES, OLDEST_SERVER_NAME, file_output
 
 
 def readme_text(bundle: Bundle, models: tuple[str, ...], cpu: bool) -> str:
@@ -85,7 +85,11 @@ def _examples(manifest: Manifest) -> str:
     asked, flag, before = f'"prompt": "a prompt", "seed": 7, "output": "{kind}-base64"', "", ""
     request = f"curl -d '{{{asked}}}' localhost:8000"
     if manifest.graphs.image is not UNSET:  # larger than an argument of a command may be
-        flag, before = " --image first.png", f"""printf '{{{asked}, "image": "%s"}}' "$(base64 -w0 first.png)" | """
+        files = {name: "first.png" if name == "image" else "last.png" for name in manifest.graphs.sources}
+        flag = "".join(f" --{name.replace('_', '-')} {file}" for name, file in files.items())
+        fields = "".join(f', "{name}": "%s"' for name in files)
+        contents = " ".join(f'"$(base64 -w0 {file})"' for file in files.values())
+        before = f"""printf '{{{asked}{fields}}}' {contents} | """
         request = "curl -d @- localhost:8000"
     return f"""```bash
 lemica-trt client --url localhost:8001 "a prompt"{flag} --output out.{kind}
@@ -139,12 +143,13 @@ def _parameters(manifest: Manifest, whole: bool) -> str:
         f", and to the pipelines {'`negative_prompt` and ' * guided}`output`: `frames`, or `{kind}` and "
         f"`{kind}-base64`, which are the answer's `{output}`"
     )
-    image = (
-        f" The input `{IMAGE}` is the content of a {KINDS} file, as it is or in base64, at most {MAX_BYTES >> 20} MiB."
+    image = "".join(
+        f" The input `{name}` is the content of a {KINDS} file, as it is or in base64, at most {MAX_BYTES >> 20} MiB."
+        for name in manifest.graphs.sources
     )
     wrapped = textwrap.wrap(
         f"Parameters of a request: {', '.join(names)}{pipelines * whole}. `timeout` (microseconds) ends it between two "
-        f"steps.{image * (whole and manifest.graphs.image is not UNSET)}",
+        f"steps.{image * whole}",
         width=120,
     )
     return "\n".join(wrapped)

@@ -56,12 +56,32 @@ def test_pictures_of_prompts(tmp_path: Path) -> None:
     assert prompts_digest(read_prompts(tmp_path / "other/prompts.txt")) != digests[0]
 
 
+def test_last_pictures_of_prompts(tmp_path: Path) -> None:
+    for k, name in enumerate(("one.png", "two.png", "moved.png")):
+        Image.fromarray(np.full((4, 6, 3), 9 + k % 2, np.uint8)).save(tmp_path / name)
+    found = []
+    for pictures in ("one.png", "one.png\ttwo.png", "moved.png\ttwo.png", "two.png\tone.png"):
+        (tmp_path / "prompts.txt").write_text(f"a cat\t{pictures}\n")
+        found.append(read_prompts(tmp_path / "prompts.txt"))
+    first, both, moved, swapped = (prompt_from_line(line) for (line,) in found)
+    assert first.last_image is None and list(first.pictures) == ["image"]
+    assert both.text == "a cat" and both.line == found[1][0]
+    assert {name: Path(path).name for name, (path, _) in both.pictures.items()} == {
+        "image": "one.png",
+        "last_image": "two.png",
+    }
+    assert both.content == moved.content and both.line != moved.line
+    assert len({first.content, both.content, swapped.content}) == 3 and str(tmp_path) not in both.content
+    assert prompts_digest(found[1]) == prompts_digest(found[2]) != prompts_digest(found[3])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("a cat\tgone.png", r"gone\.png: expected a picture, got: No such file"),
         ("a cat\tprompts.txt", r"prompts\.txt: expected a PNG, JPEG or WebP picture, got none of them"),
-        ("a cat\tone.png\ttwo.png", "expected prompt<TAB>picture, got more than one tab"),
+        ("a cat\tone.png\ttwo.png\tx", "expected prompt<TAB>picture<TAB>last picture, got more than two tabs"),
+        ("a cat\t\ttwo.png", "expected a picture before the last one, got none"),
     ],
 )
 def test_prompts_whose_pictures_cannot_be_read(tmp_path: Path, line: str, message: str) -> None:

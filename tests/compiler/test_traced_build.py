@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from traced_bundles import FLAGS, IMAGES, SMALL, built, lemica, saved
+from traced_bundles import FLAGS, IMAGES, LAST, SMALL, built, lemica, saved
 
 import lemica_trt
 from lemica_trt.core.errors import InputError
@@ -138,9 +138,10 @@ def picture(height: int, width: int) -> Image.Image:
 @pytest.mark.parametrize("name", IMAGES)
 def test_images_are_encoded_as_the_pipeline_does(name: str, tmp_path: Path) -> None:
     """Calibrated with pictures of the user's, verified with drawn ones; a whole call of the pipeline with a new prompt,
-    seed and picture, of another size than what is made, is reproduced from the prompt, the seed and the file."""
+    seed and pictures, of other sizes than what is made, is reproduced from the prompt, the seed and the files."""
+    last = {"last_image": picture(50, 60)} if name in LAST else {}
     picture(40, 40).save(tmp_path / "one.png")
-    (tmp_path / "prompts.txt").write_text("a red bird in a tree\tone.png\na blue bird\n")
+    (tmp_path / "prompts.txt").write_text("a red bird in a tree\tone.png" + "\tone.png" * len(last) + "\na blue bird\n")
     output = built(name, tmp_path, "--budget", 3, *SMALL, "--prompts", tmp_path / "prompts.txt")
     require_agreement(output)
     assert str(tmp_path) not in "".join(path.read_text() for path in output.rglob("*.json"))
@@ -148,24 +149,39 @@ def test_images_are_encoded_as_the_pipeline_does(name: str, tmp_path: Path) -> N
     picture(90, 70).save(first)
     with lemica_trt.load(output, plan="uncached") as pipe:
         scale = pipe.bundle.plan().guidance_scale
-        got = pipe(prompt, image=first, seed=9, negative_prompt="", guidance_scale=1.1 * scale)
-        again = pipe(prompt, image=np.array(picture(90, 70)), seed=9, negative_prompt="", guidance_scale=1.1 * scale)
-        other = pipe(prompt, image=picture(91, 70), seed=9, negative_prompt="", guidance_scale=1.1 * scale)
-        for given, message in (({}, "needs an image beside the prompt, got none"), ({"image": 3}, "expected a path")):
+        asked = {"seed": 9, "negative_prompt": "", "guidance_scale": 1.1 * scale}
+        got = pipe(prompt, image=first, **asked, **last)
+        again = pipe(prompt, image=np.array(picture(90, 70)), **asked, **last)
+        others = [pipe(prompt, image=picture(91, 70), **asked, **last)]
+        others += [pipe(prompt, image=first, **asked, last_image=picture(51, 60)) for _ in last]
+        others += [pipe(prompt, image=last["last_image"], **asked, last_image=first) for _ in last]
+        wrong: list[tuple[dict[str, object], str]] = [
+            ({}, "needs an image beside the prompt, got none"),
+            ({"image": 3, **last}, "expected a path"),
+            ({"image": first}, "needs a last image beside the first one, got none")
+            if last
+            else ({"image": first, "last_image": first}, "takes no last image: its pipeline has none"),
+        ]
+        for given, message in wrong:
             with pytest.raises(InputError, match=message):
                 pipe(prompt, **given)
     want = tiny_pipeline(name)(
         image=picture(90, 70), prompt=prompt, negative_prompt="", height=32, width=48, num_frames=9,
         max_sequence_length=dict(zip(IMAGES[name][::2], IMAGES[name][1::2])).get("--max-sequence-length", 512),
         num_inference_steps=5, guidance_scale=1.1 * scale, generator=torch.Generator().manual_seed(9),
-        output_type="latent", return_dict=False,
+        output_type="latent", return_dict=False, **last,
     )[0][0].numpy()  # fmt: skip
     assert np.abs(got.latents - want).max() <= 1e-4 * np.abs(want).max()
     assert np.array_equal(again.latents, got.latents)
-    assert np.abs(other.latents - want).max() > 1e-3 * np.abs(want).max()
+    for other in others:
+        assert np.abs(other.latents - want).max() > 1e-3 * np.abs(want).max()
     assert got.frames.shape == (9, 32, 48, 3)
     run = ("run", output, prompt, "--output", tmp_path / "x.npy", "--quiet")
-    assert lemica(*run, "--image", first).exit_code == 0
+    both = ("--image", first, *("--last-image", tmp_path / "one.png") * len(last))
+    assert lemica(*run, *both).exit_code == 0
+    if last:
+        done = lemica(*run, *both[:2])
+        assert done.exit_code == 3 and "needs a last image beside the first one, got none → give one" in done.output
     done = lemica(*run)
     assert done.exit_code == 3 and "needs an image beside the prompt, got none → give one" in done.output
     done = lemica("triton", output, "--output", tmp_path / "models")

@@ -15,7 +15,7 @@ from lemica_trt.bundle.reading import Bundle
 from lemica_trt.core.errors import InputError, LemicaError
 from lemica_trt.endpoint.errors import Refused, error_object
 from lemica_trt.endpoint.requests import MAX_BODY_BYTES, PARAMETERS, Model, body_from_form, body_from_json
-from lemica_trt.ir.graphs import ImageSpec, PictureSpec
+from lemica_trt.ir.graphs import ImageSpec, PictureSpec, Source
 
 pytestmark = pytest.mark.cpu
 
@@ -126,11 +126,23 @@ def encoded(data: bytes) -> str:
 @pytest.fixture
 def pictured(built: tuple[Path, subprocess.CompletedProcess[str]]) -> Model:
     """Of a bundle that needs an image."""
-    bundle = Bundle.open(built[0])
-    spec = PictureSpec(
-        name="image", height=64, width=64, fit="stretch", by="lanczos", scale=(1.0,) * 3, offset=(0.0,) * 3
-    )
-    graphs = msgspec.structs.replace(bundle.manifest.graphs, image=ImageSpec(pictures=(spec,)))
+    return model_with(Bundle.open(built[0]), "image")
+
+
+@pytest.fixture
+def twice_pictured(built: tuple[Path, subprocess.CompletedProcess[str]]) -> Model:
+    """Of a bundle that needs a first and a last image."""
+    return model_with(Bundle.open(built[0]), "image", "last_image")
+
+
+def model_with(bundle: Bundle, *images: Source) -> Model:
+    specs = [
+        PictureSpec(
+            name=name, height=64, width=64, fit="stretch", by="lanczos", scale=(1.0,) * 3, offset=(0.0,) * 3, of=name
+        )
+        for name in images
+    ]
+    graphs = msgspec.structs.replace(bundle.manifest.graphs, image=ImageSpec(pictures=tuple(specs)))
     manifest = SimpleNamespace(graphs=graphs, profile=bundle.manifest.profile)
     return Model(SimpleNamespace(manifest=manifest, plans=bundle.plans, plan=bundle.plan))  # type: ignore[arg-type]
 
@@ -177,6 +189,20 @@ def test_images_that_are_refused(pictured: Model, sent: dict[str, Any], said: st
     with pytest.raises(InputError, match=said) as refused:
         pictured.read({**PROMPT, **sent}, image=False)
     assert error_object(refused.value, PARAMETERS)["param"] in ("input_reference", "image_reference")
+
+
+@pytest.mark.parametrize("name", ["last_image", "last_image[image_url]"])
+def test_a_last_image_beside_the_first(twice_pictured: Model, pictured: Model, name: str) -> None:
+    """A file of a form or a data URL, as the first; needed and refused in a line each."""
+    other, sent = b"RIFF", {**PROMPT, "input_reference": FILE}
+    last = {name: encoded(other) if "url" in name else other}
+    asked = twice_pictured.read(body_from_form({**sent, **last}), image=False)
+    assert (asked.generation.image, asked.generation.last_image) == (FILE, other)
+    assert twice_pictured.max_body_bytes - pictured.max_body_bytes == pictured.max_body_bytes - MAX_BODY_BYTES > 0
+    with pytest.raises(InputError, match=r"^last_image must be given, once: the model needs a last image, a file"):
+        twice_pictured.read(body_from_form(sent), image=False)
+    with pytest.raises(InputError, match=r"last_image must be left out: .* videos from a first image alone"):
+        pictured.read(body_from_form({**sent, **last}), image=False)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"a": NaN}', b"\xff", b"[" * 10_000 + b"]" * 10_000])

@@ -43,12 +43,12 @@ pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of diffu
 RUN = (
     *("auraflow", "chroma", "cogvideox", "cogview3-plus", "easyanimate", "flux", "hunyuanvideo", "ltx", "mochi"),
     *("pixart-sigma", "kandinsky5", "latte", "open-sora", "qwen-image", "sana", "sd3", "wan2.2-ti2v"),
-    *("cogvideox-i2v", "wan-i2v", "wan2.2", "wan2.2-i2v"),
+    *("cogvideox-i2v", "wan-i2v", "wan-flf2v", "wan2.2", "wan2.2-i2v"),
     *("cogview4", "flux2", "hidream", "hunyuanimage", "hunyuanvideo-1.5", "ltx2", "lumina2", "z-image"),
     "z-image-modular",
 )
 
-LONG = ("flux2", "hunyuanimage", "hunyuanvideo-1.5", "ltx2", "lumina2", "z-image-modular")
+LONG = ("flux2", "hunyuanimage", "hunyuanvideo-1.5", "ltx2", "lumina2", "wan-flf2v", "z-image-modular")
 
 NAMES = [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in RUN]
 
@@ -345,12 +345,12 @@ CASES_OF_CARDS = {
 """Class of a named model → a tiny pipeline of it."""
 
 CASES_OF_NAMES = {
-    "wan2.1-flf2v": None,
+    "wan2.1-flf2v": "wan-flf2v",
     "wan2.2-t2v-a14b": "wan2.2",
     "wan2.2-i2v-a14b": "wan2.2-i2v",
     "wan2.2-ti2v-5b": "wan2.2-ti2v",
 }
-"""The same where the class alone does not tell; None: there is none."""
+"""The same where the class alone does not tell."""
 
 
 @pytest.mark.parametrize("name", [n for n in profile_names() if load_profile(n).family == TRACED])

@@ -49,6 +49,7 @@ from lemica_trt.triton.interface import (
     tensors_from_text,
     text_from_tensors,
 )
+from lemica_trt.triton.probe import PIXEL
 from lemica_trt.triton.readme import readme_text
 from lemica_trt.triton.server import batching, load, requests
 
@@ -75,6 +76,11 @@ IMAGE = "i2v"
 
 LAYOUTS[IMAGE] = (tensor("hidden", "2*batch", 8, 4), tensor("first", "batch", 2, 4, 4))
 
+LAST = "flf2v"
+"""A bundle that needs two."""
+
+LAYOUTS[LAST] = LAYOUTS[IMAGE]
+
 
 def layout_of(name: str) -> StepLayout:
     return msgspec.structs.replace(toy.layout_of(guided=name != "flux"), conditions=LAYOUTS[name])
@@ -85,7 +91,7 @@ def manifest_of(name: str, *, frames: int = 1, encoded: bool = True, negative: b
     `negative`, one of negative prompts beside it."""
     layout = layout_of(name)
     given = [spec for spec in layout.conditions if not spec.name.startswith("negative_")][: None if encoded else 1]
-    pictured = [given.pop()] if name == IMAGE else []
+    pictured = [given.pop()] if name in (IMAGE, LAST) else []
     graphs = [graph for graph in toy.graphs_of(toy.layout_of()).graphs if graph.role != "text_encoder"]
     encoders = []
     for spec in given:
@@ -98,13 +104,13 @@ def manifest_of(name: str, *, frames: int = 1, encoded: bool = True, negative: b
             graphs.append(msgspec.structs.replace(graphs[-1], role=f"negative_{role}"))
             encoders.append(msgspec.structs.replace(encoders[-1], graph=f"negative_{role}", negative=True))
     for spec in pictured:
-        given_to = (tensor("image", 1, 3, 16, 24), tensor("draw", 1, 4, 8))
+        given_to = (*(tensor(its.name, 1, 3, 16, 24) for its in SPECS[name].pictures), tensor("draw", 1, 4, 8))
         made = (tensor(spec.name, 1, *spec.at(1)[1:]),)
         graphs.append(GraphSpec(role="image_encoder", file="x.onnx", inputs=given_to, outputs=made, opset=20))
     shape = Shape(frames=frames, height=4, width=4, max_batch=3)
     return SimpleNamespace(
         graphs=GraphSet(
-            dtype="fp32", layout=layout, max_batch=3, graphs=tuple(graphs), image=SPEC if pictured else UNSET
+            dtype="fp32", layout=layout, max_batch=3, graphs=tuple(graphs), image=SPECS[name] if pictured else UNSET
         ),
         encoders=tuple(encoders),
         profile=Profile(name="toy", family="toy", source="toy", dtype="fp32", text_length=8, shape=shape),
@@ -163,14 +169,18 @@ def test_encoders_of_negative_prompts_are_one_model_with_those_of_prompts() -> N
     )  # fmt: skip
 
 
-SPEC = ImageSpec(
-    pictures=(
-        PictureSpec(
-            name="image", height=16, width=24, fit="cover", by="lanczos", scale=(0.5,) * 3, offset=(-1.0, 0.0, 1.0)
-        ),
-    ),
-    draw=(1, 4, 8),
+PICTURE = PictureSpec(
+    name="image", height=16, width=24, fit="cover", by="lanczos", scale=(0.5,) * 3, offset=(-1.0, 0.0, 1.0)
 )
+
+SPEC = ImageSpec(pictures=(PICTURE,), draw=(1, 4, 8))
+
+SPECS = {
+    IMAGE: SPEC,
+    LAST: ImageSpec(
+        pictures=(PICTURE, msgspec.structs.replace(PICTURE, name="last_image", of="last_image")), draw=(1, 4, 8)
+    ),
+}
 
 
 def test_models_and_ports_of_an_image() -> None:
@@ -203,7 +213,7 @@ def test_a_page_without_pipelines_and_one_of_an_image(tmp_path: Path) -> None:
     """A repository of the denoisers alone names no model, script or output that it has not."""
     whole = make_bundle(tmp_path / "bundle")
     pages, contents = {}, {}
-    for name, encoded in (("flux", False), (IMAGE, True)):
+    for name, encoded in (("flux", False), (IMAGE, True), (LAST, True)):
         manifest = manifest_of(name, frames=2, encoded=encoded)
         bundle: Any = SimpleNamespace(
             manifest=manifest, digest=whole.digest, plans=whole.plans, plan=whole.plan, engine=whole.engine
@@ -216,12 +226,17 @@ def test_a_page_without_pipelines_and_one_of_an_image(tmp_path: Path) -> None:
     assert "probe.py" not in contents["flux"] and "probe.py" in contents[IMAGE]
     assert "--image first.png" in pages[IMAGE]
     assert "a PNG, JPEG or WebP file, as it is or in base64" in " ".join(pages[IMAGE].split())
-    (command,) = re.findall(r"printf .*generate", pages[IMAGE])
+    assert "--last-image" not in pages[IMAGE] and "--image first.png --last-image last.png" in pages[LAST]
     (tmp_path / "first.png").write_bytes(PNG)
-    sent = subprocess.run(
-        ["sh", "-c", command.replace("curl -d @-", "cat; true")], cwd=tmp_path, capture_output=True, check=True
-    )
-    assert base64.b64decode(json.loads(sent.stdout)["image"]) == PNG
+    (tmp_path / "last.png").write_bytes(GREY)
+    for name in (IMAGE, LAST):
+        (command,) = re.findall(r"printf .*generate", pages[name])
+        sent = subprocess.run(
+            ["sh", "-c", command.replace("curl -d @-", "cat; true")], cwd=tmp_path, capture_output=True, check=True
+        )
+        body = json.loads(sent.stdout)
+        assert base64.b64decode(body["image"]) == PNG
+        assert body.get("last_image") == (base64.b64encode(GREY).decode() if name == LAST else None)
 
 
 def text_of(conditions: tuple[TensorSpec, ...], tokens: int, seed: int) -> EncodedText:
@@ -233,7 +248,7 @@ def text_of(conditions: tuple[TensorSpec, ...], tokens: int, seed: int) -> Encod
     return EncodedText(arrays, lengths)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != IMAGE])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in (IMAGE, LAST)])
 def test_conditions_come_through_whole(name: str) -> None:
     """From the text encoder's answer to what the denoiser runs on: what the runtime makes without a server."""
     layout = layout_of(name)
@@ -418,19 +433,24 @@ def model_of(monkeypatch: pytest.MonkeyPatch, backend: Backend, file: str) -> An
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC")
 """One red pixel."""
 
+GREY = base64.b64decode(PIXEL)
+"""The probe's pixel."""
+
 
 class EncoderOf:
     """A pipeline whose image encoder gives the mean of its picture, and the mean of its noise."""
 
-    def __init__(self) -> None:
-        self.bundle = SimpleNamespace(manifest=manifest_of(IMAGE, frames=2))
+    def __init__(self, name: str = IMAGE) -> None:
+        self.bundle = SimpleNamespace(manifest=manifest_of(name, frames=2))
 
-    def encode_image(self, image: Any, seed: int = 0) -> Any:
-        return Pipeline.encode_image(self, image, seed)  # type: ignore[arg-type]
+    def encode_image(self, image: Any, seed: int = 0, *, last_image: Any = None) -> Any:
+        return Pipeline.encode_image(self, image, seed, last_image=last_image)  # type: ignore[arg-type]
 
     def run_graph(self, role: str, inputs: Any) -> Any:
         first = np.full((1, 2, 4, 4), inputs["image"].mean(), np.float32)
         first[0, 1] = inputs["draw"].mean()
+        if "last_image" in inputs:
+            first[0, :, 0] = inputs["last_image"].mean()
         return {"first": first}
 
 
@@ -461,11 +481,35 @@ def test_the_image_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "\n" not in error.message()
 
 
-def test_the_pipelines_hand_an_image_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the image encoder, with the seed; what that makes of it, beside the text's, to the denoiser."""
+def test_the_image_encoder_of_two_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is itself; one without the other is refused by name."""
+    pytest.importorskip("PIL")
+    model, pipeline = model_of(monkeypatch, Backend(), "image_encoder.py"), EncoderOf(LAST)
+    monkeypatch.setattr(load, "load_pipeline", lambda *_: (pipeline, {}))
+    model.initialize({"model_name": "image_encoder"})
+    (answer,) = model.execute([Request({"image": text(PNG), "last_image": text(GREY)}, {"seed": 7})])
+    red, grey = np.array([[[255, 0, 0]]], np.uint8), np.full((1, 1, 3), 128, np.uint8)
+    expected = pipeline.encode_image(red, 7, last_image=grey)["first"]
+    np.testing.assert_array_equal(answer.output_tensors()[0].as_numpy(), expected[None])
+    assert (expected != pipeline.encode_image(grey, 7, last_image=red)["first"]).any()
+    bad = [
+        ({"image": text(PNG)}, "last_image must be object [1, 1], one sample a request; got none"),
+        ({"image": text(PNG), "last_image": text(b"GIF89a")}, "last_image: expected a PNG, JPEG or WebP picture"),
+    ]
+    for answer, (_, said) in zip(model.execute([Request(inputs, {}) for inputs, _ in bad]), bad):
+        assert said in answer.error().message() and answer.error().code() == Backend.TritonError.INVALID_ARG
+    with pytest.raises(InputError, match=r"needs a last image beside the first one, got none → give one: last_image"):
+        pipeline.encode_image(red)
+    with pytest.raises(InputError, match="takes no last image: its pipeline has none"):
+        EncoderOf().encode_image(red, last_image=grey)
+
+
+@pytest.mark.parametrize("images", [("image",), ("image", "last_image")])
+def test_the_pipelines_hand_images_on(images: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the image encoder, with the seed; what that makes of them, beside the text's, to the denoiser."""
     backend, seen = Backend(), dict[str, Any]()
     model = model_of(monkeypatch, backend, "pipeline.py")
-    bundle = SimpleNamespace(manifest=manifest_of(IMAGE, frames=2))
+    bundle = SimpleNamespace(manifest=manifest_of(IMAGE if images == ("image",) else LAST, frames=2))
     monkeypatch.setattr(load, "open_bundle", lambda *_: (bundle, {}))
     model.initialize({"model_name": "pipeline"})
 
@@ -486,7 +530,8 @@ def test_the_pipelines_hand_an_image_on(monkeypatch: pytest.MonkeyPatch) -> None
         "denoiser_stream": answering("denoiser_stream", step=step, num_steps=step, latents=latents),
         "vae_decoder": answering("vae_decoder", frames=frames),
     }
-    request = Request({"prompt": text(b"a bird"), "image": text(PNG)}, {"seed": 7})
+    sent = {"image": PNG, "last_image": GREY}
+    request = Request({"prompt": text(b"a bird"), **{name: text(sent[name]) for name in images}}, {"seed": 7})
     asked: list[Any] = []
     once = backend.called["text_encoder"]
     backend.called["text_encoder"] = lambda inputs, options: (
@@ -499,15 +544,17 @@ def test_the_pipelines_hand_an_image_on(monkeypatch: pytest.MonkeyPatch) -> None
     np.testing.assert_array_equal(answer.output_tensors()[0].as_numpy(), frames)
     assert asked == [{"negative": False}, {"negative": True}]
     inputs, options = seen["image_encoder"]
-    assert inputs["image"][0, 0] == PNG and options["parameters"] == {"seed": 7}
+    assert {name: array[0, 0] for name, array in inputs.items()} == {name: sent[name] for name in images}
+    assert options["parameters"] == {"seed": 7}
     inputs, options = seen["denoiser_stream"]
     np.testing.assert_array_equal(inputs["first"], first)
     assert set(inputs) == {"hidden", "negative_hidden", "first"}
     assert json.loads(options["parameters"]["settings"]) == {"seed": 7}
 
-    missing = Request({"prompt": text(b"a bird")}, {})
+    missing = Request({"prompt": text(b"a bird"), **{name: text(sent[name]) for name in images[:-1]}}, {})
     model.execute([missing])
-    assert "image must be object [1, 1], one sample a request; got none" in missing.answers[0].error().message()
+    said = missing.answers[0].error().message()
+    assert f"{images[-1]} must be object [1, 1], one sample a request; got none" in said
 
 
 def test_the_denoiser_draws_behind_the_image_encoder() -> None:

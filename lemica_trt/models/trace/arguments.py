@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from lemica_trt.core.errors import UsageError
+from lemica_trt.ir.graphs import Source
 from lemica_trt.ir.trace import TraceRequest
 
 BASE = "the red cat sees a blue bird"
@@ -20,7 +21,10 @@ OTHER = "the blue cat sees a red bird"
 LONGER = "the red bird sees a blue cat, and a red cat sees the other red bird"
 
 BASE_SEED, BASE_IMAGE = 11, 1
-"""Of the noise and of the picture."""
+"""Of the noise and of the pictures."""
+
+LAST = 1000
+"""What the seed of a last picture has more than that of the first."""
 
 NEGATIVE = "a dull picture and the grey noise"
 OTHER_NEGATIVE = "a grey picture and the dull noise"
@@ -136,9 +140,22 @@ class Arguments:
         parameter = self._names.get("image")
         return parameter is not None and (self._request.image or parameter.default is parameter.empty)
 
-    def picture(self, seed: int, size: tuple[int, int] | None = None) -> Image.Image:
-        """A picture of random pixels, as `at` gives it."""
-        return _picture(size or self._size, seed)
+    @property
+    def can_have_last_image(self) -> bool:
+        """Whether a last image can be given beside the one that is."""
+        return self.has_image and "last_image" in self._names and not self._request.last_image
+
+    def with_last_image(self, pipeline: Any) -> Arguments:
+        """The same with a last image."""
+        return Arguments(pipeline, msgspec.structs.replace(self._request, last_image=True))
+
+    def pictures(self, seed: int, size: tuple[int, int] | None = None) -> dict[Source, Image.Image]:
+        """Pictures of random pixels, as `at` gives them; a last one is as wide as the first is high."""
+        width, height = size or self._size
+        found: dict[Source, Image.Image] = {"image": _picture((width, height), seed)} if self.has_image else {}
+        if self._request.last_image:
+            found["last_image"] = _picture((height, width), seed + LAST)
+        return found
 
     @property
     def other_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -178,8 +195,8 @@ class Arguments:
         """The arguments of one run.
 
         Args:
-            image: seed of a picture.
-            size: its width and height; None: those of the request.
+            image: seed of the pictures.
+            size: width and height of the first; None: those of the request.
             scales: of guidance parameters that differ from the request.
             others: further arguments of the pipeline's call.
         """
@@ -187,7 +204,7 @@ class Arguments:
         return {
             **self._fixed,
             **{name: text for name, text in texts.items() if name in self._names},
-            **({"image": self.picture(image, size)} if self.has_image else {}),
+            **{str(name): picture for name, picture in self.pictures(image, size).items()},
             **{name: value for name, value in {**self.scales, **(scales or {})}.items() if name in self._names},
             **({"generator": torch.Generator("cpu").manual_seed(seed)} if "generator" in self._names else {}),
             **(others or {}),

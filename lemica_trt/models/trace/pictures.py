@@ -1,22 +1,24 @@
-"""How a pipeline makes tensors of the picture that it is given: found by comparing them with resized pixels.
+"""How a pipeline makes tensors of the pictures that it is given: found by comparing them with resized pixels.
 
-A recording begins with tensors; what Pillow and numpy did before is not in it. So a tensor that may be the picture is
+A recording begins with tensors; what Pillow and numpy did before is not in it. So a tensor that may be a picture is
 compared with the picture itself, resized in every way that a runtime without PyTorch can, in two recordings with
-pictures of other sizes and aspect ratios. What is left then must be a straight line in the pixels, one a channel.
+pictures of other sizes and aspect ratios. What is left then must be a straight line in the pixels, one a channel. Where
+there are a first and a last picture, a tensor may be both, one behind the other (Wan's for CLIP).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple, get_args
 
+import msgspec
 import numpy as np
 import torch
 
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.pictures import Pixels, planes, resized
-from lemica_trt.ir.graphs import Filter, Fit, PictureSpec
+from lemica_trt.ir.graphs import Filter, Fit, PictureSpec, Source
 from lemica_trt.models.trace.tape import Event, Op, Ref, Tape, refs
 
 EXACT = 2e-6
@@ -28,28 +30,29 @@ DIGITS = 8
 
 
 class Seen(NamedTuple):
-    """A recording up to the loop, and the picture that it was given."""
+    """A recording up to the loop, and the pictures that it was given."""
 
     tape: Tape
-    picture: Pixels
+    pictures: Mapping[Source, Pixels]
 
 
 class Entry(NamedTuple):
-    """A tensor that is the picture.
+    """A tensor [n, 3, height, width] that is n of the pictures.
 
     Attributes:
         at: the recording's item that made it, or the first one that reads it.
         ref: of the base recording.
-        spec: how it is made.
+        specs: how each row is made.
     """
 
     at: int
     ref: Ref
-    spec: PictureSpec
+    specs: tuple[PictureSpec, ...]
 
 
 def picture_entries(base: Tape, end: int, others: Sequence[Seen]) -> list[Entry]:
-    """The tensors of a recording that are its picture, of each size the last: what comes behind is computed by a graph.
+    """The tensors of a recording that are its pictures, of each size the last: what comes behind is computed by a
+    graph.
 
     Args:
         base: the recording.
@@ -57,28 +60,33 @@ def picture_entries(base: Tape, end: int, others: Sequence[Seen]) -> list[Entry]
         others: the same call with pictures of other sizes.
 
     Raises:
-        UnsupportedError: what the pipeline does depends on the size of the picture, or no tensor is one.
+        UnsupportedError: what the pipeline does depends on the size of a picture, or one is found in no tensor.
     """
+    names = list(others[0].pictures)
     for k, item in enumerate(base.items[:end]):
         if any(k >= len(each.tape.items) or _kind(each.tape.items[k]) != _kind(item) for each in others):
             raise UnsupportedError("it does other things with a picture of another size")
     found: dict[tuple[object, ...], Entry] = {}
     follows = False
-    for at, leaf, ref in _candidates(base, end):
-        mine = [(_leaf(each.tape, at, leaf), each.picture) for each in others]
+    for at, leaf, ref in _candidates(base, end, len(names)):
+        mine = [(_leaf(each.tape, at, leaf), each.pictures) for each in others]
         values = base.values[ref]
         if any(its.shape != values.shape for its, _ in mine):
             follows = True
             continue
         if torch.equal(mine[0][0], mine[1][0]):
             continue
-        spec = _explained([(its.cpu().numpy(), picture) for its, picture in mine])
-        if spec is not None:
-            found[spec.height, spec.width, spec.fit, spec.by] = Entry(at, ref, spec)
-    if not found and follows:
+        specs = [_of_row(k, [(its.cpu().numpy(), pictures) for its, pictures in mine]) for k in range(len(values))]
+        known = tuple(spec for spec in specs if spec is not None)
+        if len(known) == len(specs):
+            found[tuple((its.source, its.height, its.width, its.fit, its.by) for its in known)] = Entry(at, ref, known)
+    missing = [name for name in names if all(name != its.source for entry in found.values() for its in entry.specs)]
+    if missing and follows:
         raise UnsupportedError("its shapes follow the size of its picture")
-    if not found:
-        raise UnsupportedError("no tensor that it makes of its picture is resized pixels, each channel scaled")
+    if missing:
+        raise UnsupportedError(
+            f"no tensor that it makes of its {missing[0].replace('_', ' ')} is resized pixels, each channel scaled"
+        )
     return sorted(found.values(), key=lambda entry: entry.at)
 
 
@@ -95,15 +103,25 @@ def _leaf(tape: Tape, at: int, leaf: int) -> torch.Tensor:
     return tape.values[_tensors(tape.items[at])[leaf]]
 
 
-def _candidates(tape: Tape, end: int) -> Iterator[tuple[int, int, Ref]]:
-    """Tensors fp32 [1, 3, height, width], with where they first are: item, and number among its tensors."""
+def _candidates(tape: Tape, end: int, most: int) -> Iterator[tuple[int, int, Ref]]:
+    """Tensors fp32 [1 … most, 3, height, width], with where they first are: item, and number among its tensors."""
     seen = set()
     for at, item in enumerate(tape.items[:end]):
         for leaf, ref in enumerate(_tensors(item)):
             value = tape.values[ref]
-            if ref not in seen and value.dtype == torch.float32 and value.dim() == 4 and value.shape[:2] == (1, 3):
+            pictured = value.dim() == 4 and 1 <= value.shape[0] <= most and value.shape[1] == 3
+            if ref not in seen and value.dtype == torch.float32 and pictured:
                 seen.add(ref)
                 yield at, leaf, ref
+
+
+def _of_row(k: int, seen: Sequence[tuple[np.ndarray, Mapping[Source, Pixels]]]) -> PictureSpec | None:
+    """How row k of a tensor [n, 3, height, width] is made of one of the pictures; None: in no way that is known."""
+    for name in seen[0][1]:
+        spec = _explained([(values[k : k + 1], pictures[name]) for values, pictures in seen])
+        if spec is not None:
+            return spec if name == "image" else msgspec.structs.replace(spec, of=name)
+    return None
 
 
 def _explained(pairs: Sequence[tuple[np.ndarray, Pixels]]) -> PictureSpec | None:

@@ -91,7 +91,8 @@ class Runs:
     """All runs of a trace.
 
     Attributes:
-        arguments: as given; of more steps, where a kind of steps has fewer than `STEPS_OF_A_KIND` of those.
+        arguments: as given; of more steps, where a kind of steps has fewer than `STEPS_OF_A_KIND` of those; with a last
+            image, where the call fails without.
         base: every argument as requested.
         others: what differs in it → a run that differs from the base run in one thing.
         longer: `prompt` or `negative_prompt` → a run with a longer one whose shapes or operators follow its length.
@@ -103,7 +104,7 @@ class Runs:
         self.longer: dict[str, Run] = {}
         parts = pipeline.components.items()
         self._networks = {name for name, part in parts if name.startswith("transformer") and part is not None}
-        self.base = self._run()
+        self.base = self._first()
         called = {str(node.what) for program in self.base.programs for node in program.calls}
         self._idle = self._networks - called
         self._held = HeldNetworks(called | self._networks)
@@ -140,6 +141,19 @@ class Runs:
         if compared:
             found = [program.without_latents() for program in found]
         return Run(tape, found, scales, **its)
+
+    def _first(self) -> Run:
+        """The base run; of a call that fails without a last image, with one."""
+        try:
+            return self._run()
+        except InputError as error:
+            if not self.arguments.can_have_last_image:
+                raise
+            self.arguments = self.arguments.with_last_image(self._pipeline)
+            try:
+                return self._run()
+            except InputError:
+                raise error from None
 
     def at_steps(self, count: int) -> Run:
         """A run of another number of steps whose networks do not compute: its latents mean nothing."""

@@ -233,6 +233,10 @@ def wan22_ti2v() -> Any:
     return diffusers.WanPipeline(**{**wan().components, "expand_timesteps": True})
 
 
+PICTURE_TOKENS = 5
+"""Of a picture of 32x32 in patches of 16, and its class."""
+
+
 def wan_i2v() -> Any:
     import transformers
 
@@ -247,6 +251,15 @@ def wan_i2v() -> Any:
     given["transformer"] = wan_transformer(in_channels=36, image_dim=WIDTH, added_kv_proj_dim=24)
     processor = transformers.CLIPImageProcessor(size=size, crop_size=size)
     return diffusers.WanImageToVideoPipeline(**{**given, "image_encoder": vision, "image_processor": processor})
+
+
+def wan_flf2v() -> Any:
+    """Its network has places for the tokens of two pictures: a call without the last one fails."""
+    given = wan_i2v().components
+    given["transformer"] = wan_transformer(
+        in_channels=36, image_dim=WIDTH, added_kv_proj_dim=24, pos_embed_seq_len=2 * PICTURE_TOKENS
+    )
+    return diffusers.WanImageToVideoPipeline(**given)
 
 
 def cogvideox_i2v() -> Any:
@@ -370,6 +383,7 @@ CASES = {
     "wan": Case(wan, SHORT),
     # Its network takes all tokens but the last 512 for those of the image.
     "wan-i2v": Case(wan_i2v, TraceRequest(height=32, width=48, frames=9, max_sequence_length=512), needs="ftfy"),
+    "wan-flf2v": Case(wan_flf2v, TraceRequest(height=32, width=48, frames=9, max_sequence_length=512), needs="ftfy"),
     "wan2.2": Case(wan22, SHORT),
     "wan2.2-i2v": Case(wan22_i2v, SHORT, needs="ftfy"),
     "wan2.2-ti2v": Case(wan22_ti2v, SHORT),

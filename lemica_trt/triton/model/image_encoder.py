@@ -1,4 +1,4 @@
-"""Image → conditions: Pillow and the image encoder. Images from elsewhere are parsed here, in a process of its own.
+"""Images → conditions: Pillow and the image encoder. Images from elsewhere are parsed here, in a process of its own.
 
 Written by `lemica-trt triton`; needs tritonserver 2.51 or newer, and in its python interpreter lemica-trt (without
 PyTorch) with the engine library of the bundle, and Pillow. All parameters are explained in config.pbtxt.
@@ -19,8 +19,9 @@ class TritonPythonModel:
         """Check everything, load the engine, encode a picture."""
         try:
             self.pipeline, _ = load.load_pipeline(pb_utils, args)
-            (self.input,) = interfaces(self.pipeline.bundle.manifest)["image_encoder"].inputs
-            arrays = self.pipeline.encode_image(drawn_picture("", 64, 64)).values()
+            self.inputs = interfaces(self.pipeline.bundle.manifest)["image_encoder"].inputs
+            drawn = {port.name: drawn_picture("", 64, 64, name=port.name) for port in self.inputs}
+            arrays = self.pipeline.encode_image(**drawn).values()
             if not all(np.isfinite(array).all() for array in arrays):
                 raise LemicaError("the image encoder's numbers are not finite")
         except LemicaError as error:
@@ -33,8 +34,9 @@ class TritonPythonModel:
     def answer(self, request):
         try:
             seed = validation.seed_from(requests.read_parameters(request, ("seed",)))
-            image = picture_sent(requests.tensor_from(pb_utils, request, self.input)[0])
-            found = self.pipeline.encode_image(image, seed)
+            sent = {port.name: requests.tensor_from(pb_utils, request, port)[0] for port in self.inputs}
+            images = {name: picture_sent(value, name=name) for name, value in sent.items()}
+            found = self.pipeline.encode_image(**images, seed=seed)
         except Exception as error:  # whatever it was, the request gets an answer
             return pb_utils.InferenceResponse(error=errors.triton_error(pb_utils, error))
         tensors = [pb_utils.Tensor(name, array[None]) for name, array in found.items()]

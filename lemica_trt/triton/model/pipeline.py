@@ -20,7 +20,7 @@ from lemica_trt.runtime.conditions import conditions_from_texts
 from lemica_trt.runtime.video import encoded
 from lemica_trt.triton.interface import (
     FILE_FORMATS,
-    IMAGE,
+    IMAGES,
     file_output,
     inputs_from_conditions,
     interfaces,
@@ -66,8 +66,9 @@ class TritonPythonModel:
         ports = self.interfaces["pipeline"].inputs
         given = {port.name: requests.tensor_from(pb_utils, request, port) for port in ports}
         seed, pictures = validation.seed_from(parameters), []
-        if IMAGE in given:
-            pictures = [self.encode_image(given[IMAGE], seed)]
+        images = {name: given[name] for name in IMAGES if name in given}
+        if images:
+            pictures = [self.encode_image(images, seed)]
         prompts, negatives = [self.encode(validation.text_from("prompt", given["prompt"][0]))], []
         if self.layout.guided:
             negative = parameters.get("negative_prompt", self.negative_prompt)
@@ -92,10 +93,11 @@ class TritonPythonModel:
         found = next(self.call("text_encoder", inputs, outputs, parameters={"negative": negative}))
         return text_from_tensors(self.layout, found)
 
-    def encode_image(self, image, seed):
-        """Conditions without batch, by name: what the image encoder makes of an image."""
+    def encode_image(self, images, seed):
+        """Conditions without batch, by name: what the image encoder makes of the images of a request."""
         outputs = [port.name for port in self.interfaces["image_encoder"].outputs]
-        found = next(self.call("image_encoder", {IMAGE: image[None]}, outputs, parameters={"seed": seed}))
+        inputs = {name: image[None] for name, image in images.items()}
+        found = next(self.call("image_encoder", inputs, outputs, parameters={"seed": seed}))
         return {name: array[0] for name, array in found.items()}
 
     def denoise(self, request, sender, inputs, parameters, deadline):
