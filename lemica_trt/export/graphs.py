@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from lemica_trt.core.errors import UnsupportedError
 from lemica_trt.core.values import require, write_bytes
 from lemica_trt.export.passes import clean_model, remove_idle_squeeze, rewrite_bool_where
-from lemica_trt.export.real import RealProgram, is_complex, symbolic_int, with_heads
+from lemica_trt.export.real import RealProgram, is_complex, symbolic_int, with_heads, with_plain_sorts
 from lemica_trt.export.weights import Constants, Parameter, constants_of, named_weights, weight_table, without
 from lemica_trt.ir.graphs import COMBINE, GraphSet, GraphSpec, Role, StepLayout, TensorDType, TensorSpec
 from lemica_trt.models import Model
@@ -186,9 +186,8 @@ def _translated(
             constants = constants_of(exported.model.graph, _weights(role, model, layout))
             exported.optimize()
         except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
-            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             where = f"{model.profile.source}: {role}"
-            raise UnsupportedError(f"{where}: expected a graph that torch can export, got: {line}") from error
+            raise UnsupportedError(f"{where}: expected a graph that torch can export, got: {_reason(error)}") from error
     return exported.model, constants
 
 
@@ -228,7 +227,16 @@ def _exported(module: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, di
     if is_complex(program):
         program = torch.export.export(RealProgram(program), (inputs,), dynamic_shapes=dynamic, strict=False)
     with_heads(program)
+    with_plain_sorts(program)
     return program
+
+
+def _reason(error: Exception) -> str:
+    """The first line of the innermost error: those around it say which step of an export it was, and what to report."""
+    inner: BaseException = error
+    while isinstance(error, torch.onnx.OnnxExporterError) and inner.__cause__ is not None:
+        inner = inner.__cause__
+    return next((line for line in str(inner).splitlines() if line.strip()), type(inner).__name__)
 
 
 def _symbols(graph: Any, specs: Sequence[TensorSpec]) -> dict[str, str]:

@@ -1,10 +1,13 @@
 """What stands between PyTorch's program of a module and ONNX: sizes that must stay symbols, attention without a
-dimension of heads, complex numbers.
+dimension of heads, stable sorts, complex numbers.
 
 Models that take a size through `int()` (Qwen-Image's rotary embedding of the text) would fix it: `symbolic_int`.
 
 The exporter takes attention of four dimensions alone; autoencoders have some of three (HunyuanImage 2.1):
 `with_heads`.
+
+The exporter knows no stable sort. Each that it makes is one: ONNX's TopK puts the first of equal numbers first. LTX-2
+moves the tokens of a prompt before its padding so: `with_plain_sorts`.
 
 ONNX has no complex tensors. Rotary embeddings that are written as complex products (Qwen-Image, Z-Image) become four
 real products: a program is run again operator by operator and exported a second time. A complex tensor is on the way as
@@ -74,6 +77,16 @@ def with_heads(program: torch.export.ExportedProgram) -> None:
         for user in users:
             user.replace_input_with(node, without)
         program.graph_signature.replace_all_uses(node.name, without.name)
+
+
+def with_plain_sorts(program: torch.export.ExportedProgram) -> None:
+    """Write stable sorts as sorts, in place."""
+    for stable, plain in ((aten.sort.stable, aten.sort.default), (aten.argsort.stable, aten.argsort.default)):
+        names = [argument.name for argument in stable._schema.arguments]
+        for node in program.graph.find_nodes(op="call_function", target=stable):
+            given = dict(zip(names, node.args)) | node.kwargs
+            node.target = plain
+            node.args, node.kwargs = (given["self"], given.get("dim", -1), given.get("descending", False)), {}
 
 
 def _is_tensor(argument: Any) -> bool:

@@ -22,6 +22,7 @@ from lemica_trt.ir.prompts import Prompt
 from lemica_trt.models.trace.ends import TapeSlice
 from lemica_trt.models.trace.pictures import Entry, Seen, picture_entries
 from lemica_trt.models.trace.runs import record
+from lemica_trt.models.trace.slots import IMAGE
 from lemica_trt.models.trace.tape import Op, Ref, Tape, refs
 from lemica_trt.models.trace.tracing import Traced
 
@@ -150,7 +151,12 @@ def image_encoder(
         if drawn not in ([], [DRAW]) or (drawn and np.prod(shape) < FEWEST):
             raise UnsupportedError("what it makes of its image follows several draws of noise, or the initial noise")
     except UnsupportedError as error:
-        raise UnsupportedError(f"{type(pipeline).__name__} cannot be built yet: {error.what}") from None
+        slots = dict.fromkeys(
+            f"{slot.component}.{slot.argument}" for slot in traced.trace.role("condition") if IMAGE in slot.of
+        )
+        raise UnsupportedError(
+            f"{type(pipeline).__name__} cannot be built yet: {error.what} ({', '.join(slots)})"
+        ) from None
     read = [specs for specs in named if specs[0].name in slice_.read]
     spec = ImageSpec(pictures=tuple(its for specs in read for its in specs), draw=shape if drawn else UNSET)
     rows = {specs[0].name: [its.name for its in specs] for specs in read}

@@ -1,4 +1,4 @@
-"""Complex numbers, attention without heads, and sizes taken through `int()`, before a program becomes ONNX."""
+"""Complex numbers, attention without heads, stable sorts, and sizes taken by `int()`, before a program becomes ONNX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lemica_trt.core.errors import UnsupportedError
-from lemica_trt.export.real import RealProgram, is_complex, symbolic_int, with_heads
+from lemica_trt.export.real import RealProgram, is_complex, symbolic_int, with_heads, with_plain_sorts
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]  # of torch.export
 
@@ -66,6 +66,32 @@ def test_attention_without_heads_is_exported(is_last: bool, tmp_path: Path) -> N
     session = onnxruntime.InferenceSession(tmp_path / "attention.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
     torch.testing.assert_close(torch.from_numpy(found), Attention()(given)["y"])
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_stable_sorts_are_exported(descending: bool, tmp_path: Path) -> None:
+    """Indices of many equal numbers, and the numbers; along the first dimension, too."""
+
+    class Sorted(nn.Module):
+        def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            x = inputs["x"]
+            values, places = torch.sort(x, dim=0, stable=True, descending=descending)
+            return {
+                "order": torch.argsort(1 - x, dim=1, stable=True, descending=descending),
+                "values": values,
+                "places": places,
+            }
+
+    given = {"x": torch.randint(0, 3, (40, 50), generator=torch.Generator().manual_seed(1), dtype=torch.int32)}
+    program = torch.export.export(Sorted(), (given,), strict=False)
+    with_plain_sorts(program)
+    exported = torch.onnx.export(program, (), dynamo=True, opset_version=20, input_names=list(given), verbose=False)
+    assert exported is not None
+    exported.save(tmp_path / "sorted.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "sorted.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
+    for array, wanted in zip(found, Sorted()(given).values(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(array), wanted)
 
 
 def test_an_operator_without_a_real_form_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -140,14 +141,14 @@ class Arguments:
         parameter = self._names.get("image")
         return parameter is not None and (self._request.image or parameter.default is parameter.empty)
 
-    @property
-    def can_have_last_image(self) -> bool:
-        """Whether a last image can be given beside the one that is."""
-        return self.has_image and "last_image" in self._names and not self._request.last_image
-
-    def with_last_image(self, pipeline: Any) -> Arguments:
-        """The same with a last image."""
-        return Arguments(pipeline, msgspec.structs.replace(self._request, last_image=True))
+    def with_pictures(self, pipeline: Any) -> Iterator[Arguments]:
+        """The same with an image, and with a last one beside it, where its call takes what it has not been given."""
+        request = self._request
+        for name in ("image", "last_image"):
+            given = self.has_image if name == "image" else request.last_image
+            if name in self._names and not given:
+                request = msgspec.structs.replace(request, **{name: True})
+                yield Arguments(pipeline, request)
 
     def pictures(self, seed: int, size: tuple[int, int] | None = None) -> dict[Source, Image.Image]:
         """Pictures of random pixels, as `at` gives them; a last one is as wide as the first is high."""

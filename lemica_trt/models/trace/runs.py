@@ -91,8 +91,8 @@ class Runs:
     """All runs of a trace.
 
     Attributes:
-        arguments: as given; of more steps, where a kind of steps has fewer than `STEPS_OF_A_KIND` of those; with a last
-            image, where the call fails without.
+        arguments: as given; of more steps, where a kind of steps has fewer than `STEPS_OF_A_KIND` of those; with an
+            image and a last one, where the call fails without.
         base: every argument as requested.
         others: what differs in it → a run that differs from the base run in one thing.
         longer: `prompt` or `negative_prompt` → a run with a longer one whose shapes or operators follow its length.
@@ -143,17 +143,15 @@ class Runs:
         return Run(tape, found, scales, **its)
 
     def _first(self) -> Run:
-        """The base run; of a call that fails without a last image, with one."""
+        """The base run; of a call that fails without an image, or without a last one beside it, with that."""
         try:
             return self._run()
         except InputError as error:
-            if not self.arguments.can_have_last_image:
-                raise
-            self.arguments = self.arguments.with_last_image(self._pipeline)
-            try:
-                return self._run()
-            except InputError:
-                raise error from None
+            for arguments in self.arguments.with_pictures(self._pipeline):
+                self.arguments = arguments
+                with contextlib.suppress(InputError):
+                    return self._run()
+            raise error from None
 
     def at_steps(self, count: int) -> Run:
         """A run of another number of steps whose networks do not compute: its latents mean nothing."""
