@@ -21,6 +21,8 @@ from tables import described
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lemica_trt.evaluate.estimate import ATTENTION
+
 SPEED = 989.4e12
 """Dense bf16 operations a second of an H100 SXM, by NVIDIA's data sheet (1,979 TFLOPS with sparsity)."""
 
@@ -132,7 +134,7 @@ def models() -> list[Model]:
 
 def decoded(kind: type, latent: tuple[int, ...]) -> float:
     """Operations of a decoder of diffusers' default configuration, which is the published one."""
-    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         kind().eval().decode(torch.empty(1, *latent))
     return float(counter.get_total_flops())
 
