@@ -34,7 +34,7 @@ def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *
 
 
 ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-"""Attention on a CPU, of which PyTorch's counter knows nothing: half of a step and more, where there are many tokens."""
+"""Attention on a CPU, of which PyTorch's counter knows nothing: half of a step and more, with many tokens."""
 
 
 class ExportCost(NamedTuple):
