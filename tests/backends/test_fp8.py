@@ -154,7 +154,6 @@ def test_an_engine_multiplies_in_what_was_asked_for(kind: Kind, tmp_path: Path) 
     assert isinstance(found.layers, tuple) and {layer.precision for layer in found.layers} == {kind}
 
 
-@pytest.mark.null
 def test_an_engine_that_lost_its_precision_is_refused(tmp_path: Path) -> None:
     graph = write(tmp_path).graph("full")
     job = BuildJob(
@@ -168,7 +167,6 @@ def test_an_engine_that_lost_its_precision_is_refused(tmp_path: Path) -> None:
     check_layers(msgspec.structs.replace(job, module="tensorrt"), {"fp8": 3}, Layers({"fp32": 3}, 0))
 
 
-@pytest.mark.null
 def test_what_a_gpu_cannot_multiply_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     here: dict[str, ProbeResult] = {}
     monkeypatch.setattr(TensorRTBuilder, "_probe", lambda self: here["now"])
@@ -202,7 +200,6 @@ def test_what_a_gpu_cannot_multiply_is_refused_before_any_work(monkeypatch: pyte
             BUILDERS[backend].build(None, Path(), Path(), options, Quiet())  # type: ignore[arg-type]
 
 
-@pytest.mark.null
 def test_engines_of_several_backends_are_of_one_rounding() -> None:
     """Plans are of the engines of one precision: fp8 is rounded alike everywhere, int8 is not."""
 
