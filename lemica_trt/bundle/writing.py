@@ -81,12 +81,10 @@ def write_bundle(
     buckets = {profile.shape.name: Bucket(shape=profile.shape, graphs=graphs, engines=tuple(engines))}
     contents = {**files, **{plan_path(plan.name): json_bytes(plan) for plan in by_name.values()}}
     with replacing(Path(target), require_replaceable) as (folder, staged):
-        _require_space(staged, [*contents.values(), *(reports or {}).values()])
+        reports = reports or {}
+        _require_space(staged, [*contents.values(), *reports.values()])
         try:
-            for path in (*contents, *(reports or {})):
-                require_relative(path)
-            entries = {path: _store(content, staged / path) for path, content in sorted(contents.items())}
-            _ = [_store(content, staged / REPORTS / path) for path, content in (reports or {}).items()]
+            entries = _store_all(contents, reports, staged)
             manifest = Manifest(
                 profile=portable_profile(profile),
                 revision=revision,
@@ -102,6 +100,17 @@ def write_bundle(
         for path, data in manifest_files(manifest).items():
             _store(data, staged / path)
     return Bundle.open(folder, trusted=())
+
+
+def _store_all(
+    files: Mapping[str, Path | bytes], reports: Mapping[str, Path | bytes], staged: Path
+) -> dict[str, FileEntry]:
+    """Copy or write all files and reports of a staged bundle; the entries of the files."""
+    for path in (*files, *reports):
+        require_relative(path)
+    for path, content in reports.items():
+        _store(content, staged / REPORTS / path)
+    return {path: _store(content, staged / path) for path, content in sorted(files.items())}
 
 
 def add_plan(bundle: Bundle, *plans: StepPlan, default: str | None = None) -> Bundle:

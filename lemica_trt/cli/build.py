@@ -122,7 +122,7 @@ def build(
         metavar="FxHxW",
         help="Frames, height and width to add, or to measure again; repeat for several.",
     ),
-    flag("--weights", metavar="DIR|HUB_ID", otherwise="as the bundle knows", help="Where the model is."),
+    options.weights,
     options.lora,
     options.lora_2,
     options.device,
@@ -137,7 +137,7 @@ def build(
         show_default=True,
         help="Held-out clips that every plan runs on there.",
     ),
-    flag("--prompts", type=options.FILE, otherwise="the profile's", help="File of held-out prompts, one a line."),
+    options.held_out,
 )
 @flags(
     "Plans of a bundle",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=options.PATH)
 @flags(
     "Model",
-    flag("--weights", metavar="DIR|HUB_ID", otherwise="as the bundle knows", help="Where the model is."),
+    options.weights,
     options.lora,
     options.lora_2,
     options.device,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @flags(
     "Verification",
     flag("--verify-samples", "--samples", type=click.IntRange(1), default=8, show_default=True, help="Held-out clips."),
-    flag("--prompts", type=options.FILE, otherwise="the profile's", help="File of held-out prompts, one a line."),
+    options.held_out,
     options.shape,
 )
 @flags("Engines", options.backend)  # fmt: skip

@@ -339,6 +339,8 @@ planning = flags(
     *(click.option(f"--{name}", hidden=True) for name in REPLACED),
 )  # fmt: skip
 
+weights = flag("--weights", metavar="DIR|HUB_ID", otherwise="as the bundle knows", help="Where the model is.")
+held_out = flag("--prompts", type=FILE, otherwise="the profile's", help="File of held-out prompts, one a line.")
 shape = flag("--shape", metavar="FxHxW", otherwise="the one that it was built for", shell_complete=completion.shapes,
              help="Frames, height and width of another of the bundle's shapes.")  # fmt: skip
 image = flag("--image", type=FILE, help="PNG, JPEG or WebP, of bundles that need one: its first frame, say.")

@@ -79,42 +79,41 @@ def verify(
         first: of an earlier verification of the same engines on the same samples.
         draft: whether the bundle is one: then its plan is compared with the uncached run alone, on the engines.
         every: whether each plan has a baseline, and not the default one alone.
-        steps: step times, measured just now; None: they are measured.
+        steps: step times, where they were measured just now; None: they are measured.
 
     Raises:
-        IntegrityError, VerificationError: a file is altered; a result of the model itself is not finite.
+        IntegrityError: a file is altered or missing.
+        VerificationError: a result of the model itself is not finite.
     """
     bundle.check()
     with Pipeline(bundle, backend=backend) as pipe:
         entry, plans = bundle.engine(backend), [bundle.plan(name) for name in bundle.plans]
-        _tell(pipe, key := entry.key, samples, reporter, draft=draft)
-        kinds = {"compared": not draft, "every": every, "quantized": bool(entry.quantized)}
-        cases = cases_of(bundle, model, samples.count, further, **kinds)
+        _tell(pipe, entry.key, samples, reporter, draft=draft)
+        cases = cases_of(
+            bundle, model, samples.count, further, compared=not draft, every=every, quantized=bool(entry.quantized)
+        )
         uncached = uncached_of(plans) or max(plans, key=lambda plan: plan.budget)
         compared = [uncached] if draft else plans
         deployed = Deployed(pipe, tally := _tally(reporter, compared, cases, samples.count), entry.quantized)
-        first = _taken_over(first, deployed, uncached, samples, backend_name(key))
-        tally(0 if first is None else 2 * uncached.budget)
-        graphs = check_graphs(pipe, model, deployed.quantized) if first is None else first.run.graphs
-        known = [] if first is None else [first.run.agreement]
-        agreement = check_runs(deployed, model, *samples[0], tally, known, plans=compared)
-        first = first or _first(deployed, uncached, samples, graphs, agreement, backend_name(key))
+        name = backend_name(entry.key)
+        first, agreement = _agreed(deployed, model, uncached, samples, first, tally, plans=compared, backend=name)
         steps = steps or _timed(pipe, deployed.full_step(uncached), tally)
         quality = measure_quality(deployed, model, samples, cases, tally, keeper := Keeper())
     report = VerifyReport(
         manifest_digest=bundle.digest,
         samples=samples.count,
         machine=describe_machine(),
-        backend=backend_name(key),
+        backend=name,
         dtype=bundle.manifest.profile.dtype,
-        graphs=tuple(graphs),
+        graphs=first.run.graphs,
         agreement=tuple(agreement),
         quality=tuple(quality),
         timing=tuple(deployed.timing(compared)),
         steps=steps,
         precision=entry.precision if entry.quantized else UNSET,
     )
-    return Verification(report, keeper.kept(report.manifest_digest, bundle.plan(), samples, PLAN), first)
+    kept = keeper.kept(report.manifest_digest, bundle.plan(), samples, PLAN)
+    return Verification(report, kept, first)
 
 
 def _timed(pipe: Pipeline, full_step: float, tally: Tally) -> StepTimes:
@@ -139,6 +138,30 @@ def _taken_over(
     run = first.run
     deployed.know(uncached, run.prompt, run.seed, first.latents, (run.seconds, RowSeconds([*run.rows], [])))
     return first
+
+
+def _agreed(
+    deployed: Deployed,
+    model: Model,
+    uncached: StepPlan,
+    samples: Samples,
+    first: First | None,
+    tally: Tally,
+    *,
+    plans: Sequence[StepPlan],
+    backend: str,
+) -> tuple[First, Sequence[Agreement]]:
+    """The first run of the uncached plan, and how plans agree with the model; what `first` knows is not run again.
+
+    Args:
+        first: of an earlier verification; None: there was none.
+    """
+    first = _taken_over(first, deployed, uncached, samples, backend)
+    tally(0 if first is None else 2 * uncached.budget)
+    graphs = check_graphs(deployed.pipe, model, deployed.quantized) if first is None else first.run.graphs
+    known = [] if first is None else [first.run.agreement]
+    agreement = check_runs(deployed, model, *samples[0], tally, known, plans=plans)
+    return first or _first(deployed, uncached, samples, graphs, agreement, backend), agreement
 
 
 def _first(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume
 from hypothesis import strategies as st
@@ -180,3 +181,31 @@ def test_onnx_files(many: bool, tmp_path: Path) -> None:
         refused(lambda: open_session(graph, path, OrtOptions(threads=1)))
 
     run(target, changed(read("bundle/onnx/combine.onnx")), many=many)
+
+
+@pytest.mark.cpu
+@TIERS
+def test_lora_files(many: bool, tmp_path: Path) -> None:
+    """The whole file, and its header alone with a length that fits; what is read fits the module that it is for."""
+    from lora_files import content
+
+    from lemica_trt.runtime.lora_file import METADATA, LoraFile, factors_of
+
+    module, shape = "blocks.0.to_q", (4, 6)
+    factors = {"lora_A.weight": (2, shape[1]), "lora_B.weight": (shape[0], 2), "alpha": ()}
+    tensors = {f"transformer.{module}.{name}": np.ones(size, np.float32) for name, size in factors.items()}
+    seed = content(tensors, {METADATA: '{"transformer.lora_alpha": 8, "transformer.alpha_pattern": {"to_q": 6}}'})
+    data = seed[8 + int.from_bytes(seed[:8], "little") :]
+    header = seed[8 : -len(data)]
+    path = tmp_path / "x.safetensors"
+
+    def target(mutated: bytes) -> None:
+        path.write_bytes(mutated)
+        found = refused(lambda: factors_of(LoraFile(path), "transformer", {module: shape}))
+        for its in (found or {}).values():
+            assert its.a.shape[1:] == shape[1:] and its.b.shape == (shape[0], its.a.shape[0])
+
+    path.write_bytes(seed)
+    assert factors_of(LoraFile(path), "transformer", {module: shape})[module].factor == 0.5
+    headers = changed(header, is_json=True).map(lambda text: len(text).to_bytes(8, "little") + text + data)
+    run(target, st.one_of(changed(seed), headers), many=many)

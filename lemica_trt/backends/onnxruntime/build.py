@@ -189,7 +189,7 @@ def open_session(
         options: how it is loaded.
         device: which GPU, for the provider `cuda`.
         data: folder of its external data; None: where a bundle has it.
-        changed: the file with other weights; its arrays must live as long as the session.
+        changed: the file, checked, with other weights; its arrays must live as long as the session.
 
     Raises:
         MissingDependencyError: the provider is not in this build of ONNX Runtime, or its libraries do not load.
@@ -197,7 +197,8 @@ def open_session(
         InputError: the file asks for what no export does, see `onnx_file`.
         EngineError: the file does not load, or is not the graph described.
     """
-    require_plain(graph, path, (ATTENTION,))
+    if changed is None:
+        require_plain(graph, path, (ATTENTION,))
     ort = import_onnxruntime()
     wanted = require_provider(ort, options)
     settings = ort.SessionOptions()
@@ -210,9 +211,9 @@ def open_session(
     if options.quantize != "none":
         compute_as_written(settings, options.quantize)
     settings.log_severity_level = 4  # what it prints is in the exception, too
-    source = _source(ort, graph, path, data, settings, changed)
     try:
         chosen = (wanted, {"device_id": device}) if options.provider == "cuda" else wanted
+        source = _source(ort, graph, path, data, settings, changed)
         session = ort.InferenceSession(source, settings, providers=[chosen])
     except Exception as error:  # onnxruntime raises many unrelated classes
         if "ValidateOpsetForDomain" in str(error):

@@ -318,10 +318,11 @@ def _require_kernels(options: TensorRTOptions | RtxOptions, target: str) -> None
     if lowest < needed:
         fitting = [text for text in RTX_CAPABILITIES if int(text.replace(".", "")) >= needed]
         named = f"--compute-capabilities {','.join(fitting)}, or " if isinstance(options, RtxOptions) else ""
+        other = "--quantize int8" if LOWEST["int8"] <= lowest else "leave --quantize out"
         raise UnsupportedError(
             f"--quantize {options.quantize} needs compute capability {needed // 10}.{needed % 10} or later, these "
             f"engines are for {target}",
-            fix=f"{named}--quantize int8",
+            fix=f"{named}{other}",
         )
 
 
