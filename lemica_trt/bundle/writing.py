@@ -208,7 +208,7 @@ def change_buckets(
         if target is None:
             bundle = Bundle.open(folder, trusted=())
         gone = [bucket_folder(name) for name in (*remove, *([] if bucket is None else [bucket.shape.name]))]
-        _require_buckets(bundle, bucket, remove)
+        require_further(bundle, remove, added=() if bucket is None else (bucket.shape.name,))
         bundle.check()
         _require_space(staged, (files or {}).values())
         kept = {
@@ -229,10 +229,10 @@ def change_buckets(
     return Bundle.open(folder, trusted=())
 
 
-def _require_buckets(bundle: Bundle, bucket: Bucket | None, remove: Collection[str]) -> None:
-    """Raise UsageError unless these are further shapes."""
+def require_further(bundle: Bundle, remove: Collection[str], *, added: Collection[str] = ()) -> None:
+    """Raise UsageError unless these are names of further shapes, and those to remove are there."""
     own, there = bundle.shapes[0], bundle.shapes[1:]
-    for name in (*remove, *([] if bucket is None else [bucket.shape.name])):
+    for name in (*remove, *added):
         if name == own:
             raise UsageError(f"{own} is the shape that the bundle was built for", fix="name another, or build again")
     for name in remove:

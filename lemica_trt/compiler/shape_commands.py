@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lemica_trt.bundle.reading import Bundle
-from lemica_trt.bundle.writing import change_buckets
+from lemica_trt.bundle.writing import change_buckets, require_further
 from lemica_trt.compiler import work_commands
 from lemica_trt.compiler.bundle_plans import note_signatures
 from lemica_trt.compiler.bundle_verify import profile_of_bundle
@@ -51,12 +51,14 @@ def shape(
     profile = profile_of_bundle(bundle, weights, loras) if add else bundle.manifest.profile
     profiles = shaped(profile, add, bundle.shapes[:1])
     held_out = prompts_of(profile, None if prompts is None else str(prompts), split="held_out") if add else ()
+    require_further(bundle, names)
+    found: list[ShapeSummary] = []
+    if profiles:
+        bundle, found = add_shapes(bundle, profiles, held_out, samples, reporter, device=device)
     if names:
         note_signatures(bundle, reporter)
         bundle = change_buckets(bundle, remove=names)
-    if profiles:
-        return add_shapes(bundle, profiles, held_out, samples, reporter, device=device)
-    return bundle, [shape_summary(bundle, name) for name in bundle.shapes[1:]]
+    return bundle, found or [shape_summary(bundle, name) for name in bundle.shapes[1:]]
 
 
 def build(

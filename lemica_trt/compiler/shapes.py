@@ -39,7 +39,7 @@ from lemica_trt.ir.measured import PlanAtShape
 from lemica_trt.ir.plan import UNCACHED
 from lemica_trt.ir.profile import Profile, sizes_from_name
 from lemica_trt.ir.report import PLAN, ShapeSummary, VerifyReport
-from lemica_trt.ir.sampler import SamplerTable, probes_agree
+from lemica_trt.ir.sampler import SamplerTable, same_sampler
 
 
 def shaped(profile: Profile, shapes: Sequence[str], there: Sequence[str] = ()) -> list[Profile]:
@@ -182,11 +182,6 @@ def _bucket(context: ShapeContext) -> tuple[Bucket, list[str]]:
             "holds but the uncached one"
         )
     return bucket, list(dict.fromkeys(files))
-
-
-def same_sampler(one: SamplerTable, other: SamplerTable) -> bool:
-    """Whether two tables are of one sampler: the same identity, and numbers that agree."""
-    return one.digest == other.digest and probes_agree(one.probe, other.probe)
 
 
 def _measured(context: ShapeContext, bundle: Bundle) -> VerifyReport:

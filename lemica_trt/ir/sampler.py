@@ -200,6 +200,11 @@ def probes_agree(first: Sequence[float], second: Sequence[float]) -> bool:
     return all(abs(a - b) <= SAMPLER_TOLERANCE * scale for a, b in zip(first, second))
 
 
+def same_sampler(one: SamplerTable, other: SamplerTable) -> bool:
+    """Whether two tables are of one sampler: the same identity, and numbers that agree."""
+    return one.digest == other.digest and probes_agree(one.probe, other.probe)
+
+
 def require_levels(table: SamplerTable) -> NoiseLevels:
     """The noise levels of a table.
 

@@ -70,15 +70,11 @@ def require_configuration(profile: Profile) -> int | None:
         scheduler, rows = _scheduler_in(folder), None
         if scheduler is not None:
             scheduler = scheduler_for(profile.sampling, scheduler)
-        if profile.family == TRACED:  # it sets its scheduler up itself
-            _require_traceable(folder, profile)
-        else:
-            family = family_from_name(profile.family)
-            if scheduler is not None:
-                with refusing(f"{type(scheduler).__name__} cannot make {profile.sampling.steps} steps"):
-                    family.set_timesteps(scheduler, profile.sampling.steps)
-                rows = sampler_table(scheduler, dynamic_guidance=profile.sampling.dynamic_guidance).num_steps
-            family.latent_shape(_without_weights(folder, family.pipeline_class), profile.shape)
+        if profile.family != TRACED and scheduler is not None:  # those that are traced set it up themselves
+            with refusing(f"{type(scheduler).__name__} cannot make {profile.sampling.steps} steps"):
+                family_from_name(profile.family).set_timesteps(scheduler, profile.sampling.steps)
+            rows = sampler_table(scheduler, dynamic_guidance=profile.sampling.dynamic_guidance).num_steps
+        _require_made(folder, profile)
         _require_disk(profile.source, [(profile.source, [f"*/*{ending}" for ending in WEIGHTS])])
     return rows
 
@@ -93,12 +89,16 @@ def require_shape(profile: Profile) -> None:
     if published.is_published(profile.source) or not is_here(profile):
         return
     with quiet():
-        folder = folder_from_source(profile.source)
-        if profile.family == TRACED:
-            _require_traceable(folder, profile)
-        else:
-            family = family_from_name(profile.family)
-            family.latent_shape(_without_weights(folder, family.pipeline_class), profile.shape)
+        _require_made(folder_from_source(profile.source), profile)
+
+
+def _require_made(folder: Path, profile: Profile) -> None:
+    """Refuse a shape that the configuration of a pipeline does not make, or a loop that cannot be traced."""
+    if profile.family == TRACED:
+        _require_traceable(folder, profile)
+    else:
+        family = family_from_name(profile.family)
+        family.latent_shape(_without_weights(folder, family.pipeline_class), profile.shape)
 
 
 def _configuration(source: str) -> Path | None:

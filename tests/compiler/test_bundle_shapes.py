@@ -217,6 +217,7 @@ def test_mistakes_are_one_line_before_work(
         ((*add, "9x70x64"), "height must be a multiple of 16 for this model, got 70 → use 64"),
         ((*add, "9x64x96", "--remove", "9x64x96"), "9x64x96 is to be added, too"),
         (("shape", bundle, "--remove", "9x64x96"), "it has one shape only"),
+        ((*add, "9x64x128", "--remove", "9x64x96"), "it has one shape only"),
         (("run", bundle, "x", "-o", tmp_path / "x.npy", "--width", 96), "no shape of width 96 → use one of: 9x64x64"),
         (("run", bundle, "x", "-o", tmp_path / "x.npy", "--shape", "9x64x96"), "the bundle has no shape 9x64x96"),
         (("bench", bundle, "--shape", "9x64x96"), "the bundle has no shape 9x64x96"),
