@@ -4,8 +4,8 @@ Every request is answered once, right or with a status, while processes of model
 time out, or are not what they must be; where the server itself is killed, the connection may break. Afterwards nothing
 has leaked.
 
-Once a killed process left the server answering nothing any more; it probably held a lock of Triton's shared memory. Then
-the probe must say so, and the test goes on with another server.
+Once a killed process left the server answering nothing any more; it probably held a lock of Triton's shared memory.
+Then the probe must say so, and the test goes on with another server.
 """
 
 from __future__ import annotations
